@@ -1,0 +1,61 @@
+//! The seam: what a device must be able to do. Everything above it is generic in `B: Backend` and names no device.
+
+pub mod cpu;
+
+use crate::element::{Element, Float};
+use crate::error::Result;
+use crate::op::{
+    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+};
+
+/// A device, its memory, and the verbs of low-rank training.
+///
+/// Verbs take a [`Checked`] request: shapes fit, scalars are finite, nothing written is also read under another name. Any size
+/// may be zero. A verb may return before the device is done; [`download`](Self::download) and
+/// [`synchronize`](Self::synchronize) wait. The same request on the same device gives the same bits.
+///
+/// Callers build a request and [`run`](LoraForward::run) it; they need not call the verbs here.
+pub trait Backend: Sized {
+    /// How weights and activations are stored. `Cpu<f32>` and `Cpu<bf16>` are two backends.
+    type Elem: Float;
+    /// Memory for elements `T` on this device.
+    type Buffer<T: Element>;
+
+    /// What it runs on, in words: `cpu (AVX-512, 2 threads)`.
+    fn device(&self) -> String;
+
+    /// Memory for `len` elements, all zero. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
+    fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
+    /// New memory with a copy of `host`.
+    fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
+    /// Overwrites a buffer with as many elements from the host.
+    fn write<T: Element>(&self, buffer: &mut Self::Buffer<T>, host: &[T]) -> Result<()>;
+    /// Copies a buffer into as many elements on the host, once everything that writes it is done.
+    fn download<T: Element>(&self, buffer: &Self::Buffer<T>, host: &mut [T]) -> Result<()>;
+    /// Returns when every verb called so far is done.
+    fn synchronize(&self) -> Result<()>;
+    /// How many elements a buffer holds.
+    fn buffer_len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
+
+    /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
+    fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()>;
+    /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
+    fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()>;
+    /// `W += scale·B·A`
+    fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()>;
+
+    /// `y = x·Wᵀ + bias`
+    fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()>;
+    /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
+    fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()>;
+    /// `y = max(x, 0)`
+    fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()>;
+    /// `dx = dy` where `y > 0`, else 0
+    fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()>;
+    /// `y += x`
+    fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()>;
+    /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
+    fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()>;
+    /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
+    fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()>;
+}

@@ -1,0 +1,66 @@
+//! `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
+
+use super::{Checked, Dropout, finite, fits, rank_of};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
+///
+/// `W` stays frozen: there is no `dW`. What is `None` is not computed.
+pub struct LoraBackward<'t, B: Backend> {
+    /// `m×k`
+    pub x: &'t Tensor<B>,
+    /// `n×k`
+    pub w: &'t Tensor<B>,
+    /// `r×k`
+    pub a: &'t Tensor<B>,
+    /// `n×r`
+    pub b: &'t Tensor<B>,
+    /// `m×r`, as the forward pass left it
+    pub h: &'t Tensor<B, f32>,
+    /// `m×n`
+    pub dy: &'t Tensor<B>,
+    /// As in the forward pass.
+    pub scale: f32,
+    /// As in the forward pass: the mask is made again from its seed.
+    pub dropout: Option<Dropout>,
+    /// `r×k`, overwritten
+    pub da: &'t mut Tensor<B, f32>,
+    /// `n×r`, overwritten
+    pub db: &'t mut Tensor<B, f32>,
+    /// `1×n`, overwritten
+    pub dbias: Option<&'t mut Tensor<B, f32>>,
+    /// `m×k`, overwritten
+    pub dx: Option<&'t mut Tensor<B>>,
+}
+
+impl<B: Backend> LoraBackward<'_, B> {
+    const VERB: &'static str = "lora_backward";
+
+    /// Compares the shapes; `scale` must be finite and the rank at least 1.
+    pub fn check(self) -> Result<Checked<Self>> {
+        let (m, k, n) = (self.x.rows(), self.x.cols(), self.w.rows());
+        let r = rank_of(Self::VERB, self.a.shape())?;
+        fits(Self::VERB, "w", (n, k), self.w.shape())?;
+        fits(Self::VERB, "a", (r, k), self.a.shape())?;
+        fits(Self::VERB, "b", (n, r), self.b.shape())?;
+        fits(Self::VERB, "h", (m, r), self.h.shape())?;
+        fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
+        finite(Self::VERB, "scale", self.scale)?;
+        fits(Self::VERB, "da", (r, k), self.da.shape())?;
+        fits(Self::VERB, "db", (n, r), self.db.shape())?;
+        if let Some(dbias) = &self.dbias {
+            fits(Self::VERB, "dbias", (1, n), dbias.shape())?;
+        }
+        if let Some(dx) = &self.dx {
+            fits(Self::VERB, "dx", (m, k), dx.shape())?;
+        }
+        Ok(Checked(self))
+    }
+
+    /// Checks the shapes and computes.
+    pub fn run(self, backend: &B) -> Result<()> {
+        backend.lora_backward(self.check()?)
+    }
+}

@@ -1,0 +1,56 @@
+//! `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
+
+use super::{Checked, Dropout, finite, fits, rank_of};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
+///
+/// The paper's `y = x·A·B·scale + linear(x)` with `A` and `B` stored as PEFT stores them. Only the adapter sees the
+/// dropped-out `x`. `h` is kept for the backward pass, in `f32` always: a 16-bit `h` is a known loss of accuracy.
+pub struct LoraForward<'t, B: Backend> {
+    /// `m×k`
+    pub x: &'t Tensor<B>,
+    /// `n×k`
+    pub w: &'t Tensor<B>,
+    /// `1×n`
+    pub bias: Option<&'t Tensor<B>>,
+    /// `r×k`
+    pub a: &'t Tensor<B>,
+    /// `n×r`
+    pub b: &'t Tensor<B>,
+    /// What the update is multiplied with; alpha/r in the paper.
+    pub scale: f32,
+    /// Which elements of `x` the adapter does not see.
+    pub dropout: Option<Dropout>,
+    /// `m×r`, overwritten
+    pub h: &'t mut Tensor<B, f32>,
+    /// `m×n`, overwritten
+    pub y: &'t mut Tensor<B>,
+}
+
+impl<B: Backend> LoraForward<'_, B> {
+    const VERB: &'static str = "lora_forward";
+
+    /// Compares the shapes; `scale` must be finite and the rank at least 1.
+    pub fn check(self) -> Result<Checked<Self>> {
+        let (m, k, n) = (self.x.rows(), self.x.cols(), self.w.rows());
+        let r = rank_of(Self::VERB, self.a.shape())?;
+        fits(Self::VERB, "w", (n, k), self.w.shape())?;
+        if let Some(bias) = self.bias {
+            fits(Self::VERB, "bias", (1, n), bias.shape())?;
+        }
+        fits(Self::VERB, "a", (r, k), self.a.shape())?;
+        fits(Self::VERB, "b", (n, r), self.b.shape())?;
+        finite(Self::VERB, "scale", self.scale)?;
+        fits(Self::VERB, "h", (m, r), self.h.shape())?;
+        fits(Self::VERB, "y", (m, n), self.y.shape())?;
+        Ok(Checked(self))
+    }
+
+    /// Checks the shapes and computes.
+    pub fn run(self, backend: &B) -> Result<()> {
+        backend.lora_forward(self.check()?)
+    }
+}

@@ -1,0 +1,37 @@
+//! `W += scale·B·A`
+
+use super::{Checked, finite, fits, rank_of};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// `W += scale·B·A`, in place, summed in `f32` and rounded once. Unmerging is merging with `-scale`, up to that rounding.
+pub struct LoraMerge<'t, B: Backend> {
+    /// `r×k`
+    pub a: &'t Tensor<B>,
+    /// `n×r`
+    pub b: &'t Tensor<B>,
+    /// What the update is multiplied with; negative to unmerge.
+    pub scale: f32,
+    /// `n×k`, updated
+    pub w: &'t mut Tensor<B>,
+}
+
+impl<B: Backend> LoraMerge<'_, B> {
+    const VERB: &'static str = "lora_merge";
+
+    /// Compares the shapes; `scale` must be finite and the rank at least 1.
+    pub fn check(self) -> Result<Checked<Self>> {
+        let (n, k) = (self.w.rows(), self.w.cols());
+        let r = rank_of(Self::VERB, self.a.shape())?;
+        fits(Self::VERB, "a", (r, k), self.a.shape())?;
+        fits(Self::VERB, "b", (n, r), self.b.shape())?;
+        finite(Self::VERB, "scale", self.scale)?;
+        Ok(Checked(self))
+    }
+
+    /// Checks the shapes and computes.
+    pub fn run(self, backend: &B) -> Result<()> {
+        backend.lora_merge(self.check()?)
+    }
+}

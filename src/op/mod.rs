@@ -1,0 +1,71 @@
+//! Requests: one struct per verb, with the operands by name. `check` is the only place where shapes are compared.
+//!
+//! ```
+//! use lowrank::{Cpu, Tensor, op::LinearForward};
+//!
+//! let cpu = Cpu::<f32>::new()?;
+//! let x = Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0])?;
+//! let w = Tensor::from_slice(&cpu, (3, 2), &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0])?;
+//! let mut y = Tensor::zeros(&cpu, (1, 3))?;
+//! LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu)?;
+//! assert_eq!(y.to_vec(&cpu)?, [1.0, 2.0, 3.0]);
+//! # Ok::<(), lowrank::Error>(())
+//! ```
+//!
+//! Letters, everywhere: `m` rows of a batch, `k` inputs, `n` outputs, `r` the rank. Weights are `out × in`, row-major, as
+//! PyTorch and safetensors store them: `W n×k`, `A r×k`, `B n×r`. What a request borrows mutably is what its verb writes.
+
+mod adam;
+mod add;
+mod cross_entropy;
+mod dropout;
+mod linear;
+mod lora_backward;
+mod lora_forward;
+mod lora_merge;
+mod relu;
+
+pub use adam::{Adam, AdamRate, WeightGrad};
+pub use add::Add;
+pub use cross_entropy::{CrossEntropy, Labels};
+pub use dropout::Dropout;
+pub use linear::{LinearBackward, LinearForward};
+pub use lora_backward::LoraBackward;
+pub use lora_forward::LoraForward;
+pub use lora_merge::LoraMerge;
+pub use relu::{Relu, ReluBackward};
+
+use crate::error::{Error, Result};
+use crate::tensor::Shape;
+
+/// A request whose shapes fit and whose scalars are finite. Only `check` makes one, so whoever holds it need not look again.
+pub struct Checked<Request>(Request);
+
+impl<Request> Checked<Request> {
+    /// The operands.
+    pub fn into_inner(self) -> Request {
+        self.0
+    }
+}
+
+impl<Request> std::ops::Deref for Checked<Request> {
+    type Target = Request;
+    fn deref(&self) -> &Request {
+        &self.0
+    }
+}
+
+/// `Err` naming the operand, unless it has the shape that the others ask for.
+fn fits(verb: &'static str, name: &'static str, want: impl Into<Shape>, got: Shape) -> Result<()> {
+    let want = want.into();
+    if want == got { Ok(()) } else { Err(Error::Shape { verb, name, got, want }) }
+}
+
+fn finite(verb: &'static str, name: &'static str, value: f32) -> Result<()> {
+    Error::unless(value.is_finite(), verb, name, value, "a finite number")
+}
+
+fn rank_of(verb: &'static str, a: Shape) -> Result<usize> {
+    Error::unless(a.rows > 0, verb, "rank", a.rows, "at least 1")?;
+    Ok(a.rows)
+}

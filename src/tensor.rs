@@ -1,0 +1,109 @@
+//! Rows × columns on a device. A `Tensor` exists only with a buffer as long as its shape says.
+
+use std::fmt;
+
+use crate::backend::Backend;
+use crate::element::Element;
+use crate::error::{Error, Result};
+
+/// Rows × columns of a row-major matrix. A vector, such as a bias, is one row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// How many rows.
+    pub rows: usize,
+    /// How many columns; elements of one row lie side by side.
+    pub cols: usize,
+}
+
+impl Shape {
+    /// `rows × cols` as a number of elements, if that number can be addressed.
+    pub fn len(self) -> Result<usize> {
+        let fits = self.rows.checked_mul(self.cols).filter(|&n| n <= isize::MAX as usize / 8);
+        fits.ok_or(Error::TooLarge { shape: self, limit: "this machine can address" })
+    }
+}
+
+impl From<(usize, usize)> for Shape {
+    fn from((rows, cols): (usize, usize)) -> Self {
+        Self { rows, cols }
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}×{}", self.rows, self.cols)
+    }
+}
+
+/// A row-major matrix in the memory of a backend `B`; its numbers are `B::Elem` unless said otherwise.
+pub struct Tensor<B: Backend, T: Element = <B as Backend>::Elem> {
+    shape: Shape,
+    buffer: B::Buffer<T>,
+}
+
+impl<B: Backend, T: Element> Tensor<B, T> {
+    /// All zeros. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub fn zeros(backend: &B, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        Ok(Self { shape, buffer: backend.zeros(shape.len()?)? })
+    }
+
+    /// A copy of `host`, row by row. Errors: [`Error::Value`] if its length is not `rows · cols`.
+    pub fn from_slice(backend: &B, shape: impl Into<Shape>, host: &[T]) -> Result<Self> {
+        let shape = shape.into();
+        Error::unless(host.len() == shape.len()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        Ok(Self { shape, buffer: backend.upload(host)? })
+    }
+
+    /// Takes a buffer that already is on the device. Errors: [`Error::Value`] if its length is not `rows · cols`.
+    pub fn from_buffer(shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
+        let shape = shape.into();
+        let len = B::buffer_len(&buffer);
+        Error::unless(len == shape.len()?, "tensor", "buffer", len, "rows · cols elements")?;
+        Ok(Self { shape, buffer })
+    }
+
+    /// A copy in host memory, row by row; waits until everything that writes it is done.
+    pub fn to_vec(&self, backend: &B) -> Result<Vec<T>> {
+        let mut host = vec![T::default(); B::buffer_len(&self.buffer)];
+        backend.download(&self.buffer, &mut host)?;
+        Ok(host)
+    }
+
+    /// Overwrites the elements with those of `host`. Errors: [`Error::Value`] if its length is not `rows · cols`.
+    pub fn copy_from_slice(&mut self, backend: &B, host: &[T]) -> Result<()> {
+        Error::unless(host.len() == self.shape.len()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        backend.write(&mut self.buffer, host)
+    }
+
+    /// Rows × columns.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.shape.rows
+    }
+
+    /// How many columns.
+    pub fn cols(&self) -> usize {
+        self.shape.cols
+    }
+
+    /// The device memory, for a launch of the caller's own.
+    pub fn buffer(&self) -> &B::Buffer<T> {
+        &self.buffer
+    }
+
+    /// The memory a verb writes. Crate-private: a caller could swap in a shorter buffer, and launches rely on the length.
+    pub(crate) fn buffer_mut(&mut self) -> &mut B::Buffer<T> {
+        &mut self.buffer
+    }
+}
+
+impl<B: Backend, T: Element> fmt::Debug for Tensor<B, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor<{}>({})", std::any::type_name::<T>(), self.shape)
+    }
+}

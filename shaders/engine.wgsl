@@ -14,7 +14,10 @@
 //
 // What becomes of a sum is not said here: `finish(i, j, sum)` is store.wgsl's or adam.wgsl's.
 
-// Where an element of a matrix lies: `offset + i·row + j·col`. Transposes and single rows are no more than strides.
+// Where a factor lies: the number i along its side and p along the depth is at `offset + i·along + p·down`.
+struct Factor { offset: u32, along: u32, down: u32, unused: u32, @align(16) len: u32, depth: u32 }
+
+// Where an output lies: `offset + i·row + j·col`.
 struct Place { offset: u32, row: u32, col: u32, unused: u32 }
 
 // The scalars of Adam, which finishes a sum that is a gradient.
@@ -22,31 +25,28 @@ struct Rate { beta1: f32, beta2: f32, step_size: f32, root_scale: f32, eps: f32 
 
 struct Sum {
   rows: u32, cols: u32, depth: u32, more_depth: u32,
-  lhs: Place, rhs: Place, more_lhs: Place, more_rhs: Place, init: Place, out: Place, moments: Place,
+  lhs: Factor, rhs: Factor, more_lhs: Factor, more_rhs: Factor,
+  init: Place, out: Place, moments: Place,
   scale: f32,
   @align(16) rate: Rate,
 }
 
 @group(0) @binding(0) var<uniform> s: Sum;
-@group(0) @binding(1) var<storage, read> lhs: array<Lhs>;
-@group(0) @binding(2) var<storage, read> rhs: array<Rhs>;
-@group(0) @binding(3) var<storage, read> more_lhs: array<MoreLhs>;
-@group(0) @binding(4) var<storage, read> more_rhs: array<MoreRhs>;
 @group(0) @binding(5) var<storage, read> init: array<Init>;
 
-const ROW_QUADS = TILE_ROWS / 4u;
-const COL_QUADS = TILE_COLS / 4u;
+const LHS_TILE_QUADS = TILE_ROWS / 4u;
+const RHS_TILE_QUADS = TILE_COLS / 4u;
 const BLOCKS = 1u + u32(WIDE);
-const ROW_LANES = ROW_QUADS / BLOCKS;
-const COL_LANES = COL_QUADS / BLOCKS;
+const ROW_LANES = LHS_TILE_QUADS / BLOCKS;
+const COL_LANES = RHS_TILE_QUADS / BLOCKS;
 const LANES = ROW_LANES * COL_LANES;
 const THREADS = LANES * SLICES;
 // One quad more than a line needs: lines then begin in different banks of memory.
-const LHS_LINE = ROW_QUADS + 1u;
-const RHS_LINE = COL_QUADS + 1u;
+const LHS_TILE_LINE = LHS_TILE_QUADS + 1u;
+const RHS_TILE_LINE = RHS_TILE_QUADS + 1u;
 
-var<workgroup> lhs_tile: array<vec4<f32>, TILE_DEPTH * LHS_LINE>;
-var<workgroup> rhs_tile: array<vec4<f32>, TILE_DEPTH * RHS_LINE>;
+var<workgroup> lhs_tile: array<vec4<f32>, TILE_DEPTH * LHS_TILE_LINE>;
+var<workgroup> rhs_tile: array<vec4<f32>, TILE_DEPTH * RHS_TILE_LINE>;
 var<workgroup> folded: array<mat4x4<f32>, FOLDED>;
 
 // The sums of this invocation: column c of a matrix holds row c of a block.
@@ -59,62 +59,9 @@ fn at(place: Place, i: u32, j: u32) -> u32 {
   return place.offset + i * place.row + j * place.col;
 }
 
-fn lhs_at(i: u32, p: u32) -> f32 {
-  if (i >= s.rows || p >= s.depth) { return 0.0; }
-  return f32(lhs[at(s.lhs, i, p)]);
-}
-fn rhs_at(p: u32, j: u32) -> f32 {
-  if (p >= s.depth || j >= s.cols) { return 0.0; }
-  return f32(rhs[at(s.rhs, p, j)]);
-}
-fn more_lhs_at(i: u32, p: u32) -> f32 {
-  if (i >= s.rows || p >= s.more_depth) { return 0.0; }
-  return f32(more_lhs[at(s.more_lhs, i, p)]);
-}
-fn more_rhs_at(p: u32, j: u32) -> f32 {
-  if (p >= s.more_depth || j >= s.cols) { return 0.0; }
-  return f32(more_rhs[at(s.more_rhs, p, j)]);
-}
 fn init_at(i: u32, j: u32) -> f32 {
   if (!HAS_INIT) { return 0.0; }
   return f32(init[at(s.init, i, j)]);
-}
-
-// Which depth and which quad of a tile the e-th load is: neighbours load neighbours, whichever way the matrix lies.
-fn cell(e: u32, quads: u32, deep: bool) -> vec2<u32> {
-  return select(vec2(e / quads, e % quads), vec2(e % TILE_DEPTH, e / TILE_DEPTH), deep);
-}
-
-fn fill(t: u32, row: u32, col: u32, depth: u32) {
-  for (var e = t; e < TILE_DEPTH * ROW_QUADS; e += THREADS) {
-    let c = cell(e, ROW_QUADS, LHS_DEEP);
-    let p = depth + c.x;
-    let i = row + 4u * c.y;
-    lhs_tile[c.x * LHS_LINE + c.y] = vec4(lhs_at(i, p), lhs_at(i + 1u, p), lhs_at(i + 2u, p), lhs_at(i + 3u, p));
-  }
-  for (var e = t; e < TILE_DEPTH * COL_QUADS; e += THREADS) {
-    let c = cell(e, COL_QUADS, RHS_DEEP);
-    let p = depth + c.x;
-    let j = col + 4u * c.y;
-    rhs_tile[c.x * RHS_LINE + c.y] = vec4(rhs_at(p, j), rhs_at(p, j + 1u), rhs_at(p, j + 2u), rhs_at(p, j + 3u));
-  }
-}
-
-fn fill_more(t: u32, row: u32, col: u32, depth: u32) {
-  for (var e = t; e < TILE_DEPTH * ROW_QUADS; e += THREADS) {
-    let c = cell(e, ROW_QUADS, MORE_LHS_DEEP);
-    let p = depth + c.x;
-    let i = row + 4u * c.y;
-    lhs_tile[c.x * LHS_LINE + c.y] =
-      vec4(more_lhs_at(i, p), more_lhs_at(i + 1u, p), more_lhs_at(i + 2u, p), more_lhs_at(i + 3u, p));
-  }
-  for (var e = t; e < TILE_DEPTH * COL_QUADS; e += THREADS) {
-    let c = cell(e, COL_QUADS, MORE_RHS_DEEP);
-    let p = depth + c.x;
-    let j = col + 4u * c.y;
-    rhs_tile[c.x * RHS_LINE + c.y] =
-      vec4(more_rhs_at(p, j), more_rhs_at(p, j + 1u), more_rhs_at(p, j + 2u), more_rhs_at(p, j + 3u));
-  }
 }
 
 // block + a·bᵀ
@@ -130,12 +77,12 @@ fn outer(block: mat4x4<f32>, a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
 // The part of the tile's depth that is this slice's.
 fn multiply(slice: u32, r: u32, c: u32) {
   for (var p = slice; p < TILE_DEPTH; p += SLICES) {
-    let a = lhs_tile[p * LHS_LINE + r];
-    let b = rhs_tile[p * RHS_LINE + c];
+    let a = lhs_tile[p * LHS_TILE_LINE + r];
+    let b = rhs_tile[p * RHS_TILE_LINE + c];
     block00 = outer(block00, a, b);
     if (WIDE) {
-      let below = lhs_tile[p * LHS_LINE + r + ROW_LANES];
-      let right = rhs_tile[p * RHS_LINE + c + COL_LANES];
+      let below = lhs_tile[p * LHS_TILE_LINE + r + ROW_LANES];
+      let right = rhs_tile[p * RHS_TILE_LINE + c + COL_LANES];
       block01 = outer(block01, a, right);
       block10 = outer(block10, below, b);
       block11 = outer(block11, below, right);
@@ -187,7 +134,8 @@ fn sum_of_products(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoc
   let col = group.x * TILE_COLS;
 
   for (var depth = 0u; depth < s.depth; depth += TILE_DEPTH) {
-    fill(t, row, col, depth);
+    lhs_fill(t, row, depth);
+    rhs_fill(t, col, depth);
     workgroupBarrier();
     multiply(slice, r, c);
     workgroupBarrier();
@@ -195,7 +143,8 @@ fn sum_of_products(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoc
   scale_blocks();
   if (HAS_MORE) {
     for (var depth = 0u; depth < s.more_depth; depth += TILE_DEPTH) {
-      fill_more(t, row, col, depth);
+      more_lhs_fill(t, row, depth);
+      more_rhs_fill(t, col, depth);
       workgroupBarrier();
       multiply(slice, r, c);
       workgroupBarrier();

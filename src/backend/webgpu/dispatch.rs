@@ -188,9 +188,8 @@ impl Gpu {
 
     fn compile(&self, kernel: Kernel, source: &str) -> Pipeline {
         let label = Some(kernel.entry());
-        let module = self
-            .device
-            .create_shader_module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.into()) });
+        let module = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.into()) };
+        let module = self.device.create_shader_module(module);
         let layout = self.layout(kernel);
         let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label,

@@ -23,6 +23,7 @@ mod pointwise;
 mod shader;
 mod sum;
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -52,6 +53,12 @@ pub struct WebGpu<E: Float> {
 impl<E: Float> Clone for WebGpu<E> {
     fn clone(&self) -> Self {
         Self { gpu: self.gpu.clone(), limits: self.limits, one: self.one.clone(), element: PhantomData }
+    }
+}
+
+impl<E: Float> fmt::Debug for WebGpu<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WebGpu<{}>({})", E::DTYPE, self.gpu.name)
     }
 }
 

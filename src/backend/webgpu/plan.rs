@@ -60,12 +60,15 @@ impl Tile {
             *(if high > across { &mut high } else { &mut across }) /= 2;
         }
         let slices = threads / ((high / 4) * (across / 4));
-        let mut tile = Self { rows: high, cols: across, depth: slices.clamp(16, 64), slices, wide: false };
-        while tile.workgroup_bytes() > limits.workgroup_bytes && tile.slices > 1 {
-            tile.slices /= 2;
-            tile.depth = tile.slices.clamp(16, 64);
+        let mut tile = Self { rows: high, cols: across, depth: depth_for(slices), slices, wide: false };
+        let too_big = |tile: &Self| tile.workgroup_bytes() > limits.workgroup_bytes;
+        while too_big(&tile) && tile.depth > 16 {
+            tile.depth /= 2;
         }
-        while tile.workgroup_bytes() > limits.workgroup_bytes && tile.depth > 1 {
+        while too_big(&tile) && tile.slices > 1 {
+            tile.slices /= 2;
+        }
+        while too_big(&tile) && tile.depth > 4 {
             tile.depth /= 2;
         }
         tile
@@ -91,6 +94,11 @@ impl Tile {
     pub(super) fn grid(self, rows: usize, cols: usize) -> [u32; 2] {
         [cols.div_ceil(self.cols as usize) as u32, rows.div_ceil(self.rows as usize) as u32]
     }
+}
+
+/// Every slice gets a few depths of each tile, and threads wait for each other seldom.
+fn depth_for(slices: u32) -> u32 {
+    if slices == 1 { 16 } else { (4 * slices).clamp(32, 64) }
 }
 
 fn side(len: usize) -> u32 {
@@ -202,6 +210,7 @@ mod tests {
         for side in [tile.rows, tile.cols, tile.depth, tile.slices] {
             assert!(side.is_power_of_two(), "{tile:?}");
         }
+        assert!(tile.depth >= 4, "{tile:?}");
         let block = if tile.wide { 8 } else { 4 };
         assert!(tile.rows >= block && tile.cols >= block, "{tile:?}");
         assert!(tile.slices == 1 || !tile.wide, "{tile:?}");
@@ -227,7 +236,7 @@ mod tests {
         #[test]
         fn tiles_stay_within_limits(
             rows in 1usize..5000, cols in 1usize..5000,
-            invocations in 1u32..2000, workgroup_bytes in 1024u32..70_000,
+            invocations in 1u32..2000, workgroup_bytes in 4096u32..70_000,
         ) {
             let limits = Limits { invocations, workgroup_bytes, ..WEBGPU };
             assert_tile_is_sound(Tile::new(rows, cols, limits), limits);

@@ -44,6 +44,8 @@ pub(super) struct Factor {
     pub(super) dtype: DType,
     /// Whether neighbours in memory are neighbours along the depth.
     pub(super) deep: bool,
+    /// Whether four neighbours may be read at once.
+    pub(super) quads: bool,
 }
 
 /// What becomes of a sum.
@@ -114,9 +116,8 @@ impl Sum {
         let Tile { rows, cols, depth, slices, wide } = self.tile;
         writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
         writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {}u;", self.tile.folded())?;
-        let names = [("Lhs", "LHS"), ("Rhs", "RHS"), ("MoreLhs", "MORE_LHS"), ("MoreRhs", "MORE_RHS")];
-        for ((alias, flag), Factor { dtype, deep }) in names.into_iter().zip(self.factors) {
-            writeln!(text, "alias {alias} = {dtype};\nconst {flag}_DEEP = {deep};")?;
+        for ((operand, side), (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
+            factor.write(text, operand, side, binding)?;
         }
         writeln!(text, "const HAS_MORE = {};", self.more)?;
         writeln!(text, "const HAS_INIT = {};\nalias Init = {};", self.init.is_some(), self.init.unwrap_or(DType::F32))?;
@@ -127,6 +128,25 @@ impl Sum {
                 writeln!(text, "const ADD_TO_OUT = {add};")
             }
         }
+    }
+}
+
+/// The factors, each with the side of the tile that it fills.
+const OPERANDS: [(&str, &str); 4] = [("lhs", "lhs"), ("rhs", "rhs"), ("more_lhs", "lhs"), ("more_rhs", "rhs")];
+
+impl Factor {
+    /// Of a product that there is not.
+    pub(super) const ABSENT: Self = Self { dtype: DType::F32, deep: true, quads: false };
+
+    /// operand.wgsl, for one of the factors.
+    fn write(self, text: &mut String, operand: &str, side: &str, binding: u32) -> std::fmt::Result {
+        let Self { dtype, deep, quads } = self;
+        let unit = if quads { format!("vec4<{dtype}>") } else { dtype.to_string() };
+        writeln!(text, "alias {operand}_elem = {dtype};\nalias {operand}_unit = {unit};")?;
+        writeln!(text, "const {operand}_BINDING = {binding};\nconst {operand}_DEEP = {deep};\nconst {operand}_QUADS = {quads};")?;
+        let tile = side.to_uppercase() + "_TILE";
+        let file = include_str!("../../../shaders/operand.wgsl");
+        writeln!(text, "{}", file.replace("OPERAND", operand).replace("SIDE_TILE", &tile).replace("SIDE", side))
     }
 }
 
@@ -166,8 +186,8 @@ mod tests {
                 Finish::Adam,
             ];
             for (tile, finish) in tiles.into_iter().flat_map(|tile| finishes.map(|finish| (tile, finish))) {
-                for (more, deep) in [(false, false), (true, true), (true, false)] {
-                    let factor = |dtype| Factor { dtype, deep };
+                for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
+                    let factor = |dtype| Factor { dtype, deep, quads };
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
                     let init = more.then_some(elem);
                     assert_valid(Kernel::Sum(Sum { tile, factors, more, init, finish }), elem);

@@ -125,30 +125,23 @@ impl<'a> Sum<'a> {
         (out.rows, out.cols)
     }
 
-    /// `lhs rhs more_lhs more_rhs init`, where they are.
-    fn read(&self) -> [Option<Matrix<'a>>; 5] {
+    /// `lhs rhs more_lhs more_rhs`, where they are.
+    fn factors(&self) -> [Option<Matrix<'a>>; 4] {
         let [lhs, rhs] = sides(self.update);
         let [more_lhs, more_rhs] = sides(self.base);
-        let init = if let Init::Matrix(init) = self.init { Some(init) } else { None };
-        [lhs, rhs, more_lhs, more_rhs, init]
+        [lhs, rhs, more_lhs, more_rhs]
+    }
+
+    /// The matrix that it begins with, if it begins with one.
+    fn init(&self) -> Option<Matrix<'a>> {
+        if let Init::Matrix(init) = self.init { Some(init) } else { None }
     }
 
     /// Every matrix with the axes it lies over.
     fn operands(&self) -> Vec<Operand> {
-        let read = self.read().into_iter().zip(READ_OVER).filter_map(|(matrix, axes)| Some(matrix?.over(axes)));
-        read.chain(self.finish.outputs().iter().map(|out| out.over(OUTPUT))).collect()
-    }
-
-    /// The shader that computes it.
-    fn kernel(&self, tile: Tile) -> Kernel {
-        let [lhs, rhs, more_lhs, more_rhs, init] = self.read();
-        let finish = match self.finish {
-            Finish::Store(out) => shader::Finish::Store { out: out.dtype, add: matches!(self.init, Init::Output) },
-            Finish::Adam { .. } => shader::Finish::Adam,
-        };
-        // The depth is across the columns of a left side, and along the rows of a right side.
-        let factors = [factor(lhs, 1), factor(rhs, 0), factor(more_lhs, 1), factor(more_rhs, 0)];
-        Kernel::Sum(shader::Sum { tile, factors, more: self.base.is_some(), init: init.map(|init| init.dtype), finish })
+        let factors = self.factors().into_iter().zip(FACTORS).filter_map(|(matrix, axes)| Some(matrix?.over(axes)));
+        let whole = self.init().into_iter().chain(self.finish.outputs());
+        factors.chain(whole.map(|matrix| matrix.over(OUTPUT))).collect()
     }
 
     fn rate(&self) -> [f32; 5] {
@@ -161,20 +154,15 @@ impl<'a> Sum<'a> {
 
 /// The axes of an output.
 const OUTPUT: [Axis; 2] = [Axis::Rows, Axis::Cols];
-/// The axes of what is [`read`](Sum::read).
-const READ_OVER: [[Axis; 2]; 5] =
-    [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::MoreDepth], [Axis::MoreDepth, Axis::Cols], OUTPUT];
+/// The axes of `lhs rhs more_lhs more_rhs`, as they are stored.
+const FACTORS: [[Axis; 2]; 4] =
+    [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::MoreDepth], [Axis::MoreDepth, Axis::Cols]];
 
 fn sides(product: Option<Product<'_>>) -> [Option<Matrix<'_>>; 2] {
     product.map_or([None, None], |Product { lhs, rhs }| [Some(lhs), Some(rhs)])
 }
 
-fn factor(matrix: Option<Matrix<'_>>, depth: usize) -> Factor {
-    let absent = Factor { dtype: DType::F32, deep: true };
-    matrix.map_or(absent, |matrix| Factor { dtype: matrix.dtype, deep: matrix.strides[depth] == 1 })
-}
-
-/// Where an element lies within a binding: `offset + i·row + j·col`.
+/// `struct Place` of engine.wgsl: the element `i, j` of a piece is at `offset + i·row + j·col` of a binding.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 struct Place {
@@ -184,12 +172,26 @@ struct Place {
     unused: u32,
 }
 
+/// `struct Factor` of engine.wgsl: the number `i` along the side and `p` along the depth is at `offset + i·along + p·down`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct FactorPlace {
+    offset: u32,
+    along: u32,
+    down: u32,
+    unused: u32,
+    len: u32,
+    depth: u32,
+    unused_too: [u32; 2],
+}
+
 /// `struct Sum` of engine.wgsl.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Uniforms {
     sizes: [u32; 4],
-    read: [Place; 5],
+    factors: [FactorPlace; 4],
+    init: Place,
     out: Place,
     moments: Place,
     scale: f32,
@@ -232,26 +234,50 @@ impl<E: Float> WebGpu<E> {
     /// Launches a piece.
     fn piece(&self, sum: &Sum<'_>, tile: Tile, piece: Piece) -> Result<()> {
         let sum = if piece.begins() { *sum } else { Sum { init: Init::Output, ..*sum } };
-        // Something must be bound; what the shader does not read may be anything.
-        let absent = || (Slice::all(self.one.raw()), Place::default());
-        let read = sum.read().into_iter().zip(READ_OVER);
-        let read = read.map(|(matrix, axes)| matrix.map_or_else(absent, |matrix| self.part(matrix, axes, &piece)));
-        let outputs = sum.finish.outputs();
-        let written = outputs.iter().map(|&out| self.part(out, OUTPUT, &piece));
-        let (operands, places): (Vec<_>, Vec<_>) = read.chain(written).unzip();
-        let [rows, cols, depth, more_depth] = piece.0.map(|range| range.len() as u32);
+        let mut operands = Vec::with_capacity(8);
+        let mut factors = [(FactorPlace::default(), Factor::ABSENT); 4];
+        for (side, (factor, matrix)) in factors.iter_mut().zip(sum.factors()).enumerate() {
+            let place = self.bind(&mut operands, matrix, FACTORS[side], &piece);
+            if let Some(matrix) = matrix {
+                *factor = read_as(matrix, FACTORS[side], place, &piece);
+            }
+        }
+        let init = self.bind(&mut operands, sum.init(), OUTPUT, &piece);
+        let outputs = sum.finish.outputs().into_iter();
+        let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
+        let finish = match sum.finish {
+            Finish::Store(out) => shader::Finish::Store { out: out.dtype, add: matches!(sum.init, Init::Output) },
+            Finish::Adam { .. } => shader::Finish::Adam,
+        };
+        let kernel = Kernel::Sum(shader::Sum {
+            tile,
+            factors: factors.map(|(_, factor)| factor),
+            more: sum.base.is_some(),
+            init: sum.init().map(|init| init.dtype),
+            finish,
+        });
+        let sizes = piece.0.map(|range| range.len() as u32);
         let uniforms = Uniforms {
-            sizes: [rows, cols, depth, more_depth],
-            read: [places[0], places[1], places[2], places[3], places[4]],
-            moments: places[5], // Adam writes m and v first; what is stored is the only output
-            out: places[places.len() - 1],
+            sizes,
+            factors: factors.map(|(place, _)| place),
+            init,
+            out: outputs[outputs.len() - 1],
+            moments: outputs[0], // Adam writes m and v before w; what is stored is the only output
             scale: sum.scale,
             rate: sum.rate(),
             ..Zeroable::zeroed()
         };
-        let grid = tile.grid(rows as usize, cols as usize);
-        let uniforms = bytemuck::bytes_of(&uniforms);
-        self.launch(Launch { kernel: sum.kernel(tile), uniforms, operands: &operands, grid })
+        let grid = tile.grid(sizes[0] as usize, sizes[1] as usize);
+        self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid })
+    }
+
+    /// Adds the part of a matrix that a piece touches to the operands of a launch, and says where in it its elements lie.
+    fn bind<'a>(&'a self, operands: &mut Vec<Slice<'a>>, matrix: Option<Matrix<'a>>, axes: [Axis; 2], piece: &Piece) -> Place {
+        // Something must be bound; what the shader does not read may be anything.
+        let absent = || (Slice::all(self.one.raw()), Place::default());
+        let (slice, place) = matrix.map_or_else(absent, |matrix| self.part(matrix, axes, piece));
+        operands.push(slice);
+        place
     }
 
     /// The bytes of a matrix that a piece touches, and where in them its elements lie.
@@ -267,4 +293,17 @@ impl<E: Float> WebGpu<E> {
         let place = Place { offset: ((start - bound) / size) as u32, row: row as u32, col: col as u32, unused: 0 };
         (Slice { buffer: matrix.buffer, bytes: bound..end }, place)
     }
+}
+
+/// Where a factor lies, seen from its side and its depth, and how it is read: four numbers at once where every line begins and
+/// ends with a whole four.
+fn read_as(matrix: Matrix<'_>, axes: [Axis; 2], place: Place, piece: &Piece) -> (FactorPlace, Factor) {
+    let on_the_left = axes[0] == Axis::Rows;
+    let Place { offset, row, col, .. } = place;
+    let [rows, cols] = axes.map(|axis| piece.len(axis) as u32);
+    let (along, down, len, depth) = if on_the_left { (row, col, rows, cols) } else { (col, row, cols, rows) };
+    let deep = down == 1;
+    let (line, step) = if deep { (depth, along) } else { (len, down) };
+    let quads = len > 0 && depth > 0 && (deep || along == 1) && [offset, line, step].iter().all(|count| count % 4 == 0);
+    (FactorPlace { offset, along, down, len, depth, ..Zeroable::zeroed() }, Factor { dtype: matrix.dtype, deep, quads })
 }

@@ -144,7 +144,9 @@ impl Piece {
     /// Two pieces that make up this one. Where a depth is cut, the other product stays with the first half.
     fn halves(self, axis: Axis) -> [Self; 2] {
         let Range { start, end } = self.range(axis);
-        let middle = start + (end - start) / 2;
+        let half = (end - start) / 2;
+        // Whole fours can be read four at a time.
+        let middle = start + if half < 4 { half } else { half / 4 * 4 };
         let (mut first, mut second) = (self.clone(), self);
         first.0[axis as usize].end = middle;
         second.0[axis as usize].start = middle;

@@ -242,6 +242,11 @@ impl<E: Float> WebGpu<E> {
                 *factor = read_as(matrix, FACTORS[side], place, &piece);
             }
         }
+        // Both sides of a product are read in fours, or neither: fewer shaders to compile.
+        for [(_, lhs), (_, rhs)] in factors.as_chunks_mut().0 {
+            lhs.quads &= rhs.quads;
+            rhs.quads = lhs.quads;
+        }
         let init = self.bind(&mut operands, sum.init(), OUTPUT, &piece);
         let outputs = sum.finish.outputs().into_iter();
         let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();

@@ -1,8 +1,10 @@
 //! Hand-written kernels for low-rank (LoRA) updates.
 
+pub mod autograd;
 pub mod backend;
 mod element;
 mod error;
+pub mod nn;
 pub mod op;
 pub mod random;
 mod tensor;

@@ -4,6 +4,8 @@ pub mod autograd;
 pub mod backend;
 mod element;
 mod error;
+#[cfg(feature = "mnist")]
+pub mod mnist;
 pub mod nn;
 pub mod op;
 pub mod random;

@@ -9,6 +9,8 @@ use lowrank::nn::{Adam, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets}
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 
+use crate::whole;
+
 /// What may be chosen.
 pub struct Settings {
     /// Of the initial weights and the shuffles.
@@ -124,7 +126,7 @@ pub fn run<B: Backend>(
     let base_unchanged = same_bits(&before, &weights(backend, &mlp)?);
     mlp.set_adapters_enabled(false)?;
     let off = score(backend, &mlp, &mnist.test)?;
-    adapter::save(backend, &mlp, dir)?;
+    whole::uncut(|| adapter::save(backend, &mlp, dir))?;
 
     // A model that has never seen the adapters, but for the files.
     let mut again = copy(backend, &mlp)?;

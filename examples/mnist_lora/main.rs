@@ -30,9 +30,7 @@ use experiment::Settings;
 use progress::Watch;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    match whole::guard_against_ctrl_c().map_err(|error| error.to_string()).and_then(|()| start(&args).map_err(|e| e.to_string()))
-    {
+    match start(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -43,6 +41,7 @@ fn main() -> ExitCode {
 
 /// Opens the backend before the data: to hear that it is missing should not take a download.
 fn start(args: &Args) -> Result<()> {
+    whole::guard_against_ctrl_c()?;
     match args.backend {
         Device::Auto | Device::Cpu => show(&cpu(args)?, args),
         Device::Webgpu => Err(not_compiled("webgpu")),
@@ -77,7 +76,7 @@ fn show<B: Backend>(backend: &B, args: &Args) -> Result<()> {
         whole::write(path, format!("{figures:#}\n").as_bytes())?;
         println!("every figure is in {}", path.display());
     }
-    Ok(())
+    report::verdict(&outcome)
 }
 
 /// The network is oversized on purpose: its update does not need to be.

@@ -1,6 +1,7 @@
 //! What the experiment found, as tables and as JSON.
 
 use lowrank::mnist::{DIGITS, Mnist};
+use lowrank::{Error, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -22,6 +23,14 @@ fn checks(outcome: &Outcome) -> [(&'static str, &'static str, bool); 4] {
         ("reloaded_equals", "saved and loaded again, every logit is the same", reloaded == on),
         ("merged_equals_on", "merged, every logit is the same within rounding", merged_difference <= merged_tolerance),
     ]
+}
+
+/// Errors: [`Error::Value`] if a check does not hold, so that scripts notice.
+pub fn verdict(outcome: &Outcome) -> Result<()> {
+    match checks(outcome).into_iter().find(|(.., holds)| !holds) {
+        None => Ok(()),
+        Some((name, ..)) => Err(Error::Value { verb: "mnist_lora", name, got: "false".into(), want: "true" }),
+    }
 }
 
 /// Prints the findings.

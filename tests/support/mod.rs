@@ -3,6 +3,8 @@
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
 pub mod bounds;
+#[cfg(feature = "adapter")]
+pub mod cases;
 pub mod data;
 pub mod oracle;
 pub mod suite;

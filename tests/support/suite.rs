@@ -34,16 +34,16 @@ macro_rules! suite {
 }
 
 /// What the device puts out for a layer.
-struct Got<E> {
-    h: Vec<f32>,
-    y: Vec<E>,
-    da: Vec<f32>,
-    db: Vec<f32>,
-    dbias: Vec<f32>,
-    dx: Vec<E>,
+pub struct Got<E> {
+    pub h: Vec<f32>,
+    pub y: Vec<E>,
+    pub da: Vec<f32>,
+    pub db: Vec<f32>,
+    pub dbias: Vec<f32>,
+    pub dx: Vec<E>,
 }
 
-fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
+pub fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
     let (m, k, n, r) = (layer.x.rows, layer.x.cols, layer.w.rows, layer.a.rows);
     let [x, w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
@@ -127,7 +127,7 @@ pub fn lora_without_bias_or_dx_computes_the_rest<B: Backend>(backend: &B) {
 }
 
 /// `y`, `dx`, `dW`, `dbias` of the base layer.
-fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> (Vec<B::Elem>, Vec<B::Elem>, Vec<f32>, Vec<f32>) {
+pub fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> (Vec<B::Elem>, Vec<B::Elem>, Vec<f32>, Vec<f32>) {
     let (m, k, n) = (layer.x.rows, layer.x.cols, layer.w.rows);
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));

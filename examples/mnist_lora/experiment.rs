@@ -43,6 +43,8 @@ pub struct Progress {
     pub steps: usize,
     /// Mean loss of the last few.
     pub loss: f32,
+    /// Since the phase began.
+    pub seconds: f64,
 }
 
 /// A phase of training.
@@ -104,6 +106,9 @@ pub fn run<B: Backend>(
     dir: &Path,
     watch: &mut dyn FnMut(&Progress),
 ) -> Result<Outcome> {
+    let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
+    config.check()?; // now, not after minutes of training
+    settings.digit.map_or(Ok(()), |digit| shown(&mnist.train, digit).map(drop))?;
     let rng = &mut Rng::new(settings.seed);
     let pixels = mnist.train.images().rows() * mnist.train.images().cols();
     let sizes: Vec<usize> = [&[pixels], &settings.hidden[..], &[DIGITS]].concat();
@@ -115,8 +120,6 @@ pub fn run<B: Backend>(
     let digit = settings.digit.unwrap_or_else(|| worst(&base.errors));
     let before = weights(backend, &mlp)?;
 
-    let init = Init::Gaussian { std: 1.0 };
-    let config = LoraConfig { init, ..LoraConfig::new(settings.rank, settings.alpha) };
     mlp.add_adapters(backend, Targets::All, &config, rng)?;
     let params = mlp.parameter_report();
     let batches = batches_of(&mnist.train, digit, settings, rng)?;
@@ -175,7 +178,7 @@ fn train<B: Backend>(
             let got = format!("{loss} after {} steps", losses.len());
             return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate" });
         }
-        watch(&Progress { phase, step: losses.len(), steps: batches.len(), loss });
+        watch(&Progress { phase, step: losses.len(), steps: batches.len(), loss, seconds: began.elapsed().as_secs_f64() });
     }
     Ok(Phase { losses, seconds: began.elapsed().as_secs_f64() })
 }
@@ -192,14 +195,19 @@ fn step<B: Backend>(backend: &B, mlp: &mut Mlp<B>, adam: &mut Adam<B>, split: &S
     Ok(loss)
 }
 
-/// Batches of one digit: its images in random order, and in another when they run out.
-fn batches_of(split: &Split, digit: u8, settings: &Settings, rng: &mut Rng) -> Result<Vec<Vec<usize>>> {
+/// The images of a digit. Errors: [`Error::Value`] if there are none.
+fn shown(split: &Split, digit: u8) -> Result<Vec<usize>> {
     let rows = split.of_digit(digit);
     if rows.is_empty() {
         let got = format!("{digit}, which no training image shows");
         return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there" });
     }
-    let mut batches = Vec::new();
+    Ok(rows)
+}
+
+/// Batches of one digit: its images in random order, and in another when they run out.
+fn batches_of(split: &Split, digit: u8, settings: &Settings, rng: &mut Rng) -> Result<Vec<Vec<usize>>> {
+    let (rows, mut batches) = (shown(split, digit)?, Vec::new());
     while batches.len() < settings.batches {
         batches.extend(shuffled_batches(rows.clone(), settings.batch, rng));
     }

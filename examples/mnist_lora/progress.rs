@@ -23,25 +23,24 @@ pub fn download(name: &str, bytes: Option<u64>) -> ProgressBar {
 pub struct Watch {
     bar: Option<ProgressBar>,
     phase: &'static str,
-    began: Instant,
     printed: Instant,
 }
 
 impl Watch {
     /// Nothing shown yet.
     pub fn new() -> Self {
-        Self { bar: None, phase: "", began: Instant::now(), printed: Instant::now() }
+        Self { bar: None, phase: "", printed: Instant::now() }
     }
 
     /// Shows where a phase stands.
     pub fn show(&mut self, at: &Progress) {
         if self.phase != at.phase {
-            (self.phase, self.began, self.printed) = (at.phase, Instant::now(), Instant::now());
+            (self.phase, self.printed) = (at.phase, Instant::now());
             let bar = ProgressBar::new(at.steps as u64).with_prefix(at.phase);
             let bar = bar.with_style(style("{prefix:9} {bar:30} {pos}/{len}  {msg}  {elapsed} of about {duration}"));
             self.bar = std::io::stderr().is_terminal().then_some(bar);
         }
-        let rate = at.step as f64 / self.began.elapsed().as_secs_f64().max(1e-9);
+        let rate = at.step as f64 / at.seconds.max(1e-9);
         let text = format!("loss {:.4}  {rate:.0} steps/s", at.loss);
         let done = at.step == at.steps;
         match &self.bar {

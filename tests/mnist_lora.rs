@@ -8,7 +8,7 @@ mod experiment;
 #[path = "../examples/mnist_lora/whole.rs"]
 mod whole;
 
-use experiment::{Outcome, Progress, Settings, same_bits};
+use experiment::{Outcome, Progress, Settings, difference, same_bits};
 use lowrank::mnist::Mnist;
 use lowrank::{Backend, Cpu, Error, Result, bf16};
 
@@ -34,9 +34,9 @@ fn assert_story<B: Backend>(outcome: &Outcome) {
     assert_eq!(base.errors.iter().max(), Some(&base.errors[digit]), "the worst digit is chosen");
     assert!(on.errors[digit] * 2 <= base.errors[digit], "digit {digit}: {:?}, then {:?}", base.errors, on.errors);
     assert!(outcome.base_unchanged);
-    assert_eq!(off, base);
-    assert_eq!(reloaded, on);
-    assert_ne!(on.logits, base.logits, "adapters that change nothing would pass the rest");
+    assert!(off == base, "off is not what it was before");
+    assert!(reloaded == on, "reloaded is not what was saved");
+    assert!(on.logits != base.logits, "adapters that change nothing would pass the rest");
     assert!(merged_difference <= merged_tolerance, "merged is {merged_difference} away, {merged_tolerance} at most");
 }
 
@@ -57,8 +57,10 @@ fn sixteen_bit_weights_tell_the_same_story() {
 }
 
 /// Means of 15 steps each. Another vector unit adds in another order, and Adam's division makes more of the difference.
-const LOSSES: [f32; 10] = [0.0; 10];
-const LOSSES_WITHIN: f32 = 1e-3;
+/// (AVX-512, AVX2 and scalar: 3e-7.) The rest is room for another machine's sines, which may move a shade of a drawn digit.
+const LOSSES: [f32; 10] =
+    [2.2224567, 2.1247501, 1.7909131, 1.4994864, 1.3620938, 1.0860733, 0.93678796, 0.9137313, 1.0302033, 0.8388789];
+const LOSSES_WITHIN: f32 = 1e-4;
 
 #[test]
 fn the_losses_are_those_written_down() {
@@ -97,6 +99,13 @@ fn settings_that_make_no_sense_are_refused() {
     assert_eq!(refused(Settings { lr: -1.0, ..settings() }), "lr");
     assert_eq!(refused(Settings { digit: Some(10), ..settings() }), "digit");
     assert_eq!(refused(Settings { lr: 1e30, ..settings() }), "loss");
-    let untrained = run(&cpu, &Settings { epochs: 0, batches: 0, ..settings() }, &mut |_| {}).unwrap();
-    assert_eq!(untrained.on, untrained.base, "an adapter that was not tuned changes nothing");
+}
+
+/// Within rounding: the low-rank term lengthens the sums of the blocked engine, which then cuts them elsewhere.
+#[test]
+fn an_adapter_that_was_not_tuned_changes_nothing() {
+    let settings = Settings { epochs: 0, batches: 0, ..settings() };
+    let untuned = run(&Cpu::<f32>::new().unwrap(), &settings, &mut |_| {}).unwrap();
+    assert!(difference(&untuned.base.logits, &untuned.on.logits) <= untuned.merged_tolerance);
+    assert!(untuned.off == untuned.base && untuned.base_unchanged);
 }

@@ -233,7 +233,7 @@ fn score<B: Backend>(backend: &B, mlp: &Mlp<B>, split: &Split) -> Result<Score> 
 }
 
 /// The largest difference, relative to the largest number.
-fn difference(a: &[f32], b: &[f32]) -> f64 {
+pub fn difference(a: &[f32], b: &[f32]) -> f64 {
     let largest = a.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
     let apart = a.iter().zip(b).fold(0.0f32, |apart, (a, b)| apart.max((a - b).abs()));
     f64::from(apart) / f64::from(largest.max(f32::MIN_POSITIVE))

@@ -28,8 +28,8 @@ pub fn errors(outcome: &Outcome) -> Result<String> {
             .x_label_area_size(36)
             .y_label_area_size(48)
             .build_cartesian_2d(-0.5..DIGITS as f64 - 0.5, 0.0..highest as f64 * 1.1)?;
-        let digit = |x: &f64| format!("{x:.0}");
-        chart.configure_mesh().disable_x_mesh().x_labels(DIGITS).x_label_formatter(&digit).label_style(FONT).draw()?;
+        let mut mesh = chart.configure_mesh();
+        mesh.disable_x_mesh().x_labels(DIGITS).x_label_formatter(&whole).y_label_formatter(&whole).label_style(FONT).draw()?;
         for (name, errors, color, left) in
             [("before", &outcome.base.errors, BEFORE, -0.36), ("adapters on", &outcome.on.errors, ON, 0.02)]
         {
@@ -65,9 +65,14 @@ fn curve(panel: &Panel<'_>, caption: &str, phase: &Phase, window: usize) -> Draw
         .x_label_area_size(36)
         .y_label_area_size(56)
         .build_cartesian_2d(0.0..phase.losses.len().max(1) as f64, 0.0..highest * 1.05)?;
-    chart.configure_mesh().x_labels(5).x_desc("step").y_desc("loss").label_style(FONT).draw()?;
+    let mut mesh = chart.configure_mesh();
+    mesh.x_labels(5).x_label_formatter(&whole).x_desc("step").y_desc("loss").label_style(FONT).draw()?;
     chart.draw_series(LineSeries::new(points, ON.stroke_width(2)))?;
     Ok(())
+}
+
+fn whole(x: &f64) -> String {
+    format!("{x:.0}")
 }
 
 fn svg(size: (u32, u32), draw: impl FnOnce(&Panel<'_>) -> Drawn) -> Result<String> {

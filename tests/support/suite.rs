@@ -126,8 +126,11 @@ pub fn lora_without_bias_or_dx_computes_the_rest<B: Backend>(backend: &B) {
     assert_exact("db", &down(backend, &db), &want.db);
 }
 
-/// `y`, `dx`, `dW`, `dbias` of the base layer.
-pub fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> (Vec<B::Elem>, Vec<B::Elem>, Vec<f32>, Vec<f32>) {
+/// `y`, `dx`, `dW`, `dbias`
+pub type LinearGot<E> = (Vec<E>, Vec<E>, Vec<f32>, Vec<f32>);
+
+/// The base layer on the device.
+pub fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> LinearGot<B::Elem> {
     let (m, k, n) = (layer.x.rows, layer.x.cols, layer.w.rows);
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));

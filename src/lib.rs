@@ -7,6 +7,8 @@ pub mod backend;
 mod element;
 mod error;
 pub mod file;
+#[cfg(feature = "mnist")]
+pub mod mnist;
 pub mod nn;
 pub mod op;
 pub mod random;

@@ -8,7 +8,7 @@ use lowrank::autograd::Tape;
 use lowrank::nn::{Adam, Mlp};
 use lowrank::op::{self, AdamRate, Labels, LinearForward, LoraBackward, LoraForward, LoraMerge, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Backend, Cpu, DType, Float, Tensor, bf16};
+use lowrank::{Backend, Cpu, Float, Tensor, bf16};
 
 /// Rows, inputs, outputs, rank.
 struct Shape {

@@ -1,8 +1,32 @@
 //! Hand-written kernels for low-rank (LoRA) updates.
+//!
+//! ```text
+//! h = x·Aᵀ        y = x·Wᵀ + bias + scale·h·Bᵀ        W += scale·B·A
+//! ```
+//!
+//! One trait, [`Backend`], and three implementations of its verbs: SIMD on the CPU ([`Cpu`]), WGSL through wgpu (feature
+//! `webgpu`), PTX through cudarc (feature `cuda`). A low-rank update is more depth of the same sum of products, so the adapter
+//! rides along in the product that the base layer needs anyway, and no backend makes a matrix of the weight's size.
+//!
+//! Where to begin:
+//! - [`op`]: a request a verb, for those who link the kernels. The letters `m k n r` are explained there.
+//! - [`nn`] on [`autograd`]: layers with adapters, Adam, a tape; enough to train a small network.
+//! - [`adapter`]: the folders that PEFT reads and writes.
+//! - `examples/mnist_lora`: all of it in one run.
+//!
+//! To read the crate: [`op`] (what is asked) → [`backend`] (the seam) → `backend/cpu/lora.rs` (a verb, as the sums it is) →
+//! `backend/cpu/gemm` (the engine) → `backend/cpu/simd` (sixteen lanes on any CPU).
 
+#[cfg(feature = "adapter")]
+pub mod adapter;
+pub mod autograd;
 pub mod backend;
 mod element;
 mod error;
+pub mod file;
+#[cfg(feature = "mnist")]
+pub mod mnist;
+pub mod nn;
 pub mod op;
 pub mod random;
 mod tensor;
@@ -14,3 +38,8 @@ pub use backend::webgpu::WebGpu;
 pub use element::{DType, Element, Float, bf16, f16};
 pub use error::{Error, Result};
 pub use tensor::{Shape, Tensor};
+
+/// The README's examples run with the tests.
+#[cfg(all(doctest, feature = "adapter"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::io::Write as _;
 use std::sync::OnceLock;
 
 use lowrank::backend::webgpu::Limits;
@@ -21,7 +22,8 @@ fn adapter<E: Float>(required: &str, open: impl Fn() -> Result<WebGpu<E>>) -> Op
             let demanded = std::env::var("LOWRANK_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == required));
             assert!(!demanded, "{error}, and LOWRANK_REQUIRE asks for {required}");
             let thread = std::thread::current();
-            eprintln!("not run: {}: {error}", thread.name().unwrap_or("a test"));
+            // Not `eprintln!`, which is seen only when a test fails.
+            let _ = writeln!(std::io::stderr(), "not run: {}: {error}", thread.name().unwrap_or("a test"));
             None
         }
         Err(error) => panic!("{error}"),

@@ -30,10 +30,18 @@ fn adapter<E: Float>(required: &str, open: impl Fn() -> Result<WebGpu<E>>) -> Op
     }
 }
 
+/// What a later caller is told too; errors themselves cannot be cloned.
+fn reason(error: Error) -> String {
+    match error {
+        Error::Unavailable { reason, .. } => reason,
+        error => panic!("{error}"),
+    }
+}
+
 fn shared_f32() -> Option<WebGpu<f32>> {
     static GPU: OnceLock<Result<WebGpu<f32>, String>> = OnceLock::new();
     adapter("webgpu", || {
-        let gpu = GPU.get_or_init(|| WebGpu::new().map_err(|error| error.to_string()));
+        let gpu = GPU.get_or_init(|| WebGpu::new().map_err(reason));
         gpu.clone().map_err(|reason| Error::Unavailable { backend: "webgpu", reason })
     })
 }
@@ -43,7 +51,7 @@ fn shared_f16() -> Option<WebGpu<f16>> {
     let wide = shared_f32()?;
     adapter("webgpu-f16", || {
         let open = || WebGpu::from_device(wide.wgpu_device().clone(), wide.wgpu_queue().clone());
-        let gpu = GPU.get_or_init(|| open().map_err(|error| error.to_string()));
+        let gpu = GPU.get_or_init(|| open().map_err(reason));
         gpu.clone().map_err(|reason| Error::Unavailable { backend: "webgpu", reason })
     })
 }

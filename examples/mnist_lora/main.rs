@@ -44,6 +44,9 @@ fn start(args: &Args) -> Result<()> {
     whole::guard_against_ctrl_c()?;
     match args.backend {
         Device::Auto | Device::Cpu => show(&cpu(args)?, args),
+        #[cfg(feature = "webgpu")]
+        Device::Webgpu => show(&lowrank::WebGpu::<f32>::new()?, args),
+        #[cfg(not(feature = "webgpu"))]
         Device::Webgpu => Err(not_compiled("webgpu")),
         Device::Cuda => Err(not_compiled("cuda")),
     }

@@ -49,7 +49,7 @@ pub struct Images {
 impl Images {
     /// From `count · rows · cols` pixels. Errors: [`Error::Value`] for empty images, or a part of one.
     pub fn new(rows: usize, cols: usize, pixels: Vec<u8>) -> Result<Self> {
-        let size = rows.checked_mul(cols).filter(|&size| size > 0 && pixels.len() % size == 0);
+        let size = rows.checked_mul(cols).filter(|&size| size > 0 && pixels.len().is_multiple_of(size));
         Error::unless(size.is_some(), "images", "pixels", pixels.len(), "a whole number of images of at least one pixel")?;
         Ok(Self { rows, cols, pixels })
     }

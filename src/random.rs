@@ -46,7 +46,7 @@ impl Rng {
 
     /// Uniform in `[0, 1)`, with 53 random bits.
     pub fn unit(&mut self) -> f64 {
-        let bits = (u64::from(self.word()) << 32 | u64::from(self.word())) >> 11;
+        let bits = ((u64::from(self.word()) << 32) | u64::from(self.word())) >> 11;
         bits as f64 / (1u64 << 53) as f64
     }
 
@@ -63,7 +63,7 @@ impl Rng {
 
     /// Uniform in `0..n`; 0 if `n` is 0. The bias of the multiplication is below `n / 2³²`.
     pub fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.word()) as u128 * n as u128 >> 32) as usize
+        ((u128::from(self.word()) * n as u128) >> 32) as usize
     }
 
     /// Puts the items into a random order (Fisher and Yates).

@@ -17,7 +17,7 @@ pub struct Shape {
 
 impl Shape {
     /// `rows × cols` as a number of elements, if that number can be addressed.
-    pub fn len(self) -> Result<usize> {
+    pub fn elements(self) -> Result<usize> {
         let fits = self.rows.checked_mul(self.cols).filter(|&n| n <= isize::MAX as usize / 8);
         fits.ok_or(Error::TooLarge { shape: self, limit: "this machine can address" })
     }
@@ -45,13 +45,13 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     /// All zeros. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
     pub fn zeros(backend: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        Ok(Self { shape, buffer: backend.zeros(shape.len()?)? })
+        Ok(Self { shape, buffer: backend.zeros(shape.elements()?)? })
     }
 
     /// A copy of `host`, row by row. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn from_slice(backend: &B, shape: impl Into<Shape>, host: &[T]) -> Result<Self> {
         let shape = shape.into();
-        Error::unless(host.len() == shape.len()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        Error::unless(host.len() == shape.elements()?, "tensor", "host", host.len(), "rows · cols elements")?;
         Ok(Self { shape, buffer: backend.upload(host)? })
     }
 
@@ -59,7 +59,7 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     pub fn from_buffer(shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
         let shape = shape.into();
         let len = B::buffer_len(&buffer);
-        Error::unless(len == shape.len()?, "tensor", "buffer", len, "rows · cols elements")?;
+        Error::unless(len == shape.elements()?, "tensor", "buffer", len, "rows · cols elements")?;
         Ok(Self { shape, buffer })
     }
 
@@ -72,7 +72,7 @@ impl<B: Backend, T: Element> Tensor<B, T> {
 
     /// Overwrites the elements with those of `host`. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn copy_from_slice(&mut self, backend: &B, host: &[T]) -> Result<()> {
-        Error::unless(host.len() == self.shape.len()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        Error::unless(host.len() == self.shape.elements()?, "tensor", "host", host.len(), "rows · cols elements")?;
         backend.write(&mut self.buffer, host)
     }
 

@@ -53,7 +53,13 @@ impl<B: Backend> CrossEntropy<'_, B> {
     pub fn check(self) -> Result<Checked<Self>> {
         let Shape { rows: m, cols: n } = self.logits.shape();
         fits(Self::VERB, "labels", (m, 1), self.labels.tensor.shape())?;
-        Error::unless(self.labels.classes <= n, Self::VERB, "labels", self.labels.classes, "at most a class a column of `logits`")?;
+        Error::unless(
+            self.labels.classes <= n,
+            Self::VERB,
+            "labels",
+            self.labels.classes,
+            "at most a class a column of `logits`",
+        )?;
         fits(Self::VERB, "loss", (1, 1), self.loss.shape())?;
         fits(Self::VERB, "dlogits", (m, n), self.dlogits.shape())?;
         Ok(Checked(self))

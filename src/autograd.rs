@@ -1,0 +1,307 @@
+//! The tape: what was computed, in order, so that it can be differentiated in reverse.
+//!
+//! A tape borrows the parameters it reads, so nobody can update a weight that the backward pass will need. [`Tape::backward`]
+//! consumes the tape and hands out gradients that borrow nothing: only then may an optimizer run.
+//!
+//! ```
+//! use lowrank::{Cpu, Tensor, autograd::{Param, Tape}, op::Labels};
+//!
+//! let cpu = Cpu::<f32>::new()?;
+//! let weight = Param::new(Tensor::from_slice(&cpu, (2, 3), &[0.1, 0.2, 0.3, -0.3, -0.2, -0.1])?);
+//! let mut tape = Tape::new(&cpu);
+//! let x = tape.input(Tensor::from_slice(&cpu, (1, 3), &[1.0, 2.0, 3.0])?);
+//! let logits = tape.linear(x, &weight, None)?;
+//! let loss = tape.cross_entropy(logits, &Labels::new(&cpu, 2, &[1])?)?;
+//! let gradients = tape.backward()?;
+//! assert!(loss.to_vec(&cpu)?[0] > 1.0);
+//! assert!(gradients.get(&weight).is_some());
+//! # Ok::<(), lowrank::Error>(())
+//! ```
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::op::{
+    Add, CrossEntropy, Dropout, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, Relu, ReluBackward, WeightGrad,
+};
+use crate::tensor::Tensor;
+
+/// A tensor that an optimizer may update.
+#[derive(Debug)]
+pub struct Param<B: Backend> {
+    id: u64,
+    /// The numbers.
+    pub tensor: Tensor<B>,
+    /// Whether the backward pass computes its gradient. A frozen parameter is `false`.
+    pub trainable: bool,
+}
+
+impl<B: Backend> Param<B> {
+    /// A trainable parameter.
+    pub fn new(tensor: Tensor<B>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), tensor, trainable: true }
+    }
+
+    /// What gradients and optimizer state are filed under; no two parameters of a process share it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+}
+
+/// A value on a tape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Var(usize);
+
+/// The parameters of a low-rank layer, as [`Tape::lora_linear`] reads them.
+pub struct LoraParams<'m, B: Backend> {
+    /// `n×k`
+    pub w: &'m Param<B>,
+    /// `1×n`
+    pub bias: Option<&'m Param<B>>,
+    /// `r×k`
+    pub a: &'m Param<B>,
+    /// `n×r`
+    pub b: &'m Param<B>,
+    /// What the update is multiplied with.
+    pub scale: f32,
+    /// Which elements of the input the adapter does not see.
+    pub dropout: Option<Dropout>,
+}
+
+/// What made a value.
+enum Op<'m, B: Backend> {
+    Input,
+    Linear { x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>> },
+    Lora { x: Var, layer: LoraParams<'m, B>, h: Tensor<B, f32> },
+    Relu { x: Var },
+}
+
+struct Node<'m, B: Backend> {
+    op: Op<'m, B>,
+    /// Whether a gradient has anywhere to go from here.
+    wanted: bool,
+}
+
+/// A Wengert list: the values computed so far, in order.
+pub struct Tape<'m, B: Backend> {
+    backend: &'m B,
+    nodes: Vec<Node<'m, B>>,
+    values: Vec<Tensor<B>>,
+    seeds: Vec<(Var, Tensor<B>)>,
+}
+
+impl<'m, B: Backend> Tape<'m, B> {
+    /// An empty tape for one step.
+    pub fn new(backend: &'m B) -> Self {
+        Self { backend, nodes: Vec::new(), values: Vec::new(), seeds: Vec::new() }
+    }
+
+    /// The backend it computes on.
+    pub fn backend(&self) -> &'m B {
+        self.backend
+    }
+
+    /// Data: no gradient flows into it.
+    pub fn input(&mut self, x: Tensor<B>) -> Var {
+        self.push(Op::Input, false, x)
+    }
+
+    /// A value computed on this tape.
+    pub fn value(&self, var: Var) -> &Tensor<B> {
+        &self.values[var.0]
+    }
+
+    /// `y = x·Wᵀ + bias`
+    pub fn linear(&mut self, x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>>) -> Result<Var> {
+        let mut y = Tensor::zeros(self.backend, (self.value(x).rows(), w.tensor.rows()))?;
+        let bias_tensor = bias.map(|bias| &bias.tensor);
+        LinearForward { x: self.value(x), w: &w.tensor, bias: bias_tensor, y: &mut y }.run(self.backend)?;
+        let wanted = self.nodes[x.0].wanted || w.trainable || bias.is_some_and(|bias| bias.trainable);
+        Ok(self.push(Op::Linear { x, w, bias }, wanted, y))
+    }
+
+    /// `y = x·Wᵀ + bias + scale·h·Bᵀ`, `h = drop(x)·Aᵀ`
+    pub fn lora_linear(&mut self, x: Var, layer: LoraParams<'m, B>) -> Result<Var> {
+        let m = self.value(x).rows();
+        let mut h = Tensor::zeros(self.backend, (m, layer.a.tensor.rows()))?;
+        let mut y = Tensor::zeros(self.backend, (m, layer.w.tensor.rows()))?;
+        let LoraParams { w, bias, a, b, scale, dropout } = layer;
+        let (w, bias, a, b) = (&w.tensor, bias.map(|bias| &bias.tensor), &a.tensor, &b.tensor);
+        LoraForward { x: self.value(x), w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(self.backend)?;
+        let params = [Some(layer.w), layer.bias, Some(layer.a), Some(layer.b)];
+        let wanted = self.nodes[x.0].wanted || params.iter().flatten().any(|param| param.trainable);
+        Ok(self.push(Op::Lora { x, layer, h }, wanted, y))
+    }
+
+    /// `y = max(x, 0)`
+    pub fn relu(&mut self, x: Var) -> Result<Var> {
+        let mut y = Tensor::zeros(self.backend, self.value(x).shape())?;
+        Relu { x: self.value(x), y: &mut y }.run(self.backend)?;
+        let wanted = self.nodes[x.0].wanted;
+        Ok(self.push(Op::Relu { x }, wanted, y))
+    }
+
+    /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. What [`backward`](Self::backward) differentiates.
+    pub fn cross_entropy(&mut self, logits: Var, labels: &Labels<B>) -> Result<Tensor<B, f32>> {
+        let mut loss = Tensor::zeros(self.backend, (1, 1))?;
+        let mut dlogits = Tensor::zeros(self.backend, self.value(logits).shape())?;
+        CrossEntropy { logits: self.value(logits), labels, loss: &mut loss, dlogits: &mut dlogits }.run(self.backend)?;
+        self.seeds.push((logits, dlogits));
+        Ok(loss)
+    }
+
+    /// Gives a value a gradient from outside: that of a loss computed elsewhere. Errors: [`Error::Shape`].
+    pub fn seed(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
+        let (got, want) = (gradient.shape(), self.value(var).shape());
+        if got != want {
+            return Err(Error::Shape { verb: "seed", name: "gradient", got, want });
+        }
+        self.seeds.push((var, gradient));
+        Ok(())
+    }
+
+    /// The gradients of the sum of all losses, for every trainable parameter.
+    ///
+    /// Errors: [`Error::Value`] if a trainable parameter was used twice; those of the verbs.
+    pub fn backward(self) -> Result<Gradients<B>> {
+        let Tape { backend, nodes, values, seeds } = self;
+        let mut flow = Flow { backend, grads: values.iter().map(|_| None).collect() };
+        let mut gradients = Gradients { values, of: HashMap::new() };
+        for (var, gradient) in seeds {
+            flow.meet(var, gradient)?;
+        }
+        for (y, node) in nodes.iter().enumerate().rev() {
+            if let (true, Some(dy)) = (node.wanted, flow.grads[y].take()) {
+                flow.through(&nodes, Var(y), dy, &mut gradients)?;
+            }
+        }
+        Ok(gradients)
+    }
+
+    fn push(&mut self, op: Op<'m, B>, wanted: bool, value: Tensor<B>) -> Var {
+        self.nodes.push(Node { op, wanted });
+        self.values.push(value);
+        Var(self.values.len() - 1)
+    }
+}
+
+/// The gradients of values on their way back.
+struct Flow<'m, B: Backend> {
+    backend: &'m B,
+    grads: Vec<Option<Tensor<B>>>,
+}
+
+impl<B: Backend> Flow<'_, B> {
+    /// The derivative of every op: from `dy`, the gradients of what it read.
+    fn through(&mut self, nodes: &[Node<'_, B>], y: Var, dy: Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
+        let backend = self.backend;
+        let values = &gradients.values;
+        let new_dx = |x: Var| if nodes[x.0].wanted { Tensor::zeros(backend, values[x.0].shape()).map(Some) } else { Ok(None) };
+        match &nodes[y.0].op {
+            Op::Input => {}
+            Op::Relu { x } => {
+                let mut dx = Tensor::zeros(backend, dy.shape())?;
+                ReluBackward { y: &values[y.0], dy: &dy, dx: &mut dx }.run(backend)?;
+                self.meet(*x, dx)?;
+            }
+            Op::Linear { x, w, bias } => {
+                let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
+                let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
+                let backward = LinearBackward { x: &values[x.0], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
+                backward.run(backend)?;
+                gradients.file(*bias, dbias.map(Gradient::Dense))?;
+                gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
+                dx.map_or(Ok(()), |dx| self.meet(*x, dx))?;
+            }
+            Op::Lora { x, layer: LoraParams { w, bias, a, b, scale, dropout }, h } => {
+                let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
+                let mut da = Tensor::zeros(backend, a.tensor.shape())?;
+                let mut db = Tensor::zeros(backend, b.tensor.shape())?;
+                let backward = LoraBackward {
+                    x: &values[x.0],
+                    w: &w.tensor,
+                    a: &a.tensor,
+                    b: &b.tensor,
+                    h,
+                    dy: &dy,
+                    scale: *scale,
+                    dropout: *dropout,
+                    da: &mut da,
+                    db: &mut db,
+                    dbias: dbias.as_mut(),
+                    dx: dx.as_mut(),
+                };
+                backward.run(backend)?;
+                gradients.file(*bias, dbias.map(Gradient::Dense))?;
+                gradients.file(Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
+                gradients.file(Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
+                gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
+                dx.map_or(Ok(()), |dx| self.meet(*x, dx))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a gradient to what has already arrived at a value.
+    fn meet(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
+        match &mut self.grads[var.0] {
+            Some(sum) => Add { x: &gradient, y: sum }.run(self.backend),
+            empty => {
+                *empty = Some(gradient);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Room for the gradient of a parameter, if it is there and trainable.
+fn new_grad<B: Backend>(backend: &B, param: Option<&Param<B>>) -> Result<Option<Tensor<B, f32>>> {
+    let trainable = param.filter(|param| param.trainable);
+    trainable.map(|param| Tensor::zeros(backend, param.tensor.shape())).transpose()
+}
+
+enum Gradient<B: Backend> {
+    Dense(Tensor<B, f32>),
+    /// `dyᵀ·x`, with `x` among the values of the tape.
+    Factored {
+        dy: Tensor<B>,
+        x: Var,
+    },
+}
+
+/// What a backward pass found, by parameter.
+///
+/// The gradient of a weight is kept as the product that it is, with the values of the tape as its right factors.
+pub struct Gradients<B: Backend> {
+    values: Vec<Tensor<B>>,
+    of: HashMap<u64, Gradient<B>>,
+}
+
+impl<B: Backend> Gradients<B> {
+    /// The gradient of a parameter; `None` if it was frozen or took no part.
+    pub fn get(&self, param: &Param<B>) -> Option<WeightGrad<'_, B>> {
+        self.of.get(&param.id).map(|gradient| match gradient {
+            Gradient::Dense(gradient) => WeightGrad::Dense(gradient),
+            Gradient::Factored { dy, x } => WeightGrad::Factored { dy, x: &self.values[x.0] },
+        })
+    }
+
+    /// How many parameters have a gradient.
+    pub fn len(&self) -> usize {
+        self.of.len()
+    }
+
+    /// Whether no parameter has one.
+    pub fn is_empty(&self) -> bool {
+        self.of.is_empty()
+    }
+
+    fn file(&mut self, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+        let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
+        let first = self.of.insert(param.id, gradient).is_none();
+        Error::unless(first, "backward", "param", format!("{} used twice", param.tensor.shape()), "used once on a tape")
+    }
+}

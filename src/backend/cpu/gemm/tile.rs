@@ -1,0 +1,33 @@
+//! The micro-kernel: a tile of the output stays in registers along the depth of a block.
+
+use super::super::simd::{LANES, Lanes, Simd};
+
+/// `out[i][j] = Σ_p lhs[p][i]·rhs[p][j]`: `lhs` holds `MR` numbers for each p, `rhs` `NV` vectors.
+///
+/// Per step of the depth: NV loads, MR broadcasts, MR·NV multiply-adds on as many independent sums. AVX-512 has 32
+/// registers, 14·2 sums + 2 loads + 1 broadcast = 31; AVX2 has 16 of half the size, so 6·1 sums take 12 of them.
+#[inline(always)]
+pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(s: S, lhs: &[f32], rhs: &[f32], out: &mut [Lanes<f32>]) {
+    let (lhs, _) = lhs.as_chunks::<MR>();
+    let (rhs, _) = rhs.as_chunks::<LANES>();
+    let (rhs, _) = rhs.as_chunks::<NV>();
+    let mut sums = [[s.splat(0.0); NV]; MR];
+    for (left, right) in lhs.iter().zip(rhs) {
+        let mut vectors = [s.splat(0.0); NV];
+        for j in 0..NV {
+            vectors[j] = s.load(&right[j]);
+        }
+        for i in 0..MR {
+            let number = s.splat(left[i]);
+            for j in 0..NV {
+                sums[i][j] = s.mul_add(number, vectors[j], sums[i][j]);
+            }
+        }
+    }
+    let (out, _) = out.as_chunks_mut::<NV>();
+    for (line, sum) in out.iter_mut().zip(sums) {
+        for j in 0..NV {
+            s.store(sum[j], &mut line[j]);
+        }
+    }
+}

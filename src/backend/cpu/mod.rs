@@ -1,0 +1,165 @@
+//! The CPU: SIMD chosen at run time, rayon over blocks of the output.
+//!
+//! ```text
+//! lora.rs linear.rs      a verb, as the sums of products it is
+//!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked or skinny
+//!        └─ simd/        sixteen lanes on any vector unit
+//! pointwise.rs adam.rs   one pass over memory
+//! ```
+//!
+//! Work is split over blocks of the output and never along a sum, so the bits do not depend on the number of threads.
+
+mod adam;
+mod buffer;
+mod gemm;
+mod linear;
+mod lora;
+mod pointwise;
+mod simd;
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+pub use buffer::Buffer;
+use simd::Unit;
+pub use simd::VectorUnit;
+
+use super::Backend;
+use crate::element::{Element, Float};
+use crate::error::{Error, Result};
+use crate::op::{
+    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+};
+
+/// The CPU as a backend whose weights and activations are stored as `E`.
+///
+/// Clones share the threads.
+#[derive(Clone)]
+pub struct Cpu<E: Float> {
+    unit: Unit,
+    pool: Option<Arc<rayon::ThreadPool>>,
+    element: PhantomData<E>,
+}
+
+impl<E: Float> Cpu<E> {
+    /// The best vector unit of this CPU, on rayon's global threads.
+    ///
+    /// `LOWRANK_UNIT` (`avx512`, `avx2`, `neon`, `scalar`) asks for another unit. Errors: [`Error::Value`] if it names none,
+    /// [`Error::Unavailable`] if this CPU does not have it.
+    pub fn new() -> Result<Self> {
+        let unit = match std::env::var("LOWRANK_UNIT") {
+            Ok(name) => VectorUnit::from_name(&name)?,
+            Err(_) => VectorUnit::best(),
+        };
+        Ok(Self { unit: Unit::new(unit)?, pool: None, element: PhantomData })
+    }
+
+    /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
+    pub fn with_unit(self, unit: VectorUnit) -> Result<Self> {
+        Ok(Self { unit: Unit::new(unit)?, ..self })
+    }
+
+    /// With `threads` threads of its own. Errors: [`Error::Value`] for none, [`Error::Device`] if they cannot be started.
+    pub fn with_threads(self, threads: usize) -> Result<Self> {
+        Error::unless(threads > 0, "cpu", "threads", threads, "at least 1")?;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
+        Ok(Self { pool: Some(Arc::new(pool)), ..self })
+    }
+
+    /// The vector unit in use.
+    pub fn unit(&self) -> VectorUnit {
+        self.unit.name()
+    }
+
+    /// How many threads share the work.
+    pub fn threads(&self) -> usize {
+        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+    }
+
+    /// Runs `work`, whose parallel iterators then use this backend's threads.
+    fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.pool {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+}
+
+impl<E: Float> Backend for Cpu<E> {
+    type Elem = E;
+    type Buffer<T: Element> = Buffer<T>;
+
+    fn device(&self) -> String {
+        format!("cpu ({}, {} threads)", self.unit.name().name(), self.threads())
+    }
+
+    fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::zeros(len)
+    }
+
+    fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = Buffer::zeros(host.len())?;
+        buffer.copy_from_slice(host);
+        Ok(buffer)
+    }
+
+    fn write<T: Element>(&self, buffer: &mut Buffer<T>, host: &[T]) -> Result<()> {
+        Error::unless(host.len() == buffer.len(), "write", "host", host.len(), "as many elements as the buffer")?;
+        buffer.copy_from_slice(host);
+        Ok(())
+    }
+
+    fn download<T: Element>(&self, buffer: &Buffer<T>, host: &mut [T]) -> Result<()> {
+        Error::unless(host.len() == buffer.len(), "download", "host", host.len(), "as many elements as the buffer")?;
+        host.copy_from_slice(buffer);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(()) // verbs return when they are done
+    }
+
+    fn buffer_len<T: Element>(buffer: &Buffer<T>) -> usize {
+        buffer.len()
+    }
+
+    fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
+        self.install(|| lora::forward(self.unit, op.into_inner()))
+    }
+    fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()> {
+        self.install(|| lora::backward(self.unit, op.into_inner()))
+    }
+    fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
+        self.install(|| lora::merge(self.unit, op.into_inner()))
+    }
+    fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
+        self.install(|| linear::forward(self.unit, op.into_inner()))
+    }
+    fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()> {
+        self.install(|| linear::backward(self.unit, op.into_inner()))
+    }
+    fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()> {
+        let Relu { x, y } = op.into_inner();
+        self.install(|| pointwise::relu(self.unit, x.buffer(), y.buffer_mut()));
+        Ok(())
+    }
+    fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
+        let ReluBackward { y, dy, dx } = op.into_inner();
+        self.install(|| pointwise::relu_backward(self.unit, y.buffer(), dy.buffer(), dx.buffer_mut()));
+        Ok(())
+    }
+    fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
+        let Add { x, y } = op.into_inner();
+        self.install(|| pointwise::add(self.unit, x.buffer(), y.buffer_mut()));
+        Ok(())
+    }
+    fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
+        pointwise::cross_entropy(op.into_inner());
+        Ok(())
+    }
+    fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
+        self.install(|| adam::adam(self.unit, op.into_inner()));
+        Ok(())
+    }
+}

@@ -1,0 +1,164 @@
+//! One pass over memory: relu, its derivative, sums, dropout, cross-entropy.
+
+use rayon::prelude::*;
+
+use super::Cpu;
+use super::simd::{Kernel, LANES, Simd, Unit};
+use crate::element::Float;
+use crate::op::{CrossEntropy, Dropout};
+
+/// Elements a task takes: enough to outweigh handing it over.
+const CHUNK: usize = 1 << 14;
+
+/// `y = max(x, 0)`
+pub(super) fn relu<E: Float>(unit: Unit, x: &[E], y: &mut [E]) {
+    let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+    chunks.for_each(|(y, x)| unit.run(Relu { x, y }));
+}
+
+struct Relu<'a, E> {
+    x: &'a [E],
+    y: &'a mut [E],
+}
+
+impl<E: Float> Kernel for Relu<'_, E> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (v, y) in self.y.chunks_mut(LANES).enumerate() {
+            s.narrow_to(s.relu(s.widen_at(self.x, v)), y);
+        }
+    }
+}
+
+/// `dx = dy` where `y > 0`, else 0
+pub(super) fn relu_backward<E: Float>(unit: Unit, y: &[E], dy: &[E], dx: &mut [E]) {
+    let chunks = dx.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));
+    chunks.for_each(|((dx, y), dy)| unit.run(ReluBackward { y, dy, dx }));
+}
+
+struct ReluBackward<'a, E> {
+    y: &'a [E],
+    dy: &'a [E],
+    dx: &'a mut [E],
+}
+
+impl<E: Float> Kernel for ReluBackward<'_, E> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (v, dx) in self.dx.chunks_mut(LANES).enumerate() {
+            s.narrow_to(s.gate(s.widen_at(self.y, v), s.widen_at(self.dy, v)), dx);
+        }
+    }
+}
+
+/// `y += x`
+pub(super) fn add<E: Float>(unit: Unit, x: &[E], y: &mut [E]) {
+    let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+    chunks.for_each(|(y, x)| unit.run(Add { x, y }));
+}
+
+struct Add<'a, E> {
+    x: &'a [E],
+    y: &'a mut [E],
+}
+
+impl<E: Float> Kernel for Add<'_, E> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (v, y) in self.y.chunks_mut(LANES).enumerate() {
+            s.narrow_to(s.add(s.widen_at(y, 0), s.widen_at(self.x, v)), y);
+        }
+    }
+}
+
+/// `to = from`, rounded once
+pub(super) fn round<E: Float>(unit: Unit, from: &[f32], to: &mut [E]) {
+    let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
+    chunks.for_each(|(to, from)| unit.run(Convert { from, to }));
+}
+
+struct Convert<'a, F, T> {
+    from: &'a [F],
+    to: &'a mut [T],
+}
+
+impl<F: Float, T: Float> Kernel for Convert<'_, F, T> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (v, to) in self.to.chunks_mut(LANES).enumerate() {
+            s.narrow_to(s.widen_at(self.from, v), to);
+        }
+    }
+}
+
+/// `dbias[j] = Σ_i dy[i][j]`, row after row
+pub(super) fn column_sums<E: Float>(unit: Unit, dy: &[E], dbias: &mut [f32]) {
+    let cols = dbias.len();
+    let task = |(chunk, sums): (usize, &mut [f32])| unit.run(ColumnSums { dy, cols, first: chunk * CHUNK, sums });
+    dbias.par_chunks_mut(CHUNK).enumerate().for_each(task);
+}
+
+struct ColumnSums<'a, E> {
+    dy: &'a [E],
+    cols: usize,
+    first: usize,
+    sums: &'a mut [f32],
+}
+
+impl<E: Float> Kernel for ColumnSums<'_, E> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.sums.fill(0.0);
+        for row in self.dy.chunks_exact(self.cols) {
+            let row = &row[self.first..][..self.sums.len()];
+            for (v, sum) in self.sums.chunks_mut(LANES).enumerate() {
+                s.narrow_to(s.add(s.widen_at(sum, 0), s.widen_at(row, v)), sum);
+            }
+        }
+    }
+}
+
+/// `numbers = drop(numbers)`
+pub(super) fn dropout(dropout: Dropout, numbers: &mut [f32]) {
+    numbers.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, numbers)| {
+        for (block, numbers) in numbers.chunks_mut(4).enumerate() {
+            let factors = dropout.factors((chunk * CHUNK / 4 + block) as u64);
+            for (number, factor) in numbers.iter_mut().zip(factors) {
+                *number *= factor;
+            }
+        }
+    });
+}
+
+/// `to = from`, exactly
+pub(super) fn widen<E: Float>(unit: Unit, from: &[E], to: &mut [f32]) {
+    let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
+    chunks.for_each(|(to, from)| unit.run(Convert { from, to }));
+}
+
+/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
+pub(super) fn cross_entropy<E: Float>(op: CrossEntropy<'_, Cpu<E>>) {
+    let (m, n) = (op.logits.rows(), op.logits.cols());
+    op.loss.buffer_mut()[0] = 0.0;
+    if m == 0 {
+        return;
+    }
+    let rows = op.logits.buffer().chunks_exact(n).zip(op.dlogits.buffer_mut().chunks_exact_mut(n));
+    let mut sum = 0.0;
+    for ((logits, dlogits), &label) in rows.zip(op.labels.tensor().buffer().iter()) {
+        let largest = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(x.to_f32()));
+        let powers: f32 = logits.iter().map(|x| (x.to_f32() - largest).exp()).sum();
+        for (j, (to, x)) in dlogits.iter_mut().zip(logits).enumerate() {
+            let softmax = (x.to_f32() - largest).exp() / powers;
+            let onehot = if j == label as usize { 1.0 } else { 0.0 };
+            *to = E::from_f32((softmax - onehot) / m as f32);
+        }
+        sum += powers.ln() + largest - logits[label as usize].to_f32();
+    }
+    op.loss.buffer_mut()[0] = sum / m as f32;
+}

@@ -1,0 +1,309 @@
+//! The vector unit as a token. `Avx512` exists only if this CPU has AVX-512; whoever holds one may use it, and functions are
+//! written once against the trait.
+//!
+//! A vector is sixteen `f32` on every machine: one AVX-512 register, two AVX2, four NEON, or an array. So a loop over
+//! `as_chunks::<16>()` has no lane count to care about, and sums are made in one order everywhere: the units with fused
+//! multiply-add give the same bits.
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
+pub(crate) use scalar::Scalar;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+use crate::element::{DType, Float};
+use crate::error::{Error, Result};
+
+/// Numbers in a vector.
+pub(crate) const LANES: usize = 16;
+
+/// A vector's worth of stored numbers.
+pub(crate) type Lanes<T> = [T; LANES];
+
+/// What the kernels need of a vector unit. Holding a value proves that this CPU has the unit.
+pub(crate) trait Simd: Copy + Send + Sync {
+    /// Sixteen `f32` in registers.
+    type V: Copy;
+    /// How many vectors the unit's registers hold.
+    const REGISTERS: usize;
+    /// Rows of the tile that [`tile`](Self::tile) makes.
+    const MR: usize = if Self::REGISTERS >= 32 { 14 } else { 6 };
+    /// Vectors in a row of the tile.
+    const NV: usize = if Self::REGISTERS >= 32 { 2 } else { 1 };
+
+    /// Runs `kernel` compiled for this unit. Call it inside a task, around the loops: a call into the frame is not inlined.
+    fn run<K: Kernel>(self, kernel: K) -> K::Out;
+
+    fn splat(self, value: f32) -> Self::V;
+    fn load(self, from: &Lanes<f32>) -> Self::V;
+    fn store(self, value: Self::V, to: &mut Lanes<f32>);
+    fn load_f16(self, from: &Lanes<u16>) -> Self::V;
+    fn store_f16(self, value: Self::V, to: &mut Lanes<u16>);
+    fn load_bf16(self, from: &Lanes<u16>) -> Self::V;
+    fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>);
+    /// `a·b + c`, rounded once where the unit can.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sqrt(self, a: Self::V) -> Self::V;
+    /// `a` where `a > 0` or `a` is NaN, else 0.
+    fn relu(self, a: Self::V) -> Self::V;
+    /// `a` where `gate > 0`, else 0.
+    fn gate(self, gate: Self::V, a: Self::V) -> Self::V;
+
+    /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
+    #[inline(always)]
+    fn tile(self, lhs: &[f32], rhs: &[f32], out: &mut [Lanes<f32>]) {
+        match Self::MR {
+            14 => super::gemm::tile::<Self, 14, 2>(self, lhs, rhs, out),
+            _ => super::gemm::tile::<Self, 6, 1>(self, lhs, rhs, out),
+        }
+    }
+
+    /// Widens sixteen stored numbers; exact.
+    #[inline(always)]
+    fn widen<T: Float>(self, from: &Lanes<T>) -> Self::V {
+        match T::DTYPE {
+            DType::F32 => self.load(bytemuck::cast_ref(from)),
+            DType::F16 => self.load_f16(bytemuck::cast_ref(from)),
+            DType::BF16 => self.load_bf16(bytemuck::cast_ref(from)),
+        }
+    }
+
+    /// Rounds to sixteen stored numbers: to nearest, ties to even.
+    #[inline(always)]
+    fn narrow<T: Float>(self, value: Self::V, to: &mut Lanes<T>) {
+        match T::DTYPE {
+            DType::F32 => self.store(value, bytemuck::cast_mut(to)),
+            DType::F16 => self.store_f16(value, bytemuck::cast_mut(to)),
+            DType::BF16 => self.store_bf16(value, bytemuck::cast_mut(to)),
+        }
+    }
+
+    /// The `v`-th vector of a line; beyond its end come zeros.
+    #[inline(always)]
+    fn widen_at<T: Float>(self, line: &[T], v: usize) -> Self::V {
+        let from = &line[v * LANES..];
+        if let Some(whole) = from.first_chunk() {
+            return self.widen(whole);
+        }
+        let mut lanes = [T::default(); LANES];
+        lanes[..from.len()].copy_from_slice(from);
+        self.widen(&lanes)
+    }
+
+    /// Rounds as many lanes as `to` has room for, at most a vector.
+    #[inline(always)]
+    fn narrow_to<T: Float>(self, value: Self::V, to: &mut [T]) {
+        if let Some(whole) = to.first_chunk_mut() {
+            return self.narrow(value, whole);
+        }
+        let mut lanes = [T::default(); LANES];
+        self.narrow(value, &mut lanes);
+        to.copy_from_slice(&lanes[..to.len()]);
+    }
+
+    /// The sum of the lanes, as a tree: halves, quarters, …
+    #[inline(always)]
+    fn sum(self, value: Self::V) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(value, &mut lanes);
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// A loop nest written once against [`Simd`]. Mark `run` `#[inline(always)]`: it must be inlined into the unit's frame.
+pub(crate) trait Kernel {
+    type Out;
+    fn run<S: Simd>(self, s: S) -> Self::Out;
+}
+
+/// The vector units this crate knows, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VectorUnit {
+    /// x86-64 with AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// 64-bit Arm.
+    Neon,
+    /// Any CPU.
+    Scalar,
+}
+
+impl VectorUnit {
+    /// Those that this CPU has, best first. The last is always [`Scalar`](Self::Scalar).
+    pub fn available() -> Vec<Self> {
+        let all = [Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
+        all.into_iter().filter(|&unit| Unit::new(unit).is_ok()).collect()
+    }
+
+    /// The best that this CPU has.
+    pub fn best() -> Self {
+        Self::available().first().copied().unwrap_or(Self::Scalar)
+    }
+
+    /// The unit called `avx512`, `avx2`, `neon` or `scalar`. Errors: [`Error::Value`] for any other name.
+    pub fn from_name(name: &str) -> Result<Self> {
+        match name {
+            "avx512" => Ok(Self::Avx512),
+            "avx2" => Ok(Self::Avx2),
+            "neon" => Ok(Self::Neon),
+            "scalar" => Ok(Self::Scalar),
+            _ => Err(Error::Value { verb: "cpu", name: "unit", got: name.into(), want: "avx512, avx2, neon or scalar" }),
+        }
+    }
+
+    /// As reports write it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "AVX-512",
+            Self::Avx2 => "AVX2",
+            Self::Neon => "NEON",
+            Self::Scalar => "scalar",
+        }
+    }
+}
+
+/// The unit chosen at run time, with its proof.
+#[derive(Clone, Copy)]
+pub(crate) enum Unit {
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    #[cfg(target_arch = "aarch64")]
+    Neon(Neon),
+    Scalar(Scalar),
+}
+
+impl Unit {
+    /// The unit, if this CPU has it.
+    pub(crate) fn new(unit: VectorUnit) -> Result<Self> {
+        let found = match unit {
+            #[cfg(target_arch = "x86_64")]
+            VectorUnit::Avx512 => Avx512::new().map(Self::Avx512),
+            #[cfg(target_arch = "x86_64")]
+            VectorUnit::Avx2 => Avx2::new().map(Self::Avx2),
+            #[cfg(target_arch = "aarch64")]
+            VectorUnit::Neon => Neon::new().map(Self::Neon),
+            VectorUnit::Scalar => Some(Self::Scalar(Scalar)),
+            #[allow(unreachable_patterns, reason = "which units are missing above depends on the target")]
+            _ => None,
+        };
+        let reason = || format!("this CPU has no {}", unit.name());
+        found.ok_or_else(|| Error::Unavailable { backend: "cpu", reason: reason() })
+    }
+
+    /// Which one it is.
+    pub(crate) fn name(self) -> VectorUnit {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => VectorUnit::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => VectorUnit::Avx2,
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => VectorUnit::Neon,
+            Self::Scalar(_) => VectorUnit::Scalar,
+        }
+    }
+
+    /// Runs a kernel compiled for this unit.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => s.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => s.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(s) => s.run(kernel),
+            Self::Scalar(s) => s.run(kernel),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::{bf16, f16};
+
+    struct Roundings<'a>(&'a [f32], &'a mut Vec<u32>);
+
+    impl Kernel for Roundings<'_> {
+        type Out = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            for chunk in self.0.as_chunks::<LANES>().0 {
+                let (mut wide, mut half, mut brain) = ([0.0; LANES], [f16::default(); LANES], [bf16::default(); LANES]);
+                s.narrow(s.widen(chunk), &mut half);
+                s.narrow(s.widen(chunk), &mut brain);
+                s.narrow(s.widen(&half), &mut wide);
+                self.1.extend(wide.map(f32::to_bits));
+                s.narrow(s.widen(&brain), &mut wide);
+                self.1.extend(wide.map(f32::to_bits));
+            }
+        }
+    }
+
+    /// Every unit rounds as the `half` crate does: subnormals, overflow, ties and infinities included.
+    #[test]
+    fn every_unit_rounds_to_nearest_even() {
+        let bits = (0..=u32::MAX).step_by(65_521).chain((0x3f80_0000..0x3f80_4000).step_by(16));
+        let mut numbers: Vec<f32> = bits.map(f32::from_bits).filter(|x| !x.is_nan()).collect();
+        numbers.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, 65504.0, 65520.0, 6e-8, 2.9e-8]);
+        numbers.truncate(numbers.len() / LANES * LANES);
+        let want: Vec<u32> = numbers
+            .chunks(LANES)
+            .flat_map(|c| {
+                let half = c.iter().map(|&x| f16::from_f32(x).to_f32().to_bits());
+                half.chain(c.iter().map(|&x| bf16::from_f32(x).to_f32().to_bits())).collect::<Vec<_>>()
+            })
+            .collect();
+        for unit in VectorUnit::available() {
+            let mut got = Vec::new();
+            Unit::new(unit).unwrap().run(Roundings(&numbers, &mut got));
+            assert!(got == want, "{}", unit.name());
+        }
+    }
+
+    struct Nan<'a>(&'a mut Lanes<u16>, &'a mut Lanes<u16>, &'a mut Lanes<f32>, &'a mut Lanes<f32>);
+
+    impl Kernel for Nan<'_> {
+        type Out = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let nan = s.splat(f32::from_bits(0x7f80_0001));
+            s.store_f16(nan, self.0);
+            s.store_bf16(nan, self.1);
+            s.store(s.relu(nan), self.2);
+            s.store(s.gate(nan, s.splat(1.0)), self.3);
+        }
+    }
+
+    #[test]
+    fn every_unit_keeps_nan() {
+        for unit in VectorUnit::available() {
+            let (mut half, mut brain, mut relu, mut gate) = ([0; LANES], [0; LANES], [0.0; LANES], [1.0; LANES]);
+            Unit::new(unit).unwrap().run(Nan(&mut half, &mut brain, &mut relu, &mut gate));
+            assert!(half.iter().all(|&h| f16::from_bits(h).is_nan()), "{}", unit.name());
+            assert!(brain.iter().all(|&b| bf16::from_bits(b).is_nan()), "{}", unit.name());
+            assert!(relu.iter().all(|x| x.is_nan()) && gate == [0.0; LANES], "{}", unit.name());
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! 64-bit Arm: four registers of four lanes. Sixteen-bit floats go through `half`, lane by lane.
+#![allow(unsafe_code, reason = "intrinsics: the token proves that the CPU has them, references prove the memory")]
+
+use std::arch::aarch64::*;
+
+use super::{Kernel, Lanes, Scalar, Simd};
+
+/// Proof that this CPU has NEON.
+#[derive(Clone, Copy)]
+pub(crate) struct Neon(());
+
+impl Neon {
+    pub(crate) fn new() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("neon").then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn frame<K: Kernel>(s: Neon, kernel: K) -> K::Out {
+    kernel.run(s)
+}
+
+/// The same on each of the four registers.
+macro_rules! quarters {
+    (|$i:ident| $body:expr) => {
+        // SAFETY: `self` proves that the CPU has NEON, and references prove that the memory is there.
+        std::array::from_fn(|$i| unsafe { $body })
+    };
+}
+
+impl Simd for Neon {
+    type V = [float32x4_t; 4];
+    const REGISTERS: usize = 8;
+
+    #[inline]
+    fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        // SAFETY: `self` proves that the CPU has NEON.
+        unsafe { frame(self, kernel) }
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        quarters!(|_i| vdupq_n_f32(value))
+    }
+    #[inline(always)]
+    fn load(self, from: &Lanes<f32>) -> Self::V {
+        quarters!(|i| vld1q_f32(from[4 * i..4 * i + 4].as_ptr()))
+    }
+    #[inline(always)]
+    fn store(self, value: Self::V, to: &mut Lanes<f32>) {
+        let [_, _, _, _]: [(); 4] = quarters!(|i| vst1q_f32(to[4 * i..4 * i + 4].as_mut_ptr(), value[i]));
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &Lanes<u16>) -> Self::V {
+        self.load(&Scalar.load_f16(from))
+    }
+    #[inline(always)]
+    fn store_f16(self, value: Self::V, to: &mut Lanes<u16>) {
+        let mut lanes = [0.0; 16];
+        self.store(value, &mut lanes);
+        Scalar.store_f16(lanes, to);
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &Lanes<u16>) -> Self::V {
+        self.load(&Scalar.load_bf16(from))
+    }
+    #[inline(always)]
+    fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>) {
+        let mut lanes = [0.0; 16];
+        self.store(value, &mut lanes);
+        Scalar.store_bf16(lanes, to);
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        quarters!(|i| vfmaq_f32(c[i], a[i], b[i]))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        quarters!(|i| vaddq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        quarters!(|i| vmulq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        quarters!(|i| vdivq_f32(a[i], b[i]))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        quarters!(|i| vsqrtq_f32(a[i]))
+    }
+    /// FMAX gives NaN when an operand is NaN.
+    #[inline(always)]
+    fn relu(self, a: Self::V) -> Self::V {
+        quarters!(|i| vmaxq_f32(a[i], vdupq_n_f32(0.0)))
+    }
+    #[inline(always)]
+    fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
+        quarters!(|i| {
+            let open = vcgtq_f32(gate[i], vdupq_n_f32(0.0));
+            vreinterpretq_f32_u32(vandq_u32(open, vreinterpretq_u32_f32(a[i])))
+        })
+    }
+}

@@ -1,0 +1,243 @@
+//! AVX-512 and AVX2 with FMA and F16C.
+#![allow(unsafe_code, reason = "intrinsics: the token proves that the CPU has them, references prove the memory")]
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, Lanes, Simd};
+
+/// Proof that this CPU has AVX-512 F, BW, DQ and VL.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+/// Proof that this CPU has AVX2, FMA and F16C.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx512 {
+    pub(crate) fn new() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl");
+        (found && Avx2::new().is_some()).then_some(Self(()))
+    }
+}
+
+impl Avx2 {
+    pub(crate) fn new() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        found.then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn frame_avx512<K: Kernel>(s: Avx512, kernel: K) -> K::Out {
+    kernel.run(s)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn frame_avx2<K: Kernel>(s: Avx2, kernel: K) -> K::Out {
+    kernel.run(s)
+}
+
+/// One intrinsic, or a few. The token `self` proves the features; every pointer comes from a reference to sixteen numbers.
+macro_rules! intrinsics {
+    ($body:expr) => {
+        // SAFETY: `self` proves that the CPU has the features, and references prove that the memory is there.
+        unsafe { $body }
+    };
+}
+
+impl Simd for Avx512 {
+    type V = __m512;
+    const REGISTERS: usize = 32;
+
+    #[inline]
+    fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        intrinsics!(frame_avx512(self, kernel))
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        intrinsics!(_mm512_set1_ps(value))
+    }
+    #[inline(always)]
+    fn load(self, from: &Lanes<f32>) -> Self::V {
+        intrinsics!(_mm512_loadu_ps(from.as_ptr()))
+    }
+    #[inline(always)]
+    fn store(self, value: Self::V, to: &mut Lanes<f32>) {
+        intrinsics!(_mm512_storeu_ps(to.as_mut_ptr(), value))
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &Lanes<u16>) -> Self::V {
+        intrinsics!(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn store_f16(self, value: Self::V, to: &mut Lanes<u16>) {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        intrinsics!(_mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtps_ph::<NEAREST>(value)))
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &Lanes<u16>) -> Self::V {
+        intrinsics!({
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        })
+    }
+    /// Adds just under half of the last place kept, plus that place's bit so that ties go to even; NaN gets its quiet bit.
+    #[inline(always)]
+    fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>) {
+        intrinsics!({
+            let bits = _mm512_castps_si512(value);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(value, value);
+            let upper = _mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(rounded, nan, quiet));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(upper))
+        })
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        intrinsics!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        intrinsics!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        intrinsics!(_mm512_sqrt_ps(a))
+    }
+    /// `max` returns its second operand when one is NaN.
+    #[inline(always)]
+    fn relu(self, a: Self::V) -> Self::V {
+        intrinsics!(_mm512_max_ps(_mm512_setzero_ps(), a))
+    }
+    #[inline(always)]
+    fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
+        intrinsics!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(gate, _mm512_setzero_ps()), a))
+    }
+}
+
+/// The same on the lower and the upper eight lanes.
+macro_rules! halves {
+    ($op:expr, $($v:expr),+) => {
+        intrinsics!([$op($($v[0]),+), $op($($v[1]),+)])
+    };
+}
+
+/// Functions, not closures: what is not inlined for certain would call intrinsics instead of being them.
+impl Avx2 {
+    /// # Safety
+    /// Eight `u16` lie at `from`.
+    #[inline(always)]
+    unsafe fn widen_bf16(self, from: *const __m128i) -> __m256 {
+        intrinsics!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)))))
+    }
+
+    /// The upper sixteen bits of each lane after rounding, as [`Avx512::store_bf16`] rounds.
+    #[inline(always)]
+    fn upper_bf16(self, value: __m256) -> __m256i {
+        intrinsics!({
+            let bits = _mm256_castps_si256(value);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(value, value));
+            _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+        })
+    }
+}
+
+impl Simd for Avx2 {
+    type V = [__m256; 2];
+    const REGISTERS: usize = 8;
+
+    #[inline]
+    fn run<K: Kernel>(self, kernel: K) -> K::Out {
+        intrinsics!(frame_avx2(self, kernel))
+    }
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        intrinsics!([_mm256_set1_ps(value); 2])
+    }
+    #[inline(always)]
+    fn load(self, from: &Lanes<f32>) -> Self::V {
+        intrinsics!([_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from[8..].as_ptr())])
+    }
+    #[inline(always)]
+    fn store(self, value: Self::V, to: &mut Lanes<f32>) {
+        intrinsics!({
+            _mm256_storeu_ps(to.as_mut_ptr(), value[0]);
+            _mm256_storeu_ps(to[8..].as_mut_ptr(), value[1]);
+        })
+    }
+    #[inline(always)]
+    fn load_f16(self, from: &Lanes<u16>) -> Self::V {
+        intrinsics!([
+            _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())),
+            _mm256_cvtph_ps(_mm_loadu_si128(from[8..].as_ptr().cast())),
+        ])
+    }
+    #[inline(always)]
+    fn store_f16(self, value: Self::V, to: &mut Lanes<u16>) {
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
+        intrinsics!({
+            _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<NEAREST>(value[0]));
+            _mm_storeu_si128(to[8..].as_mut_ptr().cast(), _mm256_cvtps_ph::<NEAREST>(value[1]));
+        })
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &Lanes<u16>) -> Self::V {
+        intrinsics!([self.widen_bf16(from.as_ptr().cast()), self.widen_bf16(from[8..].as_ptr().cast())])
+    }
+    #[inline(always)]
+    fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>) {
+        let (low, high) = (self.upper_bf16(value[0]), self.upper_bf16(value[1]));
+        // `packus` packs within 128-bit halves; the permutation puts the four quarters back in order.
+        intrinsics!({
+            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), packed)
+        })
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        halves!(_mm256_fmadd_ps, a, b, c)
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_add_ps, a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_mul_ps, a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        halves!(_mm256_div_ps, a, b)
+    }
+    #[inline(always)]
+    fn sqrt(self, a: Self::V) -> Self::V {
+        halves!(_mm256_sqrt_ps, a)
+    }
+    #[inline(always)]
+    fn relu(self, a: Self::V) -> Self::V {
+        halves!(_mm256_max_ps, self.splat(0.0), a)
+    }
+    #[inline(always)]
+    fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
+        let open = halves!(_mm256_cmp_ps::<_CMP_GT_OQ>, gate, self.splat(0.0));
+        halves!(_mm256_and_ps, open, a)
+    }
+}

@@ -1,0 +1,16 @@
+//! Hand-written kernels for low-rank (LoRA) updates.
+
+pub mod autograd;
+pub mod backend;
+mod element;
+mod error;
+pub mod nn;
+pub mod op;
+pub mod random;
+mod tensor;
+
+pub use backend::Backend;
+pub use backend::cpu::{Cpu, VectorUnit};
+pub use element::{DType, Element, Float, bf16, f16};
+pub use error::{Error, Result};
+pub use tensor::{Shape, Tensor};

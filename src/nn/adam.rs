@@ -1,0 +1,76 @@
+//! Adam over the parameters of a model.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use crate::autograd::{Gradients, Param};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::op::{self, AdamRate};
+use crate::tensor::Tensor;
+
+/// Adam (D. P. Kingma and J. Ba, 2015), as PyTorch computes it: one fused pass over each parameter and its moments.
+#[derive(Debug)]
+pub struct Adam<B: Backend> {
+    /// The learning rate.
+    pub lr: f32,
+    /// β₁
+    pub beta1: f32,
+    /// β₂
+    pub beta2: f32,
+    /// What keeps the division finite.
+    pub eps: f32,
+    t: u64,
+    moments: HashMap<u64, Moments<B>>,
+}
+
+#[derive(Debug)]
+struct Moments<B: Backend> {
+    m: Tensor<B, f32>,
+    v: Tensor<B, f32>,
+}
+
+impl<B: Backend> Adam<B> {
+    /// PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`](crate::Error::Value) unless `lr` is finite
+    /// and not negative.
+    pub fn new(lr: f32) -> Result<Self> {
+        let adam = Self { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, t: 0, moments: HashMap::new() };
+        adam.rate(1).map(|_| adam)
+    }
+
+    /// How many steps were made.
+    pub fn steps(&self) -> u64 {
+        self.t
+    }
+
+    /// Updates each trainable parameter that has a gradient. Errors: those of the verb `adam`; the scalars are checked before
+    /// anything is changed.
+    pub fn step<'p>(
+        &mut self,
+        backend: &B,
+        params: impl IntoIterator<Item = &'p mut Param<B>>,
+        gradients: &Gradients<B>,
+    ) -> Result<()>
+    where
+        B: 'p,
+    {
+        let rate = self.rate(self.t + 1)?;
+        self.t += 1;
+        for param in params {
+            let Some(grad) = gradients.get(param).filter(|_| param.trainable) else { continue };
+            let shape = param.tensor.shape();
+            let Moments { m, v } = match self.moments.entry(param.id()) {
+                Entry::Occupied(there) => there.into_mut(),
+                Entry::Vacant(new) => {
+                    new.insert(Moments { m: Tensor::zeros(backend, shape)?, v: Tensor::zeros(backend, shape)? })
+                }
+            };
+            op::Adam { grad, rate, m, v, w: &mut param.tensor }.run(backend)?;
+        }
+        Ok(())
+    }
+
+    fn rate(&self, t: u64) -> Result<AdamRate> {
+        AdamRate::new(self.lr, self.beta1, self.beta2, self.eps, t)
+    }
+}

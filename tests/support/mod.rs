@@ -1,0 +1,8 @@
+//! What the tests share: the oracle, inputs, and the one suite that every backend passes.
+#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(unreachable_pub, reason = "a test binary exports nothing")]
+
+pub mod bounds;
+pub mod data;
+pub mod oracle;
+pub mod suite;

@@ -1,0 +1,164 @@
+//! The oracle: every verb in f64, as its formula reads. Too slow and too simple to be wrong.
+
+use std::ops::{Add, Mul};
+
+/// A row-major matrix of f64.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mat {
+    pub rows: usize,
+    pub cols: usize,
+    pub data: Vec<f64>,
+}
+
+impl Mat {
+    pub fn new(rows: usize, cols: usize, at: impl Fn(usize, usize) -> f64) -> Self {
+        let data = (0..rows * cols).map(|e| at(e / cols, e % cols)).collect();
+        Self { rows, cols, data }
+    }
+
+    pub fn from_vec(rows: usize, cols: usize, data: Vec<f64>) -> Self {
+        assert_eq!(data.len(), rows * cols);
+        Self { rows, cols, data }
+    }
+
+    pub fn at(&self, i: usize, j: usize) -> f64 {
+        self.data[i * self.cols + j]
+    }
+
+    pub fn t(&self) -> Self {
+        Self::new(self.cols, self.rows, |i, j| self.at(j, i))
+    }
+
+    pub fn map(&self, f: impl Fn(f64) -> f64) -> Self {
+        Self { data: self.data.iter().map(|&x| f(x)).collect(), ..*self }
+    }
+
+    pub fn abs(&self) -> Self {
+        self.map(f64::abs)
+    }
+
+    /// Element by element.
+    pub fn times(&self, other: &Self) -> Self {
+        assert_eq!((self.rows, self.cols), (other.rows, other.cols));
+        Self::new(self.rows, self.cols, |i, j| self.at(i, j) * other.at(i, j))
+    }
+
+    /// One row, added to every row.
+    pub fn plus_row(&self, row: &Self) -> Self {
+        Self::new(self.rows, self.cols, |i, j| self.at(i, j) + row.at(0, j))
+    }
+
+    /// The sum of the rows, as one row.
+    pub fn column_sums(&self) -> Self {
+        Self::new(1, self.cols, |_, j| (0..self.rows).map(|i| self.at(i, j)).sum())
+    }
+
+    pub fn sum(&self) -> f64 {
+        self.data.iter().sum()
+    }
+
+    pub fn norm(&self) -> f64 {
+        self.data.iter().map(|x| x * x).sum::<f64>().sqrt()
+    }
+}
+
+impl Mul for &Mat {
+    type Output = Mat;
+    fn mul(self, rhs: &Mat) -> Mat {
+        assert_eq!(self.cols, rhs.rows);
+        Mat::new(self.rows, rhs.cols, |i, j| (0..self.cols).map(|p| self.at(i, p) * rhs.at(p, j)).sum())
+    }
+}
+
+impl Mul<f64> for &Mat {
+    type Output = Mat;
+    fn mul(self, scale: f64) -> Mat {
+        self.map(|x| x * scale)
+    }
+}
+
+impl Add for &Mat {
+    type Output = Mat;
+    fn add(self, rhs: &Mat) -> Mat {
+        assert_eq!((self.rows, self.cols), (rhs.rows, rhs.cols));
+        Mat::new(self.rows, self.cols, |i, j| self.at(i, j) + rhs.at(i, j))
+    }
+}
+
+/// The operands of one low-rank layer.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    pub x: Mat,
+    pub w: Mat,
+    pub bias: Option<Mat>,
+    pub a: Mat,
+    pub b: Mat,
+    pub dy: Mat,
+    pub scale: f64,
+    /// What `x` is multiplied with before the adapter sees it: all ones without dropout.
+    pub mask: Mat,
+}
+
+/// What the forward and the backward pass put out.
+pub struct LoraOut {
+    pub h: Mat,
+    pub y: Mat,
+    pub da: Mat,
+    pub db: Mat,
+    pub dbias: Mat,
+    pub dx: Mat,
+}
+
+impl Lora {
+    /// `h = (x ⊙ mask)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
+    pub fn forward(&self) -> (Mat, Mat) {
+        let h = &self.x.times(&self.mask) * &self.a.t();
+        let y = &(&self.x * &self.w.t()) + &(&(&h * &self.b.t()) * self.scale);
+        let y = self.bias.as_ref().map_or(y.clone(), |bias| y.plus_row(bias));
+        (h, y)
+    }
+
+    /// `dh = scale·dy·B`, `dA = dhᵀ·(x ⊙ mask)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + (dh·A) ⊙ mask`
+    pub fn run(&self) -> LoraOut {
+        let (h, y) = self.forward();
+        let dh = &(&self.dy * &self.b) * self.scale;
+        let da = &dh.t() * &self.x.times(&self.mask);
+        let db = &(&self.dy.t() * &h) * self.scale;
+        let dx = &(&self.dy * &self.w) + &(&dh * &self.a).times(&self.mask);
+        LoraOut { h, y, da, db, dbias: self.dy.column_sums(), dx }
+    }
+
+    /// `W + scale·B·A`
+    pub fn merged(&self) -> Mat {
+        &self.w + &(&(&self.b * &self.a) * self.scale)
+    }
+
+    /// The same with every number replaced by its magnitude: what rounding errors are measured by.
+    pub fn magnitudes(&self) -> Self {
+        let [x, w, a, b, dy, mask] = [&self.x, &self.w, &self.a, &self.b, &self.dy, &self.mask].map(Mat::abs);
+        Self { x, w, bias: self.bias.as_ref().map(Mat::abs), a, b, dy, scale: self.scale.abs(), mask }
+    }
+}
+
+/// `mean(-log softmax(logits)[label])`, `(softmax(logits) - onehot(label)) / m`
+pub fn cross_entropy(logits: &Mat, labels: &[u32]) -> (f64, Mat) {
+    let m = logits.rows as f64;
+    let power_sum = |i: usize| (0..logits.cols).map(|j| logits.at(i, j).exp()).sum::<f64>();
+    let softmax = Mat::new(logits.rows, logits.cols, |i, j| logits.at(i, j).exp() / power_sum(i));
+    let loss = labels.iter().enumerate().map(|(i, &label)| -softmax.at(i, label as usize).ln()).sum::<f64>() / m;
+    let onehot = |i: usize, j: usize| if labels[i] as usize == j { 1.0 } else { 0.0 };
+    (loss, Mat::new(logits.rows, logits.cols, |i, j| (softmax.at(i, j) - onehot(i, j)) / m))
+}
+
+/// One Adam step at time `t`: `(m, v, w)` after it.
+pub fn adam(g: &Mat, m: &Mat, v: &Mat, w: &Mat, rate: [f64; 4], t: i32) -> (Mat, Mat, Mat) {
+    let [lr, beta1, beta2, eps] = rate;
+    let m = &(m * beta1) + &(g * (1.0 - beta1));
+    let v = &(v * beta2) + &(&g.times(g) * (1.0 - beta2));
+    let step = |i: usize, j: usize| {
+        let (m_hat, v_hat) = (m.at(i, j) / (1.0 - beta1.powi(t)), v.at(i, j) / (1.0 - beta2.powi(t)));
+        w.at(i, j) - lr * m_hat / (v_hat.sqrt() + eps)
+    };
+    let w = Mat::new(w.rows, w.cols, step);
+    (m, v, w)
+}

@@ -4,5 +4,7 @@
 
 pub mod bounds;
 pub mod data;
+#[cfg(feature = "cuda")]
+pub mod emulator;
 pub mod oracle;
 pub mod suite;

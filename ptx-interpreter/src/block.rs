@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 
 use crate::WARP;
-use crate::decode::{Address, Instruction, Op, Operand, Shuffle};
+use crate::decode::{Address, Instruction, MAX_VECTOR, Op, Operand, Shuffle};
 use crate::fault::{Fault, Kind, Space};
 use crate::launch::{Arg, Context, SPAN};
 use crate::matrix::{self, Fragment};
 use crate::memory::Memory;
-use crate::scalar::Function;
+use crate::scalar::{Function, Row};
 use crate::shadow::Moment;
 use crate::warp::{Registers, Warp, lanes};
 
@@ -28,9 +28,9 @@ struct Copies {
 pub(crate) struct Block<'c, 'l, 'm> {
     context: &'c mut Context<'l, 'm>,
     index: u32,
-    barriers: u32,
+    began: u64,
     shared: Memory,
-    registers: Vec<[u64; WARP]>,
+    registers: Vec<Row>,
     warps: Vec<Warp>,
     copies: Vec<Copies>,
 }
@@ -49,7 +49,9 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
         let shared = Memory::shared(context.kernel.static_shared + context.launch.shared);
         let registers = vec![[0; WARP]; context.kernel.registers * warps.len()];
         let copies = (0..threads).map(|_| Copies::default()).collect();
-        Self { context, index, barriers: 0, shared, registers, warps, copies }
+        context.time += 1;
+        let began = context.time;
+        Self { context, index, began, shared, registers, warps, copies }
     }
 
     /// Runs every warp to the next barrier, until all have returned.
@@ -63,7 +65,7 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
             if let Some((warp, other)) = waiting.find(|&(_, other)| other != barrier) {
                 return Err(self.fault(warp, other, whole_warp(Kind::DivergedBarrier)));
             }
-            self.barriers += 1;
+            self.context.time += 1;
             self.warps.iter_mut().for_each(|warp| warp.waits_at = None);
         }
     }
@@ -139,12 +141,8 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
                     }
                 }
             }
-            Op::Load { space, to, address, width, signed } => {
-                return self.each_lane(active, |block, lane| block.load(warp, lane, *space, to, *address, *width, *signed));
-            }
-            Op::Store { space, address, from, width } => {
-                return self.each_lane(active, |block, lane| block.store(warp, lane, *space, *address, from, *width));
-            }
+            Op::Load { .. } => return self.load(warp, active, op),
+            Op::Store { .. } => return self.store(warp, active, op),
             Op::Shuffle { .. } => return self.shuffle(warp, active, op),
             Op::WarpBarrier { lanes: mask } => {
                 let wanted = self.registers(warp).get(*mask, active.trailing_zeros() as usize % WARP) as u32;
@@ -182,11 +180,11 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
 
     fn moment(&self, warp: usize, lane: usize) -> Moment {
         let thread = (warp * WARP + lane) as u32;
-        Moment { launch: self.context.number, block: self.index, barriers: self.barriers, thread }
+        Moment { launch: self.context.began, begin: self.began, time: self.context.time, block: self.index, thread }
     }
 
-    fn address(&mut self, warp: usize, lane: usize, address: Address) -> u64 {
-        self.registers(warp).get(address.base, lane).wrapping_add_signed(address.offset)
+    fn addresses(&mut self, warp: usize, address: Address) -> Row {
+        self.registers(warp).row(address.base, &mut [0; WARP]).map(|base| base.wrapping_add_signed(address.offset))
     }
 
     fn read(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize) -> Result<u128, Kind> {
@@ -203,26 +201,38 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "an instruction's fields")]
-    fn load(&mut self, warp: usize, lane: usize, space: Option<Space>, to: &[u32], address: Address, width: usize, signed: bool) -> Result<(), Kind> {
-        let at = self.address(warp, lane, address);
-        let value = self.read(warp, lane, space, at, width * to.len())?;
-        let (bits, mut registers) = (8 * width as u32, self.registers(warp));
-        for (i, &to) in (0..).zip(to) {
-            let part = (value >> (i * bits)) as u64 & (u64::MAX >> (64 - bits));
-            // A narrow signed value fills the 32 bits of its register with its sign.
-            let extended = if signed && bits < 32 { ((part << (64 - bits)) as i64 >> (64 - bits)) as u32 as u64 } else { part };
-            registers.set(to, lane, extended);
+    fn load(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
+        let Op::Load { space, to, address, width, signed } = op else { return Ok(()) };
+        let (at, bits) = (self.addresses(warp, *address), 8 * *width as u32);
+        let mut rows = [[0; WARP]; MAX_VECTOR];
+        for lane in lanes(active) {
+            let value = self.read(warp, lane, *space, at[lane], width * to.len()).map_err(|kind| (lane, kind))?;
+            for (i, row) in (0..).zip(&mut rows[..to.len()]) {
+                let part = (value >> (i * bits)) as u64 & (u64::MAX >> (64 - bits));
+                // A narrow signed value fills the 32 bits of its register with its sign.
+                let extend = *signed && bits < 32;
+                row[lane] = if extend { ((part << (64 - bits)) as i64 >> (64 - bits)) as u32 as u64 } else { part };
+            }
+        }
+        let mut registers = self.registers(warp);
+        to.iter().zip(&rows).for_each(|(&to, row)| registers.set_row(to, active, row));
+        Ok(())
+    }
+
+    fn store(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
+        let Op::Store { space, address, from, width } = op else { return Ok(()) };
+        let (at, bits) = (self.addresses(warp, *address), 8 * *width as u32);
+        for lane in lanes(active) {
+            let registers = self.registers(warp);
+            let part = |i: usize| u128::from(registers.get(from[i], lane) & (u64::MAX >> (64 - bits))) << (i as u32 * bits);
+            let value = (0..from.len()).fold(0, |value, i| value | part(i));
+            self.write(warp, lane, *space, at[lane], width * from.len(), value).map_err(|kind| (lane, kind))?;
         }
         Ok(())
     }
 
-    fn store(&mut self, warp: usize, lane: usize, space: Option<Space>, address: Address, from: &[Operand], width: usize) -> Result<(), Kind> {
-        let (at, bits, now) = (self.address(warp, lane, address), 8 * width as u32, self.moment(warp, lane));
-        let registers = self.registers(warp);
-        let part = |i: usize| u128::from(registers.get(from[i], lane) & (u64::MAX >> (64 - bits))) << (i as u32 * bits);
-        let value = (0..from.len()).fold(0, |value, i| value | part(i));
-        let width = width * from.len();
+    fn write(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize, value: u128) -> Result<(), Kind> {
+        let now = self.moment(warp, lane);
         match space {
             Some(Space::Shared) => self.shared.write(at, width, value, now),
             None if at < SPAN => self.shared.write(at, width, value, now),
@@ -235,8 +245,16 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
     }
 
     /// The source is read now; the destination gets it when its group is waited for.
-    fn copy_async(&mut self, warp: usize, lane: usize, to: Address, from: Address, width: usize, filled: Option<Operand>) -> Result<(), Kind> {
-        let (to, from) = (self.address(warp, lane, to), self.address(warp, lane, from));
+    fn copy_async(
+        &mut self,
+        warp: usize,
+        lane: usize,
+        to: Address,
+        from: Address,
+        width: usize,
+        filled: Option<Operand>,
+    ) -> Result<(), Kind> {
+        let (to, from) = (self.addresses(warp, to)[lane], self.addresses(warp, from)[lane]);
         let filled = filled.map_or(width, |operand| (self.registers(warp).get(operand, lane) as u32 as usize).min(width));
         let value = if filled == 0 { 0 } else { self.read(warp, lane, Some(Space::Global), from, filled)? };
         self.shared.depart(to, width, self.moment(warp, lane))?;
@@ -244,10 +262,13 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
         Ok(())
     }
 
-    fn wait_copies(&mut self, warp: usize, lane: usize, pending: usize) -> Result<(), Kind> {
+    fn wait_copies(&mut self, warp: usize, lane: usize, pending: Option<usize>) -> Result<(), Kind> {
         let now = self.moment(warp, lane);
-        let closed = &mut self.copies[warp * WARP + lane].closed;
-        let landing = closed.len().saturating_sub(pending);
+        let Copies { closed, open } = &mut self.copies[warp * WARP + lane];
+        if pending.is_none() {
+            closed.push_back(std::mem::take(open));
+        }
+        let landing = closed.len().saturating_sub(pending.unwrap_or(0));
         closed.drain(..landing).flatten().try_for_each(|copy| self.shared.land(copy.to, &copy.bytes, now))
     }
 
@@ -272,12 +293,12 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
 
     /// Row i of matrix j is where lane 8·j + i says.
     fn load_matrix(&mut self, warp: usize, to: &[u32], address: Address, transposed: bool) -> Step<()> {
+        let at = self.addresses(warp, address);
         for (j, &to) in to.iter().enumerate() {
             let mut fragment = [0; WARP];
             for row in 0..8 {
                 let lane = 8 * j + row;
-                let at = self.address(warp, lane, address);
-                let line = self.read(warp, lane, Some(Space::Shared), at, 16).map_err(|kind| (lane, kind))?;
+                let line = self.read(warp, lane, Some(Space::Shared), at[lane], 16).map_err(|kind| (lane, kind))?;
                 for col in 0..8 {
                     let (holder, half) = if transposed { matrix::holder(col, row) } else { matrix::holder(row, col) };
                     fragment[holder] |= u64::from((line >> (16 * col)) as u16) << (16 * half);
@@ -289,17 +310,18 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
     }
 }
 
-fn scalar(registers: &mut Registers<'_>, active: u32, f: Function, to: u32, [a, b, c, d]: &[Operand; 4]) {
-    for lane in lanes(active) {
-        let get = |operand: &Operand| registers.get(*operand, lane);
-        let value = match f {
-            Function::One(f) => f(get(a)),
-            Function::Two(f) => f(get(a), get(b)),
-            Function::Three(f) => f(get(a), get(b), get(c)),
-            Function::Four(f) => f(get(a), get(b), get(c), get(d)),
-        };
-        registers.set(to, lane, value);
-    }
+fn scalar(registers: &mut Registers<'_>, active: u32, f: Function, to: u32, from: &[Operand; 4]) {
+    let mut scratch = [[0; WARP]; 4];
+    let [a, b, c, d] = &mut scratch;
+    let result = match f {
+        Function::One(f) => f(registers.row(from[0], a)),
+        Function::Two(f) => f(registers.row(from[0], a), registers.row(from[1], b)),
+        Function::Three(f) => f(registers.row(from[0], a), registers.row(from[1], b), registers.row(from[2], c)),
+        Function::Four(f) => {
+            f(registers.row(from[0], a), registers.row(from[1], b), registers.row(from[2], c), registers.row(from[3], d))
+        }
+    };
+    registers.set_row(to, active, &result);
 }
 
 fn fragment<T, const N: usize>(of: &[T], register: impl Fn(&T) -> [u32; WARP]) -> Fragment<N> {

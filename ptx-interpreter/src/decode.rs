@@ -37,6 +37,9 @@ pub(crate) struct Address {
     pub(crate) offset: i64,
 }
 
+/// The most registers that one access fills.
+pub(crate) const MAX_VECTOR: usize = 4;
+
 /// How an operand of a matrix product is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Half {
@@ -56,25 +59,78 @@ pub(crate) enum Shuffle {
 /// The operations, with registers by number.
 pub(crate) enum Op {
     /// `to = f(from)`, lane by lane
-    Scalar { f: Function, to: u32, from: [Operand; 4] },
+    Scalar {
+        f: Function,
+        to: u32,
+        from: [Operand; 4],
+    },
     /// Parts of `bits` each side by side in one register.
-    Pack { to: u32, parts: Vec<Operand>, bits: u32 },
+    Pack {
+        to: u32,
+        parts: Vec<Operand>,
+        bits: u32,
+    },
     /// The other way round.
-    Unpack { to: Vec<Option<u32>>, from: Operand, bits: u32 },
-    Load { space: Option<Space>, to: Vec<u32>, address: Address, width: usize, signed: bool },
-    Store { space: Option<Space>, address: Address, from: Vec<Operand>, width: usize },
-    Branch { to: usize },
+    Unpack {
+        to: Vec<Option<u32>>,
+        from: Operand,
+        bits: u32,
+    },
+    Load {
+        space: Option<Space>,
+        to: Vec<u32>,
+        address: Address,
+        width: usize,
+        signed: bool,
+    },
+    Store {
+        space: Option<Space>,
+        address: Address,
+        from: Vec<Operand>,
+        width: usize,
+    },
+    Branch {
+        to: usize,
+    },
     Return,
     Barrier,
-    WarpBarrier { lanes: Operand },
-    Shuffle { kind: Shuffle, to: u32, inside: Option<u32>, from: Operand, by: Operand, clamp: Operand, lanes: Operand },
-    CopyAsync { to: Address, from: Address, width: usize, filled: Option<Operand> },
+    WarpBarrier {
+        lanes: Operand,
+    },
+    Shuffle {
+        kind: Shuffle,
+        to: u32,
+        inside: Option<u32>,
+        from: Operand,
+        by: Operand,
+        clamp: Operand,
+        lanes: Operand,
+    },
+    CopyAsync {
+        to: Address,
+        from: Address,
+        width: usize,
+        filled: Option<Operand>,
+    },
     CommitCopies,
-    WaitCopies { pending: usize },
+    /// Waits until so many groups are on their way; None: until no copy is, not even one of the open group.
+    WaitCopies {
+        pending: Option<usize>,
+    },
     /// 8×8 matrices of 16-bit elements from shared memory into fragments.
-    LoadMatrix { to: Vec<u32>, address: Address, transposed: bool },
+    LoadMatrix {
+        to: Vec<u32>,
+        address: Address,
+        transposed: bool,
+    },
     /// `d = a·b + c`, 16×8×16, in fragments
-    Multiply { half: Half, d: Vec<u32>, a: Vec<u32>, b: Vec<u32>, c: Vec<Operand> },
+    Multiply {
+        half: Half,
+        d: Vec<u32>,
+        a: Vec<u32>,
+        b: Vec<u32>,
+        c: Vec<Operand>,
+    },
 }
 
 /// Reads the operands of one statement.
@@ -192,8 +248,8 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
                 Ok(Op::Store { space, address, from, width: self.width(ty)? })
             }
             ["cp", "async", "commit_group"] => Ok(Op::CommitCopies),
-            ["cp", "async", "wait_all"] => Ok(Op::WaitCopies { pending: 0 }),
-            ["cp", "async", "wait_group"] => Ok(Op::WaitCopies { pending: self.number(0)? }),
+            ["cp", "async", "wait_all"] => Ok(Op::WaitCopies { pending: None }),
+            ["cp", "async", "wait_group"] => Ok(Op::WaitCopies { pending: Some(self.number(0)?) }),
             ["cp", "async", "ca" | "cg", "shared", "global", ..] => self.copy_async(),
             ["ldmatrix", "sync", "aligned", "m8n8", .., "shared", "b16"] => {
                 Ok(Op::LoadMatrix { to: self.registers(0)?, address: self.address(1)?, transposed: words.contains(&"trans") })
@@ -234,6 +290,9 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
 
     fn load(&self, flags: &[&str], ty: &str) -> Result<Op, ParseError> {
         let (space, to, address) = (space(flags), self.registers(0)?, self.address(1)?);
+        if to.len() > MAX_VECTOR {
+            return self.fail(format!("more than {MAX_VECTOR} registers"));
+        }
         Ok(Op::Load { space, to, address, width: self.width(ty)?, signed: ty.starts_with('s') })
     }
 

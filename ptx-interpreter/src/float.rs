@@ -45,11 +45,30 @@ pub(crate) fn to_bf16(value: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
+/// `a·b + c`, rounded once, to nearest; `f32::mul_add` is a call on machines that are not told to use their instruction for it.
+pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    fma_odd(a, b, c) as f32
+}
+
 /// `a·b + c`, rounded towards -∞.
 pub(crate) fn fma_down(a: f32, b: f32, c: f32) -> f32 {
-    let exact = f64::from(a) * f64::from(b) + f64::from(c);
+    let exact = fma_odd(a, b, c);
     let nearest = exact as f32;
     if f64::from(nearest) > exact { nearest.next_down() } else { nearest }
+}
+
+/// `a·b + c` in `f64`, where a result that is not exact is made odd. It then lies on the same side of every `f32`, and of the
+/// middle between two of them, as the exact one, so that rounding it again is rounding once.
+fn fma_odd(a: f32, b: f32, c: f32) -> f64 {
+    let (product, c) = (f64::from(a) * f64::from(b), f64::from(c)); // 24 + 24 bits: exact
+    let sum = product + c;
+    let from_c = sum - product;
+    let lost = (product - (sum - from_c)) + (c - from_c);
+    let inexact = lost.abs() > 0.0; // not for NaN, which infinities lose
+    let even = sum.to_bits() & 1 == 0;
+    let away = (lost > 0.0) == (sum > 0.0);
+    let odd = if away { sum.to_bits().wrapping_add(1) } else { sum.to_bits().wrapping_sub(1) };
+    if inexact && even { f64::from_bits(odd) } else { sum }
 }
 
 /// Numbers below the smallest normal one become zero.
@@ -72,6 +91,25 @@ mod tests {
             let (half, brain) = (from_f16(bits), from_bf16(bits));
             assert!(half.is_nan() || to_f16(half) == bits, "{bits:#x}");
             assert!(brain.is_nan() || to_bf16(brain) == bits, "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn fma_rounds_once() {
+        let mut state = 1u64;
+        let mut number = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            // Exponents near each other, so that sums cancel and round in every way.
+            f32::from_bits((state >> 32) as u32 & 0x83ff_ffff | 0x3e00_0000)
+        };
+        for _ in 0..1_000_000 {
+            let (a, b, c) = (number(), number(), number());
+            let (want, got) = (a.mul_add(b, c), fma(a, b, c));
+            assert!(want == got, "{a}·{b} + {c} = {want}, not {got}");
+            assert!(fma_down(a, b, c) == want || fma_down(a, b, c) == want.next_down());
+        }
+        for (a, b, c) in [(1e30, 1e30, 1.0), (f32::INFINITY, 0.0, 1.0), (1e-30, 1e-20, -1e-45), (1.0, 1.0, -1.0)] {
+            assert_eq!(fma(a, b, c).to_bits(), a.mul_add(b, c).to_bits(), "{a}·{b} + {c}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! A launch: arguments become parameter bytes, and blocks run one after another.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::block::Block;
 use crate::fault::{Fault, Kind};
@@ -47,14 +47,19 @@ pub(crate) const SPAN: u64 = 1 << 40;
 /// Instructions of a warp after which a block is taken to run for ever.
 const BUDGET: u64 = 50_000_000;
 
-/// Tells launches apart, so that what earlier ones touched cannot clash.
-static LAUNCHES: AtomicU32 = AtomicU32::new(1);
+/// Time, as races need it: each launch has a span of its own, so that what earlier ones touched cannot clash.
+static CLOCK: AtomicU64 = AtomicU64::new(LAUNCH_TIME);
+
+/// More than a launch has blocks and barriers.
+const LAUNCH_TIME: u64 = 1 << 36;
 
 /// What all blocks of a launch share.
 pub(crate) struct Context<'l, 'm> {
     pub(crate) kernel: &'l Kernel,
     pub(crate) launch: Launch,
-    pub(crate) number: u32,
+    /// When the launch began, and how late it is.
+    pub(crate) began: u64,
+    pub(crate) time: u64,
     pub(crate) params: Memory,
     pub(crate) args: &'l mut [Arg<'m>],
     pub(crate) budget: u64,
@@ -72,8 +77,8 @@ impl Launch {
                 global.watch();
             }
         }
-        let number = LAUNCHES.fetch_add(1, Ordering::Relaxed);
-        let mut context = Context { kernel, launch: self, number, params, args, budget: 0 };
+        let began = CLOCK.fetch_add(LAUNCH_TIME, Ordering::Relaxed);
+        let mut context = Context { kernel, launch: self, began, time: began, params, args, budget: 0 };
         let mut report = Report::default();
         for index in 0..self.grid {
             context.budget = BUDGET;

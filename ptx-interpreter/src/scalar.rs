@@ -2,15 +2,21 @@
 //!
 //! A register holds its value in the low bits and zeros above; predicates are 0 or 1.
 
+use std::array::from_fn;
+
+use crate::WARP;
 use crate::float;
 
-/// A function of one to four operands.
+/// A register of every lane.
+pub(crate) type Row = [u64; WARP];
+
+/// A function of one to four operands, for all lanes at once: it cannot fail, and idle lanes drop what they get.
 #[derive(Clone, Copy)]
 pub(crate) enum Function {
-    One(fn(u64) -> u64),
-    Two(fn(u64, u64) -> u64),
-    Three(fn(u64, u64, u64) -> u64),
-    Four(fn(u64, u64, u64, u64) -> u64),
+    One(fn(&Row) -> Row),
+    Two(fn(&Row, &Row) -> Row),
+    Three(fn(&Row, &Row, &Row) -> Row),
+    Four(fn(&Row, &Row, &Row, &Row) -> Row),
 }
 
 use Function::{Four, One, Three, Two};
@@ -64,27 +70,34 @@ impl Bits for f32 {
 macro_rules! one {
     ($from:ty => $to:ty, |$a:ident| $e:expr) => {
         One(|a| {
-            let $a = <$from>::of(a);
-            let result: $to = $e;
-            result.bits()
+            from_fn(|lane| {
+                let $a = <$from>::of(a[lane]);
+                let result: $to = $e;
+                result.bits()
+            })
         })
     };
 }
 macro_rules! two {
     ($from:ty => $to:ty, |$a:ident, $b:ident| $e:expr) => {
         Two(|a, b| {
-            let ($a, $b) = (<$from>::of(a), <$from>::of(b));
-            let result: $to = $e;
-            result.bits()
+            from_fn(|lane| {
+                let ($a, $b) = (<$from>::of(a[lane]), <$from>::of(b[lane]));
+                let result: $to = $e;
+                result.bits()
+            })
         })
     };
 }
+/// The third operand is of the result's type.
 macro_rules! three {
     ($from:ty => $to:ty, |$a:ident, $b:ident, $c:ident| $e:expr) => {
         Three(|a, b, c| {
-            let ($a, $b, $c) = (<$from>::of(a), <$from>::of(b), <$to>::of(c));
-            let result: $to = $e;
-            result.bits()
+            from_fn(|lane| {
+                let ($a, $b, $c) = (<$from>::of(a[lane]), <$from>::of(b[lane]), <$to>::of(c[lane]));
+                let result: $to = $e;
+                result.bits()
+            })
         })
     };
 }
@@ -92,10 +105,17 @@ macro_rules! three {
 macro_rules! shift {
     ($ty:ty, |$a:ident, $by:ident| $e:expr) => {
         Two(|a, by| {
-            let ($a, $by) = (<$ty>::of(a), by as u32);
-            let result: $ty = $e;
-            result.bits()
+            from_fn(|lane| {
+                let ($a, $by) = (<$ty>::of(a[lane]), by[lane] as u32);
+                let result: $ty = $e;
+                result.bits()
+            })
         })
+    };
+}
+macro_rules! select {
+    ($ty:ty) => {
+        Three(|a, b, p| from_fn(|lane| <$ty>::of(if bool::of(p[lane]) { a[lane] } else { b[lane] }).bits()))
     };
 }
 
@@ -116,11 +136,11 @@ fn moves(stem: &str, ty: &str) -> Option<Function> {
         ("mov", "pred") => one!(bool => bool, |a| a),
         ("mov", "u16" | "s16" | "b16") => one!(u16 => u16, |a| a),
         ("mov", "u32" | "s32" | "b32" | "f32") => one!(u32 => u32, |a| a),
-        ("mov", "u64" | "s64" | "b64" | "f64") => One(|a| a),
-        ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared", "u64") => One(|a| a),
-        ("selp", "b16" | "u16" | "s16") => Three(|a, b, p| u16::of(if bool::of(p) { a } else { b }).bits()),
-        ("selp", "b32" | "u32" | "s32" | "f32") => Three(|a, b, p| u32::of(if bool::of(p) { a } else { b }).bits()),
-        ("selp", "b64" | "u64" | "s64") => Three(|a, b, p| if bool::of(p) { a } else { b }),
+        ("mov", "u64" | "s64" | "b64" | "f64") => one!(u64 => u64, |a| a),
+        ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared", "u64") => one!(u64 => u64, |a| a),
+        ("selp", "b16" | "u16" | "s16") => select!(u16),
+        ("selp", "b32" | "u32" | "s32" | "f32") => select!(u32),
+        ("selp", "b64" | "u64" | "s64") => select!(u64),
         _ => return None,
     })
 }
@@ -130,13 +150,13 @@ fn logic(stem: &str, ty: &str) -> Option<Function> {
         ("not", "pred") => one!(bool => bool, |a| !a),
         ("not", "b16") => one!(u16 => u16, |a| !a),
         ("not", "b32") => one!(u32 => u32, |a| !a),
-        ("not", "b64") => One(|a| !a),
+        ("not", "b64") => one!(u64 => u64, |a| !a),
         ("and", "pred" | "b16" | "b32") => two!(u32 => u32, |a, b| a & b),
         ("or", "pred" | "b16" | "b32") => two!(u32 => u32, |a, b| a | b),
         ("xor", "pred" | "b16" | "b32") => two!(u32 => u32, |a, b| a ^ b),
-        ("and", "b64") => Two(|a, b| a & b),
-        ("or", "b64") => Two(|a, b| a | b),
-        ("xor", "b64") => Two(|a, b| a ^ b),
+        ("and", "b64") => two!(u64 => u64, |a, b| a & b),
+        ("or", "b64") => two!(u64 => u64, |a, b| a | b),
+        ("xor", "b64") => two!(u64 => u64, |a, b| a ^ b),
         ("shl", "b16") => shift!(u16, |a, by| a.checked_shl(by).unwrap_or(0)),
         ("shl", "b32") => shift!(u32, |a, by| a.checked_shl(by).unwrap_or(0)),
         ("shl", "b64") => shift!(u64, |a, by| a.checked_shl(by).unwrap_or(0)),
@@ -145,36 +165,42 @@ fn logic(stem: &str, ty: &str) -> Option<Function> {
         ("shr", "u64" | "b64") => shift!(u64, |a, by| a.checked_shr(by).unwrap_or(0)),
         ("shr", "s32") => shift!(i32, |a, by| a >> by.min(31)),
         ("shr", "s64") => shift!(i64, |a, by| a >> by.min(63)),
-        ("shf.l.wrap", "b32") => Three(|low, high, by| ((high << 32 | low) << (by & 31)) >> 32),
-        ("shf.r.wrap", "b32") => Three(|low, high, by| u32::of((high << 32 | low) >> (by & 31)).bits()),
-        ("bfi", "b32") => Four(insert_bits),
-        ("bfe", "u32") => Three(|a, from, len| if len & 255 == 0 { 0 } else { u32::of(a) as u64 >> (from & 63) & mask(len) }),
+        ("shf.l.wrap", "b32") => three!(u32 => u32, |low, high, by| (funnel(low, high) << (by & 31) >> 32) as u32),
+        ("shf.r.wrap", "b32") => three!(u32 => u32, |low, high, by| (funnel(low, high) >> (by & 31)) as u32),
+        ("bfe", "u32") => three!(u32 => u32, |a, from, len| (u64::from(a) >> (from & 255).min(63)) as u32 & mask(len)),
+        ("bfi", "b32") => Four(|a, b, at, len| from_fn(|lane| insert_bits(a[lane], b[lane], at[lane], len[lane]))),
         ("popc", "b32") => one!(u32 => u32, |a| a.count_ones()),
         ("clz", "b32") => one!(u32 => u32, |a| a.leading_zeros()),
-        ("prmt", "b32") => Three(permute),
+        ("prmt", "b32") => three!(u32 => u32, |a, b, selector| permute(a, b, selector)),
         _ => return None,
     })
 }
 
-/// As many ones as `len` says, at most 32.
-fn mask(len: u64) -> u64 {
-    (1 << (len & 255).min(32)) - 1
+fn funnel(low: u32, high: u32) -> u64 {
+    u64::from(high) << 32 | u64::from(low)
 }
 
-/// `len` low bits of `a` in the place of as many of `b`, from bit `at` on.
+/// As many ones as the low byte of `len` says, at most 32.
+fn mask(len: u32) -> u32 {
+    u32::MAX.checked_shr(32u32.saturating_sub(len & 255)).unwrap_or(0)
+}
+
+/// The `len` low bits of `a` in the place of as many of `b`, from bit `at` on.
 fn insert_bits(a: u64, b: u64, at: u64, len: u64) -> u64 {
-    let mask = mask(len).checked_shl(at as u32 & 255).unwrap_or(0);
-    u32::of(b & !mask | a.checked_shl(at as u32 & 255).unwrap_or(0) & mask).bits()
+    let at = at as u32 & 255;
+    let place = |bits: u32| bits.checked_shl(at).unwrap_or(0);
+    let mask = place(mask(len as u32));
+    (b as u32 & !mask | place(a as u32) & mask).bits()
 }
 
 /// Four bytes, each chosen by a digit of `selector` among the eight of `a` and `b`; 8 and up repeat the byte's sign.
-fn permute(a: u64, b: u64, selector: u64) -> u64 {
-    let bytes = (u64::from(b as u32) << 32 | u64::from(a as u32)).to_le_bytes();
-    let byte = |digit: u64| {
+fn permute(a: u32, b: u32, selector: u32) -> u32 {
+    let bytes = funnel(a, b).to_le_bytes();
+    let byte = |digit: u32| {
         let byte = bytes[(digit & 7) as usize];
         if digit & 8 == 0 { byte } else { ((byte as i8) >> 7) as u8 }
     };
-    u32::from_le_bytes([0, 4, 8, 12].map(|at| byte(selector >> at & 15))).bits()
+    u32::from_le_bytes([0, 4, 8, 12].map(|at| byte(selector >> at & 15)))
 }
 
 fn integers(stem: &str, ty: &str) -> Option<Function> {
@@ -188,9 +214,9 @@ fn integers(stem: &str, ty: &str) -> Option<Function> {
         ("mul.lo", "u16" | "s16") => two!(u16 => u16, |a, b| a.wrapping_mul(b)),
         ("mul.lo", "u32" | "s32") => two!(u32 => u32, |a, b| a.wrapping_mul(b)),
         ("mul.lo", "u64" | "s64") => two!(u64 => u64, |a, b| a.wrapping_mul(b)),
-        ("mul.hi", "u32") => two!(u32 => u32, |a, b| (u64::from(a) * u64::from(b) >> 32) as u32),
-        ("mul.hi", "s32") => two!(i32 => i32, |a, b| (i64::from(a) * i64::from(b) >> 32) as i32),
-        ("mul.hi", "u64") => two!(u64 => u64, |a, b| (u128::from(a) * u128::from(b) >> 64) as u64),
+        ("mul.hi", "u32") => two!(u32 => u32, |a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32),
+        ("mul.hi", "s32") => two!(i32 => i32, |a, b| ((i64::from(a) * i64::from(b)) >> 32) as i32),
+        ("mul.hi", "u64") => two!(u64 => u64, |a, b| ((u128::from(a) * u128::from(b)) >> 64) as u64),
         ("mul.wide", "u16") => two!(u16 => u32, |a, b| u32::from(a) * u32::from(b)),
         ("mul.wide", "s16") => two!(i16 => i32, |a, b| i32::from(a) * i32::from(b)),
         ("mul.wide", "u32") => two!(u32 => u64, |a, b| u64::from(a) * u64::from(b)),
@@ -232,7 +258,7 @@ fn floats(stem: &str, ty: &str) -> Option<Function> {
         "add" | "add.rn" => two!(f32 => f32, |a, b| a + b),
         "sub" | "sub.rn" => two!(f32 => f32, |a, b| a - b),
         "mul" | "mul.rn" => two!(f32 => f32, |a, b| a * b),
-        "fma.rn" => three!(f32 => f32, |a, b, c| a.mul_add(b, c)),
+        "fma.rn" => three!(f32 => f32, |a, b, c| float::fma(a, b, c)),
         "fma.rm" => three!(f32 => f32, |a, b, c| float::fma_down(a, b, c)),
         "div.rn" | "div.approx" | "div.full" => two!(f32 => f32, |a, b| a / b),
         "rcp.rn" | "rcp.approx" => one!(f32 => f32, |a| 1.0 / a),
@@ -265,6 +291,10 @@ macro_rules! compare {
     };
 }
 
+fn unordered(a: f32, b: f32) -> bool {
+    a.is_nan() || b.is_nan()
+}
+
 fn comparisons(stem: &str, ty: &str) -> Option<Function> {
     let how = stem.strip_prefix("setp.")?;
     Some(match ty {
@@ -275,16 +305,16 @@ fn comparisons(stem: &str, ty: &str) -> Option<Function> {
         "u64" | "b64" => compare!(u64, how),
         "s64" => compare!(i64, how),
         "f32" => match how {
-            // "Unordered" ones hold for NaN; of the others only != does, and PTX calls that one `neu`.
-            "ne" => two!(f32 => bool, |a, b| a < b || a > b),
+            // Those that end in u hold for NaN too.
+            "ne" => two!(f32 => bool, |a, b| a != b && !unordered(a, b)),
             "neu" => two!(f32 => bool, |a, b| a != b),
-            "equ" => two!(f32 => bool, |a, b| !(a < b || a > b)),
-            "ltu" => two!(f32 => bool, |a, b| !(a >= b)),
-            "leu" => two!(f32 => bool, |a, b| !(a > b)),
-            "gtu" => two!(f32 => bool, |a, b| !(a <= b)),
-            "geu" => two!(f32 => bool, |a, b| !(a < b)),
-            "num" => two!(f32 => bool, |a, b| !a.is_nan() && !b.is_nan()),
-            "nan" => two!(f32 => bool, |a, b| a.is_nan() || b.is_nan()),
+            "equ" => two!(f32 => bool, |a, b| a == b || unordered(a, b)),
+            "ltu" => two!(f32 => bool, |a, b| a < b || unordered(a, b)),
+            "leu" => two!(f32 => bool, |a, b| a <= b || unordered(a, b)),
+            "gtu" => two!(f32 => bool, |a, b| a > b || unordered(a, b)),
+            "geu" => two!(f32 => bool, |a, b| a >= b || unordered(a, b)),
+            "num" => two!(f32 => bool, |a, b| !unordered(a, b)),
+            "nan" => two!(f32 => bool, |a, b| unordered(a, b)),
             how => compare!(f32, how),
         },
         _ => return None,

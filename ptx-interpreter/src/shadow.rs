@@ -3,59 +3,64 @@
 /// Bytes that share a record. No element of the kernels is smaller.
 const CELL: usize = 2;
 
-/// A thread at a moment: launches, blocks and barriers count up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A thread at a moment. Time goes on with every launch, block and barrier.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Moment {
-    pub(crate) launch: u32,
+    /// When the launch began.
+    pub(crate) launch: u64,
+    /// When the block began.
+    pub(crate) begin: u64,
+    /// When the block passed its last barrier.
+    pub(crate) time: u64,
     pub(crate) block: u32,
-    /// How many barriers the block has passed.
-    pub(crate) barriers: u32,
     pub(crate) thread: u32,
 }
 
-/// Who was seen there.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Who {
-    OneThread,
-    SeveralThreads,
-    SeveralBlocks,
-}
+/// In the place of a thread: several of one block, at the same time; and threads of several blocks.
+const SEVERAL_THREADS: u32 = u32::MAX - 1;
+const SEVERAL_BLOCKS: u32 = u32::MAX;
 
-/// The last to be seen there, and whether others were at the same time; nobody is launch 0.
+/// The last to be seen there, and whether others were at the same time. Nobody was at time 0.
 #[derive(Clone, Copy)]
 struct Seen {
-    last: Moment,
-    who: Who,
+    time: u64,
+    block: u32,
+    thread: u32,
 }
 
 /// The other party of a race: its block, and its thread if it was only one.
 pub(crate) type Other = (u32, Option<u32>);
 
 impl Seen {
-    const NOBODY: Self = Self { last: Moment { launch: 0, block: 0, barriers: 0, thread: 0 }, who: Who::OneThread };
+    const NOBODY: Self = Self { time: 0, block: 0, thread: 0 };
+
+    fn one(now: Moment) -> Self {
+        Self { time: now.time, block: now.block, thread: now.thread }
+    }
 
     /// Whom nothing orders before `now`, if anyone.
     fn clashes(&self, now: Moment) -> Option<Other> {
-        let Self { last, who } = *self;
-        let other_block = who == Who::SeveralBlocks || last.block != now.block;
-        let same_thread = who == Who::OneThread && last.thread == now.thread;
-        let clash = last.launch == now.launch && (other_block || last.barriers == now.barriers && !same_thread);
-        clash.then_some((last.block, (who == Who::OneThread).then_some(last.thread)))
+        if self.time < now.launch {
+            return None;
+        }
+        let same_block = self.time >= now.begin && self.thread != SEVERAL_BLOCKS;
+        if same_block && (self.time < now.time || self.thread == now.thread) {
+            return None;
+        }
+        Some((self.block, (self.thread < SEVERAL_THREADS).then_some(self.thread)))
     }
 
     /// Adds a reader, and forgets those that it makes irrelevant: nothing that follows can clash with them alone.
     fn note(&mut self, now: Moment) {
-        let last = self.last;
-        let who = if last.launch != now.launch {
-            Who::OneThread
-        } else if self.who == Who::SeveralBlocks || last.block != now.block {
-            Who::SeveralBlocks
-        } else if last.barriers == now.barriers && (self.who == Who::SeveralThreads || last.thread != now.thread) {
-            Who::SeveralThreads
-        } else {
-            Who::OneThread
-        };
-        *self = Self { last: now, who };
+        if self.time < now.launch {
+            *self = Self::one(now);
+        } else if self.time < now.begin || self.thread == SEVERAL_BLOCKS {
+            *self = Self { thread: SEVERAL_BLOCKS, ..Self::one(now) };
+        } else if self.time < now.time {
+            *self = Self::one(now);
+        } else if self.thread != now.thread {
+            self.thread = SEVERAL_THREADS;
+        }
     }
 }
 
@@ -95,7 +100,7 @@ impl Shadow {
             if let Some(other) = record.wrote.clashes(now).or_else(|| record.read.clashes(now)) {
                 return Err(other);
             }
-            record.wrote = Seen { last: now, who: Who::OneThread };
+            record.wrote = Seen::one(now);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use crate::WARP;
 use crate::decode::{Operand, Special};
+use crate::scalar::Row;
 
 /// Lanes that are at the same instruction, as a bit mask.
 #[derive(Clone, Copy)]
@@ -57,7 +58,7 @@ pub(crate) fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
 
 /// The registers of one warp, and what its lanes know about themselves.
 pub(crate) struct Registers<'r> {
-    pub(crate) values: &'r mut [[u64; WARP]],
+    pub(crate) values: &'r mut [Row],
     pub(crate) first_thread: u32,
     pub(crate) threads: u32,
     pub(crate) block: u32,
@@ -76,6 +77,26 @@ impl Registers<'_> {
                 Special::Blocks => self.blocks,
                 Special::Lane => lane as u32,
             }),
+        }
+    }
+
+    /// An operand of every lane; `scratch` holds it if no register does.
+    pub(crate) fn row<'a>(&'a self, operand: Operand, scratch: &'a mut Row) -> &'a Row {
+        match operand {
+            Operand::Register(register) => return &self.values[register as usize],
+            Operand::Constant(value) => *scratch = [value; WARP],
+            Operand::Special(_) => *scratch = std::array::from_fn(|lane| self.get(operand, lane)),
+        }
+        scratch
+    }
+
+    /// Sets a register of the active lanes.
+    pub(crate) fn set_row(&mut self, register: u32, active: u32, row: &Row) {
+        let values = &mut self.values[register as usize];
+        if active == u32::MAX {
+            *values = *row;
+        } else {
+            lanes(active).for_each(|lane| values[lane] = row[lane]);
         }
     }
 

@@ -7,3 +7,6 @@
 #include "lora_forward.cu"
 #include "lora_merge.cu"
 #include "relu.cu"
+#ifdef TENSOR
+#include "tensor.cu"
+#endif

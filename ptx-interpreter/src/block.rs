@@ -256,6 +256,9 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
     ) -> Result<(), Kind> {
         let (to, from) = (self.addresses(warp, to)[lane], self.addresses(warp, from)[lane]);
         let filled = filled.map_or(width, |operand| (self.registers(warp).get(operand, lane) as u32 as usize).min(width));
+        if !from.is_multiple_of(width as u64) {
+            return Err(Kind::Misaligned { space: Space::Global, at: from % SPAN, width });
+        }
         let value = if filled == 0 { 0 } else { self.read(warp, lane, Some(Space::Global), from, filled)? };
         self.shared.depart(to, width, self.moment(warp, lane))?;
         self.copies[warp * WARP + lane].open.push(Copy { to, bytes: value.to_le_bytes()[..width].to_vec() });

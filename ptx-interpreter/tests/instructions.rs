@@ -127,7 +127,7 @@ fn branches_part_and_meet() {
          $loop: add.s32 %r2, %r2, 1; setp.lt.s32 %p1, %r2, %r0; @%p1 bra $loop;
          $even: add.s32 %r2, %r2, 100; @!%p0 add.s32 %r2, %r2, 1000; cvt.u64.u32 %rd0, %r2;")
     .unwrap();
-    let want = |thread: u64| if thread % 2 == 0 { 100 } else { thread + 1100 };
+    let want = |thread: u64| if thread.is_multiple_of(2) { 100 } else { thread + 1100 };
     assert_eq!(got, (0..64).map(want).collect::<Vec<_>>());
 }
 
@@ -192,7 +192,7 @@ fn matrix_fragments_multiply() {
             }}"
         );
         // Ones and zeros, so that no table of conversions is needed here.
-        let bit = |i: usize, j: usize, seed: usize| (i * 7 + j * 5 + i * j + seed) % 3 == 0;
+        let bit = |i: usize, j: usize, seed: usize| (i * 7 + j * 5 + i * j + seed).is_multiple_of(3);
         let matrix = |cols: usize, seed: usize| -> Vec<u8> {
             let bits = (0..16 * cols).map(|e| if bit(e / cols, e % cols, seed) { one } else { 0 });
             bits.flat_map(u16::to_le_bytes).collect()

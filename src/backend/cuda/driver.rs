@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStrea
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Launch};
-use super::plan::KERNELS;
+use super::plan::kernels;
 use super::{NAME, ptx};
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ impl Driver {
             let function = module.load_function(&symbol).map_err(|error| failed(&symbol, error))?;
             Ok((stem, function))
         };
-        Ok(Self { kernels: KERNELS.into_iter().map(function).collect::<Result<_>>()?, stream })
+        Ok(Self { kernels: kernels(dtype).map(function).collect::<Result<_>>()?, stream })
     }
 }
 

@@ -1,7 +1,7 @@
 //! The verbs of the base layer.
 
 use super::device::{Arg, Device};
-use super::plan::{WARP, shares, size, tiles};
+use super::plan::{WARP, product, shares, size};
 use super::{Cuda, read, read_if, write};
 use crate::element::Float;
 use crate::error::Result;
@@ -12,7 +12,7 @@ use crate::tensor::Tensor;
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<'_, Cuda<E, D>>) -> Result<()> {
     let [m, k, n] = sizes(op.x, op.w)?;
     let args = vec![read(op.x), read(op.w), read_if(op.bias), write(op.y), m.into(), k.into(), n.into()];
-    cuda.launch(tiles("linear_forward", m, n)?, args)
+    cuda.launch(product(E::DTYPE, "linear_forward", [m, n], [k, k])?, args)
 }
 
 /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
@@ -21,11 +21,13 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackwar
     let dims = || [m, k, n].map(Arg::U32);
     if let Some(dx) = op.dx {
         let operands = [read(op.w), read(op.dy), write(dx)];
-        cuda.launch(tiles("linear_backward_dx", m, k)?, operands.into_iter().chain(dims()).collect())?;
+        let plan = product(E::DTYPE, "linear_backward_dx", [m, k], [n, k])?;
+        cuda.launch(plan, operands.into_iter().chain(dims()).collect())?;
     }
     if let Some(dw) = op.dw {
         let operands = [read(op.x), read(op.dy), write(dw)];
-        cuda.launch(tiles("linear_backward_dw", n, k)?, operands.into_iter().chain(dims()).collect())?;
+        let plan = product(E::DTYPE, "linear_backward_dw", [n, k], [n, k])?;
+        cuda.launch(plan, operands.into_iter().chain(dims()).collect())?;
     }
     dbias(cuda, op.dy, op.dbias)
 }

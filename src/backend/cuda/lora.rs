@@ -2,7 +2,7 @@
 
 use super::device::{Arg, Device};
 use super::linear::{dbias, sizes};
-use super::plan::{size, tiles};
+use super::plan::{product, size, tiles};
 use super::{Cuda, read, read_if, write};
 use crate::element::Float;
 use crate::error::Result;
@@ -11,7 +11,8 @@ use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_, Cuda<E, D>>) -> Result<()> {
     let ([m, k, n], r) = (sizes(op.x, op.w)?, size(op.a.rows())?);
-    let (to_h, to_y) = (tiles("lora_forward_h", m, r)?, tiles("lora_forward_y", m, n)?);
+    let to_h = tiles("lora_forward_h", m, r)?;
+    let to_y = product(E::DTYPE, "lora_forward_y", [m, n], [k, k])?;
     let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
     let (x, a, h) = (read(op.x), read(op.a), write(op.h));
     cuda.launch(to_h, vec![x, a, key0, key1, threshold, keep_scale, h, m.into(), k.into(), r.into()])?;
@@ -25,7 +26,8 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<'_, Cuda<E, D>>) -> Result<()> {
     let ([m, k, n], r) = (sizes(op.x, op.w)?, size(op.a.rows())?);
     let (to_dh, to_da) = (tiles("lora_backward_dh", m, r)?, tiles("lora_backward_da", r, k)?);
-    let (to_db, to_dx) = (tiles("lora_backward_db", n, r)?, tiles("lora_backward_dx", m, k)?);
+    let to_db = tiles("lora_backward_db", n, r)?;
+    let to_dx = product(E::DTYPE, "lora_backward_dx", [m, k], [n, k])?;
     let mut dh = cuda.scratch(op.x.rows(), op.a.rows())?;
 
     let (b, dy, scale) = (read(op.b), read(op.dy), op.scale.into());

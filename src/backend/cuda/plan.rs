@@ -1,5 +1,6 @@
 //! Sizes → which kernel, and how many blocks. Pure arithmetic; a size that kernels cannot count to stops here.
 
+use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Shape;
 
@@ -7,15 +8,19 @@ use crate::tensor::Shape;
 pub const THREADS: u32 = 256;
 /// Rows, and columns, of the output that a block of the engine makes: `TILE` in engine.cuh.
 pub const TILE: u32 = 64;
+/// The same of the engine for tensor cores: `WIDE` in tensor.cuh.
+pub const WIDE: u32 = 128;
+/// 16-bit elements in 16 bytes: `CHUNK` in tensor.cuh.
+pub const CHUNK: u32 = 8;
 /// Lanes of a warp: `WARP` in common.cuh.
 pub const WARP: u32 = 32;
-/// The largest size: kernels count in `int`, and round up to whole tiles.
-pub const MAX_SIZE: u32 = (1 << 31) - 2 * TILE;
+/// The largest size: kernels count in `int`, round up to whole tiles, and fetch ahead.
+pub const MAX_SIZE: u32 = (1 << 31) - 2 * WIDE;
 
 /// A kernel, and how its work is spread over the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Which of [`KERNELS`]; the symbol is this and the element type, such as `lora_merge_bf16`.
+    /// Which of [`kernels`]; the symbol is this and the element type, such as `lora_merge_bf16`.
     pub kernel: &'static str,
     /// Blocks; 0 if there is nothing to do.
     pub grid: u32,
@@ -25,8 +30,8 @@ pub struct Plan {
     pub shared: u32,
 }
 
-/// Every kernel. A device looks each of them up once, when it is opened.
-pub const KERNELS: [&str; 18] = [
+/// The kernels that every element type has.
+const KERNELS: [&str; 18] = [
     "adam_dense",
     "adam_factored",
     "add",
@@ -47,15 +52,44 @@ pub const KERNELS: [&str; 18] = [
     "relu_backward",
 ];
 
+/// Those that 16-bit elements have besides: the big products on tensor cores, with the same parameters.
+const TENSOR_KERNELS: [&str; 5] = [
+    "linear_backward_dw_tensor",
+    "linear_backward_dx_tensor",
+    "linear_forward_tensor",
+    "lora_backward_dx_tensor",
+    "lora_forward_y_tensor",
+];
+
+/// Every kernel for an element type. A device looks each of them up once, when it is opened.
+pub fn kernels(dtype: DType) -> impl Iterator<Item = &'static str> {
+    let tensor = if dtype.size() == 2 { &TENSOR_KERNELS[..] } else { &[] };
+    KERNELS.iter().chain(tensor).copied()
+}
+
 /// A size as kernels take it. Errors: [`Error::TooLarge`] beyond [`MAX_SIZE`].
 pub fn size(n: usize) -> Result<u32> {
     let small = u32::try_from(n).ok().filter(|&n| n <= MAX_SIZE);
     small.ok_or(Error::TooLarge { shape: Shape { rows: n, cols: 1 }, limit: "a kernel can count" })
 }
 
-/// A block for every tile of an output of `rows × cols`.
+/// A block for every tile of an output of `rows × cols`, by the engine for any shape.
 pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
-    blocks(kernel, u64::from(rows.div_ceil(TILE)) * u64::from(cols.div_ceil(TILE)), (rows as usize, cols as usize).into())
+    tiles_of(TILE, kernel, rows, cols)
+}
+
+/// The same for a big product. It goes to the tensor cores if the elements have 16 bits and the lines of both operands, which
+/// are as long as `lines` says, start at multiples of 16 bytes.
+pub fn product(dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
+    let twin = TENSOR_KERNELS.into_iter().find(|name| name.strip_suffix("_tensor") == Some(kernel));
+    match twin {
+        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line % CHUNK == 0) => tiles_of(WIDE, twin, rows, cols),
+        _ => tiles(kernel, rows, cols),
+    }
+}
+
+fn tiles_of(tile: u32, kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
+    blocks(kernel, u64::from(rows.div_ceil(tile)) * u64::from(cols.div_ceil(tile)), (rows as usize, cols as usize).into())
 }
 
 /// A thread for every element.
@@ -99,6 +133,20 @@ mod tests {
     }
 
     #[test]
+    fn tensor_cores_get_16_bit_products_with_aligned_lines() {
+        let kernel = |dtype, lines| product(dtype, "linear_forward", [129, 1], lines).unwrap();
+        for dtype in [DType::F16, DType::BF16] {
+            assert_eq!(kernel(dtype, [8, 4096]), Plan { kernel: "linear_forward_tensor", grid: 2, block: 256, shared: 0 });
+            assert_eq!(kernel(dtype, [8, 12]), Plan { kernel: "linear_forward", grid: 3, block: 256, shared: 0 });
+        }
+        assert_eq!(kernel(DType::F32, [8, 8]).kernel, "linear_forward");
+        assert_eq!(product(DType::F16, "lora_merge", [1, 1], [8, 8]).unwrap().kernel, "lora_merge");
+        for twin in TENSOR_KERNELS {
+            assert!(KERNELS.contains(&twin.strip_suffix("_tensor").unwrap()), "{twin}");
+        }
+    }
+
+    #[test]
     fn sizes_that_kernels_cannot_count_to_are_refused() {
         assert_eq!(size(MAX_SIZE as usize).unwrap(), MAX_SIZE);
         for n in [MAX_SIZE as usize + 1, u32::MAX as usize, u32::MAX as usize + 2, usize::MAX] {
@@ -107,6 +155,6 @@ mod tests {
         assert!(matches!(tiles("add", MAX_SIZE, MAX_SIZE), Err(Error::TooLarge { .. })));
         assert!(matches!(pointwise("add", Shape { rows: 1 << 45, cols: 1 }), Err(Error::TooLarge { .. })));
         // Rounding up to whole tiles, and one more step along the depth, stay inside an int.
-        assert!(MAX_SIZE.next_multiple_of(TILE) + TILE <= i32::MAX as u32 + 1);
+        assert!(MAX_SIZE.next_multiple_of(WIDE) + WIDE <= i32::MAX as u32);
     }
 }

@@ -39,7 +39,7 @@ KERNEL(lora_backward_dx_tensor)(const E* w, const E* a, const E* dy, const float
     Dropout dropout{key0, key1, threshold, keep_scale};
     WideTile tile(m, k);
     tile.add_update(rows(dh, m, r), columns(a, k, r));
-    if (threshold > 0) tile.each([&](int i, int j, float& sum) { sum *= dropout.factor(at(i, j, k)); });
+    if (threshold > 0) tile.change([&](int i, int j, float sum) { return sum * dropout.factor(at(i, j, k)); });
     tile.add(rows(dy, m, n), columns(w, k, n));
     tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
 }

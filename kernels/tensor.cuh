@@ -80,7 +80,8 @@ __device__ void fetch(E* panel, View view, int first_row, int first_d) {
     }
 }
 
-// The sums of one block. Blocks are numbered along the rows of the output.
+// The sums of one block. Blocks are numbered along the rows of the output. What is done with them leaves shared memory free for
+// what comes next: it ends with a barrier.
 struct WideTile {
     int rows, cols, first_row, first_col;
     float sum[2][8][4] = {};  // 2×8 products of 16×8; in each: two neighbours, and two in the row that is 8 further
@@ -110,6 +111,7 @@ struct WideTile {
             fetch_stage(step + STAGES - 1);
             add_stage<Lhs, Rhs>(memory().stages[step % STAGES]);
         }
+        __syncthreads();
     }
 
     // sum *= factor
@@ -141,31 +143,44 @@ struct WideTile {
         }
     }
 
-    // Calls f(i, j, sum) for the sums that lie inside the output, half of them at a time. They pass through shared memory: there
-    // a loop can walk over them, and neighbouring threads have neighbouring columns.
+    // sum = f(i, j, sum) for the sums that lie inside the output.
     template <class F>
-    __device__ void each(F f) {
-        Half& half = memory().half;
+    __device__ void change(F f) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            __syncthreads();  // nobody reads what was there before
-            place_each(i, [&](int row, int col, float& sum) { half[row][col] = sum; });
+            walk(i, [&](int row, int col, float& sum) { sum = f(row, col, sum); });
             __syncthreads();
-#pragma unroll 1
-            for (int e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
-                int row = first_row + e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16, col = first_col + e % WIDE;
-                if (row < rows && col < cols) f(row, col, half[e / WIDE][e % WIDE]);
-            }
+            place_each(i, [&](int row, int col, float& sum) { sum = memory().half[row][col]; });
             __syncthreads();
-            place_each(i, [&](int row, int col, float& sum) { sum = half[row][col]; });
         }
+    }
+
+    // Calls f(i, j, sum) for the sums that lie inside the output; comes last.
+    template <class F>
+    __device__ void each(F f) {
+        walk(0, f);
         __syncthreads();
+        walk(1, f);
     }
 
   private:
     __device__ static int lane() { return int(threadIdx.x) % WARP; }
     __device__ static int warp_row() { return int(threadIdx.x) / WARP / 2 * 32; }
     __device__ static int warp_col() { return int(threadIdx.x) / WARP % 2 * 64; }
+
+    // Calls f(i, j, sum) for half i of the sums. They pass through shared memory: there a loop can walk over them, and
+    // neighbouring threads have neighbouring columns.
+    template <class F>
+    __device__ void walk(int i, F f) {
+        Half& half = memory().half;
+        place_each(i, [&](int row, int col, float& sum) { half[row][col] = sum; });
+        __syncthreads();
+#pragma unroll 1
+        for (int e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
+            int row = first_row + e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16, col = first_col + e % WIDE;
+            if (row < rows && col < cols) f(row, col, half[e / WIDE][e % WIDE]);
+        }
+    }
 
     // Calls f(row, col, sum) for every sum of half i: 16 of each warp's 32 rows.
     template <class F>

@@ -11,15 +11,15 @@ pub(crate) struct Element {
     pub(crate) name: &'static str,
     /// As CUDA calls it.
     ctype: &'static str,
-    /// What else the sources are told: 16-bit elements have kernels for tensor cores.
-    define: &'static str,
+    /// Whether there are kernels for tensor cores besides.
+    tensor: bool,
 }
 
 /// A module each.
 pub(crate) const ELEMENTS: [Element; 3] = [
-    Element { name: "f32", ctype: "float", define: "-DPLAIN" },
-    Element { name: "f16", ctype: "__half", define: "-DTENSOR" },
-    Element { name: "bf16", ctype: "__nv_bfloat16", define: "-DTENSOR" },
+    Element { name: "f32", ctype: "float", tensor: false },
+    Element { name: "f16", ctype: "__half", tensor: true },
+    Element { name: "bf16", ctype: "__nv_bfloat16", tensor: true },
 ];
 
 /// The PTX that ships.
@@ -48,7 +48,8 @@ pub(crate) fn compile(nvcc: &Path, kernels: &Path, element: Element, scratch: &P
     let out = scratch.join(format!("nvcc-{}.ptx", element.name));
     let mut command = Command::new(nvcc);
     command.args(["-ptx", "-std=c++17", "-arch=compute_80", "-Werror", "all-warnings"]);
-    command.arg(format!("-DE={}", element.ctype)).arg(format!("-DELEMENT={}", element.name)).arg(element.define);
+    command.arg(format!("-DE={}", element.ctype)).arg(format!("-DELEMENT={}", element.name));
+    command.args(element.tensor.then_some("-DTENSOR"));
     command.arg(kernels.join("lowrank.cu")).arg("-o").arg(&out);
     let output = command.output().map_err(|error| format!("{}: {error}", nvcc.display()))?;
     if !output.status.success() {

@@ -151,8 +151,8 @@ struct WideTile {
             walk(i, [&](int row, int col, float& sum) { sum = f(row, col, sum); });
             __syncthreads();
             place_each(i, [&](int row, int col, float& sum) { sum = memory().half[row][col]; });
-            __syncthreads();
         }
+        __syncthreads();
     }
 
     // Calls f(i, j, sum) for the sums that lie inside the output; comes last.

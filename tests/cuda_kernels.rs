@@ -154,12 +154,13 @@ fn assert_faults<E: Float>(kernel: &str, [from, to]: [&str; 2], pass: Pass, dims
     }
 }
 
-/// Each size ends in another quarter of a tile, of a panel's depth and of a thread's rows.
-const QUARTERS: [Dims; 4] = [
+/// Each size ends in another quarter of a tile, of a panel's depth and of a thread's rows; the last before its last element.
+const QUARTERS: [Dims; 5] = [
     Dims { m: 65, k: 67, n: 66, r: 67 },
     Dims { m: 22, k: 20, n: 23, r: 21 },
     Dims { m: 43, k: 40, n: 41, r: 42 },
     Dims { m: 60, k: 62, n: 61, r: 60 },
+    Dims { m: 48, k: 48, n: 48, r: 48 },
 ];
 const ALIGNED: Dims = Dims { m: 129, k: 136, n: 104, r: 18 };
 
@@ -175,7 +176,8 @@ fn every_bound_that_is_off_by_one_is_caught() {
     // The guards of loads and stores: `i >= n` becomes `i > n`.
     for (kernel, pass) in [("lora_forward_h", Pass::Forward), ("lora_backward_da", Pass::Backward)] {
         let verdicts = verdicts::<f32>(kernel, "setp.ge.s32", "setp.gt.s32", pass, &QUARTERS);
-        assert!(!verdicts.contains(&Verdict::Survives), "{kernel}: {verdicts:#?}");
+        let survivors: Vec<_> = (0..).zip(&verdicts).filter(|(_, verdict)| **verdict == Verdict::Survives).collect();
+        assert!(survivors.is_empty(), "{kernel}: of {} mutants these survive: {survivors:?}", verdicts.len());
     }
 }
 

@@ -33,16 +33,16 @@ impl Driver {
             return Err(unavailable(format!("there is no GPU {ordinal}; the driver sees {count}")));
         }
         let context = CudaContext::new(ordinal).map_err(|error| unavailable(describe(error)))?;
-        let (major, minor) = context.compute_capability().map_err(|error| failed("compute capability", error))?;
-        if major < 8 {
-            let reason = format!("GPU {ordinal} has compute capability {major}.{minor}; the kernels need 8.0");
-            return Err(unavailable(reason));
-        }
         Self::from_stream(context.default_stream(), dtype)
     }
 
     /// A stream of the caller's.
     pub(super) fn from_stream(stream: Arc<CudaStream>, dtype: DType) -> Result<Self> {
+        let (major, minor) = stream.context().compute_capability().map_err(|error| failed("compute capability", error))?;
+        if major < 8 {
+            let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
+            return Err(Error::Unavailable { backend: NAME, reason });
+        }
         let module = load(stream.context(), ptx(dtype))?;
         let function = |stem: &'static str| {
             let symbol = format!("{stem}_{dtype}");

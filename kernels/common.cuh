@@ -6,10 +6,11 @@
 // A module is compiled once per element type, with -DE=<type> -DELEMENT=<name>; KERNEL(add) is then add_f32, add_f16 or add_bf16.
 #define JOIN_(stem, element) stem##_##element
 #define JOIN(stem, element) JOIN_(stem, element)
-#define KERNEL(stem) extern "C" __global__ void __launch_bounds__(THREADS) JOIN(stem, ELEMENT)
+#define KERNEL(stem) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) JOIN(stem, ELEMENT)
 
-// Threads a block, in every kernel.
+// Threads a block, in every kernel, and blocks that a multiprocessor must have room for: that leaves a thread 128 registers.
 constexpr int THREADS = 256;
+constexpr int BLOCKS = 2;
 constexpr int WARP = 32;
 
 __device__ inline float widen(float value) { return value; }

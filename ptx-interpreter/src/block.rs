@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 
 use crate::WARP;
-use crate::decode::{Address, Instruction, MAX_VECTOR, Op, Operand, Shuffle};
+use crate::decode::{Address, Half, Instruction, MAX_VECTOR, Op, Operand, Shuffle};
 use crate::fault::{Fault, Kind, Space};
 use crate::launch::{Arg, Context, SPAN};
-use crate::matrix::{self, Fragment};
+use crate::matrix;
 use crate::memory::Memory;
 use crate::scalar::{Function, Row};
 use crate::shadow::Moment;
@@ -91,6 +91,10 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
     fn step(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Step<()> {
         self.context.budget = self.context.budget.checked_sub(1).ok_or(whole_warp(Kind::Runaway))?;
         let active = self.registers(warp).guarded(group, instruction.guard);
+        if active == 0 {
+            self.warps[warp].put(at + 1, group);
+            return Ok(());
+        }
         let whole = self.warps[warp].is_empty() && active == group;
         match instruction.op {
             Op::Branch { to } => {
@@ -102,7 +106,7 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
                 self.warps[warp].put(at + 1, group & !active);
                 return Ok(());
             }
-            Op::Barrier if !whole => return Err((active.trailing_zeros() as usize % WARP, Kind::DivergedBarrier)),
+            Op::Barrier if !whole => return Err((active.trailing_zeros() as usize, Kind::DivergedBarrier)),
             Op::Barrier => self.warps[warp].waits_at = Some(at),
             ref op => self.execute(warp, active, group == u32::MAX && whole, op)?,
         }
@@ -124,28 +128,13 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
     fn execute(&mut self, warp: usize, active: u32, whole: bool, op: &Op) -> Step<()> {
         match op {
             Op::Scalar { f, to, from } => scalar(&mut self.registers(warp), active, *f, *to, from),
-            Op::Pack { to, parts, bits } => {
-                let mut registers = self.registers(warp);
-                for lane in lanes(active) {
-                    let part = |i: usize| (registers.get(parts[i], lane) & ((1 << bits) - 1)) << (i as u32 * bits);
-                    let value = (0..parts.len()).fold(0, |value, i| value | part(i));
-                    registers.set(*to, lane, value);
-                }
-            }
-            Op::Unpack { to, from, bits } => {
-                let mut registers = self.registers(warp);
-                for lane in lanes(active) {
-                    let value = registers.get(*from, lane);
-                    for (i, to) in (0..).zip(to) {
-                        to.iter().for_each(|&to| registers.set(to, lane, value >> (i * bits) & ((1 << bits) - 1)));
-                    }
-                }
-            }
+            Op::Pack { to, parts, bits } => pack(&mut self.registers(warp), active, *to, parts, *bits),
+            Op::Unpack { to, from, bits } => unpack(&mut self.registers(warp), active, to, *from, *bits),
             Op::Load { .. } => return self.load(warp, active, op),
             Op::Store { .. } => return self.store(warp, active, op),
             Op::Shuffle { .. } => return self.shuffle(warp, active, op),
             Op::WarpBarrier { lanes: mask } => {
-                let wanted = self.registers(warp).get(*mask, active.trailing_zeros() as usize % WARP) as u32;
+                let wanted = self.registers(warp).get(*mask, active.trailing_zeros() as usize) as u32;
                 if wanted & !active != 0 {
                     return Err(whole_warp(Kind::DivergedWarp));
                 }
@@ -160,15 +149,7 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
             Op::WaitCopies { pending } => return self.each_lane(active, |block, lane| block.wait_copies(warp, lane, *pending)),
             Op::LoadMatrix { .. } | Op::Multiply { .. } if !whole => return Err(whole_warp(Kind::DivergedWarp)),
             Op::LoadMatrix { to, address, transposed } => return self.load_matrix(warp, to, *address, *transposed),
-            Op::Multiply { half, d, a, b, c } => {
-                let registers = self.registers(warp);
-                let register = |r: &u32| registers.values[*r as usize].map(|value| value as u32);
-                let (a, b): (Fragment<4>, Fragment<2>) = (fragment(a, register), fragment(b, register));
-                let c = fragment(c, |&operand| std::array::from_fn(|lane| registers.get(operand, lane) as u32));
-                for (d, values) in d.iter().zip(matrix::multiply(*half, &a, &b, &c)) {
-                    registers.values[*d as usize] = values.map(u64::from);
-                }
-            }
+            Op::Multiply { half, d, a, b, c } => multiply(&mut self.registers(warp), *half, d, a, b, c),
             Op::Branch { .. } | Op::Return | Op::Barrier => {}
         }
         Ok(())
@@ -327,8 +308,30 @@ fn scalar(registers: &mut Registers<'_>, active: u32, f: Function, to: u32, from
     registers.set_row(to, active, &result);
 }
 
-fn fragment<T, const N: usize>(of: &[T], register: impl Fn(&T) -> [u32; WARP]) -> Fragment<N> {
-    std::array::from_fn(|i| register(&of[i]))
+fn pack(registers: &mut Registers<'_>, active: u32, to: u32, parts: &[Operand], bits: u32) {
+    for lane in lanes(active) {
+        let part = |i: usize| (registers.get(parts[i], lane) & ((1 << bits) - 1)) << (i as u32 * bits);
+        let value = (0..parts.len()).fold(0, |value, i| value | part(i));
+        registers.set(to, lane, value);
+    }
+}
+
+fn unpack(registers: &mut Registers<'_>, active: u32, to: &[Option<u32>], from: Operand, bits: u32) {
+    for lane in lanes(active) {
+        let value = registers.get(from, lane);
+        for (i, to) in (0..).zip(to) {
+            to.iter().for_each(|&to| registers.set(to, lane, value >> (i * bits) & ((1 << bits) - 1)));
+        }
+    }
+}
+
+fn multiply(registers: &mut Registers<'_>, half: Half, d: &[u32], a: &[u32], b: &[u32], c: &[Operand]) {
+    let row = |register: u32| registers.values[register as usize].map(|value| value as u32);
+    let (a, b) = (std::array::from_fn(|i| row(a[i])), std::array::from_fn(|i| row(b[i])));
+    let c = std::array::from_fn(|i| std::array::from_fn(|lane| registers.get(c[i], lane) as u32));
+    for (d, values) in d.iter().zip(matrix::multiply(half, &a, &b, &c)) {
+        registers.values[*d as usize] = values.map(u64::from);
+    }
 }
 
 /// The lane that a shuffle reads from, and whether that is inside the segment that `clamp` describes.

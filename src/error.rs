@@ -90,6 +90,17 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+
+    /// A file asks for something that this crate does not know how to honour.
+    #[error("{}: `{field}` is {value}, which is not supported", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What asks for it.
+        field: &'static str,
+        /// What it is set to.
+        value: String,
+    },
 }
 
 impl Error {

@@ -1,9 +1,14 @@
 //! Hand-written kernels for low-rank (LoRA) updates.
 
+#[cfg(feature = "adapter")]
+pub mod adapter;
 pub mod autograd;
 pub mod backend;
 mod element;
 mod error;
+pub mod file;
+#[cfg(feature = "mnist")]
+pub mod mnist;
 pub mod nn;
 pub mod op;
 pub mod random;

@@ -1,7 +1,99 @@
-//! The one suite, on every backend, element type and vector unit that this machine has.
+//! The one suite, on the CPU: every element type, and every vector unit that this machine has.
 
 mod support;
+
+use lowrank::{Cpu, Float, VectorUnit, bf16, f16};
+
+use support::bounds::assert_within;
+use support::data::{Dims, down, random, shapes, unwritten, up};
+use support::suite;
 
 suite!(cpu_f32, lowrank::Cpu::<f32>::new().unwrap());
 suite!(cpu_f16, lowrank::Cpu::<lowrank::f16>::new().unwrap());
 suite!(cpu_bf16, lowrank::Cpu::<lowrank::bf16>::new().unwrap());
+
+/// The kernels again, on each unit that [`Cpu::new`] did not choose.
+fn on_every_unit<E: Float>(check: impl Fn(&Cpu<E>)) {
+    for unit in VectorUnit::available() {
+        check(&Cpu::new().unwrap().with_unit(unit).unwrap());
+    }
+}
+
+/// Runs the checks that reach every kernel.
+fn kernels<E: Float>(cpu: &Cpu<E>) {
+    suite::lora_is_exact_on_whole_numbers(cpu);
+    suite::lora_rounds_within_bounds(cpu);
+    suite::linear_is_exact_on_whole_numbers(cpu);
+    suite::relu_and_its_derivative_are_exact(cpu);
+    suite::add_is_exact(cpu);
+    suite::adam_follows_the_oracle_for_ten_steps(cpu);
+    suite::factored_gradients_equal_dense_ones(cpu);
+}
+
+#[test]
+fn every_vector_unit_passes_in_f32() {
+    on_every_unit(kernels::<f32>);
+}
+
+#[test]
+fn every_vector_unit_passes_in_f16() {
+    on_every_unit(kernels::<f16>);
+}
+
+#[test]
+fn every_vector_unit_passes_in_bf16() {
+    on_every_unit(kernels::<bf16>);
+}
+
+#[test]
+fn a_unit_that_is_not_there_is_refused_by_name() {
+    let absent = if cfg!(target_arch = "x86_64") { VectorUnit::Neon } else { VectorUnit::Avx2 };
+    let error = Cpu::<f32>::new().unwrap().with_unit(absent).err().unwrap();
+    assert_eq!(error.to_string(), format!("cpu is unavailable: this CPU has no {}", absent.name()));
+    assert!(VectorUnit::from_name("sse9").is_err());
+    assert!(Cpu::<f32>::new().unwrap().with_threads(0).is_err());
+}
+
+/// Work is split over blocks of the output, never along a sum.
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let cpus = [1, 2, 3, 7].map(|threads| Cpu::<f32>::new().unwrap().with_threads(threads).unwrap());
+    let large =
+        [Dims { m: 10, k: 784, n: 1000, r: 1 }, Dims { m: 300, k: 800, n: 700, r: 16 }, Dims { m: 1, k: 900, n: 1100, r: 8 }];
+    for dims in shapes().into_iter().chain(large) {
+        let layer = random::<f32>(dims, 1.5, 2);
+        let runs = cpus.each_ref().map(|cpu| suite::run_lora(cpu, &layer, None));
+        for run in &runs[1..] {
+            assert!(*run == runs[0], "{dims:?}");
+        }
+    }
+}
+
+/// The lanes of every unit are the same sixteen, so sums are made in the same order.
+#[test]
+fn units_with_fused_multiply_add_agree_bit_for_bit() {
+    let fused = VectorUnit::available().into_iter().filter(|&unit| unit != VectorUnit::Scalar);
+    let cpus: Vec<_> = fused.map(|unit| Cpu::<f32>::new().unwrap().with_unit(unit).unwrap()).collect();
+    for dims in shapes() {
+        let layer = random::<f32>(dims, 1.5, 2);
+        let runs: Vec<_> = cpus.iter().map(|cpu| suite::run_lora(cpu, &layer, None)).collect();
+        assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{dims:?}");
+    }
+}
+
+/// Batches too long to make the gradient on the way go through a product instead.
+#[test]
+fn a_long_batch_gives_adam_the_same_gradient() {
+    use lowrank::op::{Adam, AdamRate, WeightGrad};
+    let cpu = Cpu::<f32>::new().unwrap();
+    for m in [63, 64, 65, 200] {
+        let layer = random::<f32>(Dims { m, k: 33, n: 21, r: 1 }, 1.0, 6);
+        let (dy, x) = (up(&cpu, &layer.dy), up(&cpu, &layer.x));
+        let rate = AdamRate::new(1.0, 0.0, 0.5, 1.0, 1).unwrap();
+        let (mut first, mut second, mut w) = (up(&cpu, &layer.w), unwritten(&cpu, 21, 33), up(&cpu, &layer.w));
+        second.copy_from_slice(&cpu, &[0.0; 21 * 33]).unwrap();
+        Adam { grad: WeightGrad::Factored { dy: &dy, x: &x }, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
+        let (want, size) = (&layer.dy.t() * &layer.x, &layer.dy.abs().t() * &layer.x.abs());
+        assert_within(&format!("{m} rows: m"), &down(&cpu, &first), &want, &size, m + 2);
+    }
+}

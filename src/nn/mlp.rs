@@ -40,6 +40,13 @@ impl<B: Backend> Layer<B> {
             Layer::Lora(lora) => Some(lora),
         }
     }
+
+    fn into_base(self) -> Linear<B> {
+        match self {
+            Layer::Linear(linear) => linear,
+            Layer::Lora(lora) => lora.into_base(),
+        }
+    }
 }
 
 /// Which layers get an adapter: PEFT's `target_modules`.
@@ -131,13 +138,18 @@ impl<B: Backend> Mlp<B> {
         for (name, adapter) in adapters {
             if let Some(at) = self.layers.iter().position(|(known, _)| *known == name) {
                 let (name, layer) = self.layers.remove(at);
-                let base = match layer {
-                    Layer::Linear(linear) => linear,
-                    Layer::Lora(lora) => lora.into_base(),
-                };
-                self.layers.insert(at, (name, Layer::Lora(LoraLinear::new(base, adapter)?)));
+                self.layers.insert(at, (name, Layer::Lora(LoraLinear::new(layer.into_base(), adapter)?)));
             }
         }
+        Ok(())
+    }
+
+    /// Takes every adapter away; the layers that had one stay frozen. Errors: [`Error::Value`] while one is merged.
+    pub fn unload(&mut self) -> Result<()> {
+        let merged = self.loras_mut().any(|lora| lora.is_merged());
+        Error::unless(!merged, "unload", "adapter", "merged into the weight", "unmerged first")?;
+        let layers = std::mem::take(&mut self.layers).into_iter();
+        self.layers = layers.map(|(name, layer)| (name, Layer::Linear(layer.into_base()))).collect();
         Ok(())
     }
 

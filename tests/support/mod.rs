@@ -2,7 +2,11 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
+#[cfg(feature = "adapter")]
+pub mod adapters;
 pub mod bounds;
+#[cfg(feature = "adapter")]
+pub mod cases;
 pub mod data;
 #[cfg(feature = "cuda")]
 pub mod emulator;

@@ -34,16 +34,18 @@ macro_rules! suite {
 }
 
 /// What the device puts out for a layer.
-struct Got<E> {
-    h: Vec<f32>,
-    y: Vec<E>,
-    da: Vec<f32>,
-    db: Vec<f32>,
-    dbias: Vec<f32>,
-    dx: Vec<E>,
+#[derive(PartialEq)]
+pub struct Got<E> {
+    pub h: Vec<f32>,
+    pub y: Vec<E>,
+    pub da: Vec<f32>,
+    pub db: Vec<f32>,
+    pub dbias: Vec<f32>,
+    pub dx: Vec<E>,
 }
 
-fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
+/// The forward and the backward pass of a layer.
+pub fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
     let (m, k, n, r) = (layer.x.rows, layer.x.cols, layer.w.rows, layer.a.rows);
     let [x, w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
@@ -126,8 +128,11 @@ pub fn lora_without_bias_or_dx_computes_the_rest<B: Backend>(backend: &B) {
     assert_exact("db", &down(backend, &db), &want.db);
 }
 
-/// `y`, `dx`, `dW`, `dbias` of the base layer.
-fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> (Vec<B::Elem>, Vec<B::Elem>, Vec<f32>, Vec<f32>) {
+/// `y`, `dx`, `dW`, `dbias`
+pub type LinearGot<E> = (Vec<E>, Vec<E>, Vec<f32>, Vec<f32>);
+
+/// The base layer on the device.
+pub fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> LinearGot<B::Elem> {
     let (m, k, n) = (layer.x.rows, layer.x.cols, layer.w.rows);
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
@@ -331,8 +336,7 @@ pub fn the_same_request_gives_the_same_bits<B: Backend>(backend: &B) {
     for dims in [Dims { m: 10, k: 500, n: 130, r: 4 }, Dims { m: 70, k: 450, n: 90, r: 8 }] {
         let layer = random::<B::Elem>(dims, 1.3, 8);
         let (one, two) = (run_lora(backend, &layer, None), run_lora(backend, &layer, None));
-        assert!(one.y == two.y && one.dx == two.dx && one.h == two.h, "{dims:?}");
-        assert!(one.da == two.da && one.db == two.db && one.dbias == two.dbias, "{dims:?}");
+        assert!(one == two, "{dims:?}");
     }
 }
 

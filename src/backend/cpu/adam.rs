@@ -2,35 +2,53 @@
 
 use rayon::prelude::*;
 
-use super::Cpu;
-use super::simd::{Kernel, LANES, Simd, Unit};
+use super::gemm::{Init, Output, interleave, sum_of_products};
+use super::linear::{matrix, product};
+use super::simd::{Kernel, LANES, Lanes, Simd};
+use super::{Cpu, Engine};
 use crate::element::Float;
+use crate::error::Result;
 use crate::op::{Adam, AdamRate, WeightGrad};
 
 /// Elements a task takes of a dense gradient.
 const CHUNK: usize = 1 << 14;
 /// Rows of weights a task takes of a factored one.
 const ROWS: usize = 16;
+/// Rows updated side by side, so that each vector of `x` is loaded once for all of them.
+const SIDE_BY_SIDE: usize = 4;
+/// The longest batch whose gradient is cheaper to make on the way than to store: 2 multiply-adds an element and row against
+/// 8 bytes of traffic.
+const BATCH: usize = 64;
 
 /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
-pub(super) fn adam<E: Float>(unit: Unit, op: Adam<'_, Cpu<E>>) {
-    let (rate, k) = (op.rate, op.w.cols());
+pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()> {
+    let (rate, n, k) = (op.rate, op.w.rows(), op.w.cols());
     let (m, v, w) = (op.m.buffer_mut(), op.v.buffer_mut(), op.w.buffer_mut());
     match op.grad {
-        WeightGrad::Dense(grad) => {
-            let chunks = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)).zip(w.par_chunks_mut(CHUNK));
-            let task = |(((m, v), w), g)| unit.run(Dense { rate, g, m, v, w });
-            chunks.zip(grad.buffer().par_chunks(CHUNK)).for_each(task);
-        }
-        WeightGrad::Factored { dy, x } => {
-            let (dy, x, n) = (&dy.buffer()[..], &x.buffer()[..], dy.cols());
+        WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), m, v, w),
+        WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {
+            let (batch, dy, x) = (x.rows(), &dy.buffer()[..], interleave(engine, matrix(x))?);
+            let x = x.as_chunks().0;
             let rows = (ROWS * k).max(1);
             let chunks = m.par_chunks_mut(rows).zip(v.par_chunks_mut(rows)).zip(w.par_chunks_mut(rows)).enumerate();
             chunks.for_each(|(chunk, ((m, v), w))| {
-                unit.run(Factored { rate, dy, x, n, k, first: chunk * ROWS, m, v, w });
+                engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, m, v, w });
             });
         }
+        WeightGrad::Factored { dy, x } => {
+            let mut g = engine.scratch.take(n * k)?;
+            let product = product(matrix(dy).t(), matrix(x));
+            sum_of_products(engine, Output::new(&mut g, n, k), Init::Zero, &[product])?;
+            dense(engine, rate, &g, m, v, w);
+        }
     }
+    Ok(())
+}
+
+fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], m: &mut [f32], v: &mut [f32], w: &mut [E]) {
+    let chunks = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)).zip(w.par_chunks_mut(CHUNK));
+    let task = |(((m, v), w), g)| engine.unit.run(Dense { rate, g, m, v, w });
+    chunks.zip(g.par_chunks(CHUNK)).for_each(task);
 }
 
 /// The scalars of a step in every lane.
@@ -93,7 +111,8 @@ impl<E: Float> Kernel for Dense<'_, E> {
 struct Factored<'a, E> {
     rate: AdamRate,
     dy: &'a [E],
-    x: &'a [E],
+    x: &'a [Lanes<f32>],
+    batch: usize,
     n: usize,
     k: usize,
     first: usize,
@@ -104,19 +123,44 @@ struct Factored<'a, E> {
 
 impl<E: Float> Kernel for Factored<'_, E> {
     type Out = ();
+
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Simd>(mut self, s: S) {
+        let rows = self.w.len() / self.k;
+        let whole = rows / SIDE_BY_SIDE * SIDE_BY_SIDE;
+        for row in (0..whole).step_by(SIDE_BY_SIDE) {
+            self.update::<S, SIDE_BY_SIDE>(s, row);
+        }
+        for row in whole..rows {
+            self.update::<S, 1>(s, row);
+        }
+    }
+}
+
+impl<E: Float> Factored<'_, E> {
+    /// R rows of the task's weights, from `row` on.
+    #[inline(always)]
+    fn update<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
         let (k, lanewise) = (self.k, Lanewise::new(s, self.rate));
-        let lines = self.m.chunks_mut(k).zip(self.v.chunks_mut(k)).zip(self.w.chunks_mut(k));
-        for (row, ((m, v), w)) in lines.enumerate() {
-            let dy = self.dy.iter().skip(self.first + row).step_by(self.n);
-            let vectors = m.chunks_mut(LANES).zip(v.chunks_mut(LANES)).zip(w.chunks_mut(LANES));
-            for (i, ((m, v), w)) in vectors.enumerate() {
-                let mut g = s.splat(0.0);
-                for (dy, x) in dy.clone().zip(self.x.chunks_exact(k)) {
-                    g = s.mul_add(s.splat(dy.to_f32()), s.widen_at(x, i), g);
+        let mut dy = [[0.0; R]; BATCH];
+        for i in 0..self.batch {
+            for q in 0..R {
+                dy[i][q] = self.dy[i * self.n + self.first + row + q].to_f32();
+            }
+        }
+        let lines = row * k..(row + R) * k;
+        let (m, v, w) = (&mut self.m[lines.clone()], &mut self.v[lines.clone()], &mut self.w[lines]);
+        for i in 0..k.div_ceil(LANES) {
+            let mut g = [s.splat(0.0); R];
+            for (dy, x) in dy.iter().zip(&self.x[i * self.batch..][..self.batch]) {
+                let x = s.load(x);
+                for q in 0..R {
+                    g[q] = s.mul_add(s.splat(dy[q]), x, g[q]);
                 }
-                lanewise.step(g, m, v, w);
+            }
+            for q in 0..R {
+                let at = q * k + i * LANES..q * k + k.min((i + 1) * LANES);
+                lanewise.step(g[q], &mut m[at.clone()], &mut v[at.clone()], &mut w[at]);
             }
         }
     }

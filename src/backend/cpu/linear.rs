@@ -1,8 +1,7 @@
 //! `y = x·Wᵀ + bias`, and its derivatives, as sums of products.
 
 use super::gemm::{Factor, Init, Matrix, Output, Product, sum_of_products};
-use super::simd::Unit;
-use super::{Cpu, pointwise};
+use super::{Cpu, Engine, pointwise};
 use crate::element::{Element, Float};
 use crate::error::Result;
 use crate::op::{LinearBackward, LinearForward};
@@ -30,23 +29,22 @@ pub(super) fn init<E: Float>(bias: Option<&Tensor<Cpu<E>>>) -> Init<'_, E> {
 }
 
 /// `y = x·Wᵀ + bias`
-pub(super) fn forward<E: Float>(unit: Unit, op: LinearForward<'_, Cpu<E>>) -> Result<()> {
+pub(super) fn forward<E: Float>(engine: &Engine, op: LinearForward<'_, Cpu<E>>) -> Result<()> {
     let base = product(matrix(op.x), matrix(op.w).t());
-    sum_of_products(unit, output(op.y), init(op.bias), &[base]);
-    Ok(())
+    sum_of_products(engine, output(op.y), init(op.bias), &[base])
 }
 
 /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
-pub(super) fn backward<E: Float>(unit: Unit, op: LinearBackward<'_, Cpu<E>>) -> Result<()> {
+pub(super) fn backward<E: Float>(engine: &Engine, op: LinearBackward<'_, Cpu<E>>) -> Result<()> {
     let dy = matrix(op.dy);
     if let Some(dx) = op.dx {
-        sum_of_products(unit, output(dx), Init::Zero, &[product(dy, matrix(op.w))]);
+        sum_of_products(engine, output(dx), Init::Zero, &[product(dy, matrix(op.w))])?;
     }
     if let Some(dw) = op.dw {
-        sum_of_products(unit, output(dw), Init::Zero, &[product(dy.t(), matrix(op.x))]);
+        sum_of_products(engine, output(dw), Init::Zero, &[product(dy.t(), matrix(op.x))])?;
     }
     if let Some(dbias) = op.dbias {
-        pointwise::column_sums(unit, op.dy.buffer(), dbias.buffer_mut());
+        pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
     }
     Ok(())
 }

@@ -1,39 +1,37 @@
 //! The verbs of the low-rank layer, as sums of products.
 
-use super::buffer::Buffer;
 use super::gemm::{Factor, Init, Matrix, Output, Product, sum_of_products};
 use super::linear::{init, matrix, output, product};
-use super::simd::Unit;
-use super::{Cpu, pointwise};
+use super::scratch::Taken;
+use super::{Cpu, Engine, pointwise};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
 use crate::tensor::Tensor;
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
-pub(super) fn forward<E: Float>(unit: Unit, op: LoraForward<'_, Cpu<E>>) -> Result<()> {
+pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) -> Result<()> {
     let (x, a, b) = (matrix(op.x), matrix(op.a), matrix(op.b));
-    let dropped = dropped(unit, op.dropout, op.x)?;
+    let dropped = dropped(engine, op.dropout, op.x)?;
     let to_h = Product { scale: 1.0, lhs: seen(x, &dropped), rhs: Factor::Stored(a.t()) };
-    sum_of_products(unit, output(op.h), Init::Zero, &[to_h]);
+    sum_of_products(engine, output(op.h), Init::Zero, &[to_h])?;
 
     let base = product(x, matrix(op.w).t());
     let update = Product { scale: op.scale, lhs: Factor::Wide(matrix(op.h)), rhs: Factor::Stored(b.t()) };
-    sum_of_products(unit, output(op.y), init(op.bias), &[base, update]);
-    Ok(())
+    sum_of_products(engine, output(op.y), init(op.bias), &[base, update])
 }
 
 /// `drop(x)` in `f32`, where there is dropout.
-fn dropped<E: Float>(unit: Unit, dropout: Option<Dropout>, x: &Tensor<Cpu<E>>) -> Result<Option<Buffer<f32>>> {
+fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: &Tensor<Cpu<E>>) -> Result<Option<Taken<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
-    let mut dropped = Buffer::zeros(x.buffer().len())?;
-    pointwise::widen(unit, x.buffer(), &mut dropped);
+    let mut dropped = engine.scratch.take(x.buffer().len())?;
+    pointwise::convert(engine.unit, x.buffer(), &mut dropped);
     pointwise::dropout(dropout, &mut dropped);
     Ok(Some(dropped))
 }
 
 /// What the adapter sees of `x`.
-fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Buffer<f32>>) -> Factor<'a, E> {
+fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E> {
     match dropped {
         Some(dropped) => Factor::Wide(x.with_data(dropped)),
         None => Factor::Stored(x),
@@ -41,42 +39,40 @@ fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Buffer<f32>>) -> Factor<'a,
 }
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
-pub(super) fn backward<E: Float>(unit: Unit, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
+pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
     let (m, k, r) = (op.x.rows(), op.x.cols(), op.a.rows());
     let (x, a, b, dy) = (matrix(op.x), matrix(op.a), matrix(op.b), matrix(op.dy));
-    let dropped = dropped(unit, op.dropout, op.x)?;
+    let dropped = dropped(engine, op.dropout, op.x)?;
 
-    let mut dh = Buffer::<f32>::zeros(m * r)?;
+    let mut dh = engine.scratch.take(m * r)?;
     let through_b = Product { scale: op.scale, ..product(dy, b) };
-    sum_of_products(unit, Output::new(&mut dh, m, r), Init::Zero, &[through_b]);
+    sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[through_b])?;
     let dh = Matrix::new(&dh, m, r);
 
     let da = Product { scale: 1.0, lhs: Factor::Wide(dh.t()), rhs: seen(x, &dropped) };
-    sum_of_products(unit, output(op.da), Init::Zero, &[da]);
+    sum_of_products(engine, output(op.da), Init::Zero, &[da])?;
     let db = Product { scale: op.scale, lhs: Factor::Stored(dy.t()), rhs: Factor::Wide(matrix(op.h)) };
-    sum_of_products(unit, output(op.db), Init::Zero, &[db]);
+    sum_of_products(engine, output(op.db), Init::Zero, &[db])?;
     if let Some(dbias) = op.dbias {
-        pointwise::column_sums(unit, op.dy.buffer(), dbias.buffer_mut());
+        pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
     }
     let Some(dx) = op.dx else { return Ok(()) };
     let base = product(dy, matrix(op.w));
     let update = Product { scale: 1.0, lhs: Factor::Wide(dh), rhs: Factor::Stored(a) };
     let Some(dropout) = op.dropout else {
-        sum_of_products(unit, output(dx), Init::Zero, &[base, update]);
-        return Ok(());
+        return sum_of_products(engine, output(dx), Init::Zero, &[base, update]);
     };
     // The mask lies between the update and the sum: drop(dh·A) is made in `f32`, the rest is added to it, and `dx` is rounded once.
-    let mut sum = Buffer::<f32>::zeros(m * k)?;
-    sum_of_products(unit, Output::new(&mut sum, m, k), Init::Zero, &[update]);
+    let mut sum = engine.scratch.take(m * k)?;
+    sum_of_products(engine, Output::new(&mut sum, m, k), Init::Zero, &[update])?;
     pointwise::dropout(dropout, &mut sum);
-    sum_of_products(unit, Output::new(&mut sum, m, k), Init::Output, &[base]);
-    pointwise::round(unit, &sum, dx.buffer_mut());
+    sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
+    pointwise::convert(engine.unit, &sum, dx.buffer_mut());
     Ok(())
 }
 
 /// `W += scale·B·A`
-pub(super) fn merge<E: Float>(unit: Unit, op: LoraMerge<'_, Cpu<E>>) -> Result<()> {
+pub(super) fn merge<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>) -> Result<()> {
     let update = Product { scale: op.scale, ..product(matrix(op.b), matrix(op.a)) };
-    sum_of_products(unit, output(op.w), Init::Output, &[update]);
-    Ok(())
+    sum_of_products(engine, output(op.w), Init::Output, &[update])
 }

@@ -15,14 +15,17 @@ mod gemm;
 mod linear;
 mod lora;
 mod pointwise;
+mod scratch;
 mod simd;
+mod verbs;
 
-use std::marker::PhantomData;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
+use scratch::Scratch;
 use simd::Unit;
 pub use simd::VectorUnit;
+use verbs::Verbs;
 
 use super::Backend;
 use crate::element::{Element, Float};
@@ -36,9 +39,16 @@ use crate::op::{
 /// Clones share the threads.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
-    unit: Unit,
+    engine: Engine,
+    verbs: &'static Verbs<E>,
     pool: Option<Arc<rayon::ThreadPool>>,
-    element: PhantomData<E>,
+}
+
+/// What computes: a vector unit, and memory to work in.
+#[derive(Clone)]
+struct Engine {
+    unit: Unit,
+    scratch: Arc<Scratch>,
 }
 
 impl<E: Float> Cpu<E> {
@@ -51,12 +61,14 @@ impl<E: Float> Cpu<E> {
             Ok(name) => VectorUnit::from_name(&name)?,
             Err(_) => VectorUnit::best(),
         };
-        Ok(Self { unit: Unit::new(unit)?, pool: None, element: PhantomData })
+        let engine = Engine { unit: Unit::new(unit)?, scratch: Arc::default() };
+        Ok(Self { engine, verbs: Verbs::of()?, pool: None })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
-    pub fn with_unit(self, unit: VectorUnit) -> Result<Self> {
-        Ok(Self { unit: Unit::new(unit)?, ..self })
+    pub fn with_unit(mut self, unit: VectorUnit) -> Result<Self> {
+        self.engine.unit = Unit::new(unit)?;
+        Ok(self)
     }
 
     /// With `threads` threads of its own. Errors: [`Error::Value`] for none, [`Error::Device`] if they cannot be started.
@@ -69,7 +81,7 @@ impl<E: Float> Cpu<E> {
 
     /// The vector unit in use.
     pub fn unit(&self) -> VectorUnit {
-        self.unit.name()
+        self.engine.unit.name()
     }
 
     /// How many threads share the work.
@@ -77,8 +89,9 @@ impl<E: Float> Cpu<E> {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
-    /// Runs `work`, whose parallel iterators then use this backend's threads.
-    fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    /// Runs a verb, whose parallel iterators then use this backend's threads.
+    fn run<Request: Send>(&self, verb: fn(&Engine, Request) -> Result<()>, op: Checked<Request>) -> Result<()> {
+        let work = || verb(&self.engine, op.into_inner());
         match &self.pool {
             Some(pool) => pool.install(work),
             None => work(),
@@ -91,7 +104,7 @@ impl<E: Float> Backend for Cpu<E> {
     type Buffer<T: Element> = Buffer<T>;
 
     fn device(&self) -> String {
-        format!("cpu ({}, {} threads)", self.unit.name().name(), self.threads())
+        format!("cpu ({}, {} threads)", self.unit().name(), self.threads())
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
@@ -125,41 +138,33 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
-        self.install(|| lora::forward(self.unit, op.into_inner()))
+        self.run(self.verbs.lora_forward, op)
     }
     fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()> {
-        self.install(|| lora::backward(self.unit, op.into_inner()))
+        self.run(self.verbs.lora_backward, op)
     }
     fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
-        self.install(|| lora::merge(self.unit, op.into_inner()))
+        self.run(self.verbs.lora_merge, op)
     }
     fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
-        self.install(|| linear::forward(self.unit, op.into_inner()))
+        self.run(self.verbs.linear_forward, op)
     }
     fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()> {
-        self.install(|| linear::backward(self.unit, op.into_inner()))
+        self.run(self.verbs.linear_backward, op)
     }
     fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()> {
-        let Relu { x, y } = op.into_inner();
-        self.install(|| pointwise::relu(self.unit, x.buffer(), y.buffer_mut()));
-        Ok(())
+        self.run(self.verbs.relu, op)
     }
     fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
-        let ReluBackward { y, dy, dx } = op.into_inner();
-        self.install(|| pointwise::relu_backward(self.unit, y.buffer(), dy.buffer(), dx.buffer_mut()));
-        Ok(())
+        self.run(self.verbs.relu_backward, op)
     }
     fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
-        let Add { x, y } = op.into_inner();
-        self.install(|| pointwise::add(self.unit, x.buffer(), y.buffer_mut()));
-        Ok(())
+        self.run(self.verbs.add, op)
     }
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
-        pointwise::cross_entropy(op.into_inner());
-        Ok(())
+        self.run(self.verbs.cross_entropy, op)
     }
     fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
-        self.install(|| adam::adam(self.unit, op.into_inner()));
-        Ok(())
+        self.run(self.verbs.adam, op)
     }
 }

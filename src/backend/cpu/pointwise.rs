@@ -2,26 +2,28 @@
 
 use rayon::prelude::*;
 
-use super::Cpu;
 use super::simd::{Kernel, LANES, Simd, Unit};
+use super::{Cpu, Engine};
 use crate::element::Float;
-use crate::op::{CrossEntropy, Dropout};
+use crate::error::Result;
+use crate::op::{Add, CrossEntropy, Dropout, Relu, ReluBackward};
 
 /// Elements a task takes: enough to outweigh handing it over.
 const CHUNK: usize = 1 << 14;
 
 /// `y = max(x, 0)`
-pub(super) fn relu<E: Float>(unit: Unit, x: &[E], y: &mut [E]) {
-    let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-    chunks.for_each(|(y, x)| unit.run(Relu { x, y }));
+pub(super) fn relu<E: Float>(engine: &Engine, op: Relu<'_, Cpu<E>>) -> Result<()> {
+    let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
+    chunks.for_each(|(y, x)| engine.unit.run(ReluChunk { x, y }));
+    Ok(())
 }
 
-struct Relu<'a, E> {
+struct ReluChunk<'a, E> {
     x: &'a [E],
     y: &'a mut [E],
 }
 
-impl<E: Float> Kernel for Relu<'_, E> {
+impl<E: Float> Kernel for ReluChunk<'_, E> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -32,18 +34,20 @@ impl<E: Float> Kernel for Relu<'_, E> {
 }
 
 /// `dx = dy` where `y > 0`, else 0
-pub(super) fn relu_backward<E: Float>(unit: Unit, y: &[E], dy: &[E], dx: &mut [E]) {
-    let chunks = dx.par_chunks_mut(CHUNK).zip(y.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));
-    chunks.for_each(|((dx, y), dy)| unit.run(ReluBackward { y, dy, dx }));
+pub(super) fn relu_backward<E: Float>(engine: &Engine, op: ReluBackward<'_, Cpu<E>>) -> Result<()> {
+    let (y, dy) = (op.y.buffer().par_chunks(CHUNK), op.dy.buffer().par_chunks(CHUNK));
+    let chunks = op.dx.buffer_mut().par_chunks_mut(CHUNK).zip(y).zip(dy);
+    chunks.for_each(|((dx, y), dy)| engine.unit.run(ReluBackwardChunk { y, dy, dx }));
+    Ok(())
 }
 
-struct ReluBackward<'a, E> {
+struct ReluBackwardChunk<'a, E> {
     y: &'a [E],
     dy: &'a [E],
     dx: &'a mut [E],
 }
 
-impl<E: Float> Kernel for ReluBackward<'_, E> {
+impl<E: Float> Kernel for ReluBackwardChunk<'_, E> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -54,17 +58,18 @@ impl<E: Float> Kernel for ReluBackward<'_, E> {
 }
 
 /// `y += x`
-pub(super) fn add<E: Float>(unit: Unit, x: &[E], y: &mut [E]) {
-    let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
-    chunks.for_each(|(y, x)| unit.run(Add { x, y }));
+pub(super) fn add<E: Float>(engine: &Engine, op: Add<'_, Cpu<E>>) -> Result<()> {
+    let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
+    chunks.for_each(|(y, x)| engine.unit.run(AddChunk { x, y }));
+    Ok(())
 }
 
-struct Add<'a, E> {
+struct AddChunk<'a, E> {
     x: &'a [E],
     y: &'a mut [E],
 }
 
-impl<E: Float> Kernel for Add<'_, E> {
+impl<E: Float> Kernel for AddChunk<'_, E> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -74,8 +79,8 @@ impl<E: Float> Kernel for Add<'_, E> {
     }
 }
 
-/// `to = from`, rounded once
-pub(super) fn round<E: Float>(unit: Unit, from: &[f32], to: &mut [E]) {
+/// `to = from`, rounded once where `to` is narrower
+pub(super) fn convert<F: Float, T: Float>(unit: Unit, from: &[F], to: &mut [T]) {
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
     chunks.for_each(|(to, from)| unit.run(Convert { from, to }));
 }
@@ -135,18 +140,12 @@ pub(super) fn dropout(dropout: Dropout, numbers: &mut [f32]) {
     });
 }
 
-/// `to = from`, exactly
-pub(super) fn widen<E: Float>(unit: Unit, from: &[E], to: &mut [f32]) {
-    let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
-    chunks.for_each(|(to, from)| unit.run(Convert { from, to }));
-}
-
 /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
-pub(super) fn cross_entropy<E: Float>(op: CrossEntropy<'_, Cpu<E>>) {
+pub(super) fn cross_entropy<E: Float>(_: &Engine, op: CrossEntropy<'_, Cpu<E>>) -> Result<()> {
     let (m, n) = (op.logits.rows(), op.logits.cols());
     op.loss.buffer_mut()[0] = 0.0;
     if m == 0 {
-        return;
+        return Ok(());
     }
     let rows = op.logits.buffer().chunks_exact(n).zip(op.dlogits.buffer_mut().chunks_exact_mut(n));
     let mut sum = 0.0;
@@ -161,4 +160,5 @@ pub(super) fn cross_entropy<E: Float>(op: CrossEntropy<'_, Cpu<E>>) {
         sum += powers.ln() + largest - logits[label as usize].to_f32();
     }
     op.loss.buffer_mut()[0] = sum / m as f32;
+    Ok(())
 }

@@ -17,11 +17,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::pointwise::round;
+use super::super::Engine;
+use super::super::pointwise::convert;
 use super::super::simd::{Kernel, LANES, Simd, Unit};
 use super::pack::{Panel, Side};
 use super::{Block, Init, Output, Product};
 use crate::element::{DType, Float};
+use crate::error::Result;
 
 /// One left panel (14·384 floats, 21 KiB) leaves room in a 32 KiB L1; fewer blocks mean fewer passes over the output.
 const KC: usize = 384;
@@ -34,41 +36,63 @@ const MC: usize = 168;
 const MAX_TILE: usize = 14 * 2;
 
 /// `out = init + Σ scale·lhs·rhs`
-pub(super) fn run<E: Float, O: Float>(unit: Unit, out: Output<'_, O>, init: Init<'_, E>, terms: &[Product<'_, E>]) {
+pub(super) fn run<E: Float, O: Float>(
+    engine: &Engine,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+    terms: &[Product<'_, E>],
+) -> Result<()> {
     let depth: usize = terms.iter().map(Product::depth).sum();
     if O::DTYPE == DType::F32 || depth <= KC {
-        return nest(unit, out, init, terms, depth);
+        return nest(engine, out, init, terms, depth);
     }
     // A sum over several depth blocks must not be rounded in between: it is made in `f32` beside the output.
-    let mut sums = vec![0.0f32; out.data.len()];
+    let mut sums = engine.scratch.take(out.data.len())?;
     if let Init::Output = init {
-        for (sum, number) in sums.iter_mut().zip(&*out.data) {
-            *sum = number.to_f32();
-        }
+        convert(engine.unit, out.data, &mut sums);
     }
-    nest(unit, Output::new(&mut sums, out.rows, out.cols), init, terms, depth);
-    round(unit, &sums, out.data);
+    nest(engine, Output::new(&mut sums, out.rows, out.cols), init, terms, depth)?;
+    convert(engine.unit, &sums, out.data);
+    Ok(())
 }
 
 /// Loop 4: the depth, in equal blocks of at most `KC`.
-fn nest<E: Float, O: Float>(unit: Unit, out: Output<'_, O>, init: Init<'_, E>, terms: &[Product<'_, E>], depth: usize) {
-    let (mr, nr) = unit.run(TileShape);
+fn nest<E: Float, O: Float>(
+    engine: &Engine,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+    terms: &[Product<'_, E>],
+    depth: usize,
+) -> Result<()> {
+    let (unit, (mr, nr)) = (engine.unit, engine.unit.run(TileShape));
+    let (height, width) = (MC / mr * mr, NC / nr * nr);
     let blocks = depth.div_ceil(KC).max(1);
+    let steps = depth.div_ceil(blocks);
+    let mut left = engine.scratch.take(out.rows.div_ceil(mr) * mr * steps)?;
+    let mut right = engine.scratch.take(out.cols.div_ceil(nr) * nr * steps)?;
     for block in 0..blocks {
         let within = depth * block / blocks..depth * (block + 1) / blocks;
-        let left = pack(unit, Side::Left, terms, within.clone(), out.rows, mr);
-        let right = pack(unit, Side::Right, terms, within.clone(), out.cols, nr);
+        let left = pack(unit, Side::Left, terms, within.clone(), mr, &mut left);
+        let right = pack(unit, Side::Right, terms, within.clone(), nr, &mut right);
         let init = if block == 0 { init } else { Init::Output };
-        let (height, width) = (MC / mr * mr, NC / nr * nr);
         let whole = Output::new(&mut *out.data, out.rows, out.cols);
-        let task = |block| unit.run(Tiles { block, init, depth: within.len(), left: &left, right: &right });
+        let task = |block| unit.run(Tiles { block, init, depth: within.len(), left, right });
         whole.into_blocks(height, width).into_par_iter().for_each(task);
     }
+    Ok(())
 }
 
-/// All panels of one side for a depth block.
-fn pack<E: Float>(unit: Unit, side: Side, terms: &[Product<'_, E>], depth: Range<usize>, lines: usize, width: usize) -> Vec<f32> {
-    let mut packed = vec![0.0; lines.div_ceil(width) * width * depth.len()];
+/// All panels of one side for a depth block, at the beginning of `to`, which has room for the deepest.
+fn pack<'p, E: Float>(
+    unit: Unit,
+    side: Side,
+    terms: &[Product<'_, E>],
+    depth: Range<usize>,
+    width: usize,
+    to: &'p mut [f32],
+) -> &'p [f32] {
+    let lines = terms.first().map_or(0, |term| side.lines(term));
+    let packed = &mut to[..lines.div_ceil(width) * width * depth.len()];
     if !packed.is_empty() {
         let panels = packed.par_chunks_mut(width * depth.len()).enumerate();
         panels.for_each(|(panel, to)| unit.run(Panel { side, terms, depth: depth.clone(), panel, width, to }));

@@ -11,8 +11,11 @@ mod tile;
 
 pub(super) use tile::multiply as tile;
 
-use super::simd::{LANES, Lanes, Simd, Unit};
+use super::Engine;
+use super::scratch::Taken;
+use super::simd::{LANES, Lanes, Simd};
 use crate::element::Float;
+use crate::error::Result;
 
 /// A row-major matrix in memory, or the transpose of one.
 #[derive(Clone, Copy)]
@@ -163,14 +166,19 @@ fn plan(rows: usize, left_is_transposed: bool) -> Plan {
 }
 
 /// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the type of the output.
-pub(super) fn sum_of_products<E: Float, O: Float>(unit: Unit, out: Output<'_, O>, init: Init<'_, E>, terms: &[Product<'_, E>]) {
+pub(super) fn sum_of_products<E: Float, O: Float>(
+    engine: &Engine,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+    terms: &[Product<'_, E>],
+) -> Result<()> {
     for term in terms {
         debug_assert_eq!((term.lhs.rows(), term.rhs.cols()), (out.rows, out.cols));
         debug_assert_eq!(term.lhs.cols(), term.rhs.rows());
     }
     match plan(out.rows, terms.iter().any(|term| term.lhs.transposed())) {
-        Plan::Blocked => blocked::run(unit, out, init, terms),
-        Plan::Skinny => skinny::run(unit, out, init, terms),
+        Plan::Blocked => blocked::run(engine, out, init, terms),
+        Plan::Skinny => skinny::run(engine, out, init, terms),
     }
 }
 
@@ -186,6 +194,15 @@ fn finish<S: Simd, E: Float, O: Float>(s: S, sums: &[Lanes<f32>], init: Init<'_,
         };
         s.narrow_to(value, to);
     }
+}
+
+/// `x` as vectors, `rows` of them side by side for each step of sixteen columns; see [`pack::Interleave`].
+pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<Taken<'e>> {
+    let mut to = engine.scratch.take(lines.rows * lines.cols.next_multiple_of(LANES))?;
+    if !to.is_empty() {
+        engine.unit.run(pack::Interleave { lines, scale: 1.0, width: lines.rows, to: to.as_chunks_mut().0 });
+    }
+    Ok(to)
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! Packing: a depth block of all terms, side by side, as panels that the tile reads from front to back.
+//! Packing: copies in `f32`, in the order in which a kernel reads them.
 //!
-//! A panel holds `width` numbers (rows of the left side, columns of the right) for each step of the depth. Edges are filled
+//! A panel is a depth block of all terms, side by side. It holds `width` numbers (rows of the left side, columns of the right) for each step of the depth. Edges are filled
 //! with zeros up to a whole panel, so the tile has no edges.
 
 use std::ops::Range;
 
-use super::super::simd::{Kernel, LANES, Simd};
+use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::{Factor, Matrix, Product};
 use crate::element::Float;
 
@@ -16,6 +16,16 @@ pub(super) enum Side {
     Left,
     /// Panels of columns.
     Right,
+}
+
+impl Side {
+    /// How many lines of it there are to pack: rows of the output, or columns.
+    pub(super) fn lines<E>(self, term: &Product<'_, E>) -> usize {
+        match self {
+            Side::Left => term.lhs.rows(),
+            Side::Right => term.rhs.cols(),
+        }
+    }
 }
 
 /// Packs panel `panel` of one side, for a range of the depth that runs through all terms.
@@ -85,7 +95,37 @@ fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, to: &mut [f32]) 
     }
 }
 
-/// Turns lines that are contiguous along the depth, a vector's length at a time, so that the lines written stay in the cache.
+/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `i`, times `scale`; what is
+/// missing is zeros.
+///
+/// Lines a few KiB long and read side by side would meet in the same few sets of the cache.
+pub(super) struct Interleave<'a, T> {
+    pub(super) lines: Matrix<'a, T>,
+    pub(super) scale: f32,
+    pub(super) width: usize,
+    pub(super) to: &'a mut [Lanes<f32>],
+}
+
+impl<T: Float> Kernel for Interleave<'_, T> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let factor = s.splat(self.scale);
+        for (v, to) in self.to.chunks_exact_mut(self.width).enumerate() {
+            for (i, to) in to.iter_mut().enumerate() {
+                let vector = if i < self.lines.rows { s.widen_at(self.lines.run(i), v) } else { s.splat(0.0) };
+                s.store(s.mul(vector, factor), to);
+            }
+        }
+    }
+}
+
+/// Steps of the depth that are turned at a time: a cache line or more of each line of the matrix is read in one go, and the
+/// part of the panel written (64·32 floats, 8 KiB) stays in L1.
+const TURNED: usize = 4 * LANES;
+
+/// Turns lines that are contiguous along the depth.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "one loop nest, cut off from `pack` for its length only")]
 fn turn<S: Simd, T: Float>(
@@ -99,14 +139,15 @@ fn turn<S: Simd, T: Float>(
     to: &mut [f32],
 ) {
     let factor = s.splat(scale);
-    for (to, start) in to.chunks_mut(width * LANES).zip(depth.clone().step_by(LANES)) {
-        let steps = LANES.min(depth.end - start);
+    for (to, start) in to.chunks_mut(width * TURNED).zip(depth.clone().step_by(TURNED)) {
         for i in 0..there {
-            let from = &lines.run(first + i)[start..start + steps];
-            let mut numbers = [0.0; LANES];
-            s.store(s.mul(s.widen_at(from, 0), factor), &mut numbers);
-            for p in 0..steps {
-                to[p * width + i] = numbers[p];
+            let from = &lines.run(first + i)[start..depth.end.min(start + TURNED)];
+            for (v, to) in to.chunks_mut(width * LANES).enumerate() {
+                let mut numbers = [0.0; LANES];
+                s.store(s.mul(s.widen_at(from, v), factor), &mut numbers);
+                for (to, number) in to.chunks_mut(width).zip(numbers) {
+                    to[i] = number;
+                }
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Few rows: the left side is small, and the work is to read the right side once. Nothing is packed.
+//! Few rows: the left side is small, and the work is to read the right side once. Only the left side is packed.
 //!
 //! The weights are contiguous either along the depth (`x·Wᵀ`: each output is a dot product) or along the output (`dy·W`:
 //! each row of `W`, times a number, is added to the output). A task owns a block of columns and sums it in `f32` beside the
@@ -6,29 +6,86 @@
 
 use rayon::prelude::*;
 
-use super::super::simd::{Kernel, LANES, Lanes, Simd, Unit};
+use super::super::Engine;
+use super::super::scratch::Taken;
+use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::pack::{Interleave, Panel, Side};
 use super::{Block, Factor, Init, Matrix, Output, Product, SKINNY_ROWS};
 use crate::element::Float;
+use crate::error::Result;
 
 /// Columns a task owns where the weights are contiguous along them: the sums (10·512 floats, 20 KiB) stay in L1.
 const WIDTH: usize = 512;
 /// Columns a task owns where each is a row of the weights to be read whole.
 const DOTS: usize = 64;
+/// Numbers of the left side that stay in L1 (20 KiB) while dot products are made with them.
+const STAYS: usize = 5 * 1024;
 /// Rows of weights read side by side: as many streams as the prefetcher follows, and so many uses of each sum loaded.
 const STREAMS: usize = 8;
+/// Rows of weights in a block of dot products.
+const ACROSS: usize = 4;
 
 /// `out = init + Σ scale·lhs·rhs`
-pub(super) fn run<E: Float, O: Float>(unit: Unit, out: Output<'_, O>, init: Init<'_, E>, terms: &[Product<'_, E>]) {
+pub(super) fn run<E: Float, O: Float>(
+    engine: &Engine,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+    terms: &[Product<'_, E>],
+) -> Result<()> {
+    let lefts = terms.iter().map(|term| pack_left(engine, term)).collect::<Result<Vec<_>>>()?;
     let dots = terms.iter().any(|term| term.rhs.transposed());
     let (height, width) = (out.rows.max(1), if dots { DOTS } else { WIDTH });
-    let task = |block| unit.run(Columns { block, init, terms });
+    let task = |block| engine.unit.run(Columns { block, init, terms, lefts: &lefts });
     out.into_blocks(height, width).into_par_iter().for_each(task);
+    Ok(())
+}
+
+/// Lines of the left side that a block of dot products takes: 5·4 sums + 4 weights leave room in 32 registers.
+fn down(rows: usize, registers: usize) -> usize {
+    match registers {
+        _ if rows == 1 => 1,
+        32.. => 5,
+        _ => 2,
+    }
+}
+
+/// The left side times the scale: interleaved for dot products, else a panel with all rows side by side.
+fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<Taken<'e>> {
+    let (unit, scale, rows, depth) = (engine.unit, term.scale, term.lhs.rows(), term.depth());
+    if !term.rhs.transposed() {
+        let mut left = engine.scratch.take(rows * depth)?;
+        if !left.is_empty() {
+            unit.run(Panel { side: Side::Left, terms: &[*term], depth: 0..depth, panel: 0, width: rows, to: &mut left });
+        }
+        return Ok(left);
+    }
+    let width = rows.next_multiple_of(down(rows, unit.run(Registers)));
+    let mut left = engine.scratch.take(width * depth.next_multiple_of(LANES))?;
+    if width > 0 {
+        let to = left.as_chunks_mut().0;
+        match term.lhs {
+            Factor::Stored(lines) => unit.run(Interleave { lines, scale, width, to }),
+            Factor::Wide(lines) => unit.run(Interleave { lines, scale, width, to }),
+        }
+    }
+    Ok(left)
+}
+
+struct Registers;
+
+impl Kernel for Registers {
+    type Out = usize;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> usize {
+        S::REGISTERS
+    }
 }
 
 struct Columns<'a, 'o, E, O> {
     block: Block<'o, O>,
     init: Init<'a, E>,
     terms: &'a [Product<'a, E>],
+    lefts: &'a [Taken<'a>],
 }
 
 impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
@@ -37,12 +94,10 @@ impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let mut sums = Sums::new(self.block.lines.len(), self.block.col, self.block.width());
-        for term in self.terms {
-            match (term.lhs, term.rhs) {
-                (Factor::Stored(lhs), Factor::Stored(rhs)) => sums.add_product(s, term.scale, lhs, rhs),
-                (Factor::Stored(lhs), Factor::Wide(rhs)) => sums.add_product(s, term.scale, lhs, rhs),
-                (Factor::Wide(lhs), Factor::Stored(rhs)) => sums.add_product(s, term.scale, lhs, rhs),
-                (Factor::Wide(lhs), Factor::Wide(rhs)) => sums.add_product(s, term.scale, lhs, rhs),
+        for (term, left) in self.terms.iter().zip(self.lefts) {
+            match term.rhs {
+                Factor::Stored(rhs) => sums.add_product(s, left, rhs),
+                Factor::Wide(rhs) => sums.add_product(s, left, rhs),
             }
         }
         for (line, sums) in self.block.lines.into_iter().zip(sums.lanes.chunks_exact(sums.vectors)) {
@@ -54,6 +109,7 @@ impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
 /// The sums of a block of columns, each line a whole number of vectors.
 struct Sums {
     lanes: Vec<Lanes<f32>>,
+    height: usize,
     vectors: usize,
     first: usize,
     width: usize,
@@ -62,104 +118,137 @@ struct Sums {
 impl Sums {
     fn new(height: usize, first: usize, width: usize) -> Self {
         let vectors = width.div_ceil(LANES);
-        Self { lanes: vec![[0.0; LANES]; height * vectors], vectors, first, width }
+        Self { lanes: vec![[0.0; LANES]; height * vectors], height, vectors, first, width }
     }
 
-    /// `sums += scale·lhs·rhs`
+    /// `sums += left·rhs`
     #[inline(always)]
-    fn add_product<S: Simd, L: Float, R: Float>(&mut self, s: S, scale: f32, lhs: Matrix<'_, L>, rhs: Matrix<'_, R>) {
-        match (rhs.transposed, S::REGISTERS) {
-            (true, 32..) => self.add_dots::<S, L, R, 5, 4>(s, scale, lhs, rhs),
-            (true, _) => self.add_dots::<S, L, R, 2, 2>(s, scale, lhs, rhs),
-            (false, _) => {
-                let whole = lhs.cols / STREAMS * STREAMS;
-                self.add_lines::<S, L, R, STREAMS>(s, scale, lhs, rhs, 0, whole);
-                self.add_lines::<S, L, R, 1>(s, scale, lhs, rhs, whole, lhs.cols);
-            }
+    fn add_product<S: Simd, R: Float>(&mut self, s: S, left: &[f32], rhs: Matrix<'_, R>) {
+        if !rhs.transposed {
+            let whole = rhs.rows / STREAMS * STREAMS;
+            self.add_lines::<S, R, STREAMS>(s, &left[..whole * self.height], rhs, 0);
+            return self.add_lines::<S, R, 1>(s, &left[whole * self.height..], rhs, whole);
+        }
+        let left = left.as_chunks().0;
+        match down(self.height, S::REGISTERS) {
+            _ if rhs.rows == 0 => {}
+            _ if rhs.rows < LANES => self.add_short_dots(left, rhs),
+            1 => self.add_dots::<S, R, 1>(s, left, rhs),
+            2 => self.add_dots::<S, R, 2>(s, left, rhs),
+            _ => self.add_dots::<S, R, 5>(s, left, rhs),
         }
     }
 
-    /// Dot products of X lines on the left with W on the right at a time: X·W sums for X + W loads.
+    /// Dot products of X lines on the left with `ACROSS` on the right at a time: X·ACROSS sums for X + ACROSS loads. A stretch
+    /// of the left side stays in L1 while the right side goes by.
     #[inline(always)]
-    fn add_dots<S: Simd, L: Float, R: Float, const X: usize, const W: usize>(
-        &mut self,
-        s: S,
-        scale: f32,
-        lhs: Matrix<'_, L>,
-        rhs: Matrix<'_, R>,
-    ) {
-        for j in (0..self.width).step_by(W) {
-            for i in (0..lhs.rows).step_by(X) {
+    fn add_dots<S: Simd, R: Float, const X: usize>(&mut self, s: S, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+        let width = self.height.next_multiple_of(X);
+        let stretch = (STAYS / width).next_multiple_of(LANES);
+        for (left, start) in left.chunks(width * stretch / LANES).zip((0..rhs.rows).step_by(stretch)) {
+            let depth = start..rhs.rows.min(start + stretch);
+            for j in (0..self.width).step_by(ACROSS) {
                 // At an edge the last line is taken again, and what it gives is not kept.
-                let left: [&[L]; X] = std::array::from_fn(|x| lhs.run((i + x).min(lhs.rows - 1)));
-                let right: [&[R]; W] = std::array::from_fn(|w| rhs.run(self.first + (j + w).min(self.width - 1)));
-                let dots = dots(s, left, right);
-                for x in 0..X.min(lhs.rows - i) {
-                    for w in 0..W.min(self.width - j) {
-                        let sums = &mut self.lanes[(i + x) * self.vectors..];
-                        sums[(j + w) / LANES][(j + w) % LANES] += scale * dots[x][w];
+                let line = |w: usize| &rhs.run(self.first + (j + w).min(self.width - 1))[depth.clone()];
+                let right: [&[R]; ACROSS] = std::array::from_fn(line);
+                for i in (0..self.height).step_by(X) {
+                    let dots = dots::<S, R, X>(s, left, width, i, right);
+                    for x in 0..X.min(self.height - i) {
+                        for w in 0..ACROSS.min(self.width - j) {
+                            *self.at(i + x, j + w) += dots[x][w];
+                        }
                     }
                 }
             }
         }
     }
 
-    /// `sums[i] += scale·Σ_p lhs[i][p]·rhs[p]` for p in `start..end`, P at a time.
+    /// Dot products too short for vectors, as those over the rank of an adapter often are.
+    fn add_short_dots<R: Float>(&mut self, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+        for i in 0..self.height {
+            for j in 0..self.width {
+                let pairs = left[i].iter().zip(rhs.run(self.first + j));
+                *self.at(i, j) += pairs.fold(0.0, |sum, (x, w)| sum + x * w.to_f32());
+            }
+        }
+    }
+
     #[inline(always)]
-    fn add_lines<S: Simd, L: Float, R: Float, const P: usize>(
-        &mut self,
-        s: S,
-        scale: f32,
-        lhs: Matrix<'_, L>,
-        rhs: Matrix<'_, R>,
-        start: usize,
-        end: usize,
-    ) {
-        for p in (start..end).step_by(P) {
+    fn at(&mut self, i: usize, j: usize) -> &mut f32 {
+        &mut self.lanes[i * self.vectors + j / LANES][j % LANES]
+    }
+
+    /// `sums[i] += Σ_p left[p][i]·rhs[start + p]`, P lines of the right side at a time.
+    #[inline(always)]
+    fn add_lines<S: Simd, R: Float, const P: usize>(&mut self, s: S, left: &[f32], rhs: Matrix<'_, R>, start: usize) {
+        for (block, left) in left.chunks_exact(P * self.height).enumerate() {
+            let line = |q: usize| &rhs.run(start + block * P + q)[self.first..][..self.width];
+            let lines: [&[R]; P] = std::array::from_fn(line);
+            let whole = self.width / LANES;
+            let lanes = lines.map(|line| &line.as_chunks::<LANES>().0[..whole]);
             let mut factors = [[0.0; P]; SKINNY_ROWS];
-            for i in 0..lhs.rows {
+            for (i, factors) in factors[..self.height].iter_mut().enumerate() {
                 for q in 0..P {
-                    factors[i][q] = scale * lhs.run(i)[p + q].to_f32();
+                    factors[q] = left[q * self.height + i];
                 }
             }
-            let lines: [&[R]; P] = std::array::from_fn(|q| &rhs.run(p + q)[self.first..][..self.width]);
-            for v in 0..self.vectors {
-                let mut vectors = [s.splat(0.0); P];
+            let mut vectors = [s.splat(0.0); P];
+            for v in 0..whole {
                 for q in 0..P {
-                    vectors[q] = s.widen_at(lines[q], v);
+                    vectors[q] = s.widen(&lanes[q][v]);
                 }
-                for i in 0..lhs.rows {
-                    let to = &mut self.lanes[i * self.vectors + v];
-                    let mut sum = s.load(to);
-                    for q in 0..P {
-                        sum = s.mul_add(s.splat(factors[i][q]), vectors[q], sum);
-                    }
-                    s.store(sum, to);
-                }
+                self.add_vectors(s, v, &factors, &vectors);
             }
+            if whole < self.vectors {
+                for q in 0..P {
+                    vectors[q] = s.widen_at(lines[q], whole);
+                }
+                self.add_vectors(s, whole, &factors, &vectors);
+            }
+        }
+    }
+
+    /// `sums[i][v] += Σ_q factors[i][q]·vectors[q]`
+    #[inline(always)]
+    fn add_vectors<S: Simd, const P: usize>(&mut self, s: S, v: usize, factors: &[[f32; P]], vectors: &[S::V; P]) {
+        for (factors, to) in factors.iter().zip(self.lanes[v..].iter_mut().step_by(self.vectors)) {
+            let mut sum = s.load(to);
+            for q in 0..P {
+                sum = s.mul_add(s.splat(factors[q]), vectors[q], sum);
+            }
+            s.store(sum, to);
         }
     }
 }
 
-/// `dots[x][w] = left[x] · right[w]`
+/// `dots[x][w] = left[i + x] · right[w]`
 #[inline(always)]
-fn dots<S: Simd, L: Float, R: Float, const X: usize, const W: usize>(s: S, left: [&[L]; X], right: [&[R]; W]) -> [[f32; W]; X] {
-    let mut sums = [[s.splat(0.0); W]; X];
-    for v in 0..left[0].len().div_ceil(LANES) {
-        let mut weights = [s.splat(0.0); W];
-        for w in 0..W {
-            weights[w] = s.widen_at(right[w], v);
+fn dots<S: Simd, R: Float, const X: usize>(
+    s: S,
+    left: &[Lanes<f32>],
+    width: usize,
+    i: usize,
+    right: [&[R]; ACROSS],
+) -> [[f32; ACROSS]; X] {
+    let mut sums = [[s.splat(0.0); ACROSS]; X];
+    let mut weights = [s.splat(0.0); ACROSS];
+    let whole = right[0].len() / LANES;
+    let lanes = right.map(|line| &line.as_chunks::<LANES>().0[..whole]);
+    for (v, left) in left.chunks_exact(width).enumerate() {
+        let Some(numbers) = left[i..].first_chunk::<X>() else { break }; // never: i + X ≤ width
+        for w in 0..ACROSS {
+            weights[w] = if v < whole { s.widen(&lanes[w][v]) } else { s.widen_at(right[w], v) };
         }
         for x in 0..X {
-            let numbers = s.widen_at(left[x], v);
-            for w in 0..W {
-                sums[x][w] = s.mul_add(numbers, weights[w], sums[x][w]);
+            let number = s.load(&numbers[x]);
+            for w in 0..ACROSS {
+                sums[x][w] = s.mul_add(number, weights[w], sums[x][w]);
             }
         }
     }
-    let mut dots = [[0.0; W]; X];
+    let mut dots = [[0.0; ACROSS]; X];
     for x in 0..X {
-        for w in 0..W {
+        for w in 0..ACROSS {
             dots[x][w] = s.sum(sums[x][w]);
         }
     }

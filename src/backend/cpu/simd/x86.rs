@@ -127,6 +127,19 @@ impl Simd for Avx512 {
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
         intrinsics!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(gate, _mm512_setzero_ps()), a))
     }
+    #[inline(always)]
+    fn sum(self, value: Self::V) -> f32 {
+        intrinsics!(sum8(_mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value))))
+    }
+}
+
+/// The sum of eight lanes, as a tree: halves, quarters, pairs.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum8(value: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
 /// The same on the lower and the upper eight lanes.
@@ -239,5 +252,9 @@ impl Simd for Avx2 {
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
         let open = halves!(_mm256_cmp_ps::<_CMP_GT_OQ>, gate, self.splat(0.0));
         halves!(_mm256_and_ps, open, a)
+    }
+    #[inline(always)]
+    fn sum(self, value: Self::V) -> f32 {
+        intrinsics!(sum8(_mm256_add_ps(value[0], value[1])))
     }
 }

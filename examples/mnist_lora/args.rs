@@ -1,0 +1,69 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// Trains a network on MNIST, then teaches it its worst digit with adapters of rank 1, and shows that nothing else changed.
+#[derive(Parser)]
+#[command(name = "mnist_lora", version)]
+pub struct Args {
+    /// Folder with the four IDX files, gzipped or not [default: $MNIST_DIR, else the user's cache, filled from the mirror]
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Where to download MNIST from [default: $MNIST_MIRROR, else PyTorch's mirror]
+    #[arg(long, value_name = "URL")]
+    pub mirror: Option<String>,
+    /// Draw the digits instead of reading or downloading them
+    #[arg(long)]
+    pub generate: bool,
+    /// Use the first N training images, and a sixth as many to test with
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Of initial weights, shuffles and generated digits: the same seed gives the same numbers, whatever the threads
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Rank of the adapters
+    #[arg(long, default_value_t = 1)]
+    pub rank: usize,
+    /// The update is multiplied with alpha / rank
+    #[arg(long, default_value_t = 1.0)]
+    pub alpha: f32,
+    /// Learning rate of Adam, for the training and for the adapters
+    #[arg(long, default_value_t = 1e-3)]
+    pub lr: f32,
+    /// Batches of 10 that the adapters are tuned on
+    #[arg(long, default_value_t = 100)]
+    pub batches: usize,
+    /// Digit to tune the adapters on [default: the one with the most test errors]
+    #[arg(long, value_parser = clap::value_parser!(u8).range(0..10))]
+    pub digit: Option<u8>,
+    /// Passes over the training images before the adapters
+    #[arg(long, default_value_t = 1)]
+    pub epochs: usize,
+    /// What to compute on
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub backend: Device,
+    /// Threads of the CPU backend [default: one a core]
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Where the adapter and the charts go
+    #[arg(long, value_name = "DIR", default_value = "out/mnist_lora")]
+    pub out: PathBuf,
+    /// Also write every figure to this file
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+}
+
+/// What to compute on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// The fastest that is compiled in and there
+    Auto,
+    /// SIMD and threads
+    Cpu,
+    /// Any GPU, through Vulkan, Metal or DirectX; needs `--features webgpu`
+    Webgpu,
+    /// NVIDIA GPUs; needs `--features cuda`
+    Cuda,
+}

@@ -1,0 +1,288 @@
+//! Train, freeze, tune the worst digit, and look at what changed. Generic in the backend, and silent: what it found is returned.
+
+use std::path::Path;
+use std::time::Instant;
+
+use lowrank::autograd::Tape;
+use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
+use lowrank::nn::{Adam, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::random::Rng;
+use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
+
+use crate::whole;
+
+/// What may be chosen.
+pub struct Settings {
+    /// Of the initial weights and the shuffles.
+    pub seed: u64,
+    /// Sizes of the hidden layers.
+    pub hidden: Vec<usize>,
+    /// Passes over the training images.
+    pub epochs: usize,
+    /// Images a step.
+    pub batch: usize,
+    /// Learning rate of Adam, in both phases.
+    pub lr: f32,
+    /// Rank and alpha of the adapters.
+    pub rank: usize,
+    /// The update is multiplied with alpha / rank.
+    pub alpha: f32,
+    /// Steps that the adapters are tuned for.
+    pub batches: usize,
+    /// The digit to tune them on; the worst if `None`.
+    pub digit: Option<u8>,
+}
+
+/// Where a phase stands.
+pub struct Progress {
+    /// `training` or `tuning`
+    pub phase: &'static str,
+    /// Steps done.
+    pub step: usize,
+    /// Steps in all.
+    pub steps: usize,
+    /// Mean loss of the last few.
+    pub loss: f32,
+    /// Since the phase began.
+    pub seconds: f64,
+}
+
+/// A phase of training.
+#[derive(Debug)]
+pub struct Phase {
+    /// The loss of every step.
+    pub losses: Vec<f32>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// What a model says of the test images.
+#[derive(Debug, PartialEq)]
+pub struct Score {
+    /// A row an image.
+    pub logits: Vec<f32>,
+    /// Images of each digit that were taken for another.
+    pub errors: [usize; DIGITS],
+    /// The part of all images that were not.
+    pub accuracy: f64,
+}
+
+/// What the experiment found.
+#[derive(Debug)]
+pub struct Outcome {
+    /// What the base model says.
+    pub base: Score,
+    /// The digit that the adapters were tuned on.
+    pub digit: u8,
+    /// What the model says with its adapters on,
+    pub on: Score,
+    /// off,
+    pub off: Score,
+    /// saved and loaded again beside the base model,
+    pub reloaded: Score,
+    /// and merged into its weights.
+    pub merged: Score,
+    /// The largest difference that merging makes to a logit, relative to the largest logit.
+    pub merged_difference: f64,
+    /// What rounding explains of it.
+    pub merged_tolerance: f64,
+    /// Parameters of the model and of the adapters.
+    pub params: ParameterReport,
+    /// The training of the base model.
+    pub pretrain: Phase,
+    /// The training of the adapters.
+    pub tune: Phase,
+    /// Whether every weight and bias of the base model has the same bits after tuning.
+    pub base_unchanged: bool,
+    /// The weights and biases of the base model, then A and B of each adapter.
+    pub weights: Vec<Vec<f32>>,
+}
+
+/// Runs the whole of it; the adapters are saved to `dir`. Errors: those of the crate.
+pub fn run<B: Backend>(
+    backend: &B,
+    mnist: &Mnist,
+    settings: &Settings,
+    dir: &Path,
+    watch: &mut dyn FnMut(&Progress),
+) -> Result<Outcome> {
+    let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
+    config.check()?; // now, not after minutes of training
+    settings.digit.map_or(Ok(()), |digit| shown(&mnist.train, digit).map(drop))?;
+    let rng = &mut Rng::new(settings.seed);
+    let pixels = mnist.train.images().rows() * mnist.train.images().cols();
+    let sizes: Vec<usize> = [&[pixels], &settings.hidden[..], &[DIGITS]].concat();
+    let mut mlp = Mlp::new(backend, &sizes, rng)?;
+
+    let batches = (0..settings.epochs).flat_map(|_| shuffled_batches(mnist.train.all(), settings.batch, rng)).collect();
+    let pretrain = train(backend, &mut mlp, &mnist.train, batches, settings.lr, ("training", watch))?;
+    let base = score(backend, &mlp, &mnist.test)?;
+    let digit = settings.digit.unwrap_or_else(|| worst(&base.errors));
+    let before = weights(backend, &mlp)?;
+
+    mlp.add_adapters(backend, Targets::All, &config, rng)?;
+    let params = mlp.parameter_report();
+    let batches = batches_of(&mnist.train, digit, settings, rng)?;
+    let tune = train(backend, &mut mlp, &mnist.train, batches, settings.lr, ("tuning", watch))?;
+
+    let on = score(backend, &mlp, &mnist.test)?;
+    let base_unchanged = same_bits(&before, &weights(backend, &mlp)?);
+    mlp.set_adapters_enabled(false)?;
+    let off = score(backend, &mlp, &mnist.test)?;
+    whole::uncut(|| adapter::save(backend, &mlp, dir))?;
+
+    // A model that has never seen the adapters, but for the files.
+    let mut again = copy(backend, &mlp)?;
+    adapter::load(backend, &mut again, dir)?;
+    let reloaded = score(backend, &again, &mnist.test)?;
+    again.merge_adapters(backend)?;
+    let merged = score(backend, &again, &mnist.test)?;
+
+    Ok(Outcome {
+        merged_difference: difference(&on.logits, &merged.logits),
+        merged_tolerance: tolerance::<B::Elem>(&sizes),
+        weights: [before, adapter_weights(backend, &mlp)?].concat(),
+        base,
+        digit,
+        on,
+        off,
+        reloaded,
+        merged,
+        params,
+        pretrain,
+        tune,
+        base_unchanged,
+    })
+}
+
+/// How many losses are read at a time: reading one waits for the device.
+const READ: usize = 50;
+
+/// A step of Adam on the mean cross-entropy of each batch.
+fn train<B: Backend>(
+    backend: &B,
+    mlp: &mut Mlp<B>,
+    split: &Split,
+    batches: Vec<Vec<usize>>,
+    lr: f32,
+    (phase, watch): (&'static str, &mut dyn FnMut(&Progress)),
+) -> Result<Phase> {
+    let (mut adam, mut losses, began) = (Adam::new(lr)?, Vec::with_capacity(batches.len()), Instant::now());
+    for group in batches.chunks(READ) {
+        let unread = group.iter().map(|rows| step(backend, mlp, &mut adam, split, rows)).collect::<Result<Vec<_>>>()?;
+        for loss in unread {
+            losses.extend(loss.to_vec(backend)?);
+        }
+        let loss = losses[losses.len() - group.len()..].iter().sum::<f32>() / group.len() as f32;
+        if !loss.is_finite() {
+            let got = format!("{loss} after {} steps", losses.len());
+            return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate" });
+        }
+        watch(&Progress { phase, step: losses.len(), steps: batches.len(), loss, seconds: began.elapsed().as_secs_f64() });
+    }
+    Ok(Phase { losses, seconds: began.elapsed().as_secs_f64() })
+}
+
+/// The loss before the step, still on the device.
+fn step<B: Backend>(backend: &B, mlp: &mut Mlp<B>, adam: &mut Adam<B>, split: &Split, rows: &[usize]) -> Result<Tensor<B, f32>> {
+    let (x, labels) = split.batch(backend, rows)?;
+    let mut tape = Tape::new(backend);
+    let x = tape.input(x);
+    let logits = mlp.forward(&mut tape, x, None)?;
+    let loss = tape.cross_entropy(logits, &labels)?;
+    let gradients = tape.backward()?;
+    adam.step(backend, mlp.params_mut(), &gradients)?;
+    Ok(loss)
+}
+
+/// The images of a digit. Errors: [`Error::Value`] if there are none.
+fn shown(split: &Split, digit: u8) -> Result<Vec<usize>> {
+    let rows = split.of_digit(digit);
+    if rows.is_empty() {
+        let got = format!("{digit}, which no training image shows");
+        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there" });
+    }
+    Ok(rows)
+}
+
+/// Batches of one digit: its images in random order, and in another when they run out.
+fn batches_of(split: &Split, digit: u8, settings: &Settings, rng: &mut Rng) -> Result<Vec<Vec<usize>>> {
+    let (rows, mut batches) = (shown(split, digit)?, Vec::new());
+    while batches.len() < settings.batches {
+        batches.extend(shuffled_batches(rows.clone(), settings.batch, rng));
+    }
+    batches.truncate(settings.batches);
+    Ok(batches)
+}
+
+/// Test images a forward pass: enough for the CPU's blocked engine.
+const SCORED: usize = 1000;
+
+fn score<B: Backend>(backend: &B, mlp: &Mlp<B>, split: &Split) -> Result<Score> {
+    let mut logits = Vec::with_capacity(split.len() * DIGITS);
+    for rows in split.all().chunks(SCORED) {
+        let (x, _) = split.batch(backend, rows)?;
+        logits.extend(mlp.predict(backend, x)?.into_iter().map(Float::to_f32));
+    }
+    let mut errors = [0; DIGITS];
+    for (row, &label) in logits.chunks_exact(DIGITS).zip(split.labels()) {
+        errors[usize::from(label)] += usize::from(largest(row) != usize::from(label));
+    }
+    let accuracy = 1.0 - errors.iter().sum::<usize>() as f64 / split.len().max(1) as f64;
+    Ok(Score { logits, errors, accuracy })
+}
+
+/// The largest difference, relative to the largest number.
+pub fn difference(a: &[f32], b: &[f32]) -> f64 {
+    let largest = a.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+    let apart = a.iter().zip(b).fold(0.0f32, |apart, (a, b)| apart.max((a - b).abs()));
+    f64::from(apart) / f64::from(largest.max(f32::MIN_POSITIVE))
+}
+
+/// How far apart rounding may bring two ways to the same logits. The errors of a sum of n terms walk at random, to about √n
+/// units; the sums have as many terms as a layer has inputs, one layer after another. 8 is room for terms that cancel.
+fn tolerance<E: Float>(sizes: &[usize]) -> f64 {
+    let terms: usize = sizes.iter().rev().skip(1).sum();
+    8.0 * E::DTYPE.unit_roundoff() * (terms as f64).sqrt()
+}
+
+/// Where the largest number is, the first of equals.
+fn largest(row: &[f32]) -> usize {
+    (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
+}
+
+/// The digit with the most errors, the first of equals.
+fn worst(errors: &[usize; DIGITS]) -> u8 {
+    (1..DIGITS).fold(0, |worst, digit| if errors[digit] > errors[worst] { digit } else { worst }) as u8
+}
+
+/// The weight and the bias of every layer.
+fn weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
+    let params = mlp.layers().flat_map(|(_, layer)| layer.base().params());
+    params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+}
+
+/// A and B of every layer that has an adapter.
+fn adapter_weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
+    let adapters = mlp.layers().filter_map(|(_, layer)| layer.lora()).map(|lora| lora.adapter());
+    let params = adapters.flat_map(|adapter| [adapter.a(), adapter.b()]);
+    params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+}
+
+/// Whether the numbers have the same bits: unlike `==`, this tells 0 from -0.
+pub fn same_bits(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
+    let bits = |weights: &[Vec<f32>]| -> Vec<Vec<u32>> {
+        weights.iter().map(|weight| weight.iter().map(|w| w.to_bits()).collect()).collect()
+    };
+    bits(a) == bits(b)
+}
+
+/// A model with the same base weights and no adapters.
+fn copy<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Mlp<B>> {
+    let copy = |tensor: &Tensor<B>| Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?);
+    let linear = |layer: &Linear<B>| {
+        let bias = layer.bias().map(|bias| copy(&bias.tensor)).transpose()?;
+        Linear::from_tensors(copy(&layer.weight().tensor)?, bias)
+    };
+    Mlp::from_layers(mlp.layers().map(|(_, layer)| linear(layer.base())).collect::<Result<_>>()?)
+}

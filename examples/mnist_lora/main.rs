@@ -1,0 +1,91 @@
+//! The whole story of LoRA in one run: train a network on MNIST, find the digit it is worst at, teach it that digit with
+//! adapters of rank 1, and show that the base model underneath is what it was.
+//!
+//! ```text
+//! args.rs        the flags
+//! data.rs        MNIST: a folder, the cache, a mirror, or drawn digits
+//! experiment.rs  train, freeze, tune, score: the part to read
+//! progress.rs    bars             report.rs  tables and JSON
+//! chart.rs       SVG              whole.rs   files written whole or not at all
+//! ```
+
+#![allow(unreachable_pub, reason = "an example exports nothing")]
+
+mod args;
+mod chart;
+mod data;
+mod experiment;
+mod progress;
+mod report;
+mod whole;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use lowrank::mnist::Mnist;
+use lowrank::{Backend, Cpu, Error, Result};
+
+use args::{Args, Device};
+use experiment::Settings;
+use progress::Watch;
+
+fn main() -> ExitCode {
+    match start(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Opens the backend before the data: to hear that it is missing should not take a download.
+fn start(args: &Args) -> Result<()> {
+    whole::guard_against_ctrl_c()?;
+    match args.backend {
+        Device::Auto | Device::Cpu => show(&cpu(args)?, args),
+        Device::Webgpu => Err(not_compiled("webgpu")),
+        Device::Cuda => Err(not_compiled("cuda")),
+    }
+}
+
+fn cpu(args: &Args) -> Result<Cpu<f32>> {
+    let cpu = Cpu::new()?;
+    args.threads.map_or(Ok(cpu.clone()), |threads| cpu.with_threads(threads))
+}
+
+fn not_compiled(backend: &'static str) -> Error {
+    let reason = format!("not compiled in; run again with `cargo run --release --features {backend} --example mnist_lora`");
+    Error::Unavailable { backend, reason }
+}
+
+/// Runs the experiment and shows what it found.
+fn show<B: Backend>(backend: &B, args: &Args) -> Result<()> {
+    let (mnist, source) = data::find(args)?;
+    report::begin(&backend.device(), &source, &mnist);
+    let mut watch = Watch::new();
+    let adapter = args.out.join("adapter");
+    let outcome = experiment::run(backend, &mnist, &settings(args), &adapter, &mut |at| watch.show(at))?;
+
+    report::tables(&outcome, &digit_counts(&mnist));
+    whole::write(&args.out.join("errors.svg"), chart::errors(&outcome)?.as_bytes())?;
+    whole::write(&args.out.join("loss.svg"), chart::losses(&outcome)?.as_bytes())?;
+    println!("\nadapter, errors.svg and loss.svg are in {}", args.out.display());
+    if let Some(path) = &args.json {
+        let figures = report::json(&outcome, args, &backend.device(), &source);
+        whole::write(path, format!("{figures:#}\n").as_bytes())?;
+        println!("every figure is in {}", path.display());
+    }
+    report::verdict(&outcome)
+}
+
+/// The network is oversized on purpose: its update does not need to be.
+fn settings(args: &Args) -> Settings {
+    let Args { seed, rank, alpha, lr, batches, digit, epochs, .. } = *args;
+    Settings { seed, hidden: vec![1000, 2000], epochs, batch: 10, lr, rank, alpha, batches, digit }
+}
+
+/// Test images of each digit.
+fn digit_counts(mnist: &Mnist) -> [usize; lowrank::mnist::DIGITS] {
+    std::array::from_fn(|digit| mnist.test.of_digit(digit as u8).len())
+}

@@ -1,0 +1,222 @@
+//! Adapter folders: what is saved comes back bit for bit, and PEFT's files come back byte for byte.
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lowrank::adapter::{self, AdapterConfig, CONFIG_FILE, TENSORS_FILE};
+use lowrank::nn::{Init, LoraConfig, Mlp, Scaling};
+use lowrank::{Backend, Error, Float, bf16, f16};
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use serde_json::{Value, json};
+use support::adapters::{SIZES, adapted, batch, cpu, document, net, outputs, read, state};
+
+/// Every kind of scaling, some layers, other ranks and alphas in each: alpha 0.1 and rank 3 divide into nothing finite.
+fn all_kinds() -> Vec<(&'static str, [Option<LoraConfig>; 3])> {
+    let config = |rank, alpha, scaling| Some(LoraConfig { scaling, ..LoraConfig::new(rank, alpha) });
+    let over_rank = |rank, alpha| config(rank, alpha, Scaling::AlphaOverRank);
+    let dropping = LoraConfig { dropout: 0.1, init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(1, 1.0) };
+    let (raw, rslora) = (Scaling::Raw, Scaling::AlphaOverSqrtRank);
+    vec![
+        ("plain", [over_rank(3, 6.0), over_rank(3, 6.0), over_rank(3, 6.0)]),
+        ("one_layer", [None, over_rank(16, 0.1), None]),
+        ("patterns", [over_rank(3, 0.1), over_rank(5, 0.1), over_rank(5, -7.25)]),
+        ("raw", [config(3, 0.1, raw), None, config(7, 1.3, raw)]),
+        ("rslora", [config(3, 0.1, rslora), config(2, 0.1, rslora), None]),
+        ("mixed", [config(3, 0.1, rslora), config(3, 0.7, raw), over_rank(3, 0.1)]),
+        ("dropout", [Some(dropping.clone()), None, Some(dropping)]),
+    ]
+}
+
+fn comes_back_bit_for_bit<E: Float>() {
+    let cpu = cpu::<E>();
+    for (name, configs) in all_kinds() {
+        let folder = tempfile::tempdir().unwrap();
+        let (model, mut other) = (adapted(&cpu, configs), net(&cpu));
+        adapter::save(&cpu, &model, folder.path()).unwrap();
+        adapter::load(&cpu, &mut other, folder.path()).unwrap();
+        assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other), "{name}");
+        assert_ne!(outputs(&cpu, &model), outputs(&cpu, &net(&cpu)), "{name} changes nothing");
+
+        let again = tempfile::tempdir().unwrap();
+        adapter::save(&cpu, &other, again.path()).unwrap();
+        for file in [CONFIG_FILE, TENSORS_FILE] {
+            assert_eq!(read(folder.path(), file), read(again.path(), file), "{name}: {file}");
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "{name}: temporary files");
+    }
+}
+
+#[test]
+fn adapters_come_back_bit_for_bit_in_f32() {
+    comes_back_bit_for_bit::<f32>();
+}
+
+#[test]
+fn adapters_come_back_bit_for_bit_in_f16() {
+    comes_back_bit_for_bit::<f16>();
+}
+
+#[test]
+fn adapters_come_back_bit_for_bit_in_bf16() {
+    comes_back_bit_for_bit::<bf16>();
+}
+
+fn peft_folders() -> Vec<PathBuf> {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let paths = fs::read_dir(cases).unwrap().map(|entry| entry.unwrap().path());
+    let folders: Vec<_> = paths.filter(|path| path.is_dir()).collect();
+    assert!(folders.len() >= 6);
+    folders
+}
+
+/// PEFT's own files, read and written again, keep every byte: regular expressions, key order, an auto_mapping that nobody
+/// here reads.
+#[test]
+fn the_files_of_peft_come_back_byte_for_byte() {
+    for theirs in peft_folders() {
+        let ours = tempfile::tempdir().unwrap();
+        let (cpu32, cpu16, cpub16) = (cpu::<f32>(), cpu::<f16>(), cpu::<bf16>());
+        match theirs.file_name().unwrap().to_str().unwrap() {
+            "peft_f16" => copy(&cpu16, &theirs, ours.path()),
+            "peft_bf16" => copy(&cpub16, &theirs, ours.path()),
+            _ => copy(&cpu32, &theirs, ours.path()),
+        }
+        assert_eq!(read(&theirs, CONFIG_FILE), read(ours.path(), CONFIG_FILE), "{}", theirs.display());
+        assert_eq!(read(&theirs, TENSORS_FILE), read(ours.path(), TENSORS_FILE), "{}", theirs.display());
+    }
+}
+
+fn copy<B: Backend>(backend: &B, from: &Path, to: &Path) {
+    let mut model = net(backend);
+    let config = adapter::load(backend, &mut model, from).unwrap();
+    adapter::save_with(backend, &model, &config, to).unwrap();
+}
+
+#[test]
+fn a_new_config_has_the_keys_and_defaults_of_peft() {
+    let folder = tempfile::tempdir().unwrap();
+    let cpu = cpu::<f32>();
+    let config = LoraConfig { dropout: 0.1, ..LoraConfig::new(3, 6.0) };
+    adapter::save(&cpu, &adapted(&cpu, [Some(config.clone()), Some(config.clone()), Some(config)]), folder.path()).unwrap();
+    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/peft_plain");
+    let (ours, mut theirs) = (document(folder.path()), document(&peft));
+    theirs["auto_mapping"] = Value::Null; // PEFT's note of the Python class
+    theirs["init_lora_weights"] = json!(true); // PEFT's default; the case was made with another
+    theirs["target_modules"] = json!(["linear1", "linear2", "linear3"]); // a set there
+    let text = |document| serde_json::to_string_pretty(&Value::Object(document)).unwrap();
+    assert_eq!(text(ours), text(theirs));
+}
+
+#[test]
+fn unknown_keys_and_the_order_of_keys_are_kept_when_the_model_changes() {
+    let theirs =
+        br#"{"peft_type": "LORA", "zeta": {"b": [1, 2.50], "a": null}, "r": 2, "target_modules": ["linear1"], "alpha": 0}"#;
+    let cpu = cpu::<f32>();
+    let model = adapted(&cpu, [None, Some(LoraConfig::new(5, 2.5)), None]);
+    let folder = tempfile::tempdir().unwrap();
+    adapter::save_with(&cpu, &model, &AdapterConfig::from_json(theirs).unwrap(), folder.path()).unwrap();
+    let document = document(folder.path());
+    let keys: Vec<&str> = document.keys().map(String::as_str).collect();
+    assert_eq!(keys[..5], ["peft_type", "zeta", "r", "target_modules", "alpha"]);
+    assert_eq!(document["zeta"].to_string(), r#"{"b":[1,2.5],"a":null}"#);
+    assert_eq!((&document["r"], &document["lora_alpha"]), (&json!(5), &json!(2.5)));
+    let mut other = net(&cpu);
+    adapter::load(&cpu, &mut other, folder.path()).unwrap();
+    assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
+}
+
+#[test]
+fn the_minimum_config_means_the_defaults_of_peft() {
+    let config = AdapterConfig::from_json(br#"{"peft_type": "LORA", "target_modules": ["fc.linear1", "linear2"]}"#).unwrap();
+    assert_eq!(config.lora_config("linear2"), Some(LoraConfig::new(8, 8.0)));
+    assert_eq!(config.lora_config("block.linear2"), Some(LoraConfig::new(8, 8.0)), "the end of a path");
+    for other in ["linear1", "xlinear2", "linear2.x"] {
+        assert_eq!(config.lora_config(other), None, "{other}");
+    }
+    let all = AdapterConfig::from_json(br#"{"peft_type": "LORA", "target_modules": "all-linear", "r": null}"#).unwrap();
+    assert_eq!(all.lora_config("anything"), Some(LoraConfig::new(8, 8.0)));
+}
+
+/// PEFT matches patterns against the end of a name, and the first one that fits wins; a whole `target_modules` must match.
+#[test]
+fn patterns_match_as_in_peft() {
+    let config = json!({"peft_type": "LORA", "target_modules": r".*fc\d", "r": 4, "lora_alpha": 3, "use_rslora": true,
+        "rank_pattern": {"a.fc1": 1, "fc1": 2, "fc": 3, "fc2|fc3": 5}, "alpha_pattern": {"^fc1": 7.5}});
+    let config = AdapterConfig::from_json(config.to_string().as_bytes()).unwrap();
+    let rank_alpha = |layer| config.lora_config(layer).map(|config| (config.rank, config.alpha, config.scaling));
+    let rslora = Scaling::AlphaOverSqrtRank;
+    assert_eq!(rank_alpha("fc1"), Some((2, 7.5, rslora)));
+    assert_eq!(rank_alpha("a.fc1"), Some((1, 3.0, rslora)));
+    assert_eq!(rank_alpha("b.fc1"), Some((2, 3.0, rslora)));
+    assert_eq!(rank_alpha("xfc1"), Some((4, 3.0, rslora)));
+    assert_eq!(rank_alpha("fc3"), Some((5, 3.0, rslora)));
+    assert_eq!(rank_alpha("fc12"), None);
+}
+
+#[test]
+fn loading_replaces_the_adapters_there_were() {
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let model = adapted(&cpu, [Some(LoraConfig::new(2, 4.0)), None, None]);
+    adapter::save(&cpu, &model, folder.path()).unwrap();
+    let mut other = adapted(&cpu, [None, Some(LoraConfig::new(3, 4.0)), Some(LoraConfig::new(1, 1.0))]);
+    other.merge_adapters(&cpu).unwrap();
+    let before = state(&cpu, &mut other);
+    let merged = adapter::load(&cpu, &mut other, folder.path()).unwrap_err();
+    assert!(merged.to_string().contains("merged into the weight"), "{merged}");
+    assert_eq!(state(&cpu, &mut other), before);
+
+    let mut other = adapted(&cpu, [None, Some(LoraConfig::new(3, 4.0)), Some(LoraConfig::new(1, 1.0))]);
+    adapter::load(&cpu, &mut other, folder.path()).unwrap();
+    assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
+    let trainable: Vec<bool> = other.params_mut().iter().map(|param| param.trainable).collect();
+    assert_eq!(trainable, [false, false, true, true, false, false, false, false], "the base is frozen");
+}
+
+#[test]
+fn what_no_config_can_tell_is_not_saved() {
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let with_dropout = |dropout| Some(LoraConfig { dropout, ..LoraConfig::new(2, 4.0) });
+    for (configs, word) in [([None, None, None], "no adapter"), ([with_dropout(0.0), with_dropout(0.5), None], "lora_dropout")] {
+        let dir = folder.path().join("adapter");
+        let error = adapter::save(&cpu, &adapted(&cpu, configs), &dir).unwrap_err();
+        assert!(matches!(error, Error::Value { .. }) && error.to_string().contains(word), "{error}");
+        assert!(!dir.exists());
+    }
+}
+
+/// Folders for scripts/check-adapter-in-peft.py, in the format of the cases; and a check of them here.
+#[test]
+fn adapters_for_peft_to_check() {
+    let cpu = cpu::<f32>();
+    for (name, configs) in all_kinds() {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("for_peft").join(format!("peft_{name}"));
+        let mut model = adapted(&cpu, configs);
+        adapter::save(&cpu, &model, &folder).unwrap();
+        let mut tensors = vec![("x".to_string(), vec![5, SIZES[0]], batch(&cpu).to_vec(&cpu).unwrap())];
+        let y = |name: &str, model: &Mlp<_>| (name.to_string(), vec![5, SIZES[3]], outputs(&cpu, model));
+        tensors.extend([y("y_adapter", &model), y("y_base", &net(&cpu))]);
+        tensors.extend(base(&cpu, &model, "base"));
+        model.merge_adapters(&cpu).unwrap();
+        tensors.push(y("y_merged", &model));
+        tensors.extend(base(&cpu, &model, "merged"));
+        let view = |(name, shape, values)| (name, TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(values)).unwrap());
+        let views = tensors.iter().map(|(name, shape, values)| view((name, shape.clone(), values)));
+        lowrank::file::write_whole(&folder.join("expected.safetensors"), &serialize(views, None).unwrap()).unwrap();
+
+        let case = support::cases::read(&folder).unwrap();
+        assert!(case.failures(&case.run(&cpu).unwrap()).is_empty(), "{name}");
+    }
+}
+
+fn base<B: Backend>(backend: &B, model: &Mlp<B>, what: &str) -> Vec<(String, Vec<usize>, Vec<B::Elem>)> {
+    let mut tensors = Vec::new();
+    for (name, layer) in model.layers() {
+        let (weight, bias) = (&layer.base().weight().tensor, &layer.base().bias().unwrap().tensor);
+        let shape = vec![weight.rows(), weight.cols()];
+        tensors.push((format!("{what}.{name}.weight"), shape, weight.to_vec(backend).unwrap()));
+        tensors.push((format!("{what}.{name}.bias"), vec![bias.cols()], bias.to_vec(backend).unwrap()));
+    }
+    tensors
+}

@@ -1,0 +1,254 @@
+//! Adapter folders that are damaged, hostile or for another model: an error that names what is wrong, never a panic, and
+//! the model is as it was.
+
+mod support;
+
+use std::fs;
+
+use lowrank::adapter::{self, AdapterConfig, CONFIG_FILE, TENSORS_FILE};
+use lowrank::nn::LoraConfig;
+use lowrank::{Error, bf16, f16};
+use proptest::prelude::*;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use serde_json::{Value, json};
+use support::adapters::{adapted, cpu, document, net, read, state};
+
+/// A good folder; what a test spoils in it must be refused.
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Some(LoraConfig::new(2, 4.0));
+        adapter::save(&cpu::<f32>(), &adapted(&cpu(), [config.clone(), config, None]), folder.path()).unwrap();
+        Self(folder)
+    }
+
+    fn write(&self, file: &str, bytes: &[u8]) -> &Self {
+        fs::write(self.0.path().join(file), bytes).unwrap();
+        self
+    }
+
+    fn set(&self, key: &str, value: Value) -> &Self {
+        let mut document = document(self.0.path());
+        document.insert(key.into(), value);
+        self.write(CONFIG_FILE, Value::Object(document).to_string().as_bytes())
+    }
+
+    /// Zeros of these types and shapes, by name.
+    fn tensors(&self, tensors: &[(&str, Dtype, &[usize])]) -> &Self {
+        let zeros = [0; 4096];
+        let view = |&(name, dtype, shape): &(_, Dtype, &[usize])| {
+            let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            (name, TensorView::new(dtype, shape.into(), &zeros[..bytes]).unwrap())
+        };
+        self.write(TENSORS_FILE, &serialize(tensors.iter().map(view), None).unwrap())
+    }
+
+    /// Loading leaves a model as it was if it fails. The model has an adapter already.
+    fn load(&self) -> lowrank::Result<()> {
+        let cpu = cpu::<f32>();
+        let mut model = adapted(&cpu, [None, None, Some(LoraConfig::new(1, 1.0))]);
+        let before = state(&cpu, &mut model);
+        let loaded = adapter::load(&cpu, &mut model, self.0.path());
+        if loaded.is_err() {
+            assert_eq!(state(&cpu, &mut model), before, "a failed load changed the model");
+        }
+        loaded.map(|_| ())
+    }
+
+    #[track_caller]
+    fn refused(&self, words: &[&str]) {
+        let error = self.load().unwrap_err().to_string();
+        assert!(error.contains(self.0.path().to_str().unwrap()), "{error}: no path");
+        words.iter().for_each(|word| assert!(error.contains(word), "{error}: no {word}"));
+    }
+}
+
+const GOOD: [(&str, Dtype, &[usize]); 4] = [
+    ("linear1.lora_A.weight", Dtype::F32, &[2, 13]),
+    ("base_model.model.linear1.lora_B.weight", Dtype::F16, &[11, 2]),
+    ("linear2.lora_A.weight", Dtype::BF16, &[2, 11]),
+    ("linear2.lora_B.weight", Dtype::F32, &[9, 2]),
+];
+
+#[test]
+fn tensors_that_do_not_fit_are_named_with_both_shapes() {
+    let folder = Folder::new();
+    folder.tensors(&GOOD).load().unwrap();
+    let with = |at: usize, tensor| {
+        let mut tensors = GOOD;
+        tensors[at] = tensor;
+        tensors
+    };
+    let a = "linear1.lora_A.weight";
+    folder.tensors(&with(0, (a, Dtype::F32, &[3, 13]))).refused(&[TENSORS_FILE, a, "3×13", "2×13"]);
+    folder.tensors(&with(0, (a, Dtype::F32, &[2, 12]))).refused(&[TENSORS_FILE, a, "2×12", "2×13"]);
+    folder.tensors(&with(0, (a, Dtype::F32, &[26]))).refused(&[TENSORS_FILE, a, "26", "2×13"]);
+    folder.tensors(&with(0, (a, Dtype::F32, &[2, 13, 1]))).refused(&[TENSORS_FILE, a, "2×13×1", "2×13"]);
+    folder.tensors(&with(0, (a, Dtype::F64, &[2, 13]))).refused(&[TENSORS_FILE, a, "F64"]);
+    folder.tensors(&with(0, (a, Dtype::I8, &[2, 13]))).refused(&[TENSORS_FILE, a, "I8"]);
+    folder.tensors(&GOOD[1..]).refused(&[TENSORS_FILE, a, "missing", "2×13"]);
+    folder.tensors(&with(1, ("linear3.lora_A.weight", Dtype::F32, &[2, 9]))).refused(&["linear1.lora_B.weight", "missing"]);
+    let extra = |name| [&GOOD[..], &[(name, Dtype::F32, &[2, 9])]].concat();
+    folder.tensors(&extra("linear3.lora_A.weight")).refused(&["linear3.lora_A.weight", "not part of"]);
+    folder.tensors(&extra("linear1.lora_B.bias")).refused(&["linear1.lora_B.bias", "not part of"]);
+    folder.tensors(&extra("base_model.model.linear1.lora_A.weight")).refused(&[a, "twice"]);
+}
+
+#[test]
+fn numbers_too_large_for_the_element_type_are_refused() {
+    let (folder, cpu16) = (tempfile::tempdir().unwrap(), cpu::<f16>());
+    let (a, b) = ([1e6f32; 13].map(f32::to_le_bytes).concat(), [0; 44]);
+    let a = TensorView::new(Dtype::F32, vec![1, 13], &a).unwrap();
+    let b = TensorView::new(Dtype::F32, vec![11, 1], &b).unwrap();
+    let bytes = serialize([("linear1.lora_A.weight", a), ("linear1.lora_B.weight", b)], None).unwrap();
+    fs::write(folder.path().join(TENSORS_FILE), bytes).unwrap();
+    let config = json!({"peft_type": "LORA", "r": 1, "target_modules": ["linear1"]});
+    fs::write(folder.path().join(CONFIG_FILE), config.to_string()).unwrap();
+    let error = adapter::load(&cpu16, &mut net(&cpu16), folder.path()).unwrap_err().to_string();
+    assert!(error.contains("linear1.lora_A.weight") && error.contains("1000000") && error.contains("f16"), "{error}");
+    adapter::load(&cpu::<bf16>(), &mut net(&cpu()), folder.path()).unwrap();
+}
+
+#[test]
+fn missing_and_empty_files_are_named() {
+    for file in [CONFIG_FILE, TENSORS_FILE] {
+        let folder = Folder::new();
+        folder.write(file, b"").refused(&[file]);
+        fs::remove_file(folder.0.path().join(file)).unwrap();
+        folder.refused(&[file]);
+    }
+}
+
+#[test]
+fn every_setting_that_is_not_honoured_is_named() {
+    let set = [
+        ("alora_invocation_tokens", json!([1, 2])),
+        ("bias", json!("all")),
+        ("bias", json!("lora_only")),
+        ("corda_config", json!({"a": 1})),
+        ("ensure_weight_tying", json!(true)),
+        ("exclude_modules", json!("linear1")),
+        ("fan_in_fan_out", json!(true)),
+        ("init_lora_weights", json!("pissa")),
+        ("init_lora_weights", json!("olora")),
+        ("layers_to_transform", json!(0)),
+        ("lora_bias", json!(true)),
+        ("modules_to_save", json!(["linear3"])),
+        ("target_parameters", json!(["weight"])),
+        ("use_bdlora", json!({"nblocks": 2})),
+        ("use_dora", json!(true)),
+        ("use_qalora", json!(true)),
+    ];
+    for (field, value) in set {
+        let folder = Folder::new();
+        let error = folder.set(field, value).load().unwrap_err();
+        assert!(matches!(error, Error::Unsupported { field: named, .. } if named == field), "{field}: {error}");
+        folder.refused(&[CONFIG_FILE, field]);
+    }
+}
+
+#[test]
+fn settings_outside_their_range_are_named() {
+    let set = [
+        ("peft_type", json!("IA3")),
+        ("peft_type", Value::Null),
+        ("target_modules", Value::Null),
+        ("target_modules", json!([])),
+        ("target_modules", json!(["linear9"])),
+        ("target_modules", json!([1])),
+        ("target_modules", json!("linear1(?=x)")),
+        ("target_modules", json!("(linear1")),
+        ("r", json!(0)),
+        ("r", json!(-1)),
+        ("r", json!(2.5)),
+        ("r", json!("2")),
+        ("rank_pattern", json!({"linear1": 0})),
+        ("rank_pattern", json!({"(": 1})),
+        ("rank_pattern", json!([2])),
+        ("alpha_pattern", json!({"linear1": "2"})),
+        ("lora_alpha", json!("4")),
+        ("lora_dropout", json!(1.0)),
+        ("lora_dropout", json!(-0.1)),
+        ("use_rslora", json!(1)),
+    ];
+    for (field, value) in set {
+        Folder::new().set(field, value).refused(&[CONFIG_FILE, field]);
+    }
+    let huge = Folder::new().set("lora_alpha", json!(1e300)).load().unwrap_err();
+    assert!(matches!(huge, Error::Value { name: "alpha", .. }), "{huge}");
+    let deep = Folder::new();
+    deep.write(CONFIG_FILE, &b"[".repeat(100_000)).refused(&[CONFIG_FILE]);
+    deep.write(CONFIG_FILE, &[0xff; 10]).refused(&[CONFIG_FILE]);
+}
+
+/// Header sizes that promise more than there is, or more than there can be.
+#[test]
+fn absurd_headers_are_refused() {
+    let (folder, whole) = (Folder::new(), Folder::new());
+    let whole = read(whole.0.path(), TENSORS_FILE);
+    for size in [0, 1, whole.len() as u64, u64::from(u32::MAX), u64::MAX] {
+        folder.write(TENSORS_FILE, &[&size.to_le_bytes(), &whole[8..]].concat()).refused(&[TENSORS_FILE]);
+    }
+    for shape in ["[18446744073709551615, 2]", "[4294967296, 4294967296]", "[-1]", "[2, 13], \"x\": 1", "{}"] {
+        for offsets in ["[0, 104]", "[104, 0]", "[0, 18446744073709551615]", "[0, 103]"] {
+            let header =
+                format!(r#"{{"linear1.lora_A.weight": {{"dtype": "F32", "shape": {shape}, "data_offsets": {offsets}}}}}"#);
+            let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 104]].concat();
+            folder.write(TENSORS_FILE, &bytes).refused(&[TENSORS_FILE]);
+        }
+    }
+}
+
+fn json_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        r"[\[\](){}.*+?|\\a-z0-9^$-]{0,12}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        let object = proptest::collection::hash_map(".{0,8}", inner.clone(), 0..4);
+        prop_oneof![
+            proptest::collection::vec(inner, 0..4).prop_map(Value::from),
+            object.prop_map(|map| map.into_iter().collect())
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn a_truncated_file_is_refused(file in prop_oneof![Just(CONFIG_FILE), Just(TENSORS_FILE)], cut in 0.0..1.0f64) {
+        let folder = Folder::new();
+        let whole = read(folder.0.path(), file);
+        folder.write(file, &whole[..(cut * whole.len() as f64) as usize]).refused(&[file]);
+    }
+
+    #[test]
+    fn flipped_bits_are_refused_or_read(
+        file in prop_oneof![Just(CONFIG_FILE), Just(TENSORS_FILE)],
+        flips in proptest::collection::vec((any::<prop::sample::Index>(), 0..8u32), 1..8),
+    ) {
+        let folder = Folder::new();
+        let mut bytes = read(folder.0.path(), file);
+        for (at, bit) in flips {
+            *at.get_mut(&mut bytes) ^= 1 << bit;
+        }
+        let _ = folder.write(file, &bytes).load();
+    }
+
+    #[test]
+    fn hostile_json_is_refused_or_read(key in any::<prop::sample::Index>(), value in json_value()) {
+        let folder = Folder::new();
+        let document = document(folder.0.path());
+        let _ = folder.set(key.get::<String>(&Vec::from_iter(document.keys().cloned())), value).load();
+    }
+
+    #[test]
+    fn any_bytes_are_refused_or_read(bytes in proptest::collection::vec(any::<u8>(), 0..256)) {
+        let _ = AdapterConfig::from_json(&bytes);
+        let _ = adapter::parse_tensors(&bytes);
+    }
+}

@@ -1,0 +1,45 @@
+//! The crate as others link it: a crate of its own, with default features off.
+
+use std::path::Path;
+use std::process::Command;
+
+const MAIN: &str = r#"
+use lowrank::{Cpu, Tensor, op::LoraForward};
+
+fn main() -> lowrank::Result<()> {
+    let cpu = Cpu::<f32>::new()?;
+    let new = |rows, cols, number: f32| Tensor::from_slice(&cpu, (rows, cols), &vec![number; rows * cols]);
+    let (x, w, a, b) = (new(2, 3, 1.0)?, new(4, 3, 0.5)?, new(1, 3, 1.0)?, new(4, 1, 2.0)?);
+    let (mut h, mut y) = (Tensor::zeros(&cpu, (2, 1))?, Tensor::zeros(&cpu, (2, 4))?);
+    let op = LoraForward { x: &x, w: &w, bias: None, a: &a, b: &b, scale: 0.25, dropout: None, h: &mut h, y: &mut y };
+    op.run(&cpu)?;
+    assert_eq!(y.to_vec(&cpu)?, [3.0; 8]);
+    println!("it works on {}", lowrank::Backend::device(&cpu));
+    Ok(())
+}
+"#;
+
+#[test]
+fn a_crate_that_depends_on_this_one_runs_without_default_features() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dependent");
+    std::fs::create_dir_all(dir.join("src")).unwrap();
+    let manifest = format!(
+        "[package]\nname = \"dependent\"\nversion = \"0.0.0\"\nedition = \"2024\"\n\n[workspace]\n\n[dependencies]\n\
+         lowrank = {{ path = {root:?}, default-features = false }}\n"
+    );
+    std::fs::write(dir.join("Cargo.toml"), manifest).unwrap();
+    std::fs::write(dir.join("src/main.rs"), MAIN).unwrap();
+    std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock")).unwrap();
+
+    // Offline: everything it needs was fetched for the tests.
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["run", "--quiet", "--offline"]).current_dir(&dir).env("CARGO_TARGET_DIR", dir.join("target"));
+    let output = cargo.output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("it works on cpu"), "{out}{err}");
+    let lock = std::fs::read_to_string(dir.join("Cargo.lock")).unwrap();
+    for optional in ["safetensors", "flate2", "wgpu", "cudarc"] {
+        assert!(!lock.contains(&format!("name = \"{optional}\"")), "{optional} came along");
+    }
+}

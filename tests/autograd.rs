@@ -1,0 +1,175 @@
+//! The tape against the oracle, and what it refuses.
+
+mod support;
+
+use lowrank::autograd::{LoraParams, Param, Tape};
+use lowrank::nn::{Adam, Init, LoraConfig, Mlp, Scaling, Targets};
+use lowrank::op::{Dropout, Labels, WeightGrad};
+use lowrank::random::Rng;
+use lowrank::{Cpu, Tensor};
+
+use support::bounds::assert_within;
+use support::data::{Dims, down, mask, random, up};
+use support::oracle::{Lora, Mat};
+
+fn cpu() -> Cpu<f32> {
+    Cpu::new().unwrap()
+}
+
+/// A gradient as a matrix, whichever way it is kept.
+fn dense(cpu: &Cpu<f32>, gradient: Option<WeightGrad<'_, Cpu<f32>>>) -> Mat {
+    let mat = |rows, cols, data: Vec<f32>| Mat::from_vec(rows, cols, data.into_iter().map(f64::from).collect());
+    match gradient.expect("a gradient") {
+        WeightGrad::Dense(g) => mat(g.rows(), g.cols(), down(cpu, g)),
+        WeightGrad::Factored { dy, x } => &mat(dy.rows(), dy.cols(), down(cpu, dy)).t() * &mat(x.rows(), x.cols(), down(cpu, x)),
+    }
+}
+
+#[track_caller]
+fn assert_close(what: &str, got: &Mat, want: &Mat, depth: usize) {
+    let got: Vec<f32> = got.data.iter().map(|&x| x as f32).collect();
+    assert_within(what, &got, want, &want.map(|x| x.abs() + want.norm()), depth);
+}
+
+/// Two layers, the first with an adapter and dropout: every gradient of the tape against the oracle's.
+#[test]
+fn the_tape_differentiates_two_layers_as_the_oracle_does() {
+    let cpu = cpu();
+    let dropout = Dropout::new(0.3, 99).unwrap();
+    let first = random::<f32>(Dims { m: 6, k: 9, n: 7, r: 2 }, 0.5, 1);
+    let first = Lora { mask: mask(dropout, 6, 9), ..first };
+    let second = random::<f32>(Dims { m: 6, k: 7, n: 5, r: 1 }, 1.0, 2);
+    let param = |mat: &Mat| Param::new(up(&cpu, mat));
+    let (w, bias, a, b) = (param(&first.w), param(first.bias.as_ref().unwrap()), param(&first.a), param(&first.b));
+    let top = param(&second.w);
+
+    let mut tape = Tape::new(&cpu);
+    let x = tape.input(up(&cpu, &first.x));
+    let layer = LoraParams { w: &w, bias: Some(&bias), a: &a, b: &b, scale: 0.5, dropout: Some(dropout) };
+    let middle = tape.lora_linear(x, layer).unwrap();
+    let active = tape.relu(middle).unwrap();
+    let y = tape.linear(active, &top, None).unwrap();
+    tape.seed(y, up(&cpu, &second.dy)).unwrap();
+    let gradients = tape.backward().unwrap();
+    assert_eq!(gradients.len(), 5);
+
+    let active = first.forward().1.map(|y| y.max(0.0));
+    let dy = (&second.dy * &second.w).times(&active.map(|y| if y > 0.0 { 1.0 } else { 0.0 }));
+    let want = Lora { dy: dy.clone(), ..first.clone() }.run();
+    assert_close("da", &dense(&cpu, gradients.get(&a)), &want.da, 40);
+    assert_close("db", &dense(&cpu, gradients.get(&b)), &want.db, 40);
+    assert_close("dbias", &dense(&cpu, gradients.get(&bias)), &want.dbias, 40);
+    assert_close("dw", &dense(&cpu, gradients.get(&w)), &(&dy.t() * &first.x), 40);
+    assert_close("dtop", &dense(&cpu, gradients.get(&top)), &(&second.dy.t() * &active), 40);
+}
+
+/// `y = relu(x·W)` and `z = x·W` share a value: its two gradients meet.
+#[test]
+fn gradients_of_a_value_used_twice_are_added() {
+    let cpu = cpu();
+    let layer = random::<f32>(Dims { m: 3, k: 4, n: 5, r: 1 }, 1.0, 3);
+    let (w, one, two) = (Param::new(up(&cpu, &layer.w)), Param::new(up(&cpu, &layer.w.t())), Param::new(up(&cpu, &layer.w.t())));
+    let mut tape = Tape::new(&cpu);
+    let x = tape.input(up(&cpu, &layer.x));
+    let shared = tape.linear(x, &w, None).unwrap();
+    let dy = Mat::new(3, 4, |i, j| (i + j) as f64);
+    for param in [&one, &two] {
+        let y = tape.linear(shared, param, None).unwrap();
+        tape.seed(y, up(&cpu, &dy)).unwrap();
+    }
+    let gradients = tape.backward().unwrap();
+    let through = &(&dy * &layer.w.t()) * 2.0;
+    assert_close("dw", &dense(&cpu, gradients.get(&w)), &(&through.t() * &layer.x), 30);
+}
+
+#[test]
+fn frozen_parameters_get_no_gradient_and_do_not_move() {
+    let cpu = cpu();
+    let mut rng = Rng::new(5);
+    let mut model = Mlp::new(&cpu, &[6, 8, 3], &mut rng).unwrap();
+    let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(2, 4.0) };
+    model.add_adapters(&cpu, Targets::Names(&["linear2"]), &config, &mut rng).unwrap();
+    let weights = |model: &Mlp<Cpu<f32>>| -> Vec<Vec<f32>> {
+        model.layers().flat_map(|(_, layer)| layer.base().params()).map(|param| down(&cpu, &param.tensor)).collect()
+    };
+    let before = weights(&model);
+    let mut adam = Adam::new(0.1).unwrap();
+    for step in 0..3 {
+        let mut tape = Tape::new(&cpu);
+        let x = tape.input(Tensor::from_slice(&cpu, (2, 6), &[0.5; 12]).unwrap());
+        let logits = model.forward(&mut tape, x, Some(step)).unwrap();
+        tape.cross_entropy(logits, &Labels::new(&cpu, 3, &[0, 2]).unwrap()).unwrap();
+        let gradients = tape.backward().unwrap();
+        assert_eq!(gradients.len(), 2, "A and B, nothing else");
+        adam.step(&cpu, model.params_mut(), &gradients).unwrap();
+    }
+    assert_eq!(weights(&model), before);
+    let lora = model.layers().find_map(|(_, layer)| layer.lora()).unwrap();
+    assert!(down(&cpu, &lora.adapter().b().tensor).iter().any(|&b| b != 0.0), "B did not move");
+    let report = model.parameter_report();
+    assert_eq!((report.original, report.introduced), (6 * 8 + 8 + 8 * 3 + 3, 2 * (8 + 3)));
+}
+
+#[test]
+fn adapters_switch_merge_and_are_refused_by_name() {
+    let cpu = cpu();
+    let mut rng = Rng::new(6);
+    let mut model = Mlp::new(&cpu, &[5, 7, 4], &mut rng).unwrap();
+    let x = || Tensor::from_slice(&cpu, (2, 5), &[0.1, -0.4, 0.9, 0.3, -0.2, 0.7, 0.5, -0.6, 0.8, 0.2]).unwrap();
+    let base = model.predict(&cpu, x()).unwrap();
+    let wrong = model.add_adapters(&cpu, Targets::Names(&["linear1", "head"]), &LoraConfig::new(1, 1.0), &mut rng);
+    assert_eq!(wrong.unwrap_err().to_string(), "no layer is named `head`; the layers are linear1, linear2");
+    assert!(model.layers().all(|(_, layer)| layer.lora().is_none() && layer.base().weight().trainable), "nothing was changed");
+
+    let config = LoraConfig { scaling: Scaling::AlphaOverSqrtRank, ..LoraConfig::new(4, 3.0) };
+    model.add_adapters(&cpu, Targets::All, &config, &mut rng).unwrap();
+    assert_eq!(model.predict(&cpu, x()).unwrap(), base, "B begins with zeros");
+    for (_, layer) in model.layers_mut() {
+        let lora = layer.lora_mut().unwrap();
+        assert_eq!(lora.adapter().scaling(), 1.5);
+        let b = lora.params_mut().last().unwrap();
+        let host: Vec<f32> = (0..b.tensor.rows() * b.tensor.cols()).map(|e| (e as f32).sin()).collect();
+        b.tensor.copy_from_slice(&cpu, &host).unwrap();
+    }
+    let on = model.predict(&cpu, x()).unwrap();
+    assert_ne!(on, base);
+    model.set_adapters_enabled(false).unwrap();
+    assert_eq!(model.predict(&cpu, x()).unwrap(), base, "off is the base model, bit for bit");
+    model.set_adapters_enabled(true).unwrap();
+    for _ in 0..2 {
+        model.merge_adapters(&cpu).unwrap(); // the second time it does nothing
+    }
+    let merged = model.predict(&cpu, x()).unwrap();
+    assert!(merged.iter().zip(&on).all(|(m, on)| (m - on).abs() < 1e-5), "{merged:?} {on:?}");
+    let refused = model.set_adapters_enabled(false).unwrap_err();
+    assert_eq!(refused.to_string(), "set_enabled: `adapter` is merged into the weight, want unmerged first");
+    model.unmerge_adapters(&cpu).unwrap();
+    assert!(model.predict(&cpu, x()).unwrap().iter().zip(&on).all(|(m, on)| (m - on).abs() < 1e-5));
+}
+
+#[test]
+fn a_parameter_used_twice_is_an_error() {
+    let cpu = cpu();
+    let w = Param::new(Tensor::from_slice(&cpu, (2, 2), &[1.0, 0.0, 0.0, 1.0]).unwrap());
+    let mut tape = Tape::new(&cpu);
+    let x = tape.input(Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0]).unwrap());
+    let once = tape.linear(x, &w, None).unwrap();
+    let twice = tape.linear(once, &w, None).unwrap();
+    tape.seed(twice, Tensor::from_slice(&cpu, (1, 2), &[1.0, 1.0]).unwrap()).unwrap();
+    let error = tape.backward().err().unwrap();
+    assert_eq!(error.to_string(), "backward: `param` is 2×2 used twice, want used once on a tape");
+}
+
+#[test]
+fn learning_rates_and_settings_are_checked_before_anything_moves() {
+    assert!(Adam::<Cpu<f32>>::new(f32::NAN).is_err());
+    let (cpu, mut rng) = (cpu(), Rng::new(1));
+    let mut model = Mlp::new(&cpu, &[2, 2], &mut rng).unwrap();
+    for config in
+        [LoraConfig::new(0, 1.0), LoraConfig::new(1, f32::INFINITY), LoraConfig { dropout: 1.0, ..LoraConfig::new(1, 1.0) }]
+    {
+        assert!(model.add_adapters(&cpu, Targets::All, &config, &mut rng).is_err(), "{config:?}");
+    }
+    assert!(Mlp::new(&cpu, &[3], &mut rng).is_err());
+    assert!(model.layers().all(|(_, layer)| layer.lora().is_none()));
+}

@@ -1,0 +1,110 @@
+//! What does not fit is refused in the caller's words, and nothing panics.
+
+mod support;
+
+use lowrank::op::*;
+use lowrank::{Cpu, Error, Shape, Tensor};
+use proptest::prelude::*;
+
+type T = Tensor<Cpu<f32>>;
+
+fn cpu() -> Cpu<f32> {
+    Cpu::new().unwrap().with_threads(1).unwrap()
+}
+
+fn zeros(rows: usize, cols: usize) -> T {
+    Tensor::zeros(&cpu(), (rows, cols)).unwrap()
+}
+
+/// Tensors for a layer of 2 rows, 3 inputs, 4 outputs, rank 3, with one operand of another shape.
+fn forward_with(wrong: &str, shape: (usize, usize), scale: f32) -> Result<(), Error> {
+    let new = |name: &str, rows, cols| if name == wrong { zeros(shape.0, shape.1) } else { zeros(rows, cols) };
+    let (x, w, bias, a, b) = (new("x", 2, 3), new("w", 4, 3), new("bias", 1, 4), new("a", 3, 3), new("b", 4, 3));
+    let (mut h, mut y) = (new("h", 2, 3), new("y", 2, 4));
+    let op = LoraForward { x: &x, w: &w, bias: Some(&bias), a: &a, b: &b, scale, dropout: None, h: &mut h, y: &mut y };
+    op.run(&cpu())
+}
+
+#[test]
+fn a_wrong_shape_is_named_with_the_shape_it_should_have() {
+    assert!(forward_with("", (0, 0), 1.0).is_ok());
+    let message = |wrong, shape| forward_with(wrong, shape, 1.0).unwrap_err().to_string();
+    assert_eq!(message("b", (3, 4)), "lora_forward: `b` is 3×4, want 4×3");
+    assert_eq!(message("w", (4, 2)), "lora_forward: `w` is 4×2, want 4×3");
+    assert_eq!(message("bias", (4, 1)), "lora_forward: `bias` is 4×1, want 1×4");
+    assert_eq!(message("a", (3, 4)), "lora_forward: `a` is 3×4, want 3×3");
+    assert_eq!(message("h", (2, 2)), "lora_forward: `h` is 2×2, want 2×3");
+    assert_eq!(message("y", (4, 2)), "lora_forward: `y` is 4×2, want 2×4");
+    assert_eq!(message("a", (0, 3)), "lora_forward: `rank` is 0, want at least 1");
+}
+
+#[test]
+fn scalars_must_be_finite() {
+    for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        assert!(matches!(forward_with("", (0, 0), scale), Err(Error::Value { name: "scale", .. })));
+        let (a, b, mut w) = (zeros(1, 2), zeros(3, 1), zeros(3, 2));
+        assert!(LoraMerge { a: &a, b: &b, scale, w: &mut w }.run(&cpu()).is_err());
+        assert!(AdamRate::new(scale, 0.9, 0.999, 1e-8, 1).is_err());
+        assert!(Dropout::new(scale, 0).is_err());
+    }
+    assert!(AdamRate::new(-1.0, 0.9, 0.999, 1e-8, 1).is_err());
+    assert!(AdamRate::new(1.0, 1.0, 0.999, 1e-8, 1).is_err());
+    assert!(AdamRate::new(1.0, 0.9, -0.1, 1e-8, 1).is_err());
+    assert!(AdamRate::new(1.0, 0.9, 0.999, 0.0, 1).is_err());
+    assert!(AdamRate::new(1.0, 0.9, 0.999, 1e-8, 0).is_err());
+    assert!(Dropout::new(1.0, 0).is_err() && Dropout::new(-0.1, 0).is_err());
+}
+
+#[test]
+fn a_label_outside_the_classes_is_named_with_its_row() {
+    let error = Labels::new(&cpu(), 10, &[3, 9, 10]).err().unwrap();
+    assert_eq!(error.to_string(), "cross_entropy: `labels` is 10 in row 2 of 10 classes, want below the number of classes");
+    let labels = Labels::new(&cpu(), 10, &[3]).unwrap();
+    let (logits, mut dlogits) = (zeros(1, 9), zeros(1, 9));
+    let op = CrossEntropy { logits: &logits, labels: &labels, loss: &mut zeros(1, 1), dlogits: &mut dlogits };
+    assert!(op.run(&cpu()).is_err(), "ten classes, nine columns");
+}
+
+#[test]
+fn sizes_that_no_machine_has_are_refused() {
+    for shape in [(usize::MAX, 2), (1 << 40, 1 << 40)] {
+        assert!(matches!(T::zeros(&cpu(), shape), Err(Error::TooLarge { .. })));
+    }
+    assert!(matches!(T::zeros(&cpu(), (1 << 50, 1)), Err(Error::OutOfMemory { .. })));
+    assert!(T::from_slice(&cpu(), (2, 2), &[1.0; 3]).is_err());
+    assert!(zeros(2, 2).copy_from_slice(&cpu(), &[1.0; 5]).is_err());
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    (0..5usize, 0..5usize).prop_map(Shape::from)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Any operands at all: an answer or a typed error, never a panic.
+    #[test]
+    fn no_request_panics(shapes in proptest::collection::vec(shape(), 12), scale in any::<f32>(), pick in 0..8u8) {
+        let cpu = cpu();
+        let new = |i: usize| Tensor::zeros(&cpu, shapes[i]).unwrap();
+        let (mut o0, mut o1, mut o2, mut o3): (T, T, T, T) = (new(8), new(9), new(10), new(11));
+        let i: Vec<T> = (0..8).map(new).collect();
+        let dropout = Dropout::new(scale, 1).ok();
+        let _ = match pick {
+            0 => LoraForward { x: &i[0], w: &i[1], bias: None, a: &i[2], b: &i[3], scale, dropout, h: &mut o0, y: &mut o1 }.run(&cpu),
+            1 => LoraBackward {
+                x: &i[0], w: &i[1], a: &i[2], b: &i[3], h: &i[4], dy: &i[5], scale, dropout,
+                da: &mut o0, db: &mut o1, dbias: Some(&mut o2), dx: Some(&mut o3),
+            }.run(&cpu),
+            2 => LoraMerge { a: &i[0], b: &i[1], scale, w: &mut o0 }.run(&cpu),
+            3 => LinearForward { x: &i[0], w: &i[1], bias: Some(&i[2]), y: &mut o0 }.run(&cpu),
+            4 => LinearBackward { x: &i[0], w: &i[1], dy: &i[2], dx: Some(&mut o0), dw: Some(&mut o1), dbias: Some(&mut o2) }.run(&cpu),
+            5 => Relu { x: &i[0], y: &mut o0 }.run(&cpu).and(ReluBackward { y: &i[0], dy: &i[1], dx: &mut o0 }.run(&cpu)),
+            6 => Add { x: &i[0], y: &mut o0 }.run(&cpu),
+            _ => AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).and_then(|rate| {
+                let grad = WeightGrad::Factored { dy: &i[0], x: &i[1] };
+                Adam { grad, rate, m: &mut o0, v: &mut o1, w: &mut o2 }.run(&cpu)
+            }),
+        };
+    }
+}

@@ -1,0 +1,58 @@
+//! The oracle's derivatives against finite differences of the oracle: doubt about the formulas themselves.
+
+mod support;
+
+use support::data::{Dims, random};
+use support::oracle::{Lora, Mat, cross_entropy};
+
+/// Half the width of the difference; with f64 it leaves about ten digits.
+const STEP: f64 = 1e-5;
+
+/// `∂f/∂mat[e]` by a central difference.
+fn difference(mat: &Mat, e: usize, f: impl Fn(&Mat) -> f64) -> f64 {
+    let moved = |by: f64| {
+        let mut moved = mat.clone();
+        moved.data[e] += by;
+        f(&moved)
+    };
+    (moved(STEP) - moved(-STEP)) / (2.0 * STEP)
+}
+
+#[track_caller]
+fn assert_gradient(what: &str, mat: &Mat, gradient: &Mat, f: impl Fn(&Mat) -> f64) {
+    for e in 0..mat.data.len() {
+        let want = difference(mat, e, &f);
+        assert!((gradient.data[e] - want).abs() < 1e-7 * (1.0 + want.abs()), "{what}[{e}] is {}, want {want}", gradient.data[e]);
+    }
+}
+
+#[test]
+fn the_gradients_of_a_low_rank_layer_are_those_of_its_formula() {
+    let dims = Dims { m: 3, k: 5, n: 4, r: 2 };
+    let mask = Mat::new(3, 5, |i, j| if (i + j) % 3 == 0 { 0.0 } else { 1.5 });
+    let layer = Lora { mask, ..random::<f32>(dims, 1.7, 1) };
+    // A loss whose gradient with respect to y is dy.
+    let loss = |layer: &Lora| layer.forward().1.times(&layer.dy).sum();
+    let out = layer.run();
+    assert_gradient("dx", &layer.x, &out.dx, |x| loss(&Lora { x: x.clone(), ..layer.clone() }));
+    assert_gradient("da", &layer.a, &out.da, |a| loss(&Lora { a: a.clone(), ..layer.clone() }));
+    assert_gradient("db", &layer.b, &out.db, |b| loss(&Lora { b: b.clone(), ..layer.clone() }));
+    let bias = layer.bias.clone().unwrap();
+    assert_gradient("dbias", &bias, &out.dbias, |bias| loss(&Lora { bias: Some(bias.clone()), ..layer.clone() }));
+}
+
+#[test]
+fn the_gradient_of_cross_entropy_is_that_of_its_formula() {
+    let logits = random::<f32>(Dims { m: 4, k: 6, n: 1, r: 1 }, 1.0, 2).x;
+    let labels = [0, 5, 2, 2];
+    assert_gradient("dlogits", &logits, &cross_entropy(&logits, &labels).1, |logits| cross_entropy(logits, &labels).0);
+}
+
+/// Merged into the weight, the adapter does what it did beside it.
+#[test]
+fn merging_is_the_same_function() {
+    let layer = random::<f32>(Dims { m: 3, k: 5, n: 4, r: 2 }, -0.7, 3);
+    let merged = &layer.x * &layer.merged().t();
+    let want = Lora { bias: None, ..layer }.forward().1;
+    assert!(merged.data.iter().zip(&want.data).all(|(got, want)| (got - want).abs() < 1e-12));
+}

@@ -1,0 +1,306 @@
+//! Reference cases as tests/cases/README.md describes them: read, computed on a backend, compared.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use lowrank::autograd::Tape;
+use lowrank::nn::{Adam, Adapter, Linear, LoraConfig, Mlp, Scaling};
+use lowrank::op::{Labels, LoraMerge};
+use lowrank::{Backend, Error, adapter};
+use safetensors::tensor::{Dtype, SafeTensors};
+
+use super::bounds::relative_error;
+use super::data::{down, up};
+use super::oracle::{Lora, Mat};
+use super::suite::{run_linear, run_lora};
+
+/// `‖got − want‖ / ‖want‖` for arithmetic in `f32`.
+pub const TOLERANCE: f64 = 1e-5;
+
+/// What is wrong, in words.
+pub type Outcome<T> = Result<T, String>;
+
+/// Tensors by name; a vector is one row, and of a batch of matrices the rows follow one another.
+pub type Mats = BTreeMap<String, Mat>;
+
+/// What a backend put out, by the names of the expected outputs.
+pub type Outputs = BTreeMap<String, Vec<f32>>;
+
+/// A case: what is asked for, and what must come out.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub name: String,
+    pub task: Task,
+    pub want: Mats,
+}
+
+#[derive(Clone, Debug)]
+pub enum Task {
+    LoraLinear {
+        inputs: Mats,
+        scale: f64,
+    },
+    MlpTrace {
+        inputs: Mats,
+        scale: f32,
+        adam: [f32; 4],
+    },
+    Peft {
+        inputs: Mats,
+        folder: PathBuf,
+    },
+    /// An adapter that needs a setting which the crate does not claim: loading must say so.
+    UnclaimedPeft {
+        inputs: Mats,
+        folder: PathBuf,
+        field: &'static str,
+    },
+    UnclaimedOp {
+        op: String,
+    },
+}
+
+/// The settings of PEFT that some folder has and the crate does not claim.
+const UNCLAIMED: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
+
+/// Every case of a folder. `Err` if there is none, or one cannot be read.
+pub fn read_all(folder: &Path) -> Outcome<Vec<Case>> {
+    let listing = fs::read_dir(folder).and_then(|entries| entries.map(|entry| entry.map(|entry| entry.path())).collect());
+    let mut paths: Vec<PathBuf> = listing.map_err(|error| format!("{}: {error}", folder.display()))?;
+    paths.retain(|path| path.extension().is_none_or(|extension| extension != "md"));
+    paths.sort();
+    if paths.is_empty() {
+        return Err(format!("{}: no cases", folder.display()));
+    }
+    paths.iter().map(|path| read(path)).collect()
+}
+
+/// One case: a file, or the folder of an adapter.
+pub fn read(path: &Path) -> Outcome<Case> {
+    let read = if path.is_dir() { read_peft(path) } else { read_file(path) };
+    let (task, want) = read.map_err(|reason| format!("{}: {reason}", path.display()))?;
+    Ok(Case { name: path.file_name().unwrap_or_default().to_string_lossy().into(), task, want })
+}
+
+fn read_file(path: &Path) -> Outcome<(Task, Mats)> {
+    let (metadata, tensors) = read_tensors(path)?;
+    let entry = |key: &str| metadata.get(key).cloned().ok_or_else(|| format!("no `{key}` in the metadata"));
+    let scalar = |key: &str| entry(key)?.parse::<f64>().map_err(|error| format!("{key}: {error}"));
+    let part = |prefix: &str| -> Mats {
+        tensors.iter().filter_map(|(name, mat)| Some((name.strip_prefix(prefix)?.to_string(), mat.clone()))).collect()
+    };
+    let inputs = part("in.");
+    let task = match entry("op")?.as_str() {
+        "lora_linear" => Task::LoraLinear { inputs, scale: scalar("scale")? },
+        "mlp_trace" => {
+            let adam = [scalar("lr")?, scalar("beta1")?, scalar("beta2")?, scalar("eps")?];
+            Task::MlpTrace { inputs, scale: scalar("scale")? as f32, adam: adam.map(|x| x as f32) }
+        }
+        op => Task::UnclaimedOp { op: op.into() },
+    };
+    Ok((task, part("out.")))
+}
+
+fn read_peft(folder: &Path) -> Outcome<(Task, Mats)> {
+    let config = fs::read(folder.join(adapter::CONFIG_FILE)).map_err(|error| error.to_string())?;
+    let config: serde_json::Value = serde_json::from_slice(&config).map_err(|error| error.to_string())?;
+    let set =
+        |field: &&str| !["none", "", "false", "null"].contains(&config[field].as_str().unwrap_or(&config[field].to_string()));
+    let (_, tensors) = read_tensors(&folder.join("expected.safetensors"))?;
+    let (inputs, want) = tensors.into_iter().partition(|(name, _)| name.starts_with("base.") || name == "x");
+    let folder = folder.to_path_buf();
+    match UNCLAIMED.into_iter().find(set) {
+        Some(field) => Ok((Task::UnclaimedPeft { inputs, folder, field }, want)),
+        None => Ok((Task::Peft { inputs, folder }, want)),
+    }
+}
+
+fn read_tensors(path: &Path) -> Outcome<(HashMap<String, String>, Mats)> {
+    let bytes = fs::read(path).map_err(|error| error.to_string())?;
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| error.to_string())?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|error| error.to_string())?;
+    let mut mats = Mats::new();
+    for (name, view) in file.iter() {
+        let cols = view.shape().last().copied().unwrap_or(1);
+        let rows = view.shape().iter().rev().skip(1).product();
+        let data = match view.dtype() {
+            Dtype::F32 => view.data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes).into()).collect(),
+            Dtype::F64 => view.data().as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect(),
+            Dtype::I32 => view.data().as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect(),
+            other => return Err(format!("{name} holds {other:?}")),
+        };
+        mats.insert(name.into(), Mat::from_vec(rows, cols, data));
+    }
+    Ok((header.metadata().clone().unwrap_or_default(), mats))
+}
+
+impl Case {
+    /// Why the crate does not claim it, if so.
+    pub fn unclaimed(&self) -> Option<String> {
+        match &self.task {
+            Task::UnclaimedOp { op } => Some(format!("op {op}")),
+            Task::UnclaimedPeft { field, .. } => Some(format!("PEFT's {field}")),
+            Task::LoraLinear { .. } | Task::MlpTrace { .. } | Task::Peft { .. } => None,
+        }
+    }
+
+    /// What a backend makes of it; nothing for what is not claimed, once that is refused as it should be.
+    pub fn run<B: Backend<Elem = f32>>(&self, backend: &B) -> Outcome<Outputs> {
+        let outputs = match &self.task {
+            Task::LoraLinear { inputs, scale } => lora_linear(backend, inputs, *scale),
+            Task::MlpTrace { inputs, scale, adam } => mlp_trace(backend, inputs, *scale, *adam),
+            Task::Peft { inputs, folder } => peft(backend, inputs, folder),
+            Task::UnclaimedPeft { inputs, folder, field } => refused_peft(backend, inputs, folder, field),
+            Task::UnclaimedOp { .. } => Ok(Outputs::new()),
+        };
+        outputs.map_err(|reason| format!("{}: {reason}", self.name))
+    }
+
+    /// Every expected output that a backend did not put out, or put out wrong.
+    pub fn failures(&self, outputs: &Outputs) -> Vec<String> {
+        let fails = |name: &str, want: &Mat| match outputs.get(name) {
+            None => Some("was not put out".to_string()),
+            Some(got) if got.len() != want.data.len() => Some(format!("has {} elements, want {}", got.len(), want.data.len())),
+            Some(got) => {
+                let error = relative_error(got, want);
+                // Said so that NaN fails.
+                if error <= TOLERANCE { None } else { Some(format!("is off by {error:e}")) }
+            }
+        };
+        let wanted = self.want.iter().filter(|_| self.unclaimed().is_none());
+        wanted.filter_map(|(name, want)| Some(format!("{}: {name} {}", self.name, fails(name, want)?))).collect()
+    }
+}
+
+fn get<'m>(mats: &'m Mats, name: &str) -> Outcome<&'m Mat> {
+    mats.get(name).ok_or_else(|| format!("no tensor {name}"))
+}
+
+fn said(error: Error) -> String {
+    error.to_string()
+}
+
+/// The verbs, one by one. A mask that is given cannot be had from a seed, so the adapter then runs on `x ⊙ mask`, beside the
+/// base layer instead of fused with it; masks from seeds are the suite's.
+fn lora_linear<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f64) -> Outcome<Outputs> {
+    let input = |name| get(inputs, name).cloned();
+    let (x, w, bias) = (input("x")?, input("weight")?, inputs.get("bias").cloned());
+    let (a, b, dy) = (input("lora_a")?, input("lora_b")?, input("grad_y")?);
+    let layer = Lora { mask: x.map(|_| 1.0), x, w, bias, a, b, dy, scale };
+    let mut got = match inputs.get("dropout_mask") {
+        None => run_lora(backend, &layer, None),
+        Some(mask) => {
+            let masked = Lora { x: layer.x.times(mask), w: layer.w.map(|_| 0.0), bias: None, ..layer.clone() };
+            let mut update = run_lora(backend, &masked, None);
+            let (y, dx, _, _) = run_linear(backend, &layer);
+            update.y.iter_mut().zip(y).for_each(|(update, base)| *update += base);
+            let dropped = update.dx.iter_mut().zip(&mask.data);
+            dropped.zip(dx).for_each(|((update, &mask), base)| *update = *update * mask as f32 + base);
+            update
+        }
+    };
+    let (a, b, mut merged) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
+    LoraMerge { a: &a, b: &b, scale: scale as f32, w: &mut merged }.run(backend).map_err(said)?;
+    let outputs = [
+        ("y", std::mem::take(&mut got.y)),
+        ("grad_x", got.dx),
+        ("grad_lora_a", got.da),
+        ("grad_lora_b", got.db),
+        ("grad_bias", got.dbias),
+        ("merged_weight", down(backend, &merged)),
+    ];
+    Ok(outputs.map(|(name, output)| (name.to_string(), output)).into())
+}
+
+/// Layers `prefix(0)`, `prefix(1)`, … as long as there are some.
+fn mlp<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, prefix: impl Fn(usize) -> String) -> Outcome<Mlp<B>> {
+    let mut layers = Vec::new();
+    while let Some(weight) = inputs.get(&format!("{}.weight", prefix(layers.len()))) {
+        let bias = inputs.get(&format!("{}.bias", prefix(layers.len()))).map(|bias| up(backend, bias));
+        layers.push(Linear::from_tensors(up(backend, weight), bias).map_err(said)?);
+    }
+    Mlp::from_layers(layers).map_err(said)
+}
+
+/// The tape, the layers and the optimizer, as a training uses them.
+fn mlp_trace<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f32, adam: [f32; 4]) -> Outcome<Outputs> {
+    let mut model = mlp(backend, inputs, |layer| format!("layer.{layer}"))?;
+    let names: Vec<String> = model.layers().map(|(name, _)| name.to_string()).collect();
+    let mut adapters = Vec::new();
+    for (layer, name) in names.into_iter().enumerate() {
+        let (a, b) = (get(inputs, &format!("layer.{layer}.lora_a"))?, get(inputs, &format!("layer.{layer}.lora_b"))?);
+        let config = LoraConfig { scaling: Scaling::Raw, ..LoraConfig::new(a.rows, scale) };
+        adapters.push((name, Adapter::from_tensors(up(backend, a), up(backend, b), config).map_err(said)?));
+    }
+    model.set_adapters(adapters).map_err(said)?;
+
+    let [lr, beta1, beta2, eps] = adam;
+    let mut adam = Adam::new(lr).map_err(said)?;
+    (adam.beta1, adam.beta2, adam.eps) = (beta1, beta2, eps);
+    let (batches, labels) = (get(inputs, "batches")?, get(inputs, "labels")?);
+    let mut losses = Vec::new();
+    for step in 0..labels.rows {
+        let rows = step * labels.cols;
+        let x = Mat::new(labels.cols, batches.cols, |i, j| batches.at(rows + i, j));
+        let labels: Vec<u32> = (0..labels.cols).map(|i| labels.at(step, i) as u32).collect();
+        losses.push(train_step(backend, &mut model, &mut adam, &x, &labels).map_err(said)?);
+    }
+    let mut outputs = Outputs::from([("losses".to_string(), losses)]);
+    for (layer, lora) in model.layers().filter_map(|(_, layer)| layer.lora()).enumerate() {
+        outputs.insert(format!("layer.{layer}.lora_a"), down(backend, &lora.adapter().a().tensor));
+        outputs.insert(format!("layer.{layer}.lora_b"), down(backend, &lora.adapter().b().tensor));
+    }
+    Ok(outputs)
+}
+
+fn train_step<B: Backend<Elem = f32>>(
+    backend: &B,
+    model: &mut Mlp<B>,
+    adam: &mut Adam<B>,
+    x: &Mat,
+    labels: &[u32],
+) -> lowrank::Result<f32> {
+    let mut tape = Tape::new(backend);
+    let x = tape.input(up(backend, x));
+    let logits = model.forward(&mut tape, x, None)?;
+    let classes = tape.value(logits).cols();
+    let loss = tape.cross_entropy(logits, &Labels::new(backend, classes, labels)?)?;
+    let gradients = tape.backward()?;
+    adam.step(backend, model.params_mut(), &gradients)?;
+    Ok(down(backend, &loss)[0])
+}
+
+/// An adapter that PEFT saved: on, off, and merged.
+fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Outcome<Outputs> {
+    let mut model = mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))?;
+    let x = get(inputs, "x")?;
+    let predict = |model: &Mlp<B>| model.predict(backend, up(backend, x));
+    let mut run = || -> lowrank::Result<Outputs> {
+        adapter::load(backend, &mut model, folder)?;
+        let mut outputs = Outputs::from([("y_adapter".to_string(), predict(&model)?)]);
+        model.set_adapters_enabled(false)?;
+        outputs.insert("y_base".into(), predict(&model)?);
+        model.set_adapters_enabled(true)?;
+        model.merge_adapters(backend)?;
+        outputs.insert("y_merged".into(), predict(&model)?);
+        for (name, layer) in model.layers() {
+            outputs.insert(format!("merged.{name}.weight"), down(backend, &layer.base().weight().tensor));
+            let bias = layer.base().bias().map(|bias| down(backend, &bias.tensor));
+            outputs.extend(bias.map(|bias| (format!("merged.{name}.bias"), bias)));
+        }
+        Ok(outputs)
+    };
+    run().map_err(said)
+}
+
+/// An adapter that the crate does not know how to honour: it must name the setting and leave the model alone.
+fn refused_peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path, field: &str) -> Outcome<Outputs> {
+    let mut model = mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))?;
+    match adapter::load(backend, &mut model, folder) {
+        Err(Error::Unsupported { field: named, .. }) if named == field => {}
+        other => return Err(format!("loading gave {other:?}, want an error that names {field}")),
+    }
+    let touched = model.layers().any(|(_, layer)| layer.lora().is_some());
+    if touched { Err("a refused adapter changed the model".into()) } else { Ok(Outputs::new()) }
+}

@@ -77,7 +77,9 @@ fn ptxas_assembles_every_kernel_without_spills() {
         return;
     }
     let scratch = tempfile::tempdir().unwrap();
-    for (element, arch) in ELEMENTS.into_iter().flat_map(|element| ["sm_80", "sm_90", "sm_100", "sm_120"].map(|arch| (element, arch))) {
+    for (element, arch) in
+        ELEMENTS.into_iter().flat_map(|element| ["sm_80", "sm_90", "sm_100", "sm_120"].map(|arch| (element, arch)))
+    {
         let ptx = kernels().join("ptx").join(format!("{}.ptx", element.name));
         let cubin = scratch.path().join("out.cubin");
         let output = Command::new(&ptxas).args(["-v", "-arch", arch]).arg(ptx).arg("-o").arg(cubin).output().unwrap();

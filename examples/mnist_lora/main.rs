@@ -45,6 +45,9 @@ fn start(args: &Args) -> Result<()> {
     match args.backend {
         Device::Auto | Device::Cpu => show(&cpu(args)?, args),
         Device::Webgpu => Err(not_compiled("webgpu")),
+        #[cfg(feature = "cuda")]
+        Device::Cuda => show(&lowrank::Cuda::<f32>::new(0)?, args),
+        #[cfg(not(feature = "cuda"))]
         Device::Cuda => Err(not_compiled("cuda")),
     }
 }

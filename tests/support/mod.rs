@@ -8,5 +8,7 @@ pub mod bounds;
 #[cfg(feature = "adapter")]
 pub mod cases;
 pub mod data;
+#[cfg(feature = "cuda")]
+pub mod emulator;
 pub mod oracle;
 pub mod suite;

@@ -13,11 +13,11 @@ suite!(gpu_f32, if let Some(gpu) = crate::open::<f32>() { gpu } else { return })
 suite!(gpu_f16, if let Some(gpu) = crate::open::<lowrank::f16>() { gpu } else { return });
 suite!(gpu_bf16, if let Some(gpu) = crate::open::<lowrank::bf16>() { gpu } else { return });
 
-/// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE_GPU` makes its absence a failure.
+/// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.
 fn open<E: Float>() -> Option<Cuda<E>> {
     match Cuda::new(0) {
         Ok(gpu) => Some(gpu),
-        Err(error @ Error::Unavailable { .. }) if std::env::var_os("LOWRANK_REQUIRE_GPU").is_none() => {
+        Err(error @ Error::Unavailable { .. }) if !support::is_required("cuda") => {
             println!("not run: {error}");
             None
         }

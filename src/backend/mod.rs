@@ -3,6 +3,8 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "webgpu")]
+pub mod webgpu;
 
 use crate::element::{Element, Float};
 use crate::error::Result;

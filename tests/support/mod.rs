@@ -12,3 +12,8 @@ pub mod data;
 pub mod emulator;
 pub mod oracle;
 pub mod suite;
+
+/// Whether `LOWRANK_REQUIRE`, a list with commas, asks for this backend: its absence then fails the tests.
+pub fn is_required(backend: &str) -> bool {
+    std::env::var("LOWRANK_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == backend))
+}

@@ -82,19 +82,24 @@ fn assert_lora_within<E: Float>(dims: Dims, got: &Got<E>, layer: &Lora) {
 
 pub fn lora_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     for (seed, dims) in shapes().into_iter().enumerate() {
-        let layer = whole(dims, seed as u64);
-        let (got, want) = (run_lora(backend, &layer, None), layer.run());
-        assert_exact(&format!("{dims:?} h"), &got.h, &want.h);
-        assert_exact(&format!("{dims:?} y"), &got.y, &want.y);
-        assert_exact(&format!("{dims:?} da"), &got.da, &want.da);
-        assert_exact(&format!("{dims:?} db"), &got.db, &want.db);
-        assert_exact(&format!("{dims:?} dbias"), &got.dbias, &want.dbias);
-        assert_exact(&format!("{dims:?} dx"), &got.dx, &want.dx);
-
-        let (a, b, mut w) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-        LoraMerge { a: &a, b: &b, scale: layer.scale as f32, w: &mut w }.run(backend).unwrap();
-        assert_exact(&format!("{dims:?} merged w"), &down(backend, &w), &layer.merged());
+        lora_is_exact_at(backend, dims, seed as u64);
     }
+}
+
+/// Both passes and the merge, at one shape.
+pub fn lora_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
+    let layer = whole(dims, seed);
+    let (got, want) = (run_lora(backend, &layer, None), layer.run());
+    assert_exact(&format!("{dims:?} h"), &got.h, &want.h);
+    assert_exact(&format!("{dims:?} y"), &got.y, &want.y);
+    assert_exact(&format!("{dims:?} da"), &got.da, &want.da);
+    assert_exact(&format!("{dims:?} db"), &got.db, &want.db);
+    assert_exact(&format!("{dims:?} dbias"), &got.dbias, &want.dbias);
+    assert_exact(&format!("{dims:?} dx"), &got.dx, &want.dx);
+
+    let (a, b, mut w) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
+    LoraMerge { a: &a, b: &b, scale: layer.scale as f32, w: &mut w }.run(backend).unwrap();
+    assert_exact(&format!("{dims:?} merged w"), &down(backend, &w), &layer.merged());
 }
 
 pub fn lora_rounds_within_bounds<B: Backend>(backend: &B) {

@@ -1,0 +1,57 @@
+// loss = mean(-log softmax(logits)[label]),  dlogits = (softmax(logits) - onehot(label)) / m
+//
+// A workgroup takes a row at a time. Its loss goes into a list, which `mean` adds up in a fixed order: no atomics.
+
+struct CrossEntropy { rows: u32, cols: u32, offset: u32, first_row: u32, m: f32 }
+
+@group(0) @binding(0) var<uniform> c: CrossEntropy;
+@group(0) @binding(1) var<storage, read> logits: array<Elem>;
+@group(0) @binding(2) var<storage, read> labels: array<u32>;
+@group(0) @binding(3) var<storage, read_write> losses: array<f32>;
+@group(0) @binding(4) var<storage, read_write> dlogits: array<Elem>;
+
+var<workgroup> shared_values: array<f32, THREADS>;
+
+// The largest, or the sum, of everybody's value, for everybody.
+fn across(t: u32, value: f32, sum: bool) -> f32 {
+  shared_values[t] = value;
+  workgroupBarrier();
+  for (var half = THREADS / 2u; half > 0u; half /= 2u) {
+    if (t < half) {
+      let other = shared_values[t + half];
+      shared_values[t] = select(max(shared_values[t], other), shared_values[t] + other, sum);
+    }
+    workgroupBarrier();
+  }
+  let result = shared_values[0];
+  workgroupBarrier();
+  return result;
+}
+
+fn logit(row: u32, j: u32) -> f32 {
+  return f32(logits[c.offset + row * c.cols + j]);
+}
+
+@compute @workgroup_size(THREADS)
+fn cross_entropy(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) t: u32,
+) {
+  for (var row = group.x; row < c.rows; row += groups.x) {
+    var largest = logit(row, 0u);
+    for (var j = t; j < c.cols; j += THREADS) { largest = max(largest, logit(row, j)); }
+    largest = across(t, largest, false);
+
+    var powers = 0.0;
+    for (var j = t; j < c.cols; j += THREADS) { powers += exp(logit(row, j) - largest); }
+    powers = across(t, powers, true);
+
+    let label = labels[c.first_row + row];
+    for (var j = t; j < c.cols; j += THREADS) {
+      let softmax = exp(logit(row, j) - largest) / powers;
+      dlogits[c.offset + row * c.cols + j] = Elem(rounded((softmax - select(0.0, 1.0, j == label)) / c.m, HALF));
+    }
+    if (t == 0u) { losses[c.first_row + row] = log(powers) + largest - logit(row, label); }
+  }
+}

@@ -1,0 +1,255 @@
+//! From a launch to the device: pipelines made once, commands recorded, many submitted together.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
+
+use super::memory::{Pool, lock};
+use super::shader::Kernel;
+use crate::element::DType;
+use crate::error::{Error, Result};
+
+/// Launches that are recorded before they are submitted: enough for a training step, and the uniforms stay small.
+const BATCH: u64 = 256;
+/// Bytes of uniforms that a launch may have.
+const UNIFORMS: u64 = 256;
+
+/// A device, its queue, and what is made once for them. All clones and elements of a [`WebGpu`](super::WebGpu) share one.
+pub(super) struct Gpu {
+    pub(super) device: wgpu::Device,
+    pub(super) queue: wgpu::Queue,
+    /// What the device is, in words.
+    pub(super) name: String,
+    /// Why the device is lost, if it is.
+    pub(super) lost: Arc<OnceLock<String>>,
+    pub(super) pool: Mutex<Pool>,
+    pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
+    batch: Mutex<Batch>,
+    uniforms: wgpu::Buffer,
+}
+
+#[derive(Clone)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
+/// Commands not yet submitted, and the uniforms of their launches.
+#[derive(Default)]
+struct Batch {
+    commands: Vec<Command>,
+    uniforms: Vec<u8>,
+}
+
+enum Command {
+    Launch { pipeline: wgpu::ComputePipeline, operands: wgpu::BindGroup, uniforms: u32, grid: [u32; 2] },
+    Clear(wgpu::Buffer),
+}
+
+/// Bytes of a buffer that a binding sees.
+pub(super) struct Slice<'a> {
+    pub(super) buffer: &'a wgpu::Buffer,
+    pub(super) bytes: Range<u64>,
+}
+
+impl<'a> Slice<'a> {
+    /// All of it.
+    pub(super) fn all(buffer: &'a wgpu::Buffer) -> Self {
+        Self { buffer, bytes: 0..buffer.size() }
+    }
+
+    fn entry(&self, binding: u32) -> wgpu::BindGroupEntry<'a> {
+        let (buffer, offset, size) = (self.buffer, self.bytes.start, wgpu::BufferSize::new(self.bytes.end - self.bytes.start));
+        wgpu::BindGroupEntry { binding, resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size }) }
+    }
+}
+
+/// One launch. The operands come in the order of their bindings: what is read before what is written.
+pub(super) struct Launch<'a> {
+    pub(super) kernel: Kernel,
+    pub(super) uniforms: &'a [u8],
+    pub(super) operands: &'a [Slice<'a>],
+    pub(super) grid: [u32; 2],
+}
+
+impl Gpu {
+    pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String) -> Self {
+        let slot = u64::from(device.limits().min_uniform_buffer_offset_alignment).max(UNIFORMS);
+        let uniforms = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("uniforms"),
+            size: BATCH * slot,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        let (pool, pipelines, batch) = Default::default();
+        Self { device, queue, name, lost: Arc::default(), pool, pipelines, batch, uniforms }
+    }
+
+    /// What the driver says about `work`. Without this, its errors would end the program.
+    fn guarded<T>(&self, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
+        if let Some(reason) = self.lost.get() {
+            return Err(failed(reason));
+        }
+        let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation];
+        let [memory, internal, validation] = filters.map(|filter| self.device.push_error_scope(filter));
+        let value = work();
+        let [validation, internal] = [validation, internal].map(|scope| pollster::block_on(scope.pop()));
+        let memory = pollster::block_on(memory.pop());
+        match (memory, validation.or(internal)) {
+            (Some(_), _) => Err(Error::OutOfMemory { backend: "webgpu", bytes: bytes as usize }),
+            (None, Some(error)) => Err(failed(error)),
+            (None, None) => Ok(value),
+        }
+    }
+
+    pub(super) fn create_buffer(&self, usage: wgpu::BufferUsages, size: u64) -> Result<wgpu::Buffer> {
+        let buffer = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
+        self.guarded(size, || self.device.create_buffer(&buffer))
+    }
+
+    /// Records a launch.
+    pub(super) fn launch(&self, elem: DType, threads: u32, launch: Launch<'_>) -> Result<()> {
+        let Pipeline { pipeline, layout } = self.pipeline(launch.kernel, elem, threads)?;
+        let operands = self.bind(&layout, launch.operands)?;
+        let mut batch = lock(&self.batch);
+        let offset = batch.uniforms.len();
+        debug_assert!(launch.uniforms.len() as u64 <= UNIFORMS);
+        batch.uniforms.extend_from_slice(launch.uniforms);
+        batch.uniforms.resize(offset + (self.uniforms.size() / BATCH) as usize, 0);
+        batch.commands.push(Command::Launch { pipeline, operands, uniforms: offset as u32, grid: launch.grid });
+        if batch.uniforms.len() as u64 == self.uniforms.size() { self.submit(&mut batch, None).map(drop) } else { Ok(()) }
+    }
+
+    /// Records that a buffer is to be all zeros.
+    pub(super) fn clear(&self, buffer: &wgpu::Buffer) -> Result<()> {
+        lock(&self.batch).commands.push(Command::Clear(buffer.clone()));
+        Ok(())
+    }
+
+    /// Copies host memory into a buffer, after everything recorded so far.
+    pub(super) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        // The queue writes before what is submitted later, so what is recorded must go first.
+        let mut batch = lock(&self.batch);
+        if !batch.commands.is_empty() {
+            self.submit(&mut batch, None)?;
+        }
+        self.guarded(bytes.len() as u64, || self.queue.write_buffer(buffer, offset, bytes))
+    }
+
+    /// Copies a buffer into host memory, after everything recorded so far, by way of a buffer that the host can see.
+    pub(super) fn read(&self, from: &wgpu::Buffer, staging: &wgpu::Buffer, bytes: u64, host: &mut [u8]) -> Result<()> {
+        let submitted = self.submit(&mut lock(&self.batch), Some((from, staging, bytes)))?;
+        let (send, receive) = mpsc::channel();
+        let slice = staging.slice(..bytes);
+        self.guarded(0, || slice.map_async(wgpu::MapMode::Read, move |mapped| drop(send.send(mapped))))?;
+        self.wait(submitted)?;
+        receive.try_recv().map_err(failed)?.map_err(failed)?;
+        host.copy_from_slice(&slice.get_mapped_range().map_err(failed)?[..host.len()]);
+        staging.unmap();
+        Ok(())
+    }
+
+    /// Returns when everything recorded so far is done.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        let submitted = self.submit(&mut lock(&self.batch), None)?;
+        self.wait(submitted)
+    }
+
+    fn wait(&self, submitted: wgpu::SubmissionIndex) -> Result<()> {
+        let wait = wgpu::PollType::Wait { submission_index: Some(submitted), timeout: None };
+        self.guarded(0, || self.device.poll(wait))?.map_err(failed)?;
+        self.lost.get().map_or(Ok(()), |reason| Err(failed(reason)))
+    }
+
+    /// Hands what is recorded to the device, and a copy to come last.
+    fn submit(&self, batch: &mut Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
+        let Batch { commands, uniforms } = std::mem::take(batch);
+        self.guarded(0, || {
+            if !uniforms.is_empty() {
+                self.queue.write_buffer(&self.uniforms, 0, &uniforms);
+            }
+            let mut encoder = self.device.create_command_encoder(&Default::default());
+            encode(&mut encoder, &commands);
+            if let Some((from, to, bytes)) = copy {
+                encoder.copy_buffer_to_buffer(from, 0, to, 0, bytes);
+            }
+            self.queue.submit([encoder.finish()])
+        })
+    }
+
+    fn pipeline(&self, kernel: Kernel, elem: DType, threads: u32) -> Result<Pipeline> {
+        let mut pipelines = lock(&self.pipelines);
+        if let Some(pipeline) = pipelines.get(&(kernel, elem, threads)) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = self.guarded(0, || self.compile(kernel, &kernel.source(elem, threads)))?;
+        Ok(pipelines.entry((kernel, elem, threads)).or_insert(pipeline).clone())
+    }
+
+    fn compile(&self, kernel: Kernel, source: &str) -> Pipeline {
+        let label = Some(kernel.entry());
+        let module = wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.into()) };
+        let module = self.device.create_shader_module(module);
+        let layout = self.layout(kernel);
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let compilation_options =
+            wgpu::PipelineCompilationOptions { zero_initialize_workgroup_memory: false, ..Default::default() };
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: label,
+            compilation_options,
+            cache: None,
+        });
+        Pipeline { pipeline, layout }
+    }
+
+    /// The uniforms at binding 0, then what is read, then what is written.
+    fn layout(&self, kernel: Kernel) -> wgpu::BindGroupLayout {
+        let (reads, writes) = kernel.bindings();
+        let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: binding == 0, min_binding_size: None },
+            count: None,
+        };
+        let storage = |binding| entry(binding, wgpu::BufferBindingType::Storage { read_only: binding <= reads });
+        let uniforms = entry(0, wgpu::BufferBindingType::Uniform);
+        let entries: Vec<_> = std::iter::once(uniforms).chain((1..=reads + writes).map(storage)).collect();
+        self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries })
+    }
+
+    fn bind(&self, layout: &wgpu::BindGroupLayout, operands: &[Slice<'_>]) -> Result<wgpu::BindGroup> {
+        let uniforms = Slice { buffer: &self.uniforms, bytes: 0..UNIFORMS };
+        let slices = std::iter::once(&uniforms).chain(operands).zip(0..);
+        let entries: Vec<_> = slices.map(|(slice, binding)| slice.entry(binding)).collect();
+        let group = wgpu::BindGroupDescriptor { label: None, layout, entries: &entries };
+        self.guarded(0, || self.device.create_bind_group(&group))
+    }
+}
+
+/// Launches that follow one another share a pass.
+fn encode(encoder: &mut wgpu::CommandEncoder, commands: &[Command]) {
+    for run in commands.chunk_by(|one, next| matches!((one, next), (Command::Launch { .. }, Command::Launch { .. }))) {
+        if let [Command::Clear(buffer)] = run {
+            encoder.clear_buffer(buffer, 0, None);
+            continue;
+        }
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        for command in run {
+            let Command::Launch { pipeline, operands, uniforms, grid: [x, y] } = command else { continue };
+            pass.set_pipeline(pipeline);
+            pass.set_bind_group(0, operands, &[*uniforms]);
+            pass.dispatch_workgroups(*x, *y, 1);
+        }
+    }
+}
+
+fn failed(error: impl ToString) -> Error {
+    Error::Device { backend: "webgpu", reason: error.to_string() }
+}

@@ -1,0 +1,197 @@
+//! WebGPU: any GPU that Vulkan, Metal or DX12 reaches, and software Vulkan.
+//!
+//! ```text
+//! lora.rs linear.rs      a verb, as the sums of products it is
+//!   └─ sum.rs            init + scale·lhs·rhs + more_lhs·more_rhs, in pieces that fit a binding
+//! pointwise.rs           one pass over memory
+//!   └─ plan.rs           sizes and limits → tiles and pieces; pure
+//!   └─ shader.rs         the text of a kernel, out of shaders/*.wgsl
+//!   └─ dispatch.rs       pipelines made once, launches recorded, many submitted together
+//! adapter.rs memory.rs   which adapter; its buffers
+//! ```
+//!
+//! Every element of an output belongs to one invocation, or to slices that are added up in a fixed order: there are no
+//! atomics, and the same request on the same adapter gives the same bits.
+
+mod adapter;
+mod dispatch;
+mod linear;
+mod lora;
+mod memory;
+mod plan;
+mod pointwise;
+mod shader;
+mod sum;
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use dispatch::{Gpu, Launch};
+pub use memory::Buffer;
+pub use plan::Limits;
+
+use super::Backend;
+use crate::element::{DType, Element, Float};
+use crate::error::{Error, Result};
+use crate::op::{
+    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+};
+
+/// A GPU as a backend whose weights and activations are stored as `E`: `f32`, or `f16` where the adapter has it.
+///
+/// Verbs are recorded and submitted together; [`download`](Backend::download) and [`synchronize`](Backend::synchronize)
+/// submit and wait. Clones share the device and its memory.
+pub struct WebGpu<E: Float> {
+    gpu: Arc<Gpu>,
+    limits: Limits,
+    /// The number 1.
+    one: Arc<Buffer<f32>>,
+    element: PhantomData<E>,
+}
+
+impl<E: Float> Clone for WebGpu<E> {
+    fn clone(&self) -> Self {
+        Self { gpu: self.gpu.clone(), limits: self.limits, one: self.one.clone(), element: PhantomData }
+    }
+}
+
+impl<E: Float> fmt::Debug for WebGpu<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WebGpu<{}>({})", E::DTYPE, self.gpu.name)
+    }
+}
+
+impl<E: Float> WebGpu<E> {
+    /// The best adapter of this machine: a discrete GPU before an integrated one before software.
+    ///
+    /// `LOWRANK_ADAPTER` asks for another, by its number or a part of its name; `WGPU_BACKEND` for `vulkan`, `metal` or
+    /// `dx12`. Errors: [`Error::Unavailable`] if there is no adapter, or not that one, or it does not compute in `E`.
+    pub fn new() -> Result<Self> {
+        match std::env::var("LOWRANK_ADAPTER") {
+            Ok(name) => Self::with_adapter(&name),
+            Err(_) => Self::from_gpu(adapter::open(None)?),
+        }
+    }
+
+    /// The adapter with this number, or the first with this in its name. Errors: as [`new`](Self::new).
+    pub fn with_adapter(name: &str) -> Result<Self> {
+        Self::from_gpu(adapter::open(Some(name))?)
+    }
+
+    /// A device that the program already has. Errors: [`Error::Unavailable`] if it was not made with what `E` needs.
+    pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
+        let name = device.adapter_info().name;
+        Self::from_gpu(Gpu::new(device, queue, name))
+    }
+
+    fn from_gpu(gpu: Gpu) -> Result<Self> {
+        let unavailable = |reason: &str| Err(Error::Unavailable { backend: "webgpu", reason: reason.into() });
+        match E::DTYPE {
+            DType::F32 => {}
+            DType::F16 if gpu.device.features().contains(wgpu::Features::SHADER_F16) => {}
+            DType::F16 => return unavailable(&format!("{} does not compute in f16", gpu.name)),
+            DType::BF16 => return unavailable("WGSL has no bf16"),
+        }
+        let limits = memory::limits_of(&gpu.device);
+        let gpu = Arc::new(gpu);
+        let one = Buffer::unwritten(&gpu, 1)?;
+        one.write(&[1.0])?;
+        Ok(Self { gpu, limits, one: Arc::new(one), element: PhantomData })
+    }
+
+    /// Plans for a poorer adapter than this one: what is larger than it has stays as it is.
+    pub fn with_limits(self, limits: Limits) -> Self {
+        Self { limits: self.limits.min(limits), ..self }
+    }
+
+    /// What launches are planned for.
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    /// The device, for pipelines of the caller's own.
+    pub fn wgpu_device(&self) -> &wgpu::Device {
+        &self.gpu.device
+    }
+
+    /// The queue. What this backend has recorded but not submitted comes after what is submitted here.
+    pub fn wgpu_queue(&self) -> &wgpu::Queue {
+        &self.gpu.queue
+    }
+
+    fn launch(&self, launch: Launch<'_>) -> Result<()> {
+        self.gpu.launch(E::DTYPE, self.limits.threads(), launch)
+    }
+
+    /// Bytes between two places where a binding may begin.
+    fn alignment(&self) -> u64 {
+        u64::from(self.gpu.device.limits().min_storage_buffer_offset_alignment)
+    }
+}
+
+impl<E: Float> Backend for WebGpu<E> {
+    type Elem = E;
+    type Buffer<T: Element> = Buffer<T>;
+
+    fn device(&self) -> String {
+        format!("webgpu ({})", self.gpu.name)
+    }
+
+    fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::zeros(&self.gpu, len)
+    }
+
+    fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
+        let buffer = Buffer::unwritten(&self.gpu, host.len())?;
+        buffer.write(host)?;
+        Ok(buffer)
+    }
+
+    fn write<T: Element>(&self, buffer: &mut Buffer<T>, host: &[T]) -> Result<()> {
+        buffer.write(host)
+    }
+
+    fn download<T: Element>(&self, buffer: &Buffer<T>, host: &mut [T]) -> Result<()> {
+        buffer.read(host)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.gpu.synchronize()
+    }
+
+    fn buffer_len<T: Element>(buffer: &Buffer<T>) -> usize {
+        buffer.len()
+    }
+
+    fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
+        self.lora_forward_sums(op.into_inner())
+    }
+    fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()> {
+        self.lora_backward_sums(op.into_inner())
+    }
+    fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
+        self.lora_merge_sums(op.into_inner())
+    }
+    fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
+        self.linear_forward_sums(op.into_inner())
+    }
+    fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()> {
+        self.linear_backward_sums(op.into_inner())
+    }
+    fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()> {
+        self.relu_pass(op.into_inner())
+    }
+    fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
+        self.relu_backward_pass(op.into_inner())
+    }
+    fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
+        self.add_pass(op.into_inner())
+    }
+    fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
+        self.cross_entropy_pass(op.into_inner())
+    }
+    fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
+        self.adam_sum(op.into_inner())
+    }
+}

@@ -1,0 +1,281 @@
+//! Sizes and limits → tiles and pieces. Pure functions, tested without an adapter.
+
+use std::ops::Range;
+
+/// What a launch may use. An adapter's own, or less: tests plan for a poorer adapter than the one that runs them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Invocations of one workgroup.
+    pub invocations: u32,
+    /// Bytes of memory that a workgroup shares.
+    pub workgroup_bytes: u32,
+    /// Workgroups along one side of a grid.
+    pub groups: u32,
+    /// Bytes of a buffer that one binding sees.
+    pub binding_bytes: u64,
+}
+
+impl Limits {
+    /// The smaller of each.
+    pub(super) fn min(self, other: Self) -> Self {
+        Self {
+            invocations: self.invocations.min(other.invocations),
+            workgroup_bytes: self.workgroup_bytes.min(other.workgroup_bytes),
+            groups: self.groups.min(other.groups),
+            binding_bytes: self.binding_bytes.min(other.binding_bytes),
+        }
+    }
+
+    /// Invocations of a workgroup: a power of two, and no more than are of use.
+    pub(super) fn threads(self) -> u32 {
+        1 << self.invocations.clamp(1, 256).ilog2()
+    }
+}
+
+/// What one workgroup of the engine owns; see `shaders/engine.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Tile {
+    pub(super) rows: u32,
+    pub(super) cols: u32,
+    pub(super) depth: u32,
+    /// How many invocations share a block of sums.
+    pub(super) slices: u32,
+    /// An invocation owns four blocks of 4×4 sums, not one.
+    pub(super) wide: bool,
+}
+
+impl Tile {
+    /// The tile for `rows × cols` sums.
+    ///
+    /// Few rows (or columns) get a low tile, whose invocations share the depth instead: the work is then to read the other
+    /// side once. Many of both get the wide tile, which reads workgroup memory half as often.
+    pub(super) fn new(rows: usize, cols: usize, limits: Limits) -> Self {
+        let threads = limits.threads();
+        let wide = Self { rows: 128, cols: 128, depth: 16, slices: 1, wide: true };
+        if rows >= 512 && cols >= 512 && wide.threads() <= threads && wide.workgroup_bytes() <= limits.workgroup_bytes {
+            return wide;
+        }
+        let (mut high, mut across) = (side(rows), side(cols));
+        while (high / 4) * (across / 4) > threads {
+            *(if high > across { &mut high } else { &mut across }) /= 2;
+        }
+        let slices = threads / ((high / 4) * (across / 4));
+        let mut tile = Self { rows: high, cols: across, depth: depth_for(slices), slices, wide: false };
+        let too_big = |tile: &Self| tile.workgroup_bytes() > limits.workgroup_bytes;
+        while too_big(&tile) && tile.depth > 16 {
+            tile.depth /= 2;
+        }
+        while too_big(&tile) && tile.slices > 1 {
+            tile.slices /= 2;
+        }
+        while too_big(&tile) && tile.depth > 4 {
+            tile.depth /= 2;
+        }
+        tile
+    }
+
+    /// Invocations of the workgroup.
+    pub(super) fn threads(self) -> u32 {
+        let blocks = if self.wide { 4 } else { 1 };
+        (self.rows / 4) * (self.cols / 4) * self.slices / blocks
+    }
+
+    /// Blocks of 16 sums that wait to be added to another slice's.
+    pub(super) fn folded(self) -> u32 {
+        if self.slices > 1 { self.threads() / 2 } else { 1 }
+    }
+
+    /// Both sides of the tile, a line of depth 16 bytes longer than its numbers, and the blocks that are folded.
+    pub(super) fn workgroup_bytes(self) -> u32 {
+        4 * self.depth * (self.rows + 4 + self.cols + 4) + 64 * self.folded()
+    }
+
+    /// Workgroups along the columns and along the rows.
+    pub(super) fn grid(self, rows: usize, cols: usize) -> [u32; 2] {
+        [cols.div_ceil(self.cols as usize) as u32, rows.div_ceil(self.rows as usize) as u32]
+    }
+}
+
+/// Every slice gets a few depths of each tile, and threads wait for each other seldom.
+fn depth_for(slices: u32) -> u32 {
+    if slices == 1 { 16 } else { (4 * slices).clamp(32, 64) }
+}
+
+fn side(len: usize) -> u32 {
+    match len {
+        0..=4 => 4,
+        5..=16 => 16,
+        _ => 64,
+    }
+}
+
+/// The four things a sum of two products ranges over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Axis {
+    Rows,
+    Cols,
+    Depth,
+    MoreDepth,
+}
+
+/// A part of a sum: which rows and columns of the output, which depths of the two products.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Piece(pub(super) [Range<usize>; 4]);
+
+impl Piece {
+    /// All of it.
+    pub(super) fn whole(rows: usize, cols: usize, depth: usize, more_depth: usize) -> Self {
+        Self([0..rows, 0..cols, 0..depth, 0..more_depth])
+    }
+
+    pub(super) fn range(&self, axis: Axis) -> Range<usize> {
+        self.0[axis as usize].clone()
+    }
+
+    pub(super) fn len(&self, axis: Axis) -> usize {
+        self.0[axis as usize].len()
+    }
+
+    /// Whether no earlier piece has added to the same sums.
+    pub(super) fn begins(&self) -> bool {
+        self.range(Axis::Depth).start == 0 && self.range(Axis::MoreDepth).start == 0
+    }
+
+    /// Two pieces that make up this one. Where a depth is cut, the other product stays with the first half.
+    fn halves(self, axis: Axis) -> [Self; 2] {
+        let Range { start, end } = self.range(axis);
+        let half = (end - start) / 2;
+        // Whole fours can be read four at a time.
+        let middle = start + if half < 4 { half } else { half / 4 * 4 };
+        let (mut first, mut second) = (self.clone(), self);
+        first.0[axis as usize].end = middle;
+        second.0[axis as usize].start = middle;
+        let other = match axis {
+            Axis::Depth => Axis::MoreDepth,
+            Axis::MoreDepth => Axis::Depth,
+            Axis::Rows | Axis::Cols => return [first, second],
+        };
+        second.0[other as usize].start = second.0[other as usize].end;
+        [first, second]
+    }
+}
+
+/// A matrix that a piece reads or writes: over which two axes it lies, and how.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operand {
+    pub(super) axes: [Axis; 2],
+    /// Elements from one index of each axis to the next.
+    pub(super) strides: [usize; 2],
+    /// Bytes an element.
+    pub(super) size: usize,
+}
+
+impl Operand {
+    /// Bytes from the first to the last element that a piece touches.
+    pub(super) fn span(&self, piece: &Piece) -> u64 {
+        let [i, j] = self.axes.map(|axis| piece.len(axis));
+        if i == 0 || j == 0 {
+            return 0;
+        }
+        (((i - 1) * self.strides[0] + (j - 1) * self.strides[1] + 1) * self.size) as u64
+    }
+
+    /// The axis to cut so that the span shrinks: the one whose steps are longer.
+    fn cut(&self, piece: &Piece) -> Option<Axis> {
+        let reach = |side: usize| piece.len(self.axes[side]).saturating_sub(1) * self.strides[side];
+        let side = if reach(0) >= reach(1) { 0 } else { 1 };
+        (reach(side) > 0).then_some(self.axes[side])
+    }
+}
+
+/// Cuts a sum into pieces whose operands each fit a binding of `bytes` and whose grid of tiles fits a launch.
+///
+/// Pieces that add to the same sums come in the order of their depth, so that the first of them [`begins`](Piece::begins).
+pub(super) fn pieces(whole: Piece, operands: &[Operand], most: [usize; 2], bytes: u64) -> Vec<Piece> {
+    let too_long = operands.iter().filter(|operand| operand.span(&whole) > bytes).find_map(|operand| operand.cut(&whole));
+    let too_many = [Axis::Rows, Axis::Cols].into_iter().find(|&axis| whole.len(axis) > most[axis as usize]);
+    match too_many.or(too_long) {
+        Some(axis) => whole.halves(axis).into_iter().flat_map(|half| pieces(half, operands, most, bytes)).collect(),
+        None => vec![whole],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const WEBGPU: Limits = Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20 };
+
+    /// What the engine assumes: powers of two, whole blocks, and no more than the adapter has.
+    fn assert_tile_is_sound(tile: Tile, limits: Limits) {
+        for side in [tile.rows, tile.cols, tile.depth, tile.slices] {
+            assert!(side.is_power_of_two(), "{tile:?}");
+        }
+        assert!(tile.depth >= 4, "{tile:?}");
+        let block = if tile.wide { 8 } else { 4 };
+        assert!(tile.rows >= block && tile.cols >= block, "{tile:?}");
+        assert!(tile.slices == 1 || !tile.wide, "{tile:?}");
+        assert!(tile.threads() <= limits.invocations, "{tile:?}");
+        assert!(tile.workgroup_bytes() <= limits.workgroup_bytes, "{tile:?}");
+    }
+
+    #[test]
+    fn few_rows_share_the_depth_and_many_fill_the_tile() {
+        let tile = |rows, cols| {
+            let Tile { rows, cols, depth, slices, .. } = Tile::new(rows, cols, WEBGPU);
+            [rows, cols, depth, slices]
+        };
+        assert_eq!(tile(1, 4096), [4, 64, 16, 16]);
+        assert_eq!(tile(10, 2000), [16, 64, 16, 4]);
+        assert_eq!(tile(512, 16), [64, 16, 16, 4]);
+        assert_eq!(tile(100, 100), [64, 64, 16, 1]);
+        let roomy = Limits { workgroup_bytes: 32768, ..WEBGPU };
+        assert!(Tile::new(1024, 1024, roomy).wide && !Tile::new(1024, 1024, WEBGPU).wide);
+    }
+
+    proptest! {
+        #[test]
+        fn tiles_stay_within_limits(
+            rows in 1usize..5000, cols in 1usize..5000,
+            invocations in 1u32..2000, workgroup_bytes in 4096u32..70_000,
+        ) {
+            let limits = Limits { invocations, workgroup_bytes, ..WEBGPU };
+            assert_tile_is_sound(Tile::new(rows, cols, limits), limits);
+        }
+
+        /// Every product of every sum is in exactly one piece, first things first, and every piece fits.
+        #[test]
+        fn pieces_cover_a_sum_once(
+            m in 0usize..9, n in 0usize..9, depth in 0usize..9, more in 0usize..5,
+            bytes in 4u64..200, most in 1usize..12, transposed in any::<[bool; 3]>(),
+        ) {
+            let operand = |axes, sizes: [usize; 2], transposed| {
+                let strides = if transposed { [1, sizes[0]] } else { [sizes[1], 1] };
+                Operand { axes, strides, size: 4 }
+            };
+            let operands = [
+                operand([Axis::Rows, Axis::Depth], [m, depth], transposed[0]),
+                operand([Axis::Depth, Axis::Cols], [depth, n], transposed[1]),
+                operand([Axis::Rows, Axis::MoreDepth], [m, more], false),
+                operand([Axis::MoreDepth, Axis::Cols], [more, n], transposed[2]),
+                operand([Axis::Rows, Axis::Cols], [m, n], false),
+            ];
+            let pieces = pieces(Piece::whole(m, n, depth, more), &operands, [most, most], bytes);
+            let mut base = vec![0; m * n * depth];
+            let mut update = vec![0; m * n * more];
+            let mut begun = vec![0; m * n];
+            for piece in &pieces {
+                prop_assert!(operands.iter().all(|operand| operand.span(piece) <= bytes));
+                prop_assert!(piece.len(Axis::Rows) <= most && piece.len(Axis::Cols) <= most);
+                for (i, j) in piece.range(Axis::Rows).flat_map(|i| piece.range(Axis::Cols).map(move |j| (i, j))) {
+                    begun[i * n + j] += usize::from(piece.begins());
+                    prop_assert_eq!(begun[i * n + j], 1, "added to before it began");
+                    piece.range(Axis::Depth).for_each(|p| base[(i * n + j) * depth + p] += 1);
+                    piece.range(Axis::MoreDepth).for_each(|p| update[(i * n + j) * more + p] += 1);
+                }
+            }
+            prop_assert!(base.iter().chain(&update).chain(&begun).all(|&times| times == 1));
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The text of every shader: constants, `common.wgsl`, and the files of the kernel. WGSL has no generics, but it concatenates.
+
+use std::fmt::Write;
+
+use super::plan::Tile;
+use crate::element::DType;
+
+/// The files of a kernel, joined.
+macro_rules! files {
+    ($($stem:literal)*) => {
+        concat!($(include_str!(concat!("../../../shaders/", $stem, ".wgsl")), "\n"),*)
+    };
+}
+
+/// Everything that makes one compiled shader differ from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Kernel {
+    Sum(Sum),
+    Relu,
+    ReluBackward,
+    Add,
+    /// Of numbers that are stored so.
+    Dropout(DType),
+    CrossEntropy,
+    Mean,
+}
+
+/// A sum of products, as `shaders/engine.wgsl` computes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Sum {
+    pub(super) tile: Tile,
+    /// `lhs`, `rhs`, `more_lhs`, `more_rhs`.
+    pub(super) factors: [Factor; 4],
+    /// Whether there is a second product.
+    pub(super) more: bool,
+    /// How the matrix is stored that the sum begins with.
+    pub(super) init: Option<DType>,
+    pub(super) finish: Finish,
+}
+
+/// How a factor is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Factor {
+    pub(super) dtype: DType,
+    /// Whether neighbours in memory are neighbours along the depth.
+    pub(super) deep: bool,
+    /// Whether four neighbours may be read at once.
+    pub(super) quads: bool,
+}
+
+/// What becomes of a sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Finish {
+    Store { out: DType, add: bool },
+    Adam,
+}
+
+impl Kernel {
+    /// How many bindings are read and how many are written; the uniforms come before, at binding 0.
+    pub(super) fn bindings(self) -> (u32, u32) {
+        match self {
+            Kernel::Sum(Sum { finish: Finish::Store { .. }, .. }) => (5, 1),
+            Kernel::Sum(Sum { finish: Finish::Adam, .. }) => (5, 3),
+            Kernel::ReluBackward => (2, 1),
+            Kernel::CrossEntropy => (2, 2),
+            Kernel::Relu | Kernel::Add | Kernel::Dropout(_) | Kernel::Mean => (1, 1),
+        }
+    }
+
+    /// The function to launch.
+    pub(super) fn entry(self) -> &'static str {
+        match self {
+            Kernel::Sum(_) => "sum_of_products",
+            Kernel::Relu => "relu",
+            Kernel::ReluBackward => "relu_backward",
+            Kernel::Add => "add",
+            Kernel::Dropout(_) => "dropout",
+            Kernel::CrossEntropy => "cross_entropy",
+            Kernel::Mean => "mean",
+        }
+    }
+
+    /// The whole text, for weights and activations stored as `elem`, in workgroups of `threads` (a sum has its own number).
+    pub(super) fn source(self, elem: DType, threads: u32) -> String {
+        let mut text = String::new();
+        if elem == DType::F16 {
+            text += "enable f16;\n";
+        }
+        // Writing to a `String` cannot fail.
+        let _ = writeln!(text, "alias Elem = {elem};\nconst HALF = {};", elem == DType::F16);
+        let _ = match self {
+            Kernel::Sum(sum) => sum.write_header(&mut text),
+            Kernel::Dropout(from) => writeln!(text, "alias From = {from};\nconst THREADS = {threads}u;"),
+            _ => writeln!(text, "const THREADS = {threads}u;"),
+        };
+        text + self.files()
+    }
+
+    fn files(self) -> &'static str {
+        match self {
+            Kernel::Sum(Sum { finish: Finish::Store { .. }, .. }) => files!("common" "engine" "store"),
+            Kernel::Sum(Sum { finish: Finish::Adam, .. }) => files!("common" "engine" "adam"),
+            Kernel::Relu => files!("common" "relu"),
+            Kernel::ReluBackward => files!("common" "relu_backward"),
+            Kernel::Add => files!("common" "add"),
+            Kernel::Dropout(_) => files!("common" "dropout"),
+            Kernel::CrossEntropy => files!("common" "cross_entropy"),
+            Kernel::Mean => files!("common" "mean"),
+        }
+    }
+}
+
+impl Sum {
+    /// The constants of engine.wgsl and of the file that finishes its sums.
+    fn write_header(self, text: &mut String) -> std::fmt::Result {
+        let Tile { rows, cols, depth, slices, wide } = self.tile;
+        writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
+        writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {}u;", self.tile.folded())?;
+        for ((operand, side), (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
+            factor.write(text, operand, side, binding)?;
+        }
+        writeln!(text, "const HAS_MORE = {};", self.more)?;
+        writeln!(text, "const HAS_INIT = {};\nalias Init = {};", self.init.is_some(), self.init.unwrap_or(DType::F32))?;
+        match self.finish {
+            Finish::Adam => Ok(()),
+            Finish::Store { out, add } => {
+                writeln!(text, "alias Out = {out};\nconst OUT_HALF = {};", out == DType::F16)?;
+                writeln!(text, "const ADD_TO_OUT = {add};")
+            }
+        }
+    }
+}
+
+/// The factors, each with the side of the tile that it fills.
+const OPERANDS: [(&str, &str); 4] = [("lhs", "lhs"), ("rhs", "rhs"), ("more_lhs", "lhs"), ("more_rhs", "rhs")];
+
+impl Factor {
+    /// Of a product that there is not.
+    pub(super) const ABSENT: Self = Self { dtype: DType::F32, deep: true, quads: false };
+
+    /// operand.wgsl, for one of the factors.
+    fn write(self, text: &mut String, operand: &str, side: &str, binding: u32) -> std::fmt::Result {
+        let Self { dtype, deep, quads } = self;
+        let unit = if quads { format!("vec4<{dtype}>") } else { dtype.to_string() };
+        writeln!(text, "alias {operand}_elem = {dtype};\nalias {operand}_unit = {unit};")?;
+        writeln!(text, "const {operand}_BINDING = {binding};\nconst {operand}_DEEP = {deep};\nconst {operand}_QUADS = {quads};")?;
+        let tile = side.to_uppercase() + "_TILE";
+        let file = include_str!("../../../shaders/operand.wgsl");
+        writeln!(text, "{}", file.replace("OPERAND", operand).replace("SIDE_TILE", &tile).replace("SIDE", side))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wgpu::naga::front::wgsl;
+    use wgpu::naga::valid::{Capabilities, ValidationFlags, Validator};
+
+    fn assert_valid(kernel: Kernel, elem: DType) {
+        let source = kernel.source(elem, 64);
+        let module = wgsl::parse_str(&source);
+        let module = module.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
+        let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16);
+        let valid = validator.validate(&module);
+        valid.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
+        assert!(module.entry_points.iter().any(|point| point.name == kernel.entry()), "{kernel:?}");
+    }
+
+    #[test]
+    fn every_pointwise_shader_is_valid() {
+        for elem in [DType::F32, DType::F16] {
+            let rest = [Kernel::Relu, Kernel::ReluBackward, Kernel::Add, Kernel::CrossEntropy, Kernel::Mean];
+            let dropouts = [Kernel::Dropout(elem), Kernel::Dropout(DType::F32)];
+            rest.into_iter().chain(dropouts).for_each(|kernel| assert_valid(kernel, elem));
+        }
+    }
+
+    #[test]
+    fn every_sum_is_valid() {
+        let tile = |rows, cols, slices, wide| Tile { rows, cols, depth: 16, slices, wide };
+        let tiles = [tile(64, 64, 1, false), tile(4, 16, 8, false), tile(128, 128, 1, true)];
+        for elem in [DType::F32, DType::F16] {
+            let finishes = [
+                Finish::Store { out: elem, add: false },
+                Finish::Store { out: DType::F32, add: true },
+                Finish::Store { out: elem, add: true },
+                Finish::Adam,
+            ];
+            for (tile, finish) in tiles.into_iter().flat_map(|tile| finishes.map(|finish| (tile, finish))) {
+                for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
+                    let factor = |dtype| Factor { dtype, deep, quads };
+                    let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
+                    let init = more.then_some(elem);
+                    assert_valid(Kernel::Sum(Sum { tile, factors, more, init, finish }), elem);
+                }
+            }
+        }
+    }
+}

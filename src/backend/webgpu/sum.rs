@@ -1,0 +1,314 @@
+//! The engine's host side: `sum = init + scale·lhs·rhs + more_lhs·more_rhs`, planned, cut into pieces, launched.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::WebGpu;
+use super::dispatch::{Launch, Slice};
+use super::memory::Buffer;
+use super::plan::{Axis, Operand, Piece, Tile, pieces};
+use super::shader::{self, Factor, Kernel};
+use crate::element::{DType, Float};
+use crate::error::Result;
+use crate::op::AdamRate;
+use crate::tensor::Tensor;
+
+/// A matrix in memory. Transposes, and rows repeated, are no more than strides.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    buffer: &'a wgpu::Buffer,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    /// Elements from a row to the next, and from a column to the next.
+    strides: [usize; 2],
+}
+
+impl<'a> Matrix<'a> {
+    /// `rows × cols`, row-major.
+    pub(super) fn new<T: Float>(buffer: &'a Buffer<T>, rows: usize, cols: usize) -> Self {
+        debug_assert_eq!(buffer.len(), rows * cols);
+        Self { buffer: buffer.raw(), dtype: T::DTYPE, rows, cols, strides: [cols, 1] }
+    }
+
+    /// A number everywhere.
+    pub(super) fn splat(number: &'a Buffer<f32>, rows: usize, cols: usize) -> Self {
+        Self { buffer: number.raw(), dtype: DType::F32, rows, cols, strides: [0, 0] }
+    }
+
+    /// The transpose; nothing moves.
+    pub(super) fn t(self) -> Self {
+        let [row, col] = self.strides;
+        Self { rows: self.cols, cols: self.rows, strides: [col, row], ..self }
+    }
+
+    /// One row, as every row of `rows`.
+    pub(super) fn repeated(self, rows: usize) -> Self {
+        Self { rows, strides: [0, self.strides[1]], ..self }
+    }
+
+    fn over(&self, axes: [Axis; 2]) -> Operand {
+        Operand { axes, strides: self.strides, size: self.dtype.size() }
+    }
+}
+
+/// A tensor as a matrix.
+pub(super) fn matrix<E: Float, T: Float>(tensor: &Tensor<WebGpu<E>, T>) -> Matrix<'_> {
+    Matrix::new(tensor.buffer(), tensor.rows(), tensor.cols())
+}
+
+/// `lhs·rhs`
+#[derive(Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub(super) lhs: Matrix<'a>,
+    pub(super) rhs: Matrix<'a>,
+}
+
+impl<'a> std::ops::Mul for Matrix<'a> {
+    type Output = Product<'a>;
+    fn mul(self, rhs: Self) -> Product<'a> {
+        debug_assert_eq!(self.cols, rhs.rows);
+        Product { lhs: self, rhs }
+    }
+}
+
+/// What a sum begins with.
+#[derive(Clone, Copy)]
+pub(super) enum Init<'a> {
+    Zero,
+    Matrix(Matrix<'a>),
+    /// What the output holds.
+    Output,
+}
+
+/// What becomes of a sum.
+#[derive(Clone, Copy)]
+pub(super) enum Finish<'a> {
+    /// It is rounded, once, and stored.
+    Store(Matrix<'a>),
+    /// It is a gradient.
+    Adam { rate: AdamRate, m: Matrix<'a>, v: Matrix<'a>, w: Matrix<'a> },
+}
+
+impl<'a> Finish<'a> {
+    /// The matrices written.
+    fn outputs(self) -> Vec<Matrix<'a>> {
+        match self {
+            Finish::Store(out) => vec![out],
+            Finish::Adam { m, v, w, .. } => vec![m, v, w],
+        }
+    }
+
+    /// Whether the output can hold a sum of which a part is still to come.
+    fn holds_partial_sums(self) -> bool {
+        matches!(self, Finish::Store(out) if out.dtype == DType::F32)
+    }
+}
+
+/// `init + scale·update + base`
+#[derive(Clone, Copy)]
+pub(super) struct Sum<'a> {
+    pub(super) finish: Finish<'a>,
+    pub(super) init: Init<'a>,
+    pub(super) scale: f32,
+    pub(super) update: Option<Product<'a>>,
+    pub(super) base: Option<Product<'a>>,
+}
+
+impl<'a> Sum<'a> {
+    /// `out = lhs·rhs`, to be changed with `..`.
+    pub(super) fn new(out: Matrix<'a>, product: Product<'a>) -> Self {
+        Self { finish: Finish::Store(out), init: Init::Zero, scale: 1.0, update: Some(product), base: None }
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        let out = self.finish.outputs()[0];
+        (out.rows, out.cols)
+    }
+
+    /// `lhs rhs more_lhs more_rhs`, where they are.
+    fn factors(&self) -> [Option<Matrix<'a>>; 4] {
+        let [lhs, rhs] = sides(self.update);
+        let [more_lhs, more_rhs] = sides(self.base);
+        [lhs, rhs, more_lhs, more_rhs]
+    }
+
+    /// The matrix that it begins with, if it begins with one.
+    fn init(&self) -> Option<Matrix<'a>> {
+        if let Init::Matrix(init) = self.init { Some(init) } else { None }
+    }
+
+    /// Every matrix with the axes it lies over.
+    fn operands(&self) -> Vec<Operand> {
+        let factors = self.factors().into_iter().zip(FACTORS).filter_map(|(matrix, axes)| Some(matrix?.over(axes)));
+        let whole = self.init().into_iter().chain(self.finish.outputs());
+        factors.chain(whole.map(|matrix| matrix.over(OUTPUT))).collect()
+    }
+
+    fn rate(&self) -> [f32; 5] {
+        match self.finish {
+            Finish::Store(_) => [0.0; 5],
+            Finish::Adam { rate, .. } => [rate.beta1, rate.beta2, rate.step_size, rate.root_scale, rate.eps],
+        }
+    }
+}
+
+/// The axes of an output.
+const OUTPUT: [Axis; 2] = [Axis::Rows, Axis::Cols];
+/// The axes of `lhs rhs more_lhs more_rhs`, as they are stored.
+const FACTORS: [[Axis; 2]; 4] =
+    [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::MoreDepth], [Axis::MoreDepth, Axis::Cols]];
+
+fn sides(product: Option<Product<'_>>) -> [Option<Matrix<'_>>; 2] {
+    product.map_or([None, None], |Product { lhs, rhs }| [Some(lhs), Some(rhs)])
+}
+
+/// `struct Place` of engine.wgsl: the element `i, j` of a piece is at `offset + i·row + j·col` of a binding.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct Place {
+    offset: u32,
+    row: u32,
+    col: u32,
+    unused: u32,
+}
+
+/// `struct Factor` of engine.wgsl: the number `i` along the side and `p` along the depth is at `offset + i·along + p·down`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct FactorPlace {
+    offset: u32,
+    along: u32,
+    down: u32,
+    unused: u32,
+    len: u32,
+    depth: u32,
+    unused_too: [u32; 2],
+}
+
+/// `struct Sum` of engine.wgsl.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Uniforms {
+    sizes: [u32; 4],
+    factors: [FactorPlace; 4],
+    init: Place,
+    out: Place,
+    moments: Place,
+    scale: f32,
+    unused: [u32; 3],
+    rate: [f32; 5],
+    unused_too: [u32; 3],
+}
+
+impl<E: Float> WebGpu<E> {
+    /// Computes a sum. Any of its sizes may be zero.
+    pub(super) fn sum(&self, sum: Sum<'_>) -> Result<()> {
+        let (rows, cols) = sum.shape();
+        if rows == 0 || cols == 0 {
+            return Ok(());
+        }
+        let depth = |product: Option<Product<'_>>| product.map_or(0, |product| product.lhs.cols);
+        let tile = Tile::new(rows, cols, self.limits);
+        let most = [tile.rows, tile.cols].map(|side| self.limits.groups as usize * side as usize);
+        // A binding begins where the adapter allows it, which may be a little before the piece.
+        let bytes = self.limits.binding_bytes - self.alignment();
+        let pieces = pieces(Piece::whole(rows, cols, depth(sum.update), depth(sum.base)), &sum.operands(), most, bytes);
+        if pieces.iter().all(Piece::begins) || sum.finish.holds_partial_sums() {
+            return pieces.into_iter().try_for_each(|piece| self.piece(&sum, tile, piece));
+        }
+        self.sum_apart(sum, rows, cols)
+    }
+
+    /// Where a depth is cut and the output cannot hold the sum so far, `f32` memory does.
+    fn sum_apart(&self, sum: Sum<'_>, rows: usize, cols: usize) -> Result<()> {
+        let whole = Buffer::<f32>::unwritten(&self.gpu, rows * cols)?;
+        let whole = Matrix::new(&whole, rows, cols);
+        let init = match (sum.init, sum.finish) {
+            (Init::Output, Finish::Store(out)) => Init::Matrix(out),
+            (init, _) => init,
+        };
+        self.sum(Sum { finish: Finish::Store(whole), init, ..sum })?;
+        self.sum(Sum { init: Init::Matrix(whole), update: None, base: None, ..sum })
+    }
+
+    /// Launches a piece.
+    fn piece(&self, sum: &Sum<'_>, tile: Tile, piece: Piece) -> Result<()> {
+        let sum = if piece.begins() { *sum } else { Sum { init: Init::Output, ..*sum } };
+        let mut operands = Vec::with_capacity(8);
+        let mut factors = [(FactorPlace::default(), Factor::ABSENT); 4];
+        for (side, (factor, matrix)) in factors.iter_mut().zip(sum.factors()).enumerate() {
+            let place = self.bind(&mut operands, matrix, FACTORS[side], &piece);
+            if let Some(matrix) = matrix {
+                *factor = read_as(matrix, FACTORS[side], place, &piece);
+            }
+        }
+        // Both sides of a product are read in fours, or neither: fewer shaders to compile.
+        for [(_, lhs), (_, rhs)] in factors.as_chunks_mut().0 {
+            lhs.quads &= rhs.quads;
+            rhs.quads = lhs.quads;
+        }
+        let init = self.bind(&mut operands, sum.init(), OUTPUT, &piece);
+        let outputs = sum.finish.outputs().into_iter();
+        let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
+        let finish = match sum.finish {
+            Finish::Store(out) => shader::Finish::Store { out: out.dtype, add: matches!(sum.init, Init::Output) },
+            Finish::Adam { .. } => shader::Finish::Adam,
+        };
+        let kernel = Kernel::Sum(shader::Sum {
+            tile,
+            factors: factors.map(|(_, factor)| factor),
+            more: sum.base.is_some(),
+            init: sum.init().map(|init| init.dtype),
+            finish,
+        });
+        let sizes = piece.0.map(|range| range.len() as u32);
+        let uniforms = Uniforms {
+            sizes,
+            factors: factors.map(|(place, _)| place),
+            init,
+            out: outputs[outputs.len() - 1],
+            moments: outputs[0], // Adam writes m and v before w; what is stored is the only output
+            scale: sum.scale,
+            rate: sum.rate(),
+            ..Zeroable::zeroed()
+        };
+        let grid = tile.grid(sizes[0] as usize, sizes[1] as usize);
+        self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid })
+    }
+
+    /// Adds the part of a matrix that a piece touches to the operands of a launch, and says where in it its elements lie.
+    fn bind<'a>(&'a self, operands: &mut Vec<Slice<'a>>, matrix: Option<Matrix<'a>>, axes: [Axis; 2], piece: &Piece) -> Place {
+        // Something must be bound; what the shader does not read may be anything.
+        let absent = || (Slice::all(self.one.raw()), Place::default());
+        let (slice, place) = matrix.map_or_else(absent, |matrix| self.part(matrix, axes, piece));
+        operands.push(slice);
+        place
+    }
+
+    /// The bytes of a matrix that a piece touches, and where in them its elements lie.
+    fn part<'a>(&self, matrix: Matrix<'a>, axes: [Axis; 2], piece: &Piece) -> (Slice<'a>, Place) {
+        let [row, col] = matrix.strides;
+        let [first_row, first_col] = axes.map(|axis| piece.range(axis).start);
+        let span = matrix.over(axes).span(piece);
+        let size = matrix.dtype.size() as u64;
+        // What touches nothing is bound at the beginning of the buffer: its own place may be the buffer's end.
+        let start = if span == 0 { 0 } else { (first_row * row + first_col * col) as u64 * size };
+        let bound = start / self.alignment() * self.alignment();
+        let end = (start + span.max(size)).next_multiple_of(4);
+        let place = Place { offset: ((start - bound) / size) as u32, row: row as u32, col: col as u32, unused: 0 };
+        (Slice { buffer: matrix.buffer, bytes: bound..end }, place)
+    }
+}
+
+/// Where a factor lies, seen from its side and its depth, and how it is read: four numbers at once where every line begins and
+/// ends with a whole four.
+fn read_as(matrix: Matrix<'_>, axes: [Axis; 2], place: Place, piece: &Piece) -> (FactorPlace, Factor) {
+    let on_the_left = axes[0] == Axis::Rows;
+    let Place { offset, row, col, .. } = place;
+    let [rows, cols] = axes.map(|axis| piece.len(axis) as u32);
+    let (along, down, len, depth) = if on_the_left { (row, col, rows, cols) } else { (col, row, cols, rows) };
+    let deep = down == 1;
+    let (line, step) = if deep { (depth, along) } else { (len, down) };
+    let quads = len > 0 && depth > 0 && (deep || along == 1) && [offset, line, step].iter().all(|count| count % 4 == 0);
+    (FactorPlace { offset, along, down, len, depth, ..Zeroable::zeroed() }, Factor { dtype: matrix.dtype, deep, quads })
+}

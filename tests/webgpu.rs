@@ -1,0 +1,183 @@
+//! The one suite, on WebGPU; the same again on adapters poorer than this one; and what only this backend can get wrong.
+//!
+//! Without an adapter the tests say what they could not run, and pass; unless `LOWRANK_REQUIRE` contains `webgpu`.
+
+mod support;
+
+use std::sync::OnceLock;
+
+use lowrank::backend::webgpu::Limits;
+use lowrank::op::{Dropout, LinearForward, LoraForward, LoraMerge};
+use lowrank::{Backend, Cpu, Error, Float, Result, Tensor, WebGpu, bf16, f16};
+use support::bounds::assert_exact;
+use support::data::{Dims, down, unwritten, up, whole};
+use support::suite as check;
+
+/// One device for all tests: opening it takes longer than most of them.
+fn adapter<E: Float>(required: &str, open: impl Fn() -> Result<WebGpu<E>>) -> Option<WebGpu<E>> {
+    match open() {
+        Ok(gpu) => Some(gpu),
+        Err(error @ Error::Unavailable { .. }) => {
+            assert!(!support::is_required(required), "{error}, and LOWRANK_REQUIRE asks for {required}");
+            let thread = std::thread::current();
+            eprintln!("not run: {}: {error}", thread.name().unwrap_or("a test"));
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn shared_f32() -> Option<WebGpu<f32>> {
+    static GPU: OnceLock<Result<WebGpu<f32>, String>> = OnceLock::new();
+    adapter("webgpu", || {
+        let gpu = GPU.get_or_init(|| WebGpu::new().map_err(|error| error.to_string()));
+        gpu.clone().map_err(|reason| Error::Unavailable { backend: "webgpu", reason })
+    })
+}
+
+fn shared_f16() -> Option<WebGpu<f16>> {
+    static GPU: OnceLock<Result<WebGpu<f16>, String>> = OnceLock::new();
+    let wide = shared_f32()?;
+    adapter("webgpu-f16", || {
+        let open = || WebGpu::from_device(wide.wgpu_device().clone(), wide.wgpu_queue().clone());
+        let gpu = GPU.get_or_init(|| open().map_err(|error| error.to_string()));
+        gpu.clone().map_err(|reason| Error::Unavailable { backend: "webgpu", reason })
+    })
+}
+
+/// The device, or the end of the test that asks for it.
+macro_rules! or_return {
+    ($gpu:expr) => {
+        match $gpu {
+            Some(gpu) => gpu,
+            None => return,
+        }
+    };
+}
+
+suite!(webgpu_f32, or_return!(crate::shared_f32()));
+suite!(webgpu_f16, or_return!(crate::shared_f16()));
+
+/// The least that WebGPU promises.
+const POOR: Limits = Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20 };
+/// Every matrix of it is a few pages.
+const PAGES: Dims = Dims { m: 18, k: 100, n: 52, r: 12 };
+
+/// Bindings of 2 KiB, so that every matrix is cut, along its rows, its columns or a depth.
+#[test]
+fn matrices_larger_than_a_binding_are_exact() {
+    let gpu = or_return!(shared_f32()).with_limits(Limits { binding_bytes: 2048, ..POOR });
+    check::lora_is_exact_at(&gpu, PAGES, 1);
+    check::add_is_exact(&gpu);
+    check::cross_entropy_rounds_within_bounds(&gpu);
+    check::factored_gradients_equal_dense_ones(&gpu);
+}
+
+/// Where a depth is cut, a 16-bit output cannot hold the sum so far.
+#[test]
+fn half_matrices_larger_than_a_binding_are_rounded_once() {
+    let gpu = or_return!(shared_f16()).with_limits(Limits { binding_bytes: 1024, ..POOR });
+    check::lora_is_exact_at(&gpu, PAGES, 2);
+}
+
+#[test]
+fn small_workgroups_give_the_same_numbers() {
+    for (invocations, workgroup_bytes) in [(64, 8192), (16, 4096)] {
+        let gpu = or_return!(shared_f32()).with_limits(Limits { invocations, workgroup_bytes, ..POOR });
+        check::lora_is_exact_at(&gpu, PAGES, 3);
+        check::cross_entropy_rounds_within_bounds(&gpu);
+    }
+}
+
+/// Grids are at most 65535 groups long; here they are at most 2.
+#[test]
+fn small_grids_give_the_same_numbers() {
+    let gpu = or_return!(shared_f32()).with_limits(Limits { groups: 2, ..POOR });
+    check::lora_is_exact_at(&gpu, Dims { m: 150, k: 30, n: 300, r: 2 }, 4);
+    check::relu_and_its_derivative_are_exact(&gpu);
+    check::cross_entropy_rounds_within_bounds(&gpu);
+}
+
+/// Outputs of at least 512×512 take the tile of 128×128.
+#[test]
+fn the_wide_tile_is_exact_up_to_its_edges() {
+    for dims in [Dims { m: 513, k: 20, n: 516, r: 3 }, Dims { m: 512, k: 33, n: 639, r: 8 }] {
+        let gpu = or_return!(shared_f32());
+        let layer = whole(dims, 1);
+        let [x, w, a, b] = [&layer.x, &layer.w, &layer.a, &layer.b].map(|mat| up::<_, f32>(&gpu, mat));
+        let (mut h, mut y) = (unwritten(&gpu, dims.m, dims.r), unwritten(&gpu, dims.m, dims.n));
+        let (bias, scale) = (layer.bias.as_ref().map(|mat| up(&gpu, mat)), layer.scale as f32);
+        let (h_, y_, bias) = (&mut h, &mut y, bias.as_ref());
+        LoraForward { x: &x, w: &w, bias, a: &a, b: &b, scale, dropout: None, h: h_, y: y_ }.run(&gpu).unwrap();
+        assert_exact(&format!("{dims:?} y"), &down(&gpu, &y), &layer.forward().1);
+    }
+}
+
+/// A real one: 172 MiB of weights, where a binding of most software adapters sees 128 MiB.
+#[test]
+fn a_large_weight_needs_no_adapter_that_binds_it_whole() {
+    let gpu = or_return!(shared_f32());
+    let (n, k) = (4096, 11008);
+    let w: Vec<f32> = (0..n * k).map(|e| (e % 7) as f32 - 3.0).collect();
+    let x: Vec<f32> = (0..k).map(|e| (e % 5) as f32 - 2.0).collect();
+    let want: Vec<f32> = w.chunks(k).map(|row| row.iter().zip(&x).map(|(w, x)| w * x).sum()).collect();
+    let (x, w) = (Tensor::from_slice(&gpu, (1, k), &x).unwrap(), Tensor::from_slice(&gpu, (n, k), &w).unwrap());
+    let mut y = unwritten(&gpu, 1, n);
+    LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&gpu).unwrap();
+    assert_eq!(down(&gpu, &y), want);
+}
+
+/// With A the identity, h is what the adapter sees of x.
+#[test]
+fn the_mask_is_that_of_the_cpu_bit_for_bit() {
+    fn seen<B: Backend<Elem = f32>>(backend: &B, dropout: Dropout) -> Vec<f32> {
+        let (m, k) = (37, 13);
+        let identity: Vec<f32> = (0..k * k).map(|e| if e / k == e % k { 1.0 } else { 0.0 }).collect();
+        let x = Tensor::from_slice(backend, (m, k), &vec![1.0; m * k]).unwrap();
+        let a = Tensor::from_slice(backend, (k, k), &identity).unwrap();
+        let (w, b) = (Tensor::zeros(backend, (0, k)).unwrap(), Tensor::zeros(backend, (0, k)).unwrap());
+        let (mut h, mut y) = (unwritten(backend, m, k), unwritten(backend, m, 0));
+        let (dropout, h_) = (Some(dropout), &mut h);
+        LoraForward { x: &x, w: &w, bias: None, a: &a, b: &b, scale: 1.0, dropout, h: h_, y: &mut y }.run(backend).unwrap();
+        down(backend, &h)
+    }
+    let (gpu, cpu) = (or_return!(shared_f32()), Cpu::new().unwrap());
+    for (p, seed) in [(0.0, 1), (0.1, 2), (0.5, 0xffff_ffff_ffff), (0.9, u64::MAX)] {
+        let dropout = Dropout::new(p, seed).unwrap();
+        assert_eq!(seen(&gpu, dropout), seen(&cpu, dropout), "{dropout:?}");
+    }
+}
+
+#[test]
+fn another_device_on_the_same_adapter_gives_the_same_bits() {
+    fn merged(gpu: &WebGpu<f32>) -> Vec<f32> {
+        let layer = support::data::random::<f32>(Dims { m: 1, k: 90, n: 70, r: 5 }, 0.3, 2);
+        let (a, b, mut w) = (up(gpu, &layer.a), up(gpu, &layer.b), up(gpu, &layer.w));
+        LoraMerge { a: &a, b: &b, scale: 0.3, w: &mut w }.run(gpu).unwrap();
+        down(gpu, &w)
+    }
+    let gpu = or_return!(shared_f32());
+    assert_eq!(merged(&gpu), merged(&WebGpu::new().unwrap()));
+}
+
+#[test]
+fn errors_say_what_is_wrong() {
+    let nobody = WebGpu::<f32>::with_adapter("no such adapter").unwrap_err().to_string();
+    assert!(nobody.contains("no adapter is `no such adapter`"), "{nobody}");
+    let gpu = or_return!(shared_f32());
+    let none = WebGpu::<bf16>::from_device(gpu.wgpu_device().clone(), gpu.wgpu_queue().clone()).unwrap_err();
+    assert_eq!(none.to_string(), "webgpu is unavailable: WGSL has no bf16");
+    let huge = Tensor::<_, f32>::zeros(&gpu, (1 << 20, 1 << 20)).unwrap_err();
+    assert!(matches!(huge, Error::TooLarge { .. }), "{huge}");
+}
+
+#[test]
+fn a_lost_device_is_an_error() {
+    or_return!(shared_f32());
+    let gpu = WebGpu::<f32>::new().unwrap();
+    let tensor = Tensor::<_, f32>::zeros(&gpu, (3, 3)).unwrap();
+    gpu.wgpu_device().destroy();
+    assert!(matches!(tensor.to_vec(&gpu), Err(Error::Device { .. })));
+    assert!(matches!(gpu.synchronize(), Err(Error::Device { .. })));
+    assert!(matches!(Tensor::from_slice(&gpu, (1, 1), &[1.0f32]), Err(Error::Device { .. })));
+}

@@ -152,12 +152,39 @@ fn mnist_step<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
 fn cpu(c: &mut Criterion) {
     for threads in [1, 2] {
         let cpu = Cpu::<f32>::new().and_then(|cpu| cpu.with_threads(threads)).expect("cpu");
-        mnist_step(c, &cpu, &format!("cpu{threads}"));
-        verbs(c, &cpu, &format!("cpu{threads}"));
+        all(c, &cpu, &format!("cpu{threads}"));
     }
     let cpu = Cpu::<bf16>::new().and_then(|cpu| cpu.with_threads(2)).expect("cpu");
-    verbs(c, &cpu, "cpu2");
+    all(c, &cpu, "cpu2");
 }
 
-criterion_group!(benches, cpu);
+fn gpu(c: &mut Criterion) {
+    #[cfg(feature = "webgpu")]
+    {
+        if_there(c, lowrank::WebGpu::<f32>::new(), "webgpu");
+        if_there(c, lowrank::WebGpu::<lowrank::f16>::new(), "webgpu");
+    }
+    #[cfg(feature = "cuda")]
+    {
+        if_there(c, lowrank::Cuda::<f32>::new(0), "cuda");
+        if_there(c, lowrank::Cuda::<bf16>::new(0), "cuda");
+    }
+    let _ = c; // without a GPU feature
+}
+
+/// A device that is missing is named, not measured.
+#[cfg(any(feature = "webgpu", feature = "cuda"))]
+fn if_there<B: Backend>(c: &mut Criterion, backend: lowrank::Result<B>, name: &str) {
+    match backend {
+        Ok(backend) => all(c, &backend, name),
+        Err(error) => eprintln!("not measured: {name}/{}: {error}", B::Elem::DTYPE),
+    }
+}
+
+fn all<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
+    mnist_step(c, backend, name);
+    verbs(c, backend, name);
+}
+
+criterion_group!(benches, cpu, gpu);
 criterion_main!(benches);

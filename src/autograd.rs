@@ -41,8 +41,7 @@ pub struct Param<B: Backend> {
 impl<B: Backend> Param<B> {
     /// A trainable parameter.
     pub fn new(tensor: Tensor<B>) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), tensor, trainable: true }
+        Self { id: new_id(), tensor, trainable: true }
     }
 
     /// What gradients and optimizer state are filed under; no two parameters of a process share it.
@@ -51,9 +50,18 @@ impl<B: Backend> Param<B> {
     }
 }
 
+/// A number that no other parameter and no other tape of this process has.
+fn new_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// A value on a tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Var(usize);
+pub struct Var {
+    tape: u64,
+    index: usize,
+}
 
 /// The parameters of a low-rank layer, as [`Tape::lora_linear`] reads them.
 pub struct LoraParams<'m, B: Backend> {
@@ -86,7 +94,10 @@ struct Node<'m, B: Backend> {
 }
 
 /// A Wengert list: the values computed so far, in order.
+///
+/// Its methods refuse a value of another tape with [`Error::Value`].
 pub struct Tape<'m, B: Backend> {
+    id: u64,
     backend: &'m B,
     nodes: Vec<Node<'m, B>>,
     values: Vec<Tensor<B>>,
@@ -96,7 +107,7 @@ pub struct Tape<'m, B: Backend> {
 impl<'m, B: Backend> Tape<'m, B> {
     /// An empty tape for one step.
     pub fn new(backend: &'m B) -> Self {
-        Self { backend, nodes: Vec::new(), values: Vec::new(), seeds: Vec::new() }
+        Self { id: new_id(), backend, nodes: Vec::new(), values: Vec::new(), seeds: Vec::new() }
     }
 
     /// The backend it computes on.
@@ -110,52 +121,57 @@ impl<'m, B: Backend> Tape<'m, B> {
     }
 
     /// A value computed on this tape.
-    pub fn value(&self, var: Var) -> &Tensor<B> {
-        &self.values[var.0]
+    pub fn value(&self, var: Var) -> Result<&Tensor<B>> {
+        let known = self.values.get(var.index).filter(|_| var.tape == self.id);
+        known.ok_or(Error::Value { verb: "tape", name: "value", got: "of another tape".into(), want: "of this one" })
+    }
+
+    fn is_wanted(&self, var: Var) -> bool {
+        self.nodes.get(var.index).is_some_and(|node| node.wanted)
     }
 
     /// `y = x·Wᵀ + bias`
     pub fn linear(&mut self, x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>>) -> Result<Var> {
-        let mut y = Tensor::zeros(self.backend, (self.value(x).rows(), w.tensor.rows()))?;
+        let mut y = Tensor::zeros(self.backend, (self.value(x)?.rows(), w.tensor.rows()))?;
         let bias_tensor = bias.map(|bias| &bias.tensor);
-        LinearForward { x: self.value(x), w: &w.tensor, bias: bias_tensor, y: &mut y }.run(self.backend)?;
-        let wanted = self.nodes[x.0].wanted || w.trainable || bias.is_some_and(|bias| bias.trainable);
+        LinearForward { x: self.value(x)?, w: &w.tensor, bias: bias_tensor, y: &mut y }.run(self.backend)?;
+        let wanted = self.is_wanted(x) || w.trainable || bias.is_some_and(|bias| bias.trainable);
         Ok(self.push(Op::Linear { x, w, bias }, wanted, y))
     }
 
     /// `y = x·Wᵀ + bias + scale·h·Bᵀ`, `h = drop(x)·Aᵀ`
     pub fn lora_linear(&mut self, x: Var, layer: LoraParams<'m, B>) -> Result<Var> {
-        let m = self.value(x).rows();
+        let m = self.value(x)?.rows();
         let mut h = Tensor::zeros(self.backend, (m, layer.a.tensor.rows()))?;
         let mut y = Tensor::zeros(self.backend, (m, layer.w.tensor.rows()))?;
         let LoraParams { w, bias, a, b, scale, dropout } = layer;
         let (w, bias, a, b) = (&w.tensor, bias.map(|bias| &bias.tensor), &a.tensor, &b.tensor);
-        LoraForward { x: self.value(x), w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(self.backend)?;
+        LoraForward { x: self.value(x)?, w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(self.backend)?;
         let params = [Some(layer.w), layer.bias, Some(layer.a), Some(layer.b)];
-        let wanted = self.nodes[x.0].wanted || params.iter().flatten().any(|param| param.trainable);
+        let wanted = self.is_wanted(x) || params.iter().flatten().any(|param| param.trainable);
         Ok(self.push(Op::Lora { x, layer, h }, wanted, y))
     }
 
     /// `y = max(x, 0)`
     pub fn relu(&mut self, x: Var) -> Result<Var> {
-        let mut y = Tensor::zeros(self.backend, self.value(x).shape())?;
-        Relu { x: self.value(x), y: &mut y }.run(self.backend)?;
-        let wanted = self.nodes[x.0].wanted;
+        let mut y = Tensor::zeros(self.backend, self.value(x)?.shape())?;
+        Relu { x: self.value(x)?, y: &mut y }.run(self.backend)?;
+        let wanted = self.is_wanted(x);
         Ok(self.push(Op::Relu { x }, wanted, y))
     }
 
     /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. What [`backward`](Self::backward) differentiates.
     pub fn cross_entropy(&mut self, logits: Var, labels: &Labels<B>) -> Result<Tensor<B, f32>> {
         let mut loss = Tensor::zeros(self.backend, (1, 1))?;
-        let mut dlogits = Tensor::zeros(self.backend, self.value(logits).shape())?;
-        CrossEntropy { logits: self.value(logits), labels, loss: &mut loss, dlogits: &mut dlogits }.run(self.backend)?;
+        let mut dlogits = Tensor::zeros(self.backend, self.value(logits)?.shape())?;
+        CrossEntropy { logits: self.value(logits)?, labels, loss: &mut loss, dlogits: &mut dlogits }.run(self.backend)?;
         self.seeds.push((logits, dlogits));
         Ok(loss)
     }
 
     /// Gives a value a gradient from outside: that of a loss computed elsewhere. Errors: [`Error::Shape`].
     pub fn seed(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
-        let (got, want) = (gradient.shape(), self.value(var).shape());
+        let (got, want) = (gradient.shape(), self.value(var)?.shape());
         if got != want {
             return Err(Error::Shape { verb: "seed", name: "gradient", got, want });
         }
@@ -167,15 +183,15 @@ impl<'m, B: Backend> Tape<'m, B> {
     ///
     /// Errors: [`Error::Value`] if a trainable parameter was used twice; those of the verbs.
     pub fn backward(self) -> Result<Gradients<B>> {
-        let Tape { backend, nodes, values, seeds } = self;
+        let Tape { id, backend, nodes, values, seeds } = self;
         let mut flow = Flow { backend, grads: values.iter().map(|_| None).collect() };
         let mut gradients = Gradients { values, of: HashMap::new() };
         for (var, gradient) in seeds {
             flow.meet(var, gradient)?;
         }
-        for (y, node) in nodes.iter().enumerate().rev() {
-            if let (true, Some(dy)) = (node.wanted, flow.grads[y].take()) {
-                flow.through(&nodes, Var(y), dy, &mut gradients)?;
+        for (index, node) in nodes.iter().enumerate().rev() {
+            if let (true, Some(dy)) = (node.wanted, flow.grads[index].take()) {
+                flow.through(&nodes, Var { tape: id, index }, dy, &mut gradients)?;
             }
         }
         Ok(gradients)
@@ -184,11 +200,11 @@ impl<'m, B: Backend> Tape<'m, B> {
     fn push(&mut self, op: Op<'m, B>, wanted: bool, value: Tensor<B>) -> Var {
         self.nodes.push(Node { op, wanted });
         self.values.push(value);
-        Var(self.values.len() - 1)
+        Var { tape: self.id, index: self.values.len() - 1 }
     }
 }
 
-/// The gradients of values on their way back.
+/// The gradients of values on their way back. Every `Var` in a node is of the same tape: the tape's methods saw to it.
 struct Flow<'m, B: Backend> {
     backend: &'m B,
     grads: Vec<Option<Tensor<B>>>,
@@ -199,18 +215,19 @@ impl<B: Backend> Flow<'_, B> {
     fn through(&mut self, nodes: &[Node<'_, B>], y: Var, dy: Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
         let backend = self.backend;
         let values = &gradients.values;
-        let new_dx = |x: Var| if nodes[x.0].wanted { Tensor::zeros(backend, values[x.0].shape()).map(Some) } else { Ok(None) };
-        match &nodes[y.0].op {
+        let new_dx =
+            |x: Var| if nodes[x.index].wanted { Tensor::zeros(backend, values[x.index].shape()).map(Some) } else { Ok(None) };
+        match &nodes[y.index].op {
             Op::Input => {}
             Op::Relu { x } => {
                 let mut dx = Tensor::zeros(backend, dy.shape())?;
-                ReluBackward { y: &values[y.0], dy: &dy, dx: &mut dx }.run(backend)?;
+                ReluBackward { y: &values[y.index], dy: &dy, dx: &mut dx }.run(backend)?;
                 self.meet(*x, dx)?;
             }
             Op::Linear { x, w, bias } => {
                 let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
                 let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
-                let backward = LinearBackward { x: &values[x.0], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
+                let backward = LinearBackward { x: &values[x.index], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
                 backward.run(backend)?;
                 gradients.file(*bias, dbias.map(Gradient::Dense))?;
                 gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
@@ -221,7 +238,7 @@ impl<B: Backend> Flow<'_, B> {
                 let mut da = Tensor::zeros(backend, a.tensor.shape())?;
                 let mut db = Tensor::zeros(backend, b.tensor.shape())?;
                 let backward = LoraBackward {
-                    x: &values[x.0],
+                    x: &values[x.index],
                     w: &w.tensor,
                     a: &a.tensor,
                     b: &b.tensor,
@@ -247,7 +264,7 @@ impl<B: Backend> Flow<'_, B> {
 
     /// Adds a gradient to what has already arrived at a value.
     fn meet(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
-        match &mut self.grads[var.0] {
+        match &mut self.grads[var.index] {
             Some(sum) => Add { x: &gradient, y: sum }.run(self.backend),
             empty => {
                 *empty = Some(gradient);
@@ -285,7 +302,7 @@ impl<B: Backend> Gradients<B> {
     pub fn get(&self, param: &Param<B>) -> Option<WeightGrad<'_, B>> {
         self.of.get(&param.id).map(|gradient| match gradient {
             Gradient::Dense(gradient) => WeightGrad::Dense(gradient),
-            Gradient::Factored { dy, x } => WeightGrad::Factored { dy, x: &self.values[x.0] },
+            Gradient::Factored { dy, x } => WeightGrad::Factored { dy, x: &self.values[x.index] },
         })
     }
 

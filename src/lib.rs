@@ -33,6 +33,8 @@ mod tensor;
 
 pub use backend::Backend;
 pub use backend::cpu::{Cpu, VectorUnit};
+#[cfg(feature = "cuda")]
+pub use backend::cuda::{self, Cuda};
 #[cfg(feature = "webgpu")]
 pub use backend::webgpu::WebGpu;
 pub use element::{DType, Element, Float, bf16, f16};

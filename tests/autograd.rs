@@ -2,6 +2,7 @@
 
 mod support;
 
+use approx::assert_abs_diff_eq;
 use lowrank::autograd::{LoraParams, Param, Tape};
 use lowrank::nn::{Adam, Init, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::op::{Dropout, Labels, WeightGrad};
@@ -140,11 +141,11 @@ fn adapters_switch_merge_and_are_refused_by_name() {
         model.merge_adapters(&cpu).unwrap(); // the second time it does nothing
     }
     let merged = model.predict(&cpu, x()).unwrap();
-    assert!(merged.iter().zip(&on).all(|(m, on)| (m - on).abs() < 1e-5), "{merged:?} {on:?}");
+    assert_abs_diff_eq!(merged[..], on[..], epsilon = 1e-5);
     let refused = model.set_adapters_enabled(false).unwrap_err();
     assert_eq!(refused.to_string(), "set_enabled: `adapter` is merged into the weight, want unmerged first");
     model.unmerge_adapters(&cpu).unwrap();
-    assert!(model.predict(&cpu, x()).unwrap().iter().zip(&on).all(|(m, on)| (m - on).abs() < 1e-5));
+    assert_abs_diff_eq!(model.predict(&cpu, x()).unwrap()[..], on[..], epsilon = 1e-5);
 }
 
 #[test]
@@ -172,4 +173,23 @@ fn learning_rates_and_settings_are_checked_before_anything_moves() {
     }
     assert!(Mlp::new(&cpu, &[3], &mut rng).is_err());
     assert!(model.layers().all(|(_, layer)| layer.lora().is_none()));
+}
+
+#[test]
+fn a_value_of_another_tape_is_refused() {
+    let (cpu, mut rng) = (cpu(), Rng::new(1));
+    let model = Mlp::new(&cpu, &[2, 2], &mut rng).unwrap();
+    let input = || Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0]).unwrap();
+    let (mut one, mut two) = (Tape::new(&cpu), Tape::new(&cpu));
+    let (x, _) = (one.input(input()), two.input(input()));
+    let error = model.forward(&mut two, x, None).unwrap_err();
+    assert_eq!(error.to_string(), "tape: `value` is of another tape, want of this one");
+    assert!(two.relu(x).is_err() && two.value(x).is_err() && two.seed(x, input()).is_err());
+    assert!(one.value(x).is_ok());
+}
+
+#[test]
+fn a_model_that_no_memory_holds_is_an_error() {
+    let error = Mlp::new(&cpu(), &[1 << 30, 1 << 20], &mut Rng::new(1)).err().unwrap();
+    assert!(matches!(error, lowrank::Error::OutOfMemory { .. }), "{error}");
 }

@@ -27,7 +27,7 @@ fn run_small<B: Backend>(backend: &B) -> Outcome {
 }
 
 /// What must hold on every backend and element type.
-fn assert_story<B: Backend>(outcome: &Outcome) {
+fn assert_story(outcome: &Outcome) {
     let Outcome { base, digit, on, off, reloaded, merged_difference, merged_tolerance, .. } = outcome;
     assert!(base.accuracy > 0.7, "the base learns: {}", base.accuracy);
     let digit = usize::from(*digit);
@@ -43,7 +43,7 @@ fn assert_story<B: Backend>(outcome: &Outcome) {
 #[test]
 fn adapters_fix_the_worst_digit_and_leave_the_base_alone() {
     let outcome = run_small(&Cpu::<f32>::new().unwrap());
-    assert_story::<Cpu<f32>>(&outcome);
+    assert_story(&outcome);
     assert_eq!(outcome.params.original, 784 * 24 + 24 + 24 * 16 + 16 + 16 * 10 + 10);
     assert_eq!(outcome.params.introduced, 784 + 24 + 24 + 16 + 16 + 10);
     assert_eq!((outcome.pretrain.losses.len(), outcome.tune.losses.len()), (150, 40));
@@ -53,7 +53,7 @@ fn adapters_fix_the_worst_digit_and_leave_the_base_alone() {
 
 #[test]
 fn sixteen_bit_weights_tell_the_same_story() {
-    assert_story::<Cpu<bf16>>(&run_small(&Cpu::<bf16>::new().unwrap()));
+    assert_story(&run_small(&Cpu::<bf16>::new().unwrap()));
 }
 
 /// Means of 15 steps each. Another vector unit adds in another order, and Adam's division makes more of the difference.

@@ -19,8 +19,7 @@ fn adapter<E: Float>(required: &str, open: impl Fn() -> Result<WebGpu<E>>) -> Op
     match open() {
         Ok(gpu) => Some(gpu),
         Err(error @ Error::Unavailable { .. }) => {
-            let demanded = std::env::var("LOWRANK_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == required));
-            assert!(!demanded, "{error}, and LOWRANK_REQUIRE asks for {required}");
+            assert!(!support::is_required(required), "{error}, and LOWRANK_REQUIRE asks for {required}");
             let thread = std::thread::current();
             // Not `eprintln!`, which is seen only when a test fails.
             let _ = writeln!(std::io::stderr(), "not run: {}: {error}", thread.name().unwrap_or("a test"));

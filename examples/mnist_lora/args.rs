@@ -58,7 +58,7 @@ pub struct Args {
 /// What to compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Device {
-    /// The fastest that is compiled in and there
+    /// An NVIDIA GPU if there is one and CUDA is compiled in, else the CPU
     Auto,
     /// SIMD and threads
     Cpu,

@@ -22,8 +22,10 @@ mod whole;
 use std::process::ExitCode;
 
 use clap::Parser;
+#[cfg(not(all(feature = "webgpu", feature = "cuda")))]
+use lowrank::Error;
 use lowrank::mnist::Mnist;
-use lowrank::{Backend, Cpu, Error, Result};
+use lowrank::{Backend, Cpu, Result};
 
 use args::{Args, Device};
 use experiment::Settings;
@@ -43,13 +45,26 @@ fn main() -> ExitCode {
 fn start(args: &Args) -> Result<()> {
     whole::guard_against_ctrl_c()?;
     match args.backend {
-        Device::Auto | Device::Cpu => show(&cpu(args)?, args),
+        Device::Auto => best(args),
+        Device::Cpu => show(&cpu(args)?, args),
         #[cfg(feature = "webgpu")]
         Device::Webgpu => show(&lowrank::WebGpu::<f32>::new()?, args),
         #[cfg(not(feature = "webgpu"))]
         Device::Webgpu => Err(not_compiled("webgpu")),
+        #[cfg(feature = "cuda")]
+        Device::Cuda => show(&lowrank::Cuda::<f32>::new(0)?, args),
+        #[cfg(not(feature = "cuda"))]
         Device::Cuda => Err(not_compiled("cuda")),
     }
+}
+
+/// An NVIDIA GPU if there is one and this build can use it, else the CPU.
+fn best(args: &Args) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Ok(gpu) = lowrank::Cuda::<f32>::new(0) {
+        return show(&gpu, args);
+    }
+    show(&cpu(args)?, args)
 }
 
 fn cpu(args: &Args) -> Result<Cpu<f32>> {
@@ -57,6 +72,7 @@ fn cpu(args: &Args) -> Result<Cpu<f32>> {
     args.threads.map_or(Ok(cpu.clone()), |threads| cpu.with_threads(threads))
 }
 
+#[cfg(not(all(feature = "webgpu", feature = "cuda")))]
 fn not_compiled(backend: &'static str) -> Error {
     let reason = format!("not compiled in; run again with `cargo run --release --features {backend} --example mnist_lora`");
     Error::Unavailable { backend, reason }

@@ -1,6 +1,8 @@
 //! The seam: what a device must be able to do. Everything above it is generic in `B: Backend` and names no device.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(feature = "webgpu")]
 pub mod webgpu;
 

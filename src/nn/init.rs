@@ -2,7 +2,7 @@
 
 use crate::backend::Backend;
 use crate::element::Float;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
@@ -27,7 +27,10 @@ impl Init {
             Init::KaimingUniform => rng.uniform(-bound, bound),
             Init::Gaussian { std } => f64::from(std) * rng.gaussian(),
         };
-        let host: Vec<B::Elem> = (0..shape.elements()?).map(|_| B::Elem::from_f32(number() as f32)).collect();
+        let (mut host, len) = (Vec::<B::Elem>::new(), shape.elements()?);
+        let bytes = len * size_of::<B::Elem>();
+        host.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { backend: "host", bytes })?;
+        host.extend((0..len).map(|_| B::Elem::from_f32(number() as f32)));
         Tensor::from_slice(backend, shape, &host)
     }
 }

@@ -220,7 +220,7 @@ impl<B: Backend> Mlp<B> {
         let mut tape = Tape::new(backend);
         let x = tape.input(x);
         let logits = self.forward(&mut tape, x, None)?;
-        tape.value(logits).to_vec(backend)
+        tape.value(logits)?.to_vec(backend)
     }
 
     fn loras_mut(&mut self) -> impl Iterator<Item = &mut LoraLinear<B>> {

@@ -264,7 +264,7 @@ fn train_step<B: Backend<Elem = f32>>(
     let mut tape = Tape::new(backend);
     let x = tape.input(up(backend, x));
     let logits = model.forward(&mut tape, x, None)?;
-    let classes = tape.value(logits).cols();
+    let classes = tape.value(logits).unwrap().cols();
     let loss = tape.cross_entropy(logits, &Labels::new(backend, classes, labels)?)?;
     let gradients = tape.backward()?;
     adam.step(backend, model.params_mut(), &gradients)?;

@@ -8,5 +8,12 @@ pub mod bounds;
 #[cfg(feature = "adapter")]
 pub mod cases;
 pub mod data;
+#[cfg(feature = "cuda")]
+pub mod emulator;
 pub mod oracle;
 pub mod suite;
+
+/// Whether `LOWRANK_REQUIRE`, a list with commas, asks for this backend: its absence then fails the tests.
+pub fn is_required(backend: &str) -> bool {
+    std::env::var("LOWRANK_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == backend))
+}

@@ -153,11 +153,12 @@ impl Factor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    use wgpu::naga::front::wgsl;
+    use wgpu::naga::valid::{Capabilities, ValidationFlags, Validator};
 
     fn assert_valid(kernel: Kernel, elem: DType) {
         let source = kernel.source(elem, 64);
-        let module = naga::front::wgsl::parse_str(&source);
+        let module = wgsl::parse_str(&source);
         let module = module.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
         let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16);
         let valid = validator.validate(&module);

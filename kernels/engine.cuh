@@ -1,0 +1,135 @@
+// The engine: one tile of `Σ lhs·rhs`, for operands of any type, orientation and size, summed in f32.
+//
+//     for d0 in 0..depth by DEPTH      both panels come to shared memory: TILE×DEPTH of lhs, DEPTH×TILE of rhs
+//         for d in 0..DEPTH            each thread: 4 elements of lhs times 4 of rhs, onto its 4×4 sums
+//
+// A low-rank update is more depth of the same tile: h·Bᵀ, then x·Wᵀ, on the same sums. Each sum is one thread's and runs over
+// the depth from 0 up, so that the same input gives the same bits. Edges are zeros in the panels: the inner loop has none.
+#pragma once
+#include "common.cuh"
+
+constexpr int TILE = 64;   // rows, and columns, that a block makes
+constexpr int DEPTH = 16;  // of both operands in shared memory: 2·16·68 floats, 8.5 KiB
+constexpr int SIDE = 4;    // rows, and columns, of sums in a thread: (64/4)² = 256 threads
+static_assert((TILE / SIDE) * (TILE / SIDE) == THREADS, "a block has a thread for every 4×4 sums");
+
+// Index (row, d) of an operand whose rows are the rows of the stored matrix: neighbours in depth are neighbours in memory.
+template <class T>
+struct Rows {
+    static constexpr bool DEPTH_IS_CONTIGUOUS = true;
+    const T* data;
+    int rows, depth;
+
+    __device__ bool has(int row, int d) const { return row < rows && d < depth; }
+    __device__ size_t index(int row, int d) const { return at(row, d, depth); }
+    __device__ float get(int row, int d) const { return widen(data[index(row, d)]); }
+};
+
+// Index (row, d) of an operand whose rows are the columns of the stored matrix: neighbours in row are neighbours in memory.
+template <class T>
+struct Columns {
+    static constexpr bool DEPTH_IS_CONTIGUOUS = false;
+    const T* data;
+    int rows, depth;
+
+    __device__ bool has(int row, int d) const { return row < rows && d < depth; }
+    __device__ size_t index(int row, int d) const { return at(d, row, rows); }
+    __device__ float get(int row, int d) const { return widen(data[index(row, d)]); }
+};
+
+// drop(x): the operand with the dropout mask applied to what is stored.
+template <class View>
+struct Dropped : View {
+    Dropout dropout;
+    __device__ Dropped(View view, Dropout dropout) : View(view), dropout(dropout) {}
+    __device__ float get(int row, int d) const { return View::get(row, d) * dropout.factor(View::index(row, d)); }
+};
+
+template <class T> __device__ Rows<T> rows(const T* data, int rows, int depth) { return {data, rows, depth}; }
+template <class T> __device__ Columns<T> columns(const T* data, int rows, int depth) { return {data, rows, depth}; }
+template <class View> __device__ Dropped<View> drop(View view, Dropout dropout) { return Dropped<View>(view, dropout); }
+
+// TILE rows of an operand, DEPTH deep. 4 more floats a line keep 16-byte alignment and spread the writes over the banks.
+using Panel = float[DEPTH][TILE + 4];
+struct Panels { Panel lhs, rhs; };
+
+__device__ inline Panels& panels() {
+    __shared__ __align__(16) Panels panels;
+    return panels;
+}
+
+// Rows first_row.. and depth first_d.. of an operand; neighbouring threads read neighbouring elements.
+template <class View>
+__device__ void load(Panel& panel, View view, int first_row, int first_d) {
+#pragma unroll
+    for (int part = 0; part < TILE * DEPTH / THREADS; ++part) {
+        int i = part * THREADS + threadIdx.x;
+        int row = View::DEPTH_IS_CONTIGUOUS ? i / DEPTH : i % TILE;
+        int d = View::DEPTH_IS_CONTIGUOUS ? i % DEPTH : i / TILE;
+        bool has = view.has(first_row + row, first_d + d);
+        panel[d][row] = has ? view.get(first_row + row, first_d + d) : 0.0f;
+    }
+}
+
+// The sums of one block. Blocks are numbered along the rows of the output.
+struct Tile {
+    int rows, cols, first_row, first_col;
+    float sum[SIDE][SIDE] = {};
+
+    __device__ Tile(int rows, int cols) : rows(rows), cols(cols) {
+        int across = (cols - 1) / TILE + 1;
+        first_row = int(blockIdx.x / across) * TILE;
+        first_col = int(blockIdx.x % across) * TILE;
+    }
+
+    // sum += lhs·rhsᵀ
+    template <class Lhs, class Rhs>
+    __device__ void add(Lhs lhs, Rhs rhs) {
+        for (int d0 = 0; d0 < lhs.depth; d0 += DEPTH) {
+            load(panels().lhs, lhs, first_row, d0);
+            load(panels().rhs, rhs, first_col, d0);
+            __syncthreads();
+            add_panels();
+            __syncthreads();
+        }
+    }
+
+    // sum *= factor
+    __device__ void scale(float factor) {
+        each([&](int, int, float& sum) { sum *= factor; });
+    }
+
+    // Calls f(i, j, sum) for the sums that lie inside the output.
+    template <class F>
+    __device__ void each(F f) {
+#pragma unroll
+        for (int i = 0; i < SIDE; ++i) {
+#pragma unroll
+            for (int j = 0; j < SIDE; ++j) {
+                int row = first_row + lhs_lane() + i, col = first_col + rhs_lane() + j * (TILE / SIDE);
+                if (row < rows && col < cols) f(row, col, sum[i][j]);
+            }
+        }
+    }
+
+  private:
+    // A thread's rows are neighbours, one 16-byte read; its columns lie 16 apart, so that a half-warp stores neighbours.
+    __device__ int lhs_lane() const { return int(threadIdx.x) / (TILE / SIDE) * SIDE; }
+    __device__ int rhs_lane() const { return int(threadIdx.x) % (TILE / SIDE); }
+
+    __device__ void add_panels() {
+#pragma unroll 4
+        for (int d = 0; d < DEPTH; ++d) {
+            float4 lhs = *reinterpret_cast<const float4*>(&panels().lhs[d][lhs_lane()]);
+            const float* rhs = &panels().rhs[d][rhs_lane()];
+#pragma unroll
+            for (int j = 0; j < SIDE; ++j) {
+                float right = rhs[j * (TILE / SIDE)];
+                sum[0][j] += lhs.x * right;
+                sum[1][j] += lhs.y * right;
+                sum[2][j] += lhs.z * right;
+                sum[3][j] += lhs.w * right;
+            }
+        }
+    }
+};

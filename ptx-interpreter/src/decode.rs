@@ -1,0 +1,372 @@
+//! The text of a statement → an instruction.
+
+use crate::fault::{ParseError, Space};
+use crate::parse::{Name, error};
+use crate::scalar::{self, Function};
+
+/// What runs: an operation, for the lanes whose guard holds.
+pub(crate) struct Instruction {
+    pub(crate) line: usize,
+    /// The register, and the value it must have.
+    pub(crate) guard: Option<(u32, bool)>,
+    pub(crate) op: Op,
+}
+
+/// What is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    Register(u32),
+    Constant(u64),
+    Special(Special),
+}
+
+/// What a lane knows about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Special {
+    Thread,
+    Threads,
+    Block,
+    Blocks,
+    Lane,
+}
+
+/// `[base + offset]`
+#[derive(Clone, Copy)]
+pub(crate) struct Address {
+    pub(crate) base: Operand,
+    pub(crate) offset: i64,
+}
+
+/// The most registers that one access fills.
+pub(crate) const MAX_VECTOR: usize = 4;
+
+/// How an operand of a matrix product is stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Half {
+    F16,
+    BF16,
+}
+
+/// How a lane of a shuffle finds its partner.
+#[derive(Clone, Copy)]
+pub(crate) enum Shuffle {
+    Up,
+    Down,
+    Xor,
+    Index,
+}
+
+/// The operations, with registers by number.
+pub(crate) enum Op {
+    /// `to = f(from)`, lane by lane
+    Scalar {
+        f: Function,
+        to: u32,
+        from: [Operand; 4],
+    },
+    /// Parts of `bits` each side by side in one register.
+    Pack {
+        to: u32,
+        parts: Vec<Operand>,
+        bits: u32,
+    },
+    /// The other way round.
+    Unpack {
+        to: Vec<Option<u32>>,
+        from: Operand,
+        bits: u32,
+    },
+    Load {
+        space: Option<Space>,
+        to: Vec<u32>,
+        address: Address,
+        width: usize,
+        signed: bool,
+    },
+    Store {
+        space: Option<Space>,
+        address: Address,
+        from: Vec<Operand>,
+        width: usize,
+    },
+    Branch {
+        to: usize,
+    },
+    Return,
+    Barrier,
+    WarpBarrier {
+        lanes: Operand,
+    },
+    Shuffle {
+        kind: Shuffle,
+        to: u32,
+        inside: Option<u32>,
+        from: Operand,
+        by: Operand,
+        clamp: Operand,
+        lanes: Operand,
+    },
+    CopyAsync {
+        to: Address,
+        from: Address,
+        width: usize,
+        filled: Option<Operand>,
+    },
+    CommitCopies,
+    /// Waits until so many groups are on their way; None: until no copy is, not even one of the open group.
+    WaitCopies {
+        pending: Option<usize>,
+    },
+    /// 8×8 matrices of 16-bit elements from shared memory into fragments.
+    LoadMatrix {
+        to: Vec<u32>,
+        address: Address,
+        transposed: bool,
+    },
+    /// `d = a·b + c`, 16×8×16, in fragments
+    Multiply {
+        half: Half,
+        d: Vec<u32>,
+        a: Vec<u32>,
+        b: Vec<u32>,
+        c: Vec<Operand>,
+    },
+}
+
+/// Reads the operands of one statement.
+struct Reader<'s, F> {
+    line: usize,
+    opcode: &'s str,
+    operands: Vec<&'s str>,
+    find: F,
+}
+
+/// Decodes a statement; `find` says what a name stands for.
+pub(crate) fn decode(text: &str, line: usize, find: impl Fn(&str) -> Option<Name>) -> Result<Instruction, ParseError> {
+    let (guard, text) = match text.strip_prefix('@') {
+        None => (None, text),
+        Some(rest) => {
+            let (name, text) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
+            (Some(name), text.trim())
+        }
+    };
+    let (opcode, operands) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+    let reader = Reader { line, opcode, operands: list(operands), find };
+    let guard = match guard {
+        None => None,
+        Some(name) => Some((reader.register(name.trim_start_matches('!'))?, !name.starts_with('!'))),
+    };
+    Ok(Instruction { line, guard, op: reader.op()? })
+}
+
+/// Splits at the commas that stand outside of brackets and braces.
+fn list(text: &str) -> Vec<&str> {
+    let mut depth = 0;
+    let parts = text.split(|c| {
+        depth += i32::from(c == '{' || c == '[') - i32::from(c == '}' || c == ']');
+        c == ',' && depth == 0
+    });
+    parts.map(str::trim).filter(|part| !part.is_empty()).collect()
+}
+
+impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
+    fn fail<T>(&self, reason: impl Into<String>) -> Result<T, ParseError> {
+        Err(error(self.line, reason))
+    }
+
+    fn text(&self, i: usize) -> Result<&str, ParseError> {
+        self.operands.get(i).copied().ok_or_else(|| error(self.line, format!("`{}` lacks an operand", self.opcode)))
+    }
+
+    fn register(&self, name: &str) -> Result<u32, ParseError> {
+        match (self.find)(name) {
+            Some(Name::Register(register)) => Ok(register),
+            _ => self.fail(format!("`{name}` is no register")),
+        }
+    }
+
+    fn operand(&self, text: &str) -> Result<Operand, ParseError> {
+        match (self.find)(text) {
+            Some(Name::Register(register)) => return Ok(Operand::Register(register)),
+            Some(Name::Offset(offset)) => return Ok(Operand::Constant(offset)),
+            _ => {}
+        }
+        if let Some(special) = special(text) {
+            return Ok(Operand::Special(special));
+        }
+        match constant(text) {
+            Some(value) => Ok(Operand::Constant(value)),
+            None => self.fail(format!("unknown operand `{text}`")),
+        }
+    }
+
+    fn number(&self, i: usize) -> Result<usize, ParseError> {
+        match self.operand(self.text(i)?)? {
+            Operand::Constant(value) => Ok(value as usize),
+            _ => self.fail("must be a number"),
+        }
+    }
+
+    /// The parts of `{a, b}`, or the one that stands alone.
+    fn vector(&self, i: usize) -> Result<Vec<&str>, ParseError> {
+        let text = self.text(i)?;
+        Ok(text.strip_prefix('{').map_or(vec![text], |inner| list(inner.trim_end_matches('}'))))
+    }
+
+    fn registers(&self, i: usize) -> Result<Vec<u32>, ParseError> {
+        self.vector(i)?.into_iter().map(|name| self.register(name)).collect()
+    }
+
+    fn values(&self, i: usize) -> Result<Vec<Operand>, ParseError> {
+        self.vector(i)?.into_iter().map(|text| self.operand(text)).collect()
+    }
+
+    fn address(&self, i: usize) -> Result<Address, ParseError> {
+        let inner = self.text(i)?.trim_start_matches('[').trim_end_matches(']');
+        let (base, offset) = inner.split_once('+').unwrap_or((inner, "0"));
+        match offset.trim().parse() {
+            Ok(offset) => Ok(Address { base: self.operand(base.trim())?, offset }),
+            Err(_) => self.fail(format!("unknown address `{inner}`")),
+        }
+    }
+
+    fn op(&self) -> Result<Op, ParseError> {
+        let words: Vec<&str> = self.opcode.split('.').collect();
+        match words[..] {
+            ["ret" | "exit", ..] => Ok(Op::Return),
+            ["bra", ..] => match (self.find)(self.text(0)?) {
+                Some(Name::Label(to)) => Ok(Op::Branch { to: to as usize }),
+                _ => self.fail("unknown label"),
+            },
+            ["bar", "warp", "sync"] => Ok(Op::WarpBarrier { lanes: self.operand(self.text(0)?)? }),
+            ["bar" | "barrier", "sync", ..] if self.operands == ["0"] => Ok(Op::Barrier),
+            ["shfl", "sync", kind, "b32"] => self.shuffle(kind),
+            ["mov", ty] if self.operands.iter().any(|text| text.starts_with('{')) => self.repack(ty),
+            ["ld", ref flags @ .., ty] => self.load(flags, ty),
+            ["st", ref flags @ .., ty] => {
+                let (space, address, from) = (space(flags), self.address(0)?, self.values(1)?);
+                Ok(Op::Store { space, address, from, width: self.width(ty)? })
+            }
+            ["cp", "async", "commit_group"] => Ok(Op::CommitCopies),
+            ["cp", "async", "wait_all"] => Ok(Op::WaitCopies { pending: None }),
+            ["cp", "async", "wait_group"] => Ok(Op::WaitCopies { pending: Some(self.number(0)?) }),
+            ["cp", "async", "ca" | "cg", "shared", "global", ..] => self.copy_async(),
+            ["ldmatrix", "sync", "aligned", "m8n8", .., "shared", "b16"] => {
+                Ok(Op::LoadMatrix { to: self.registers(0)?, address: self.address(1)?, transposed: words.contains(&"trans") })
+            }
+            ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"] => self.multiply(Half::BF16),
+            ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"] => self.multiply(Half::F16),
+            _ => self.scalar(),
+        }
+    }
+
+    fn scalar(&self) -> Result<Op, ParseError> {
+        let Some(f) = scalar::function(self.opcode) else {
+            return self.fail(format!("unknown instruction `{}`", self.opcode));
+        };
+        let mut from = [Operand::Constant(0); 4];
+        if self.operands.len() != f.operands() + 1 {
+            return self.fail(format!("`{}` takes {} operands", self.opcode, f.operands() + 1));
+        }
+        for (slot, text) in from.iter_mut().zip(&self.operands[1..]) {
+            *slot = self.operand(text)?;
+        }
+        Ok(Op::Scalar { f, to: self.register(self.operands[0])?, from })
+    }
+
+    fn repack(&self, ty: &str) -> Result<Op, ParseError> {
+        let bits = 8 * self.width(ty)? as u32;
+        if self.operands[0].starts_with('{') {
+            let names = self.vector(0)?;
+            let to = names.iter().map(|&name| if name == "_" { Ok(None) } else { self.register(name).map(Some) });
+            let (to, bits) = (to.collect::<Result<_, _>>()?, bits / names.len() as u32);
+            Ok(Op::Unpack { to, from: self.operand(self.text(1)?)?, bits })
+        } else {
+            let parts = self.values(1)?;
+            let bits = bits / parts.len() as u32;
+            Ok(Op::Pack { to: self.register(self.operands[0])?, parts, bits })
+        }
+    }
+
+    fn load(&self, flags: &[&str], ty: &str) -> Result<Op, ParseError> {
+        let (space, to, address) = (space(flags), self.registers(0)?, self.address(1)?);
+        if to.len() > MAX_VECTOR {
+            return self.fail(format!("more than {MAX_VECTOR} registers"));
+        }
+        Ok(Op::Load { space, to, address, width: self.width(ty)?, signed: ty.starts_with('s') })
+    }
+
+    fn shuffle(&self, kind: &str) -> Result<Op, ParseError> {
+        let kind = match kind {
+            "up" => Shuffle::Up,
+            "down" => Shuffle::Down,
+            "bfly" => Shuffle::Xor,
+            "idx" => Shuffle::Index,
+            _ => return self.fail("unknown shuffle"),
+        };
+        let (to, inside) = match self.text(0)?.split_once('|') {
+            None => (self.register(self.text(0)?)?, None),
+            Some((to, inside)) => (self.register(to)?, Some(self.register(inside)?)),
+        };
+        let operand = |i| self.operand(self.text(i)?);
+        Ok(Op::Shuffle { kind, to, inside, from: operand(1)?, by: operand(2)?, clamp: operand(3)?, lanes: operand(4)? })
+    }
+
+    fn copy_async(&self) -> Result<Op, ParseError> {
+        let filled = match self.operands.get(3) {
+            None => None,
+            Some(text) => Some(self.operand(text)?),
+        };
+        Ok(Op::CopyAsync { to: self.address(0)?, from: self.address(1)?, width: self.number(2)?, filled })
+    }
+
+    fn multiply(&self, half: Half) -> Result<Op, ParseError> {
+        let (d, a, b, c) = (self.registers(0)?, self.registers(1)?, self.registers(2)?, self.values(3)?);
+        match (d.len(), a.len(), b.len(), c.len()) {
+            (4, 4, 2, 4) => Ok(Op::Multiply { half, d, a, b, c }),
+            _ => self.fail("fragments of this product have 4, 4, 2 and 4 registers"),
+        }
+    }
+
+    /// Bytes of a type.
+    fn width(&self, ty: &str) -> Result<usize, ParseError> {
+        match ty.trim_start_matches(char::is_alphabetic) {
+            "8" => Ok(1),
+            "16" => Ok(2),
+            "32" => Ok(4),
+            "64" => Ok(8),
+            _ => self.fail(format!("unknown type `{ty}`")),
+        }
+    }
+}
+
+/// The memory that an access names; None: the address tells.
+fn space(flags: &[&str]) -> Option<Space> {
+    flags.iter().find_map(|&flag| match flag {
+        "param" => Some(Space::Param),
+        "global" => Some(Space::Global),
+        "shared" => Some(Space::Shared),
+        _ => None,
+    })
+}
+
+fn special(text: &str) -> Option<Special> {
+    Some(match text {
+        "%tid.x" => Special::Thread,
+        "%ntid.x" => Special::Threads,
+        "%ctaid.x" => Special::Block,
+        "%nctaid.x" => Special::Blocks,
+        "%laneid" => Special::Lane,
+        _ => return None,
+    })
+}
+
+/// `12`, `-12`, `0x1f`, and floats as their bits: `0f3F800000`, `0d3FF0000000000000`.
+fn constant(text: &str) -> Option<u64> {
+    for prefix in ["0x", "0f", "0d", "0F", "0D"] {
+        if let Some(digits) = text.strip_prefix(prefix) {
+            return u64::from_str_radix(digits, 16).ok();
+        }
+    }
+    text.parse::<i64>().map(|value| value as u64).or_else(|_| text.parse::<u64>()).ok()
+}

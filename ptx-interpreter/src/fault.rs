@@ -1,0 +1,149 @@
+//! What the interpreter reports.
+
+use std::fmt;
+
+/// PTX that the interpreter cannot read, or an instruction that it does not know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParseError {
+    /// The line of the PTX text, from 1.
+    pub line: usize,
+    /// What is wrong there.
+    pub reason: String,
+}
+
+impl fmt::Display for ParseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PTX line {}: {}", self.line, self.reason)
+    }
+}
+
+impl std::error::Error for ParseError {}
+
+/// Something a kernel must not do, and where it did it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The entry's name.
+    pub kernel: String,
+    /// The line of the PTX text, from 1; 0 if the launch itself is wrong.
+    pub line: usize,
+    /// The block's index in the grid.
+    pub block: u32,
+    /// The thread's index in its block.
+    pub thread: u32,
+    /// What it did.
+    pub kind: Kind,
+}
+
+/// What a kernel must not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// An access outside the memory that an address belongs to.
+    OutOfBounds {
+        /// Which memory.
+        space: Space,
+        /// Where in it, in bytes.
+        at: u64,
+        /// How many bytes.
+        width: usize,
+        /// How many bytes there are.
+        len: usize,
+    },
+    /// An access at an address that is not a multiple of its width.
+    Misaligned {
+        /// Which memory.
+        space: Space,
+        /// Where in it, in bytes.
+        at: u64,
+        /// How many bytes.
+        width: usize,
+    },
+    /// A read of bytes that nothing wrote.
+    Uninitialised {
+        /// Which memory.
+        space: Space,
+        /// Where in it, in bytes.
+        at: u64,
+    },
+    /// A write to memory that the launch passed as read-only.
+    ReadOnly,
+    /// An access to shared memory that an asynchronous copy may still be writing.
+    InFlight {
+        /// Where in shared memory, in bytes.
+        at: u64,
+    },
+    /// Two threads touched the same bytes, one of them writing, with no barrier between.
+    Race {
+        /// Which memory.
+        space: Space,
+        /// Where in it, in bytes.
+        at: u64,
+        /// The block of the other thread.
+        other_block: u32,
+        /// The other thread, if it was only one.
+        other_thread: Option<u32>,
+    },
+    /// A barrier that not every living thread of the warp, or of the block, came to.
+    DivergedBarrier,
+    /// An instruction of the whole warp that only some of its lanes came to.
+    DivergedWarp,
+    /// A shuffle from a lane that does not take part.
+    AbsentLane,
+    /// More instructions than any of these kernels should need: it does not end.
+    Runaway,
+    /// The launch does not fit the kernel.
+    BadLaunch(String),
+}
+
+/// A kind of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// The kernel's arguments.
+    Param,
+    /// An allocation of the device.
+    Global,
+    /// What the threads of a block share.
+    Shared,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kernel, line, block, thread, kind } = self;
+        write!(f, "{kernel}, PTX line {line}, block {block}, thread {thread}: {kind}")
+    }
+}
+
+impl std::error::Error for Fault {}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfBounds { space, at, width, len } => {
+                write!(f, "{width} bytes at {at:#x} are outside the {len} bytes of {space} memory")
+            }
+            Self::Misaligned { space, at, width } => write!(f, "{width} bytes at {at:#x} of {space} memory are misaligned"),
+            Self::Uninitialised { space, at } => write!(f, "nothing wrote {at:#x} of {space} memory, which is read"),
+            Self::ReadOnly => write!(f, "writes to a read-only argument"),
+            Self::InFlight { at } => write!(f, "an asynchronous copy may still be writing {at:#x} of shared memory"),
+            Self::Race { space, at, other_block, other_thread } => {
+                let other = other_thread.map_or("several threads".into(), |thread| format!("thread {thread}"));
+                write!(f, "race on {at:#x} of {space} memory with {other} of block {other_block}")
+            }
+            Self::DivergedBarrier => write!(f, "not every thread comes to this barrier"),
+            Self::DivergedWarp => write!(f, "not every lane of the warp comes to this instruction"),
+            Self::AbsentLane => write!(f, "shuffles with a lane that does not take part"),
+            Self::Runaway => write!(f, "the kernel does not end"),
+            Self::BadLaunch(reason) => write!(f, "{reason}"),
+        }
+    }
+}
+
+impl fmt::Display for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Param => "parameter",
+            Self::Global => "global",
+            Self::Shared => "shared",
+        })
+    }
+}

@@ -1,0 +1,126 @@
+//! A launch: arguments become parameter bytes, and blocks run one after another.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::block::Block;
+use crate::fault::{Fault, Kind};
+use crate::memory::{Global, Memory};
+use crate::parse::{Kernel, Module};
+
+/// How many threads, and how much shared memory beyond what the kernel declares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks.
+    pub grid: u32,
+    /// Threads a block.
+    pub block: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: usize,
+}
+
+/// One argument.
+pub enum Arg<'m> {
+    /// A 32-bit number.
+    U32(u32),
+    /// A 64-bit number.
+    U64(u64),
+    /// A float.
+    F32(f32),
+    /// A null pointer.
+    Null,
+    /// Memory that the kernel may only read.
+    Read(&'m Global),
+    /// Memory that the kernel may read and write.
+    Write(&'m mut Global),
+}
+
+/// What a launch did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Instructions that warps executed.
+    pub instructions: u64,
+}
+
+/// An argument in memory starts at its number, from 1, times this.
+pub(crate) const SPAN: u64 = 1 << 40;
+
+/// Instructions of a warp after which a block is taken to run for ever.
+const BUDGET: u64 = 50_000_000;
+
+/// Time, as races need it: each launch has a span of its own, so that what earlier ones touched cannot clash.
+static CLOCK: AtomicU64 = AtomicU64::new(LAUNCH_TIME);
+
+/// More than a launch has blocks and barriers.
+const LAUNCH_TIME: u64 = 1 << 36;
+
+/// What all blocks of a launch share.
+pub(crate) struct Context<'l, 'm> {
+    pub(crate) kernel: &'l Kernel,
+    pub(crate) launch: Launch,
+    /// When the launch began, and how late it is.
+    pub(crate) began: u64,
+    pub(crate) time: u64,
+    pub(crate) params: Memory,
+    pub(crate) args: &'l mut [Arg<'m>],
+    pub(crate) budget: u64,
+}
+
+impl Launch {
+    /// Runs a kernel to its end. Errors: the first [`Fault`]; what was written before stays.
+    pub fn run(self, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
+        let fault = |reason: String| Fault { kernel: kernel.into(), line: 0, block: 0, thread: 0, kind: Kind::BadLaunch(reason) };
+        let kernel = module.kernel(kernel).ok_or_else(|| fault("there is no such kernel".into()))?;
+        self.fits(kernel).map_err(fault)?;
+        let params = Memory::params(params(kernel, args).map_err(fault)?);
+        for arg in &mut *args {
+            if let Arg::Write(global) = arg {
+                global.watch();
+            }
+        }
+        let began = CLOCK.fetch_add(LAUNCH_TIME, Ordering::Relaxed);
+        let mut context = Context { kernel, launch: self, began, time: began, params, args, budget: 0 };
+        let mut report = Report::default();
+        for index in 0..self.grid {
+            context.budget = BUDGET;
+            Block::new(&mut context, index).run()?;
+            report.instructions += BUDGET - context.budget;
+        }
+        Ok(report)
+    }
+
+    fn fits(self, kernel: &Kernel) -> Result<(), String> {
+        let Self { grid, block, shared } = self;
+        let max_threads = kernel.max_threads.unwrap_or(1024);
+        let shared = kernel.static_shared + shared;
+        match () {
+            _ if grid == 0 || block == 0 => Err(format!("a grid of {grid} blocks of {block} threads is empty")),
+            _ if block > max_threads => Err(format!("{block} threads are more than {max_threads}")),
+            _ if shared > 99 << 10 => Err(format!("{shared} bytes of shared memory are more than 99 KiB")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The arguments as the kernel finds them.
+fn params(kernel: &Kernel, args: &[Arg<'_>]) -> Result<Vec<u8>, String> {
+    let (want, got) = (kernel.params.len(), args.len());
+    if want != got {
+        return Err(format!("{got} arguments where the kernel takes {want}"));
+    }
+    let mut bytes = Vec::new();
+    for (i, (arg, &(offset, size))) in args.iter().zip(&kernel.params).enumerate() {
+        let value = match arg {
+            Arg::U32(value) => value.to_le_bytes().to_vec(),
+            Arg::F32(value) => value.to_le_bytes().to_vec(),
+            Arg::U64(value) => value.to_le_bytes().to_vec(),
+            Arg::Null => 0u64.to_le_bytes().to_vec(),
+            Arg::Read(_) | Arg::Write(_) => ((i as u64 + 1) * SPAN).to_le_bytes().to_vec(),
+        };
+        if value.len() != size {
+            return Err(format!("argument {i} has {} bytes where the kernel takes {size}", value.len()));
+        }
+        bytes.resize(offset, 0);
+        bytes.extend(value);
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,83 @@
+//! What a GPU must do. `Driver` does it with hardware, the tests' emulator with an interpreter.
+
+use super::plan::Plan;
+use crate::error::Result;
+
+/// Memory, and launches of the kernels in [`ptx`](super::ptx).
+///
+/// Calls may return before the device is done; it does what it is asked in that order, and [`read`](Self::read) waits.
+pub trait Device {
+    /// An allocation; dropping it frees it, once the launches that use it are done.
+    type Memory;
+
+    /// What it is, in words.
+    fn name(&self) -> String;
+    /// `bytes` bytes that hold nothing yet. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
+    fn alloc(&self, bytes: usize) -> Result<Self::Memory>;
+    /// `bytes` bytes that are zero.
+    fn zeros(&self, bytes: usize) -> Result<Self::Memory>;
+    /// Overwrites all of an allocation.
+    fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()>;
+    /// Copies all of an allocation, once everything that writes it is done.
+    fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()>;
+    /// Runs a kernel.
+    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()>;
+    /// Returns when everything asked for so far is done.
+    fn synchronize(&self) -> Result<()>;
+}
+
+/// An argument of a kernel. Scalars travel with the launch: nothing else is copied to the device.
+pub enum Arg<'a, M> {
+    /// A size, a key.
+    U32(u32),
+    /// A number of elements.
+    U64(u64),
+    /// A scalar of the formula.
+    F32(f32),
+    /// An operand that is not there: a null pointer.
+    Null,
+    /// An operand that the kernel reads.
+    Read(&'a M),
+    /// An operand that the kernel writes, and perhaps reads.
+    Write(&'a mut M),
+}
+
+impl<M> From<u32> for Arg<'_, M> {
+    fn from(value: u32) -> Self {
+        Self::U32(value)
+    }
+}
+
+impl<M> From<u64> for Arg<'_, M> {
+    fn from(value: u64) -> Self {
+        Self::U64(value)
+    }
+}
+
+impl<M> From<f32> for Arg<'_, M> {
+    fn from(value: f32) -> Self {
+        Self::F32(value)
+    }
+}
+
+/// One launch: a kernel, its grid and its arguments. Only verbs make one, from a request whose shapes fit.
+pub struct Launch<'a, M> {
+    plan: Plan,
+    args: Vec<Arg<'a, M>>,
+}
+
+impl<'a, M> Launch<'a, M> {
+    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, M>>) -> Self {
+        Self { plan, args }
+    }
+
+    /// The kernel and its grid.
+    pub fn plan(&self) -> Plan {
+        self.plan
+    }
+
+    /// The arguments, in the order of the kernel's parameters.
+    pub fn into_args(self) -> Vec<Arg<'a, M>> {
+        self.args
+    }
+}

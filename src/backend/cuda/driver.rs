@@ -1,0 +1,186 @@
+//! One GPU, through NVIDIA's driver. The one place of this backend where `unsafe` is.
+#![allow(unsafe_code, reason = "loading the driver, and launches: the compiler cannot see what a kernel does")]
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUjit_option, CUresult, cuModuleLoadDataEx};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg};
+use cudarc::nvrtc::Ptx;
+
+use super::device::{Arg, Device, Launch};
+use super::plan::kernels;
+use super::{NAME, ptx};
+use crate::element::DType;
+use crate::error::{Error, Result};
+
+/// A stream of a GPU, and the kernels of one element type, loaded there.
+///
+/// Nobody outside this crate can make one, so every launch that it gets is a verb's, whose request proved the shapes.
+pub struct Driver {
+    stream: Arc<CudaStream>,
+    kernels: HashMap<&'static str, CudaFunction>,
+}
+
+impl Driver {
+    /// The GPU with that number, on its default stream.
+    pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
+        probe()?;
+        let unavailable = |reason: String| Error::Unavailable { backend: NAME, reason };
+        let count = CudaContext::device_count().map_err(|error| unavailable(describe(error)))?;
+        if ordinal >= count as usize {
+            return Err(unavailable(format!("there is no GPU {ordinal}; the driver sees {count}")));
+        }
+        let context = CudaContext::new(ordinal).map_err(|error| unavailable(describe(error)))?;
+        Self::from_stream(context.default_stream(), dtype)
+    }
+
+    /// A stream of the caller's.
+    pub(super) fn from_stream(stream: Arc<CudaStream>, dtype: DType) -> Result<Self> {
+        let (major, minor) = stream.context().compute_capability().map_err(|error| failed("compute capability", error))?;
+        if major < 8 {
+            let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
+            return Err(Error::Unavailable { backend: NAME, reason });
+        }
+        let module = load(stream.context(), ptx(dtype))?;
+        let function = |stem: &'static str| {
+            let symbol = format!("{stem}_{dtype}");
+            let function = module.load_function(&symbol).map_err(|error| failed(&symbol, error))?;
+            Ok((stem, function))
+        };
+        Ok(Self { kernels: kernels(dtype).map(function).collect::<Result<_>>()?, stream })
+    }
+}
+
+impl Device for Driver {
+    /// Never empty: the driver refuses allocations of nothing, so those of no bytes have one.
+    type Memory = CudaSlice<u8>;
+
+    fn name(&self) -> String {
+        self.stream.context().name().unwrap_or_else(describe)
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Self::Memory> {
+        // SAFETY: bytes need no initial value; every kernel writes its outputs before another reads them.
+        unsafe { self.stream.alloc(bytes.max(1)) }.map_err(|error| no_room(bytes, error))
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Self::Memory> {
+        self.stream.alloc_zeros(bytes.max(1)).map_err(|error| no_room(bytes, error))
+    }
+
+    fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()> {
+        if host.is_empty() {
+            return Ok(());
+        }
+        self.stream.memcpy_htod(host, memory).map_err(|error| failed("copy to the GPU", error))
+    }
+
+    fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()> {
+        if host.is_empty() {
+            return self.synchronize();
+        }
+        let copied = self.stream.memcpy_dtoh(&memory.slice(..host.len()), host);
+        copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
+    }
+
+    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()> {
+        let plan = launch.plan();
+        let mut args = launch.into_args();
+        self.own(plan.kernel, &args)?;
+        let mut builder = self.stream.launch_builder(&self.kernels[plan.kernel]);
+        for arg in &mut args {
+            match arg {
+                Arg::U32(value) => builder.arg(&*value),
+                Arg::U64(value) => builder.arg(&*value),
+                Arg::F32(value) => builder.arg(&*value),
+                Arg::Null => builder.arg(&0u64),
+                Arg::Read(memory) => builder.arg(*memory),
+                Arg::Write(memory) => builder.arg(&mut **memory),
+            };
+        }
+        let config = LaunchConfig { grid_dim: (plan.grid, 1, 1), block_dim: (plan.block, 1, 1), shared_mem_bytes: plan.shared };
+        // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
+        // beside it say, and kernels touch nothing outside those shapes (the interpreter in the tests watches every access).
+        unsafe { builder.launch(config) }.map_err(|error| failed(plan.kernel, error))?;
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.stream.synchronize().map_err(|error| failed("synchronize", error))
+    }
+}
+
+impl Driver {
+    /// `Err` if an operand belongs to another GPU: its address would mean nothing here.
+    fn own(&self, kernel: &str, args: &[Arg<'_, CudaSlice<u8>>]) -> Result<()> {
+        let here = self.stream.context();
+        let context = |arg: &Arg<'_, CudaSlice<u8>>| match arg {
+            Arg::Read(memory) => Some(Arc::clone(memory.context())),
+            Arg::Write(memory) => Some(Arc::clone(memory.context())),
+            _ => None,
+        };
+        match args.iter().filter_map(context).find(|context| context.cu_ctx() != here.cu_ctx()) {
+            None => Ok(()),
+            Some(other) => {
+                let reason = format!("{kernel}: an operand lies on GPU {}, not on GPU {}", other.ordinal(), here.ordinal());
+                Err(Error::Device { backend: NAME, reason })
+            }
+        }
+    }
+}
+
+/// `Err` unless there is a driver: cudarc panics at its first call if there is none.
+fn probe() -> Result<()> {
+    let names = if cfg!(windows) { &["nvcuda.dll"][..] } else { &["libcuda.so.1", "libcuda.so"][..] };
+    // SAFETY: NVIDIA's driver library does nothing when it is loaded but set itself up.
+    let load = |name: &&str| unsafe { libloading::Library::new(*name) };
+    let mut reason = String::new();
+    for name in names {
+        match load(name) {
+            Ok(_) => return Ok(()),
+            Err(error) => reason = format!("no NVIDIA driver: {error}"),
+        }
+    }
+    Err(Error::Unavailable { backend: NAME, reason })
+}
+
+/// Compiles PTX for the GPU at hand.
+fn load(context: &Arc<CudaContext>, ptx: &'static str) -> Result<Arc<CudaModule>> {
+    context.load_module(Ptx::from_src(ptx)).map_err(|error| {
+        let log = compiler_log(ptx).unwrap_or_default();
+        Error::Device { backend: NAME, reason: format!("cannot load the kernels: {}; {log}", describe(error)) }
+    })
+}
+
+/// What the driver's compiler says about PTX that it refused; the context is current, since `load_module` was called.
+fn compiler_log(ptx: &str) -> Option<String> {
+    let source = CString::new(ptx).ok()?;
+    let mut log = vec![0u8; 8 << 10];
+    let mut options = [CUjit_option::CU_JIT_ERROR_LOG_BUFFER, CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut values = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut::<c_void>(log.len())];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the source ends with a zero; the options are a buffer and its length, and the buffer outlives the call.
+    unsafe { cuModuleLoadDataEx(&mut module, source.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr()) };
+    let end = log.iter().position(|&byte| byte == 0)?;
+    Some(String::from_utf8_lossy(&log[..end]).trim().to_owned())
+}
+
+fn describe(error: DriverError) -> String {
+    match error.error_string() {
+        Ok(text) => format!("{} ({:?})", text.to_string_lossy(), error.0),
+        Err(_) => format!("{:?}", error.0),
+    }
+}
+
+fn failed(what: &str, error: DriverError) -> Error {
+    Error::Device { backend: NAME, reason: format!("{what}: {}", describe(error)) }
+}
+
+fn no_room(bytes: usize, error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { backend: NAME, bytes },
+        _ => failed("allocate", error),
+    }
+}

@@ -1,0 +1,61 @@
+//! The verbs that pass over memory once.
+
+use super::device::{Arg, Device};
+use super::plan::{self, THREADS, WARP, shares, size, tiles};
+use super::{Cuda, read, write};
+use crate::element::Float;
+use crate::error::Result;
+use crate::op::{Adam, AdamRate, Add, CrossEntropy, Relu, ReluBackward, WeightGrad};
+use crate::tensor::Shape;
+
+/// `y = max(x, 0)`
+pub(super) fn relu<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Relu<'_, Cuda<E, D>>) -> Result<()> {
+    let shape = op.x.shape();
+    cuda.launch(plan::pointwise("relu", shape)?, vec![read(op.x), write(op.y), len(shape)?])
+}
+
+/// `dx = dy` where `y > 0`, else 0
+pub(super) fn relu_backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: ReluBackward<'_, Cuda<E, D>>) -> Result<()> {
+    let shape = op.y.shape();
+    cuda.launch(plan::pointwise("relu_backward", shape)?, vec![read(op.y), read(op.dy), write(op.dx), len(shape)?])
+}
+
+/// `y += x`
+pub(super) fn add<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Add<'_, Cuda<E, D>>) -> Result<()> {
+    let shape = op.x.shape();
+    cuda.launch(plan::pointwise("add", shape)?, vec![read(op.x), write(op.y), len(shape)?])
+}
+
+/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
+pub(super) fn cross_entropy<E: Float, D: Device>(cuda: &Cuda<E, D>, op: CrossEntropy<'_, Cuda<E, D>>) -> Result<()> {
+    let (m, n) = (size(op.logits.rows())?, size(op.logits.cols())?);
+    let mut losses = cuda.scratch(op.logits.rows(), 1)?;
+    let (logits, labels, dlogits) = (read(op.logits), read(op.labels.tensor()), write(op.dlogits));
+    let rows = shares("cross_entropy_rows", m, THREADS / WARP);
+    cuda.launch(rows, vec![logits, labels, Arg::Write(&mut losses.memory), dlogits, m.into(), n.into()])?;
+    cuda.launch(shares("cross_entropy_mean", 1, 1), vec![Arg::Read(&losses.memory), write(op.loss), m.into()])
+}
+
+/// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
+pub(super) fn adam<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Adam<'_, Cuda<E, D>>) -> Result<()> {
+    let shape = op.w.shape();
+    let AdamRate { beta1, beta2, step_size, root_scale, eps } = op.rate;
+    let rate = [beta1, beta2, step_size, root_scale, eps].map(Arg::F32);
+    let state = [write(op.m), write(op.v), write(op.w)];
+    match op.grad {
+        WeightGrad::Dense(grad) => {
+            let args = std::iter::once(read(grad)).chain(rate).chain(state).chain([len(shape)?]);
+            cuda.launch(plan::pointwise("adam_dense", shape)?, args.collect())
+        }
+        WeightGrad::Factored { dy, x } => {
+            let (batch, n, k) = (size(x.rows())?, size(shape.rows)?, size(shape.cols)?);
+            let args = [read(x), read(dy)].into_iter().chain(rate).chain(state).chain([batch, k, n].map(Arg::U32));
+            cuda.launch(tiles("adam_factored", n, k)?, args.collect())
+        }
+    }
+}
+
+/// How many elements, as kernels take it.
+fn len<'a, M>(shape: Shape) -> Result<Arg<'a, M>> {
+    Ok((shape.elements()? as u64).into())
+}

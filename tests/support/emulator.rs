@@ -1,0 +1,101 @@
+//! A CUDA device without a GPU: the same host code and the PTX that ships, on an interpreter that watches every access.
+
+use std::sync::OnceLock;
+
+use lowrank::cuda::{self, Arg, Cuda, Device, Launch};
+use lowrank::{DType, Error, Float, Result};
+use ptx_interpreter::{Fault, Global, Module};
+
+/// Runs the kernels of one module.
+pub struct Emulator {
+    module: Ptx,
+    dtype: DType,
+}
+
+enum Ptx {
+    Shipped(&'static Module),
+    Changed(Module),
+}
+
+impl Emulator {
+    /// With the PTX that ships, parsed once.
+    pub fn new(dtype: DType) -> Self {
+        static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
+        let parse = || Module::parse(cuda::ptx(dtype)).unwrap_or_else(|error| panic!("{dtype}: {error}"));
+        Self { module: Ptx::Shipped(MODULES[dtype as usize].get_or_init(parse)), dtype }
+    }
+
+    /// With other PTX.
+    pub fn with_ptx(dtype: DType, ptx: &str) -> Self {
+        let module = Module::parse(ptx).unwrap_or_else(|error| panic!("{dtype}: {error}"));
+        Self { module: Ptx::Changed(module), dtype }
+    }
+
+    /// A backend on it.
+    pub fn backend<E: Float>() -> Cuda<E, Self> {
+        Cuda::on(Self::new(E::DTYPE))
+    }
+
+    fn module(&self) -> &Module {
+        match &self.module {
+            Ptx::Shipped(module) => module,
+            Ptx::Changed(module) => module,
+        }
+    }
+}
+
+fn failed(fault: Fault) -> Error {
+    Error::Device { backend: "cuda", reason: fault.to_string() }
+}
+
+impl Device for Emulator {
+    type Memory = Global;
+
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Global> {
+        Ok(Global::uninitialised(bytes))
+    }
+
+    fn zeros(&self, bytes: usize) -> Result<Global> {
+        Ok(Global::from_bytes(&vec![0; bytes]))
+    }
+
+    fn write(&self, memory: &mut Global, host: &[u8]) -> Result<()> {
+        assert_eq!(memory.bytes().len(), host.len());
+        memory.copy_from(host);
+        Ok(())
+    }
+
+    fn read(&self, memory: &Global, host: &mut [u8]) -> Result<()> {
+        assert!(memory.is_initialised(), "reads back what nothing wrote");
+        host.copy_from_slice(memory.bytes());
+        Ok(())
+    }
+
+    fn launch(&self, launch: Launch<'_, Global>) -> Result<()> {
+        let plan = launch.plan();
+        let mut args: Vec<_> = launch.into_args().into_iter().map(argument).collect();
+        let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
+        let kernel = format!("{}_{}", plan.kernel, self.dtype);
+        launch.run(self.module(), &kernel, &mut args).map_err(failed)?;
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn argument(arg: Arg<'_, Global>) -> ptx_interpreter::Arg<'_> {
+    match arg {
+        Arg::U32(value) => ptx_interpreter::Arg::U32(value),
+        Arg::U64(value) => ptx_interpreter::Arg::U64(value),
+        Arg::F32(value) => ptx_interpreter::Arg::F32(value),
+        Arg::Null => ptx_interpreter::Arg::Null,
+        Arg::Read(memory) => ptx_interpreter::Arg::Read(memory),
+        Arg::Write(memory) => ptx_interpreter::Arg::Write(memory),
+    }
+}

@@ -143,7 +143,8 @@ impl Gpu {
         let slice = staging.slice(..bytes);
         self.guarded(0, || slice.map_async(wgpu::MapMode::Read, move |mapped| drop(send.send(mapped))))?;
         self.wait(submitted)?;
-        receive.try_recv().map_err(failed)?.map_err(failed)?;
+        // Another thread's poll may be the one that calls back, a moment after this one's has returned.
+        receive.recv().map_err(failed)?.map_err(failed)?;
         host.copy_from_slice(&slice.get_mapped_range().map_err(failed)?[..host.len()]);
         staging.unmap();
         Ok(())

@@ -3,7 +3,7 @@
 use super::WebGpu;
 use super::linear::bias_in_every_row;
 use super::memory::Buffer;
-use super::sum::{Init, Matrix, Sum, matrix};
+use super::sum::{Finish, Init, Matrix, Sum, matrix};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
@@ -17,7 +17,7 @@ impl<E: Float> WebGpu<E> {
         self.sum(Sum::new(matrix(op.h), seen(op.x, &dropped) * a.t()))?;
         let (update, base) = (Some(matrix(op.h) * b.t()), Some(x * matrix(op.w).t()));
         let init = bias_in_every_row(op.bias, op.x.rows());
-        self.sum(Sum { init, scale: op.scale, update, base, finish: super::sum::Finish::Store(matrix(op.y)) })
+        self.sum(Sum { init, scale: op.scale, update, base, finish: Finish::Store(matrix(op.y)) })
     }
 
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`

@@ -58,6 +58,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// `a` where `gate > 0`, else 0.
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V;
 
+    /// `a`, or 0 where `a` is subnormal.
+    fn flush(self, a: Self::V) -> Self::V;
+
     /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
     #[inline(always)]
     fn tile(self, lhs: &[f32], rhs: &[f32], out: &mut [Lanes<f32>]) {
@@ -304,6 +307,29 @@ mod tests {
             assert!(half.iter().all(|&h| f16::from_bits(h).is_nan()), "{}", unit.name());
             assert!(brain.iter().all(|&b| bf16::from_bits(b).is_nan()), "{}", unit.name());
             assert!(relu.iter().all(|x| x.is_nan()) && gate == [0.0; LANES], "{}", unit.name());
+        }
+    }
+
+    struct Flush<'a>(&'a mut Lanes<f32>);
+
+    impl Kernel for Flush<'_> {
+        type Out = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            s.store(s.flush(s.load(self.0)), self.0);
+        }
+    }
+
+    #[test]
+    fn every_unit_flushes_what_is_subnormal_and_nothing_else() {
+        let (least, inf) = (f32::MIN_POSITIVE, f32::INFINITY);
+        let tiny = f32::from_bits(1);
+        for unit in VectorUnit::available() {
+            let mut lanes =
+                [0.0, tiny, -tiny, least, -least, least / 2.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0, 0.0, 0.0, 0.0, f32::NAN];
+            Unit::new(unit).unwrap().run(Flush(&mut lanes));
+            assert_eq!(lanes[..12], [0.0, 0.0, 0.0, least, -least, 0.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0], "{}", unit.name());
+            assert!(lanes[15].is_nan(), "{}", unit.name());
         }
     }
 }

@@ -102,4 +102,13 @@ impl Simd for Neon {
             vreinterpretq_f32_u32(vandq_u32(open, vreinterpretq_u32_f32(a[i])))
         })
     }
+    /// An exponent of zero is that of a subnormal number, or of zero.
+    #[inline(always)]
+    fn flush(self, a: Self::V) -> Self::V {
+        quarters!(|i| {
+            let bits = vreinterpretq_u32_f32(a[i]);
+            let normal = vtstq_u32(bits, vdupq_n_u32(0x7f80_0000));
+            vreinterpretq_f32_u32(vandq_u32(bits, normal))
+        })
+    }
 }

@@ -72,4 +72,8 @@ impl Simd for Scalar {
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
         std::array::from_fn(|i| if gate[i] > 0.0 { a[i] } else { 0.0 })
     }
+    #[inline(always)]
+    fn flush(self, a: Self::V) -> Self::V {
+        a.map(|x| if x.is_subnormal() { 0.0 } else { x })
+    }
 }

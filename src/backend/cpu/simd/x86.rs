@@ -128,6 +128,11 @@ impl Simd for Avx512 {
         intrinsics!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(gate, _mm512_setzero_ps()), a))
     }
     #[inline(always)]
+    fn flush(self, a: Self::V) -> Self::V {
+        const SUBNORMAL: i32 = 0x20;
+        intrinsics!(_mm512_maskz_mov_ps(!_mm512_fpclass_ps_mask::<SUBNORMAL>(a), a))
+    }
+    #[inline(always)]
     fn sum(self, value: Self::V) -> f32 {
         intrinsics!(sum8(_mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value))))
     }
@@ -156,6 +161,16 @@ impl Avx2 {
     #[inline(always)]
     unsafe fn widen_bf16(self, from: *const __m128i) -> __m256 {
         intrinsics!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)))))
+    }
+
+    /// An exponent of zero is that of a subnormal number, or of zero.
+    #[inline(always)]
+    fn flush8(self, a: __m256) -> __m256 {
+        intrinsics!({
+            let exponent = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7f80_0000));
+            let subnormal = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+            _mm256_andnot_ps(_mm256_castsi256_ps(subnormal), a)
+        })
     }
 
     /// The upper sixteen bits of each lane after rounding, as [`Avx512::store_bf16`] rounds.
@@ -252,6 +267,10 @@ impl Simd for Avx2 {
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
         let open = halves!(_mm256_cmp_ps::<_CMP_GT_OQ>, gate, self.splat(0.0));
         halves!(_mm256_and_ps, open, a)
+    }
+    #[inline(always)]
+    fn flush(self, a: Self::V) -> Self::V {
+        [self.flush8(a[0]), self.flush8(a[1])]
     }
     #[inline(always)]
     fn sum(self, value: Self::V) -> f32 {

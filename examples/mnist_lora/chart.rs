@@ -27,7 +27,7 @@ pub fn errors(outcome: &Outcome) -> Result<String> {
             .margin(12)
             .x_label_area_size(36)
             .y_label_area_size(48)
-            .build_cartesian_2d(-0.5..DIGITS as f64 - 0.5, 0.0..highest as f64 * 1.1)?;
+            .build_cartesian_2d(-0.5..DIGITS as f64 - 0.5, 0.0..highest as f64 * 1.3)?; // room for the legend
         let mut mesh = chart.configure_mesh();
         mesh.disable_x_mesh().x_labels(DIGITS).x_label_formatter(&whole).y_label_formatter(&whole).label_style(FONT).draw()?;
         for (name, errors, color, left) in
@@ -40,7 +40,8 @@ pub fn errors(outcome: &Outcome) -> Result<String> {
             let bars = chart.draw_series(errors.iter().enumerate().map(bar))?;
             bars.label(name).legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 14, y + 5)], color.filled()));
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).label_font(FONT).draw()?;
+        let legend = SeriesLabelPosition::UpperLeft;
+        chart.configure_series_labels().position(legend).background_style(WHITE.mix(0.8)).label_font(FONT).draw()?;
         Ok(())
     })
 }

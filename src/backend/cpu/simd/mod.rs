@@ -89,9 +89,9 @@ pub(crate) trait Simd: Copy + Send + Sync {
         cols
     }
 
-    /// Asks for memory that will be needed soon.
+    /// Asks for the cache line that lies `ahead` elements after the first: a hint, wherever that is.
     #[inline(always)]
-    fn prefetch<T>(self, _: &[T]) {}
+    fn prefetch<T>(self, _: &[T], _ahead: usize) {}
 
     /// Widens sixteen stored numbers; exact.
     #[inline(always)]

@@ -158,8 +158,8 @@ impl Simd for Avx512 {
         })
     }
     #[inline(always)]
-    fn prefetch<T>(self, line: &[T]) {
-        prefetch(line);
+    fn prefetch<T>(self, from: &[T], ahead: usize) {
+        prefetch(from, ahead);
     }
 }
 
@@ -178,13 +178,11 @@ fn quarters(a: __m512, b: __m512) -> (__m512, __m512) {
     (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
 }
 
-/// Asks for each cache line of a slice; any address is allowed, and nothing is read.
+/// Asks for a cache line. Any address is allowed, and nothing is read.
 #[inline(always)]
-fn prefetch<T>(line: &[T]) {
-    for at in (0..size_of_val(line)).step_by(64) {
-        // SAFETY: a hint, which touches no memory; every x86-64 has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast::<i8>().wrapping_add(at)) };
-    }
+fn prefetch<T>(from: &[T], ahead: usize) {
+    // SAFETY: a hint, which touches no memory; every x86-64 has it.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) };
 }
 
 /// The sum of eight lanes, as a tree: halves, quarters, pairs.
@@ -344,8 +342,8 @@ impl Simd for Avx2 {
         turned
     }
     #[inline(always)]
-    fn prefetch<T>(self, line: &[T]) {
-        prefetch(line);
+    fn prefetch<T>(self, from: &[T], ahead: usize) {
+        prefetch(from, ahead);
     }
 }
 

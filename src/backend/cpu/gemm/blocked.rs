@@ -27,7 +27,7 @@ use super::super::Engine;
 use super::super::pointwise::ConvertChunk;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd, Unit};
-use super::pack::{Panel, Side};
+use super::pack::{Panels, Side};
 use super::{Block, Factor, Init, LowRank, Matrix, Output, Parts, Product};
 use crate::element::{DType, Float};
 use crate::error::Result;
@@ -40,6 +40,8 @@ const NC: usize = 256;
 const ROWS: usize = 1008;
 /// The most that a term may be deep to share a block with the term before it.
 const SHORT: usize = 128;
+/// Left panels that a task packs together: of a left side that is turned, each step of the depth gives them one run of numbers.
+const GROUP: usize = 8;
 /// Rows a task has, where there are too few columns for every thread to own some.
 const FEW_ROWS: usize = 84;
 
@@ -151,11 +153,11 @@ impl<'e> Left<'e> {
             if depth.is_empty() {
                 continue;
             }
-            let part = mr * (depth.start - block.start)..mr * (depth.end - block.start);
-            let panels = &mut self.numbers[self.panels * mr * block.start..][..self.panels * mr * block.len()];
-            panels.par_chunks_exact_mut(mr * block.len()).take(there).enumerate().for_each(|(panel, to)| {
-                let (first, to) = (first + panel * mr, &mut to[part.clone()]);
-                unit.run(Panel { side: Side::Left, terms, depth: depth.clone(), first, width: mr, to });
+            let (stride, begins) = (mr * block.len(), mr * (depth.start - block.start));
+            let panels = &mut self.numbers[self.panels * mr * block.start..][..self.panels.min(there) * stride];
+            panels.par_chunks_mut(GROUP * stride).enumerate().for_each(|(group, to)| {
+                let (first, depth) = (first + group * GROUP * mr, depth.clone());
+                unit.run(Panels { side: Side::Left, terms, depth, first, width: mr, stride, to: &mut to[begins..] });
             });
         }
     }
@@ -247,10 +249,9 @@ fn depth_loop<S: Simd, E: Float, O: Float>(
     loop {
         let within = depth.block(start);
         if !within.is_empty() {
-            let panels = right.chunks_exact_mut(nr * within.len());
-            for (to, first) in panels.zip(block.cols.clone().step_by(nr)) {
-                Panel { side: Side::Right, terms, depth: within.clone(), first, width: nr, to }.run(s);
-            }
+            let (first, stride) = (block.cols.start, nr * within.len());
+            let to = &mut right[..block.cols.len().div_ceil(nr) * stride];
+            Panels { side: Side::Right, terms, depth: within.clone(), first, width: nr, stride, to }.run(s);
         }
         let init = if start == 0 { init } else { Init::Output };
         if S::NV == 2 && nr == 2 * LANES {

@@ -18,71 +18,85 @@ pub(super) enum Side {
     Right,
 }
 
-/// Packs the panel that begins at line `first`, for a range of the depth that runs through all terms.
-pub(super) struct Panel<'a, E> {
+/// Packs neighbouring panels, the first of which begins at line `first`, for a range of the depth that runs through all terms.
+pub(super) struct Panels<'a, E> {
     pub(super) side: Side,
     pub(super) terms: &'a [Product<'a, E>],
     pub(super) depth: Range<usize>,
     pub(super) first: usize,
     pub(super) width: usize,
+    /// From where a panel is written to where the next one is.
+    pub(super) stride: usize,
     pub(super) to: &'a mut [f32],
 }
 
-impl<E: Float> Kernel for Panel<'_, E> {
+impl<E: Float> Kernel for Panels<'_, E> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (mut start, mut to, first) = (0, self.to, self.first);
-        for term in self.terms {
+        let Self { side, terms, depth, first, width, stride, to } = self;
+        let (mut start, mut at) = (0, 0);
+        for term in terms {
             let end = start + term.depth();
-            let within = self.depth.start.clamp(start, end) - start..self.depth.end.clamp(start, end) - start;
-            let (part, rest) = to.split_at_mut(within.len() * self.width);
+            let within = depth.start.clamp(start, end) - start..depth.end.clamp(start, end) - start;
+            let len = width * within.len();
+            let part = Part { depth: within, first, width, stride, to: to.get_mut(at..).unwrap_or_default() };
             // Both sides are seen as `panel line × depth`, so the right side is turned.
-            match (self.side, term.lhs, term.rhs) {
-                (Side::Left, Factor::Stored(m), _) => pack(s, m, 1.0, within, first, self.width, part),
-                (Side::Left, Factor::Wide(m), _) => pack(s, m, 1.0, within, first, self.width, part),
-                (Side::Right, _, Factor::Stored(m)) => pack(s, m.t(), term.scale, within, first, self.width, part),
-                (Side::Right, _, Factor::Wide(m)) => pack(s, m.t(), term.scale, within, first, self.width, part),
+            match (side, term.lhs, term.rhs) {
+                (Side::Left, Factor::Stored(m), _) => part.pack(s, m, 1.0),
+                (Side::Left, Factor::Wide(m), _) => part.pack(s, m, 1.0),
+                (Side::Right, _, Factor::Stored(m)) => part.pack(s, m.t(), term.scale),
+                (Side::Right, _, Factor::Wide(m)) => part.pack(s, m.t(), term.scale),
             }
-            (start, to) = (end, rest);
+            (start, at) = (end, at + len);
         }
     }
 }
 
-/// `to[p][i] = scale·lines[first + i][p]`
-#[inline(always)]
-fn pack<S: Simd, T: Float>(
-    s: S,
-    lines: Matrix<'_, T>,
-    scale: f32,
+/// What one term gives to neighbouring panels.
+struct Part<'a> {
     depth: Range<usize>,
     first: usize,
     width: usize,
-    to: &mut [f32],
-) {
-    let there = width.min(lines.rows - first);
-    if lines.transposed {
-        // Lines are columns in memory: each step of the depth is one copy.
-        if there < width {
-            to.fill(0.0);
+    stride: usize,
+    to: &'a mut [f32],
+}
+
+impl Part<'_> {
+    /// `to[panel][p][i] = scale·lines[first + panel·width + i][p]`
+    #[inline(always)]
+    fn pack<S: Simd, T: Float>(self, s: S, lines: Matrix<'_, T>, scale: f32) {
+        let Self { depth, first, width, stride, to } = self;
+        if depth.is_empty() {
+            return;
         }
-        for (line, p) in to.chunks_exact_mut(width).zip(depth) {
-            copy_scaled(s, &lines.run(p)[first..first + there], scale, &mut line[..there]);
+        if !lines.transposed {
+            for (panel, to) in to.chunks_mut(stride).enumerate() {
+                for i in (0..width).step_by(LANES) {
+                    turn(s, lines, scale, depth.clone(), first + panel * width + i, (i, width), &mut to[..width * depth.len()]);
+                }
+            }
+            return;
         }
-    } else {
-        for i in (0..width).step_by(LANES) {
-            turn(s, lines, scale, depth.clone(), first + i, (i, width), to);
+        // Lines are columns in memory: a step of the depth is one run, cut into pieces for the panels.
+        let last = lines.rows.min(first + to.len().div_ceil(stride) * width);
+        for (step, p) in depth.enumerate() {
+            let run = &lines.run(p)[first..last];
+            for (from, to) in run.chunks(width).zip(to.chunks_mut(stride)) {
+                copy_scaled(s, from, scale, &mut to[step * width..][..width]);
+            }
         }
     }
 }
 
-/// `to = scale·from`
+/// `to = scale·from`; what is missing is zeros.
 #[inline(always)]
 fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, to: &mut [f32]) {
     let factor = s.splat(scale);
     for (v, to) in to.chunks_mut(LANES).enumerate() {
-        s.narrow_to(s.mul(s.widen_at(from, v), factor), to);
+        let numbers = if v * LANES < from.len() { s.widen_at(from, v) } else { s.splat(0.0) };
+        s.narrow_to(s.mul(numbers, factor), to);
     }
 }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::super::Engine;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
-use super::pack::{Interleave, Panel, Side};
+use super::pack::{Interleave, Panels, Side};
 use super::{Block, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS};
 use crate::element::Float;
 use crate::error::Result;
@@ -57,7 +57,8 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
     if !term.rhs.transposed() {
         let mut left = engine.scratch.take(rows * depth)?;
         if !left.is_empty() {
-            unit.run(Panel { side: Side::Left, terms: &[*term], depth: 0..depth, first: 0, width: rows, to: &mut left });
+            let (terms, stride) = (&[*term], rows * depth);
+            unit.run(Panels { side: Side::Left, terms, depth: 0..depth, first: 0, width: rows, stride, to: &mut left });
         }
         return Ok(left);
     }

@@ -124,13 +124,18 @@ enum Plan {
     Skinny,
 }
 
-/// The most rows that are cheaper without packing: packing the right side costs about what sixteen rows of products do.
-const SKINNY_ROWS: usize = 16;
+/// The most rows that are cheaper without packing (measured at 4096 × 2048 and its transpose, see `benches/RESULTS.md`): a
+/// right side that is turned while it is packed costs about what sixteen rows of dot products do.
+const DOT_ROWS: usize = 16;
+/// One that is contiguous along the output is slower to pack, and quicker to use as it is.
+const SKINNY_ROWS: usize = 24;
 
 fn plan<E>(rows: usize, terms: &[Product<'_, E>]) -> Plan {
+    let dots = terms.iter().any(|term| term.rhs.transposed());
     // Dot products are made of lines that are contiguous along the depth on both sides.
-    let dots = |term: &Product<'_, E>| term.lhs.transposed() && term.rhs.transposed();
-    if rows <= SKINNY_ROWS && !terms.iter().any(dots) { Plan::Skinny } else { Plan::Blocked }
+    let crossed = terms.iter().any(|term| term.lhs.transposed() && term.rhs.transposed());
+    let most = if dots { DOT_ROWS } else { SKINNY_ROWS };
+    if rows <= most && !crossed { Plan::Skinny } else { Plan::Blocked }
 }
 
 /// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the type of the output.
@@ -204,10 +209,12 @@ mod tests {
             Factor::Stored(if turned { matrix.t() } else { matrix })
         };
         let plan = |rows, lhs, rhs| plan(rows, &[Product { scale: 1.0, lhs: lines(lhs), rhs: lines(rhs) }]);
-        assert_eq!(plan(SKINNY_ROWS, false, false), Plan::Skinny);
-        assert_eq!(plan(SKINNY_ROWS, false, true), Plan::Skinny);
-        assert_eq!(plan(SKINNY_ROWS, true, false), Plan::Skinny);
+        for turned in [false, true] {
+            assert_eq!(plan(SKINNY_ROWS, turned, false), Plan::Skinny);
+            assert_eq!(plan(SKINNY_ROWS + 1, turned, false), Plan::Blocked);
+            assert_eq!(plan(DOT_ROWS + 1, turned, true), Plan::Blocked);
+        }
+        assert_eq!(plan(DOT_ROWS, false, true), Plan::Skinny);
         assert_eq!(plan(1, true, true), Plan::Blocked);
-        assert_eq!(plan(SKINNY_ROWS + 1, false, false), Plan::Blocked);
     }
 }

@@ -54,6 +54,9 @@ impl<E: Float> Kernel for Panels<'_, E> {
     }
 }
 
+/// Runs of a turned side that are asked for ahead: a few KiB.
+const RUNS_AHEAD: usize = 8;
+
 /// What one term gives to neighbouring panels.
 struct Part<'a> {
     depth: Range<usize>,
@@ -83,6 +86,10 @@ impl Part<'_> {
         let last = lines.rows.min(first + to.len().div_ceil(stride) * width);
         for (step, p) in depth.enumerate() {
             let run = &lines.run(p)[first..last];
+            // The next runs lie in other pages, where no hardware looks ahead.
+            for at in (0..run.len()).step_by(64 / size_of::<T>()) {
+                s.prefetch(run, RUNS_AHEAD * lines.rows + at);
+            }
             for (from, to) in run.chunks(width).zip(to.chunks_mut(stride)) {
                 copy_scaled(s, from, scale, &mut to[step * width..][..width]);
             }

@@ -10,7 +10,7 @@ use super::super::Engine;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::pack::{Interleave, Panels, Side};
-use super::{Block, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS};
+use super::{Block, DOT_ROWS, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS};
 use crate::element::Float;
 use crate::error::Result;
 
@@ -32,7 +32,8 @@ pub(super) fn run<E: Float, O: Float>(
     init: Init<'_, E>,
     terms: &[Product<'_, E>],
 ) -> Result<()> {
-    let lefts = terms.iter().map(|term| pack_left(engine, term)).collect::<Result<Vec<_>>>()?;
+    let left = |i: usize| terms.get(i).map(|term| pack_left(engine, term)).transpose();
+    let lefts = [left(0)?, left(1)?];
     let dots = terms.iter().any(|term| term.rhs.transposed());
     let across = Parts::new(out.cols(), LANES, if dots { DOTS } else { WIDTH }, 1);
     let down = Parts::new(out.rows(), SKINNY_ROWS, SKINNY_ROWS, 1);
@@ -88,7 +89,7 @@ struct Columns<'a, 'o, E, O> {
     block: Block<'o, O>,
     init: Init<'a, E>,
     terms: &'a [Product<'a, E>],
-    lefts: &'a [Taken<'a>],
+    lefts: &'a [Option<Taken<'a>>; 2],
 }
 
 impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
@@ -96,9 +97,20 @@ impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let mut lanes = [[0.0; LANES]; SKINNY_ROWS * WIDTH / LANES];
-        let mut sums = Sums::new(&mut lanes, self.block.rows.len(), self.block.cols.clone());
-        for (term, left) in self.terms.iter().zip(self.lefts) {
+        // Dot products have fewer columns: what is not there need not be zeroed.
+        if self.block.rows.len() * self.block.cols.len().div_ceil(LANES) <= DOT_ROWS * DOTS / LANES {
+            self.sum(s, &mut [[0.0; LANES]; DOT_ROWS * DOTS / LANES]);
+        } else {
+            self.sum(s, &mut [[0.0; LANES]; SKINNY_ROWS * WIDTH / LANES]);
+        }
+    }
+}
+
+impl<E: Float, O: Float> Columns<'_, '_, E, O> {
+    #[inline(always)]
+    fn sum<S: Simd>(&mut self, s: S, lanes: &mut [Lanes<f32>]) {
+        let mut sums = Sums::new(lanes, self.block.rows.len(), self.block.cols.clone());
+        for (term, left) in self.terms.iter().zip(self.lefts.iter().flatten()) {
             match term.rhs {
                 Factor::Stored(rhs) => sums.add_product(s, term.scale, left, rhs),
                 Factor::Wide(rhs) => sums.add_product(s, term.scale, left, rhs),
@@ -184,14 +196,7 @@ impl<'s> Sums<'s> {
 
     /// `sums[i] += Σ_p scale·left[p][i]·rhs[start + p]`, P lines of the right side at a time.
     #[inline(always)]
-    fn add_lines<S: Simd, R: Float, const P: usize>(
-        &mut self,
-        s: S,
-        scale: f32,
-        left: &[f32],
-        rhs: Matrix<'_, R>,
-        start: usize,
-    ) {
+    fn add_lines<S: Simd, R: Float, const P: usize>(&mut self, s: S, scale: f32, left: &[f32], rhs: Matrix<'_, R>, start: usize) {
         for (block, left) in left.chunks_exact(P * self.height).enumerate() {
             let line = |q: usize| &rhs.run(start + block * P + q)[self.first..][..self.width];
             let lines: [&[R]; P] = std::array::from_fn(line);

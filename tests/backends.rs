@@ -54,6 +54,43 @@ fn a_unit_that_is_not_there_is_refused_by_name() {
     assert!(Cpu::<f32>::new().unwrap().with_threads(0).is_err());
 }
 
+/// Sizes on either side of every cut that the engine makes: rows of a chunk, rows that are not worth packing, columns of a
+/// strip, steps of a block of the depth, and how deep an adapter may be to share the last one.
+fn sizes_around_every_cut() -> Vec<Dims> {
+    let rows = [16, 17, 24, 25, 1007, 1008, 1009, 1023].map(|m| Dims { m, k: 37, n: 21, r: 3 });
+    let cols = [255, 256, 257, 513, 2100].map(|n| Dims { m: 30, k: 19, n, r: 17 });
+    let depth = [511, 512, 513, 1024, 1025].map(|k| Dims { m: 29, k, n: 33, r: 2 });
+    let ranks = [16, 32, 33, 128, 129, 513].map(|r| Dims { m: 43, k: 520, n: 35, r });
+    [&rows[..], &cols, &depth, &ranks].concat()
+}
+
+#[test]
+fn every_cut_of_the_engine_is_exact_on_whole_numbers() {
+    let (cpu, half) = (Cpu::<f32>::new().unwrap(), Cpu::<bf16>::new().unwrap().with_threads(3).unwrap());
+    for (seed, dims) in sizes_around_every_cut().into_iter().enumerate() {
+        suite::lora_is_exact_at(&cpu, dims, seed as u64);
+        suite::lora_is_exact_at(&half, dims, seed as u64);
+    }
+}
+
+/// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.
+#[test]
+fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
+    use lowrank::op::{LinearForward, LoraForward};
+    let cpu = Cpu::<f32>::new().unwrap();
+    for dims in sizes_around_every_cut() {
+        let Dims { m, k, n, r } = dims;
+        let layer = random::<f32>(dims, 1.5, 3);
+        let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up(&cpu, mat));
+        let b = lowrank::Tensor::zeros(&cpu, (n, r)).unwrap();
+        let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
+        let bias = None;
+        LoraForward { x: &x, w: &w, bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }.run(&cpu).unwrap();
+        LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
+        assert!(k > 0 && down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
+    }
+}
+
 /// Work is split over blocks of the output, never along a sum.
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {

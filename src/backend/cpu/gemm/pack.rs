@@ -110,8 +110,7 @@ fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, to: &mut [f32]) 
 /// Turns up to sixteen lines that are contiguous along the depth, from `first` on: sixteen steps of the depth at a time, in
 /// registers. They become columns `at` and following of a panel `width` wide; what is missing is zeros.
 ///
-/// A panel that is no multiple of sixteen wide is written in overlapping vectors, each putting right what the one before it
-/// wrote too much.
+/// A panel narrower than sixteen is written in overlapping vectors, each putting right what the one before it wrote too much.
 #[inline(always)]
 fn turn<S: Simd, T: Float>(
     s: S,
@@ -138,8 +137,8 @@ fn turn<S: Simd, T: Float>(
         let turned = s.transpose(numbers);
         for (p, numbers) in turned.into_iter().enumerate().take(to.len() / width) {
             let to = &mut to[p * width + at..];
-            let len = to.len().min(LANES);
-            s.narrow_to(numbers, &mut to[..len]);
+            let len = if at == 0 { to.len() } else { width - at };
+            s.narrow_to(numbers, &mut to[..len.min(LANES)]);
         }
     }
 }

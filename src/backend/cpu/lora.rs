@@ -1,6 +1,6 @@
 //! The verbs of the low-rank layer, as sums of products.
 
-use super::gemm::{Factor, Init, LowRank, Matrix, Output, Product, low_rank, sum_of_products};
+use super::gemm::{Factor, Init, LowRank, Matrix, Outer, Output, Product, low_rank, outer_product, sum_of_products};
 use super::linear::{init, matrix, output, product};
 use super::scratch::Taken;
 use super::{Cpu, Engine, pointwise};
@@ -15,7 +15,7 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
     let (lhs, w, b) = (Factor::Stored(x), Factor::Stored(matrix(op.w).t()), Factor::Stored(b.t()));
     let Some(dropped) = dropped(engine, op.dropout, op.x)? else {
         let sum = LowRank { lhs, w, a_scale: 1.0, a: Factor::Stored(a.t()), b_scale: op.scale, b };
-        return low_rank(engine, sum, output(op.h), output(op.y), init(op.bias));
+        return low_rank(engine, sum, output(op.h), output(op.y), init(op.bias), None);
     };
     let to_h = Product { scale: 1.0, lhs: Factor::Wide(x.with_data(&dropped)), rhs: Factor::Stored(a.t()) };
     sum_of_products(engine, output(op.h), Init::Zero, &[to_h])?;
@@ -49,13 +49,15 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
 
     let mut dh = engine.scratch.take(m * r)?;
     let through_b = Product { scale: op.scale, ..product(dy, b) };
+    let db = Outer { scale: op.scale, rhs: matrix(op.h), out: output(op.db) };
     match op.dx {
         Some(dx) if op.dropout.is_none() => {
             let (lhs, w, a) = (Factor::Stored(dy), Factor::Stored(matrix(op.w)), Factor::Stored(a));
             let sum = LowRank { lhs, w, a_scale: op.scale, a: through_b.rhs, b_scale: 1.0, b: a };
-            low_rank(engine, sum, Output::new(&mut dh, m, r), output(dx), Init::Zero)?;
+            low_rank(engine, sum, Output::new(&mut dh, m, r), output(dx), Init::Zero, Some(db))?;
         }
         dx => {
+            outer_product(engine, Factor::Stored(dy), db)?;
             sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[through_b])?;
             if let (Some(dx), Some(dropout)) = (dx, op.dropout) {
                 let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: Factor::Stored(a) };
@@ -67,8 +69,6 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
     let dh = Matrix::new(&dh, m, r);
     let da = Product { scale: 1.0, lhs: Factor::Wide(dh.t()), rhs: seen(x, &dropped) };
     sum_of_products(engine, output(op.da), Init::Zero, &[da])?;
-    let db = Product { scale: op.scale, lhs: Factor::Stored(dy.t()), rhs: Factor::Wide(matrix(op.h)) };
-    sum_of_products(engine, output(op.db), Init::Zero, &[db])?;
     if let Some(dbias) = op.dbias {
         pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
     }

@@ -27,6 +27,7 @@ use super::super::Engine;
 use super::super::pointwise::ConvertChunk;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd, Unit};
+use super::outer::Outer;
 use super::pack::{Panels, Side};
 use super::{Block, Factor, Init, LowRank, Matrix, Output, Parts, Product};
 use crate::element::{DType, Float};
@@ -71,16 +72,35 @@ pub(super) fn run_low_rank<E: Float, O: Float>(
     mut out: Output<'_, O>,
     init: Init<'_, E>,
     LowRank { lhs, w, a_scale, a, b_scale, b }: LowRank<'_, E>,
+    mut outer: Option<Outer<'_>>,
 ) -> Result<()> {
     let (m, k, r) = (h.rows(), lhs.cols(), h.cols());
     let (to_h, base) = (Product { scale: a_scale, lhs, rhs: a }, Product { scale: 1.0, lhs, rhs: w });
     let mut left = Left::new(engine, m, Depth([k, r]))?;
     for rows in chunks(m) {
         left.pack(engine.unit, &[base], rows.start, 0..k);
+        if let Some(outer) = &mut outer {
+            outer.add(engine, &left, rows.clone())?;
+        }
         strips(engine, &left, h.rows_of(rows.clone()), Init::Zero, &[to_h])?;
         let update = Product { scale: b_scale, lhs: Factor::Wide(Matrix::new(h.data(), m, r)), rhs: b };
         left.pack(engine.unit, &[base, update], rows.start, k..k + r);
         strips(engine, &left, out.rows_of(rows), init, &[base, update])?;
+    }
+    Ok(())
+}
+
+/// `out = scale·lhsᵀ·rhs`
+pub(super) fn run_outer<E: Float>(engine: &Engine, lhs: Factor<'_, E>, mut outer: Outer<'_>) -> Result<()> {
+    let (m, n) = (lhs.rows(), lhs.cols());
+    if m == 0 {
+        outer.out.data().fill(0.0);
+    }
+    let mut left = Left::new(engine, m, Depth([n, 0]))?;
+    let term = Product { scale: 1.0, lhs, rhs: lhs }; // only its left side is read
+    for rows in chunks(m) {
+        left.pack(engine.unit, &[term], rows.start, 0..n);
+        outer.add(engine, &left, rows)?;
     }
     Ok(())
 }
@@ -130,7 +150,7 @@ impl Depth {
 
 /// The packed left side of a chunk of rows: for each block of the depth, panels one after another, each `MR` numbers for each
 /// step of the block.
-struct Left<'e> {
+pub(super) struct Left<'e> {
     numbers: Taken<'e>,
     depth: Depth,
     panels: usize,
@@ -167,6 +187,20 @@ impl<'e> Left<'e> {
     fn panel(&self, i: usize, within: &Range<usize>) -> &[f32] {
         let whole = self.mr * self.depth.block(within.start).len();
         &self.numbers[self.panels * self.mr * within.start + i * whole..][..self.mr * within.len()]
+    }
+
+    /// What some steps of the depth have of its blocks.
+    pub(super) fn blocks_within(&self, depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let part = move |block: Range<usize>| block.start.max(depth.start)..block.end.min(depth.end);
+        self.depth.blocks().map(part).filter(|part| !part.is_empty())
+    }
+
+    /// Panel `i`, for some steps within a block.
+    #[inline(always)]
+    pub(super) fn panel_part(&self, i: usize, within: &Range<usize>) -> &[f32] {
+        let mut blocks = self.depth.blocks();
+        let start = blocks.find(|block| block.end > within.start).map_or(0, |block| block.start);
+        &self.panel(i, &(start..within.end))[self.mr * (within.start - start)..]
     }
 }
 

@@ -2,14 +2,18 @@
 //!
 //! Two regimes, by the height of the output (see [`plan`]):
 //! - [`blocked`]: both sides are packed into panels, and tiles stay in registers along the whole depth of a block;
-//! - [`skinny`]: few rows; reading the right side once is all the work there is, so it is not packed.
+//! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed.
+//!
+//! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway.
 
 mod blocked;
+mod outer;
 mod output;
 mod pack;
 mod skinny;
 mod tile;
 
+pub(super) use outer::Outer;
 pub(super) use output::Output;
 use output::{Block, Parts};
 pub(super) use tile::multiply as tile;
@@ -155,23 +159,30 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
     }
 }
 
-/// [`LowRank`], with `lhs` read once where it pays.
+/// [`LowRank`], and [`Outer`] if it is asked for, with `lhs` read once where it pays.
 pub(super) fn low_rank<E: Float, O: Float>(
     engine: &Engine,
     op: LowRank<'_, E>,
     mut h: Output<'_, f32>,
     out: Output<'_, O>,
     init: Init<'_, E>,
+    outer: Option<Outer<'_>>,
 ) -> Result<()> {
     let LowRank { lhs, w, a_scale, a, b_scale, b } = op;
     let (to_h, base) = (Product { scale: a_scale, lhs, rhs: a }, Product { scale: 1.0, lhs, rhs: w });
     if plan(out.rows(), &[to_h, base]) == Plan::Blocked {
-        return blocked::run_low_rank(engine, h, out, init, op);
+        return blocked::run_low_rank(engine, h, out, init, op, outer);
     }
     skinny::run(engine, h.reborrow(), Init::Zero, &[to_h])?;
     let (m, r) = (h.rows(), h.cols());
     let update = Product { scale: b_scale, lhs: Factor::Wide(Matrix::new(h.data(), m, r)), rhs: b };
-    skinny::run(engine, out, init, &[base, update])
+    skinny::run(engine, out, init, &[base, update])?;
+    outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))
+}
+
+/// `out = scale·lhsᵀ·rhs`
+pub(super) fn outer_product<E: Float>(engine: &Engine, lhs: Factor<'_, E>, outer: Outer<'_>) -> Result<()> {
+    blocked::run_outer(engine, lhs, outer)
 }
 
 /// `line = init + sums`, rounded: the one place where a tile meets the edge of the output. `line` begins at column `col`.

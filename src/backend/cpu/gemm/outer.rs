@@ -1,0 +1,95 @@
+//! `out = scale·lhsᵀ·rhs`, with few columns: made from the left side of a product while it is packed, so that it is read once.
+//!
+//! A panel holds `MR` rows of `lhs` for each step of the depth, which is a row of the output here:
+//!
+//! ```text
+//! for each part of the output's rows                    (parallel)
+//!   for each sixteen columns
+//!     for each panel: its MR rows of rhs stay in registers
+//!       for each row p of the output: sums[p] += Σ_i panel[p][i]·rhs[i]
+//! ```
+
+use std::ops::Range;
+
+use super::super::Engine;
+use super::super::simd::{Kernel, LANES, Simd};
+use super::blocked::Left;
+use super::{Block, Matrix, Output, Parts};
+use crate::error::Result;
+
+/// Rows of the output that a task takes: their sums (32 KiB) stay near.
+const STEPS: usize = 512;
+
+/// `out = scale·lhsᵀ·rhs`, `lhs m×n`, `rhs m×r`, `out n×r`, beside a product with `lhs` on its left side
+pub(in super::super) struct Outer<'a> {
+    pub(in super::super) scale: f32,
+    pub(in super::super) rhs: Matrix<'a, f32>,
+    pub(in super::super) out: Output<'a, f32>,
+}
+
+impl Outer<'_> {
+    /// Adds what these rows of `lhs`, packed in `left`, give; the first of them begin the sum.
+    pub(super) fn add(&mut self, engine: &Engine, left: &Left<'_>, rows: Range<usize>) -> Result<()> {
+        let (out, rhs, scale) = (self.out.reborrow(), self.rhs, self.scale);
+        let down = Parts::new(out.rows(), 1, STEPS, rayon::current_num_threads());
+        let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
+        out.for_each_block(down, across, |block| {
+            engine.unit.run(Task { block, left, rows: rows.clone(), rhs, scale });
+            Ok(())
+        })
+    }
+}
+
+struct Task<'a, 'o> {
+    block: Block<'o, f32>,
+    left: &'a Left<'a>,
+    rows: Range<usize>,
+    rhs: Matrix<'a, f32>,
+    scale: f32,
+}
+
+impl Kernel for Task<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        match S::MR {
+            14 => self.sum::<S, 14>(s),
+            _ => self.sum::<S, 6>(s),
+        }
+    }
+}
+
+impl Task<'_, '_> {
+    #[inline(always)]
+    fn sum<S: Simd, const MR: usize>(mut self, s: S) {
+        let (height, width) = (self.block.rows.len(), self.block.cols.len());
+        let scale = s.splat(self.scale);
+        for v in 0..width.div_ceil(LANES) {
+            let mut sums = [[0.0; LANES]; STEPS];
+            for (panel, row) in self.rows.clone().step_by(MR).enumerate() {
+                let mut factors = [s.splat(0.0); MR];
+                for i in 0..MR.min(self.rows.end - row) {
+                    factors[i] = s.widen_at(self.rhs.run(row + i), v);
+                }
+                for within in self.left.blocks_within(self.block.rows.clone()) {
+                    let numbers = self.left.panel_part(panel, &within).as_chunks::<MR>().0;
+                    let sums = &mut sums[within.start - self.block.rows.start..];
+                    for (numbers, sum) in numbers.iter().zip(sums) {
+                        let mut total = s.load(sum);
+                        for i in 0..MR {
+                            total = s.mul_add(s.splat(numbers[i]), factors[i], total);
+                        }
+                        s.store(total, sum);
+                    }
+                }
+            }
+            for p in 0..height {
+                let to = &mut self.block.line(p)[v * LANES..];
+                let len = to.len().min(LANES);
+                let before = if self.rows.start == 0 { s.splat(0.0) } else { s.widen_at(to, 0) };
+                s.narrow_to(s.mul_add(scale, s.load(&sums[p]), before), &mut to[..len]);
+            }
+        }
+    }
+}

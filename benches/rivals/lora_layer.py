@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 SCALE = 2.0
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-TABLE = Path(__file__).resolve().parent.parent / "shapes.csv"
+TABLE = Path(__file__).resolve().parent.parent / "shapes" / "shapes.csv"
 
 
 class Layer:

@@ -104,3 +104,50 @@ fn cut<E: Float>(layer: &Layer<E>, rows: &[usize], inputs: &[usize], outputs: &[
         mask: Mat::new(rows.len(), inputs.len(), |_, _| 1.0),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rivals::{Rivals, contenders};
+    use crate::shapes::{RANKS, Shape};
+    use lowrank::{bf16, f16};
+
+    const VERBS: [Verb; 4] = [Verb::LinearForward, Verb::LoraForward, Verb::LoraForwardBackward, Verb::LoraMerge];
+
+    fn everyone_is_right<E: Rivals>() {
+        for (m, k, n) in [(1, 33, 70), (10, 300, 40), (65, 20, 17)] {
+            for r in RANKS {
+                let layer = Layer::<E>::new(Shape { name: "odd", m, k, n, r }).unwrap().with_threads(3).unwrap();
+                for verb in VERBS {
+                    let expected = Expected::of(verb, &layer);
+                    for contender in &mut contenders(&layer, verb).unwrap() {
+                        contender.run(&layer);
+                        if contender.verb() != verb {
+                            continue;
+                        }
+                        expected.check(contender.name(), &contender.outputs(&layer), contender.roundings());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn everyone_is_right_in_f32() {
+        everyone_is_right::<f32>();
+    }
+
+    #[test]
+    fn everyone_is_right_in_f16_and_bf16() {
+        everyone_is_right::<f16>();
+        everyone_is_right::<bf16>();
+    }
+
+    #[test]
+    #[should_panic(expected = "a rival, lora_forward, odd_3x5x4_r1, y[0, 0] is 0")]
+    fn a_wrong_result_is_named() {
+        let layer = Layer::<f32>::new(Shape { name: "odd", m: 3, k: 5, n: 4, r: 1 }).unwrap();
+        let nothing = Outputs { y: vec![0.0; 12], ..Outputs::default() };
+        Expected::of(Verb::LoraForward, &layer).check("a rival", &nothing, 0);
+    }
+}

@@ -104,7 +104,9 @@ pub struct Outputs {
 pub trait Contender<E: Float> {
     /// As the table's head and the rows of JSON call it.
     fn name(&self) -> &'static str;
-    /// The verb it was made for, once.
+    /// The verb it was made for.
+    fn verb(&self) -> Verb;
+    /// That verb, once.
     fn run(&mut self, layer: &Layer<E>);
     /// What the last run put out.
     fn outputs(&self, layer: &Layer<E>) -> Outputs;

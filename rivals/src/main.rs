@@ -15,7 +15,7 @@ mod measure;
 mod oracle;
 mod peaks;
 mod rivals;
-#[path = "../../benches/shapes.rs"]
+#[path = "../../benches/shapes/mod.rs"]
 mod shapes;
 mod table;
 
@@ -30,7 +30,7 @@ use measure::{Effort, medians};
 use peaks::Peaks;
 use rivals::{Rivals, contenders};
 use shapes::{RANKS, Shape};
-use table::Row;
+use table::{Beside, Row, Table};
 
 /// lowrank's verbs beside the same verbs composed of other crates' products.
 #[derive(Parser)]
@@ -42,7 +42,10 @@ struct Args {
     /// Writes the rows here as well
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Only these shapes of benches/shapes.csv
+    /// Rows of JSON that another program wrote on this machine, as more columns: of benches/rivals/lora_layer.py, say
+    #[arg(long, value_name = "FILE")]
+    beside: Vec<PathBuf>,
+    /// Only these shapes of benches/shapes/shapes.csv
     #[arg(long, value_name = "NAME", value_parser = shape)]
     shape: Vec<Shape>,
     /// These ranks instead of each shape's own; `--rank 0` stands for 1, 8, 16 and 64
@@ -77,14 +80,19 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let peaks: Vec<Peaks> = args.threads.iter().map(|&threads| Peaks::measure(threads.into())).collect();
     println!("{}", Cpu::<f32>::new()?.unit().name());
     peaks.iter().for_each(table::print_peaks);
-    println!("\n{}\n", table::LEGEND);
-    table::print_head();
+    let beside = Beside::read(&args.beside)?;
+    let table = Table::new(&beside);
     let mut rows = Vec::new();
+    let mut done = |mut row: Row| {
+        beside.add_to(&mut row);
+        table.print(&row);
+        rows.push(row);
+    };
     for dtype in &args.dtype {
         match dtype {
-            Dtype::F32 => measure::<f32>(&args, &peaks, &mut rows)?,
-            Dtype::Bf16 => measure::<bf16>(&args, &peaks, &mut rows)?,
-            Dtype::F16 => measure::<f16>(&args, &peaks, &mut rows)?,
+            Dtype::F32 => measure::<f32>(&args, &peaks, &mut done)?,
+            Dtype::Bf16 => measure::<bf16>(&args, &peaks, &mut done)?,
+            Dtype::F16 => measure::<f16>(&args, &peaks, &mut done)?,
         }
     }
     if let Some(path) = args.json {
@@ -125,16 +133,14 @@ impl Args {
 }
 
 /// Every shape, verb and number of threads of one element type.
-fn measure<E: Rivals>(args: &Args, peaks: &[Peaks], rows: &mut Vec<Row>) -> Result<()> {
+fn measure<E: Rivals>(args: &Args, peaks: &[Peaks], done: &mut impl FnMut(Row)) -> Result<()> {
     for &shape in &args.shape {
         let mut layer = Layer::<E>::new(shape)?;
         for &verb in &args.verb {
             let expected = Expected::of(verb, &layer);
             for peaks in peaks {
                 layer = layer.with_threads(peaks.threads)?;
-                let row = measure_one(&layer, verb, &expected, peaks, args.effort())?;
-                table::print(&row);
-                rows.push(row);
+                done(measure_one(&layer, verb, &expected, peaks, args.effort())?);
             }
         }
     }
@@ -146,9 +152,12 @@ fn measure_one<E: Rivals>(layer: &Layer<E>, verb: Verb, expected: &Expected, pea
     let mut contenders = contenders(layer, verb)?;
     for contender in &mut contenders {
         contender.run(layer);
+        if contender.verb() != verb {
+            continue; // not a rival: a part of it
+        }
         expected.check(contender.name(), &contender.outputs(layer), contender.roundings());
     }
-    let names: Vec<_> = contenders.iter().map(|contender| contender.name()).collect();
+    let names: Vec<_> = contenders.iter().map(|contender| contender.name().to_owned()).collect();
     let mut runs: Vec<Box<dyn FnMut()>> = Vec::new();
     for contender in &mut contenders {
         runs.push(Box::new(|| contender.run(layer)));

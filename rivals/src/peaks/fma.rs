@@ -11,8 +11,8 @@ const CHAINS: usize = 12;
 /// FLOP/s of the widest unit this CPU has.
 pub fn flop_rate(threads: usize) -> f64 {
     let (lanes, run) = widest();
-    let steps = 4_000_000u32;
-    best_rate(threads, |_| {
+    let steps = 400_000u32; // about a millisecond: short enough to be left alone by other programs
+    best_rate(100, threads, |_| {
         black_box(run(black_box(steps)));
         2.0 * f64::from(steps) * (CHAINS * lanes) as f64
     })

@@ -7,13 +7,14 @@ use super::best_rate;
 
 /// Bytes of each of two arrays.
 const BYTES: usize = 256 << 20;
+const TRIES: usize = 15;
 const HUGE_PAGE: usize = 2 << 20;
 
 /// Bytes read a second; bytes read and written a second.
 pub fn rates(threads: usize) -> [f64; 2] {
     let (mut from, mut to) = (Huge::new(), Huge::new());
     let part = BYTES / 4 / threads / 64 * 64; // floats of a thread, whole blocks
-    let read = best_rate(threads, |thread| {
+    let read = best_rate(TRIES, threads, |thread| {
         black_box(sum(&from.floats()[thread * part..][..part]));
         4.0 * part as f64
     });
@@ -26,8 +27,8 @@ pub fn rates(threads: usize) -> [f64; 2] {
         write(from, to);
         8.0 * part as f64
     };
-    let copy = best_rate(threads, |thread| with(thread, |from, to| to.copy_from_slice(from)));
-    let in_place = best_rate(threads, |thread| with(thread, |_, to| add(to)));
+    let copy = best_rate(TRIES, threads, |thread| with(thread, |from, to| to.copy_from_slice(from)));
+    let in_place = best_rate(TRIES, threads, |thread| with(thread, |_, to| add(to)));
     [read, copy.max(in_place)]
 }
 

@@ -46,11 +46,9 @@ impl Peaks {
     }
 }
 
-/// How often the same is tried; the best counts, for a peak is what the machine can do when nothing else runs.
-const TRIES: usize = 7;
-
-/// The best rate of so many threads, each of which does `work(thread)` units.
-fn best_rate(threads: usize, work: impl Fn(usize) -> f64 + Sync) -> f64 {
+/// The best of `tries` rates of so many threads, each of which does `work(thread)` units: a peak is what the machine can do when
+/// nothing else runs.
+fn best_rate(tries: usize, threads: usize, work: impl Fn(usize) -> f64 + Sync) -> f64 {
     let once = || {
         let start = Barrier::new(threads);
         let run = |thread| {
@@ -66,5 +64,5 @@ fn best_rate(threads: usize, work: impl Fn(usize) -> f64 + Sync) -> f64 {
         let longest = results.iter().map(|result| result.1).fold(0.0, f64::max);
         results.iter().map(|result| result.0).sum::<f64>() / longest
     };
-    (0..TRIES).map(|_| once()).fold(0.0, f64::max)
+    (0..tries).map(|_| once()).fold(0.0, f64::max)
 }

@@ -86,6 +86,10 @@ impl<E: Float, P: Product<E> + Sync> Contender<E> for Composed<E, P> {
         P::NAME
     }
 
+    fn verb(&self) -> Verb {
+        self.verb
+    }
+
     fn run(&mut self, layer: &Layer<E>) {
         let (m, k, n, r) = (layer.shape.m, layer.shape.k, layer.shape.n, layer.shape.r);
         let x = View::new(layer.x.buffer(), m, k);

@@ -47,10 +47,13 @@ impl Rivals for bf16 {
 
 /// Everyone, for one verb on one layer.
 pub fn contenders<E: Rivals>(layer: &Layer<E>, verb: Verb) -> Result<Contenders<E>> {
-    let mut all: Contenders<E> = vec![Box::new(ours::Ours::new(layer, verb)?)];
+    let mut all: Contenders<E> = vec![Box::new(ours::Ours::new("lowrank", layer, verb)?)];
     all.extend(E::others(layer, verb)?);
     if matches!(verb, Verb::LoraForward | Verb::LoraForwardBackward) {
         all.push(Box::new(unfused::Unfused::new(layer, verb)?));
+    }
+    if verb == Verb::LoraForward {
+        all.push(Box::new(ours::Ours::new("plain", layer, Verb::LinearForward)?)); // what the adapter costs
     }
     Ok(all)
 }

@@ -6,6 +6,7 @@ use lowrank::{Cpu, Float, Result, Tensor};
 use crate::layer::{Contender, Layer, Outputs, SCALE, Verb, widened};
 
 pub struct Ours<E: Float> {
+    name: &'static str,
     verb: Verb,
     h: Tensor<Cpu<E>, f32>,
     y: Tensor<Cpu<E>>,
@@ -18,7 +19,7 @@ pub struct Ours<E: Float> {
 }
 
 impl<E: Float> Ours<E> {
-    pub fn new(layer: &Layer<E>, verb: Verb) -> Result<Self> {
+    pub fn new(name: &'static str, layer: &Layer<E>, verb: Verb) -> Result<Self> {
         let (m, k, n, r) = (layer.shape.m, layer.shape.k, layer.shape.n, layer.shape.r);
         let cpu = &layer.cpu;
         let w = match verb {
@@ -27,7 +28,7 @@ impl<E: Float> Ours<E> {
         };
         let (h, y, dx) = (Tensor::zeros(cpu, (m, r))?, Tensor::zeros(cpu, (m, n))?, Tensor::zeros(cpu, (m, k))?);
         let (da, db) = (Tensor::zeros(cpu, (r, k))?, Tensor::zeros(cpu, (n, r))?);
-        Ok(Self { verb, h, y, da, db, dx, w, scale: SCALE })
+        Ok(Self { name, verb, h, y, da, db, dx, w, scale: SCALE })
     }
 
     fn linear_forward(&mut self, Layer { cpu, x, w, .. }: &Layer<E>) -> Result<()> {
@@ -53,7 +54,11 @@ impl<E: Float> Ours<E> {
 
 impl<E: Float> Contender<E> for Ours<E> {
     fn name(&self) -> &'static str {
-        "lowrank"
+        self.name
+    }
+
+    fn verb(&self) -> Verb {
+        self.verb
     }
 
     fn run(&mut self, layer: &Layer<E>) {

@@ -55,6 +55,10 @@ impl<E: Float> Contender<E> for Unfused<E> {
         "unfused"
     }
 
+    fn verb(&self) -> Verb {
+        self.verb
+    }
+
     fn run(&mut self, layer: &Layer<E>) {
         let backward = self.verb == Verb::LoraForwardBackward;
         let done = self.forward(layer).and_then(|()| if backward { self.backward(layer) } else { Ok(()) });

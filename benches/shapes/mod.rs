@@ -1,9 +1,11 @@
 //! The shapes that are measured, by name: one table, `shapes.csv`, for tests, benches and rivals, those in Python too.
 
+#![allow(dead_code, reason = "each program that includes this file uses a part")]
+#![allow(unreachable_pub, reason = "nobody exports it")]
+
 use std::fmt;
 
 /// The ranks to sweep over; a shape alone is measured at the rank that the table gives it.
-#[allow(dead_code, reason = "not every program that includes this file sweeps")]
 pub const RANKS: [usize; 4] = [1, 8, 16, 64];
 
 /// A layer: `m` rows, `k` inputs, `n` outputs, rank `r`.
@@ -26,7 +28,6 @@ impl Shape {
     }
 
     /// The row of that name.
-    #[allow(dead_code, reason = "not every program that includes this file asks by name")]
     pub fn named(name: &str) -> Option<Self> {
         Self::all().into_iter().find(|shape| shape.name == name)
     }
@@ -39,7 +40,6 @@ impl Shape {
     }
 
     /// With another rank.
-    #[allow(dead_code, reason = "not every program that includes this file sweeps")]
     pub fn with_rank(self, r: usize) -> Self {
         Self { r, ..self }
     }

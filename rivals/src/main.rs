@@ -48,9 +48,12 @@ struct Args {
     /// Only these shapes of benches/shapes/shapes.csv
     #[arg(long, value_name = "NAME", value_parser = shape)]
     shape: Vec<Shape>,
-    /// These ranks instead of each shape's own; `--rank 0` stands for 1, 8, 16 and 64
-    #[arg(long, value_name = "R")]
-    rank: Vec<usize>,
+    /// These ranks instead of each shape's own
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u16).range(1..))]
+    rank: Vec<u16>,
+    /// The ranks 1, 8, 16 and 64
+    #[arg(long, conflicts_with = "rank")]
+    sweep: bool,
     /// These numbers of threads instead of one and all
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Vec<u16>,
@@ -108,11 +111,9 @@ impl Args {
         if self.shape.is_empty() {
             self.shape = Shape::all();
         }
-        if self.rank == [0] {
-            self.rank = RANKS.to_vec();
-        }
-        if !self.rank.is_empty() {
-            let ranked = |shape: &Shape| self.rank.iter().map(|&r| shape.with_rank(r)).collect::<Vec<_>>();
+        let ranks = if self.sweep { RANKS.to_vec() } else { self.rank.iter().map(|&r| r.into()).collect() };
+        if !ranks.is_empty() {
+            let ranked = |shape: &Shape| ranks.iter().map(|&r| shape.with_rank(r)).collect::<Vec<_>>();
             self.shape = self.shape.iter().flat_map(ranked).collect();
         }
         if self.threads.is_empty() {

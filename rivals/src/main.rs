@@ -2,7 +2,7 @@
 //!
 //! Everyone gets the same inputs in the same memory, is first checked against the tests' oracle, and is then timed in interleaved
 //! runs; the machine's peaks are measured in the same run. `benches/RESULTS.md` keeps what was measured, and benches/rivals/ has
-//! the rivals in Python and candle, which write the same rows.
+//! the rivals in Python, which write the same rows.
 
 #[path = "../../tests/support/bounds.rs"]
 #[allow(dead_code, reason = "a part of it is enough")]

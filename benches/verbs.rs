@@ -1,32 +1,19 @@
-//! `cargo bench`: each verb on each backend, named `verb/backend/dtype/shape`.
+//! `cargo bench`: each verb on each backend, named `verb/backend/dtype/shape`; the shapes are those of `shapes/`.
 //!
-//! Throughput is in elements: one is a multiply-add for products, and a parameter for updates. `benches/RESULTS.md` keeps what
-//! was measured.
+//! Throughput of products is in FLOP (criterion writes them as elements), of what memory bounds in bytes. `cargo bench -- --quick`
+//! is a look, `cargo bench -- lora_forward/cpu2/f32` one part. Who else computes the same: `cargo run --release -p rivals`.
+//! `RESULTS.md` keeps what was measured.
+
+mod shapes;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lowrank::autograd::Tape;
 use lowrank::nn::{Adam, Mlp};
-use lowrank::op::{self, AdamRate, Labels, LinearForward, LoraBackward, LoraForward, LoraMerge, WeightGrad};
+use lowrank::op::{self, AdamRate, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor, bf16};
 
-/// Rows, inputs, outputs, rank.
-struct Shape {
-    name: &'static str,
-    m: usize,
-    k: usize,
-    n: usize,
-    r: usize,
-}
-
-const SHAPES: [Shape; 6] = [
-    Shape { name: "mnist1_10x784x1000_r1", m: 10, k: 784, n: 1000, r: 1 },
-    Shape { name: "mnist2_10x1000x2000_r1", m: 10, k: 1000, n: 2000, r: 1 },
-    Shape { name: "decode_1x4096x4096_r16", m: 1, k: 4096, n: 4096, r: 16 },
-    Shape { name: "square_1024_r16", m: 1024, k: 1024, n: 1024, r: 16 },
-    Shape { name: "prefill_512x4096x4096_r16", m: 512, k: 4096, n: 4096, r: 16 },
-    Shape { name: "mlp_512x4096x11008_r16", m: 512, k: 4096, n: 11008, r: 16 },
-];
+use shapes::{RANKS, Shape};
 
 /// Tensors of a layer.
 struct Layer<B: Backend> {
@@ -43,7 +30,7 @@ struct Layer<B: Backend> {
 }
 
 impl<B: Backend> Layer<B> {
-    fn new(backend: &B, &Shape { m, k, n, r, .. }: &Shape) -> Self {
+    fn new(backend: &B, Shape { m, k, n, r, .. }: Shape) -> Self {
         let mut rng = Rng::new(1);
         let mut new = |rows, cols| {
             let host: Vec<B::Elem> = (0..rows * cols).map(|_| B::Elem::from_f32(rng.unit() as f32 - 0.5)).collect();
@@ -56,71 +43,82 @@ impl<B: Backend> Layer<B> {
     }
 }
 
+/// A backend, the verbs on one shape, and where the figures go.
+struct Bench<'c, B: Backend> {
+    c: &'c mut Criterion,
+    backend: &'c B,
+    /// `cpu2/f32/prefill_512x4096x4096_r16`
+    id: String,
+}
+
+impl<B: Backend> Bench<'_, B> {
+    fn run(&mut self, verb: &str, throughput: Throughput, mut call: impl FnMut(&B) -> lowrank::Result<()>) {
+        let mut group = self.c.benchmark_group(verb);
+        group.throughput(throughput);
+        group.bench_function(&self.id, |bench| {
+            bench.iter(|| {
+                call(self.backend).expect(verb);
+                self.backend.synchronize().expect("synchronize");
+            })
+        });
+        group.finish();
+    }
+}
+
+fn flop(multiply_adds: usize) -> Throughput {
+    Throughput::Elements(2 * multiply_adds as u64)
+}
+
+fn bytes(elements: usize, size: usize) -> Throughput {
+    Throughput::Bytes((elements * size) as u64)
+}
+
+/// The verbs of a layer with an adapter.
+fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, layer: &mut Layer<B>) {
+    let (scale, update) = (2.0, m * r * (n + k));
+    let Layer { x, w, a, b, dy, h, y, da, db, dx } = layer;
+    bench.run("lora_forward", flop(m * n * k + update), |backend| {
+        LoraForward { x, w, bias: None, a, b, scale, dropout: None, h, y }.run(backend)
+    });
+    bench.run("lora_backward", flop(m * n * k + 2 * update), |backend| {
+        LoraBackward { x, w, a, b, h, dy, scale, dropout: None, da, db, dbias: None, dx: Some(dx) }.run(backend)
+    });
+    let mut sign = 1.0; // merging and unmerging take turns
+    bench.run("lora_merge", bytes(2 * n * k, size_of::<B::Elem>()), |backend| {
+        sign = -sign;
+        LoraMerge { a, b, scale: sign * scale, w }.run(backend)
+    });
+}
+
+/// The verbs of a layer without one; a weight that learns belongs to a small batch.
+fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, layer: &mut Layer<B>) {
+    let Layer { x, w, dy, y, dx, .. } = layer;
+    bench.run("linear_forward", flop(m * n * k), |backend| LinearForward { x, w, bias: None, y }.run(backend));
+    bench.run("linear_backward", flop(m * n * k), |backend| {
+        LinearBackward { x, w, dy, dx: Some(dx), dw: None, dbias: None }.run(backend)
+    });
+    if m > 1 && m <= 16 {
+        let zeros = || Tensor::zeros(bench.backend, (n, k)).expect("memory");
+        let (mut first, mut second) = (zeros(), zeros());
+        let rate = AdamRate::new(1e-3, 0.9, 0.999, 1e-8, 10).expect("rate");
+        bench.run("adam", bytes(n * k, 16 + 2 * size_of::<B::Elem>()), |backend| {
+            op::Adam { grad: WeightGrad::Factored { dy, x }, rate, m: &mut first, v: &mut second, w }.run(backend)
+        });
+    }
+}
+
+/// Every shape at its own rank, and the cube at the others.
 fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
-    for shape in &SHAPES {
-        let Shape { m, k, n, r, .. } = *shape;
-        let id = format!("{name}/{}/{}", B::Elem::DTYPE, shape.name);
+    for shape in Shape::all() {
+        let id = |shape: Shape| format!("{name}/{}/{shape}", B::Elem::DTYPE);
         let mut layer = Layer::new(backend, shape);
-        let wait = || backend.synchronize().expect("synchronize");
-
-        let mut group = c.benchmark_group("linear_forward");
-        group.throughput(Throughput::Elements((m * n * k) as u64));
-        let Layer { x, w, a, b, dy, h, y, da, db, dx } = &mut layer;
-        group.bench_function(&id, |bench| {
-            bench.iter(|| {
-                LinearForward { x, w, bias: None, y }.run(backend).expect("linear_forward");
-                wait();
-            })
-        });
-        group.finish();
-
-        let mut group = c.benchmark_group("lora_forward");
-        group.throughput(Throughput::Elements((m * (n * k + r * (n + k))) as u64));
-        group.bench_function(&id, |bench| {
-            bench.iter(|| {
-                let op = LoraForward { x, w, bias: None, a, b, scale: 1.0, dropout: None, h, y };
-                op.run(backend).expect("lora_forward");
-                wait();
-            })
-        });
-        group.finish();
-
-        let mut group = c.benchmark_group("lora_backward");
-        group.throughput(Throughput::Elements((m * (n * k + 2 * r * (n + k))) as u64));
-        group.bench_function(&id, |bench| {
-            bench.iter(|| {
-                let (da, db, dx) = (&mut *da, &mut *db, Some(&mut *dx));
-                let op = LoraBackward { x, w, a, b, h, dy, scale: 1.0, dropout: None, da, db, dbias: None, dx };
-                op.run(backend).expect("lora_backward");
-                wait();
-            })
-        });
-        group.finish();
-
-        let mut group = c.benchmark_group("lora_merge");
-        group.throughput(Throughput::Bytes((2 * n * k * size_of::<B::Elem>()) as u64));
-        group.bench_function(&id, |bench| {
-            bench.iter(|| {
-                LoraMerge { a, b, scale: 1e-6, w }.run(backend).expect("lora_merge");
-                wait();
-            })
-        });
-        group.finish();
-
-        if m <= 16 {
-            let (mut first, mut second) =
-                (Tensor::zeros(backend, (n, k)).expect("m"), Tensor::zeros(backend, (n, k)).expect("v"));
-            let rate = AdamRate::new(1e-3, 0.9, 0.999, 1e-8, 10).expect("rate");
-            let mut group = c.benchmark_group("adam");
-            group.throughput(Throughput::Bytes((n * k * (16 + 2 * size_of::<B::Elem>())) as u64));
-            group.bench_function(&id, |bench| {
-                bench.iter(|| {
-                    let grad = WeightGrad::Factored { dy, x };
-                    op::Adam { grad, rate, m: &mut first, v: &mut second, w }.run(backend).expect("adam");
-                    wait();
-                })
-            });
-            group.finish();
+        let mut bench = Bench { c, backend, id: id(shape) };
+        lora(&mut bench, shape, &mut layer);
+        linear(&mut bench, shape, &mut layer);
+        let others = RANKS.into_iter().filter(|&r| shape.name == "square" && r != shape.r);
+        for shape in others.map(|r| shape.with_rank(r)) {
+            bench.id = id(shape);
+            lora(&mut bench, shape, &mut Layer::new(backend, shape));
         }
     }
 }

@@ -1,5 +1,7 @@
 //! The one suite, on the CPU: every element type, and every vector unit that this machine has.
 
+#[path = "../benches/shapes/mod.rs"]
+mod measured;
 mod support;
 
 use lowrank::{Cpu, Float, VectorUnit, bf16, f16};
@@ -43,6 +45,15 @@ fn every_vector_unit_passes_in_f16() {
 #[test]
 fn every_vector_unit_passes_in_bf16() {
     on_every_unit(kernels::<bf16>);
+}
+
+/// The shapes that the benches measure; of those too large for the oracle, rivals/ checks a part before it measures them.
+#[test]
+fn what_is_measured_is_right() {
+    let small = measured::Shape::all().into_iter().filter(|shape| shape.m * shape.k * shape.n <= 1 << 24);
+    for (seed, measured::Shape { m, k, n, r, .. }) in small.enumerate() {
+        suite::lora_is_exact_at(&Cpu::<f32>::new().unwrap(), Dims { m, k, n, r }, seed as u64);
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lowrank::autograd::Tape;
 use lowrank::nn::{Adam, Mlp};
-use lowrank::op::{self, AdamRate, Labels, LinearForward, LoraBackward, LoraForward, LoraMerge, WeightGrad};
+use lowrank::op::{self, AdamRate, Labels, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor, bf16};
 
@@ -78,7 +78,7 @@ fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
         group.throughput(Throughput::Elements((m * (n * k + r * (n + k))) as u64));
         group.bench_function(&id, |bench| {
             bench.iter(|| {
-                let op = LoraForward { x, w, bias: None, a, b, scale: 1.0, dropout: None, h, y };
+                let op = LoraForward { x, w: Some(w), bias: None, a, b, scale: 1.0, dropout: None, h, y };
                 op.run(backend).expect("lora_forward");
                 wait();
             })
@@ -90,7 +90,7 @@ fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
         group.bench_function(&id, |bench| {
             bench.iter(|| {
                 let (da, db, dx) = (&mut *da, &mut *db, Some(&mut *dx));
-                let op = LoraBackward { x, w, a, b, h, dy, scale: 1.0, dropout: None, da, db, dbias: None, dx };
+                let op = LoraBackward { x, w: Some(w), a, b, h, dy, scale: 1.0, dropout: None, da, db, dbias: None, dx };
                 op.run(backend).expect("lora_backward");
                 wait();
             })
@@ -101,7 +101,7 @@ fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
         group.throughput(Throughput::Bytes((2 * n * k * size_of::<B::Elem>()) as u64));
         group.bench_function(&id, |bench| {
             bench.iter(|| {
-                LoraMerge { a, b, scale: 1e-6, w }.run(backend).expect("lora_merge");
+                LoraMerge { a, b, scale: 1e-6, rounding: Rounding::Nearest, w }.run(backend).expect("lora_merge");
                 wait();
             })
         });

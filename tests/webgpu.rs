@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::sync::OnceLock;
 
 use lowrank::backend::webgpu::Limits;
-use lowrank::op::{Dropout, LinearForward, LoraForward, LoraMerge};
+use lowrank::op::{Dropout, LinearForward, LoraForward, LoraMerge, Rounding};
 use lowrank::{Backend, Cpu, Error, Float, Result, Tensor, WebGpu, bf16, f16};
 use support::bounds::assert_exact;
 use support::data::{Dims, down, unwritten, up, whole};
@@ -118,7 +118,7 @@ fn the_wide_tile_is_exact_up_to_its_edges() {
         let (mut h, mut y) = (unwritten(&gpu, dims.m, dims.r), unwritten(&gpu, dims.m, dims.n));
         let (bias, scale) = (layer.bias.as_ref().map(|mat| up(&gpu, mat)), layer.scale as f32);
         let (h_, y_, bias) = (&mut h, &mut y, bias.as_ref());
-        LoraForward { x: &x, w: &w, bias, a: &a, b: &b, scale, dropout: None, h: h_, y: y_ }.run(&gpu).unwrap();
+        LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale, dropout: None, h: h_, y: y_ }.run(&gpu).unwrap();
         assert_exact(&format!("{dims:?} y"), &down(&gpu, &y), &layer.forward().1);
     }
 }
@@ -148,7 +148,7 @@ fn the_mask_is_that_of_the_cpu_bit_for_bit() {
         let (w, b) = (Tensor::zeros(backend, (0, k)).unwrap(), Tensor::zeros(backend, (0, k)).unwrap());
         let (mut h, mut y) = (unwritten(backend, m, k), unwritten(backend, m, 0));
         let (dropout, h_) = (Some(dropout), &mut h);
-        LoraForward { x: &x, w: &w, bias: None, a: &a, b: &b, scale: 1.0, dropout, h: h_, y: &mut y }.run(backend).unwrap();
+        LoraForward { x: &x, w: Some(&w), bias: None, a: &a, b: &b, scale: 1.0, dropout, h: h_, y: &mut y }.run(backend).unwrap();
         down(backend, &h)
     }
     let (gpu, cpu) = (or_return!(shared_f32()), Cpu::new().unwrap());
@@ -163,7 +163,7 @@ fn another_device_on_the_same_adapter_gives_the_same_bits() {
     fn merged(gpu: &WebGpu<f32>) -> Vec<f32> {
         let layer = support::data::random::<f32>(Dims { m: 1, k: 90, n: 70, r: 5 }, 0.3, 2);
         let (a, b, mut w) = (up(gpu, &layer.a), up(gpu, &layer.b), up(gpu, &layer.w));
-        LoraMerge { a: &a, b: &b, scale: 0.3, w: &mut w }.run(gpu).unwrap();
+        LoraMerge { a: &a, b: &b, scale: 0.3, rounding: Rounding::Nearest, w: &mut w }.run(gpu).unwrap();
         down(gpu, &w)
     }
     let gpu = or_return!(shared_f32());

@@ -16,17 +16,18 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
     let to_h = Product { scale: 1.0, lhs: seen(x, &dropped), rhs: Factor::Stored(a.t()) };
     sum_of_products(engine, output(op.h), Init::Zero, &[to_h])?;
 
-    let base = product(x, matrix(op.w).t());
     let update = Product { scale: op.scale, lhs: Factor::Wide(matrix(op.h)), rhs: Factor::Stored(b.t()) };
-    sum_of_products(engine, output(op.y), init(op.bias), &[base, update])
+    match op.w {
+        Some(w) => sum_of_products(engine, output(op.y), init(op.bias), &[product(x, matrix(w).t()), update]),
+        None => sum_of_products(engine, output(op.y), init(op.bias), &[update]),
+    }
 }
 
 /// `drop(x)` in `f32`, where there is dropout.
 fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: &Tensor<Cpu<E>>) -> Result<Option<Taken<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
     let mut dropped = engine.scratch.take(x.buffer().len())?;
-    pointwise::convert(engine.unit, x.buffer(), &mut dropped);
-    pointwise::dropout(dropout, &mut dropped);
+    pointwise::drop(dropout, x.buffer(), &mut dropped);
     Ok(Some(dropped))
 }
 
@@ -57,22 +58,50 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
         pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
     }
     let Some(dx) = op.dx else { return Ok(()) };
-    let base = product(dy, matrix(op.w));
+    let base = op.w.map(|w| product(dy, matrix(w)));
     let update = Product { scale: 1.0, lhs: Factor::Wide(dh), rhs: Factor::Stored(a) };
     let Some(dropout) = op.dropout else {
-        return sum_of_products(engine, output(dx), Init::Zero, &[base, update]);
+        return match base {
+            Some(base) => sum_of_products(engine, output(dx), Init::Zero, &[base, update]),
+            None => sum_of_products(engine, output(dx), Init::Zero, &[update]),
+        };
     };
     // The mask lies between the update and the sum: drop(dh·A) is made in `f32`, the rest is added to it, and `dx` is rounded once.
     let mut sum = engine.scratch.take(m * k)?;
     sum_of_products(engine, Output::new(&mut sum, m, k), Init::Zero, &[update])?;
     pointwise::dropout(dropout, &mut sum);
-    sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
+    if let Some(base) = base {
+        sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
+    }
     pointwise::convert(engine.unit, &sum, dx.buffer_mut());
     Ok(())
 }
 
 /// `W += scale·B·A`
 pub(super) fn merge<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>) -> Result<()> {
+    if let Some(key) = op.rounding.key(E::DTYPE) {
+        return merge_by_chance(engine, op, key);
+    }
     let update = Product { scale: op.scale, ..product(matrix(op.b), matrix(op.a)) };
     sum_of_products(engine, output(op.w), Init::Output, &[update])
+}
+
+/// Elements of a band of rows: 4 MB of `f32`, which stay in a cache.
+const BAND: usize = 1 << 20;
+
+/// The same, rounded by chance. The sums are made in `f32`, a band of rows at a time; bands begin with a block of the generator.
+fn merge_by_chance<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>, key: [u32; 2]) -> Result<()> {
+    let (k, r) = (op.w.cols(), op.a.rows());
+    let rows = (BAND / k.max(1)).max(1).next_multiple_of(4);
+    let (a, b, w) = (matrix(op.a), op.b.buffer(), op.w.buffer_mut());
+    let mut sums = engine.scratch.take((rows * k).min(w.len()))?;
+    for (band, w) in w.chunks_mut((rows * k).max(1)).enumerate() {
+        let (height, sums) = (w.len() / k, &mut sums[..w.len()]);
+        pointwise::convert(engine.unit, w, sums);
+        let b = Matrix::new(&b[band * rows * r..][..height * r], height, r);
+        let update = Product { scale: op.scale, ..product(b, a) };
+        sum_of_products(engine, Output::new(sums, height, k), Init::Output, &[update])?;
+        pointwise::round(key, band * rows * k, sums, w);
+    }
+    Ok(())
 }

@@ -1,4 +1,4 @@
-//! How a sum becomes a stored number: to the nearest, or to one of its two neighbours by chance.
+//! How a sum becomes a stored number: the nearest, or one of its two neighbours by chance.
 
 use crate::element::{DType, Float};
 use crate::random::philox;
@@ -12,8 +12,8 @@ pub enum Rounding {
     /// To one of the two neighbours, the nearer the likelier, so that the expectation is the sum itself: a long row of updates,
     /// each too small for `Nearest` to see, is then not lost.
     ///
-    /// Element `i` of a row-major matrix takes lane `i % 4` of the block that [`philox`] makes of counter `[i / 4, 2]` under the
-    /// key `seed`. Sums at or beyond the largest number go where `Nearest` takes them.
+    /// Element `i` of a row-major matrix takes lane `i % 4` of the block that [`philox`] makes of counter `i / 4`, with 2 as its
+    /// third word, under the key `seed`. Sums at or beyond the largest number go where `Nearest` takes them.
     Stochastic {
         /// The same seed gives the same bits on every backend.
         seed: u64,

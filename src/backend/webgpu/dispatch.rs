@@ -107,11 +107,14 @@ impl Gpu {
         self.submissions.load(Ordering::Relaxed)
     }
 
+    /// An error once the device is lost.
+    fn is_there(&self) -> Result<()> {
+        self.lost.get().map_or(Ok(()), |reason| Err(failed(reason)))
+    }
+
     /// What the driver says about `work`. Without this, its errors would end the program.
     fn guarded<T>(&self, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
-        if let Some(reason) = self.lost.get() {
-            return Err(failed(reason));
-        }
+        self.is_there()?;
         let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation];
         let [memory, internal, validation] = filters.map(|filter| self.device.push_error_scope(filter));
         let value = work();
@@ -150,6 +153,7 @@ impl Gpu {
 
     /// Copies host memory into a buffer, after everything recorded so far.
     pub(super) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.is_there()?;
         let mut batch = lock(&self.batch);
         let (start, len) = (batch.uploads.len() as u64, bytes.len() as u64);
         if len == 0 {
@@ -190,7 +194,7 @@ impl Gpu {
     fn wait(&self, submitted: wgpu::SubmissionIndex) -> Result<()> {
         let wait = wgpu::PollType::Wait { submission_index: Some(submitted), timeout: None };
         self.guarded(0, || self.device.poll(wait))?.map_err(failed)?;
-        self.lost.get().map_or(Ok(()), |reason| Err(failed(reason)))
+        self.is_there()
     }
 
     /// Hands what is recorded to the device, and a copy to come last.

@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn the_expectation_is_the_number_itself() {
-        for value in [1.0f32, 1.000_3, -1.000_3, 3.141_592_7, -0.1, 6.2e-5, 1e-5, -3.3e-7, 2e-8, 0.0, 65503.9] {
+        for value in [1.0f32, 1.000_3, -1.000_3, 3.3, -0.1, 6.2e-5, 1e-5, -3.3e-7, 2e-8, 0.0, 65503.9] {
             let step = |unit: f64, least: f64| (f64::from(value).abs() * unit).max(least);
             let (half, brain) = (mean::<f16>(value), mean::<bf16>(value));
             assert!((half - f64::from(value)).abs() <= step(2f64.powi(-30), 2f64.powi(-45)), "f16: {half}, want {value}");

@@ -40,7 +40,10 @@ pub fn row_norms_of_an_undone_weight_are_zero<B: Backend>(backend: &B) {
 /// Shapes of `z` that meet the edges of a vector, a tile, a workgroup, and a task.
 const EDGES: [(usize, usize); 9] = [(0, 3), (3, 0), (1, 1), (3, 17), (64, 65), (65, 64), (10, 2000), (300, 33), (1, 1025)];
 
-fn run<B: Backend>(backend: &B, layer: &Decomposed) -> (Vec<B::Elem>, Vec<B::Elem>, Vec<f32>, Vec<f32>) {
+/// `y`, `dz`, `dmagnitude`, `dbias`
+type DecomposedGot<E> = (Vec<E>, Vec<E>, Vec<f32>, Vec<f32>);
+
+fn run<B: Backend>(backend: &B, layer: &Decomposed) -> DecomposedGot<B::Elem> {
     let (m, n) = (layer.z.rows, layer.z.cols);
     let [z, magnitude, dy] = [&layer.z, &layer.magnitude, &layer.dy].map(|mat| up(backend, mat));
     let (norm, bias) = (up(backend, &layer.norm), layer.bias.as_ref().map(|mat| up(backend, mat)));

@@ -9,7 +9,9 @@ mod shapes;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lowrank::autograd::Tape;
 use lowrank::nn::{Adam, Mlp};
-use lowrank::op::{self, AdamRate, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, WeightGrad};
+use lowrank::op::{
+    self, AdamRate, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding, WeightGrad,
+};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor, bf16};
 
@@ -78,15 +80,15 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
     let (scale, update) = (2.0, m * r * (n + k));
     let Layer { x, w, a, b, dy, h, y, da, db, dx } = layer;
     bench.run("lora_forward", flop(m * n * k + update), |backend| {
-        LoraForward { x, w, bias: None, a, b, scale, dropout: None, h, y }.run(backend)
+        LoraForward { x, w: Some(w), bias: None, a, b, scale, dropout: None, h, y }.run(backend)
     });
     bench.run("lora_backward", flop(m * n * k + 2 * update), |backend| {
-        LoraBackward { x, w, a, b, h, dy, scale, dropout: None, da, db, dbias: None, dx: Some(dx) }.run(backend)
+        LoraBackward { x, w: Some(w), a, b, h, dy, scale, dropout: None, da, db, dbias: None, dx: Some(dx) }.run(backend)
     });
     let mut sign = 1.0; // merging and unmerging take turns
     bench.run("lora_merge", bytes(2 * n * k, size_of::<B::Elem>()), |backend| {
         sign = -sign;
-        LoraMerge { a, b, scale: sign * scale, w }.run(backend)
+        LoraMerge { a, b, scale: sign * scale, rounding: Rounding::Nearest, w }.run(backend)
     });
 }
 
@@ -115,12 +117,36 @@ fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
         let mut bench = Bench { c, backend, id: id(shape) };
         lora(&mut bench, shape, &mut layer);
         linear(&mut bench, shape, &mut layer);
+        if shape.m == shape.n && shape.n == shape.k {
+            around(&mut bench, shape, &mut layer);
+        }
         let others = RANKS.into_iter().filter(|&r| shape.name == "square" && r != shape.r);
         for shape in others.map(|r| shape.with_rank(r)) {
             bench.id = id(shape);
             lora(&mut bench, shape, &mut Layer::new(backend, shape));
         }
     }
+}
+
+/// The verbs beside the products, at the weight and the batch of one layer.
+fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, layer: &mut Layer<B>) {
+    let Layer { x: z, w, a, b, dy, y, .. } = layer;
+    let wide = |rows, cols| Tensor::<B, f32>::zeros(bench.backend, (rows, cols)).expect("memory");
+    let (mut norm, mut dmagnitude, mut sum, gradient) = (wide(1, n), wide(1, n), wide(n, k), wide(n, k));
+    let magnitude = Tensor::from_slice(bench.backend, (1, n), &vec![B::Elem::from_f32(1.0); n]).expect("memory");
+    let (norm, magnitude, elem) = (&mut norm, &magnitude, size_of::<B::Elem>());
+    bench.run("lora_row_norm", bytes(n * k, elem), |backend| op::LoraRowNorm { w, a, b, scale: 1.0, norm }.run(backend));
+    bench.run("magnitude", bytes(2 * m * n, elem), |backend| op::Magnitude { z, magnitude, norm, bias: None, y }.run(backend));
+    bench.run("magnitude_backward", bytes(5 * m * n, elem), |backend| {
+        let (dz, dmagnitude) = (Some(&mut *y), Some(&mut dmagnitude));
+        op::MagnitudeBackward { z, magnitude, norm, dy, dz, dmagnitude, dbias: None }.run(backend)
+    });
+    bench.run("accumulate", bytes(3 * n * k, 4), |backend| op::Accumulate { x: &gradient, scale: 0.5, y: &mut sum }.run(backend));
+    let dropout = op::Dropout::new(0.1, 1).expect("dropout");
+    bench.run("dropout_forward", bytes(2 * m * n, elem), |backend| op::DropoutForward { x: z, dropout, y }.run(backend));
+    let rounding = Rounding::Stochastic { seed: 1 };
+    bench
+        .run("lora_merge_by_chance", bytes(2 * n * k, elem), |backend| LoraMerge { a, b, scale: 1e-6, rounding, w }.run(backend));
 }
 
 /// One pre-training step of the MNIST model, batch 10: forward, backward, Adam.

@@ -145,7 +145,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         let mut h = Tensor::zeros(self.backend, (m, layer.a.tensor.rows()))?;
         let mut y = Tensor::zeros(self.backend, (m, layer.w.tensor.rows()))?;
         let LoraParams { w, bias, a, b, scale, dropout } = layer;
-        let (w, bias, a, b) = (&w.tensor, bias.map(|bias| &bias.tensor), &a.tensor, &b.tensor);
+        let (w, bias, a, b) = (Some(&w.tensor), bias.map(|bias| &bias.tensor), &a.tensor, &b.tensor);
         LoraForward { x: self.value(x)?, w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(self.backend)?;
         let params = [Some(layer.w), layer.bias, Some(layer.a), Some(layer.b)];
         let wanted = self.is_wanted(x) || params.iter().flatten().any(|param| param.trainable);
@@ -239,7 +239,7 @@ impl<B: Backend> Flow<'_, B> {
                 let mut db = Tensor::zeros(backend, b.tensor.shape())?;
                 let backward = LoraBackward {
                     x: &values[x.index],
-                    w: &w.tensor,
+                    w: Some(&w.tensor),
                     a: &a.tensor,
                     b: &b.tensor,
                     h,

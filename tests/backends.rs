@@ -28,6 +28,11 @@ fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::linear_is_exact_on_whole_numbers(cpu);
     suite::relu_and_its_derivative_are_exact(cpu);
     suite::add_is_exact(cpu);
+    suite::accumulate_is_exact_on_whole_numbers(cpu);
+    suite::row_norms_round_within_bounds(cpu);
+    suite::magnitude_is_exact_on_whole_numbers(cpu);
+    suite::magnitude_rounds_within_bounds(cpu);
+    suite::stochastic_merging_takes_the_neighbour_that_the_word_says(cpu);
     suite::adam_follows_the_oracle_for_ten_steps(cpu);
     suite::factored_gradients_equal_dense_ones(cpu);
 }

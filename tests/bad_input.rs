@@ -21,7 +21,7 @@ fn forward_with(wrong: &str, shape: (usize, usize), scale: f32) -> Result<(), Er
     let new = |name: &str, rows, cols| if name == wrong { zeros(shape.0, shape.1) } else { zeros(rows, cols) };
     let (x, w, bias, a, b) = (new("x", 2, 3), new("w", 4, 3), new("bias", 1, 4), new("a", 3, 3), new("b", 4, 3));
     let (mut h, mut y) = (new("h", 2, 3), new("y", 2, 4));
-    let op = LoraForward { x: &x, w: &w, bias: Some(&bias), a: &a, b: &b, scale, dropout: None, h: &mut h, y: &mut y };
+    let op = LoraForward { x: &x, w: Some(&w), bias: Some(&bias), a: &a, b: &b, scale, dropout: None, h: &mut h, y: &mut y };
     op.run(&cpu())
 }
 
@@ -38,12 +38,57 @@ fn a_wrong_shape_is_named_with_the_shape_it_should_have() {
     assert_eq!(message("a", (0, 3)), "lora_forward: `rank` is 0, want at least 1");
 }
 
+/// The same of the verbs of weight decomposition, for a layer of 2 rows, 3 inputs, 4 outputs, rank 1.
+fn dora_with(wrong: &str, shape: (usize, usize)) -> Result<(), Error> {
+    let new = |name: &str, rows, cols| if name == wrong { zeros(shape.0, shape.1) } else { zeros(rows, cols) };
+    let (w, a, b, z, dy) = (new("w", 4, 3), new("a", 1, 3), new("b", 4, 1), new("z", 2, 4), new("dy", 2, 4));
+    let (magnitude, mut norm, bias) = (new("magnitude", 1, 4), new("norm", 1, 4), new("bias", 1, 4));
+    let (mut y, mut dz, mut dmagnitude, mut dbias) =
+        (new("y", 2, 4), new("dz", 2, 4), new("dmagnitude", 1, 4), new("dbias", 1, 4));
+    LoraRowNorm { w: &w, a: &a, b: &b, scale: 1.0, norm: &mut norm }.run(&cpu())?;
+    let (z, magnitude, norm, dy) = (&z, &magnitude, &norm, &dy);
+    Magnitude { z, magnitude, norm, bias: Some(&bias), y: &mut y }.run(&cpu())?;
+    let (dz, dmagnitude, dbias) = (Some(&mut dz), Some(&mut dmagnitude), Some(&mut dbias));
+    MagnitudeBackward { z, magnitude, norm, dy, dz, dmagnitude, dbias }.run(&cpu())
+}
+
+#[test]
+fn a_wrong_shape_of_a_decomposed_layer_is_named() {
+    assert!(dora_with("", (0, 0)).is_ok());
+    let message = |wrong, shape| dora_with(wrong, shape).unwrap_err().to_string();
+    assert_eq!(message("a", (1, 4)), "lora_row_norm: `a` is 1×4, want 1×3");
+    assert_eq!(message("b", (1, 4)), "lora_row_norm: `b` is 1×4, want 4×1");
+    assert_eq!(message("a", (0, 3)), "lora_row_norm: `rank` is 0, want at least 1");
+    assert_eq!(message("norm", (4, 1)), "lora_row_norm: `norm` is 4×1, want 1×4");
+    assert_eq!(message("magnitude", (4, 1)), "magnitude: `magnitude` is 4×1, want 1×4");
+    assert_eq!(message("bias", (2, 4)), "magnitude: `bias` is 2×4, want 1×4");
+    assert_eq!(message("y", (4, 2)), "magnitude: `y` is 4×2, want 2×4");
+    assert_eq!(message("dy", (4, 2)), "magnitude_backward: `dy` is 4×2, want 2×4");
+    assert_eq!(message("dz", (4, 2)), "magnitude_backward: `dz` is 4×2, want 2×4");
+    assert_eq!(message("dmagnitude", (4, 1)), "magnitude_backward: `dmagnitude` is 4×1, want 1×4");
+    assert_eq!(message("dbias", (1, 1)), "magnitude_backward: `dbias` is 1×1, want 1×4");
+}
+
+/// Without a base weight, `b` says how many outputs there are.
+#[test]
+fn an_update_alone_takes_its_outputs_from_b() {
+    let (x, a, b, mut h, mut y) = (zeros(2, 3), zeros(1, 3), zeros(4, 1), zeros(2, 1), zeros(2, 5));
+    let op = LoraForward { x: &x, w: None, bias: None, a: &a, b: &b, scale: 1.0, dropout: None, h: &mut h, y: &mut y };
+    assert_eq!(op.run(&cpu()).unwrap_err().to_string(), "lora_forward: `y` is 2×5, want 2×4");
+    let (x, mut y) = (zeros(2, 3), zeros(3, 2));
+    let dropout = Dropout::new(0.5, 1).unwrap();
+    let error = DropoutForward { x: &x, dropout, y: &mut y }.run(&cpu()).unwrap_err();
+    assert_eq!(error.to_string(), "dropout_forward: `y` is 3×2, want 2×3");
+}
+
 #[test]
 fn scalars_must_be_finite() {
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         assert!(matches!(forward_with("", (0, 0), scale), Err(Error::Value { name: "scale", .. })));
         let (a, b, mut w) = (zeros(1, 2), zeros(3, 1), zeros(3, 2));
-        assert!(LoraMerge { a: &a, b: &b, scale, w: &mut w }.run(&cpu()).is_err());
+        assert!(LoraMerge { a: &a, b: &b, scale, rounding: Rounding::Nearest, w: &mut w }.run(&cpu()).is_err());
+        assert!(Accumulate { x: &a, scale, y: &mut zeros(1, 2) }.run(&cpu()).is_err());
+        assert!(LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut zeros(1, 3) }.run(&cpu()).is_err());
         assert!(AdamRate::new(scale, 0.9, 0.999, 1e-8, 1).is_err());
         assert!(Dropout::new(scale, 0).is_err());
     }
@@ -84,23 +129,31 @@ proptest! {
 
     /// Any operands at all: an answer or a typed error, never a panic.
     #[test]
-    fn no_request_panics(shapes in proptest::collection::vec(shape(), 12), scale in any::<f32>(), pick in 0..8u8) {
+    fn no_request_panics(shapes in proptest::collection::vec(shape(), 12), scale in any::<f32>(), with_w in any::<bool>(), pick in 0..13u8) {
         let cpu = cpu();
         let new = |i: usize| Tensor::zeros(&cpu, shapes[i]).unwrap();
         let (mut o0, mut o1, mut o2, mut o3): (T, T, T, T) = (new(8), new(9), new(10), new(11));
         let i: Vec<T> = (0..8).map(new).collect();
         let dropout = Dropout::new(scale, 1).ok();
         let _ = match pick {
-            0 => LoraForward { x: &i[0], w: &i[1], bias: None, a: &i[2], b: &i[3], scale, dropout, h: &mut o0, y: &mut o1 }.run(&cpu),
+            0 => LoraForward { x: &i[0], w: with_w.then_some(&i[1]), bias: None, a: &i[2], b: &i[3], scale, dropout, h: &mut o0, y: &mut o1 }.run(&cpu),
             1 => LoraBackward {
-                x: &i[0], w: &i[1], a: &i[2], b: &i[3], h: &i[4], dy: &i[5], scale, dropout,
+                x: &i[0], w: with_w.then_some(&i[1]), a: &i[2], b: &i[3], h: &i[4], dy: &i[5], scale, dropout,
                 da: &mut o0, db: &mut o1, dbias: Some(&mut o2), dx: Some(&mut o3),
             }.run(&cpu),
-            2 => LoraMerge { a: &i[0], b: &i[1], scale, w: &mut o0 }.run(&cpu),
+            2 => LoraMerge { a: &i[0], b: &i[1], scale, rounding: Rounding::Stochastic { seed: 1 }, w: &mut o0 }.run(&cpu),
             3 => LinearForward { x: &i[0], w: &i[1], bias: Some(&i[2]), y: &mut o0 }.run(&cpu),
             4 => LinearBackward { x: &i[0], w: &i[1], dy: &i[2], dx: Some(&mut o0), dw: Some(&mut o1), dbias: Some(&mut o2) }.run(&cpu),
             5 => Relu { x: &i[0], y: &mut o0 }.run(&cpu).and(ReluBackward { y: &i[0], dy: &i[1], dx: &mut o0 }.run(&cpu)),
             6 => Add { x: &i[0], y: &mut o0 }.run(&cpu),
+            7 => LoraRowNorm { w: &i[0], a: &i[1], b: &i[2], scale, norm: &mut o0 }.run(&cpu),
+            8 => Magnitude { z: &i[0], magnitude: &i[1], norm: &i[2], bias: Some(&i[3]), y: &mut o0 }.run(&cpu),
+            9 => MagnitudeBackward {
+                z: &i[0], magnitude: &i[1], norm: &i[2], dy: &i[3],
+                dz: Some(&mut o0), dmagnitude: Some(&mut o1), dbias: Some(&mut o2),
+            }.run(&cpu),
+            10 => Accumulate { x: &i[0], scale, y: &mut o0 }.run(&cpu),
+            11 => dropout.map_or(Ok(()), |dropout| DropoutForward { x: &i[0], dropout, y: &mut o0 }.run(&cpu)),
             _ => AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).and_then(|rate| {
                 let grad = WeightGrad::Factored { dy: &i[0], x: &i[1] };
                 Adam { grad, rate, m: &mut o0, v: &mut o1, w: &mut o2 }.run(&cpu)

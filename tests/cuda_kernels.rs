@@ -16,7 +16,7 @@ fn forward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> R
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
     let (scale, m) = (layer.scale as f32, x.rows());
     let (mut h, mut y) = (unwritten(backend, m, a.rows()), unwritten(backend, m, w.rows()));
-    let op = LoraForward { x: &x, w: &w, bias: bias.as_ref(), a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y };
+    let op = LoraForward { x: &x, w: Some(&w), bias: bias.as_ref(), a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y };
     op.run(backend)?;
     Ok((down(backend, &h), down(backend, &y)))
 }
@@ -27,7 +27,7 @@ fn backward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> 
     let (h, scale) = (up(backend, &layer.run().h), layer.scale as f32);
     let (mut da, mut db) = (unwritten(backend, a.rows(), x.cols()), unwritten(backend, w.rows(), a.rows()));
     let mut dx = unwritten(backend, x.rows(), x.cols());
-    let (x, w, a, b, h, dy) = (&x, &w, &a, &b, &h, &dy);
+    let (x, w, a, b, h, dy) = (&x, Some(&w), &a, &b, &h, &dy);
     LoraBackward { x, w, a, b, h, dy, scale, dropout, da: &mut da, db: &mut db, dbias: None, dx: Some(&mut dx) }.run(backend)?;
     Ok((down(backend, &da), down(backend, &dx)))
 }

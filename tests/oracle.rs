@@ -3,7 +3,7 @@
 mod support;
 
 use support::data::{Dims, random};
-use support::oracle::{Lora, Mat, cross_entropy};
+use support::oracle::{Decomposed, Lora, Mat, cross_entropy};
 
 /// Half the width of the difference; with f64 it leaves about ten digits.
 const STEP: f64 = 1e-5;
@@ -39,6 +39,35 @@ fn the_gradients_of_a_low_rank_layer_are_those_of_its_formula() {
     assert_gradient("db", &layer.b, &out.db, |b| loss(&Lora { b: b.clone(), ..layer.clone() }));
     let bias = layer.bias.clone().unwrap();
     assert_gradient("dbias", &bias, &out.dbias, |bias| loss(&Lora { bias: Some(bias.clone()), ..layer.clone() }));
+}
+
+#[test]
+fn the_gradients_of_a_decomposed_layer_are_those_of_its_formula() {
+    let layer = random::<f32>(Dims { m: 4, k: 5, n: 5, r: 1 }, 1.0, 4);
+    let Lora { x: z, dy, bias, .. } = layer;
+    let dy = Mat::new(4, 5, |i, j| dy.at(i, j));
+    let (magnitude, norm) = (Mat::new(1, 5, |_, j| 0.5 + j as f64), Mat::new(1, 5, |_, j| 3.0 / (1.0 + j as f64)));
+    let layer = Decomposed { z, magnitude, norm, bias, dy };
+    let loss = |layer: &Decomposed| layer.forward().times(&layer.dy).sum();
+    let (dz, dmagnitude, dbias) = layer.backward();
+    assert_gradient("dz", &layer.z, &dz, |z| loss(&Decomposed { z: z.clone(), ..layer.clone() }));
+    let moved = |magnitude: &Mat| Decomposed { magnitude: magnitude.clone(), ..layer.clone() };
+    assert_gradient("dmagnitude", &layer.magnitude, &dmagnitude, |magnitude| loss(&moved(magnitude)));
+    let moved = |bias: &Mat| Decomposed { bias: Some(bias.clone()), ..layer.clone() };
+    assert_gradient("dbias", layer.bias.as_ref().unwrap(), &dbias, |bias| loss(&moved(bias)));
+}
+
+/// The norm in expanded form, as a formula for doubters: `‖W‖² + 2s·B·(A·Wᵀ) + s²·B·(A·Aᵀ)·Bᵀ`.
+#[test]
+fn the_row_norm_is_that_of_its_expansion() {
+    let Lora { w, a, b, scale, .. } = &random::<f32>(Dims { m: 1, k: 7, n: 4, r: 3 }, -0.7, 5);
+    let (cross, gram) = (&(b * &(a * &w.t())), &(&(b * &(a * &a.t())) * &b.t()));
+    let want = Mat::new(1, 4, |_, i| {
+        let square: f64 = (0..7).map(|j| w.at(i, j).powi(2)).sum();
+        (square + 2.0 * scale * cross.at(i, i) + scale * scale * gram.at(i, i)).sqrt()
+    });
+    let got = random::<f32>(Dims { m: 1, k: 7, n: 4, r: 3 }, -0.7, 5).row_norms();
+    assert!(got.data.iter().zip(&want.data).all(|(got, want)| (got - want).abs() < 1e-12));
 }
 
 #[test]

@@ -9,7 +9,8 @@ pub mod webgpu;
 use crate::element::{Element, Float};
 use crate::error::Result;
 use crate::op::{
-    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+    Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
+    LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 
 /// A device, its memory, and the verbs of low-rank training.
@@ -47,6 +48,12 @@ pub trait Backend: Sized {
     fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()>;
     /// `W += scale·B·A`
     fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()>;
+    /// `norm = ‖W + scale·B·A‖` by rows
+    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()>;
+    /// `y = (magnitude / norm)·z + bias`
+    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()>;
+    /// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy`
+    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()>;
 
     /// `y = x·Wᵀ + bias`
     fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()>;
@@ -56,8 +63,12 @@ pub trait Backend: Sized {
     fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()>;
     /// `dx = dy` where `y > 0`, else 0
     fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()>;
+    /// `y = drop(x)`
+    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()>;
     /// `y += x`
     fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()>;
+    /// `y += scale·x`, in `f32`
+    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()>;
     /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()>;
     /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`

@@ -4,7 +4,7 @@ use super::{Init, Linear};
 use crate::autograd::{LoraParams, Param, Tape, Var};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::op::{Dropout, LoraMerge};
+use crate::op::{Dropout, LoraMerge, Rounding};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
@@ -192,7 +192,7 @@ impl<B: Backend> LoraLinear<B> {
         }
         let scale = if merge { self.adapter.scaling() } else { -self.adapter.scaling() };
         let (a, b, w) = (&self.adapter.a.tensor, &self.adapter.b.tensor, self.base.weight_mut());
-        LoraMerge { a, b, scale, w }.run(backend)?;
+        LoraMerge { a, b, scale, rounding: Rounding::Nearest, w }.run(backend)?;
         self.merged = merge;
         Ok(())
     }

@@ -1,7 +1,10 @@
 //! `drop(x)[i] = x[i] / (1 - p)` where the generator says keep, else 0. The mask is a function of the seed: nothing is stored.
 
+use super::{Checked, fits};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::random::philox;
+use crate::tensor::Tensor;
 
 /// Inverted dropout whose mask is made again from its seed wherever it is needed.
 ///
@@ -39,5 +42,28 @@ impl Dropout {
     pub fn factors(self, block: u64) -> [f32; 4] {
         let numbers = philox(self.key(), [block as u32, (block >> 32) as u32, 0, 0]);
         numbers.map(|number| if number < self.threshold() { 0.0 } else { self.keep_scale() })
+    }
+}
+
+/// `y = drop(x)`. Its backward pass is the same verb on `dy`.
+pub struct DropoutForward<'t, B: Backend> {
+    /// Any shape.
+    pub x: &'t Tensor<B>,
+    /// Which elements are dropped: those that [`LoraForward`](super::LoraForward) drops for the same seed and shape.
+    pub dropout: Dropout,
+    /// The shape of `x`, overwritten
+    pub y: &'t mut Tensor<B>,
+}
+
+impl<B: Backend> DropoutForward<'_, B> {
+    /// Compares the shapes.
+    pub fn check(self) -> Result<Checked<Self>> {
+        fits("dropout_forward", "y", self.x.shape(), self.y.shape())?;
+        Ok(Checked(self))
+    }
+
+    /// Checks the shapes and computes.
+    pub fn run(self, backend: &B) -> Result<()> {
+        backend.dropout_forward(self.check()?)
     }
 }

@@ -7,12 +7,12 @@ use crate::tensor::Tensor;
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 ///
-/// `W` stays frozen: there is no `dW`. What is `None` is not computed.
+/// `W` stays frozen: there is no `dW`. Without `w`, `dx = drop(dh·A)`. What else is `None` is not computed.
 pub struct LoraBackward<'t, B: Backend> {
     /// `m×k`
     pub x: &'t Tensor<B>,
     /// `n×k`
-    pub w: &'t Tensor<B>,
+    pub w: Option<&'t Tensor<B>>,
     /// `r×k`
     pub a: &'t Tensor<B>,
     /// `n×r`
@@ -40,9 +40,12 @@ impl<B: Backend> LoraBackward<'_, B> {
 
     /// Compares the shapes; `scale` must be finite and the rank at least 1.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k, n) = (self.x.rows(), self.x.cols(), self.w.rows());
+        let (m, k) = (self.x.rows(), self.x.cols());
+        let n = self.w.map_or(self.b.rows(), Tensor::rows);
         let r = rank_of(Self::VERB, self.a.shape())?;
-        fits(Self::VERB, "w", (n, k), self.w.shape())?;
+        if let Some(w) = self.w {
+            fits(Self::VERB, "w", (n, k), w.shape())?;
+        }
         fits(Self::VERB, "a", (r, k), self.a.shape())?;
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
         fits(Self::VERB, "h", (m, r), self.h.shape())?;

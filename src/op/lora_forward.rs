@@ -8,12 +8,13 @@ use crate::tensor::Tensor;
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 ///
 /// The paper's `y = x·A·B·scale + linear(x)` with `A` and `B` stored as PEFT stores them. Only the adapter sees the
-/// dropped-out `x`. `h` is kept for the backward pass, in `f32` always: a 16-bit `h` is a known loss of accuracy.
+/// dropped-out `x`. Without `w` there is no base layer: `y = bias + scale·h·Bᵀ`, to be added to what else feeds the same
+/// output. `h` is kept for the backward pass, in `f32` always: a 16-bit `h` is a known loss of accuracy.
 pub struct LoraForward<'t, B: Backend> {
     /// `m×k`
     pub x: &'t Tensor<B>,
     /// `n×k`
-    pub w: &'t Tensor<B>,
+    pub w: Option<&'t Tensor<B>>,
     /// `1×n`
     pub bias: Option<&'t Tensor<B>>,
     /// `r×k`
@@ -35,9 +36,12 @@ impl<B: Backend> LoraForward<'_, B> {
 
     /// Compares the shapes; `scale` must be finite and the rank at least 1.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k, n) = (self.x.rows(), self.x.cols(), self.w.rows());
+        let (m, k) = (self.x.rows(), self.x.cols());
+        let n = self.w.map_or(self.b.rows(), Tensor::rows);
         let r = rank_of(Self::VERB, self.a.shape())?;
-        fits(Self::VERB, "w", (n, k), self.w.shape())?;
+        if let Some(w) = self.w {
+            fits(Self::VERB, "w", (n, k), w.shape())?;
+        }
         if let Some(bias) = self.bias {
             fits(Self::VERB, "bias", (1, n), bias.shape())?;
         }

@@ -1,6 +1,6 @@
 //! `W += scale·B·A`
 
-use super::{Checked, finite, fits, rank_of};
+use super::{Checked, Rounding, finite, fits, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -13,6 +13,8 @@ pub struct LoraMerge<'t, B: Backend> {
     pub b: &'t Tensor<B>,
     /// What the update is multiplied with; negative to unmerge.
     pub scale: f32,
+    /// How each sum is rounded to what stores it.
+    pub rounding: Rounding,
     /// `n×k`, updated
     pub w: &'t mut Tensor<B>,
 }

@@ -15,6 +15,7 @@
 //! Letters, everywhere: `m` rows of a batch, `k` inputs, `n` outputs, `r` the rank. Weights are `out × in`, row-major, as
 //! PyTorch and safetensors store them: `W n×k`, `A r×k`, `B n×r`. What a request borrows mutably is what its verb writes.
 
+mod accumulate;
 mod adam;
 mod add;
 mod cross_entropy;
@@ -23,17 +24,25 @@ mod linear;
 mod lora_backward;
 mod lora_forward;
 mod lora_merge;
+mod lora_row_norm;
+mod magnitude;
 mod relu;
+mod rounding;
 
+pub use accumulate::Accumulate;
 pub use adam::{Adam, AdamRate, WeightGrad};
 pub use add::Add;
 pub use cross_entropy::{CrossEntropy, Labels};
-pub use dropout::Dropout;
+pub use dropout::{Dropout, DropoutForward};
 pub use linear::{LinearBackward, LinearForward};
 pub use lora_backward::LoraBackward;
 pub use lora_forward::LoraForward;
 pub use lora_merge::LoraMerge;
+pub use lora_row_norm::LoraRowNorm;
+pub use magnitude::{Magnitude, MagnitudeBackward};
 pub use relu::{Relu, ReluBackward};
+pub use rounding::Rounding;
+pub(crate) use rounding::{round_by_chance, rounding_words};
 
 use crate::error::{Error, Result};
 use crate::tensor::Shape;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use lowrank::autograd::Tape;
 use lowrank::nn::{Adam, Adapter, Linear, LoraConfig, Mlp, Scaling};
-use lowrank::op::{Labels, LoraMerge};
+use lowrank::op::{Labels, LoraMerge, Rounding};
 use lowrank::{Backend, Error, adapter};
 use safetensors::tensor::{Dtype, SafeTensors};
 
@@ -201,7 +201,7 @@ fn lora_linear<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f64) -
         }
     };
     let (a, b, mut merged) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-    LoraMerge { a: &a, b: &b, scale: scale as f32, w: &mut merged }.run(backend).map_err(said)?;
+    LoraMerge { a: &a, b: &b, scale: scale as f32, rounding: Rounding::Nearest, w: &mut merged }.run(backend).map_err(said)?;
     let outputs = [
         ("y", std::mem::take(&mut got.y)),
         ("grad_x", got.dx),

@@ -1,5 +1,5 @@
 //! What the tests share: the oracle, inputs, and the one suite that every backend passes.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
 #[cfg(feature = "adapter")]

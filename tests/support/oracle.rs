@@ -2,6 +2,8 @@
 
 use std::ops::{Add, Mul};
 
+use lowrank::{DType, Float};
+
 /// A row-major matrix of f64.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mat {
@@ -133,11 +135,75 @@ impl Lora {
         &self.w + &(&(&self.b * &self.a) * self.scale)
     }
 
+    /// `‖W + scale·B·A‖` by rows
+    pub fn row_norms(&self) -> Mat {
+        let merged = self.merged();
+        Mat::new(1, merged.rows, |_, i| (0..merged.cols).map(|j| merged.at(i, j).powi(2)).sum::<f64>().sqrt())
+    }
+
     /// The same with every number replaced by its magnitude: what rounding errors are measured by.
     pub fn magnitudes(&self) -> Self {
         let [x, w, a, b, dy, mask] = [&self.x, &self.w, &self.a, &self.b, &self.dy, &self.mask].map(Mat::abs);
         Self { x, w, bias: self.bias.as_ref().map(Mat::abs), a, b, dy, scale: self.scale.abs(), mask }
     }
+}
+
+/// The operands of DoRA's second half.
+#[derive(Clone, Debug)]
+pub struct Decomposed {
+    pub z: Mat,
+    pub magnitude: Mat,
+    pub norm: Mat,
+    pub bias: Option<Mat>,
+    pub dy: Mat,
+}
+
+impl Decomposed {
+    /// `magnitude / norm`, and 0 where `norm` is 0, in every row
+    fn factors(&self) -> Mat {
+        let factor = |j| if self.norm.at(0, j) == 0.0 { 0.0 } else { self.magnitude.at(0, j) / self.norm.at(0, j) };
+        Mat::new(self.z.rows, self.z.cols, |_, j| factor(j))
+    }
+
+    /// `y = (magnitude / norm)·z + bias`
+    pub fn forward(&self) -> Mat {
+        let y = self.factors().times(&self.z);
+        self.bias.as_ref().map_or(y.clone(), |bias| y.plus_row(bias))
+    }
+
+    /// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy`
+    pub fn backward(&self) -> (Mat, Mat, Mat) {
+        let ones = Self { magnitude: self.magnitude.map(|_| 1.0), ..self.clone() };
+        let dmagnitude = ones.factors().times(&self.dy).times(&self.z).column_sums();
+        (self.factors().times(&self.dy), dmagnitude, self.dy.column_sums())
+    }
+
+    /// The same with every number replaced by its magnitude.
+    pub fn magnitudes(&self) -> Self {
+        let [z, magnitude, norm, dy] = [&self.z, &self.magnitude, &self.norm, &self.dy].map(Mat::abs);
+        Self { z, magnitude, norm, bias: self.bias.as_ref().map(Mat::abs), dy }
+    }
+}
+
+/// One of the two neighbours of `value` in `T`: away from zero if the low bits of `word`, as a fraction of all that they can
+/// be, and the way from the one neighbour to the other add up to 1.
+pub fn round_by_chance<T: Float>(value: f64, word: u32) -> f64 {
+    let (significant, least, largest) = match T::DTYPE {
+        DType::F32 => return f64::from(value as f32),
+        DType::F16 => (11, -14, 65504.0),
+        DType::BF16 => (8, -126, 3.3895313892515355e38),
+    };
+    let size = value.abs();
+    if size >= largest {
+        return f64::from(T::from_f32(value as f32).to_f32());
+    }
+    let exponent = if size == 0.0 { least } else { (size.log2().floor() as i32).max(least) };
+    let step = 2f64.powi(exponent - (significant - 1));
+    let bits = if T::DTYPE == DType::F16 && size < 2f64.powi(least) { 21 } else { 24 - significant as u32 };
+    let chance = f64::from(word % (1 << bits)) / f64::from(1 << bits);
+    let below = (size / step).floor();
+    let up = if size / step - below + chance >= 1.0 { 1.0 } else { 0.0 };
+    (step * (below + up)).copysign(value)
 }
 
 /// `mean(-log softmax(logits)[label])`, `(softmax(logits) - onehot(label)) / m`

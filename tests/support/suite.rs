@@ -4,6 +4,12 @@ use lowrank::op::*;
 use lowrank::random::Rng;
 use lowrank::{Backend, Float, Tensor};
 
+mod chance;
+mod dora;
+
+pub use chance::*;
+pub use dora::*;
+
 use super::bounds::{assert_exact, assert_within};
 use super::data::{Dims, down, mask, random, shapes, unwritten, up, whole};
 use super::oracle::{self, Lora, LoraOut, Mat};
@@ -18,6 +24,11 @@ macro_rules! suite {
             merged_equals_unmerged unmerging_restores_the_weights scale_zero_is_the_base_layer forward_is_linear_in_x
             relu_and_its_derivative_are_exact add_is_exact cross_entropy_rounds_within_bounds
             cross_entropy_survives_huge_logits adam_follows_the_oracle_for_ten_steps factored_gradients_equal_dense_ones
+            update_alone_is_exact_on_whole_numbers
+            row_norms_round_within_bounds row_norms_of_an_undone_weight_are_zero magnitude_is_exact_on_whole_numbers
+            magnitude_rounds_within_bounds a_norm_of_zero_has_no_direction accumulate_is_exact_on_whole_numbers
+            dropout_drops_what_the_mask_says stochastic_merging_takes_the_neighbour_that_the_word_says
+            stochastic_merging_keeps_the_mean
             the_same_request_gives_the_same_bits memory_comes_back_as_it_went
         );
     };
@@ -46,17 +57,21 @@ pub struct Got<E> {
 
 /// The forward and the backward pass of a layer.
 pub fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
+    run_layer(backend, layer, dropout, true)
+}
+
+fn run_layer<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>, with_w: bool) -> Got<B::Elem> {
     let (m, k, n, r) = (layer.x.rows, layer.x.cols, layer.w.rows, layer.a.rows);
     let [x, w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
-    let scale = layer.scale as f32;
+    let (scale, w) = (layer.scale as f32, with_w.then_some(&w));
     let (mut h, mut y) = (unwritten(backend, m, r), unwritten(backend, m, n));
-    let forward = LoraForward { x: &x, w: &w, bias: bias.as_ref(), a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y };
+    let forward = LoraForward { x: &x, w, bias: bias.as_ref(), a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y };
     forward.run(backend).unwrap();
     let (mut da, mut db) = (unwritten(backend, r, k), unwritten(backend, n, r));
     let (mut dbias, mut dx) = (unwritten(backend, 1, n), unwritten(backend, m, k));
     let (da_, db_, dbias_, dx_) = (&mut da, &mut db, Some(&mut dbias), Some(&mut dx));
-    let (x, w, a, b, dy) = (&x, &w, &a, &b, &dy);
+    let (x, a, b, dy) = (&x, &a, &b, &dy);
     LoraBackward { x, w, a, b, h: &h, dy, scale, dropout, da: da_, db: db_, dbias: dbias_, dx: dx_ }.run(backend).unwrap();
     Got {
         h: down(backend, &h),
@@ -98,7 +113,7 @@ pub fn lora_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
     assert_exact(&format!("{dims:?} dx"), &got.dx, &want.dx);
 
     let (a, b, mut w) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-    LoraMerge { a: &a, b: &b, scale: layer.scale as f32, w: &mut w }.run(backend).unwrap();
+    LoraMerge { a: &a, b: &b, scale: layer.scale as f32, rounding: Rounding::Nearest, w: &mut w }.run(backend).unwrap();
     assert_exact(&format!("{dims:?} merged w"), &down(backend, &w), &layer.merged());
 }
 
@@ -126,11 +141,29 @@ pub fn lora_without_bias_or_dx_computes_the_rest<B: Backend>(backend: &B) {
     let [x, w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(backend, mat));
     let h = up(backend, &want.h);
     let (mut da, mut db) = (unwritten(backend, 3, 21), unwritten(backend, 18, 3));
-    let (x, w, a, b, h, dy, scale) = (&x, &w, &a, &b, &h, &dy, layer.scale as f32);
+    let (x, w, a, b, h, dy, scale) = (&x, Some(&w), &a, &b, &h, &dy, layer.scale as f32);
     let (da_, db_) = (&mut da, &mut db);
     LoraBackward { x, w, a, b, h, dy, scale, dropout: None, da: da_, db: db_, dbias: None, dx: None }.run(backend).unwrap();
     assert_exact("da", &down(backend, &da), &want.da);
     assert_exact("db", &down(backend, &db), &want.db);
+}
+
+/// With no weight at all the layer does what it does with a weight of zeros.
+pub fn update_alone_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
+    let halves = Dropout::new(0.5, 3).unwrap(); // keeps whole numbers whole
+    for (seed, dims) in shapes().into_iter().enumerate() {
+        let layer = Lora { w: Mat::new(dims.n, dims.k, |_, _| 0.0), ..whole(dims, seed as u64) };
+        for dropout in [None, Some(halves)] {
+            let ones = layer.mask.clone();
+            let layer = Lora { mask: dropout.map_or(ones, |dropout| mask(dropout, dims.m, dims.k)), ..layer.clone() };
+            let (got, want) = (run_layer(backend, &layer, dropout, false), layer.run());
+            assert_exact(&format!("{dims:?} h"), &got.h, &want.h);
+            assert_exact(&format!("{dims:?} y"), &got.y, &want.y);
+            assert_exact(&format!("{dims:?} da"), &got.da, &want.da);
+            assert_exact(&format!("{dims:?} db"), &got.db, &want.db);
+            assert_exact(&format!("{dims:?} dx"), &got.dx, &want.dx);
+        }
+    }
 }
 
 /// `y`, `dx`, `dW`, `dbias`
@@ -180,7 +213,7 @@ pub fn linear_rounds_within_bounds<B: Backend>(backend: &B) {
 
 fn merge<B: Backend>(backend: &B, layer: &Lora, scale: f64, w: &mut Tensor<B>) {
     let (a, b) = (up(backend, &layer.a), up(backend, &layer.b));
-    LoraMerge { a: &a, b: &b, scale: scale as f32, w }.run(backend).unwrap();
+    LoraMerge { a: &a, b: &b, scale: scale as f32, rounding: Rounding::Nearest, w }.run(backend).unwrap();
 }
 
 pub fn merged_equals_unmerged<B: Backend>(backend: &B) {

@@ -1,6 +1,6 @@
 //! lowrank's own verbs.
 
-use lowrank::op::{LinearForward, LoraBackward, LoraForward, LoraMerge};
+use lowrank::op::{LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding};
 use lowrank::{Cpu, Float, Result, Tensor};
 
 use crate::layer::{Contender, Layer, Outputs, SCALE, Verb, widened};
@@ -37,16 +37,16 @@ impl<E: Float> Ours<E> {
 
     fn lora_forward(&mut self, Layer { cpu, x, w, a, b, .. }: &Layer<E>) -> Result<()> {
         let (h, y) = (&mut self.h, &mut self.y);
-        LoraForward { x, w, bias: None, a, b, scale: SCALE, dropout: None, h, y }.run(cpu)
+        LoraForward { x, w: Some(w), bias: None, a, b, scale: SCALE, dropout: None, h, y }.run(cpu)
     }
 
     fn lora_backward(&mut self, Layer { cpu, x, w, a, b, dy, .. }: &Layer<E>) -> Result<()> {
         let (h, da, db, dx) = (&self.h, &mut self.da, &mut self.db, Some(&mut self.dx));
-        LoraBackward { x, w, a, b, h, dy, scale: SCALE, dropout: None, da, db, dbias: None, dx }.run(cpu)
+        LoraBackward { x, w: Some(w), a, b, h, dy, scale: SCALE, dropout: None, da, db, dbias: None, dx }.run(cpu)
     }
 
     fn lora_merge(&mut self, Layer { cpu, a, b, .. }: &Layer<E>) -> Result<()> {
-        LoraMerge { a, b, scale: self.scale, w: &mut self.w }.run(cpu)?;
+        LoraMerge { a, b, scale: self.scale, rounding: Rounding::Nearest, w: &mut self.w }.run(cpu)?;
         self.scale = -self.scale;
         Ok(())
     }

@@ -11,25 +11,28 @@ use crate::tensor::Tensor;
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) -> Result<()> {
-    let (x, a, b) = (matrix(op.x), matrix(op.a), matrix(op.b));
-    let (lhs, w, b) = (Factor::Stored(x), Factor::Stored(matrix(op.w).t()), Factor::Stored(b.t()));
-    let Some(dropped) = dropped(engine, op.dropout, op.x)? else {
-        let sum = LowRank { lhs, w, a_scale: 1.0, a: Factor::Stored(a.t()), b_scale: op.scale, b };
+    let (x, a, b) = (matrix(op.x), matrix(op.a).t(), matrix(op.b).t());
+    let w = op.w.map(|w| matrix(w).t());
+    if let (Some(w), None) = (w, op.dropout) {
+        let (lhs, w, a, b) = (Factor::Stored(x), Factor::Stored(w), Factor::Stored(a), Factor::Stored(b));
+        let sum = LowRank { lhs, w, a_scale: 1.0, a, b_scale: op.scale, b };
         return low_rank(engine, sum, output(op.h), output(op.y), init(op.bias), None);
-    };
-    let to_h = Product { scale: 1.0, lhs: Factor::Wide(x.with_data(&dropped)), rhs: Factor::Stored(a.t()) };
+    }
+    let dropped = dropped(engine, op.dropout, op.x)?;
+    let to_h = Product { scale: 1.0, lhs: seen(x, &dropped), rhs: Factor::Stored(a) };
     sum_of_products(engine, output(op.h), Init::Zero, &[to_h])?;
-    let base = Product { scale: 1.0, lhs, rhs: w };
-    let update = Product { scale: op.scale, lhs: Factor::Wide(matrix(op.h)), rhs: b };
-    sum_of_products(engine, output(op.y), init(op.bias), &[base, update])
+    let update = Product { scale: op.scale, lhs: Factor::Wide(matrix(op.h)), rhs: Factor::Stored(b) };
+    match w {
+        Some(w) => sum_of_products(engine, output(op.y), init(op.bias), &[product(x, w), update]),
+        None => sum_of_products(engine, output(op.y), init(op.bias), &[update]),
+    }
 }
 
 /// `drop(x)` in `f32`, where there is dropout.
 fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: &Tensor<Cpu<E>>) -> Result<Option<Taken<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
     let mut dropped = engine.scratch.take(x.buffer().len())?;
-    pointwise::convert(engine.unit, x.buffer(), &mut dropped);
-    pointwise::dropout(dropout, &mut dropped);
+    pointwise::drop(dropout, x.buffer(), &mut dropped);
     Ok(Some(dropped))
 }
 
@@ -44,31 +47,28 @@ fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
     let (m, r) = (op.x.rows(), op.a.rows());
-    let (x, a, b, dy) = (matrix(op.x), matrix(op.a), matrix(op.b), matrix(op.dy));
+    let (x, a, b, dy) = (matrix(op.x), Factor::Stored(matrix(op.a)), Factor::Stored(matrix(op.b)), matrix(op.dy));
+    let (lhs, base) = (Factor::Stored(dy), op.w.map(|w| product(dy, matrix(w))));
     let dropped = dropped(engine, op.dropout, op.x)?;
 
     let mut dh = engine.scratch.take(m * r)?;
-    let through_b = Product { scale: op.scale, ..product(dy, b) };
     let db = Outer { scale: op.scale, rhs: matrix(op.h), out: output(op.db) };
-    match op.dx {
-        Some(dx) if op.dropout.is_none() => {
-            let (lhs, w, a) = (Factor::Stored(dy), Factor::Stored(matrix(op.w)), Factor::Stored(a));
-            let sum = LowRank { lhs, w, a_scale: op.scale, a: through_b.rhs, b_scale: 1.0, b: a };
+    match (op.dx, base, op.dropout) {
+        (Some(dx), Some(base), None) => {
+            let sum = LowRank { lhs, w: base.rhs, a_scale: op.scale, a: b, b_scale: 1.0, b: a };
             low_rank(engine, sum, Output::new(&mut dh, m, r), output(dx), Init::Zero, Some(db))?;
         }
-        dx => {
-            outer_product(engine, Factor::Stored(dy), db)?;
-            sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[through_b])?;
-            if let (Some(dx), Some(dropout)) = (dx, op.dropout) {
-                let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: Factor::Stored(a) };
-                dx_with_dropout(engine, product(dy, matrix(op.w)), update, dropout, dx)?;
-            }
+        (dx, base, dropout) => {
+            outer_product(engine, lhs, db)?;
+            let to_dh = Product { scale: op.scale, lhs, rhs: b };
+            sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[to_dh])?;
+            let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: a };
+            dx.map_or(Ok(()), |dx| add_update(engine, base, update, dropout, dx))?;
         }
     }
 
-    let dh = Matrix::new(&dh, m, r);
-    let da = Product { scale: 1.0, lhs: Factor::Wide(dh.t()), rhs: seen(x, &dropped) };
-    sum_of_products(engine, output(op.da), Init::Zero, &[da])?;
+    let to_da = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r).t()), rhs: seen(x, &dropped) };
+    sum_of_products(engine, output(op.da), Init::Zero, &[to_da])?;
     if let Some(dbias) = op.dbias {
         pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
     }
@@ -77,24 +77,51 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
 
 /// `dx = base + drop(update)`. The mask lies between the update and the sum: the masked update is made in `f32`, the rest is
 /// added to it, and `dx` is rounded once.
-fn dx_with_dropout<E: Float>(
+fn add_update<E: Float>(
     engine: &Engine,
-    base: Product<'_, E>,
+    base: Option<Product<'_, E>>,
     update: Product<'_, E>,
-    dropout: Dropout,
+    dropout: Option<Dropout>,
     dx: &mut Tensor<Cpu<E>>,
 ) -> Result<()> {
     let (m, k) = (dx.rows(), dx.cols());
     let mut sum = engine.scratch.take(m * k)?;
     sum_of_products(engine, Output::new(&mut sum, m, k), Init::Zero, &[update])?;
-    pointwise::dropout(dropout, &mut sum);
-    sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
+    if let Some(dropout) = dropout {
+        pointwise::dropout(dropout, &mut sum);
+    }
+    if let Some(base) = base {
+        sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
+    }
     pointwise::convert(engine.unit, &sum, dx.buffer_mut());
     Ok(())
 }
 
 /// `W += scale·B·A`
 pub(super) fn merge<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>) -> Result<()> {
+    if let Some(key) = op.rounding.key(E::DTYPE) {
+        return merge_by_chance(engine, op, key);
+    }
     let update = Product { scale: op.scale, ..product(matrix(op.b), matrix(op.a)) };
     sum_of_products(engine, output(op.w), Init::Output, &[update])
+}
+
+/// Elements of a band of rows: 4 MB of `f32`, which stay in a cache.
+const BAND: usize = 1 << 20;
+
+/// The same, rounded by chance. The sums are made in `f32`, a band of rows at a time; bands begin with a block of the generator.
+fn merge_by_chance<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>, key: [u32; 2]) -> Result<()> {
+    let (k, r) = (op.w.cols(), op.a.rows());
+    let rows = (BAND / k.max(1)).max(1).next_multiple_of(4);
+    let (a, b, w) = (matrix(op.a), op.b.buffer(), op.w.buffer_mut());
+    let mut sums = engine.scratch.take((rows * k).min(w.len()))?;
+    for (band, w) in w.chunks_mut((rows * k).max(1)).enumerate() {
+        let (height, sums) = (w.len() / k, &mut sums[..w.len()]);
+        pointwise::convert(engine.unit, w, sums);
+        let b = Matrix::new(&b[band * rows * r..][..height * r], height, r);
+        let update = Product { scale: op.scale, ..product(b, a) };
+        sum_of_products(engine, Output::new(sums, height, k), Init::Output, &[update])?;
+        pointwise::round(key, band * rows * k, sums, w);
+    }
+    Ok(())
 }

@@ -4,13 +4,14 @@
 //! lora.rs linear.rs      a verb, as the sums of products it is
 //!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked or skinny
 //!        └─ simd/        sixteen lanes on any vector unit
-//! pointwise.rs adam.rs   one pass over memory
+//! pointwise.rs dora.rs adam.rs   one pass over memory
 //! ```
 //!
 //! Work is split over blocks of the output and never along a sum, so the bits do not depend on the number of threads.
 
 mod adam;
 mod buffer;
+mod dora;
 mod gemm;
 mod linear;
 mod lora;
@@ -31,7 +32,8 @@ use super::Backend;
 use crate::element::{Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{
-    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+    Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
+    LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
@@ -146,6 +148,15 @@ impl<E: Float> Backend for Cpu<E> {
     fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
         self.run(self.verbs.lora_merge, op)
     }
+    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()> {
+        self.run(self.verbs.lora_row_norm, op)
+    }
+    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()> {
+        self.run(self.verbs.magnitude, op)
+    }
+    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()> {
+        self.run(self.verbs.magnitude_backward, op)
+    }
     fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
         self.run(self.verbs.linear_forward, op)
     }
@@ -158,8 +169,14 @@ impl<E: Float> Backend for Cpu<E> {
     fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
         self.run(self.verbs.relu_backward, op)
     }
+    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()> {
+        self.run(self.verbs.dropout_forward, op)
+    }
     fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
         self.run(self.verbs.add, op)
+    }
+    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()> {
+        self.run(self.verbs.accumulate, op)
     }
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
         self.run(self.verbs.cross_entropy, op)

@@ -1,4 +1,4 @@
-//! One pass over memory: relu, its derivative, sums, dropout, cross-entropy.
+//! One pass over memory: relu, its derivative, sums, dropout, rounding, cross-entropy.
 
 use rayon::prelude::*;
 
@@ -6,10 +6,10 @@ use super::simd::{Kernel, LANES, Simd, Unit};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Add, CrossEntropy, Dropout, Relu, ReluBackward};
+use crate::op::{Accumulate, Add, CrossEntropy, Dropout, DropoutForward, Relu, ReluBackward, round_by_chance, rounding_words};
 
 /// Elements a task takes: enough to outweigh handing it over.
-const CHUNK: usize = 1 << 14;
+pub(super) const CHUNK: usize = 1 << 14;
 
 /// `y = max(x, 0)`
 pub(super) fn relu<E: Float>(engine: &Engine, op: Relu<'_, Cpu<E>>) -> Result<()> {
@@ -79,6 +79,30 @@ impl<E: Float> Kernel for AddChunk<'_, E> {
     }
 }
 
+/// `y += scale·x`, in `f32`
+pub(super) fn accumulate<E: Float>(engine: &Engine, op: Accumulate<'_, Cpu<E>>) -> Result<()> {
+    let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
+    chunks.for_each(|(y, x)| engine.unit.run(AccumulateChunk { x, scale: op.scale, y }));
+    Ok(())
+}
+
+struct AccumulateChunk<'a> {
+    x: &'a [f32],
+    scale: f32,
+    y: &'a mut [f32],
+}
+
+impl Kernel for AccumulateChunk<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let scale = s.splat(self.scale);
+        for (v, y) in self.y.chunks_mut(LANES).enumerate() {
+            s.narrow_to(s.mul_add(scale, s.widen_at(self.x, v), s.widen_at(y, 0)), y);
+        }
+    }
+}
+
 /// `to = from`, rounded once where `to` is narrower
 pub(super) fn convert<F: Float, T: Float>(unit: Unit, from: &[F], to: &mut [T]) {
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
@@ -126,6 +150,36 @@ impl<E: Float> Kernel for ColumnSums<'_, E> {
             }
         }
     }
+}
+
+/// `y = drop(x)`
+pub(super) fn dropout_forward<E: Float>(_: &Engine, op: DropoutForward<'_, Cpu<E>>) -> Result<()> {
+    drop(op.dropout, op.x.buffer(), op.y.buffer_mut());
+    Ok(())
+}
+
+/// `to = drop(from)`
+pub(super) fn drop<F: Float, T: Float>(dropout: Dropout, from: &[F], to: &mut [T]) {
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (to, from))| {
+        for (block, (to, from)) in to.chunks_mut(4).zip(from.chunks(4)).enumerate() {
+            let factors = dropout.factors((chunk * CHUNK / 4 + block) as u64);
+            for ((to, from), factor) in to.iter_mut().zip(from).zip(factors) {
+                *to = T::from_f32(from.to_f32() * factor);
+            }
+        }
+    });
+}
+
+/// `to = from`, rounded by chance; `first`, a multiple of 4, is the place of `to` in the whole matrix
+pub(super) fn round<E: Float>(key: [u32; 2], first: usize, from: &[f32], to: &mut [E]) {
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (to, from))| {
+        for (block, (to, from)) in to.chunks_mut(4).zip(from.chunks(4)).enumerate() {
+            let words = rounding_words(key, ((first + chunk * CHUNK) / 4 + block) as u64);
+            for ((to, &from), word) in to.iter_mut().zip(from).zip(words) {
+                *to = round_by_chance(from, word);
+            }
+        }
+    });
 }
 
 /// `numbers = drop(numbers)`

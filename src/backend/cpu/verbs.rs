@@ -5,11 +5,12 @@
 
 use std::any::Any;
 
-use super::{Cpu, Engine, adam, linear, lora, pointwise};
+use super::{Cpu, Engine, adam, dora, linear, lora, pointwise};
 use crate::element::{Float, bf16, f16};
 use crate::error::{Error, Result};
 use crate::op::{
-    Adam, Add, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+    Accumulate, Adam, Add, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge,
+    LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 
 /// One function a verb.
@@ -17,11 +18,16 @@ pub(super) struct Verbs<E: Float> {
     pub(super) lora_forward: fn(&Engine, LoraForward<'_, Cpu<E>>) -> Result<()>,
     pub(super) lora_backward: fn(&Engine, LoraBackward<'_, Cpu<E>>) -> Result<()>,
     pub(super) lora_merge: fn(&Engine, LoraMerge<'_, Cpu<E>>) -> Result<()>,
+    pub(super) lora_row_norm: fn(&Engine, LoraRowNorm<'_, Cpu<E>>) -> Result<()>,
+    pub(super) magnitude: fn(&Engine, Magnitude<'_, Cpu<E>>) -> Result<()>,
+    pub(super) magnitude_backward: fn(&Engine, MagnitudeBackward<'_, Cpu<E>>) -> Result<()>,
     pub(super) linear_forward: fn(&Engine, LinearForward<'_, Cpu<E>>) -> Result<()>,
     pub(super) linear_backward: fn(&Engine, LinearBackward<'_, Cpu<E>>) -> Result<()>,
     pub(super) relu: fn(&Engine, Relu<'_, Cpu<E>>) -> Result<()>,
     pub(super) relu_backward: fn(&Engine, ReluBackward<'_, Cpu<E>>) -> Result<()>,
+    pub(super) dropout_forward: fn(&Engine, DropoutForward<'_, Cpu<E>>) -> Result<()>,
     pub(super) add: fn(&Engine, Add<'_, Cpu<E>>) -> Result<()>,
+    pub(super) accumulate: fn(&Engine, Accumulate<'_, Cpu<E>>) -> Result<()>,
     pub(super) cross_entropy: fn(&Engine, CrossEntropy<'_, Cpu<E>>) -> Result<()>,
     pub(super) adam: fn(&Engine, Adam<'_, Cpu<E>>) -> Result<()>,
 }
@@ -36,11 +42,16 @@ impl<E: Float> Verbs<E> {
             lora_forward: lora::forward,
             lora_backward: lora::backward,
             lora_merge: lora::merge,
+            lora_row_norm: dora::row_norm,
+            magnitude: dora::magnitude,
+            magnitude_backward: dora::magnitude_backward,
             linear_forward: linear::forward,
             linear_backward: linear::backward,
             relu: pointwise::relu,
             relu_backward: pointwise::relu_backward,
+            dropout_forward: pointwise::dropout_forward,
             add: pointwise::add,
+            accumulate: pointwise::accumulate,
             cross_entropy: pointwise::cross_entropy,
             adam: adam::adam,
         }

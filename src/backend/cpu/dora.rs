@@ -1,0 +1,183 @@
+//! The lengths of rows, and what gives an output its length: the verbs of weight decomposition (DoRA).
+
+use rayon::prelude::*;
+
+use super::pointwise::{CHUNK, column_sums, convert};
+use super::scratch::Taken;
+use super::simd::{Kernel, LANES, Simd, Unit};
+use super::{Cpu, Engine};
+use crate::element::Float;
+use crate::error::Result;
+use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
+use crate::tensor::Tensor;
+
+/// Rows of weights a task takes.
+const ROWS: usize = 16;
+/// Rows measured side by side, so that each vector of `A` is loaded once for all of them.
+const SIDE_BY_SIDE: usize = 4;
+/// Columns a task sums: its sums stay in the first cache.
+const COLUMNS: usize = 1 << 10;
+
+/// `norm = ‖W + scale·B·A‖` by rows
+pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -> Result<()> {
+    let (k, r, scale) = (op.w.cols(), op.a.rows(), op.scale);
+    let (a, b) = (wide(engine, op.a)?, wide(engine, op.b)?);
+    let (w, a, b) = (&op.w.buffer()[..], &a[..], &b[..]);
+    let task = |(task, norm)| engine.unit.run(RowNorms { w, a, b, scale, k, r, first: task * ROWS, norm });
+    op.norm.buffer_mut().par_chunks_mut(ROWS).enumerate().for_each(task);
+    Ok(())
+}
+
+/// A tensor's numbers in `f32`.
+fn wide<'e, E: Float>(engine: &'e Engine, tensor: &Tensor<Cpu<E>>) -> Result<Taken<'e>> {
+    let mut wide = engine.scratch.take(tensor.buffer().len())?;
+    convert(engine.unit, tensor.buffer(), &mut wide);
+    Ok(wide)
+}
+
+/// An element of `W + scale·B·A` is made in a register, squared, and gone.
+struct RowNorms<'a, E> {
+    w: &'a [E],
+    a: &'a [f32],
+    b: &'a [f32],
+    scale: f32,
+    k: usize,
+    r: usize,
+    first: usize,
+    norm: &'a mut [f32],
+}
+
+impl<E: Float> Kernel for RowNorms<'_, E> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        let rows = self.norm.len();
+        let whole = rows / SIDE_BY_SIDE * SIDE_BY_SIDE;
+        for row in (0..whole).step_by(SIDE_BY_SIDE) {
+            self.measure::<S, SIDE_BY_SIDE>(s, row);
+        }
+        for row in whole..rows {
+            self.measure::<S, 1>(s, row);
+        }
+    }
+}
+
+impl<E: Float> RowNorms<'_, E> {
+    /// R of the task's rows, from `row` on.
+    #[inline(always)]
+    fn measure<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
+        let (k, r, scale, first) = (self.k, self.r, s.splat(self.scale), self.first + row);
+        let w: [&[E]; R] = std::array::from_fn(|q| &self.w[(first + q) * k..][..k]);
+        let b: [&[f32]; R] = std::array::from_fn(|q| &self.b[(first + q) * r..][..r]);
+        let mut squares = [s.splat(0.0); R];
+        for v in 0..k.div_ceil(LANES) {
+            let mut update = [s.splat(0.0); R];
+            for d in 0..r {
+                let a = s.widen_at(&self.a[d * k..][..k], v);
+                for q in 0..R {
+                    update[q] = s.mul_add(s.splat(b[q][d]), a, update[q]);
+                }
+            }
+            for q in 0..R {
+                let weight = s.mul_add(scale, update[q], s.widen_at(w[q], v));
+                squares[q] = s.mul_add(weight, weight, squares[q]);
+            }
+        }
+        for q in 0..R {
+            self.norm[row + q] = s.sum(squares[q]).sqrt();
+        }
+    }
+}
+
+/// `y = (magnitude / norm)·z + bias`
+pub(super) fn magnitude<E: Float>(engine: &Engine, op: Magnitude<'_, Cpu<E>>) -> Result<()> {
+    let factors = factors(engine, op.magnitude, op.norm)?;
+    scale_columns(engine.unit, &factors, op.bias.map(|bias| &bias.buffer()[..]), op.z.buffer(), op.y.buffer_mut());
+    Ok(())
+}
+
+/// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy`
+pub(super) fn magnitude_backward<E: Float>(engine: &Engine, op: MagnitudeBackward<'_, Cpu<E>>) -> Result<()> {
+    if let Some(dz) = op.dz {
+        scale_columns(engine.unit, &factors(engine, op.magnitude, op.norm)?, None, op.dy.buffer(), dz.buffer_mut());
+    }
+    if let Some(dmagnitude) = op.dmagnitude {
+        let (dy, z, norm) = (&op.dy.buffer()[..], &op.z.buffer()[..], &op.norm.buffer()[..]);
+        let task = |(task, sums)| engine.unit.run(ColumnDots { dy, z, norm, first: task * COLUMNS, sums });
+        dmagnitude.buffer_mut().par_chunks_mut(COLUMNS).enumerate().for_each(task);
+    }
+    if let Some(dbias) = op.dbias {
+        column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
+    }
+    Ok(())
+}
+
+/// `over / norm`, and 0 where `norm` is 0.
+fn by_norm(over: f32, norm: f32) -> f32 {
+    if norm == 0.0 { 0.0 } else { over / norm }
+}
+
+/// `magnitude / norm`
+fn factors<'e, E: Float>(engine: &'e Engine, magnitude: &Tensor<Cpu<E>>, norm: &Tensor<Cpu<E>, f32>) -> Result<Taken<'e>> {
+    let mut factors = wide(engine, magnitude)?;
+    factors.iter_mut().zip(norm.buffer().iter()).for_each(|(factor, &norm)| *factor = by_norm(*factor, norm));
+    Ok(factors)
+}
+
+/// `y = factor·x + bias`, column by column
+fn scale_columns<E: Float>(unit: Unit, factors: &[f32], bias: Option<&[E]>, x: &[E], y: &mut [E]) {
+    let cols = factors.len();
+    if cols == 0 {
+        return;
+    }
+    let rows = (CHUNK / cols).max(1) * cols;
+    let chunks = y.par_chunks_mut(rows).zip(x.par_chunks(rows));
+    chunks.for_each(|(y, x)| unit.run(ScaleColumns { factors, bias, x, y }));
+}
+
+struct ScaleColumns<'a, E> {
+    factors: &'a [f32],
+    bias: Option<&'a [E]>,
+    x: &'a [E],
+    y: &'a mut [E],
+}
+
+impl<E: Float> Kernel for ScaleColumns<'_, E> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let cols = self.factors.len();
+        for (x, y) in self.x.chunks_exact(cols).zip(self.y.chunks_exact_mut(cols)) {
+            for (v, y) in y.chunks_mut(LANES).enumerate() {
+                let bias = self.bias.map_or(s.splat(0.0), |bias| s.widen_at(bias, v));
+                s.narrow_to(s.mul_add(s.widen_at(self.factors, v), s.widen_at(x, v), bias), y);
+            }
+        }
+    }
+}
+
+/// `sums[j] = Σ_i dy[i][j]·z[i][j] / norm[j]`, row after row
+struct ColumnDots<'a, E> {
+    dy: &'a [E],
+    z: &'a [E],
+    norm: &'a [f32],
+    first: usize,
+    sums: &'a mut [f32],
+}
+
+impl<E: Float> Kernel for ColumnDots<'_, E> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (cols, columns) = (self.norm.len(), self.first..self.first + self.sums.len());
+        self.sums.fill(0.0);
+        for (dy, z) in self.dy.chunks_exact(cols).zip(self.z.chunks_exact(cols)) {
+            let (dy, z) = (&dy[columns.clone()], &z[columns.clone()]);
+            for (v, sum) in self.sums.chunks_mut(LANES).enumerate() {
+                s.narrow_to(s.mul_add(s.widen_at(dy, v), s.widen_at(z, v), s.widen_at(sum, 0)), sum);
+            }
+        }
+        self.sums.iter_mut().zip(&self.norm[columns]).for_each(|(sum, &norm)| *sum = by_norm(*sum, norm));
+    }
+}

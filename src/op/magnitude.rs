@@ -1,0 +1,92 @@
+//! `y = (magnitude / norm)·z + bias`, column by column, and its derivatives: DoRA's second half.
+
+use super::{Checked, fits};
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+/// `y = (magnitude / norm)·z + bias`, column by column
+///
+/// What makes a low-rank layer one with weight decomposition (DoRA): with `z = x·Wᵀ + scale·h·Bᵀ` and the
+/// [`LoraRowNorm`](super::LoraRowNorm) of `W + scale·B·A`, each output gets the length `magnitude` and keeps its direction.
+/// A row of zeros has no direction: where `norm` is 0, the factor is 0.
+pub struct Magnitude<'t, B: Backend> {
+    /// `m×n`
+    pub z: &'t Tensor<B>,
+    /// `1×n`
+    pub magnitude: &'t Tensor<B>,
+    /// `1×n`
+    pub norm: &'t Tensor<B, f32>,
+    /// `1×n`
+    pub bias: Option<&'t Tensor<B>>,
+    /// `m×n`, overwritten
+    pub y: &'t mut Tensor<B>,
+}
+
+impl<B: Backend> Magnitude<'_, B> {
+    const VERB: &'static str = "magnitude";
+
+    /// Compares the shapes.
+    pub fn check(self) -> Result<Checked<Self>> {
+        let (m, n) = (self.z.rows(), self.z.cols());
+        fits(Self::VERB, "magnitude", (1, n), self.magnitude.shape())?;
+        fits(Self::VERB, "norm", (1, n), self.norm.shape())?;
+        if let Some(bias) = self.bias {
+            fits(Self::VERB, "bias", (1, n), bias.shape())?;
+        }
+        fits(Self::VERB, "y", (m, n), self.y.shape())?;
+        Ok(Checked(self))
+    }
+
+    /// Checks the shapes and computes.
+    pub fn run(self, backend: &B) -> Result<()> {
+        backend.magnitude(self.check()?)
+    }
+}
+
+/// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy` over the rows; what is `None` is not computed.
+///
+/// `norm` counts as a constant, though `A` and `B` are in it: DoRA's authors leave that gradient out, and so does PEFT.
+pub struct MagnitudeBackward<'t, B: Backend> {
+    /// `m×n`
+    pub z: &'t Tensor<B>,
+    /// `1×n`
+    pub magnitude: &'t Tensor<B>,
+    /// `1×n`, as in the forward pass
+    pub norm: &'t Tensor<B, f32>,
+    /// `m×n`
+    pub dy: &'t Tensor<B>,
+    /// `m×n`, overwritten
+    pub dz: Option<&'t mut Tensor<B>>,
+    /// `1×n`, overwritten
+    pub dmagnitude: Option<&'t mut Tensor<B, f32>>,
+    /// `1×n`, overwritten
+    pub dbias: Option<&'t mut Tensor<B, f32>>,
+}
+
+impl<B: Backend> MagnitudeBackward<'_, B> {
+    const VERB: &'static str = "magnitude_backward";
+
+    /// Compares the shapes.
+    pub fn check(self) -> Result<Checked<Self>> {
+        let (m, n) = (self.z.rows(), self.z.cols());
+        fits(Self::VERB, "magnitude", (1, n), self.magnitude.shape())?;
+        fits(Self::VERB, "norm", (1, n), self.norm.shape())?;
+        fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
+        if let Some(dz) = &self.dz {
+            fits(Self::VERB, "dz", (m, n), dz.shape())?;
+        }
+        if let Some(dmagnitude) = &self.dmagnitude {
+            fits(Self::VERB, "dmagnitude", (1, n), dmagnitude.shape())?;
+        }
+        if let Some(dbias) = &self.dbias {
+            fits(Self::VERB, "dbias", (1, n), dbias.shape())?;
+        }
+        Ok(Checked(self))
+    }
+
+    /// Checks the shapes and computes.
+    pub fn run(self, backend: &B) -> Result<()> {
+        backend.magnitude_backward(self.check()?)
+    }
+}

@@ -1,4 +1,6 @@
-//! Memory that begins on a cache line, so that a vector load touches one line, not two.
+//! Memory that begins on a cache line, so that a vector load touches one line, not two; and, where it is large, on pages as
+//! large as the system gives: products walk along rows that are a page apart or more, and looking up small pages costs them
+//! several per cent.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -16,36 +18,93 @@ struct Line([u8; 64]);
 
 /// Elements in host memory, aligned to 64 bytes.
 pub struct Buffer<T: Element> {
-    lines: Box<[Line]>,
+    memory: Memory,
     len: usize,
     element: PhantomData<T>,
+}
+
+enum Memory {
+    Lines(Box<[Line]>),
+    #[cfg(target_os = "linux")]
+    Pages(memmap2::MmapMut),
+}
+
+/// From here on memory is asked of the system itself: two of its large pages.
+#[cfg(target_os = "linux")]
+const LARGE: usize = 4 << 20;
+
+impl Memory {
+    /// All zeros; `None` if there is no room.
+    fn zeros(bytes: usize) -> Option<Self> {
+        #[cfg(target_os = "linux")]
+        if bytes >= LARGE {
+            let pages = memmap2::MmapMut::map_anon(bytes).ok()?;
+            // A wish: where it is not granted, the pages are small ones.
+            let _ = pages.advise(memmap2::Advice::HugePage);
+            return Some(Self::Pages(pages));
+        }
+        bytemuck::try_zeroed_slice_box(bytes.div_ceil(64)).ok().map(Self::Lines)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Lines(lines) => bytemuck::cast_slice(lines),
+            #[cfg(target_os = "linux")]
+            Self::Pages(pages) => pages,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Lines(lines) => bytemuck::cast_slice_mut(lines),
+            #[cfg(target_os = "linux")]
+            Self::Pages(pages) => pages,
+        }
+    }
 }
 
 impl<T: Element> Buffer<T> {
     /// All zeros.
     pub(crate) fn zeros(len: usize) -> Result<Self> {
         let bytes = len.saturating_mul(size_of::<T>());
-        let lines = bytemuck::try_zeroed_slice_box(bytes.div_ceil(64));
-        let lines = lines.map_err(|()| Error::OutOfMemory { backend: "cpu", bytes })?;
-        Ok(Self { lines, len, element: PhantomData })
+        let memory = Memory::zeros(bytes).ok_or(Error::OutOfMemory { backend: "cpu", bytes })?;
+        Ok(Self { memory, len, element: PhantomData })
     }
 }
 
 impl<T: Element> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        bytemuck::cast_slice(&self.memory.bytes()[..self.len * size_of::<T>()])
     }
 }
 
 impl<T: Element> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        bytemuck::cast_slice_mut(&mut self.memory.bytes_mut()[..self.len * size_of::<T>()])
     }
 }
 
 impl<T: Element> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buffer({} × {})", self.len, std::any::type_name::<T>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_of_any_size_is_zero_and_begins_on_a_cache_line() {
+        for len in [0, 1, 63, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20] {
+            let mut buffer = Buffer::<f32>::zeros(len).unwrap();
+            assert!(buffer.len() == len && buffer.iter().all(|&x| x == 0.0));
+            assert!(len == 0 || buffer.as_ptr() as usize % 64 == 0);
+            buffer.fill(1.0);
+            assert_eq!(buffer.iter().filter(|&&x| x == 1.0).count(), len);
+        }
+        let bytes = usize::MAX / 2;
+        assert!(matches!(Buffer::<f32>::zeros(bytes), Err(Error::OutOfMemory { .. })));
     }
 }

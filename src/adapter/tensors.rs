@@ -5,10 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize as to_safetensors};
 
 use super::TENSORS_FILE;
-use crate::backend::Backend;
 use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
 
 /// What PEFT puts before the name of a module; files without it are read as well.
 const PREFIX: &str = "base_model.model.";
@@ -24,11 +22,6 @@ pub struct HostTensor {
 
 /// Tensors by name, without PEFT's prefix: `linear1.lora_A.weight`.
 pub type HostTensors = BTreeMap<String, HostTensor>;
-
-/// The name of a factor: `linear1.lora_A.weight`.
-pub(super) fn key(layer: &str, factor: &str) -> String {
-    format!("{layer}.{factor}.weight")
-}
 
 /// Reads the bytes of a safetensors file. Errors: [`Error::File`] for anything but `f32`, `f16` and `bf16` tensors, each
 /// under one name, that fill the file.
@@ -47,14 +40,18 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     Ok(tensors)
 }
 
-/// The bytes of a file with these tensors, in the element type of the backend.
-pub(super) fn serialize<B: Backend>(backend: &B, tensors: Vec<(String, &Tensor<B>)>) -> Result<Vec<u8>> {
-    let mut data = Vec::new();
-    for (name, tensor) in tensors {
-        let shape = vec![tensor.rows(), tensor.cols()];
-        data.push((format!("{PREFIX}{name}"), shape, little_endian(&tensor.to_vec(backend)?)));
-    }
-    let dtype = match B::Elem::DTYPE {
+/// A tensor of an adapter on its way to or from a file: its name without the prefix, and its shape there.
+pub(super) struct Entry<T> {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) tensor: T,
+}
+
+/// The bytes of a file with these tensors, in the element type they have.
+pub(super) fn serialize<E: Float>(tensors: Vec<Entry<Vec<E>>>) -> Result<Vec<u8>> {
+    let bytes = |Entry { name, shape, tensor }: Entry<Vec<E>>| (format!("{PREFIX}{name}"), shape, little_endian(&tensor));
+    let data: Vec<_> = tensors.into_iter().map(bytes).collect();
+    let dtype = match E::DTYPE {
         DType::F32 => Dtype::F32,
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use lowrank::adapter::CONFIG_FILE;
-use lowrank::nn::{Adapter, Init, LoraConfig, Mlp};
+use lowrank::nn::{Adapter, DEFAULT, Init, LoraConfig, Mlp};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor};
 use serde_json::Value;
@@ -48,7 +48,7 @@ type State<E> = (Vec<E>, Vec<(u64, bool)>, Vec<Option<LoraConfig>>);
 
 /// All that a model is: outputs, what may be trained, the settings of its adapters.
 pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
-    let configs = model.layers().map(|(_, layer)| layer.lora().map(|lora| lora.adapter().config().clone())).collect();
+    let configs = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).map(|adapter| adapter.config().clone())).collect();
     let outputs = outputs(backend, model);
     (outputs, model.params_mut().into_iter().map(|param| (param.id(), param.trainable)).collect(), configs)
 }

@@ -58,8 +58,8 @@ impl<B: Backend> Tuned<B> {
         }
     }
 
-    fn replaces(&self) -> bool {
-        matches!(self, Tuned::Whole(_)) || self.bias().is_some()
+    fn is_whole(&self) -> bool {
+        matches!(self, Tuned::Whole(_))
     }
 
     fn set_trainable(&mut self, trainable: bool) {
@@ -138,10 +138,17 @@ impl<B: Backend> LoraLinear<B> {
         self.base
     }
 
-    /// Takes every adapter away, but for an active one that takes the layer's place.
+    /// The name of the one that takes the layer's place just now: active or merged.
+    pub(super) fn whole(&self) -> Option<&str> {
+        let here = |name: &str| self.active.iter().any(|active| active == name) || self.merged().any(|merged| merged == name);
+        self.parts().find(|(name, part)| part.is_whole() && here(name)).map(|(name, _)| name)
+    }
+
+    /// Takes every adapter away, but for one that takes the layer's place.
     pub(super) fn into_tuned(mut self) -> Linear<B> {
-        let whole = |(name, part): &(String, Tuned<B>)| self.active.contains(name) && matches!(part, Tuned::Whole(_));
-        match self.parts.iter().position(whole).map(|at| self.parts.swap_remove(at)) {
+        let whole = self.whole().map(String::from);
+        let at = self.parts.iter().position(|(name, _)| Some(name) == whole.as_ref());
+        match at.map(|at| self.parts.swap_remove(at)) {
             Some((_, Tuned::Whole(mut linear))) => {
                 linear.params_mut().for_each(|param| param.trainable = false);
                 linear
@@ -160,8 +167,7 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable.
     ///
-    /// Errors: [`Error::Shape`]; [`Error::Value`] while an adapter is merged, or for two active ones that each have a bias or a
-    /// layer in place of this one's.
+    /// Errors: [`Error::Shape`]; [`Error::Value`] while an adapter is merged, or for active ones that exclude each other.
     pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
         self.check_insert(name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
@@ -179,9 +185,8 @@ impl<B: Backend> LoraLinear<B> {
     pub(super) fn check_insert(&self, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
         self.unmerged("insert")?;
         part.fits(&self.base)?;
-        let others: Vec<&String> = self.active.iter().filter(|known| *known != name).collect();
-        let clash = active && part.replaces() && self.replacing(&others) > 0;
-        Error::unless(!clash, "insert", "adapter", "a second active one with a bias or a layer of its own", "one such")
+        let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
+        together("insert", others.chain([part]))
     }
 
     /// Takes an adapter away, if it is there. Errors: [`Error::Value`] while one is merged.
@@ -199,24 +204,23 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Makes these take part, and no others; only they are trainable. A name that this layer does not have is passed over.
     ///
-    /// Errors: [`Error::Value`] while an adapter is merged, or for two that each have a bias or a layer in place of this one's.
+    /// Errors: [`Error::Value`] while an adapter is merged, or for two that each have a bias in place of the layer's, or one that
+    /// takes the layer's place beside another.
     pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
         self.can_activate(names)?;
-        let here = names.iter().map(S::as_ref).filter(|name| self.part(name).is_some());
-        self.active = here.map(String::from).collect();
+        self.active.clear();
+        for name in names.iter().map(S::as_ref) {
+            if self.part(name).is_some() && !self.active.iter().any(|active| active == name) {
+                self.active.push(name.into());
+            }
+        }
         self.mark_trainable(None);
         Ok(())
     }
 
     pub(super) fn can_activate<S: AsRef<str>>(&self, names: &[S]) -> Result<()> {
         self.unmerged("set_active")?;
-        let replacing = self.replacing(names);
-        Error::unless(replacing <= 1, "set_active", "adapters", "several with a bias or a layer of their own", "one such")
-    }
-
-    /// How many of these have a bias or a layer in place of this one's.
-    fn replacing<S: AsRef<str>>(&self, names: &[S]) -> usize {
-        names.iter().filter(|name| self.part(name.as_ref()).is_some_and(Tuned::replaces)).count()
+        together("set_active", names.iter().filter_map(|name| self.part(name.as_ref())))
     }
 
     fn mark_trainable(&mut self, only: Option<&str>) {
@@ -280,7 +284,9 @@ impl<B: Backend> LoraLinear<B> {
         active: &[S],
     ) -> Result<Var> {
         let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
-        let parts: Vec<&Tuned<B>> = active.iter().filter(free).filter_map(|name| self.part(name.as_ref())).collect();
+        let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
+        let merged = self.merged().filter_map(|name| self.part(name)).filter(|part| part.is_whole());
+        let parts: Vec<&Tuned<B>> = free.chain(merged).collect();
         let whole = parts.iter().find_map(|part| if let Tuned::Whole(linear) = part { Some(linear) } else { None });
         let base = whole.unwrap_or(&self.base);
         let bias = parts.iter().find_map(|part| part.bias()).or(base.bias());
@@ -316,6 +322,16 @@ impl<B: Backend> LoraLinear<B> {
         let part = self.parts.iter_mut().find(|(known, _)| known == name).map(|(_, part)| part);
         part.filter(|_| self.merged.is_empty())
     }
+}
+
+/// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: of two biases in place of the layer's only one can
+/// be used, and a whole layer leaves nothing for others to add to.
+fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p Tuned<B>>) -> Result<()> {
+    let parts: Vec<_> = parts.collect();
+    let whole = parts.iter().any(|part| part.is_whole());
+    Error::unless(!whole || parts.len() == 1, verb, "adapter", "beside one that takes the layer's place", "one of the two")?;
+    let biases = parts.iter().filter(|part| part.bias().is_some()).count();
+    Error::unless(biases <= 1, verb, "adapter", "one of several with a bias of their own", "one such")
 }
 
 /// Errors: [`Error::Value`] for what PEFT cannot call an adapter, or a folder cannot be called.

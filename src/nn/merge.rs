@@ -63,7 +63,7 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Merges these adapters, in this order, on top of those that are merged. A name that this layer does not have is passed over.
     ///
-    /// Errors: [`Error::Value`] while adapters are off, for a bias of the update where the layer has no bias, and, if the merge is
+    /// One that takes the layer's place does so from then on; the weight stays. Errors: [`Error::Value`] while adapters are off, for a bias of the update where the layer has no bias, and, if the merge is
     /// to be safe, for numbers that are not finite. Nothing is changed then.
     pub fn merge_as<S: AsRef<str>>(&mut self, backend: &B, names: &[S], how: Merge) -> Result<()> {
         Error::unless(self.is_enabled(), "merge", "adapter", "switched off", "switched on first")?;
@@ -113,9 +113,12 @@ impl<B: Backend> LoraLinear<B> {
     fn push(&mut self, backend: &B, name: &str, how: Merge) -> Result<()> {
         let part = self.parts.iter().find(|(known, _)| known == name).map(|(_, part)| part);
         let Some(part) = part.filter(|_| !self.merged.iter().any(|merged| merged.name == name)) else { return Ok(()) };
-        if matches!(part, Tuned::Whole(_)) {
-            return Ok(()); // it takes the layer's place as it is
-        }
+        let stands_alone = match part {
+            Tuned::Whole(_) => self.merged.is_empty(),
+            Tuned::Lora(_) | Tuned::Bias(_) => true,
+        };
+        let alone = stands_alone && self.whole().is_none_or(|whole| whole == name);
+        Error::unless(alone, "merge", "adapter", format!("`{name}` beside one that takes the layer's place"), "one of the two")?;
         let bias = new_bias(backend, self.base.bias(), part)?;
         let finite = bias.as_ref().is_none_or(|bias| bias.iter().all(|x| x.to_f32().is_finite()));
         Error::unless(finite || !how.safe, "merge", "bias", format!("not finite with `{name}` in it"), "finite numbers")?;

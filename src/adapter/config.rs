@@ -119,6 +119,25 @@ impl AdapterConfig {
         Some(LoraConfig { rank, alpha, scaling, dropout: self.lora_dropout, init })
     }
 
+    /// What the file says under a key that this crate knows or does not know.
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.document.get(key)
+    }
+
+    /// PEFT's defaults, with these settings. Errors: those of [`from_json`](Self::from_json).
+    pub(super) fn new(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut document = peft_defaults();
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
+        Self::from_document(document)
+    }
+
+    /// The same config with these settings in place of its own. Errors: those of [`from_json`](Self::from_json).
+    pub(super) fn with(&self, settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut document = self.document.clone();
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
+        Self::from_document(document)
+    }
+
     fn from_document(document: Map<String, Value>) -> Result<Self> {
         let fields = Fields(&document);
         fields.refuse_unsupported()?;
@@ -253,7 +272,7 @@ fn dropout(value: &Value) -> Option<f32> {
     value.as_f64().map(|p| p as f32).filter(|p| (0.0..1.0).contains(p))
 }
 
-fn is_set(value: &Value) -> bool {
+pub(super) fn is_set(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
         Value::Array(items) => !items.is_empty(),
@@ -293,7 +312,7 @@ fn wrong(key: &str, value: &Value, want: &str) -> Error {
     refused(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
 }
 
-fn unsupported(field: &'static str, value: &Value) -> Error {
+pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
     Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
 }
 

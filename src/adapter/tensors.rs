@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
 /// What PEFT puts before the name of a module; files without it are read as well.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// A tensor in host memory, widened to `f32`, which holds every `f16` and `bf16` exactly.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +65,7 @@ pub(super) fn serialize<B: Backend>(backend: &B, tensors: Vec<(String, &Tensor<B
     views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
 }
 
-fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
+pub(super) fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
     let values = values.iter().map(|value| value.to_f32());
     match E::DTYPE {
         DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
@@ -75,7 +75,7 @@ fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
 }
 
 /// The elements of a file as `f32`; `None` for a type that is not one of the three.
-fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     let halves = || bytes.as_chunks().0.iter();
     match dtype {
         Dtype::F32 => Some(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()),

@@ -115,6 +115,25 @@ impl AdapterConfig {
         self.fan_in_fan_out
     }
 
+    /// What the file says under a key that this crate knows or does not know.
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.document.get(key)
+    }
+
+    /// PEFT's defaults, with these settings. Errors: those of [`from_json`](Self::from_json).
+    pub(super) fn new(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut document = peft_defaults();
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
+        Self::from_document(document)
+    }
+
+    /// The same config with these settings in place of its own. Errors: those of [`from_json`](Self::from_json).
+    pub(super) fn with(&self, settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut document = self.document.clone();
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
+        Self::from_document(document)
+    }
+
     fn from_document(document: Map<String, Value>) -> Result<Self> {
         let fields = Fields(&document);
         fields.refuse_unsupported()?;

@@ -199,7 +199,7 @@ pub(super) fn dropout(value: &Value) -> Option<f32> {
     value.as_f64().map(|p| p as f32).filter(|p| (0.0..1.0).contains(p))
 }
 
-fn is_set(value: &Value) -> bool {
+pub(super) fn is_set(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
         Value::Array(items) => !items.is_empty(),
@@ -224,7 +224,7 @@ fn wrong(key: &str, value: &Value, want: &str) -> Error {
     refused(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
 }
 
-fn unsupported(field: &'static str, value: &Value) -> Error {
+pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
     Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
 }
 

@@ -17,15 +17,30 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 
+mod combine;
+#[cfg(feature = "svd")]
+mod compress;
 mod config;
+#[cfg(feature = "svd")]
+mod decompose;
 mod fields;
+mod folder;
+mod matrix;
+mod mix;
 mod modules;
 mod parts;
 mod tensors;
 
 use std::path::{Path, PathBuf};
 
+pub use combine::{CombinationType, Combine, MajoritySign, combine};
+#[cfg(feature = "svd")]
+pub use compress::{compress, extract};
 pub use config::{AdapterConfig, Asked};
+#[cfg(feature = "svd")]
+pub use decompose::{Keep, Svd, olora, pissa};
+pub use folder::{Factors, Folder};
+pub use matrix::HostMatrix;
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;

@@ -93,8 +93,8 @@ impl<B: Backend> File<'_, B> {
     fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig) -> Result<Adapter<B>> {
         config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
-        let a = self.take(&format!("{layer}.lora_A.weight"), (config.rank, k).into(), &[config.rank, k])?;
-        let b = self.take(&format!("{layer}.lora_B.weight"), (n, config.rank).into(), &[n, config.rank])?;
+        let a = self.take(&tensors::key(layer, "lora_A"), (config.rank, k).into(), &[config.rank, k])?;
+        let b = self.take(&tensors::key(layer, "lora_B"), (n, config.rank).into(), &[n, config.rank])?;
         let LoraConfig { lora_bias, use_dora, bias, .. } = config;
         let mut adapter = Adapter::from_tensors(a, b, config)?;
         if lora_bias {

@@ -9,7 +9,7 @@ use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
 
 /// What PEFT puts before the name of a module; files without it are read as well.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// A tensor in host memory, widened to `f32`, which holds every `f16` and `bf16` exactly.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,6 +22,11 @@ pub struct HostTensor {
 
 /// Tensors by name, without PEFT's prefix: `linear1.lora_A.weight`.
 pub type HostTensors = BTreeMap<String, HostTensor>;
+
+/// The name of a factor: `linear1.lora_A.weight`.
+pub(super) fn key(layer: &str, factor: &str) -> String {
+    format!("{layer}.{factor}.weight")
+}
 
 /// Reads the bytes of a safetensors file. Errors: [`Error::File`] for anything but `f32`, `f16` and `bf16` tensors, each
 /// under one name, that fill the file.
@@ -62,7 +67,7 @@ pub(super) fn serialize<E: Float>(tensors: Vec<Entry<Vec<E>>>) -> Result<Vec<u8>
     views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
 }
 
-fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
+pub(super) fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
     let values = values.iter().map(|value| value.to_f32());
     match E::DTYPE {
         DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
@@ -72,7 +77,7 @@ fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
 }
 
 /// The elements of a file as `f32`; `None` for a type that is not one of the three.
-fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     let halves = || bytes.as_chunks().0.iter();
     match dtype {
         Dtype::F32 => Some(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()),

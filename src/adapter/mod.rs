@@ -29,6 +29,8 @@ mod matrix;
 mod mix;
 mod modules;
 mod parts;
+#[cfg(feature = "svd")]
+mod principal;
 mod tensors;
 
 use std::path::{Path, PathBuf};
@@ -41,6 +43,8 @@ pub use config::{AdapterConfig, Asked};
 pub use decompose::{Keep, Svd, olora, pissa};
 pub use folder::{Factors, Folder};
 pub use matrix::HostMatrix;
+#[cfg(feature = "svd")]
+pub use principal::{Principal, begin_with};
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;

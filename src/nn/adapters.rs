@@ -64,9 +64,19 @@ impl<B: Backend> Mlp<B> {
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, for a layer that holds a
     /// merged adapter, and for two active adapters that each bring a bias or a whole layer. Nothing is changed then.
     pub fn insert_adapter(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
-        check_name(name)?;
         let active = self.active_adapters();
         let activate = active.is_empty() || active.contains(&name);
+        self.insert_as(name, parts, activate)
+    }
+
+    /// [`insert_adapter`](Self::insert_adapter) of one that is not active.
+    #[cfg(feature = "svd")]
+    pub(crate) fn insert_waiting(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
+        self.insert_as(name, parts, false)
+    }
+
+    fn insert_as(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>, activate: bool) -> Result<()> {
+        check_name(name)?;
         let enabled = self.loras().all(LoraLinear::is_enabled);
         for (layer, part) in &parts {
             match self.layer(layer)? {
@@ -170,6 +180,17 @@ impl<B: Backend> Mlp<B> {
     /// The layers that an adapter adds an update to, and the updates.
     pub fn adapters<'s>(&'s self, name: &'s str) -> impl Iterator<Item = (&'s str, &'s Adapter<B>)> {
         self.layers().filter_map(move |(layer, there)| Some((layer, there.adapter(name)?)))
+    }
+
+    /// Overwrites `A` and `B` of an adapter that is not merged.
+    #[cfg(feature = "svd")]
+    pub(crate) fn write_factors(&mut self, backend: &B, layer: &str, name: &str, [a, b]: [&[B::Elem]; 2]) -> Result<()> {
+        let there = self.layers.iter_mut().find(|(known, _)| known == layer).and_then(|(_, there)| there.lora_mut());
+        if let Some((_, Tuned::Lora(adapter))) = there.and_then(|lora| lora.parts.iter_mut().find(|(known, _)| known == name)) {
+            adapter.a.tensor.copy_from_slice(backend, a)?;
+            adapter.b.tensor.copy_from_slice(backend, b)?;
+        }
+        Ok(())
     }
 
     /// Takes an adapter away from all layers but these.

@@ -125,6 +125,42 @@ fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
     }
 }
 
+/// The verbs beside the products, at the weight and the batch of one layer: 512 rows, 4096 inputs and outputs, rank 16.
+fn around<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
+    let shape = Shape { name: "512x4096x4096_r16", m: 512, k: 4096, n: 4096, r: 16 };
+    let Layer { x: z, mut w, a, b, dy, mut y, .. } = Layer::new(backend, &shape);
+    let Shape { m, k, n, .. } = shape;
+    let wide = |rows, cols| Tensor::<B, f32>::zeros(backend, (rows, cols)).expect("memory");
+    let (mut norm, mut dmagnitude, mut sum) = (wide(1, n), wide(1, n), wide(n, k));
+    let (gradient, elem) = (wide(n, k), size_of::<B::Elem>());
+    let magnitude = Tensor::from_slice(backend, (1, n), &vec![B::Elem::from_f32(1.0); n]).expect("memory");
+    let mut bench = |verb: &str, bytes: usize, run: &mut dyn FnMut() -> lowrank::Result<()>| {
+        let mut group = c.benchmark_group(verb);
+        group.throughput(Throughput::Bytes(bytes as u64));
+        group.bench_function(format!("{name}/{}/{}", B::Elem::DTYPE, shape.name), |bench| {
+            bench.iter(|| run().and_then(|()| backend.synchronize()).expect(verb))
+        });
+        group.finish();
+    };
+    bench("lora_row_norm", n * k * elem, &mut || {
+        op::LoraRowNorm { w: &w, a: &a, b: &b, scale: 1.0, norm: &mut norm }.run(backend)
+    });
+    bench("magnitude", 2 * m * n * elem, &mut || {
+        op::Magnitude { z: &z, magnitude: &magnitude, norm: &norm, bias: None, y: &mut y }.run(backend)
+    });
+    bench("magnitude_backward", 5 * m * n * elem, &mut || {
+        let (dz, dmagnitude) = (Some(&mut y), Some(&mut dmagnitude));
+        op::MagnitudeBackward { z: &z, magnitude: &magnitude, norm: &norm, dy: &dy, dz, dmagnitude, dbias: None }.run(backend)
+    });
+    bench("accumulate", 12 * n * k, &mut || op::Accumulate { x: &gradient, scale: 0.5, y: &mut sum }.run(backend));
+    let dropout = op::Dropout::new(0.1, 1).expect("dropout");
+    bench("dropout_forward", 2 * m * n * elem, &mut || op::DropoutForward { x: &z, dropout, y: &mut y }.run(backend));
+    bench("lora_merge_by_chance", 2 * n * k * elem, &mut || {
+        let rounding = Rounding::Stochastic { seed: 1 };
+        LoraMerge { a: &a, b: &b, scale: 1e-6, rounding, w: &mut w }.run(backend)
+    });
+}
+
 /// One pre-training step of the MNIST model, batch 10: forward, backward, Adam.
 fn mnist_step<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
     let mut rng = Rng::new(1);
@@ -183,6 +219,7 @@ fn if_there<B: Backend>(c: &mut Criterion, backend: lowrank::Result<B>, name: &s
 
 fn all<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
     mnist_step(c, backend, name);
+    around(c, backend, name);
     verbs(c, backend, name);
 }
 

@@ -22,15 +22,40 @@ __device__ inline void store(float* to, float value) { *to = value; }
 __device__ inline void store(__half* to, float value) { *to = __float2half_rn(value); }
 __device__ inline void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
+// `value` rounded to one of its two neighbours in the first argument's type: away from zero if the low bits of `word` and what is
+// to be cut off carry over; src/op/rounding.rs has the same function. From the largest number on it stays, for `store`.
+__device__ inline float by_chance(__half, float value, unsigned word) {
+    float size = fabsf(value);
+    unsigned bits = __float_as_uint(value);
+    if (!(size < 65504.0f)) return value;
+    if (size >= 0x1p-14f) return __uint_as_float((bits + (word & 0x1fff)) & 0xffffe000u);
+    unsigned parts = unsigned(size * 0x1p45f);  // below 2⁻¹⁴ the numbers are whole multiples of 2⁻²⁴, of 2²¹ parts each
+    float cut = float((parts + (word & 0x1fffff)) >> 21) * 0x1p-24f;
+    return __uint_as_float((bits & 0x80000000u) | __float_as_uint(cut));
+}
+__device__ inline float by_chance(__nv_bfloat16, float value, unsigned word) {
+    if (!(fabsf(value) < 3.3895314e38f)) return value;
+    return __uint_as_float((__float_as_uint(value) + (word & 0xffff)) & 0xffff0000u);
+}
+
 // The element of row i and column j of a row-major matrix. 64 bits: a matrix may have more elements than an int can count.
 __device__ inline size_t at(int i, int j, int cols) { return size_t(i) * cols + j; }
 
 // The element that this thread of a pointwise kernel is for.
 __device__ inline size_t element() { return size_t(blockIdx.x) * THREADS + threadIdx.x; }
 
-// Lane `lane` of the four words that Philox 4x32-10 makes of counter `block`; random.rs has the same function.
-__device__ inline unsigned philox(unsigned key0, unsigned key1, unsigned long long block, int lane) {
-    unsigned c0 = unsigned(block), c1 = unsigned(block >> 32), c2 = 0, c3 = 0;
+// Every lane gets the sum of the warp. The order is fixed: the same values give the same bits.
+__device__ inline float warp_sum(float value) {
+    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+// What a word decides; it keeps the words of a dropout mask and of roundings with the same seed apart.
+constexpr unsigned DROPOUT = 0, ROUNDING = 2;
+
+// Lane `lane` of the four words that Philox 4x32-10 makes of counter `block` in a stream; random.rs has the same function.
+__device__ inline unsigned philox(unsigned key0, unsigned key1, unsigned long long block, int lane, unsigned stream) {
+    unsigned c0 = unsigned(block), c1 = unsigned(block >> 32), c2 = stream, c3 = 0;
 #pragma unroll 1
     for (int round = 0; round < 10; ++round) {
         unsigned high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u;
@@ -48,6 +73,6 @@ struct Dropout {
 
     __device__ float factor(size_t index) const {
         if (threshold == 0) return keep_scale;
-        return philox(key0, key1, index / 4, int(index % 4)) < threshold ? 0.0f : keep_scale;
+        return philox(key0, key1, index / 4, int(index % 4), DROPOUT) < threshold ? 0.0f : keep_scale;
     }
 };

@@ -1,10 +1,6 @@
 #include "common.cuh"
 
-// Every lane gets the sum (or the largest) of the warp. The order is fixed: the same values give the same bits.
-__device__ inline float warp_sum(float value) {
-    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
-    return value;
-}
+// Every lane gets the largest of the warp.
 __device__ inline float warp_max(float value) {
     for (int step = WARP / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
     return value;

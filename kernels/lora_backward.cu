@@ -22,13 +22,13 @@ KERNEL(lora_backward_db)(const float* h, const E* dy, float scale, float* db, in
     tile.each([&](int i, int j, float sum) { db[at(i, j, r)] = scale * sum; });
 }
 
-// dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums.
+// dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums. Without W only the update.
 KERNEL(lora_backward_dx)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
                          unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
     Dropout dropout{key0, key1, threshold, keep_scale};
     Tile tile(m, k);
     tile.add(rows(dh, m, r), columns(a, k, r));
     tile.each([&](int i, int j, float& sum) { sum *= dropout.factor(at(i, j, k)); });
-    tile.add(rows(dy, m, n), columns(w, k, n));
+    if (w) tile.add(rows(dy, m, n), columns(w, k, n));
     tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
 }

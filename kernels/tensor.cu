@@ -23,23 +23,23 @@ KERNEL(linear_backward_dw_tensor)(const E* x, const E* dy, float* dw, int m, int
     tile.each([&](int i, int j, float sum) { dw[at(i, j, k)] = sum; });
 }
 
-// y = x·Wᵀ + bias + scale·h·Bᵀ
+// y = x·Wᵀ + bias + scale·h·Bᵀ; without W only the update
 KERNEL(lora_forward_y_tensor)(const E* x, const E* w, const E* bias, const E* b, const float* h, float scale, E* y,
                               int m, int k, int n, int r) {
     WideTile tile(m, n);
     tile.add_update(rows(h, m, r), rows(b, n, r));
     tile.scale(scale);
-    tile.add(rows(x, m, k), rows(w, n, k));
+    if (w) tile.add(rows(x, m, k), rows(w, n, k));
     tile.each([&](int i, int j, float sum) { store(&y[at(i, j, n)], sum + (bias ? widen(bias[j]) : 0.0f)); });
 }
 
-// dx = dy·W + drop(dh·A)
+// dx = dy·W + drop(dh·A); without W only the update
 KERNEL(lora_backward_dx_tensor)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
                                 unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
     Dropout dropout{key0, key1, threshold, keep_scale};
     WideTile tile(m, k);
     tile.add_update(rows(dh, m, r), columns(a, k, r));
     if (threshold > 0) tile.change([&](int i, int j, float sum) { return sum * dropout.factor(at(i, j, k)); });
-    tile.add(rows(dy, m, n), columns(w, k, n));
+    if (w) tile.add(rows(dy, m, n), columns(w, k, n));
     tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
 }

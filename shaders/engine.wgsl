@@ -12,7 +12,7 @@
 //     ├───┤ ├────┼────┤               are added up, in a fixed order.
 //     └───┘ └────┴────┘
 //
-// What becomes of a sum is not said here: `finish(i, j, sum)` is store.wgsl's or adam.wgsl's.
+// What becomes of a sum is not said here: `finish(i, j, sum)` is that of store.wgsl, store_by_chance.wgsl or adam.wgsl.
 
 // Where a factor lies: the number i along its side and p along the depth is at `offset + i·along + p·down`.
 struct Factor { offset: u32, along: u32, down: u32, unused: u32, @align(16) len: u32, depth: u32 }
@@ -23,11 +23,12 @@ struct Place { offset: u32, row: u32, col: u32, unused: u32 }
 // The scalars of Adam, which finishes a sum that is a gradient.
 struct Rate { beta1: f32, beta2: f32, step_size: f32, root_scale: f32, eps: f32 }
 
+// `first` is the place in its matrix of the element that the output's binding begins with; `key` is that of its roundings.
 struct Sum {
   rows: u32, cols: u32, depth: u32, more_depth: u32,
   lhs: Factor, rhs: Factor, more_lhs: Factor, more_rhs: Factor,
   init: Place, out: Place, moments: Place,
-  scale: f32,
+  scale: f32, first: u32, key: vec2<u32>,
   @align(16) rate: Rate,
 }
 

@@ -7,8 +7,11 @@ mod support;
 use std::io::Write as _;
 use std::sync::OnceLock;
 
+use lowrank::autograd::Tape;
 use lowrank::backend::webgpu::Limits;
-use lowrank::op::{Dropout, LinearForward, LoraForward, LoraMerge, Rounding};
+use lowrank::nn::{Adam, Mlp};
+use lowrank::op::{Add, Dropout, Labels, LinearForward, LoraForward, LoraMerge, Rounding};
+use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Float, Result, Tensor, WebGpu, bf16, f16};
 use support::bounds::assert_exact;
 use support::data::{Dims, down, unwritten, up, whole};
@@ -79,6 +82,10 @@ fn matrices_larger_than_a_binding_are_exact() {
     let gpu = or_return!(shared_f32()).with_limits(Limits { binding_bytes: 2048, ..POOR });
     check::lora_is_exact_at(&gpu, PAGES, 1);
     check::add_is_exact(&gpu);
+    check::accumulate_is_exact_on_whole_numbers(&gpu);
+    check::row_norms_of_an_undone_weight_are_zero(&gpu);
+    check::magnitude_is_exact_on_whole_numbers(&gpu);
+    check::dropout_drops_what_the_mask_says(&gpu);
     check::cross_entropy_rounds_within_bounds(&gpu);
     check::factored_gradients_equal_dense_ones(&gpu);
 }
@@ -88,6 +95,8 @@ fn matrices_larger_than_a_binding_are_exact() {
 fn half_matrices_larger_than_a_binding_are_rounded_once() {
     let gpu = or_return!(shared_f16()).with_limits(Limits { binding_bytes: 1024, ..POOR });
     check::lora_is_exact_at(&gpu, PAGES, 2);
+    check::magnitude_is_exact_on_whole_numbers(&gpu);
+    check::stochastic_merging_takes_the_neighbour_that_the_word_says(&gpu);
 }
 
 #[test]
@@ -95,6 +104,8 @@ fn small_workgroups_give_the_same_numbers() {
     for (invocations, workgroup_bytes) in [(64, 8192), (16, 4096)] {
         let gpu = or_return!(shared_f32()).with_limits(Limits { invocations, workgroup_bytes, ..POOR });
         check::lora_is_exact_at(&gpu, PAGES, 3);
+        check::row_norms_of_an_undone_weight_are_zero(&gpu);
+        check::magnitude_is_exact_on_whole_numbers(&gpu);
         check::cross_entropy_rounds_within_bounds(&gpu);
     }
 }
@@ -105,6 +116,7 @@ fn small_grids_give_the_same_numbers() {
     let gpu = or_return!(shared_f32()).with_limits(Limits { groups: 2, ..POOR });
     check::lora_is_exact_at(&gpu, Dims { m: 150, k: 30, n: 300, r: 2 }, 4);
     check::relu_and_its_derivative_are_exact(&gpu);
+    check::magnitude_is_exact_on_whole_numbers(&gpu);
     check::cross_entropy_rounds_within_bounds(&gpu);
 }
 
@@ -155,6 +167,48 @@ fn the_mask_is_that_of_the_cpu_bit_for_bit() {
     for (p, seed) in [(0.0, 1), (0.1, 2), (0.5, 0xffff_ffff_ffff), (0.9, u64::MAX)] {
         let dropout = Dropout::new(p, seed).unwrap();
         assert_eq!(seen(&gpu, dropout), seen(&cpu, dropout), "{dropout:?}");
+    }
+}
+
+/// Uploads are recorded like launches, and only the loss comes back.
+#[test]
+fn a_training_step_is_one_submission() {
+    or_return!(shared_f32());
+    let gpu = WebGpu::<f32>::new().unwrap(); // nobody else submits there
+    let mut rng = Rng::new(1);
+    let mut model = Mlp::new(&gpu, &[20, 30, 10], &mut rng).unwrap();
+    let mut adam = Adam::new(1e-3).unwrap();
+    let mut step = |images: &[f32]| {
+        let mut tape = Tape::new(&gpu);
+        let x = tape.input(Tensor::from_slice(&gpu, (4, 20), images).unwrap());
+        let logits = model.forward(&mut tape, x, None).unwrap();
+        let labels = Labels::new(&gpu, 10, &[1, 2, 3, 4]).unwrap();
+        let loss = tape.cross_entropy(logits, &labels).unwrap();
+        let gradients = tape.backward().unwrap();
+        adam.step(&gpu, model.params_mut(), &gradients).unwrap();
+        loss.to_vec(&gpu).unwrap()[0]
+    };
+    let first = step(&[0.5; 80]);
+    for _ in 0..3 {
+        let before = gpu.submissions();
+        assert!(step(&[0.5; 80]) < first, "it does not learn");
+        assert_eq!(gpu.submissions(), before + 1);
+    }
+}
+
+/// What is written twice, or read between, comes in the order of the calls, however long it is.
+#[test]
+fn uploads_keep_their_order() {
+    let gpu = or_return!(shared_f32());
+    for len in [3, 70_000, 200_000, 300_000] {
+        let (ones, twos) = (vec![1.0f32; len], vec![2.0; len]);
+        let (mut x, mut y) = (Tensor::from_slice(&gpu, (1, len), &ones).unwrap(), Tensor::zeros(&gpu, (1, len)).unwrap());
+        Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+        x.copy_from_slice(&gpu, &twos).unwrap();
+        Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+        x.copy_from_slice(&gpu, &ones).unwrap();
+        assert_eq!(down(&gpu, &y), vec![3.0; len], "{len}");
+        assert_eq!(down(&gpu, &x), ones, "{len}");
     }
 }
 

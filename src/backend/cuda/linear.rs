@@ -43,7 +43,7 @@ pub(super) fn dbias<E: Float, D: Device>(
     cuda.launch(shares("linear_backward_dbias", n, WARP), vec![read(dy), write(dbias), m.into(), n.into()])
 }
 
-/// Rows, inputs and outputs, as kernels take them.
+/// Rows, inputs and outputs, as kernels take them: `x` is `m×k`, and `w`, or `B`, has `n` rows.
 pub(super) fn sizes<E: Float, D: Device>(x: &Tensor<Cuda<E, D>>, w: &Tensor<Cuda<E, D>>) -> Result<[u32; 3]> {
     Ok([size(x.rows())?, size(x.cols())?, size(w.rows())?])
 }

@@ -10,21 +10,21 @@ use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_, Cuda<E, D>>) -> Result<()> {
-    let ([m, k, n], r) = (sizes(op.x, op.w)?, size(op.a.rows())?);
+    let ([m, k, n], r) = (sizes(op.x, op.b)?, size(op.a.rows())?);
     let to_h = tiles("lora_forward_h", m, r)?;
     let to_y = product(E::DTYPE, "lora_forward_y", [m, n], [k, k])?;
     let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
     let (x, a, h) = (read(op.x), read(op.a), write(op.h));
     cuda.launch(to_h, vec![x, a, key0, key1, threshold, keep_scale, h, m.into(), k.into(), r.into()])?;
 
-    let (x, w, bias, b) = (read(op.x), read(op.w), read_if(op.bias), read(op.b));
+    let (x, w, bias, b) = (read(op.x), read_if(op.w), read_if(op.bias), read(op.b));
     let (h, scale, y) = (read(op.h), op.scale.into(), write(op.y));
     cuda.launch(to_y, vec![x, w, bias, b, h, scale, y, m.into(), k.into(), n.into(), r.into()])
 }
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<'_, Cuda<E, D>>) -> Result<()> {
-    let ([m, k, n], r) = (sizes(op.x, op.w)?, size(op.a.rows())?);
+    let ([m, k, n], r) = (sizes(op.x, op.b)?, size(op.a.rows())?);
     let (to_dh, to_da) = (tiles("lora_backward_dh", m, r)?, tiles("lora_backward_da", r, k)?);
     let to_db = tiles("lora_backward_db", n, r)?;
     let to_dx = product(E::DTYPE, "lora_backward_dx", [m, k], [n, k])?;
@@ -44,7 +44,7 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<
 
     let Some(dx) = op.dx else { return Ok(()) };
     let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
-    let (w, a, dy, dh, dx) = (read(op.w), read(op.a), read(op.dy), Arg::Read(dh), write(dx));
+    let (w, a, dy, dh, dx) = (read_if(op.w), read(op.a), read(op.dy), Arg::Read(dh), write(dx));
     let dims = [m, k, n, r].map(Arg::U32);
     cuda.launch(to_dx, [w, a, dy, dh, key0, key1, threshold, keep_scale, dx].into_iter().chain(dims).collect())
 }
@@ -53,11 +53,18 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<
 pub(super) fn merge<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraMerge<'_, Cuda<E, D>>) -> Result<()> {
     let (n, k, r) = (size(op.w.rows())?, size(op.w.cols())?, size(op.a.rows())?);
     let (a, b, scale, w) = (read(op.a), read(op.b), op.scale.into(), write(op.w));
-    cuda.launch(tiles("lora_merge", n, k)?, vec![a, b, scale, w, n.into(), k.into(), r.into()])
+    let dims = [n, k, r].map(Arg::U32);
+    match op.rounding.key(E::DTYPE) {
+        None => cuda.launch(tiles("lora_merge", n, k)?, [a, b, scale, w].into_iter().chain(dims).collect()),
+        Some(key) => {
+            let ([key0, key1], plan) = (key.map(Arg::U32), tiles("lora_merge_by_chance", n, k)?);
+            cuda.launch(plan, [a, b, scale, key0, key1, w].into_iter().chain(dims).collect())
+        }
+    }
 }
 
 /// The mask as kernels take it; without dropout nothing is below the threshold, and all is kept as it is.
-fn dropout<'a, M>(dropout: Option<Dropout>) -> [Arg<'a, M>; 4] {
+pub(super) fn dropout<'a, M>(dropout: Option<Dropout>) -> [Arg<'a, M>; 4] {
     let ([key0, key1], threshold, keep_scale) =
         dropout.map_or(([0, 0], 0, 1.0), |dropout| (dropout.key(), dropout.threshold(), dropout.keep_scale()));
     [key0.into(), key1.into(), threshold.into(), keep_scale.into()]

@@ -1,7 +1,7 @@
 //! NVIDIA GPUs: hand-written kernels, shipped as PTX.
 //!
 //! ```text
-//! lora.rs linear.rs pointwise.rs   a verb, as a few launches
+//! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
 //!   └─ plan.rs                     which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
 //!             └─ driver.rs         one GPU, through NVIDIA's driver: the only unsafe door
@@ -11,6 +11,7 @@
 //! The tests put another device under the same verbs: an interpreter that runs the shipped PTX on the CPU.
 
 mod device;
+mod dora;
 mod driver;
 mod linear;
 mod lora;
@@ -29,7 +30,8 @@ use super::Backend;
 use crate::element::{DType, Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{
-    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+    Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
+    LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 use crate::tensor::{Shape, Tensor};
 use plan::Plan;
@@ -160,6 +162,15 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
     fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
         lora::merge(self, op.into_inner())
     }
+    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()> {
+        dora::row_norm(self, op.into_inner())
+    }
+    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()> {
+        dora::magnitude(self, op.into_inner())
+    }
+    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()> {
+        dora::magnitude_backward(self, op.into_inner())
+    }
     fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
         linear::forward(self, op.into_inner())
     }
@@ -172,8 +183,14 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
     fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
         pointwise::relu_backward(self, op.into_inner())
     }
+    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()> {
+        pointwise::dropout_forward(self, op.into_inner())
+    }
     fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
         pointwise::add(self, op.into_inner())
+    }
+    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()> {
+        pointwise::accumulate(self, op.into_inner())
     }
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
         pointwise::cross_entropy(self, op.into_inner())

@@ -14,6 +14,10 @@ pub const WIDE: u32 = 128;
 pub const CHUNK: u32 = 8;
 /// Lanes of a warp: `WARP` in common.cuh.
 pub const WARP: u32 = 32;
+/// Rows that a block of `magnitude` makes: `STRIPE` in magnitude.cu.
+pub const STRIPE: u32 = 8;
+/// Rows that a warp of `lora_row_norm` measures: `NORMS` in lora_row_norm.cu.
+pub const NORMS: u32 = 4;
 /// The largest size: kernels count in `int`, round up to whole tiles, and fetch ahead.
 pub const MAX_SIZE: u32 = (1 << 31) - 2 * WIDE;
 
@@ -31,12 +35,14 @@ pub struct Plan {
 }
 
 /// The kernels that every element type has.
-const KERNELS: [&str; 18] = [
+const KERNELS: [&str; 23] = [
+    "accumulate",
     "adam_dense",
     "adam_factored",
     "add",
     "cross_entropy_mean",
     "cross_entropy_rows",
+    "dropout_forward",
     "linear_backward_dbias",
     "linear_backward_dw",
     "linear_backward_dx",
@@ -48,6 +54,9 @@ const KERNELS: [&str; 18] = [
     "lora_forward_h",
     "lora_forward_y",
     "lora_merge",
+    "lora_row_norm",
+    "magnitude",
+    "magnitude_backward",
     "relu",
     "relu_backward",
 ];
@@ -61,10 +70,14 @@ const TENSOR_KERNELS: [&str; 5] = [
     "lora_forward_y_tensor",
 ];
 
+/// What else only 16-bit elements have: `f32` is not rounded.
+const ROUNDING_KERNELS: [&str; 1] = ["lora_merge_by_chance"];
+
 /// Every kernel for an element type. A device looks each of them up once, when it is opened.
 pub fn kernels(dtype: DType) -> impl Iterator<Item = &'static str> {
-    let tensor = if dtype.size() == 2 { &TENSOR_KERNELS[..] } else { &[] };
-    KERNELS.iter().chain(tensor).copied()
+    let has_16_bits = dtype.size() == 2;
+    let more = TENSOR_KERNELS.into_iter().chain(ROUNDING_KERNELS).filter(move |_| has_16_bits);
+    KERNELS.into_iter().chain(more)
 }
 
 /// A size as kernels take it. Errors: [`Error::TooLarge`] beyond [`MAX_SIZE`].
@@ -95,6 +108,12 @@ fn tiles_of(tile: u32, kernel: &'static str, rows: u32, cols: u32) -> Result<Pla
 /// A thread for every element.
 pub fn pointwise(kernel: &'static str, shape: Shape) -> Result<Plan> {
     blocks(kernel, (shape.elements()? as u64).div_ceil(u64::from(THREADS)), shape)
+}
+
+/// A block for every [`STRIPE`] rows of [`THREADS`] columns.
+pub fn stripes(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
+    let grid = u64::from(rows.div_ceil(STRIPE)) * u64::from(cols.div_ceil(THREADS));
+    blocks(kernel, grid, (rows as usize, cols as usize).into())
 }
 
 /// A warp for every row, or for every 32 columns a block: whatever `each` of a block's share is.

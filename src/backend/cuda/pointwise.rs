@@ -1,11 +1,12 @@
 //! The verbs that pass over memory once.
 
 use super::device::{Arg, Device};
+use super::lora::dropout;
 use super::plan::{self, THREADS, WARP, shares, size, tiles};
 use super::{Cuda, read, write};
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Adam, AdamRate, Add, CrossEntropy, Relu, ReluBackward, WeightGrad};
+use crate::op::{Accumulate, Adam, AdamRate, Add, CrossEntropy, DropoutForward, Relu, ReluBackward, WeightGrad};
 use crate::tensor::Shape;
 
 /// `y = max(x, 0)`
@@ -24,6 +25,21 @@ pub(super) fn relu_backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: ReluBack
 pub(super) fn add<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Add<'_, Cuda<E, D>>) -> Result<()> {
     let shape = op.x.shape();
     cuda.launch(plan::pointwise("add", shape)?, vec![read(op.x), write(op.y), len(shape)?])
+}
+
+/// `y += scale·x`, in `f32`
+pub(super) fn accumulate<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Accumulate<'_, Cuda<E, D>>) -> Result<()> {
+    let shape = op.x.shape();
+    let args = vec![read(op.x), op.scale.into(), write(op.y), len(shape)?];
+    cuda.launch(plan::pointwise("accumulate", shape)?, args)
+}
+
+/// `y = drop(x)`
+pub(super) fn dropout_forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: DropoutForward<'_, Cuda<E, D>>) -> Result<()> {
+    let shape = op.x.shape();
+    let [key0, key1, threshold, keep_scale] = dropout(Some(op.dropout));
+    let args = vec![read(op.x), key0, key1, threshold, keep_scale, write(op.y), len(shape)?];
+    cuda.launch(plan::pointwise("dropout_forward", shape)?, args)
 }
 
 /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`

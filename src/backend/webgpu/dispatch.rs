@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 
 use super::memory::{Pool, lock};
@@ -13,6 +14,8 @@ use crate::error::{Error, Result};
 const BATCH: u64 = 256;
 /// Bytes of uniforms that a launch may have.
 const UNIFORMS: u64 = 256;
+/// Bytes from the host that are recorded before they are submitted: a batch of images, its labels. More goes by itself.
+const UPLOADS: u64 = 1 << 20;
 
 /// A device, its queue, and what is made once for them. All clones and elements of a [`WebGpu`](super::WebGpu) share one.
 pub(super) struct Gpu {
@@ -26,6 +29,8 @@ pub(super) struct Gpu {
     pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
     batch: Mutex<Batch>,
     uniforms: wgpu::Buffer,
+    uploads: wgpu::Buffer,
+    submissions: AtomicU64,
 }
 
 #[derive(Clone)]
@@ -34,16 +39,28 @@ struct Pipeline {
     layout: wgpu::BindGroupLayout,
 }
 
-/// Commands not yet submitted, and the uniforms of their launches.
+/// Commands not yet submitted, the uniforms of their launches, and the bytes that they take from the host.
 #[derive(Default)]
 struct Batch {
     commands: Vec<Command>,
     uniforms: Vec<u8>,
+    uploads: Vec<u8>,
 }
 
 enum Command {
-    Launch { pipeline: wgpu::ComputePipeline, operands: wgpu::BindGroup, uniforms: u32, grid: [u32; 2] },
+    Launch {
+        pipeline: wgpu::ComputePipeline,
+        operands: wgpu::BindGroup,
+        uniforms: u32,
+        grid: [u32; 2],
+    },
     Clear(wgpu::Buffer),
+    /// Bytes of the uploads, to a place in a buffer.
+    Upload {
+        bytes: Range<u64>,
+        to: wgpu::Buffer,
+        offset: u64,
+    },
 }
 
 /// Bytes of a buffer that a binding sees.
@@ -75,14 +92,19 @@ pub(super) struct Launch<'a> {
 impl Gpu {
     pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String) -> Self {
         let slot = u64::from(device.limits().min_uniform_buffer_offset_alignment).max(UNIFORMS);
-        let uniforms = device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("uniforms"),
-            size: BATCH * slot,
-            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        let (pool, pipelines, batch) = Default::default();
-        Self { device, queue, name, lost: Arc::default(), pool, pipelines, batch, uniforms }
+        let buffer = |label, size, usage| {
+            let usage = usage | wgpu::BufferUsages::COPY_DST;
+            device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
+        };
+        let uniforms = buffer("uniforms", BATCH * slot, wgpu::BufferUsages::UNIFORM);
+        let uploads = buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC);
+        let (lost, pool, pipelines, batch, submissions) = Default::default();
+        Self { device, queue, name, lost, pool, pipelines, batch, uniforms, uploads, submissions }
+    }
+
+    /// How many times something was handed to the device.
+    pub(super) fn submissions(&self) -> u64 {
+        self.submissions.load(Ordering::Relaxed)
     }
 
     /// What the driver says about `work`. Without this, its errors would end the program.
@@ -128,12 +150,21 @@ impl Gpu {
 
     /// Copies host memory into a buffer, after everything recorded so far.
     pub(super) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
-        // The queue writes before what is submitted later, so what is recorded must go first.
         let mut batch = lock(&self.batch);
+        let (start, len) = (batch.uploads.len() as u64, bytes.len() as u64);
+        if len == 0 {
+            return Ok(());
+        }
+        if start + len <= UPLOADS {
+            batch.uploads.extend_from_slice(bytes);
+            batch.commands.push(Command::Upload { bytes: start..start + len, to: buffer.clone(), offset });
+            return Ok(());
+        }
+        // The queue writes before what is submitted later, so what is recorded must go first.
         if !batch.commands.is_empty() {
             self.submit(&mut batch, None)?;
         }
-        self.guarded(bytes.len() as u64, || self.queue.write_buffer(buffer, offset, bytes))
+        self.guarded(len, || self.queue.write_buffer(buffer, offset, bytes))
     }
 
     /// Copies a buffer into host memory, after everything recorded so far, by way of a buffer that the host can see.
@@ -164,13 +195,17 @@ impl Gpu {
 
     /// Hands what is recorded to the device, and a copy to come last.
     fn submit(&self, batch: &mut Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
-        let Batch { commands, uniforms } = std::mem::take(batch);
+        let Batch { commands, uniforms, uploads } = std::mem::take(batch);
+        self.submissions.fetch_add(1, Ordering::Relaxed);
         self.guarded(0, || {
             if !uniforms.is_empty() {
                 self.queue.write_buffer(&self.uniforms, 0, &uniforms);
             }
+            if !uploads.is_empty() {
+                self.queue.write_buffer(&self.uploads, 0, &uploads);
+            }
             let mut encoder = self.device.create_command_encoder(&Default::default());
-            encode(&mut encoder, &commands);
+            encode(&mut encoder, &commands, &self.uploads);
             if let Some((from, to, bytes)) = copy {
                 encoder.copy_buffer_to_buffer(from, 0, to, 0, bytes);
             }
@@ -235,11 +270,18 @@ impl Gpu {
 }
 
 /// Launches that follow one another share a pass.
-fn encode(encoder: &mut wgpu::CommandEncoder, commands: &[Command]) {
+fn encode(encoder: &mut wgpu::CommandEncoder, commands: &[Command], uploads: &wgpu::Buffer) {
     for run in commands.chunk_by(|one, next| matches!((one, next), (Command::Launch { .. }, Command::Launch { .. }))) {
-        if let [Command::Clear(buffer)] = run {
-            encoder.clear_buffer(buffer, 0, None);
-            continue;
+        match run {
+            [Command::Clear(buffer)] => {
+                encoder.clear_buffer(buffer, 0, None);
+                continue;
+            }
+            [Command::Upload { bytes: Range { start, end }, to, offset }] => {
+                encoder.copy_buffer_to_buffer(uploads, *start, to, *offset, end - start);
+                continue;
+            }
+            _ => {}
         }
         let mut pass = encoder.begin_compute_pass(&Default::default());
         for command in run {

@@ -15,7 +15,7 @@ impl<E: Float> WebGpu<E> {
         let (x, a, b) = (matrix(op.x), matrix(op.a), matrix(op.b));
         let dropped = self.dropped(op.dropout, op.x)?;
         self.sum(Sum::new(matrix(op.h), seen(op.x, &dropped) * a.t()))?;
-        let (update, base) = (Some(matrix(op.h) * b.t()), Some(x * matrix(op.w).t()));
+        let (update, base) = (Some(matrix(op.h) * b.t()), op.w.map(|w| x * matrix(w).t()));
         let init = bias_in_every_row(op.bias, op.x.rows());
         self.sum(Sum { init, scale: op.scale, update, base, finish: Finish::Store(matrix(op.y)) })
     }
@@ -23,7 +23,7 @@ impl<E: Float> WebGpu<E> {
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
     pub(super) fn lora_backward_sums(&self, op: LoraBackward<'_, Self>) -> Result<()> {
         let (m, k, r) = (op.x.rows(), op.x.cols(), op.a.rows());
-        let (w, a, b, h, dy) = (matrix(op.w), matrix(op.a), matrix(op.b), matrix(op.h), matrix(op.dy));
+        let (a, b, h, dy) = (matrix(op.a), matrix(op.b), matrix(op.h), matrix(op.dy));
         let dropped = self.dropped(op.dropout, op.x)?;
 
         let dh = Buffer::<f32>::unwritten(&self.gpu, m * r)?;
@@ -34,7 +34,7 @@ impl<E: Float> WebGpu<E> {
         self.bias_gradient(op.dy, op.dbias)?;
 
         let Some(dx) = op.dx else { return Ok(()) };
-        let through_w = Sum { base: Some(dy * w), ..Sum::new(matrix(dx), dh * a) };
+        let through_w = Sum { base: op.w.map(|w| dy * matrix(w)), ..Sum::new(matrix(dx), dh * a) };
         let Some(dropout) = op.dropout else { return self.sum(through_w) };
         // The mask lies between the update and the sum: drop(dh·A) is made in `f32`, and the sum begins with it.
         let update = Buffer::<f32>::unwritten(&self.gpu, m * k)?;
@@ -45,8 +45,12 @@ impl<E: Float> WebGpu<E> {
 
     /// `W += scale·B·A`
     pub(super) fn lora_merge_sums(&self, op: LoraMerge<'_, Self>) -> Result<()> {
-        let update = matrix(op.b) * matrix(op.a);
-        self.sum(Sum { init: Init::Output, scale: op.scale, ..Sum::new(matrix(op.w), update) })
+        let (update, out) = (Some(matrix(op.b) * matrix(op.a)), matrix(op.w));
+        let finish = match op.rounding.key(E::DTYPE) {
+            Some(key) => Finish::StoreByChance { out, key },
+            None => Finish::Store(out),
+        };
+        self.sum(Sum { finish, init: Init::Output, scale: op.scale, update, base: None })
     }
 
     /// `drop(x)`, where there is dropout.

@@ -3,7 +3,7 @@
 //! ```text
 //! lora.rs linear.rs      a verb, as the sums of products it is
 //!   └─ sum.rs            init + scale·lhs·rhs + more_lhs·more_rhs, in pieces that fit a binding
-//! pointwise.rs           one pass over memory
+//! pointwise.rs dora.rs   one pass over memory
 //!   └─ plan.rs           sizes and limits → tiles and pieces; pure
 //!   └─ shader.rs         the text of a kernel, out of shaders/*.wgsl
 //!   └─ dispatch.rs       pipelines made once, launches recorded, many submitted together
@@ -15,6 +15,7 @@
 
 mod adapter;
 mod dispatch;
+mod dora;
 mod linear;
 mod lora;
 mod memory;
@@ -35,7 +36,8 @@ use super::Backend;
 use crate::element::{DType, Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{
-    Adam, Add, Checked, CrossEntropy, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Relu, ReluBackward,
+    Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
+    LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 
 /// A GPU as a backend whose weights and activations are stored as `E`: `f32`, or `f16` where the adapter has it.
@@ -115,9 +117,14 @@ impl<E: Float> WebGpu<E> {
         &self.gpu.device
     }
 
-    /// The queue. What this backend has recorded but not submitted comes after what is submitted here.
+    /// The queue. What this backend has recorded but not submitted, uploads too, comes after what is submitted here.
     pub fn wgpu_queue(&self) -> &wgpu::Queue {
         &self.gpu.queue
+    }
+
+    /// How many times recorded work was handed to the device so far. A training step that reads back its loss is one.
+    pub fn submissions(&self) -> u64 {
+        self.gpu.submissions()
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<()> {
@@ -173,6 +180,15 @@ impl<E: Float> Backend for WebGpu<E> {
     fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
         self.lora_merge_sums(op.into_inner())
     }
+    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()> {
+        self.lora_row_norm_bands(op.into_inner())
+    }
+    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()> {
+        self.magnitude_pass(op.into_inner())
+    }
+    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()> {
+        self.magnitude_backward_pass(op.into_inner())
+    }
     fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
         self.linear_forward_sums(op.into_inner())
     }
@@ -185,8 +201,14 @@ impl<E: Float> Backend for WebGpu<E> {
     fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
         self.relu_backward_pass(op.into_inner())
     }
+    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()> {
+        self.dropout_pass(op.into_inner())
+    }
     fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
         self.add_pass(op.into_inner())
+    }
+    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()> {
+        self.accumulate_pass(op.into_inner())
     }
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
         self.cross_entropy_pass(op.into_inner())

@@ -11,7 +11,7 @@ use super::shader::Kernel;
 use super::sum::{Finish, Init, Sum, matrix};
 use crate::element::{Element, Float};
 use crate::error::Result;
-use crate::op::{Adam, Add, CrossEntropy, Dropout, Relu, ReluBackward, WeightGrad};
+use crate::op::{Accumulate, Adam, Add, CrossEntropy, Dropout, DropoutForward, Relu, ReluBackward, WeightGrad};
 
 /// A length, as a uniform: `vec4<u32>`.
 type Len = [u32; 4];
@@ -25,6 +25,15 @@ struct DropoutUniforms {
     key: [u32; 2],
     threshold: u32,
     keep_scale: f32,
+    unused: [u32; 2],
+}
+
+/// `struct Accumulate` of accumulate.wgsl.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AccumulateUniforms {
+    len: u32,
+    scale: f32,
     unused: [u32; 2],
 }
 
@@ -59,9 +68,30 @@ impl<E: Float> WebGpu<E> {
         self.elementwise(Kernel::Add, x.len(), |part| vec![slice(x, &part), slice(y, &part)])
     }
 
+    /// `y += scale·x`, in `f32`
+    pub(super) fn accumulate_pass(&self, op: Accumulate<'_, Self>) -> Result<()> {
+        let (x, y) = (op.x.buffer(), op.y.buffer());
+        self.parts(x.len()).try_for_each(|part| {
+            let uniforms = AccumulateUniforms { len: part.len() as u32, scale: op.scale, unused: [0; 2] };
+            let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [slice(x, &part), slice(y, &part)]);
+            self.launch(Launch { kernel: Kernel::Accumulate, uniforms, operands: &operands, grid: [self.groups(part.len()), 1] })
+        })
+    }
+
+    /// `y = drop(x)`
+    pub(super) fn dropout_pass(&self, op: DropoutForward<'_, Self>) -> Result<()> {
+        self.drop_into(op.dropout, op.x.buffer(), op.y.buffer())
+    }
+
     /// `drop(x)`, in `f32`
     pub(super) fn drop<T: Float>(&self, dropout: Dropout, x: &Buffer<T>) -> Result<Buffer<f32>> {
-        let y = Buffer::<f32>::unwritten(&self.gpu, x.len())?;
+        let y = Buffer::unwritten(&self.gpu, x.len())?;
+        self.drop_into(dropout, x, &y)?;
+        Ok(y)
+    }
+
+    /// `y = drop(x)`, whatever they are stored as.
+    fn drop_into<T: Float, U: Float>(&self, dropout: Dropout, x: &Buffer<T>, y: &Buffer<U>) -> Result<()> {
         for part in self.parts(x.len()) {
             let uniforms = DropoutUniforms {
                 len: part.len() as u32,
@@ -71,12 +101,12 @@ impl<E: Float> WebGpu<E> {
                 keep_scale: dropout.keep_scale(),
                 unused: [0; 2],
             };
-            let operands = [slice(x, &part), slice(&y, &part)];
+            let operands = [slice(x, &part), slice(y, &part)];
             let grid = [self.groups(part.len().div_ceil(4)), 1];
             let uniforms = bytemuck::bytes_of(&uniforms);
-            self.launch(Launch { kernel: Kernel::Dropout(T::DTYPE), uniforms, operands: &operands, grid })?;
+            self.launch(Launch { kernel: Kernel::Dropout(T::DTYPE, U::DTYPE), uniforms, operands: &operands, grid })?;
         }
-        Ok(y)
+        Ok(())
     }
 
     /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
@@ -127,27 +157,27 @@ impl<E: Float> WebGpu<E> {
     }
 
     /// `0..len` in parts of which a binding can see each, whatever the type of the elements.
-    fn parts(&self, len: usize) -> impl Iterator<Item = Range<usize>> + use<E> {
+    pub(super) fn parts(&self, len: usize) -> impl Iterator<Item = Range<usize>> + use<E> {
         let most = self.elements_at_once();
         (0..len).step_by(most).map(move |start| start..(start + most).min(len))
     }
 
     /// How many 32-bit elements a binding sees, wherever it begins.
-    fn elements_at_once(&self) -> usize {
+    pub(super) fn elements_at_once(&self) -> usize {
         ((self.limits.binding_bytes / 4) as usize / ALIGNED * ALIGNED).saturating_sub(ALIGNED).max(ALIGNED)
     }
 
     /// Workgroups for so many invocations; each takes more than one element where a grid cannot hold them.
-    fn groups(&self, invocations: usize) -> u32 {
+    pub(super) fn groups(&self, invocations: usize) -> u32 {
         invocations.div_ceil(self.limits.threads() as usize).min(self.limits.groups as usize) as u32
     }
 }
 
 /// Elements after which any binding may begin: 256 bytes of 16-bit elements.
-const ALIGNED: usize = 128;
+pub(super) const ALIGNED: usize = 128;
 
 /// A part of a buffer, as a binding: whole words.
-fn slice<'a, T: Element>(buffer: &'a Buffer<T>, part: &Range<usize>) -> Slice<'a> {
+pub(super) fn slice<'a, T: Element>(buffer: &'a Buffer<T>, part: &Range<usize>) -> Slice<'a> {
     let [start, end] = [part.start, part.end].map(|e| (e * size_of::<T>()) as u64);
     Slice { buffer: buffer.raw(), bytes: start..end.next_multiple_of(4) }
 }

@@ -19,8 +19,12 @@ pub(super) enum Kernel {
     Relu,
     ReluBackward,
     Add,
-    /// Of numbers that are stored so.
-    Dropout(DType),
+    Accumulate,
+    /// Of numbers that are stored so, to numbers that are stored so.
+    Dropout(DType, DType),
+    LoraRowNorm,
+    Magnitude,
+    MagnitudeBackward,
     CrossEntropy,
     Mean,
 }
@@ -52,6 +56,7 @@ pub(super) struct Factor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Finish {
     Store { out: DType, add: bool },
+    StoreByChance { add: bool },
     Adam,
 }
 
@@ -59,11 +64,14 @@ impl Kernel {
     /// How many bindings are read and how many are written; the uniforms come before, at binding 0.
     pub(super) fn bindings(self) -> (u32, u32) {
         match self {
-            Kernel::Sum(Sum { finish: Finish::Store { .. }, .. }) => (5, 1),
             Kernel::Sum(Sum { finish: Finish::Adam, .. }) => (5, 3),
+            Kernel::Sum(_) => (5, 1),
+            Kernel::Magnitude => (4, 1),
+            Kernel::MagnitudeBackward => (3, 1),
             Kernel::ReluBackward => (2, 1),
             Kernel::CrossEntropy => (2, 2),
-            Kernel::Relu | Kernel::Add | Kernel::Dropout(_) | Kernel::Mean => (1, 1),
+            Kernel::Relu | Kernel::Add | Kernel::Accumulate | Kernel::Dropout(..) => (1, 1),
+            Kernel::LoraRowNorm | Kernel::Mean => (1, 1),
         }
     }
 
@@ -74,7 +82,11 @@ impl Kernel {
             Kernel::Relu => "relu",
             Kernel::ReluBackward => "relu_backward",
             Kernel::Add => "add",
-            Kernel::Dropout(_) => "dropout",
+            Kernel::Accumulate => "accumulate",
+            Kernel::Dropout(..) => "dropout",
+            Kernel::LoraRowNorm => "lora_row_norm",
+            Kernel::Magnitude => "magnitude",
+            Kernel::MagnitudeBackward => "magnitude_backward",
             Kernel::CrossEntropy => "cross_entropy",
             Kernel::Mean => "mean",
         }
@@ -90,7 +102,10 @@ impl Kernel {
         let _ = writeln!(text, "alias Elem = {elem};\nconst HALF = {};", elem == DType::F16);
         let _ = match self {
             Kernel::Sum(sum) => sum.write_header(&mut text),
-            Kernel::Dropout(from) => writeln!(text, "alias From = {from};\nconst THREADS = {threads}u;"),
+            Kernel::Dropout(from, to) => {
+                let to_half = to == DType::F16;
+                writeln!(text, "alias From = {from};\nalias To = {to};\nconst TO_HALF = {to_half};\nconst THREADS = {threads}u;")
+            }
             _ => writeln!(text, "const THREADS = {threads}u;"),
         };
         text + self.files()
@@ -99,11 +114,18 @@ impl Kernel {
     fn files(self) -> &'static str {
         match self {
             Kernel::Sum(Sum { finish: Finish::Store { .. }, .. }) => files!("common" "engine" "store"),
+            Kernel::Sum(Sum { finish: Finish::StoreByChance { .. }, .. }) => {
+                files!("common" "philox" "engine" "store_by_chance")
+            }
             Kernel::Sum(Sum { finish: Finish::Adam, .. }) => files!("common" "engine" "adam"),
             Kernel::Relu => files!("common" "relu"),
             Kernel::ReluBackward => files!("common" "relu_backward"),
             Kernel::Add => files!("common" "add"),
-            Kernel::Dropout(_) => files!("common" "dropout"),
+            Kernel::Accumulate => files!("accumulate"),
+            Kernel::Dropout(..) => files!("common" "philox" "dropout"),
+            Kernel::LoraRowNorm => files!("lora_row_norm"),
+            Kernel::Magnitude => files!("common" "magnitude"),
+            Kernel::MagnitudeBackward => files!("magnitude_backward"),
             Kernel::CrossEntropy => files!("common" "cross_entropy"),
             Kernel::Mean => files!("common" "mean"),
         }
@@ -127,6 +149,7 @@ impl Sum {
                 writeln!(text, "alias Out = {out};\nconst OUT_HALF = {};", out == DType::F16)?;
                 writeln!(text, "const ADD_TO_OUT = {add};")
             }
+            Finish::StoreByChance { add } => writeln!(text, "alias Out = f16;\nconst ADD_TO_OUT = {add};"),
         }
     }
 }
@@ -169,9 +192,21 @@ mod tests {
     #[test]
     fn every_pointwise_shader_is_valid() {
         for elem in [DType::F32, DType::F16] {
-            let rest = [Kernel::Relu, Kernel::ReluBackward, Kernel::Add, Kernel::CrossEntropy, Kernel::Mean];
-            let dropouts = [Kernel::Dropout(elem), Kernel::Dropout(DType::F32)];
-            rest.into_iter().chain(dropouts).for_each(|kernel| assert_valid(kernel, elem));
+            let kernels = [
+                Kernel::Relu,
+                Kernel::ReluBackward,
+                Kernel::Add,
+                Kernel::Accumulate,
+                Kernel::Dropout(elem, elem),
+                Kernel::Dropout(elem, DType::F32),
+                Kernel::Dropout(DType::F32, DType::F32),
+                Kernel::LoraRowNorm,
+                Kernel::Magnitude,
+                Kernel::MagnitudeBackward,
+                Kernel::CrossEntropy,
+                Kernel::Mean,
+            ];
+            kernels.into_iter().for_each(|kernel| assert_valid(kernel, elem));
         }
     }
 
@@ -180,13 +215,16 @@ mod tests {
         let tile = |rows, cols, slices, wide| Tile { rows, cols, depth: 16, slices, wide };
         let tiles = [tile(64, 64, 1, false), tile(4, 16, 8, false), tile(128, 128, 1, true)];
         for elem in [DType::F32, DType::F16] {
+            let by_chance = [true, false].map(|add| Finish::StoreByChance { add });
             let finishes = [
                 Finish::Store { out: elem, add: false },
                 Finish::Store { out: DType::F32, add: true },
                 Finish::Store { out: elem, add: true },
                 Finish::Adam,
             ];
-            for (tile, finish) in tiles.into_iter().flat_map(|tile| finishes.map(|finish| (tile, finish))) {
+            let finishes = finishes.into_iter().chain(by_chance.into_iter().filter(|_| elem == DType::F16));
+            let finishes: Vec<_> = finishes.collect();
+            for (tile, &finish) in tiles.into_iter().flat_map(|tile| finishes.iter().map(move |finish| (tile, finish))) {
                 for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
                     let factor = |dtype| Factor { dtype, deep, quads };
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];

@@ -1,5 +1,7 @@
 //! The engine's host side: `sum = init + scale·lhs·rhs + more_lhs·more_rhs`, planned, cut into pieces, launched.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
@@ -17,6 +19,8 @@ use crate::tensor::Tensor;
 pub(super) struct Matrix<'a> {
     buffer: &'a wgpu::Buffer,
     dtype: DType,
+    /// Elements before the first.
+    offset: usize,
     rows: usize,
     cols: usize,
     /// Elements from a row to the next, and from a column to the next.
@@ -27,12 +31,12 @@ impl<'a> Matrix<'a> {
     /// `rows × cols`, row-major.
     pub(super) fn new<T: Float>(buffer: &'a Buffer<T>, rows: usize, cols: usize) -> Self {
         debug_assert_eq!(buffer.len(), rows * cols);
-        Self { buffer: buffer.raw(), dtype: T::DTYPE, rows, cols, strides: [cols, 1] }
+        Self { buffer: buffer.raw(), dtype: T::DTYPE, offset: 0, rows, cols, strides: [cols, 1] }
     }
 
     /// A number everywhere.
     pub(super) fn splat(number: &'a Buffer<f32>, rows: usize, cols: usize) -> Self {
-        Self { buffer: number.raw(), dtype: DType::F32, rows, cols, strides: [0, 0] }
+        Self { buffer: number.raw(), dtype: DType::F32, offset: 0, rows, cols, strides: [0, 0] }
     }
 
     /// The transpose; nothing moves.
@@ -44,6 +48,11 @@ impl<'a> Matrix<'a> {
     /// One row, as every row of `rows`.
     pub(super) fn repeated(self, rows: usize) -> Self {
         Self { rows, strides: [0, self.strides[1]], ..self }
+    }
+
+    /// Some of the rows.
+    pub(super) fn band(self, rows: Range<usize>) -> Self {
+        Self { offset: self.offset + rows.start * self.strides[0], rows: rows.len(), ..self }
     }
 
     fn over(&self, axes: [Axis; 2]) -> Operand {
@@ -85,6 +94,8 @@ pub(super) enum Init<'a> {
 pub(super) enum Finish<'a> {
     /// It is rounded, once, and stored.
     Store(Matrix<'a>),
+    /// It is rounded, once, to one of its two neighbours, and stored as f16.
+    StoreByChance { out: Matrix<'a>, key: [u32; 2] },
     /// It is a gradient.
     Adam { rate: AdamRate, m: Matrix<'a>, v: Matrix<'a>, w: Matrix<'a> },
 }
@@ -93,7 +104,7 @@ impl<'a> Finish<'a> {
     /// The matrices written.
     fn outputs(self) -> Vec<Matrix<'a>> {
         match self {
-            Finish::Store(out) => vec![out],
+            Finish::Store(out) | Finish::StoreByChance { out, .. } => vec![out],
             Finish::Adam { m, v, w, .. } => vec![m, v, w],
         }
     }
@@ -146,8 +157,16 @@ impl<'a> Sum<'a> {
 
     fn rate(&self) -> [f32; 5] {
         match self.finish {
-            Finish::Store(_) => [0.0; 5],
+            Finish::Store(_) | Finish::StoreByChance { .. } => [0.0; 5],
             Finish::Adam { rate, .. } => [rate.beta1, rate.beta2, rate.step_size, rate.root_scale, rate.eps],
+        }
+    }
+
+    /// The key of its roundings, and the place in the output of the element that a binding begins with.
+    fn chance(&self, binding: Option<&Slice<'_>>) -> ([u32; 2], u32) {
+        match (self.finish, binding) {
+            (Finish::StoreByChance { out, key }, Some(slice)) => (key, (slice.bytes.start / out.dtype.size() as u64) as u32),
+            _ => ([0; 2], 0),
         }
     }
 }
@@ -195,9 +214,10 @@ struct Uniforms {
     out: Place,
     moments: Place,
     scale: f32,
-    unused: [u32; 3],
+    first: u32,
+    key: [u32; 2],
     rate: [f32; 5],
-    unused_too: [u32; 3],
+    unused: [u32; 3],
 }
 
 impl<E: Float> WebGpu<E> {
@@ -224,7 +244,7 @@ impl<E: Float> WebGpu<E> {
         let whole = Buffer::<f32>::unwritten(&self.gpu, rows * cols)?;
         let whole = Matrix::new(&whole, rows, cols);
         let init = match (sum.init, sum.finish) {
-            (Init::Output, Finish::Store(out)) => Init::Matrix(out),
+            (Init::Output, Finish::Store(out) | Finish::StoreByChance { out, .. }) => Init::Matrix(out),
             (init, _) => init,
         };
         self.sum(Sum { finish: Finish::Store(whole), init, ..sum })?;
@@ -250,8 +270,10 @@ impl<E: Float> WebGpu<E> {
         let init = self.bind(&mut operands, sum.init(), OUTPUT, &piece);
         let outputs = sum.finish.outputs().into_iter();
         let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
+        let add = matches!(sum.init, Init::Output);
         let finish = match sum.finish {
-            Finish::Store(out) => shader::Finish::Store { out: out.dtype, add: matches!(sum.init, Init::Output) },
+            Finish::Store(out) => shader::Finish::Store { out: out.dtype, add },
+            Finish::StoreByChance { .. } => shader::Finish::StoreByChance { add },
             Finish::Adam { .. } => shader::Finish::Adam,
         };
         let kernel = Kernel::Sum(shader::Sum {
@@ -261,6 +283,7 @@ impl<E: Float> WebGpu<E> {
             init: sum.init().map(|init| init.dtype),
             finish,
         });
+        let (key, first) = sum.chance(operands.last());
         let sizes = piece.0.map(|range| range.len() as u32);
         let uniforms = Uniforms {
             sizes,
@@ -269,6 +292,8 @@ impl<E: Float> WebGpu<E> {
             out: outputs[outputs.len() - 1],
             moments: outputs[0], // Adam writes m and v before w; what is stored is the only output
             scale: sum.scale,
+            first,
+            key,
             rate: sum.rate(),
             ..Zeroable::zeroed()
         };
@@ -292,7 +317,7 @@ impl<E: Float> WebGpu<E> {
         let span = matrix.over(axes).span(piece);
         let size = matrix.dtype.size() as u64;
         // What touches nothing is bound at the beginning of the buffer: its own place may be the buffer's end.
-        let start = if span == 0 { 0 } else { (first_row * row + first_col * col) as u64 * size };
+        let start = if span == 0 { 0 } else { (matrix.offset + first_row * row + first_col * col) as u64 * size };
         let bound = start / self.alignment() * self.alignment();
         let end = (start + span.max(size)).next_multiple_of(4);
         let place = Place { offset: ((start - bound) / size) as u32, row: row as u32, col: col as u32, unused: 0 };

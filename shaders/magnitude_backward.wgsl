@@ -1,0 +1,51 @@
+// dmagnitude = Σ dy·z / norm over the rows; where norm is 0, it is 0
+//
+// A workgroup takes LANES columns at a time, and SLICES of it share the rows: slice s takes the rows s, s + SLICES, …; at the
+// end the slices are added up, in a fixed order. Rows that no binding sees at once come in parts: dmagnitude holds sums
+// until the last.
+
+struct MagnitudeBackward { rows: u32, cols: u32, offset: u32, begins: u32, ends: u32 }
+
+@group(0) @binding(0) var<uniform> m: MagnitudeBackward;
+@group(0) @binding(1) var<storage, read> z: array<Elem>;
+@group(0) @binding(2) var<storage, read> norm: array<f32>;
+@group(0) @binding(3) var<storage, read> dy: array<Elem>;
+@group(0) @binding(4) var<storage, read_write> dmagnitude: array<f32>;
+
+const LANES = min(32u, THREADS);
+const SLICES = THREADS / LANES;
+
+var<workgroup> sums: array<f32, THREADS>;
+
+@compute @workgroup_size(THREADS)
+fn magnitude_backward(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(num_workgroups) groups: vec3<u32>,
+  @builtin(local_invocation_index) t: u32,
+) {
+  for (var first = group.x * LANES; first < m.cols; first += groups.x * LANES) {
+    let j = first + t % LANES;
+    var sum = 0.0;
+    if (j < m.cols) {
+      for (var i = t / LANES; i < m.rows; i += SLICES) {
+        let e = m.offset + i * m.cols + j;
+        sum = fma(f32(dy[e]), f32(z[e]), sum);
+      }
+    }
+    sums[t] = sum;
+    workgroupBarrier();
+    for (var half = SLICES / 2u; half > 0u; half /= 2u) {
+      if (t < half * LANES) { sums[t] += sums[t + half * LANES]; }
+      workgroupBarrier();
+    }
+    if (t < LANES && j < m.cols) {
+      var all = sums[t];
+      if (m.begins == 0u) { all += dmagnitude[j]; }
+      if (m.ends == 1u) {
+        if (norm[j] == 0.0) { all = 0.0; } else { all /= norm[j]; }
+      }
+      dmagnitude[j] = all;
+    }
+    workgroupBarrier();
+  }
+}

@@ -139,7 +139,9 @@ impl<B: Backend> Adapter<B> {
         let [a, b] = self.trimmed(backend)?;
         let a = Tensor::from_slice(backend, (rank, k), &padded(&a, (self.config.rank, k), (rank, k)))?;
         let b = Tensor::from_slice(backend, (n, rank), &padded(&b, (n, self.config.rank), (n, rank)))?;
-        (self.a.tensor, self.b.tensor) = (a, b); // the parameters stay the same to a tape and an optimizer
+        let (was_a, was_b) = (self.a.trainable, self.b.trainable);
+        (self.a, self.b) = (Param::new(a), Param::plus(b)); // new ones: an optimizer's moments have the old shape
+        (self.a.trainable, self.b.trainable) = (was_a, was_b);
         Ok(())
     }
 

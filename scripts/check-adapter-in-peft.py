@@ -21,15 +21,34 @@ from net import Net, relative_error
 TOLERANCE = 1e-5
 
 
+def net_of(expected):
+    return Net({name.removeprefix("base."): value for name, value in expected.items() if name.startswith("base.")})
+
+
+def named(folder):
+    """The adapters in sub-folders, by name."""
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/adapter_config.json"))}
+
+
 def results(folder, expected):
     """What PEFT makes of the folder, under the names of expected.safetensors."""
-    net = Net({name.removeprefix("base."): value for name, value in expected.items() if name.startswith("base.")})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PEFT only warns of keys that it misses or does not expect
-        model = PeftModel.from_pretrained(net, folder).eval()
+        model = PeftModel.from_pretrained(net_of(expected), folder).eval()
+        for name, path in named(folder).items():
+            model.load_adapter(path, name)
     got = dict(y_adapter=model(expected["x"]))
-    with model.disable_adapter():
-        got["y_base"] = model(expected["x"])
+    if model.peft_config["default"].bias == "none":
+        with model.disable_adapter():
+            got["y_base"] = model(expected["x"])
+    else:  # PEFT leaves trained biases in the model when it disables an adapter; here they go with it
+        got["y_base"] = net_of(expected)(expected["x"])
+    for name in named(folder):
+        model.base_model.set_adapter(name)
+        got[f"y_{name}"] = model(expected["x"])
+    if named(folder):
+        model.base_model.set_adapter(["default", *named(folder)])
+        got["y_both"] = model(expected["x"])
     merged = model.merge_and_unload()
     got["y_merged"] = merged(expected["x"])
     return got | {f"merged.{name}": value for name, value in merged.state_dict().items()}
@@ -40,7 +59,7 @@ def main(folders):
     for folder in map(pathlib.Path, folders):
         expected = load_file(folder / "expected.safetensors")
         got = results(folder, expected)
-        missing = {"y_base", "y_adapter", "y_merged"} - expected.keys()
+        missing = {"y_base", "y_adapter", "y_merged"} - expected.keys() | {name for name in expected if name[:2] == "y_"} - got.keys()
         assert not missing, f"{folder}: no {missing}"
         errors = {name: relative_error(value, expected[name]) for name, value in got.items() if name in expected}
         name, error = max(errors.items(), key=lambda item: item[1])

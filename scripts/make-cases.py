@@ -10,6 +10,7 @@ import sys
 if os.environ.get("PYTHONHASHSEED") != "0":  # PEFT keeps target_modules as a set, and writes it in the order of the hashes
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
 
+import json
 import pathlib
 import shutil
 
@@ -53,6 +54,18 @@ def lora_linear(name, m, k, n, r, scale, bias=True, dropout=None, merged=True):
     write(name, inputs, outputs, dict(op="lora_linear", scale=scale))
 
 
+def mixed_batch(name, m, k, n, ranks, scales):
+    """One layer with several adapters; each row of the batch names its own, or -1 for none."""
+    index = torch.arange(m) % (len(ranks) + 1) - 1
+    inputs = dict(x=randn(m, k), weight=randn(n, k, scale=k**-0.5), bias=randn(n), adapter_index=index.int())
+    y = inputs["x"].double() @ inputs["weight"].double().T + inputs["bias"].double()
+    for i, (r, scale) in enumerate(zip(ranks, scales)):
+        a, b = randn(r, k, scale=k**-0.5), randn(n, r)
+        inputs |= {f"adapter.{i}.lora_a": a, f"adapter.{i}.lora_b": b}
+        y += (index == i)[:, None] * scale * (inputs["x"].double() @ a.double().T @ b.double().T)
+    write(name, inputs, dict(y=y), dict(op="mixed_batch", scales=json.dumps(scales)))
+
+
 def mlp_trace(name, sizes, r, scale, steps, m, lr):
     """A short training of the adapters of a net, in float64."""
     betas, eps = (0.9, 0.999), 1e-8
@@ -94,7 +107,7 @@ def peft_folder(name, dtype=torch.float32, **settings):
     model = get_peft_model(Net(base), LoraConfig(init_lora_weights=False, **settings)).eval()
     with torch.no_grad():
         for key, value in model.named_parameters():
-            if "lora_" in key:
+            if value.requires_grad:
                 value.copy_(randn(*value.shape, scale=0.5).to(dtype))
     expected["y_adapter"] = model(expected["x"])
 
@@ -128,6 +141,13 @@ def main():
     peft_folder("regex", r=2, lora_alpha=5, target_modules=r"linear(1|3)")
     peft_folder("bf16", r=2, lora_alpha=2, target_modules="all-linear", dtype=torch.bfloat16)
     peft_folder("f16", r=2, lora_alpha=2, target_modules=["linear2"], dtype=torch.float16)
+    peft_folder("dora", r=3, lora_alpha=8, use_dora=True, target_modules=linear)
+    peft_folder("lora_bias", r=2, lora_alpha=5, lora_bias=True, target_modules=linear)
+    peft_folder("bias_all", r=2, lora_alpha=4, bias="all", target_modules=["linear2"])
+    peft_folder("bias_lora_only", r=2, lora_alpha=4, bias="lora_only", target_modules=["linear1", "linear3"])
+    peft_folder("modules_to_save", r=2, lora_alpha=3, target_modules="all-linear", modules_to_save=["linear3"])
+    peft_folder("exclude", r=2, lora_alpha=3, target_modules=r"linear\d", exclude_modules=["linear2"])
+    mixed_batch("mixed_batch", m=9, k=21, n=15, ranks=[2, 5, 1], scales=[0.5, 2.0, -1.0])
 
 
 if __name__ == "__main__":

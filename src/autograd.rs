@@ -18,15 +18,21 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 
-use std::collections::HashMap;
+mod flow;
+mod gradients;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use gradients::Gradients;
+
 use crate::backend::Backend;
+use crate::element::Float;
 use crate::error::{Error, Result};
 use crate::op::{
-    Add, CrossEntropy, Dropout, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, Relu, ReluBackward, WeightGrad,
+    Add, CrossEntropy, Dropout, DropoutForward, Labels, LinearForward, LoraForward, LoraMerge, Magnitude, Relu, Rounding,
 };
 use crate::tensor::Tensor;
+use flow::Flow;
 
 /// A tensor that an optimizer may update.
 #[derive(Debug)]
@@ -36,12 +42,24 @@ pub struct Param<B: Backend> {
     pub tensor: Tensor<B>,
     /// Whether the backward pass computes its gradient. A frozen parameter is `false`.
     pub trainable: bool,
+    /// Whether LoRA+ gives it the larger learning rate: `B`, biases and magnitudes.
+    pub(crate) plus: bool,
 }
 
 impl<B: Backend> Param<B> {
     /// A trainable parameter.
     pub fn new(tensor: Tensor<B>) -> Self {
-        Self { id: new_id(), tensor, trainable: true }
+        Self { id: new_id(), tensor, trainable: true, plus: false }
+    }
+
+    /// A trainable parameter that LoRA+ gives the larger learning rate.
+    pub(crate) fn plus(tensor: Tensor<B>) -> Self {
+        Self { plus: true, ..Self::new(tensor) }
+    }
+
+    /// How many numbers it holds.
+    pub fn count(&self) -> usize {
+        self.tensor.rows() * self.tensor.cols()
     }
 
     /// What gradients and optimizer state are filed under; no two parameters of a process share it.
@@ -65,14 +83,16 @@ pub struct Var {
 
 /// The parameters of a low-rank layer, as [`Tape::lora_linear`] reads them.
 pub struct LoraParams<'m, B: Backend> {
-    /// `n×k`
-    pub w: &'m Param<B>,
+    /// `n×k`; without it only the update is computed, to be added to what else feeds the same output.
+    pub w: Option<&'m Param<B>>,
     /// `1×n`
     pub bias: Option<&'m Param<B>>,
     /// `r×k`
     pub a: &'m Param<B>,
     /// `n×r`
     pub b: &'m Param<B>,
+    /// `1×n`: a bias of the update, multiplied with `scale` as well
+    pub lora_bias: Option<&'m Param<B>>,
     /// What the update is multiplied with.
     pub scale: f32,
     /// Which elements of the input the adapter does not see.
@@ -84,7 +104,10 @@ enum Op<'m, B: Backend> {
     Input,
     Linear { x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>> },
     Lora { x: Var, layer: LoraParams<'m, B>, h: Tensor<B, f32> },
+    Magnitude { z: Var, magnitude: &'m Param<B>, norm: Tensor<B, f32>, bias: Option<&'m Param<B>> },
     Relu { x: Var },
+    Dropout { x: Var, dropout: Dropout },
+    Sum { x: Var, y: Var, minus: bool },
 }
 
 struct Node<'m, B: Backend> {
@@ -139,17 +162,45 @@ impl<'m, B: Backend> Tape<'m, B> {
         Ok(self.push(Op::Linear { x, w, bias }, wanted, y))
     }
 
-    /// `y = x·Wᵀ + bias + scale·h·Bᵀ`, `h = drop(x)·Aᵀ`
+    /// `y = x·Wᵀ + bias + scale·(h·Bᵀ + lora_bias)`, `h = drop(x)·Aᵀ`
     pub fn lora_linear(&mut self, x: Var, layer: LoraParams<'m, B>) -> Result<Var> {
+        let LoraParams { w, bias, a, b, lora_bias, scale, dropout } = &layer;
         let m = self.value(x)?.rows();
-        let mut h = Tensor::zeros(self.backend, (m, layer.a.tensor.rows()))?;
-        let mut y = Tensor::zeros(self.backend, (m, layer.w.tensor.rows()))?;
-        let LoraParams { w, bias, a, b, scale, dropout } = layer;
-        let (w, bias, a, b) = (Some(&w.tensor), bias.map(|bias| &bias.tensor), &a.tensor, &b.tensor);
-        LoraForward { x: self.value(x)?, w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(self.backend)?;
-        let params = [Some(layer.w), layer.bias, Some(layer.a), Some(layer.b)];
+        let mut h = Tensor::zeros(self.backend, (m, a.tensor.rows()))?;
+        let mut y = Tensor::zeros(self.backend, (m, b.tensor.rows()))?;
+        let sum = bias_sum(self.backend, *bias, *lora_bias, *scale)?;
+        LoraForward {
+            x: self.value(x)?,
+            w: w.map(|w| &w.tensor),
+            bias: sum.as_ref().or(bias.map(|bias| &bias.tensor)),
+            a: &a.tensor,
+            b: &b.tensor,
+            scale: *scale,
+            dropout: *dropout,
+            h: &mut h,
+            y: &mut y,
+        }
+        .run(self.backend)?;
+        let params = [*w, *bias, Some(a), Some(b), *lora_bias];
         let wanted = self.is_wanted(x) || params.iter().flatten().any(|param| param.trainable);
         Ok(self.push(Op::Lora { x, layer, h }, wanted, y))
+    }
+
+    /// `y = (magnitude / norm)·z + bias`, column by column; `norm` is a constant to the gradient.
+    pub fn magnitude(
+        &mut self,
+        z: Var,
+        magnitude: &'m Param<B>,
+        norm: Tensor<B, f32>,
+        bias: Option<&'m Param<B>>,
+    ) -> Result<Var> {
+        let mut y = Tensor::zeros(self.backend, self.value(z)?.shape())?;
+        let bias_tensor = bias.map(|bias| &bias.tensor);
+        let magnitude_tensor = &magnitude.tensor;
+        Magnitude { z: self.value(z)?, magnitude: magnitude_tensor, norm: &norm, bias: bias_tensor, y: &mut y }
+            .run(self.backend)?;
+        let wanted = self.is_wanted(z) || magnitude.trainable || bias.is_some_and(|bias| bias.trainable);
+        Ok(self.push(Op::Magnitude { z, magnitude, norm, bias }, wanted, y))
     }
 
     /// `y = max(x, 0)`
@@ -158,6 +209,31 @@ impl<'m, B: Backend> Tape<'m, B> {
         Relu { x: self.value(x)?, y: &mut y }.run(self.backend)?;
         let wanted = self.is_wanted(x);
         Ok(self.push(Op::Relu { x }, wanted, y))
+    }
+
+    /// `y = drop(x)`
+    pub fn dropout(&mut self, x: Var, dropout: Dropout) -> Result<Var> {
+        let mut y = Tensor::zeros(self.backend, self.value(x)?.shape())?;
+        DropoutForward { x: self.value(x)?, dropout, y: &mut y }.run(self.backend)?;
+        let wanted = self.is_wanted(x);
+        Ok(self.push(Op::Dropout { x, dropout }, wanted, y))
+    }
+
+    /// `x + y`
+    pub fn add(&mut self, x: Var, y: Var) -> Result<Var> {
+        self.sum(x, y, false)
+    }
+
+    /// `x - y`
+    pub fn sub(&mut self, x: Var, y: Var) -> Result<Var> {
+        self.sum(x, y, true)
+    }
+
+    fn sum(&mut self, x: Var, y: Var, minus: bool) -> Result<Var> {
+        let mut sum = signed(self.backend, self.value(y)?, minus)?;
+        Add { x: self.value(x)?, y: &mut sum }.run(self.backend)?;
+        let wanted = self.is_wanted(x) || self.is_wanted(y);
+        Ok(self.push(Op::Sum { x, y, minus }, wanted, sum))
     }
 
     /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. What [`backward`](Self::backward) differentiates.
@@ -185,7 +261,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     pub fn backward(self) -> Result<Gradients<B>> {
         let Tape { id, backend, nodes, values, seeds } = self;
         let mut flow = Flow { backend, grads: values.iter().map(|_| None).collect() };
-        let mut gradients = Gradients { values, of: HashMap::new() };
+        let mut gradients = Gradients::of(values);
         for (var, gradient) in seeds {
             flow.meet(var, gradient)?;
         }
@@ -204,121 +280,33 @@ impl<'m, B: Backend> Tape<'m, B> {
     }
 }
 
-/// The gradients of values on their way back. Every `Var` in a node is of the same tape: the tape's methods saw to it.
-struct Flow<'m, B: Backend> {
-    backend: &'m B,
-    grads: Vec<Option<Tensor<B>>>,
+/// `bias + scale·lora_bias`, if there is a bias of the update; the sum of products that it is, with one row and a depth of one.
+fn bias_sum<B: Backend>(
+    backend: &B,
+    bias: Option<&Param<B>>,
+    lora_bias: Option<&Param<B>>,
+    scale: f32,
+) -> Result<Option<Tensor<B>>> {
+    let Some(Param { tensor: a, .. }) = lora_bias else { return Ok(None) };
+    let mut w = match bias {
+        Some(bias) => signed(backend, &bias.tensor, false)?,
+        None => Tensor::zeros(backend, a.shape())?,
+    };
+    let b = &Tensor::from_slice(backend, (1, 1), &[B::Elem::from_f32(1.0)])?;
+    LoraMerge { a, b, scale, rounding: Rounding::Nearest, w: &mut w }.run(backend)?;
+    Ok(Some(w))
 }
 
-impl<B: Backend> Flow<'_, B> {
-    /// The derivative of every op: from `dy`, the gradients of what it read.
-    fn through(&mut self, nodes: &[Node<'_, B>], y: Var, dy: Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
-        let backend = self.backend;
-        let values = &gradients.values;
-        let new_dx =
-            |x: Var| if nodes[x.index].wanted { Tensor::zeros(backend, values[x.index].shape()).map(Some) } else { Ok(None) };
-        match &nodes[y.index].op {
-            Op::Input => {}
-            Op::Relu { x } => {
-                let mut dx = Tensor::zeros(backend, dy.shape())?;
-                ReluBackward { y: &values[y.index], dy: &dy, dx: &mut dx }.run(backend)?;
-                self.meet(*x, dx)?;
-            }
-            Op::Linear { x, w, bias } => {
-                let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
-                let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
-                let backward = LinearBackward { x: &values[x.index], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
-                backward.run(backend)?;
-                gradients.file(*bias, dbias.map(Gradient::Dense))?;
-                gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
-                dx.map_or(Ok(()), |dx| self.meet(*x, dx))?;
-            }
-            Op::Lora { x, layer: LoraParams { w, bias, a, b, scale, dropout }, h } => {
-                let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
-                let mut da = Tensor::zeros(backend, a.tensor.shape())?;
-                let mut db = Tensor::zeros(backend, b.tensor.shape())?;
-                let backward = LoraBackward {
-                    x: &values[x.index],
-                    w: Some(&w.tensor),
-                    a: &a.tensor,
-                    b: &b.tensor,
-                    h,
-                    dy: &dy,
-                    scale: *scale,
-                    dropout: *dropout,
-                    da: &mut da,
-                    db: &mut db,
-                    dbias: dbias.as_mut(),
-                    dx: dx.as_mut(),
-                };
-                backward.run(backend)?;
-                gradients.file(*bias, dbias.map(Gradient::Dense))?;
-                gradients.file(Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
-                gradients.file(Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
-                gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
-                dx.map_or(Ok(()), |dx| self.meet(*x, dx))?;
-            }
-        }
-        Ok(())
+/// A copy of a value, or of its negative.
+fn signed<B: Backend>(backend: &B, x: &Tensor<B>, minus: bool) -> Result<Tensor<B>> {
+    let mut y = Tensor::zeros(backend, x.shape())?;
+    if !minus {
+        Add { x, y: &mut y }.run(backend)?;
+        return Ok(y);
     }
-
-    /// Adds a gradient to what has already arrived at a value.
-    fn meet(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
-        match &mut self.grads[var.index] {
-            Some(sum) => Add { x: &gradient, y: sum }.run(self.backend),
-            empty => {
-                *empty = Some(gradient);
-                Ok(())
-            }
-        }
-    }
-}
-
-/// Room for the gradient of a parameter, if it is there and trainable.
-fn new_grad<B: Backend>(backend: &B, param: Option<&Param<B>>) -> Result<Option<Tensor<B, f32>>> {
-    let trainable = param.filter(|param| param.trainable);
-    trainable.map(|param| Tensor::zeros(backend, param.tensor.shape())).transpose()
-}
-
-enum Gradient<B: Backend> {
-    Dense(Tensor<B, f32>),
-    /// `dyᵀ·x`, with `x` among the values of the tape.
-    Factored {
-        dy: Tensor<B>,
-        x: Var,
-    },
-}
-
-/// What a backward pass found, by parameter.
-///
-/// The gradient of a weight is kept as the product that it is, with the values of the tape as its right factors.
-pub struct Gradients<B: Backend> {
-    values: Vec<Tensor<B>>,
-    of: HashMap<u64, Gradient<B>>,
-}
-
-impl<B: Backend> Gradients<B> {
-    /// The gradient of a parameter; `None` if it was frozen or took no part.
-    pub fn get(&self, param: &Param<B>) -> Option<WeightGrad<'_, B>> {
-        self.of.get(&param.id).map(|gradient| match gradient {
-            Gradient::Dense(gradient) => WeightGrad::Dense(gradient),
-            Gradient::Factored { dy, x } => WeightGrad::Factored { dy, x: &self.values[x.index] },
-        })
-    }
-
-    /// How many parameters have a gradient.
-    pub fn len(&self) -> usize {
-        self.of.len()
-    }
-
-    /// Whether no parameter has one.
-    pub fn is_empty(&self) -> bool {
-        self.of.is_empty()
-    }
-
-    fn file(&mut self, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
-        let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
-        let first = self.of.insert(param.id, gradient).is_none();
-        Error::unless(first, "backward", "param", format!("{} used twice", param.tensor.shape()), "used once on a tape")
-    }
+    let row = (1, x.cols());
+    let magnitude = &Tensor::from_slice(backend, row, &vec![B::Elem::from_f32(-1.0); x.cols()])?;
+    let norm = &Tensor::from_slice(backend, row, &vec![1.0; x.cols()])?;
+    Magnitude { z: x, magnitude, norm, bias: None, y: &mut y }.run(backend)?;
+    Ok(y)
 }

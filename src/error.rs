@@ -55,6 +55,15 @@ pub enum Error {
         known: String,
     },
 
+    /// A name that none of the model's adapters has.
+    #[error("no adapter is named `{name}`; the adapters are {known}")]
+    NoSuchAdapter {
+        /// The name asked for.
+        name: String,
+        /// The names there are.
+        known: String,
+    },
+
     /// The backend cannot run on this machine.
     #[error("{backend} is unavailable: {reason}")]
     Unavailable {

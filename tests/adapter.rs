@@ -5,18 +5,19 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, CONFIG_FILE, TENSORS_FILE};
-use lowrank::nn::{Init, LoraConfig, Mlp, Scaling};
+use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, TENSORS_FILE};
+use lowrank::nn::{Bias, DEFAULT, Init, LoraConfig, Mlp, Scaling};
 use lowrank::{Backend, Error, Float, bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
-use support::adapters::{SIZES, adapted, batch, cpu, document, net, outputs, read, state};
+use support::adapters::{SIZES, adapted, base_bits, batch, cpu, document, net, outputs, read, state, trained};
 
 /// Every kind of scaling, some layers, other ranks and alphas in each: alpha 0.1 and rank 3 divide into nothing finite.
 fn all_kinds() -> Vec<(&'static str, [Option<LoraConfig>; 3])> {
     let config = |rank, alpha, scaling| Some(LoraConfig { scaling, ..LoraConfig::new(rank, alpha) });
     let over_rank = |rank, alpha| config(rank, alpha, Scaling::AlphaOverRank);
     let dropping = LoraConfig { dropout: 0.1, init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(1, 1.0) };
+    let lora_only = LoraConfig { bias: Bias::LoraOnly, ..usual() };
     let (raw, rslora) = (Scaling::Raw, Scaling::AlphaOverSqrtRank);
     vec![
         ("plain", [over_rank(3, 6.0), over_rank(3, 6.0), over_rank(3, 6.0)]),
@@ -26,7 +27,22 @@ fn all_kinds() -> Vec<(&'static str, [Option<LoraConfig>; 3])> {
         ("rslora", [config(3, 0.1, rslora), config(2, 0.1, rslora), None]),
         ("mixed", [config(3, 0.1, rslora), config(3, 0.7, raw), over_rank(3, 0.1)]),
         ("dropout", [Some(dropping.clone()), None, Some(dropping)]),
+        ("dora", all(&LoraConfig { use_dora: true, ..usual() })),
+        ("lora_bias", all(&LoraConfig { lora_bias: true, ..usual() })),
+        ("bias_all", [None, Some(LoraConfig { bias: Bias::All, ..usual() }), None]),
+        ("bias_lora_only", [Some(lora_only.clone()), None, Some(lora_only)]),
+        ("modules_to_save", all(&LoraConfig { modules_to_save: vec!["linear3".into()], ..usual() })),
+        ("dora_and_whole", all(&LoraConfig { use_dora: true, modules_to_save: vec!["linear1".into()], ..usual() })),
+        ("dora_and_biases", all(&LoraConfig { use_dora: true, bias: Bias::LoraOnly, ..usual() })),
     ]
+}
+
+fn usual() -> LoraConfig {
+    LoraConfig::new(3, 7.0)
+}
+
+fn all(config: &LoraConfig) -> [Option<LoraConfig>; 3] {
+    [Some(config.clone()), Some(config.clone()), Some(config.clone())]
 }
 
 fn comes_back_bit_for_bit<E: Float>() {
@@ -155,6 +171,36 @@ fn patterns_match_as_in_peft() {
     assert_eq!(rank_alpha("fc12"), None);
 }
 
+/// Exclusion wins over targets; a number picks layers that the end of a name picks, not those named in full; the first number
+/// counts; what is saved whole, or lies in it, gets no update.
+#[test]
+fn layers_are_excluded_and_picked_by_number_as_in_peft() {
+    let asked = |extra: Value, layer: &str| {
+        let mut config = json!({"peft_type": "LORA", "target_modules": ["q", "v", "h.9.full"]});
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap().asks(layer)
+    };
+    let is_lora = |extra: Value, layer: &str| matches!(asked(extra, layer), Some(Asked::Lora(_)));
+    assert!(!is_lora(json!({"exclude_modules": ["v"]}), "h.1.v") && is_lora(json!({"exclude_modules": ["v"]}), "h.1.q"));
+    assert!(!is_lora(json!({"exclude_modules": r".*\.1\..*"}), "h.1.q") && is_lora(json!({"exclude_modules": ".*1"}), "h.1.q"));
+    for (layer, want) in
+        [("h.1.q", true), ("h.2.q", false), ("a.h.1.x.2.v", true), ("a.h.2.x.1.v", false), ("h.9.full", true), ("q", true)]
+    {
+        assert_eq!(
+            is_lora(json!({"layers_to_transform": [1, 3]}), &format!("m.{layer}")),
+            want && !["h.9.full", "q"].contains(&layer),
+            "{layer}"
+        );
+        assert_eq!(is_lora(json!({"layers_to_transform": 1, "layers_pattern": "h"}), layer), want, "{layer}");
+    }
+    assert!(!is_lora(json!({"layers_to_transform": 1, "layers_pattern": ["g"]}), "h.1.q"));
+    let saved = json!({"modules_to_save": ["head"], "bias": "all"});
+    assert_eq!(asked(saved.clone(), "m.head"), Some(Asked::Whole));
+    assert_eq!(asked(saved.clone(), "m.head.q"), Some(Asked::Bias));
+    assert!(is_lora(saved, "m.q"));
+    assert_eq!(asked(json!({}), "m.head"), None);
+}
+
 #[test]
 fn loading_replaces_the_adapters_there_were() {
     let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
@@ -198,16 +244,60 @@ fn adapters_for_peft_to_check() {
         let y = |name: &str, model: &Mlp<_>| (name.to_string(), vec![5, SIZES[3]], outputs(&cpu, model));
         tensors.extend([y("y_adapter", &model), y("y_base", &net(&cpu))]);
         tensors.extend(base(&cpu, &model, "base"));
-        model.merge_adapters(&cpu).unwrap();
+        model.merge_and_unload(&cpu).unwrap();
         tensors.push(y("y_merged", &model));
         tensors.extend(base(&cpu, &model, "merged"));
-        let view = |(name, shape, values)| (name, TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(values)).unwrap());
-        let views = tensors.iter().map(|(name, shape, values)| view((name, shape.clone(), values)));
-        lowrank::file::write_whole(&folder.join("expected.safetensors"), &serialize(views, None).unwrap()).unwrap();
+        write_expected(&folder, &tensors);
 
         let case = support::cases::read(&folder).unwrap();
         assert!(case.failures(&case.run(&cpu).unwrap()).is_empty(), "{name}");
     }
+}
+
+/// Two adapters in one folder, the second in a sub-folder of its name: each, and their sum.
+#[test]
+fn named_adapters_for_peft_to_check() {
+    let cpu = cpu::<f32>();
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("for_peft/peft_named");
+    let mut model = adapted(&cpu, all(&usual()));
+    let other = trained(&cpu, [None, Some(LoraConfig::new(2, 5.0)), Some(LoraConfig::new(2, 5.0))], 12);
+    model.insert_adapter("other", other).unwrap();
+    adapter::save(&cpu, &model, &folder).unwrap();
+    let mut tensors = vec![("x".to_string(), vec![5, SIZES[0]], batch(&cpu).to_vec(&cpu).unwrap())];
+    let y = |name: &str, model: &Mlp<_>| (name.to_string(), vec![5, SIZES[3]], outputs(&cpu, model));
+    tensors.extend([y("y_adapter", &model), y("y_base", &net(&cpu))]);
+    tensors.extend(base(&cpu, &model, "base"));
+    for (name, active) in [("y_other", &["other"][..]), ("y_both", &["default", "other"])] {
+        model.set_active(active).unwrap();
+        tensors.push(y(name, &model));
+    }
+    model.merge_and_unload(&cpu).unwrap(); // both
+    tensors.push(y("y_merged", &model));
+    tensors.extend(base(&cpu, &model, "merged"));
+    write_expected(&folder, &tensors);
+
+    let mut again = net(&cpu);
+    for name in [DEFAULT, "other"] {
+        adapter::load_as(&cpu, &mut again, name, &adapter::folder(&folder, name)).unwrap();
+    }
+    assert_eq!(again.active_adapters(), [DEFAULT], "the first is active");
+    assert_eq!(outputs(&cpu, &again), tensors[1].2);
+    again.set_active(&[DEFAULT, "other"]).unwrap();
+    let both = tensors.iter().find(|(name, ..)| name == "y_both").unwrap();
+    assert_eq!(outputs(&cpu, &again), both.2);
+    assert_eq!(base_bits(&cpu, &again), base_bits(&cpu, &net(&cpu)));
+}
+
+type Named = (String, Vec<usize>, Vec<f32>);
+
+fn write_expected(folder: &Path, tensors: &[Named]) {
+    let view = |(name, shape, values): &Named| {
+        let bytes = bytemuck::cast_slice(values).to_vec();
+        (name.clone(), shape.clone(), bytes)
+    };
+    let data: Vec<_> = tensors.iter().map(view).collect();
+    let views = data.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    lowrank::file::write_whole(&folder.join("expected.safetensors"), &serialize(views, None).unwrap()).unwrap();
 }
 
 fn base<B: Backend>(backend: &B, model: &Mlp<B>, what: &str) -> Vec<(String, Vec<usize>, Vec<B::Elem>)> {

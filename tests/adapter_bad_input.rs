@@ -96,6 +96,23 @@ fn tensors_that_do_not_fit_are_named_with_both_shapes() {
     folder.tensors(&extra("base_model.model.linear1.lora_A.weight")).refused(&[a, "twice"]);
 }
 
+/// Settings that need tensors of their own: the file lacks them, or has them in another shape.
+#[test]
+fn what_goes_with_the_factors_is_named_where_it_is_missing_or_does_not_fit() {
+    let needs = [
+        ("lora_bias", json!(true), "linear1.lora_B.bias", "11"),
+        ("use_dora", json!(true), "linear1.lora_magnitude_vector", "11"),
+        ("bias", json!("lora_only"), "linear1.base_layer.bias", "11"),
+        ("modules_to_save", json!(["linear3"]), "linear3.weight", "7×9"),
+    ];
+    for (field, value, tensor, want) in needs {
+        let folder = Folder::new();
+        folder.tensors(&GOOD).set(field, value).refused(&[TENSORS_FILE, tensor, "missing", want]);
+        let wrong = [&GOOD[..], &[(tensor, Dtype::F32, &[2, 5])]].concat();
+        folder.tensors(&wrong).refused(&[TENSORS_FILE, tensor, "2×5", want]);
+    }
+}
+
 #[test]
 fn numbers_too_large_for_the_element_type_are_refused() {
     let (folder, cpu16) = (tempfile::tempdir().unwrap(), cpu::<f16>());
@@ -125,20 +142,12 @@ fn missing_and_empty_files_are_named() {
 fn every_setting_that_is_not_honoured_is_named() {
     let set = [
         ("alora_invocation_tokens", json!([1, 2])),
-        ("bias", json!("all")),
-        ("bias", json!("lora_only")),
         ("corda_config", json!({"a": 1})),
         ("ensure_weight_tying", json!(true)),
-        ("exclude_modules", json!("linear1")),
-        ("fan_in_fan_out", json!(true)),
         ("init_lora_weights", json!("pissa")),
         ("init_lora_weights", json!("olora")),
-        ("layers_to_transform", json!(0)),
-        ("lora_bias", json!(true)),
-        ("modules_to_save", json!(["linear3"])),
         ("target_parameters", json!(["weight"])),
         ("use_bdlora", json!({"nblocks": 2})),
-        ("use_dora", json!(true)),
         ("use_qalora", json!(true)),
     ];
     for (field, value) in set {
@@ -172,10 +181,26 @@ fn settings_outside_their_range_are_named() {
         ("lora_dropout", json!(1.0)),
         ("lora_dropout", json!(-0.1)),
         ("use_rslora", json!(1)),
+        ("bias", json!("some")),
+        ("bias", json!(true)),
+        ("exclude_modules", json!("(")),
+        ("exclude_modules", json!([1])),
+        ("fan_in_fan_out", json!("yes")),
+        ("layers_pattern", json!("layers")),
+        ("layers_to_transform", json!("first")),
+        ("layers_to_transform", json!([-1])),
+        ("lora_bias", json!(0)),
+        ("modules_to_save", json!("linear3")),
+        ("modules_to_save", json!(["("])),
+        ("use_dora", json!("yes")),
     ];
     for (field, value) in set {
         Folder::new().set(field, value).refused(&[CONFIG_FILE, field]);
     }
+    let both = Folder::new();
+    both.set("use_dora", json!(true)).set("lora_bias", json!(true)).refused(&["use_dora", "lora_bias"]);
+    let regex = Folder::new();
+    regex.set("target_modules", json!("linear.")).set("layers_to_transform", json!(0)).refused(&["layers_to_transform", "list"]);
     let huge = Folder::new().set("lora_alpha", json!(1e300)).load().unwrap_err();
     assert!(matches!(huge, Error::Value { name: "alpha", .. }), "{huge}");
     let deep = Folder::new();

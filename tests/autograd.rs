@@ -4,7 +4,7 @@ mod support;
 
 use approx::assert_abs_diff_eq;
 use lowrank::autograd::{LoraParams, Param, Tape};
-use lowrank::nn::{Adam, Init, LoraConfig, Mlp, Scaling, Targets};
+use lowrank::nn::{Adam, DEFAULT, Init, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Cpu, Tensor};
@@ -46,7 +46,7 @@ fn the_tape_differentiates_two_layers_as_the_oracle_does() {
 
     let mut tape = Tape::new(&cpu);
     let x = tape.input(up(&cpu, &first.x));
-    let layer = LoraParams { w: &w, bias: Some(&bias), a: &a, b: &b, scale: 0.5, dropout: Some(dropout) };
+    let layer = LoraParams { w: Some(&w), bias: Some(&bias), a: &a, b: &b, lora_bias: None, scale: 0.5, dropout: Some(dropout) };
     let middle = tape.lora_linear(x, layer).unwrap();
     let active = tape.relu(middle).unwrap();
     let y = tape.linear(active, &top, None).unwrap();
@@ -105,8 +105,8 @@ fn frozen_parameters_get_no_gradient_and_do_not_move() {
         adam.step(&cpu, model.params_mut(), &gradients).unwrap();
     }
     assert_eq!(weights(&model), before);
-    let lora = model.layers().find_map(|(_, layer)| layer.lora()).unwrap();
-    assert!(down(&cpu, &lora.adapter().b().tensor).iter().any(|&b| b != 0.0), "B did not move");
+    let (_, adapter) = model.adapters(DEFAULT).next().unwrap();
+    assert!(down(&cpu, &adapter.b().tensor).iter().any(|&b| b != 0.0), "B did not move");
     let report = model.parameter_report();
     assert_eq!((report.original, report.introduced), (6 * 8 + 8 + 8 * 3 + 3, 2 * (8 + 3)));
 }
@@ -127,7 +127,7 @@ fn adapters_switch_merge_and_are_refused_by_name() {
     assert_eq!(model.predict(&cpu, x()).unwrap(), base, "B begins with zeros");
     for (_, layer) in model.layers_mut() {
         let lora = layer.lora_mut().unwrap();
-        assert_eq!(lora.adapter().scaling(), 1.5);
+        assert_eq!(lora.adapter(DEFAULT).unwrap().scaling(), 1.5);
         let b = lora.params_mut().last().unwrap();
         let host: Vec<f32> = (0..b.tensor.rows() * b.tensor.cols()).map(|e| (e as f32).sin()).collect();
         b.tensor.copy_from_slice(&cpu, &host).unwrap();

@@ -81,7 +81,7 @@ fn every_comparison_sees_one_spoiled_value() {
     let cpu = Cpu::<f32>::new().unwrap();
     for case in cases().into_iter().flat_map(|(_, cases)| cases).filter(|case| case.unclaimed().is_none()) {
         let outputs = case.run(&cpu).unwrap();
-        assert!(case.want.len() >= 4, "{}: {} outputs", case.name, case.want.len());
+        assert!(!case.want.is_empty(), "{}: no outputs", case.name);
         for (name, want) in &case.want {
             let (last, shift) = (want.data.len() - 1, 10.0 * TOLERANCE * want.norm());
             for (at, spoiled) in [(0, want.data[0] + shift), (last, want.data[last] - shift), (last / 2, f64::NAN)] {

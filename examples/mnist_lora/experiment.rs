@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use lowrank::autograd::Tape;
 use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
-use lowrank::nn::{Adam, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::nn::{Adam, DEFAULT, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 
@@ -264,8 +264,7 @@ fn weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
 
 /// A and B of every layer that has an adapter.
 fn adapter_weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
-    let adapters = mlp.layers().filter_map(|(_, layer)| layer.lora()).map(|lora| lora.adapter());
-    let params = adapters.flat_map(|adapter| [adapter.a(), adapter.b()]);
+    let params = mlp.adapters(DEFAULT).flat_map(|(_, adapter)| adapter.params());
     params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
 }
 

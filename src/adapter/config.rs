@@ -1,40 +1,13 @@
 //! `adapter_config.json`: the settings of an adapter, under PEFT's names.
 
-use regex::{Regex, RegexBuilder};
+use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::CONFIG_FILE;
+use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused};
+use super::modules::Selection;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::nn::{Init, Layer, LoraConfig, Mlp, Scaling};
-
-/// What a config may hold but not set: each changes what an adapter computes, in a way that this crate does not.
-const UNSUPPORTED: [&str; 24] = [
-    "alora_invocation_tokens",
-    "arrow_config",
-    "bias",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_bias",
-    "lora_ga_config",
-    "megatron_config",
-    "modules_to_save",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-];
+use crate::nn::{Adapter, Bias, DEFAULT, Layer, LoraConfig, Mlp, Scaling, Tuned};
 
 /// The settings in an `adapter_config.json`.
 ///
@@ -42,35 +15,29 @@ const UNSUPPORTED: [&str; 24] = [
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     document: Map<String, Value>,
-    target_modules: Modules,
+    selection: Selection,
     r: usize,
     lora_alpha: f64,
     rank_pattern: Vec<(Regex, usize)>,
     alpha_pattern: Vec<(Regex, f64)>,
     use_rslora: bool,
     lora_dropout: f32,
-    gaussian: bool,
+    begins: Begins,
+    bias: Bias,
+    lora_bias: bool,
+    use_dora: bool,
+    fan_in_fan_out: bool,
 }
 
-/// Which modules a config names.
-#[derive(Clone, Debug)]
-enum Modules {
-    AllLinear,
-    Names(Vec<String>),
-    Matching(Regex),
-}
-
-impl Modules {
-    fn include(&self, layer: &str) -> bool {
-        match self {
-            Modules::AllLinear => true,
-            Modules::Names(names) => names.iter().any(|name| {
-                let above = layer.strip_suffix(name.as_str());
-                above.is_some_and(|above| above.is_empty() || above.ends_with('.'))
-            }),
-            Modules::Matching(regex) => regex.is_match(layer),
-        }
-    }
+/// What a config asks for a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Asked {
+    /// An update with these settings.
+    Lora(LoraConfig),
+    /// A bias of its own, if the layer has one: `bias = "all"`.
+    Bias,
+    /// A copy, trained whole: `modules_to_save`.
+    Whole,
 }
 
 impl AdapterConfig {
@@ -82,17 +49,22 @@ impl AdapterConfig {
         Self::from_document(serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?)
     }
 
-    /// The settings of a model's adapters, beside PEFT's defaults. Errors: [`Error::Value`] if it has none, or such as no
+    /// The settings of a model's adapter `default`, beside PEFT's defaults. Errors: [`Error::Value`] if it has none, or such as no
     /// config can tell.
     pub fn of<B: Backend>(model: &Mlp<B>) -> Result<Self> {
-        Self::describing(model, peft_defaults())
+        Self::of_adapter(model, DEFAULT)
     }
 
-    /// The same config if it tells what adapters the model has, else one that does, with every other key kept.
+    /// The settings of an adapter of a model, beside PEFT's defaults. Errors: as [`of`](Self::of).
+    pub fn of_adapter<B: Backend>(model: &Mlp<B>, name: &str) -> Result<Self> {
+        Self::describing(model, name, peft_defaults())
+    }
+
+    /// The same config if it tells what adapter `default` the model has, else one that does, with every other key kept.
     pub fn updated<B: Backend>(&self, model: &Mlp<B>) -> Result<Self> {
-        match self.misdescribed(model) {
+        match self.misdescribed(model, DEFAULT) {
             None => Ok(self.clone()),
-            Some(_) => Self::describing(model, self.document.clone()),
+            Some(_) => Self::describing(model, DEFAULT, self.document.clone()),
         }
     }
 
@@ -101,9 +73,18 @@ impl AdapterConfig {
         format!("{:#}", Value::Object(self.document.clone()))
     }
 
-    /// What the config asks for a layer of this name; `None` if it is not a target.
+    /// What the config asks for a layer of this name, if anything.
+    pub fn asks(&self, layer: &str) -> Option<Asked> {
+        if self.selection.saves(layer) {
+            return Some(Asked::Whole);
+        }
+        let bias = (self.bias == Bias::All).then_some(Asked::Bias);
+        self.lora_config(layer).map(Asked::Lora).or(bias)
+    }
+
+    /// The settings of the update of a layer of this name; `None` if it is not a target.
     pub fn lora_config(&self, layer: &str) -> Option<LoraConfig> {
-        if !self.target_modules.include(layer) {
+        if !self.selection.targets(layer) {
             return None;
         }
         let rank = first_match(&self.rank_pattern, layer).unwrap_or(self.r);
@@ -115,61 +96,154 @@ impl AdapterConfig {
             (_, true) => ((lora_alpha / (rank as f64).sqrt()) as f32, Scaling::Raw),
             (_, false) => ((lora_alpha / rank as f64) as f32, Scaling::Raw),
         };
-        let init = if self.gaussian { Init::Gaussian { std: 1.0 / rank as f32 } } else { Init::KaimingUniform };
-        Some(LoraConfig { rank, alpha, scaling, dropout: self.lora_dropout, init })
+        Some(LoraConfig {
+            rank,
+            alpha,
+            scaling,
+            dropout: self.lora_dropout,
+            init: self.begins.init(rank),
+            use_dora: self.use_dora,
+            lora_bias: self.lora_bias,
+            bias: self.bias,
+            modules_to_save: self.selection.saved.iter().map(|saved| saved.name.clone()).collect(),
+        })
+    }
+
+    /// Whether it is for a model that stores its weights `in × out`. The factors are stored alike either way, and a
+    /// [`Linear`](crate::nn::Linear) is `out × in` always: it turns such a weight around when it is made.
+    pub fn fan_in_fan_out(&self) -> bool {
+        self.fan_in_fan_out
+    }
+
+    /// What the file says under a key that this crate knows or does not know.
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.document.get(key)
+    }
+
+    /// PEFT's defaults, with these settings. Errors: those of [`from_json`](Self::from_json).
+    pub(super) fn new(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut document = peft_defaults();
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
+        Self::from_document(document)
+    }
+
+    /// The same config with these settings in place of its own. Errors: those of [`from_json`](Self::from_json).
+    pub(super) fn with(&self, settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+        let mut document = self.document.clone();
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
+        Self::from_document(document)
     }
 
     fn from_document(document: Map<String, Value>) -> Result<Self> {
         let fields = Fields(&document);
         fields.refuse_unsupported()?;
-        Ok(Self {
-            target_modules: fields.target_modules()?,
+        let config = Self {
+            selection: fields.selection()?,
             r: fields.read("r", RANK, rank)?.unwrap_or(8),
             lora_alpha: fields.read("lora_alpha", "a number", Value::as_f64)?.unwrap_or(8.0),
             rank_pattern: fields.pattern("rank_pattern", RANK, rank)?,
             alpha_pattern: fields.pattern("alpha_pattern", "a number", Value::as_f64)?,
-            use_rslora: fields.read("use_rslora", "true or false", Value::as_bool)?.unwrap_or(false),
+            use_rslora: fields.flag("use_rslora")?,
             lora_dropout: fields.read("lora_dropout", "at least 0 and below 1", dropout)?.unwrap_or(0.0),
-            gaussian: fields.gaussian()?,
+            begins: fields.begins()?,
+            bias: fields.bias()?,
+            lora_bias: fields.flag("lora_bias")?,
+            use_dora: fields.flag("use_dora")?,
+            fan_in_fan_out: fields.flag("fan_in_fan_out")?,
             document,
-        })
+        };
+        match config.use_dora && config.lora_bias {
+            true => Err(refused("`lora_bias` is set beside `use_dora`, want one of the two".into())),
+            false => Ok(config),
+        }
     }
 
-    fn describing<B: Backend>(model: &Mlp<B>, mut document: Map<String, Value>) -> Result<Self> {
-        let adapters: Vec<(&str, &LoraConfig)> =
-            model.layers().filter_map(|(name, layer)| Some((name, layer.lora()?.adapter().config()))).collect();
+    fn describing<B: Backend>(model: &Mlp<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
+        let adapters: Vec<(&str, &LoraConfig)> = model.adapters(name).map(|(layer, adapter)| (layer, adapter.config())).collect();
         let Some(&(_, first)) = adapters.first() else {
-            return Err(unsaid("no adapter".into(), "at least one adapter"));
+            return Err(unsaid(format!("no adapter `{name}`"), "at least one layer with it"));
         };
         let use_rslora = adapters.iter().all(|(_, config)| config.scaling == Scaling::AlphaOverSqrtRank);
         let rank = |config: &LoraConfig| json!(config.rank);
         let alpha = |config: &LoraConfig| number(lora_alpha(config, use_rslora));
-        let gaussian = matches!(first.init, Init::Gaussian { .. });
+        // PEFT takes a bias of the update with two ways to begin only.
+        let begins = Some(Begins::of(first.init)).filter(|_| !first.lora_bias).unwrap_or(Begins::Usual);
         let settings = [
             ("alpha_pattern", exceptions(&adapters, alpha)),
-            ("init_lora_weights", if gaussian { json!("gaussian") } else { json!(true) }),
+            ("bias", json!(brought_biases(model, name))),
+            ("exclude_modules", Value::Null),
+            ("init_lora_weights", begins.value()),
+            ("layers_pattern", Value::Null),
+            ("layers_to_transform", Value::Null),
             ("lora_alpha", alpha(first)),
+            ("lora_bias", json!(first.lora_bias)),
             ("lora_dropout", json!(shortest(first.dropout))),
+            ("modules_to_save", whole_layers(model, name)),
             ("r", rank(first)),
             ("rank_pattern", exceptions(&adapters, rank)),
-            ("target_modules", adapters.iter().map(|(name, _)| *name).collect()),
+            ("target_modules", adapters.iter().map(|(layer, _)| *layer).collect()),
+            ("use_dora", json!(first.use_dora)),
             ("use_rslora", json!(use_rslora)),
         ];
         document.extend(settings.map(|(key, value)| (key.to_string(), value)));
         let config = Self::from_document(document)?;
-        match config.misdescribed(model) {
+        match config.misdescribed(model, name) {
             None => Ok(config),
-            Some(layer) => Err(unsaid(format!("`{layer}` with settings of its own"), "one `lora_dropout` for all layers")),
+            Some(layer) => {
+                let want = "one `lora_dropout`, `use_dora`, `lora_bias` and `bias` for all layers";
+                Err(unsaid(format!("`{layer}` with settings of its own"), want))
+            }
         }
     }
 
-    /// The first layer for which the config tells something else than the model has: rank, scaling or dropout.
-    fn misdescribed<'m, B: Backend>(&self, model: &'m Mlp<B>) -> Option<&'m str> {
-        let effect = |config: &LoraConfig| (config.rank, config.scaling.of(config.alpha, config.rank), config.dropout);
-        let has = |layer: &Layer<B>| layer.lora().map(|lora| effect(lora.adapter().config()));
+    /// The first layer for which the config tells something else than the model has.
+    fn misdescribed<'m, B: Backend>(&self, model: &'m Mlp<B>, name: &str) -> Option<&'m str> {
+        let told = |layer: &str, has_bias: bool| match self.asks(layer)? {
+            Asked::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
+            Asked::Bias => has_bias.then_some(Effect::Bias),
+            Asked::Whole => Some(Effect::Whole),
+        };
+        let has = |layer: &Layer<B>| match layer.lora()?.part(name)? {
+            Tuned::Lora(adapter) => Some(Effect::Lora(effect(adapter.config()), adapter.bias().is_some())),
+            Tuned::Bias(_) => Some(Effect::Bias),
+            Tuned::Whole(_) => Some(Effect::Whole),
+        };
         let mut layers = model.layers();
-        layers.find(|(name, layer)| self.lora_config(name).as_ref().map(effect) != has(layer)).map(|(name, _)| name)
+        layers.find(|(name, layer)| told(name, layer.base().bias().is_some()) != has(layer)).map(|(name, _)| name)
     }
+}
+
+/// What an adapter does to a layer, as far as a config tells.
+#[derive(PartialEq)]
+enum Effect {
+    Lora((usize, f32, f32, bool, bool), bool),
+    Bias,
+    Whole,
+}
+
+/// Rank, scaling, dropout, magnitudes, a bias of the update.
+fn effect(config: &LoraConfig) -> (usize, f32, f32, bool, bool) {
+    (config.rank, config.scaling.of(config.alpha, config.rank), config.dropout, config.use_dora, config.lora_bias)
+}
+
+/// `bias`: all, if a layer has nothing else from this adapter.
+fn brought_biases<B: Backend>(model: &Mlp<B>, name: &str) -> &'static str {
+    let parts = || model.layers().filter_map(|(_, layer)| layer.lora()?.part(name));
+    let own = |adapter: &Adapter<B>| adapter.bias().is_some();
+    if parts().any(|part| matches!(part, Tuned::Bias(_))) {
+        "all"
+    } else if parts().filter_map(Tuned::adapter).any(own) {
+        "lora_only"
+    } else {
+        "none"
+    }
+}
+
+/// `modules_to_save`: the layers that this adapter has whole.
+fn whole_layers<B: Backend>(model: &Mlp<B>, name: &str) -> Value {
+    let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(Tuned::Whole(_)));
+    let layers: Vec<&str> = model.layers().filter(|(_, layer)| whole(layer)).map(|(name, _)| name).collect();
+    if layers.is_empty() { Value::Null } else { json!(layers) }
 }
 
 /// The layers whose setting is not that of the first one, which stands for all others.
@@ -188,89 +262,8 @@ fn lora_alpha(config: &LoraConfig, use_rslora: bool) -> f64 {
     }
 }
 
-/// The keys of a file and what they may hold. An absent key and `null` are the same: the default.
-struct Fields<'d>(&'d Map<String, Value>);
-
-const RANK: &str = "a whole number above 0";
-
-impl Fields<'_> {
-    fn read<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
-        let value = self.0.get(key).filter(|value| !value.is_null());
-        value.map(|value| read(value).ok_or_else(|| wrong(key, value, want))).transpose()
-    }
-
-    fn refuse_unsupported(&self) -> Result<()> {
-        self.read("peft_type", "\"LORA\"", |value| (value == "LORA").then_some(()))?
-            .ok_or_else(|| refused("`peft_type` is missing, want \"LORA\"".into()))?;
-        let set =
-            UNSUPPORTED.iter().find_map(|&field| self.0.get(field).filter(|value| is_set(value)).map(|value| (field, value)));
-        match set {
-            Some((field, value)) => Err(unsupported(field, value)),
-            None => Ok(()),
-        }
-    }
-
-    fn target_modules(&self) -> Result<Modules> {
-        const KEY: &str = "target_modules";
-        let modules = self.read(KEY, "a list of names, or a string", |value| match value {
-            Value::String(all) if all.eq_ignore_ascii_case("all-linear") => Some(Ok(Modules::AllLinear)),
-            Value::String(pattern) => Some(regex(KEY, &format!(r"\A(?:{pattern})\z")).map(Modules::Matching)),
-            Value::Array(names) => names
-                .iter()
-                .map(|name| name.as_str().map(String::from))
-                .collect::<Option<_>>()
-                .map(|names| Ok(Modules::Names(names))),
-            _ => None,
-        })?;
-        modules.unwrap_or_else(|| Err(refused(format!("`{KEY}` is missing, want a list of names, or a string"))))
-    }
-
-    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order they are tried.
-    fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Regex, T)>> {
-        let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
-        let entry = |(name, value): (&String, &Value)| {
-            let value = read(value).ok_or_else(|| wrong(&format!("{key}.{name}"), value, want))?;
-            Ok((regex(key, &format!(r"\A(?:(.*\.)?({name})$)"))?, value))
-        };
-        entries.iter().map(entry).collect()
-    }
-
-    /// Initialisations that change the base weights, such as `pissa`, would have to be repeated before loading.
-    fn gaussian(&self) -> Result<bool> {
-        match self.0.get("init_lora_weights") {
-            None | Some(Value::Null | Value::Bool(_)) => Ok(false),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(true),
-            Some(other) => Err(unsupported("init_lora_weights", other)),
-        }
-    }
-}
-
-fn rank(value: &Value) -> Option<usize> {
-    value.as_u64().and_then(|rank| usize::try_from(rank).ok()).filter(|&rank| rank > 0)
-}
-
-fn dropout(value: &Value) -> Option<f32> {
-    value.as_f64().map(|p| p as f32).filter(|p| (0.0..1.0).contains(p))
-}
-
-fn is_set(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Array(items) => !items.is_empty(),
-        Value::Object(entries) => !entries.is_empty(),
-        Value::String(text) => !text.is_empty() && text != "none",
-        Value::Bool(true) | Value::Number(_) => true,
-    }
-}
-
 fn first_match<T: Copy>(pattern: &[(Regex, T)], layer: &str) -> Option<T> {
     pattern.iter().find(|(regex, _)| regex.is_match(layer)).map(|&(_, value)| value)
-}
-
-/// A pattern in the syntax that Python's `re` and the regex crate share. The limit keeps a hostile one small.
-fn regex(key: &str, pattern: &str) -> Result<Regex> {
-    let built = RegexBuilder::new(pattern).size_limit(1 << 20).build();
-    built.map_err(|_| refused(format!("`{key}` holds {}, want a regular expression without look-around", brief(pattern))))
 }
 
 /// `8`, not `8.0`, where it is whole: PEFT's alphas mostly are.
@@ -284,80 +277,6 @@ fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-/// What is wrong with the file, before it is known where it lies.
-pub(super) fn refused(reason: String) -> Error {
-    Error::File { path: CONFIG_FILE.into(), reason }
-}
-
-fn wrong(key: &str, value: &Value, want: &str) -> Error {
-    refused(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
-}
-
-fn unsupported(field: &'static str, value: &Value) -> Error {
-    Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
-}
-
 fn unsaid(got: String, want: &'static str) -> Error {
     Error::Value { verb: "save", name: "model", got, want }
-}
-
-/// As much of a hostile value as a message can bear.
-fn brief(text: &str) -> String {
-    const LONGEST: usize = 60;
-    let mut brief: String = text.chars().take(LONGEST).collect();
-    if brief.len() < text.len() {
-        brief.push('…');
-    }
-    brief
-}
-
-/// Every key that PEFT 0.21 writes, sorted, at its default.
-fn peft_defaults() -> Map<String, Value> {
-    let defaults = json!({
-        "alora_invocation_tokens": null,
-        "alpha_pattern": {},
-        "arrow_config": null,
-        "auto_mapping": null,
-        "base_model_name_or_path": null,
-        "bias": "none",
-        "corda_config": null,
-        "ensure_weight_tying": false,
-        "eva_config": null,
-        "exclude_modules": null,
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "kasa_config": null,
-        "layer_replication": null,
-        "layers_pattern": null,
-        "layers_to_transform": null,
-        "loftq_config": {},
-        "lora_alpha": 8,
-        "lora_bias": false,
-        "lora_dropout": 0.0,
-        "lora_ga_config": null,
-        "megatron_config": null,
-        "megatron_core": "megatron.core",
-        "modules_to_save": null,
-        "monteclora_config": null,
-        "peft_type": "LORA",
-        "peft_version": "0.21.2",
-        "qalora_group_size": 16,
-        "r": 8,
-        "rank_pattern": {},
-        "revision": null,
-        "target_modules": null,
-        "target_parameters": null,
-        "task_type": null,
-        "trainable_token_indices": null,
-        "use_bdlora": null,
-        "use_dora": false,
-        "use_qalora": false,
-        "use_rslora": false,
-        "velora_config": null,
-    });
-    match defaults {
-        Value::Object(defaults) => defaults,
-        _ => Map::new(), // it is an object, as written above
-    }
 }

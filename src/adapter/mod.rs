@@ -17,103 +17,134 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 
+mod combine;
+#[cfg(feature = "svd")]
+mod compress;
 mod config;
+#[cfg(feature = "svd")]
+mod decompose;
+mod fields;
+mod folder;
+mod matrix;
+mod mix;
+mod modules;
+mod parts;
+#[cfg(feature = "svd")]
+mod principal;
 mod tensors;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-pub use config::AdapterConfig;
+pub use combine::{CombinationType, Combine, MajoritySign, combine};
+#[cfg(feature = "svd")]
+pub use compress::{compress, extract};
+pub use config::{AdapterConfig, Asked};
+#[cfg(feature = "svd")]
+pub use decompose::{Keep, Svd, olora, pissa};
+pub use folder::{Factors, Folder};
+pub use matrix::HostMatrix;
+#[cfg(feature = "svd")]
+pub use principal::{Principal, begin_with};
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::file::{self, Staged};
-use crate::nn::{Adapter, Mlp};
-use crate::tensor::{Shape, Tensor};
+use crate::nn::{DEFAULT, Mlp, Tuned};
 
 /// The settings of an adapter, in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The numbers of an adapter, in its folder.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
-/// Writes the adapters of a model as PEFT 0.21 would, both files whole or not at all; makes the folder if it is not there.
+/// Writes every adapter of a model as PEFT 0.21 would: `default` to the folder itself, each other to a sub-folder of its name.
+/// All files whole or none; folders that are not there are made.
 ///
-/// PEFT has no raw alpha: it is written as the `lora_alpha` that comes to the same scaling. Errors: [`Error::Value`] for a
-/// model without adapters, or whose adapters differ in dropout; [`Error::File`].
+/// PEFT has no raw alpha: it is written as the `lora_alpha` that comes to the same scaling. Errors: [`Error::Value`] for a model
+/// without adapters, or an adapter whose layers differ in what a config has once for all; [`Error::File`].
 pub fn save<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<()> {
-    write(backend, model, &AdapterConfig::of(model)?, dir)
+    let names = model.adapter_names();
+    Error::unless(!names.is_empty(), "save", "model", "no adapter", "at least one adapter")?;
+    let configs =
+        names.into_iter().map(|name| Ok((name, AdapterConfig::of_adapter(model, name)?))).collect::<Result<Vec<_>>>()?;
+    write(backend, model, &configs, dir)
 }
 
-/// [`save`], with the keys of a config that came from elsewhere. What says something else than the model is set anew.
+/// Writes one adapter of a model, as [`save`] does. Errors: those of [`save`], and [`Error::NoSuchAdapter`].
+pub fn save_as<B: Backend>(backend: &B, model: &Mlp<B>, name: &str, dir: &Path) -> Result<()> {
+    model.known(&[name])?;
+    write(backend, model, &[(name, AdapterConfig::of_adapter(model, name)?)], dir)
+}
+
+/// Writes the adapter `default`, with the keys of a config that came from elsewhere. What says something else than the model is set
+/// anew. Errors: those of [`save`].
 pub fn save_with<B: Backend>(backend: &B, model: &Mlp<B>, config: &AdapterConfig, dir: &Path) -> Result<()> {
-    write(backend, model, &config.updated(model)?, dir)
+    write(backend, model, &[(DEFAULT, config.updated(model)?)], dir)
 }
 
-fn write<B: Backend>(backend: &B, model: &Mlp<B>, config: &AdapterConfig, dir: &Path) -> Result<()> {
-    let mut named = Vec::new();
-    for (name, layer) in model.layers() {
-        if let Some(lora) = layer.lora() {
-            named.push((tensors::key(name, "lora_A"), &lora.adapter().a().tensor));
-            named.push((tensors::key(name, "lora_B"), &lora.adapter().b().tensor));
-        }
+/// Where the files of an adapter go in a folder: `default` to the folder itself, each other to a sub-folder of its name.
+pub fn folder(dir: &Path, name: &str) -> PathBuf {
+    if name == DEFAULT { dir.into() } else { dir.join(name) }
+}
+
+fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfig)], dir: &Path) -> Result<()> {
+    let mut files = Vec::new();
+    for (name, config) in configs {
+        let dir = folder(dir, name);
+        let bytes = parts::write(backend, model, name).and_then(tensors::serialize).map_err(|error| at(&dir, error))?;
+        files.push((dir.join(TENSORS_FILE), bytes));
+        files.push((dir.join(CONFIG_FILE), config.to_json().into_bytes()));
     }
-    let bytes = tensors::serialize(backend, named).map_err(|error| at(dir, error))?;
-    let created = std::fs::create_dir_all(dir);
-    created.map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
-    let staged =
-        [Staged::new(&dir.join(TENSORS_FILE), &bytes)?, Staged::new(&dir.join(CONFIG_FILE), config.to_json().as_bytes())?];
+    let stage = |(path, bytes): &(PathBuf, Vec<u8>)| {
+        let dir = path.parent().unwrap_or(dir);
+        std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
+        Staged::new(path, bytes)
+    };
+    let staged = files.iter().map(stage).collect::<Result<Vec<_>>>()?;
     staged.into_iter().try_for_each(Staged::publish)
 }
 
-/// Freezes a model and gives it the adapters of a folder, in place of those it has. The config is for [`save_with`].
+/// Freezes a model and gives it the adapter of a folder as its only one, `default`. The config is for [`save_with`].
 ///
 /// The numbers are rounded to the model's element type. Errors: [`Error::File`] for a file that is missing, damaged or does
 /// not fit the model; [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for
 /// a setting outside its range, or a model that holds a merged adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {
-    let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-    let config = AdapterConfig::from_json(&config).map_err(|error| at(dir, error))?;
-    let tensors = parse_tensors(&tensors).map_err(|error| at(dir, error))?;
-    let adapters = adapters_for(backend, model, &config, tensors).map_err(|error| at(dir, error))?;
+    let (config, parts) = read(backend, model, dir)?;
     model.unload()?;
-    model.set_adapters(adapters)?; // cannot fail: each is for a layer there is, and fits it
+    model.insert_adapter(DEFAULT, parts)?; // cannot fail: each part is for a layer there is, and fits it
     Ok(config)
 }
 
-/// The adapters that the files describe: every tensor that a target needs, and no other.
-fn adapters_for<B: Backend>(
-    backend: &B,
-    model: &Mlp<B>,
-    config: &AdapterConfig,
-    mut tensors: HostTensors,
-) -> Result<Vec<(String, Adapter<B>)>> {
-    let mut adapters = Vec::new();
-    for (name, layer) in model.layers() {
-        let Some(config) = config.lora_config(name) else { continue };
-        config.check()?;
-        let Shape { rows: n, cols: k } = layer.base().weight().tensor.shape();
-        let a = take(backend, &mut tensors, &tensors::key(name, "lora_A"), (config.rank, k).into())?;
-        let b = take(backend, &mut tensors, &tensors::key(name, "lora_B"), (n, config.rank).into())?;
-        adapters.push((name.to_string(), Adapter::from_tensors(a, b, config)?));
-    }
-    if adapters.is_empty() {
-        let layers: Vec<&str> = model.layers().map(|(name, _)| name).collect();
-        return Err(config::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
-    }
-    match tensors.keys().next() {
-        Some(name) => Err(tensors::refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))),
-        None => Ok(adapters),
-    }
+/// Freezes a model and gives it the adapter of a folder under a name, beside those it has; one of the same name is replaced. The
+/// first adapter of a model is active, others wait for [`Mlp::set_active`].
+///
+/// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
+pub fn load_as<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
+    let (config, parts) = read(backend, model, dir)?;
+    let layers: Vec<String> = parts.iter().map(|(layer, _)| layer.clone()).collect();
+    model.unmerged("load_as")?;
+    model.insert_adapter(name, parts)?;
+    model.keep_adapter_in(name, &layers)?;
+    Ok(config)
 }
 
-/// A tensor of the file on the device, if it is there, has this shape, and no number overflows.
-fn take<B: Backend>(backend: &B, tensors: &mut HostTensors, name: &str, want: Shape) -> Result<Tensor<B>> {
-    let tensor = tensors.remove(name).ok_or_else(|| tensors::refused(format!("`{name}` is missing, want {want}")))?;
-    if tensor.shape != [want.rows, want.cols] {
-        let got: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
-        return Err(tensors::refused(format!("`{name}` is {}, want {want}", got.join("×"))));
-    }
-    Tensor::from_slice(backend, want, &tensors::narrow(name, &tensor.values)?)
+/// Writes the adapter of a folder over the numbers and settings of one that is there, without a new allocation: see
+/// [`Mlp::swap_adapter`]. Errors: those of [`load`] and of [`Mlp::swap_adapter`]. The model is not changed then.
+pub fn swap<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
+    let (config, parts) = read(backend, model, dir)?;
+    model.swap_adapter(backend, name, parts)?;
+    Ok(config)
+}
+
+type Parts<B> = Vec<(String, Tuned<B>)>;
+
+fn read<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
+    let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
+    let config = AdapterConfig::from_json(&config).map_err(|error| at(dir, error))?;
+    let tensors = parse_tensors(&tensors).map_err(|error| at(dir, error))?;
+    let parts = parts::read(backend, model, &config, tensors).map_err(|error| at(dir, error))?;
+    Ok((config, parts))
 }
 
 /// The same error, with the file it speaks of in this folder.

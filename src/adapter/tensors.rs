@@ -5,13 +5,11 @@ use std::collections::{BTreeMap, HashMap};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize as to_safetensors};
 
 use super::TENSORS_FILE;
-use crate::backend::Backend;
 use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
 
 /// What PEFT puts before the name of a module; files without it are read as well.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 
 /// A tensor in host memory, widened to `f32`, which holds every `f16` and `bf16` exactly.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,14 +45,18 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     Ok(tensors)
 }
 
-/// The bytes of a file with these tensors, in the element type of the backend.
-pub(super) fn serialize<B: Backend>(backend: &B, tensors: Vec<(String, &Tensor<B>)>) -> Result<Vec<u8>> {
-    let mut data = Vec::new();
-    for (name, tensor) in tensors {
-        let shape = vec![tensor.rows(), tensor.cols()];
-        data.push((format!("{PREFIX}{name}"), shape, little_endian(&tensor.to_vec(backend)?)));
-    }
-    let dtype = match B::Elem::DTYPE {
+/// A tensor of an adapter on its way to or from a file: its name without the prefix, and its shape there.
+pub(super) struct Entry<T> {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) tensor: T,
+}
+
+/// The bytes of a file with these tensors, in the element type they have.
+pub(super) fn serialize<E: Float>(tensors: Vec<Entry<Vec<E>>>) -> Result<Vec<u8>> {
+    let bytes = |Entry { name, shape, tensor }: Entry<Vec<E>>| (format!("{PREFIX}{name}"), shape, little_endian(&tensor));
+    let data: Vec<_> = tensors.into_iter().map(bytes).collect();
+    let dtype = match E::DTYPE {
         DType::F32 => Dtype::F32,
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::BF16,
@@ -65,7 +67,7 @@ pub(super) fn serialize<B: Backend>(backend: &B, tensors: Vec<(String, &Tensor<B
     views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
 }
 
-fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
+pub(super) fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
     let values = values.iter().map(|value| value.to_f32());
     match E::DTYPE {
         DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
@@ -75,7 +77,7 @@ fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
 }
 
 /// The elements of a file as `f32`; `None` for a type that is not one of the three.
-fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     let halves = || bytes.as_chunks().0.iter();
     match dtype {
         Dtype::F32 => Some(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()),

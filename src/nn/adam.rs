@@ -20,6 +20,8 @@ pub struct Adam<B: Backend> {
     pub beta2: f32,
     /// What keeps the division finite.
     pub eps: f32,
+    /// LoRA+: how many times the learning rate of `A` that of `B` is, and of biases and magnitudes. 1 unless set; 16 is usual.
+    pub loraplus_lr_ratio: f32,
     t: u64,
     moments: HashMap<u64, Moments<B>>,
 }
@@ -34,8 +36,9 @@ impl<B: Backend> Adam<B> {
     /// PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`](crate::Error::Value) unless `lr` is finite
     /// and not negative.
     pub fn new(lr: f32) -> Result<Self> {
-        let adam = Self { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, t: 0, moments: HashMap::new() };
-        adam.rate(1).map(|_| adam)
+        let (beta1, beta2, eps, loraplus_lr_ratio) = (0.9, 0.999, 1e-8, 1.0);
+        let adam = Self { lr, beta1, beta2, eps, loraplus_lr_ratio, t: 0, moments: HashMap::new() };
+        adam.rates(1).map(|_| adam)
     }
 
     /// How many steps were made.
@@ -54,11 +57,11 @@ impl<B: Backend> Adam<B> {
     where
         B: 'p,
     {
-        let rate = self.rate(self.t + 1)?;
+        let (usual, plus) = self.rates(self.t + 1)?;
         self.t += 1;
         for param in params {
             let Some(grad) = gradients.get(param).filter(|_| param.trainable) else { continue };
-            let shape = param.tensor.shape();
+            let (shape, rate) = (param.tensor.shape(), if param.plus { plus } else { usual });
             let Moments { m, v } = match self.moments.entry(param.id()) {
                 Entry::Occupied(there) => there.into_mut(),
                 Entry::Vacant(new) => {
@@ -70,7 +73,9 @@ impl<B: Backend> Adam<B> {
         Ok(())
     }
 
-    fn rate(&self, t: u64) -> Result<AdamRate> {
-        AdamRate::new(self.lr, self.beta1, self.beta2, self.eps, t)
+    /// The scalars of a step: the usual ones, and those for what LoRA+ speeds up.
+    fn rates(&self, t: u64) -> Result<(AdamRate, AdamRate)> {
+        let rate = |lr| AdamRate::new(lr, self.beta1, self.beta2, self.eps, t);
+        Ok((rate(self.lr)?, rate(self.lr * self.loraplus_lr_ratio)?))
     }
 }

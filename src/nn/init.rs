@@ -6,31 +6,99 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
-/// How the first factor `A` of an adapter begins; `B` begins with zeros, so that a new adapter changes nothing.
+/// How the factors of an adapter begin: PEFT's `init_lora_weights`. `B` begins with zeros unless said otherwise, so that a new
+/// adapter changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
-    /// Uniform in `±1/√k`: PyTorch's kaiming-uniform with `a = √5`, as PEFT initialises by default.
+    /// `true`: `A` uniform in `±1/√k`, PyTorch's kaiming-uniform with `a = √5`.
     KaimingUniform,
-    /// Gaussian with mean 0 and this standard deviation. PEFT's `gaussian` has `1/r`.
+    /// `gaussian`: `A` with mean 0 and this standard deviation. PEFT's has `1/r`.
     Gaussian {
         /// The standard deviation.
         std: f32,
     },
+    /// `false`: `A` as above, and `B` uniform in `±1/√r`. The adapter changes the model before it is trained: for tests.
+    NonZero,
+    /// `orthogonal`: `A` and `B` are random combinations of two halves of an orthogonal basis, so that `B·A = 0` though neither
+    /// is. The rank must be even.
+    Orthogonal,
 }
 
 impl Init {
-    /// Numbers for an `out × in` matrix.
+    /// Errors: [`Error::Value`] for a deviation that is not finite, or an odd rank where it must be even.
+    pub fn check(self, rank: usize) -> Result<()> {
+        match self {
+            Init::Gaussian { std } => Error::unless(std.is_finite(), "lora", "std", std, "a finite number"),
+            Init::Orthogonal => Error::unless(rank.is_multiple_of(2), "lora", "rank", rank, "even, to begin orthogonal"),
+            Init::KaimingUniform | Init::NonZero => Ok(()),
+        }
+    }
+
+    /// Numbers for one `out × in` matrix: gaussian, or else kaiming-uniform.
     pub fn tensor<B: Backend>(self, backend: &B, shape: impl Into<Shape>, rng: &mut Rng) -> Result<Tensor<B>> {
         let shape = shape.into();
         let bound = 1.0 / (shape.cols.max(1) as f64).sqrt();
         let mut number = || match self {
-            Init::KaimingUniform => rng.uniform(-bound, bound),
             Init::Gaussian { std } => f64::from(std) * rng.gaussian(),
+            Init::KaimingUniform | Init::NonZero | Init::Orthogonal => rng.uniform(-bound, bound),
         };
-        let (mut host, len) = (Vec::<B::Elem>::new(), shape.elements()?);
-        let bytes = len * size_of::<B::Elem>();
-        host.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { backend: "host", bytes })?;
-        host.extend((0..len).map(|_| B::Elem::from_f32(number() as f32)));
-        Tensor::from_slice(backend, shape, &host)
+        filled(backend, shape, |_, _| number())
     }
+
+    /// `A r×k` and `B n×r` of a new adapter.
+    pub(super) fn factors<B: Backend>(
+        self,
+        backend: &B,
+        (n, k, r): (usize, usize, usize),
+        rng: &mut Rng,
+    ) -> Result<(Tensor<B>, Tensor<B>)> {
+        match self {
+            Init::KaimingUniform | Init::Gaussian { .. } => {
+                Ok((self.tensor(backend, (r, k), rng)?, Tensor::zeros(backend, (n, r))?))
+            }
+            Init::NonZero => Ok((self.tensor(backend, (r, k), rng)?, self.tensor(backend, (n, r), rng)?)),
+            Init::Orthogonal => {
+                let basis = orthonormal_rows(r, rng);
+                let mut combine = |first: usize| {
+                    let weights: Vec<f64> = (0..r / 2).map(|_| rng.gaussian() / 10.0).collect();
+                    move |basis: &[Vec<f64>], j: usize| -> f64 {
+                        weights.iter().enumerate().map(|(half, weight)| weight * basis[2 * half + first][j]).sum()
+                    }
+                };
+                let columns: Vec<_> = (0..k).map(|_| combine(0)).collect();
+                let a = filled(backend, (r, k).into(), |i, j| columns[j](&basis, i))?;
+                let rows: Vec<_> = (0..n).map(|_| combine(1)).collect();
+                let b = filled(backend, (n, r).into(), |i, j| rows[i](&basis, j))?;
+                Ok((a, b))
+            }
+        }
+    }
+}
+
+/// A matrix, element by element, row by row.
+fn filled<B: Backend>(backend: &B, shape: Shape, mut at: impl FnMut(usize, usize) -> f64) -> Result<Tensor<B>> {
+    let (mut host, len) = (Vec::<B::Elem>::new(), shape.elements()?);
+    let bytes = len * size_of::<B::Elem>();
+    host.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { backend: "host", bytes })?;
+    host.extend((0..len).map(|e| B::Elem::from_f32(at(e / shape.cols, e % shape.cols) as f32)));
+    Tensor::from_slice(backend, shape, &host)
+}
+
+/// `r` random directions at right angles to one another: each new one loses its part along those before it, twice, because the
+/// first time leaves a rounding.
+fn orthonormal_rows(r: usize, rng: &mut Rng) -> Vec<Vec<f64>> {
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    let mut rows: Vec<Vec<f64>> = Vec::new();
+    while rows.len() < r {
+        let mut new: Vec<f64> = (0..r).map(|_| rng.gaussian()).collect();
+        for row in rows.iter().chain(&rows) {
+            let along = dot(&new, row);
+            new.iter_mut().zip(row).for_each(|(x, y)| *x -= along * y);
+        }
+        let length = dot(&new, &new).sqrt();
+        if length > 1e-6 {
+            rows.push(new.into_iter().map(|x| x / length).collect());
+        }
+    }
+    rows
 }

@@ -1,6 +1,7 @@
 //! `y = x·Wᵀ + bias`
 
 use super::Init;
+use super::adapter::copy;
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::Backend;
 use crate::element::Float;
@@ -33,7 +34,15 @@ impl<B: Backend> Linear<B> {
                 return Err(Error::Shape { verb: "linear", name: "bias", got, want });
             }
         }
-        Ok(Self { weight: Param::new(weight), bias: bias.map(Param::new) })
+        Ok(Self { weight: Param::new(weight), bias: bias.map(Param::plus) })
+    }
+
+    /// From a weight that is stored `in × out`, `k×n`, as some models do (PEFT's `fan_in_fan_out`), and a bias `1×n`: turned
+    /// around once, here. Adapters of such layers are stored like all others. Errors: [`Error::Shape`].
+    pub fn from_fan_in_fan_out(backend: &B, weight: &Tensor<B>, bias: Option<Tensor<B>>) -> Result<Self> {
+        let ((k, n), host) = ((weight.rows(), weight.cols()), weight.to_vec(backend)?);
+        let turned: Vec<B::Elem> = (0..n).flat_map(|j| host.iter().skip(j).step_by(n.max(1)).take(k).copied()).collect();
+        Self::from_tensors(Tensor::from_slice(backend, (n, k), &turned)?, bias)
     }
 
     /// `n×k`
@@ -49,6 +58,17 @@ impl<B: Backend> Linear<B> {
     /// `n×k`, to be changed in place; its shape cannot change.
     pub(super) fn weight_mut(&mut self) -> &mut Tensor<B> {
         &mut self.weight.tensor
+    }
+
+    /// `1×n`, to be changed in place; its shape cannot change.
+    pub(super) fn bias_mut(&mut self) -> Option<&mut Tensor<B>> {
+        self.bias.as_mut().map(|bias| &mut bias.tensor)
+    }
+
+    /// A layer of its own with the same numbers.
+    pub(super) fn copy(&self, backend: &B) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| copy(backend, &bias.tensor)).transpose()?;
+        Self::from_tensors(copy(backend, &self.weight.tensor)?, bias)
     }
 
     /// The weight, then the bias.

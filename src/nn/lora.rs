@@ -1,228 +1,341 @@
-//! A linear layer with an adapter: `y = x·Wᵀ + bias + scaling·(x·Aᵀ)·Bᵀ`
+//! A linear layer with adapters: `y = x·Wᵀ + bias + Σ scaling·(x·Aᵀ)·Bᵀ`, the sum over those that are active.
 
-use super::{Init, Linear};
+use super::merge::Merged;
+use super::{Adapter, Linear, dora};
 use crate::autograd::{LoraParams, Param, Tape, Var};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::op::{Dropout, LoraMerge, Rounding};
-use crate::random::Rng;
-use crate::tensor::{Shape, Tensor};
+use crate::op::Dropout;
+use crate::tensor::Shape;
 
-/// How `scaling` comes from alpha and the rank.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Scaling {
-    /// alpha
-    Raw,
-    /// alpha / r, as in the paper
-    #[default]
-    AlphaOverRank,
-    /// alpha / √r: rank-stabilised, PEFT's `use_rslora`
-    AlphaOverSqrtRank,
-}
+/// The name of an adapter that nobody named, as in PEFT.
+pub const DEFAULT: &str = "default";
 
-impl Scaling {
-    /// What the update is multiplied with.
-    pub fn of(self, alpha: f32, rank: usize) -> f32 {
-        match self {
-            Scaling::Raw => alpha,
-            Scaling::AlphaOverRank => alpha / rank as f32,
-            Scaling::AlphaOverSqrtRank => alpha / (rank as f32).sqrt(),
-        }
-    }
-}
-
-/// The settings of an adapter, in PEFT's terms.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraConfig {
-    /// `r`: at least 1
-    pub rank: usize,
-    /// `lora_alpha`
-    pub alpha: f32,
-    /// How the two make the scaling.
-    pub scaling: Scaling,
-    /// `lora_dropout`: how likely the adapter does not see an input, in training
-    pub dropout: f32,
-    /// `init_lora_weights`: what `A` begins with
-    pub init: Init,
-}
-
-impl LoraConfig {
-    /// Scaling alpha / r, no dropout, kaiming-uniform: PEFT's defaults.
-    pub fn new(rank: usize, alpha: f32) -> Self {
-        Self { rank, alpha, scaling: Scaling::default(), dropout: 0.0, init: Init::KaimingUniform }
-    }
-
-    /// Errors: [`Error::Value`] for rank 0, an alpha that is not finite, a dropout outside `[0, 1)`, a deviation that is not
-    /// finite.
-    pub fn check(&self) -> Result<()> {
-        Error::unless(self.rank > 0, "lora", "rank", self.rank, "at least 1")?;
-        Error::unless(self.alpha.is_finite(), "lora", "alpha", self.alpha, "a finite number")?;
-        Dropout::new(self.dropout, 0)?;
-        match self.init {
-            Init::Gaussian { std } => Error::unless(std.is_finite(), "lora", "std", std, "a finite number"),
-            Init::KaimingUniform => Ok(()),
-        }
-    }
-}
-
-/// The two factors of an update `scaling·B·A`.
+/// What an adapter does to a layer.
 #[derive(Debug)]
-pub struct Adapter<B: Backend> {
-    a: Param<B>,
-    b: Param<B>,
-    config: LoraConfig,
+pub enum Tuned<B: Backend> {
+    /// Adds a low-rank update.
+    Lora(Adapter<B>),
+    /// Nothing, but has a bias `1×n` in place of the layer's: `bias = "all"`.
+    Bias(Param<B>),
+    /// Takes the layer's place: `modules_to_save`.
+    Whole(Linear<B>),
 }
 
-impl<B: Backend> Adapter<B> {
-    /// For a layer of `k` inputs and `n` outputs: `A` as the settings say, `B` zero. Errors: [`Error::Value`].
-    pub fn new(backend: &B, k: usize, n: usize, config: LoraConfig, rng: &mut Rng) -> Result<Self> {
-        config.check()?;
-        let a = config.init.tensor(backend, (config.rank, k), rng)?;
-        let b = Tensor::zeros(backend, (n, config.rank))?;
-        Ok(Self { a: Param::new(a), b: Param::new(b), config })
+impl<B: Backend> Tuned<B> {
+    /// The low-rank update, if it is one.
+    pub fn adapter(&self) -> Option<&Adapter<B>> {
+        match self {
+            Tuned::Lora(adapter) => Some(adapter),
+            Tuned::Bias(_) | Tuned::Whole(_) => None,
+        }
     }
 
-    /// From `A r×k` and `B n×r`. Errors: [`Error::Shape`], [`Error::Value`].
-    pub fn from_tensors(a: Tensor<B>, b: Tensor<B>, config: LoraConfig) -> Result<Self> {
-        config.check()?;
-        let fits = |name, got: Shape, want: Shape| {
+    /// Its parameters.
+    pub fn params(&self) -> Vec<&Param<B>> {
+        match self {
+            Tuned::Lora(adapter) => adapter.params().collect(),
+            Tuned::Bias(bias) => vec![bias],
+            Tuned::Whole(linear) => linear.params().collect(),
+        }
+    }
+
+    /// Its parameters.
+    pub fn params_mut(&mut self) -> Vec<&mut Param<B>> {
+        match self {
+            Tuned::Lora(adapter) => adapter.params_mut().collect(),
+            Tuned::Bias(bias) => vec![bias],
+            Tuned::Whole(linear) => linear.params_mut().collect(),
+        }
+    }
+
+    /// What it has in place of the layer's bias.
+    pub(super) fn bias(&self) -> Option<&Param<B>> {
+        match self {
+            Tuned::Lora(adapter) => adapter.bias.as_ref(),
+            Tuned::Bias(bias) => Some(bias),
+            Tuned::Whole(linear) => linear.bias(),
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        matches!(self, Tuned::Whole(_))
+    }
+
+    fn set_trainable(&mut self, trainable: bool) {
+        self.params_mut().into_iter().for_each(|param| param.trainable = trainable);
+    }
+
+    /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias in place of none.
+    pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
+        let same = |name, got: Shape, want: Shape| {
             if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
         };
-        fits("a", a.shape(), Shape::from((config.rank, a.cols())))?;
-        fits("b", b.shape(), Shape::from((b.rows(), config.rank)))?;
-        Ok(Self { a: Param::new(a), b: Param::new(b), config })
-    }
-
-    /// `r×k`
-    pub fn a(&self) -> &Param<B> {
-        &self.a
-    }
-
-    /// `n×r`
-    pub fn b(&self) -> &Param<B> {
-        &self.b
-    }
-
-    /// Its settings.
-    pub fn config(&self) -> &LoraConfig {
-        &self.config
-    }
-
-    /// What the update is multiplied with.
-    pub fn scaling(&self) -> f32 {
-        self.config.scaling.of(self.config.alpha, self.config.rank)
+        if let Tuned::Lora(adapter) = self {
+            adapter.fits(base)?;
+        }
+        if let Tuned::Whole(linear) = self {
+            same("weight", linear.weight().tensor.shape(), base.weight().tensor.shape())?;
+        }
+        match (self.bias(), base.bias()) {
+            (Some(ours), Some(theirs)) => same("bias", ours.tensor.shape(), theirs.tensor.shape()),
+            (Some(_), None) => Error::unless(false, "lora", "bias", "there", "missing, as the layer's is"),
+            (None, _) => Ok(()),
+        }
     }
 }
 
-/// A linear layer with an adapter that can be switched off, and merged into the weight.
+/// A linear layer with adapters by name, of which some are active; they can be switched off, and merged into the weight.
+///
+/// What is merged, and the weight it is in, is not handed out to be changed: unmerging relies on it.
 #[derive(Debug)]
 pub struct LoraLinear<B: Backend> {
-    base: Linear<B>,
-    adapter: Adapter<B>,
+    pub(super) base: Linear<B>,
+    pub(super) parts: Vec<(String, Tuned<B>)>,
+    active: Vec<String>,
     enabled: bool,
-    merged: bool,
+    pub(super) merged: Vec<Merged<B>>,
 }
 
 impl<B: Backend> LoraLinear<B> {
-    /// Freezes the layer and puts the adapter beside it. Errors: [`Error::Shape`] if the adapter is for another layer.
-    pub fn new(mut base: Linear<B>, adapter: Adapter<B>) -> Result<Self> {
+    /// Freezes the layer and puts an adapter beside it, named [`DEFAULT`] and active. Errors: [`Error::Shape`] if the adapter is
+    /// for another layer.
+    pub fn new(base: Linear<B>, adapter: Adapter<B>) -> Result<Self> {
         adapter.fits(&base)?;
-        base.params_mut().for_each(|param| param.trainable = false);
-        Ok(Self { base, adapter, enabled: true, merged: false })
+        let mut layer = Self::bare(base);
+        layer.insert(DEFAULT, Tuned::Lora(adapter), true)?;
+        Ok(layer)
     }
 
-    /// The layer without its adapter. Holds the update as well while [`merged`](Self::is_merged).
+    /// Freezes the layer; no adapter yet.
+    pub(super) fn bare(mut base: Linear<B>) -> Self {
+        base.params_mut().for_each(|param| param.trainable = false);
+        Self { base, parts: Vec::new(), active: Vec::new(), enabled: true, merged: Vec::new() }
+    }
+
+    /// The layer without its adapters. Holds the update of those that are [`merged`](Self::merged).
     pub fn base(&self) -> &Linear<B> {
         &self.base
     }
 
-    /// The adapter.
-    pub fn adapter(&self) -> &Adapter<B> {
-        &self.adapter
+    /// The adapters, in the order they were added.
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &Tuned<B>)> {
+        self.parts.iter().map(|(name, part)| (name.as_str(), part))
     }
 
-    /// Takes the adapter away; the layer stays frozen.
+    /// What an adapter does here, if anything.
+    pub fn part(&self, name: &str) -> Option<&Tuned<B>> {
+        self.parts().find(|(known, _)| *known == name).map(|(_, part)| part)
+    }
+
+    /// The low-rank update of this name, if there is one.
+    pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
+        self.part(name).and_then(Tuned::adapter)
+    }
+
+    /// Takes every adapter away; the layer stays frozen.
     pub fn into_base(self) -> Linear<B> {
         self.base
     }
 
-    /// The weight, the bias, `A` and `B`.
-    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
-        self.base.params_mut().chain([&mut self.adapter.a, &mut self.adapter.b])
+    /// The name of the one that takes the layer's place just now: active or merged.
+    pub(super) fn whole(&self) -> Option<&str> {
+        let here = |name: &str| self.active.iter().any(|active| active == name) || self.merged().any(|merged| merged == name);
+        self.parts().find(|(name, part)| part.is_whole() && here(name)).map(|(name, _)| name)
     }
 
-    /// Puts another adapter in the place of this one. Errors: [`Error::Shape`]; [`Error::Value`] while merged.
-    pub fn set_adapter(&mut self, adapter: Adapter<B>) -> Result<()> {
-        Error::unless(!self.merged, "set_adapter", "adapter", "merged into the weight", "unmerged first")?;
-        adapter.fits(&self.base)?;
-        self.adapter = adapter;
+    /// Takes every adapter away, but for one that takes the layer's place.
+    pub(super) fn into_tuned(mut self) -> Linear<B> {
+        let whole = self.whole().map(String::from);
+        let at = self.parts.iter().position(|(name, _)| Some(name) == whole.as_ref());
+        match at.map(|at| self.parts.swap_remove(at)) {
+            Some((_, Tuned::Whole(mut linear))) => {
+                linear.params_mut().for_each(|param| param.trainable = false);
+                linear
+            }
+            _ => self.base,
+        }
+    }
+
+    /// The weight, the bias, and the parameters of the adapters: all that is not merged.
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
+        let Self { base, parts, merged, .. } = self;
+        let base = merged.is_empty().then_some(base).into_iter().flat_map(Linear::params_mut);
+        let free = parts.iter_mut().filter(|(name, _)| !merged.iter().any(|merged| merged.name() == name));
+        base.chain(free.flat_map(|(_, part)| part.params_mut()))
+    }
+
+    /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable.
+    ///
+    /// Errors: [`Error::Shape`]; [`Error::Value`] while an adapter is merged, or for active ones that exclude each other.
+    pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
+        self.check_insert(name, &part, active)?;
+        match self.parts.iter_mut().find(|(known, _)| known == name) {
+            Some((_, there)) => *there = part,
+            None => self.parts.push((name.into(), part)),
+        }
+        if active && !self.active.iter().any(|known| known == name) {
+            self.active.push(name.into());
+        }
+        self.mark_trainable(Some(name));
         Ok(())
     }
 
-    /// Whether the adapter takes part.
+    /// The errors of [`insert`](Self::insert).
+    pub(super) fn check_insert(&self, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
+        self.unmerged("insert")?;
+        part.fits(&self.base)?;
+        let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
+        together("insert", others.chain([part]))
+    }
+
+    /// Takes an adapter away, if it is there. Errors: [`Error::Value`] while one is merged.
+    pub fn remove(&mut self, name: &str) -> Result<()> {
+        self.unmerged("remove")?;
+        self.parts.retain(|(known, _)| known != name);
+        self.active.retain(|known| known != name);
+        Ok(())
+    }
+
+    /// The names of those that take part, in the order they are added up.
+    pub fn active(&self) -> &[String] {
+        &self.active
+    }
+
+    /// Makes these take part, and no others; only they are trainable. A name that this layer does not have is passed over.
+    ///
+    /// Errors: [`Error::Value`] while an adapter is merged, or for two that each have a bias in place of the layer's, or one that
+    /// takes the layer's place beside another.
+    pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
+        self.can_activate(names)?;
+        self.active.clear();
+        for name in names.iter().map(S::as_ref) {
+            if self.part(name).is_some() && !self.active.iter().any(|active| active == name) {
+                self.active.push(name.into());
+            }
+        }
+        self.mark_trainable(None);
+        Ok(())
+    }
+
+    pub(super) fn can_activate<S: AsRef<str>>(&self, names: &[S]) -> Result<()> {
+        self.unmerged("set_active")?;
+        together("set_active", names.iter().filter_map(|name| self.part(name.as_ref())))
+    }
+
+    fn mark_trainable(&mut self, only: Option<&str>) {
+        for (name, part) in &mut self.parts {
+            if only.is_none_or(|only| only == name) {
+                part.set_trainable(self.active.contains(name));
+            }
+        }
+    }
+
+    /// Whether the active adapters take part.
     pub fn is_enabled(&self) -> bool {
         self.enabled
     }
 
-    /// Switches the adapter on or off. Errors: [`Error::Value`] while merged.
+    /// Switches the adapters on or off. Errors: [`Error::Value`] while one is merged.
     pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
-        Error::unless(!self.merged, "set_enabled", "adapter", "merged into the weight", "unmerged first")?;
+        self.unmerged("set_enabled")?;
         self.enabled = enabled;
         Ok(())
     }
 
-    /// Whether the weight holds the update.
-    pub fn is_merged(&self) -> bool {
-        self.merged
-    }
-
-    /// `W += scaling·B·A`. Merging what is merged does nothing.
-    pub fn merge(&mut self, backend: &B) -> Result<()> {
-        self.add_update(backend, true)
-    }
-
-    /// `W -= scaling·B·A`, which leaves each weight within a rounding of what it was. Does nothing if not merged.
-    pub fn unmerge(&mut self, backend: &B) -> Result<()> {
-        self.add_update(backend, false)
-    }
-
-    fn add_update(&mut self, backend: &B, merge: bool) -> Result<()> {
-        if self.merged == merge {
-            return Ok(());
+    /// Makes the scaling of an adapter `scale` times what its settings say, if it is there: how strong it is, as long as the model
+    /// lives. Errors: [`Error::Value`] while one is merged, or unless `scale` is finite.
+    pub fn set_scale(&mut self, name: &str, scale: f32) -> Result<()> {
+        self.unmerged("set_scale")?;
+        Error::unless(scale.is_finite(), "set_scale", "scale", scale, "a finite number")?;
+        if let Some((_, Tuned::Lora(adapter))) = self.parts.iter_mut().find(|(known, _)| known == name) {
+            adapter.strength = scale;
         }
-        let scale = if merge { self.adapter.scaling() } else { -self.adapter.scaling() };
-        let (a, b, w) = (&self.adapter.a.tensor, &self.adapter.b.tensor, self.base.weight_mut());
-        LoraMerge { a, b, scale, rounding: Rounding::Nearest, w }.run(backend)?;
-        self.merged = merge;
         Ok(())
     }
 
-    /// `y = x·Wᵀ + bias + scaling·(drop(x)·Aᵀ)·Bᵀ`, or the base layer while the adapter is off or merged.
+    /// Whether the weight holds an update.
+    pub fn is_merged(&self) -> bool {
+        !self.merged.is_empty()
+    }
+
+    /// The names of those that are in the weight, in the order they were merged.
+    pub fn merged(&self) -> impl Iterator<Item = &str> {
+        self.merged.iter().map(Merged::name)
+    }
+
+    pub(super) fn unmerged(&self, verb: &'static str) -> Result<()> {
+        Error::unless(self.merged.is_empty(), verb, "adapter", "merged into the weight", "unmerged first")
+    }
+
+    /// The base layer, and what the active adapters add that is not merged; the base layer alone while they are off.
     ///
-    /// Dropout is for training: it takes part where `seed` is given, and the mask is a function of it.
+    /// Dropout is for training: it takes part where `seed` is given, and the masks are a function of it.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
-        if self.merged || !self.enabled {
-            return self.base.forward(tape, x);
+        self.forward_as(tape, x, seed, &self.active)
+    }
+
+    /// [`forward`](Self::forward) with other adapters active.
+    pub(super) fn forward_as<'m, S: AsRef<str>>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        x: Var,
+        seed: Option<u64>,
+        active: &[S],
+    ) -> Result<Var> {
+        let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
+        let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
+        let merged = self.merged().filter_map(|name| self.part(name)).filter(|part| part.is_whole());
+        let parts: Vec<&Tuned<B>> = free.chain(merged).collect();
+        let whole = parts.iter().find_map(|part| if let Tuned::Whole(linear) = part { Some(linear) } else { None });
+        let base = whole.unwrap_or(&self.base);
+        let bias = parts.iter().find_map(|part| part.bias()).or(base.bias());
+        let mut y = None;
+        for (place, adapter) in parts.iter().filter_map(|part| part.adapter()).enumerate() {
+            // Each has a mask of its own; the seeds of layers and steps differ in their lower bits.
+            let seed = seed.filter(|_| adapter.config.dropout > 0.0).map(|seed| seed ^ ((place as u64) << 48));
+            let dropout = seed.map(|seed| Dropout::new(adapter.config.dropout, seed)).transpose()?;
+            if let Some(magnitude) = &adapter.magnitude {
+                y = Some(dora::forward(tape, x, (base, bias), (adapter, magnitude), (dropout, y))?);
+                continue;
+            }
+            let first = y.is_none();
+            let (w, bias) = (first.then_some(base.weight()), bias.filter(|_| first));
+            let (a, b, lora_bias, scale) = (&adapter.a, &adapter.b, adapter.lora_bias.as_ref(), adapter.scaling());
+            let update = tape.lora_linear(x, LoraParams { w, bias, a, b, lora_bias, scale, dropout })?;
+            y = Some(y.map_or(Ok(update), |y| tape.add(y, update))?);
         }
-        let Adapter { a, b, config } = &self.adapter;
-        let seed = seed.filter(|_| config.dropout > 0.0);
-        let dropout = seed.map(|seed| Dropout::new(config.dropout, seed)).transpose()?;
-        let (w, bias, scale) = (self.base.weight(), self.base.bias(), self.adapter.scaling());
-        tape.lora_linear(x, LoraParams { w, bias, a, b, scale, dropout })
+        y.map_or_else(|| tape.linear(x, base.weight(), bias), Ok)
+    }
+
+    /// Makes room for a larger rank in the adapter of this name, if it is there.
+    pub(super) fn reserve(&mut self, backend: &B, name: &str, rank: usize) -> Result<()> {
+        self.unmerged("reserve_rank")?;
+        match self.parts.iter_mut().find(|(known, _)| known == name) {
+            Some((_, Tuned::Lora(adapter))) => adapter.reserve(backend, rank),
+            _ => Ok(()),
+        }
+    }
+
+    /// What an adapter does here, to be overwritten; only while nothing is merged.
+    pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut Tuned<B>> {
+        let part = self.parts.iter_mut().find(|(known, _)| known == name).map(|(_, part)| part);
+        part.filter(|_| self.merged.is_empty())
     }
 }
 
-impl<B: Backend> Adapter<B> {
-    /// Errors: [`Error::Shape`] unless it is for a layer of this size.
-    pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
-        let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
-        let rank = self.config.rank;
-        for (name, got, want) in [("a", self.a.tensor.shape(), (rank, k)), ("b", self.b.tensor.shape(), (n, rank))] {
-            let want = Shape::from(want);
-            if got != want {
-                return Err(Error::Shape { verb: "lora", name, got, want });
-            }
-        }
-        Ok(())
-    }
+/// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: of two biases in place of the layer's only one can
+/// be used, and a whole layer leaves nothing for others to add to.
+fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p Tuned<B>>) -> Result<()> {
+    let parts: Vec<_> = parts.collect();
+    let whole = parts.iter().any(|part| part.is_whole());
+    Error::unless(!whole || parts.len() == 1, verb, "adapter", "beside one that takes the layer's place", "one of the two")?;
+    let biases = parts.iter().filter(|part| part.bias().is_some()).count();
+    Error::unless(biases <= 1, verb, "adapter", "one of several with a bias of their own", "one such")
+}
+
+/// Errors: [`Error::Value`] for what PEFT cannot call an adapter, or a folder cannot be called.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let fine = !name.is_empty() && !name.contains(['.', '/', '\\', '\0']);
+    Error::unless(fine, "adapter", "name", name, "a name without dots and slashes")
 }

@@ -1,23 +1,23 @@
 //! A multi-layer perceptron of named linear layers, with or without adapters.
 
-use super::{Adapter, Linear, LoraConfig, LoraLinear};
+use super::{Adapter, Linear, LoraLinear};
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::Tensor;
 
-/// A layer of a model: plain, or with an adapter.
+/// A layer of a model: plain, or with adapters.
 #[derive(Debug)]
 pub enum Layer<B: Backend> {
     /// `y = x·Wᵀ + bias`
     Linear(Linear<B>),
-    /// The same, plus `scaling·(x·Aᵀ)·Bᵀ`
+    /// The same with adapters, each plus `scaling·(x·Aᵀ)·Bᵀ`
     Lora(LoraLinear<B>),
 }
 
 impl<B: Backend> Layer<B> {
-    /// The layer without an adapter.
+    /// The layer without its adapters.
     pub fn base(&self) -> &Linear<B> {
         match self {
             Layer::Linear(linear) => linear,
@@ -25,7 +25,7 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// The layer with its adapter, if it has one.
+    /// The layer with its adapters, if it has one.
     pub fn lora(&self) -> Option<&LoraLinear<B>> {
         match self {
             Layer::Linear(_) => None,
@@ -33,7 +33,12 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// The layer with its adapter, if it has one.
+    /// The low-rank update of this name, if it has one; see [`DEFAULT`](super::DEFAULT).
+    pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
+        self.lora().and_then(|lora| lora.adapter(name))
+    }
+
+    /// The layer with its adapters, if it has one.
     pub fn lora_mut(&mut self) -> Option<&mut LoraLinear<B>> {
         match self {
             Layer::Linear(_) => None,
@@ -41,7 +46,7 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    fn into_base(self) -> Linear<B> {
+    pub(super) fn into_base(self) -> Linear<B> {
         match self {
             Layer::Linear(linear) => linear,
             Layer::Lora(lora) => lora.into_base(),
@@ -58,26 +63,10 @@ pub enum Targets<'a> {
     Names(&'a [&'a str]),
 }
 
-/// How many parameters there are, and how many the adapters add.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ParameterReport {
-    /// Weights and biases of the model without adapters.
-    pub original: usize,
-    /// Those of the adapters.
-    pub introduced: usize,
-}
-
-impl ParameterReport {
-    /// What the adapters add, in per cent of the model.
-    pub fn percent(self) -> f64 {
-        100.0 * self.introduced as f64 / self.original.max(1) as f64
-    }
-}
-
 /// Linear layers with relu between them.
 #[derive(Debug)]
 pub struct Mlp<B: Backend> {
-    layers: Vec<(String, Layer<B>)>,
+    pub(super) layers: Vec<(String, Layer<B>)>,
 }
 
 impl<B: Backend> Mlp<B> {
@@ -111,73 +100,6 @@ impl<B: Backend> Mlp<B> {
         self.layers.iter_mut().map(|(name, layer)| (name.as_str(), layer))
     }
 
-    /// Freezes the model and puts a new adapter beside each target; a layer that has one gets a new one.
-    ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Value`]. Nothing is changed then.
-    pub fn add_adapters(&mut self, backend: &B, targets: Targets<'_>, config: &LoraConfig, rng: &mut Rng) -> Result<()> {
-        let mut adapters = Vec::new();
-        for name in self.resolve(targets)? {
-            let shape = self.layer(&name)?.base().weight().tensor.shape();
-            adapters.push((name, Adapter::new(backend, shape.cols, shape.rows, config.clone(), rng)?));
-        }
-        self.set_adapters(adapters)
-    }
-
-    /// Freezes the model and puts these adapters beside the layers they name.
-    ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`], [`Error::Value`] for a layer that holds a merged adapter. Nothing is
-    /// changed then.
-    pub fn set_adapters(&mut self, adapters: Vec<(String, Adapter<B>)>) -> Result<()> {
-        for (name, adapter) in &adapters {
-            let layer = self.layer(name)?;
-            adapter.fits(layer.base())?;
-            let merged = layer.lora().is_some_and(LoraLinear::is_merged);
-            Error::unless(!merged, "set_adapters", "adapter", "merged into the weight", "unmerged first")?;
-        }
-        self.freeze();
-        for (name, adapter) in adapters {
-            if let Some(at) = self.layers.iter().position(|(known, _)| *known == name) {
-                let (name, layer) = self.layers.remove(at);
-                self.layers.insert(at, (name, Layer::Lora(LoraLinear::new(layer.into_base(), adapter)?)));
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes every adapter away; the layers that had one stay frozen. Errors: [`Error::Value`] while one is merged.
-    pub fn unload(&mut self) -> Result<()> {
-        let merged = self.loras_mut().any(|lora| lora.is_merged());
-        Error::unless(!merged, "unload", "adapter", "merged into the weight", "unmerged first")?;
-        let layers = std::mem::take(&mut self.layers).into_iter();
-        self.layers = layers.map(|(name, layer)| (name, Layer::Linear(layer.into_base()))).collect();
-        Ok(())
-    }
-
-    /// Makes every weight and bias of the base model frozen; adapters stay trainable.
-    pub fn freeze(&mut self) {
-        for (_, layer) in &mut self.layers {
-            // A layer that has an adapter was frozen when it got it.
-            if let Layer::Linear(linear) = layer {
-                linear.params_mut().for_each(|param| param.trainable = false);
-            }
-        }
-    }
-
-    /// Switches every adapter on or off. Errors: [`Error::Value`] while one is merged.
-    pub fn set_adapters_enabled(&mut self, enabled: bool) -> Result<()> {
-        self.loras_mut().try_for_each(|lora| lora.set_enabled(enabled))
-    }
-
-    /// Merges every adapter into its weight.
-    pub fn merge_adapters(&mut self, backend: &B) -> Result<()> {
-        self.loras_mut().try_for_each(|lora| lora.merge(backend))
-    }
-
-    /// Takes every merged adapter out of its weight again, up to rounding.
-    pub fn unmerge_adapters(&mut self, backend: &B) -> Result<()> {
-        self.loras_mut().try_for_each(|lora| lora.unmerge(backend))
-    }
-
     /// Every parameter that a gradient may be found for: the base model's, then, layer by layer, the adapters'.
     pub fn params_mut(&mut self) -> Vec<&mut Param<B>> {
         let mut params = Vec::new();
@@ -190,17 +112,19 @@ impl<B: Backend> Mlp<B> {
         params
     }
 
-    /// How many parameters there are, and how many the adapters add.
-    pub fn parameter_report(&self) -> ParameterReport {
-        let count = |param: &Param<B>| param.tensor.rows() * param.tensor.cols();
-        let original = self.layers.iter().flat_map(|(_, layer)| layer.base().params()).map(count).sum();
-        let loras = self.layers.iter().filter_map(|(_, layer)| layer.lora());
-        let introduced = loras.flat_map(|lora| [lora.adapter().a(), lora.adapter().b()]).map(count).sum();
-        ParameterReport { original, introduced }
-    }
-
     /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
+        self.forward_with(tape, x, seed, LoraLinear::forward)
+    }
+
+    /// [`forward`](Self::forward), with what a layer with adapters does told from outside.
+    pub(super) fn forward_with<'m>(
+        &'m self,
+        tape: &mut Tape<'m, B>,
+        x: Var,
+        seed: Option<u64>,
+        lora: impl Fn(&'m LoraLinear<B>, &mut Tape<'m, B>, Var, Option<u64>) -> Result<Var>,
+    ) -> Result<Var> {
         let mut value = x;
         for (i, (_, layer)) in self.layers.iter().enumerate() {
             if i > 0 {
@@ -209,7 +133,7 @@ impl<B: Backend> Mlp<B> {
             let seed = seed.map(|seed| seed.wrapping_mul(self.layers.len() as u64).wrapping_add(i as u64));
             value = match layer {
                 Layer::Linear(linear) => linear.forward(tape, value)?,
-                Layer::Lora(lora) => lora.forward(tape, value, seed)?,
+                Layer::Lora(layer) => lora(layer, tape, value, seed)?,
             };
         }
         Ok(value)
@@ -223,20 +147,18 @@ impl<B: Backend> Mlp<B> {
         tape.value(logits)?.to_vec(backend)
     }
 
-    fn loras_mut(&mut self) -> impl Iterator<Item = &mut LoraLinear<B>> {
-        self.layers.iter_mut().filter_map(|(_, layer)| layer.lora_mut())
-    }
-
-    fn layer(&self, name: &str) -> Result<&Layer<B>> {
+    /// A layer by its name. Errors: [`Error::NoSuchLayer`].
+    pub fn layer(&self, name: &str) -> Result<&Layer<B>> {
         let found = self.layers.iter().find(|(known, _)| known == name).map(|(_, layer)| layer);
         let known = || self.layers.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
         found.ok_or_else(|| Error::NoSuchLayer { name: name.into(), known: known() })
     }
 
-    fn resolve(&self, targets: Targets<'_>) -> Result<Vec<String>> {
-        match targets {
-            Targets::All => Ok(self.layers.iter().map(|(name, _)| name.clone()).collect()),
-            Targets::Names(names) => names.iter().map(|name| self.layer(name).map(|_| name.to_string())).collect(),
-        }
+    pub(super) fn loras(&self) -> impl Iterator<Item = &LoraLinear<B>> {
+        self.layers.iter().filter_map(|(_, layer)| layer.lora())
+    }
+
+    pub(super) fn loras_mut(&mut self) -> impl Iterator<Item = &mut LoraLinear<B>> {
+        self.layers.iter_mut().filter_map(|(_, layer)| layer.lora_mut())
     }
 }

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use lowrank::adapter::CONFIG_FILE;
-use lowrank::nn::{Adapter, Init, LoraConfig, Mlp};
+use lowrank::autograd::Param;
+use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Tuned};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor};
 use serde_json::Value;
@@ -20,19 +21,47 @@ pub fn net<B: Backend>(backend: &B) -> Mlp<B> {
     Mlp::new(backend, &SIZES, &mut Rng::new(7)).unwrap()
 }
 
-/// The same with trained adapters, as far as numbers tell, beside layers 1, 2 and 3 where there is a config.
+/// The same with a trained adapter, as far as numbers tell, beside layers 1, 2 and 3 where there is a config.
 pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp<B> {
-    let mut rng = Rng::new(11);
-    let mut adapters = Vec::new();
-    for (layer, config) in configs.into_iter().enumerate() {
-        let Some(config) = config else { continue };
-        let mut numbers = |rows, cols| Init::Gaussian { std: 0.5 }.tensor(backend, (rows, cols), &mut rng).unwrap();
-        let (a, b) = (numbers(config.rank, SIZES[layer]), numbers(SIZES[layer + 1], config.rank));
-        adapters.push((format!("linear{}", layer + 1), Adapter::from_tensors(a, b, config).unwrap()));
-    }
     let mut model = net(backend);
-    model.set_adapters(adapters).unwrap();
+    let parts = trained(backend, configs, 11);
+    model.insert_adapter(DEFAULT, parts).unwrap();
     model
+}
+
+/// What a trained adapter does to each layer: all that the configs ask for, in random numbers.
+pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: u64) -> Vec<(String, Tuned<B>)> {
+    let mut rng = Rng::new(seed);
+    let settings = configs.iter().flatten().next().cloned();
+    let (bias, saved) = settings.map_or((Bias::None, Vec::new()), |config| (config.bias, config.modules_to_save));
+    let mut parts = Vec::new();
+    for (layer, config) in configs.into_iter().enumerate() {
+        let ((k, n), name) = ((SIZES[layer], SIZES[layer + 1]), format!("linear{}", layer + 1));
+        let mut numbers = |rows, cols| Init::Gaussian { std: 0.5 }.tensor(backend, (rows, cols), &mut rng).unwrap();
+        let part = if saved.contains(&name) {
+            Tuned::Whole(Linear::from_tensors(numbers(n, k), Some(numbers(1, n))).unwrap())
+        } else if let Some(config) = config {
+            let (a, b) = (numbers(config.rank, k), numbers(n, config.rank));
+            let LoraConfig { use_dora, lora_bias, bias, .. } = config;
+            let mut adapter = Adapter::from_tensors(a, b, config).unwrap();
+            if use_dora {
+                adapter = adapter.with_magnitude(numbers(1, n));
+            }
+            if lora_bias {
+                adapter = adapter.with_lora_bias(numbers(1, n));
+            }
+            if bias != Bias::None {
+                adapter = adapter.with_bias(numbers(1, n));
+            }
+            Tuned::Lora(adapter)
+        } else if bias == Bias::All {
+            Tuned::Bias(Param::new(numbers(1, n)))
+        } else {
+            continue;
+        };
+        parts.push((name, part));
+    }
+    parts
 }
 
 pub fn batch<B: Backend>(backend: &B) -> Tensor<B> {
@@ -48,9 +77,15 @@ type State<E> = (Vec<E>, Vec<(u64, bool)>, Vec<Option<LoraConfig>>);
 
 /// All that a model is: outputs, what may be trained, the settings of its adapters.
 pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
-    let configs = model.layers().map(|(_, layer)| layer.lora().map(|lora| lora.adapter().config().clone())).collect();
+    let configs = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).map(|adapter| adapter.config().clone())).collect();
     let outputs = outputs(backend, model);
     (outputs, model.params_mut().into_iter().map(|param| (param.id(), param.trainable)).collect(), configs)
+}
+
+/// The bits of the base weights and biases.
+pub fn base_bits<B: Backend>(backend: &B, model: &Mlp<B>) -> Vec<Vec<u8>> {
+    let params = model.layers().flat_map(|(_, layer)| layer.base().params());
+    params.map(|param| bytemuck::cast_slice(&param.tensor.to_vec(backend).unwrap()).to_vec()).collect()
 }
 
 pub fn read(folder: &Path, file: &str) -> Vec<u8> {

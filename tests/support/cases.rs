@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lowrank::autograd::Tape;
-use lowrank::nn::{Adam, Adapter, Linear, LoraConfig, Mlp, Scaling};
+use lowrank::nn::{Adam, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Scaling, Tuned};
 use lowrank::op::{Labels, LoraMerge, Rounding};
 use lowrank::{Backend, Error, adapter};
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -37,32 +37,12 @@ pub struct Case {
 
 #[derive(Clone, Debug)]
 pub enum Task {
-    LoraLinear {
-        inputs: Mats,
-        scale: f64,
-    },
-    MlpTrace {
-        inputs: Mats,
-        scale: f32,
-        adam: [f32; 4],
-    },
-    Peft {
-        inputs: Mats,
-        folder: PathBuf,
-    },
-    /// An adapter that needs a setting which the crate does not claim: loading must say so.
-    UnclaimedPeft {
-        inputs: Mats,
-        folder: PathBuf,
-        field: &'static str,
-    },
-    UnclaimedOp {
-        op: String,
-    },
+    LoraLinear { inputs: Mats, scale: f64 },
+    MlpTrace { inputs: Mats, scale: f32, adam: [f32; 4] },
+    Peft { inputs: Mats, folder: PathBuf },
+    MixedBatch { inputs: Mats, scales: Vec<f32> },
+    UnclaimedOp { op: String },
 }
-
-/// The settings of PEFT that some folder has and the crate does not claim.
-const UNCLAIMED: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
 
 /// Every case of a folder. `Err` if there is none, or one cannot be read.
 pub fn read_all(folder: &Path) -> Outcome<Vec<Case>> {
@@ -97,23 +77,19 @@ fn read_file(path: &Path) -> Outcome<(Task, Mats)> {
             let adam = [scalar("lr")?, scalar("beta1")?, scalar("beta2")?, scalar("eps")?];
             Task::MlpTrace { inputs, scale: scalar("scale")? as f32, adam: adam.map(|x| x as f32) }
         }
+        "mixed_batch" => {
+            let scales = serde_json::from_str(&entry("scales")?).map_err(|error| format!("scales: {error}"))?;
+            Task::MixedBatch { inputs, scales }
+        }
         op => Task::UnclaimedOp { op: op.into() },
     };
     Ok((task, part("out.")))
 }
 
 fn read_peft(folder: &Path) -> Outcome<(Task, Mats)> {
-    let config = fs::read(folder.join(adapter::CONFIG_FILE)).map_err(|error| error.to_string())?;
-    let config: serde_json::Value = serde_json::from_slice(&config).map_err(|error| error.to_string())?;
-    let set =
-        |field: &&str| !["none", "", "false", "null"].contains(&config[field].as_str().unwrap_or(&config[field].to_string()));
     let (_, tensors) = read_tensors(&folder.join("expected.safetensors"))?;
     let (inputs, want) = tensors.into_iter().partition(|(name, _)| name.starts_with("base.") || name == "x");
-    let folder = folder.to_path_buf();
-    match UNCLAIMED.into_iter().find(set) {
-        Some(field) => Ok((Task::UnclaimedPeft { inputs, folder, field }, want)),
-        None => Ok((Task::Peft { inputs, folder }, want)),
-    }
+    Ok((Task::Peft { inputs, folder: folder.into() }, want))
 }
 
 fn read_tensors(path: &Path) -> Outcome<(HashMap<String, String>, Mats)> {
@@ -140,8 +116,7 @@ impl Case {
     pub fn unclaimed(&self) -> Option<String> {
         match &self.task {
             Task::UnclaimedOp { op } => Some(format!("op {op}")),
-            Task::UnclaimedPeft { field, .. } => Some(format!("PEFT's {field}")),
-            Task::LoraLinear { .. } | Task::MlpTrace { .. } | Task::Peft { .. } => None,
+            Task::LoraLinear { .. } | Task::MlpTrace { .. } | Task::Peft { .. } | Task::MixedBatch { .. } => None,
         }
     }
 
@@ -151,7 +126,7 @@ impl Case {
             Task::LoraLinear { inputs, scale } => lora_linear(backend, inputs, *scale),
             Task::MlpTrace { inputs, scale, adam } => mlp_trace(backend, inputs, *scale, *adam),
             Task::Peft { inputs, folder } => peft(backend, inputs, folder),
-            Task::UnclaimedPeft { inputs, folder, field } => refused_peft(backend, inputs, folder, field),
+            Task::MixedBatch { inputs, scales } => mixed_batch(backend, inputs, scales),
             Task::UnclaimedOp { .. } => Ok(Outputs::new()),
         };
         outputs.map_err(|reason| format!("{}: {reason}", self.name))
@@ -247,9 +222,9 @@ fn mlp_trace<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f32, ada
         losses.push(train_step(backend, &mut model, &mut adam, &x, &labels).map_err(said)?);
     }
     let mut outputs = Outputs::from([("losses".to_string(), losses)]);
-    for (layer, lora) in model.layers().filter_map(|(_, layer)| layer.lora()).enumerate() {
-        outputs.insert(format!("layer.{layer}.lora_a"), down(backend, &lora.adapter().a().tensor));
-        outputs.insert(format!("layer.{layer}.lora_b"), down(backend, &lora.adapter().b().tensor));
+    for (layer, (_, adapter)) in model.adapters(DEFAULT).enumerate() {
+        outputs.insert(format!("layer.{layer}.lora_a"), down(backend, &adapter.a().tensor));
+        outputs.insert(format!("layer.{layer}.lora_b"), down(backend, &adapter.b().tensor));
     }
     Ok(outputs)
 }
@@ -271,9 +246,10 @@ fn train_step<B: Backend<Elem = f32>>(
     Ok(down(backend, &loss)[0])
 }
 
-/// An adapter that PEFT saved: on, off, and merged.
+/// An adapter that PEFT saved: on, off, and merged; and the base weights are back after unmerging, bit for bit.
 fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Outcome<Outputs> {
     let mut model = mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))?;
+    let before = base(backend, &model, "base");
     let x = get(inputs, "x")?;
     let predict = |model: &Mlp<B>| model.predict(backend, up(backend, x));
     let mut run = || -> lowrank::Result<Outputs> {
@@ -284,23 +260,46 @@ fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Ou
         model.set_adapters_enabled(true)?;
         model.merge_adapters(backend)?;
         outputs.insert("y_merged".into(), predict(&model)?);
-        for (name, layer) in model.layers() {
-            outputs.insert(format!("merged.{name}.weight"), down(backend, &layer.base().weight().tensor));
-            let bias = layer.base().bias().map(|bias| down(backend, &bias.tensor));
-            outputs.extend(bias.map(|bias| (format!("merged.{name}.bias"), bias)));
-        }
+        model.unmerge_adapters(backend)?;
+        outputs.extend(base(backend, &model, "unmerged"));
+        model.merge_and_unload(backend)?;
+        outputs.extend(base(backend, &model, "merged"));
         Ok(outputs)
     };
-    run().map_err(said)
+    let outputs = run().map_err(said)?;
+    let bits = |outputs: &Outputs, what: &str| -> Vec<u32> {
+        let base = outputs.iter().filter(|(name, _)| name.starts_with(what));
+        base.flat_map(|(_, values)| values).map(|x| x.to_bits()).collect()
+    };
+    let restored = bits(&outputs, "unmerged.") == bits(&before, "base.");
+    if restored { Ok(outputs) } else { Err("unmerging does not restore the base weights".into()) }
 }
 
-/// An adapter that the crate does not know how to honour: it must name the setting and leave the model alone.
-fn refused_peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path, field: &str) -> Outcome<Outputs> {
-    let mut model = mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))?;
-    match adapter::load(backend, &mut model, folder) {
-        Err(Error::Unsupported { field: named, .. }) if named == field => {}
-        other => return Err(format!("loading gave {other:?}, want an error that names {field}")),
+/// The weights and biases of the base layers, as they are just now.
+fn base<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, what: &str) -> Outputs {
+    let mut outputs = Outputs::new();
+    for (name, layer) in model.layers() {
+        outputs.insert(format!("{what}.{name}.weight"), down(backend, &layer.base().weight().tensor));
+        let bias = layer.base().bias().map(|bias| down(backend, &bias.tensor));
+        outputs.extend(bias.map(|bias| (format!("{what}.{name}.bias"), bias)));
     }
-    let touched = model.layers().any(|(_, layer)| layer.lora().is_some());
-    if touched { Err("a refused adapter changed the model".into()) } else { Ok(Outputs::new()) }
+    outputs
+}
+
+/// A layer with several adapters, and a batch whose rows name theirs.
+fn mixed_batch<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scales: &[f32]) -> Outcome<Outputs> {
+    let bias = inputs.get("bias").map(|bias| up(backend, bias));
+    let base = Linear::from_tensors(up(backend, get(inputs, "weight")?), bias).map_err(said)?;
+    let mut model = Mlp::from_layers(vec![base]).map_err(said)?;
+    for (i, &scale) in scales.iter().enumerate() {
+        let (a, b) = (get(inputs, &format!("adapter.{i}.lora_a"))?, get(inputs, &format!("adapter.{i}.lora_b"))?);
+        let config = LoraConfig { scaling: Scaling::Raw, ..LoraConfig::new(a.rows, scale) };
+        let adapter = Adapter::from_tensors(up(backend, a), up(backend, b), config).map_err(said)?;
+        model.insert_adapter(&format!("a{i}"), vec![("linear1".into(), Tuned::Lora(adapter))]).map_err(said)?;
+    }
+    let names: Vec<Option<String>> =
+        get(inputs, "adapter_index")?.data.iter().map(|&i| (i >= 0.0).then(|| format!("a{i}"))).collect();
+    let names: Vec<Option<&str>> = names.iter().map(Option::as_deref).collect();
+    let y = model.predict_mixed(backend, &up(backend, get(inputs, "x")?), &names).map_err(said)?;
+    Ok(Outputs::from([("y".into(), y)]))
 }

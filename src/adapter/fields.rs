@@ -1,0 +1,290 @@
+//! The keys of an `adapter_config.json`, read and checked.
+
+use regex::{Regex, RegexBuilder};
+use serde_json::{Map, Value, json};
+
+use super::CONFIG_FILE;
+use super::modules::{Layers, Modules, Saved, Selection};
+use crate::error::{Error, Result};
+use crate::nn::{Bias, Init};
+
+/// What a config may hold but not set: each changes what an adapter computes, in a way that this crate does not.
+const UNSUPPORTED: [&str; 16] = [
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "kasa_config",
+    "layer_replication",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+];
+
+/// The keys of a file and what they may hold. An absent key and `null` are the same: the default.
+pub(super) struct Fields<'d>(pub(super) &'d Map<String, Value>);
+
+pub(super) const RANK: &str = "a whole number above 0";
+
+impl Fields<'_> {
+    pub(super) fn read<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
+        let value = self.0.get(key).filter(|value| !value.is_null());
+        value.map(|value| read(value).ok_or_else(|| wrong(key, value, want))).transpose()
+    }
+
+    pub(super) fn refuse_unsupported(&self) -> Result<()> {
+        self.read("peft_type", "\"LORA\"", |value| (value == "LORA").then_some(()))?
+            .ok_or_else(|| refused("`peft_type` is missing, want \"LORA\"".into()))?;
+        let set =
+            UNSUPPORTED.iter().find_map(|&field| self.0.get(field).filter(|value| is_set(value)).map(|value| (field, value)));
+        match set {
+            Some((field, value)) => Err(unsupported(field, value)),
+            None => Ok(()),
+        }
+    }
+
+    /// `target_modules` and what goes with it.
+    pub(super) fn selection(&self) -> Result<Selection> {
+        const KEY: &str = "target_modules";
+        let Some(targets) = self.modules(KEY)? else {
+            return Err(refused(format!("`{KEY}` is missing, want a list of names, or a string")));
+        };
+        let saved = self.read("modules_to_save", "a list of names", names)?.unwrap_or_default().into_iter().map(|name| {
+            let within = regex("modules_to_save", &format!(r"\A(?:^|.*\.)(?:{name})(?:$|\..*)"))?;
+            Ok(Saved { name, within })
+        });
+        let saved = saved.collect::<Result<_>>()?;
+        let excluded = self.modules("exclude_modules")?;
+        Ok(Selection { layers: self.layers(&targets)?, targets, excluded, saved })
+    }
+
+    /// A list of the ends of names, a regular expression for whole names, or `all-linear`.
+    fn modules(&self, key: &str) -> Result<Option<Modules>> {
+        let modules = self.read(key, "a list of names, or a string", |value| match value {
+            Value::String(all) if key == "target_modules" && all.eq_ignore_ascii_case("all-linear") => {
+                Some(Ok(Modules::AllLinear))
+            }
+            Value::String(pattern) => Some(regex(key, &format!(r"\A(?:{pattern})\z")).map(Modules::Matching)),
+            value => names(value).map(|names| Ok(Modules::Names(names))),
+        })?;
+        modules.transpose()
+    }
+
+    /// `layers_to_transform`, found by `layers_pattern` or as the first number between dots. PEFT takes both with a list of
+    /// `target_modules` only.
+    fn layers(&self, targets: &Modules) -> Result<Option<Layers>> {
+        let numbers = self.read("layers_to_transform", "a layer's number, or a list of them", |value| match value {
+            Value::Array(numbers) => numbers.iter().map(Value::as_u64).collect(),
+            value => value.as_u64().map(|number| vec![number]),
+        })?;
+        let patterns = self.read("layers_pattern", "a name, or a list of names", |value| match value {
+            Value::String(pattern) if pattern.is_empty() => Some(Vec::new()),
+            Value::String(pattern) => Some(vec![pattern.clone()]),
+            value => names(value),
+        })?;
+        let patterns = patterns.filter(|patterns| !patterns.is_empty());
+        let by_name = matches!(targets, Modules::Names(_));
+        for (key, set) in [("layers_to_transform", numbers.is_some()), ("layers_pattern", patterns.is_some())] {
+            if set && !by_name {
+                return Err(refused(format!("`{key}` is set, want a list of names in `target_modules` beside it")));
+            }
+        }
+        let Some(numbers) = numbers.filter(|numbers| !numbers.is_empty()) else {
+            return match patterns {
+                Some(_) => Err(refused("`layers_pattern` is set, want `layers_to_transform` beside it".into())),
+                None => Ok(None),
+            };
+        };
+        let patterns = match patterns {
+            None => vec![regex("layers_pattern", r"\A.*?\.[^.]*\.(?P<idx>[0-9]+)\.")?],
+            Some(patterns) => {
+                let pattern = |name| regex("layers_pattern", &format!(r"\A(?:^|.*?\.)(?:{name})\.(?P<idx>[0-9]+)\."));
+                patterns.into_iter().map(pattern).collect::<Result<_>>()?
+            }
+        };
+        Ok(Some(Layers { numbers, patterns }))
+    }
+
+    /// `bias`
+    pub(super) fn bias(&self) -> Result<Bias> {
+        let bias = self.read("bias", "\"none\", \"all\" or \"lora_only\"", |value| match value.as_str() {
+            Some("none" | "") => Some(Bias::None),
+            Some("all") => Some(Bias::All),
+            Some("lora_only") => Some(Bias::LoraOnly),
+            _ => None,
+        })?;
+        Ok(bias.unwrap_or_default())
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<bool> {
+        Ok(self.read(key, "true or false", Value::as_bool)?.unwrap_or(false))
+    }
+
+    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order they are tried.
+    pub(super) fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Regex, T)>> {
+        let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
+        let entry = |(name, value): (&String, &Value)| {
+            let value = read(value).ok_or_else(|| wrong(&format!("{key}.{name}"), value, want))?;
+            Ok((regex(key, &format!(r"\A(?:(.*\.)?({name})$)"))?, value))
+        };
+        entries.iter().map(entry).collect()
+    }
+
+    /// `init_lora_weights`. Those that change the base weights, such as `pissa`, would have to be repeated before loading.
+    pub(super) fn begins(&self) -> Result<Begins> {
+        match self.0.get("init_lora_weights") {
+            None | Some(Value::Null | Value::Bool(true)) => Ok(Begins::Usual),
+            Some(Value::Bool(false)) => Ok(Begins::NonZero),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(Begins::Gaussian),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(Begins::Orthogonal),
+            Some(other) => Err(unsupported("init_lora_weights", other)),
+        }
+    }
+}
+
+/// How an adapter began: [`Init`] before the rank is known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Begins {
+    Usual,
+    NonZero,
+    Gaussian,
+    Orthogonal,
+}
+
+impl Begins {
+    pub(super) fn of(init: Init) -> Self {
+        match init {
+            Init::KaimingUniform => Begins::Usual,
+            Init::NonZero => Begins::NonZero,
+            Init::Gaussian { .. } => Begins::Gaussian,
+            Init::Orthogonal => Begins::Orthogonal,
+        }
+    }
+
+    pub(super) fn init(self, rank: usize) -> Init {
+        match self {
+            Begins::Usual => Init::KaimingUniform,
+            Begins::NonZero => Init::NonZero,
+            Begins::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
+            Begins::Orthogonal => Init::Orthogonal,
+        }
+    }
+
+    pub(super) fn value(self) -> Value {
+        match self {
+            Begins::Usual => json!(true),
+            Begins::NonZero => json!(false),
+            Begins::Gaussian => json!("gaussian"),
+            Begins::Orthogonal => json!("orthogonal"),
+        }
+    }
+}
+
+fn names(value: &Value) -> Option<Vec<String>> {
+    value.as_array()?.iter().map(|name| name.as_str().map(String::from)).collect()
+}
+
+pub(super) fn rank(value: &Value) -> Option<usize> {
+    value.as_u64().and_then(|rank| usize::try_from(rank).ok()).filter(|&rank| rank > 0)
+}
+
+pub(super) fn dropout(value: &Value) -> Option<f32> {
+    value.as_f64().map(|p| p as f32).filter(|p| (0.0..1.0).contains(p))
+}
+
+pub(super) fn is_set(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(entries) => !entries.is_empty(),
+        Value::String(text) => !text.is_empty() && text != "none",
+        Value::Bool(true) | Value::Number(_) => true,
+    }
+}
+
+/// A pattern in the syntax that Python's `re` and the regex crate share. The limit keeps a hostile one small.
+fn regex(key: &str, pattern: &str) -> Result<Regex> {
+    let built = RegexBuilder::new(pattern).size_limit(1 << 20).build();
+    built.map_err(|_| refused(format!("`{key}` holds {}, want a regular expression without look-around", brief(pattern))))
+}
+
+/// What is wrong with the file, before it is known where it lies.
+pub(super) fn refused(reason: String) -> Error {
+    Error::File { path: CONFIG_FILE.into(), reason }
+}
+
+fn wrong(key: &str, value: &Value, want: &str) -> Error {
+    refused(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
+}
+
+pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
+    Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
+}
+
+/// As much of a hostile value as a message can bear.
+fn brief(text: &str) -> String {
+    const LONGEST: usize = 60;
+    let mut brief: String = text.chars().take(LONGEST).collect();
+    if brief.len() < text.len() {
+        brief.push('…');
+    }
+    brief
+}
+
+/// Every key that PEFT 0.21 writes, sorted, at its default.
+pub(super) fn peft_defaults() -> Map<String, Value> {
+    let defaults = json!({
+        "alora_invocation_tokens": null,
+        "alpha_pattern": {},
+        "arrow_config": null,
+        "auto_mapping": null,
+        "base_model_name_or_path": null,
+        "bias": "none",
+        "corda_config": null,
+        "ensure_weight_tying": false,
+        "eva_config": null,
+        "exclude_modules": null,
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "kasa_config": null,
+        "layer_replication": null,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "loftq_config": {},
+        "lora_alpha": 8,
+        "lora_bias": false,
+        "lora_dropout": 0.0,
+        "lora_ga_config": null,
+        "megatron_config": null,
+        "megatron_core": "megatron.core",
+        "modules_to_save": null,
+        "monteclora_config": null,
+        "peft_type": "LORA",
+        "peft_version": "0.21.2",
+        "qalora_group_size": 16,
+        "r": 8,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": null,
+        "target_parameters": null,
+        "task_type": null,
+        "trainable_token_indices": null,
+        "use_bdlora": null,
+        "use_dora": false,
+        "use_qalora": false,
+        "use_rslora": false,
+        "velora_config": null,
+    });
+    match defaults {
+        Value::Object(defaults) => defaults,
+        _ => Map::new(), // it is an object, as written above
+    }
+}

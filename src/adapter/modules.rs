@@ -1,0 +1,86 @@
+//! Which layers a config names, by PEFT's rules.
+
+use regex::Regex;
+
+/// Which layers get an update, and which are copied and trained whole.
+#[derive(Clone, Debug)]
+pub(super) struct Selection {
+    /// `target_modules`
+    pub(super) targets: Modules,
+    /// `exclude_modules`
+    pub(super) excluded: Option<Modules>,
+    /// `layers_to_transform` and `layers_pattern`
+    pub(super) layers: Option<Layers>,
+    /// `modules_to_save`
+    pub(super) saved: Vec<Saved>,
+}
+
+/// A set of names.
+#[derive(Clone, Debug)]
+pub(super) enum Modules {
+    AllLinear,
+    Names(Vec<String>),
+    Matching(Regex),
+}
+
+/// Numbered layers, `3` in `model.layers.3.q_proj`.
+#[derive(Clone, Debug)]
+pub(super) struct Layers {
+    pub(super) numbers: Vec<u64>,
+    /// Each finds the number of a layer as its group `idx`.
+    pub(super) patterns: Vec<Regex>,
+}
+
+/// An entry of `modules_to_save`.
+#[derive(Clone, Debug)]
+pub(super) struct Saved {
+    /// The end of the name of what is copied.
+    pub(super) name: String,
+    /// What gets no update: it, and all that is in it.
+    pub(super) within: Regex,
+}
+
+impl Selection {
+    /// Whether a layer gets an update. What is excluded or saved whole does not; the number counts for layers that the end of a
+    /// name picks, not for one that is named in full.
+    pub(super) fn targets(&self, layer: &str) -> bool {
+        if self.excluded.as_ref().is_some_and(|excluded| excluded.include(layer)) {
+            return false;
+        }
+        if self.saved.iter().any(|saved| saved.within.is_match(layer)) {
+            return false;
+        }
+        let named = matches!(&self.targets, Modules::Names(names) if names.iter().any(|name| name == layer));
+        let numbered = || self.layers.as_ref().is_none_or(|layers| layers.include(layer));
+        named || self.targets.include(layer) && numbered()
+    }
+
+    /// Whether a layer is copied and trained whole.
+    pub(super) fn saves(&self, layer: &str) -> bool {
+        self.saved.iter().any(|saved| layer.ends_with(&saved.name))
+    }
+}
+
+impl Modules {
+    fn include(&self, layer: &str) -> bool {
+        match self {
+            Modules::AllLinear => true,
+            Modules::Names(names) => names.iter().any(|name| {
+                let above = layer.strip_suffix(name.as_str());
+                above.is_some_and(|above| above.is_empty() || above.ends_with('.'))
+            }),
+            Modules::Matching(regex) => regex.is_match(layer),
+        }
+    }
+}
+
+impl Layers {
+    /// By the first pattern that finds a number.
+    fn include(&self, layer: &str) -> bool {
+        let number = self.patterns.iter().find_map(|pattern| pattern.captures(layer)).and_then(|found| {
+            let digits = found.name("idx")?.as_str();
+            digits.parse().ok()
+        });
+        number.is_some_and(|number: u64| self.numbers.contains(&number))
+    }
+}

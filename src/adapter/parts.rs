@@ -1,0 +1,134 @@
+//! Which tensors of a file make up what an adapter does to a layer.
+//!
+//! | tensor | shape | what |
+//! |---|---|---|
+//! | `linear1.lora_A.weight` | `[r, k]` | `A` |
+//! | `linear1.lora_B.weight` | `[n, r]` | `B` |
+//! | `linear1.lora_B.bias` | `[n]` | the bias of the update |
+//! | `linear1.lora_magnitude_vector` | `[n]` | DoRA's magnitudes |
+//! | `linear1.base_layer.bias` | `[n]` | the bias of a layer that gets an update |
+//! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
+
+use super::config::{AdapterConfig, Asked};
+use super::tensors::{self, Entry, HostTensors};
+use super::{CONFIG_FILE, fields};
+use crate::autograd::Param;
+use crate::backend::Backend;
+use crate::error::Result;
+use crate::nn::{Adapter, Bias, Linear, LoraConfig, Mlp, Tuned};
+use crate::tensor::{Shape, Tensor};
+
+/// What a config and the tensors of a file give a model, layer by layer: every tensor that is needed, and no other.
+pub(super) fn read<B: Backend>(
+    backend: &B,
+    model: &Mlp<B>,
+    config: &AdapterConfig,
+    tensors: HostTensors,
+) -> Result<Vec<(String, Tuned<B>)>> {
+    let mut file = File { backend, tensors };
+    let mut parts = Vec::new();
+    for (layer, there) in model.layers() {
+        let part = match config.asks(layer) {
+            Some(Asked::Lora(config)) => Tuned::Lora(file.adapter(layer, there.base(), config)?),
+            Some(Asked::Whole) => Tuned::Whole(file.whole(layer, there.base())?),
+            Some(Asked::Bias) => match there.base().bias() {
+                Some(bias) => Tuned::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
+                None => continue,
+            },
+            None => continue,
+        };
+        parts.push((layer.to_string(), part));
+    }
+    if !parts.iter().any(|(_, part)| part.adapter().is_some()) {
+        let layers: Vec<&str> = model.layers().map(|(name, _)| name).collect();
+        return Err(fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
+    }
+    match file.tensors.keys().next() {
+        Some(name) => Err(tensors::refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))),
+        None => Ok(parts),
+    }
+}
+
+/// The tensors of an adapter of a model, under their names in a file.
+pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Result<Vec<Entry<Vec<B::Elem>>>> {
+    let mut entries = Vec::new();
+    for (layer, there) in model.layers() {
+        let mut push = |end: &str, shape: Vec<usize>, tensor| {
+            entries.push(Entry { name: format!("{layer}.{end}"), shape, tensor });
+        };
+        let row = |param: &Param<B>| Ok((vec![param.tensor.cols()], param.tensor.to_vec(backend)?));
+        let mut rows = Vec::new();
+        match there.lora().and_then(|lora| lora.part(name)) {
+            Some(Tuned::Lora(adapter)) => {
+                let (rank, [a, b]) = (adapter.config().rank, adapter.trimmed(backend)?);
+                push("lora_A.weight", vec![rank, adapter.a().tensor.cols()], a);
+                push("lora_B.weight", vec![adapter.b().tensor.rows(), rank], b);
+                let own = [("lora_B.bias", adapter.lora_bias()), ("lora_magnitude_vector", adapter.magnitude())];
+                rows.extend(own);
+                rows.push(("base_layer.bias", adapter.bias()));
+            }
+            Some(Tuned::Bias(bias)) => rows.push(("bias", Some(bias))),
+            Some(Tuned::Whole(linear)) => {
+                let weight = &linear.weight().tensor;
+                push("weight", vec![weight.rows(), weight.cols()], weight.to_vec(backend)?);
+                rows.push(("bias", linear.bias()));
+            }
+            None => {}
+        }
+        for (end, param) in rows.into_iter().filter_map(|(end, param)| Some((end, param?))) {
+            let (shape, tensor) = row(param)?;
+            push(end, shape, tensor);
+        }
+    }
+    Ok(entries)
+}
+
+/// The tensors of a file that nobody has taken yet.
+struct File<'b, B> {
+    backend: &'b B,
+    tensors: HostTensors,
+}
+
+impl<B: Backend> File<'_, B> {
+    fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig) -> Result<Adapter<B>> {
+        config.check()?;
+        let Shape { rows: n, cols: k } = base.weight().tensor.shape();
+        let a = self.take(&tensors::key(layer, "lora_A"), (config.rank, k).into(), &[config.rank, k])?;
+        let b = self.take(&tensors::key(layer, "lora_B"), (n, config.rank).into(), &[n, config.rank])?;
+        let LoraConfig { lora_bias, use_dora, bias, .. } = config;
+        let mut adapter = Adapter::from_tensors(a, b, config)?;
+        if lora_bias {
+            adapter = adapter.with_lora_bias(self.row(&format!("{layer}.lora_B.bias"), n)?);
+        }
+        if use_dora {
+            adapter = adapter.with_magnitude(self.row(&format!("{layer}.lora_magnitude_vector"), n)?);
+        }
+        if bias != Bias::None && base.bias().is_some() {
+            adapter = adapter.with_bias(self.row(&format!("{layer}.base_layer.bias"), n)?);
+        }
+        Ok(adapter)
+    }
+
+    fn whole(&mut self, layer: &str, base: &Linear<B>) -> Result<Linear<B>> {
+        let Shape { rows: n, cols: k } = base.weight().tensor.shape();
+        let weight = self.take(&format!("{layer}.weight"), (n, k).into(), &[n, k])?;
+        let bias = base.bias().map(|_| self.row(&format!("{layer}.bias"), n)).transpose()?;
+        Linear::from_tensors(weight, bias)
+    }
+
+    /// A vector of the file, `1×n` on the device.
+    fn row(&mut self, name: &str, n: usize) -> Result<Tensor<B>> {
+        self.take(name, (1, n).into(), &[n])
+    }
+
+    /// A tensor of the file on the device, if it is there, has this shape, and no number overflows.
+    fn take(&mut self, name: &str, shape: Shape, want: &[usize]) -> Result<Tensor<B>> {
+        let spell = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×");
+        let missing = || tensors::refused(format!("`{name}` is missing, want {}", spell(want)));
+        let tensor = self.tensors.remove(name).ok_or_else(missing)?;
+        if tensor.shape != want {
+            return Err(tensors::refused(format!("`{name}` is {}, want {}", spell(&tensor.shape), spell(want))));
+        }
+        Tensor::from_slice(self.backend, shape, &tensors::narrow(name, &tensor.values)?)
+    }
+}

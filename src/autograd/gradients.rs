@@ -1,0 +1,138 @@
+//! What a backward pass found: looked up, added up over batches, and clipped.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+
+use super::{Param, Var};
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::op::{Accumulate, LinearBackward, WeightGrad};
+use crate::tensor::{Shape, Tensor};
+
+pub(super) enum Gradient<B: Backend> {
+    Dense(Tensor<B, f32>),
+    /// `dyᵀ·x`, with `x` among the values of the tape.
+    Factored {
+        dy: Tensor<B>,
+        x: Var,
+    },
+}
+
+/// What a backward pass found, by parameter.
+///
+/// The gradient of a weight is kept as the product that it is, with the values of the tape as its right factors. Adding up and
+/// clipping make matrices of such products.
+pub struct Gradients<B: Backend> {
+    pub(super) values: Vec<Tensor<B>>,
+    of: HashMap<u64, Gradient<B>>,
+}
+
+impl<B: Backend> Gradients<B> {
+    /// None yet, for a tape with these values.
+    pub(super) fn of(values: Vec<Tensor<B>>) -> Self {
+        Self { values, of: HashMap::new() }
+    }
+
+    /// The gradient of a parameter; `None` if it was frozen or took no part.
+    pub fn get(&self, param: &Param<B>) -> Option<WeightGrad<'_, B>> {
+        self.of.get(&param.id).map(|gradient| match gradient {
+            Gradient::Dense(gradient) => WeightGrad::Dense(gradient),
+            Gradient::Factored { dy, x } => WeightGrad::Factored { dy, x: &self.values[x.index] },
+        })
+    }
+
+    /// How many parameters have a gradient.
+    pub fn len(&self) -> usize {
+        self.of.len()
+    }
+
+    /// Whether no parameter has one.
+    pub fn is_empty(&self) -> bool {
+        self.of.is_empty()
+    }
+
+    /// Adds the gradients of another batch: several small batches then make one step. A loss is a mean over its batch, so the
+    /// sum over `n` of them is [scaled](Self::scale) by `1/n`.
+    pub fn add(&mut self, backend: &B, mut other: Self) -> Result<()> {
+        self.make_dense(backend)?;
+        other.make_dense(backend)?;
+        for (id, gradient) in other.of {
+            match (self.of.entry(id), gradient) {
+                (Entry::Occupied(mut sum), Gradient::Dense(x)) => {
+                    if let Gradient::Dense(y) = sum.get_mut() {
+                        Accumulate { x: &x, scale: 1.0, y }.run(backend)?;
+                    }
+                }
+                (Entry::Vacant(new), gradient) => {
+                    new.insert(gradient);
+                }
+                (Entry::Occupied(_), Gradient::Factored { .. }) => {} // made dense above
+            }
+        }
+        Ok(())
+    }
+
+    /// Multiplies every gradient. Errors: [`Error::Value`] unless `by` is finite.
+    pub fn scale(&mut self, backend: &B, by: f32) -> Result<()> {
+        Error::unless(by.is_finite(), "scale", "by", by, "a finite number")?;
+        self.make_dense(backend)?;
+        for gradient in self.of.values_mut() {
+            if let Gradient::Dense(x) = gradient {
+                let mut y = Tensor::zeros(backend, x.shape())?;
+                Accumulate { x, scale: by, y: &mut y }.run(backend)?;
+                *x = y;
+            }
+        }
+        Ok(())
+    }
+
+    /// `√Σ g²` over all gradients: what [`clip`](Self::clip) compares.
+    pub fn norm(&mut self, backend: &B) -> Result<f64> {
+        self.make_dense(backend)?;
+        let mut of: Vec<_> = self.of.iter().collect();
+        of.sort_by_key(|(id, _)| **id); // the same order, hence the same bits, in every run
+        let mut sum = 0.0;
+        for (_, gradient) in of {
+            if let Gradient::Dense(gradient) = gradient {
+                sum += gradient.to_vec(backend)?.into_iter().map(|g| f64::from(g).powi(2)).sum::<f64>();
+            }
+        }
+        Ok(sum.sqrt())
+    }
+
+    /// Multiplies every gradient with `max_norm / (norm + 1e-6)` if that is below 1, as PyTorch does, and returns the norm there
+    /// was.
+    ///
+    /// Errors: [`Error::Value`] unless `max_norm` is finite and not negative and the norm is finite; nothing is changed then.
+    pub fn clip(&mut self, backend: &B, max_norm: f32) -> Result<f64> {
+        let fine = max_norm.is_finite() && max_norm >= 0.0;
+        Error::unless(fine, "clip", "max_norm", max_norm, "finite and not negative")?;
+        let norm = self.norm(backend)?;
+        Error::unless(norm.is_finite(), "clip", "norm", norm, "finite")?;
+        let by = f64::from(max_norm) / (norm + 1e-6);
+        if by < 1.0 {
+            self.scale(backend, by as f32)?;
+        }
+        Ok(norm)
+    }
+
+    pub(super) fn file(&mut self, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+        let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
+        let first = self.of.insert(param.id, gradient).is_none();
+        Error::unless(first, "backward", "param", format!("{} used twice", param.tensor.shape()), "used once on a tape")
+    }
+
+    /// Makes the matrix of every gradient that is kept as a product.
+    fn make_dense(&mut self, backend: &B) -> Result<()> {
+        for gradient in self.of.values_mut() {
+            let Gradient::Factored { dy, x } = gradient else { continue };
+            let x = &self.values[x.index];
+            let shape = Shape::from((dy.cols(), x.cols()));
+            let mut dw = Tensor::zeros(backend, shape)?;
+            let w = &Tensor::zeros(backend, shape)?; // gives the verb its sizes: without `dx` nobody reads it
+            LinearBackward { x, w, dy, dx: None, dw: Some(&mut dw), dbias: None }.run(backend)?;
+            *gradient = Gradient::Dense(dw);
+        }
+        Ok(())
+    }
+}

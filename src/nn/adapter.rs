@@ -1,0 +1,183 @@
+//! The update of one layer: `scaling·B·A`, and what may go with it.
+
+use super::{Linear, LoraConfig, dora};
+use crate::autograd::Param;
+use crate::backend::Backend;
+use crate::element::Float;
+use crate::error::{Error, Result};
+use crate::random::Rng;
+use crate::tensor::{Shape, Tensor};
+
+/// What an adapter does to one layer: the factors of an update `scaling·B·A`, and, where its settings say so, a bias of the update
+/// (`lora_bias`), the lengths of the merged rows (DoRA), and a bias in place of the layer's.
+///
+/// The factors may have room for a larger rank than the settings say; what is beyond it is zero, and stays zero in training.
+#[derive(Debug)]
+pub struct Adapter<B: Backend> {
+    pub(super) a: Param<B>,
+    pub(super) b: Param<B>,
+    pub(super) lora_bias: Option<Param<B>>,
+    pub(super) magnitude: Option<Param<B>>,
+    pub(super) bias: Option<Param<B>>,
+    pub(super) config: LoraConfig,
+    pub(super) strength: f32,
+}
+
+impl<B: Backend> Adapter<B> {
+    /// For a layer: factors as the settings say, rows as long as they are, a copy of the bias. Errors: [`Error::Value`].
+    pub fn new(backend: &B, base: &Linear<B>, config: LoraConfig, rng: &mut Rng) -> Result<Self> {
+        config.check()?;
+        let Shape { rows: n, cols: k } = base.weight().tensor.shape();
+        let (a, b) = config.init.factors(backend, (n, k, config.rank), rng)?;
+        let mut adapter = Self::from_tensors(a, b, config)?;
+        if adapter.config.lora_bias {
+            adapter.lora_bias = Some(Param::plus(Tensor::zeros(backend, (1, n))?));
+        }
+        if adapter.config.use_dora {
+            adapter.magnitude = Some(Param::plus(dora::row_norms(backend, base, &adapter)?));
+        }
+        if adapter.config.bias != super::Bias::None {
+            adapter.bias = base.bias().map(|bias| copy(backend, &bias.tensor).map(Param::plus)).transpose()?;
+        }
+        Ok(adapter)
+    }
+
+    /// From `A r×k` and `B n×r`. Errors: [`Error::Shape`], [`Error::Value`].
+    pub fn from_tensors(a: Tensor<B>, b: Tensor<B>, config: LoraConfig) -> Result<Self> {
+        config.check()?;
+        fits("a", a.shape(), (config.rank, a.cols()))?;
+        fits("b", b.shape(), (b.rows(), config.rank))?;
+        let (a, b) = (Param::new(a), Param::plus(b));
+        Ok(Self { a, b, lora_bias: None, magnitude: None, bias: None, config, strength: 1.0 })
+    }
+
+    /// With a bias of the update, `1×n`.
+    #[must_use]
+    pub fn with_lora_bias(mut self, lora_bias: Tensor<B>) -> Self {
+        (self.lora_bias, self.config.lora_bias) = (Some(Param::plus(lora_bias)), true);
+        self
+    }
+
+    /// With the lengths of the merged rows, `1×n`: DoRA.
+    #[must_use]
+    pub fn with_magnitude(mut self, magnitude: Tensor<B>) -> Self {
+        (self.magnitude, self.config.use_dora) = (Some(Param::plus(magnitude)), true);
+        self
+    }
+
+    /// With a bias, `1×n`, in place of the layer's.
+    #[must_use]
+    pub fn with_bias(mut self, bias: Tensor<B>) -> Self {
+        self.bias = Some(Param::plus(bias));
+        self
+    }
+
+    /// `r×k`, with as many rows more as there is room for
+    pub fn a(&self) -> &Param<B> {
+        &self.a
+    }
+
+    /// `n×r`, with as many columns more as there is room for
+    pub fn b(&self) -> &Param<B> {
+        &self.b
+    }
+
+    /// `1×n`: the bias of the update.
+    pub fn lora_bias(&self) -> Option<&Param<B>> {
+        self.lora_bias.as_ref()
+    }
+
+    /// `1×n`: the lengths of the merged rows.
+    pub fn magnitude(&self) -> Option<&Param<B>> {
+        self.magnitude.as_ref()
+    }
+
+    /// `1×n`: what takes the place of the layer's bias.
+    pub fn bias(&self) -> Option<&Param<B>> {
+        self.bias.as_ref()
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// What the update is multiplied with: `strength` times what alpha and the rank make.
+    pub fn scaling(&self) -> f32 {
+        self.strength * self.config.scaling.of(self.config.alpha, self.config.rank)
+    }
+
+    /// Its parameters: `A`, `B`, then the bias of the update, the magnitudes and the bias, where they are there.
+    pub fn params(&self) -> impl Iterator<Item = &Param<B>> {
+        [&self.a, &self.b].into_iter().chain(&self.lora_bias).chain(&self.magnitude).chain(&self.bias)
+    }
+
+    /// Its parameters, in the order of [`params`](Self::params).
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
+        [&mut self.a, &mut self.b].into_iter().chain(&mut self.lora_bias).chain(&mut self.magnitude).chain(&mut self.bias)
+    }
+
+    /// The rank there is room for.
+    pub fn room(&self) -> usize {
+        self.a.tensor.rows()
+    }
+
+    /// `A` and `B` without the room beyond the rank.
+    pub(crate) fn trimmed(&self, backend: &B) -> Result<[Vec<B::Elem>; 2]> {
+        let (a, b) = (self.a.tensor.to_vec(backend)?, self.b.tensor.to_vec(backend)?);
+        let (rank, room, k) = (self.config.rank, self.room(), self.a.tensor.cols());
+        let b = b.chunks_exact(room).flat_map(|row| row.iter().take(rank).copied()).collect();
+        Ok([a.into_iter().take(rank * k).collect(), b])
+    }
+
+    /// Makes room for a larger rank; the update stays what it is. Does nothing if there is as much.
+    pub(super) fn reserve(&mut self, backend: &B, rank: usize) -> Result<()> {
+        if rank <= self.room() {
+            return Ok(());
+        }
+        let (n, k) = (self.b.tensor.rows(), self.a.tensor.cols());
+        let [a, b] = self.trimmed(backend)?;
+        let a = Tensor::from_slice(backend, (rank, k), &padded(&a, (self.config.rank, k), (rank, k)))?;
+        let b = Tensor::from_slice(backend, (n, rank), &padded(&b, (n, self.config.rank), (n, rank)))?;
+        let (was_a, was_b) = (self.a.trainable, self.b.trainable);
+        (self.a, self.b) = (Param::new(a), Param::plus(b)); // new ones: an optimizer's moments have the old shape
+        (self.a.trainable, self.b.trainable) = (was_a, was_b);
+        Ok(())
+    }
+
+    /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] where its settings ask for what is not
+    /// there.
+    pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
+        let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
+        let row =
+            |name, param: &Option<Param<B>>| param.as_ref().map_or(Ok(()), |param| fits(name, param.tensor.shape(), (1, n)));
+        fits("a", self.a.tensor.shape(), (self.room(), k))?;
+        fits("b", self.b.tensor.shape(), (n, self.room()))?;
+        row("lora_bias", &self.lora_bias)?;
+        row("magnitude", &self.magnitude)?;
+        row("bias", &self.bias)?;
+        let LoraConfig { use_dora, lora_bias, .. } = self.config;
+        Error::unless(self.magnitude.is_some() == use_dora, "lora", "magnitude", "missing", "there, for `use_dora`")?;
+        Error::unless(self.lora_bias.is_some() == lora_bias, "lora", "lora_bias", "missing", "there, as the settings say")
+    }
+}
+
+fn fits(name: &'static str, got: Shape, want: impl Into<Shape>) -> Result<()> {
+    let want = want.into();
+    if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
+}
+
+/// The same matrix with zeros to the right and below.
+pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), (to_rows, to_cols): (usize, usize)) -> Vec<E> {
+    let mut padded = vec![E::default(); to_rows * to_cols];
+    if cols > 0 {
+        let rows = matrix.chunks_exact(cols).take(rows);
+        padded.chunks_exact_mut(to_cols).zip(rows).for_each(|(to, from)| to[..cols].copy_from_slice(from));
+    }
+    padded
+}
+
+/// A tensor of its own with the same numbers.
+pub(super) fn copy<B: Backend>(backend: &B, tensor: &Tensor<B>) -> Result<Tensor<B>> {
+    Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?)
+}

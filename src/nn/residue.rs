@@ -1,0 +1,100 @@
+//! What rounding does not give back.
+//!
+//! Adding an update to a weight and taking it away again gives nearly every weight back, bit for bit. A [`Residue`] keeps the
+//! others: a fraction that grows with the update, not a copy of the weight.
+
+use crate::element::Float;
+
+/// The elements of a matrix that are not restored by themselves, and what they were.
+///
+/// Where they lie is kept as the gap to the one before, seven bits a byte: mostly one byte.
+#[derive(Debug)]
+pub(super) struct Residue<E> {
+    gaps: Vec<u8>,
+    originals: Vec<E>,
+}
+
+impl<E: Float> Residue<E> {
+    /// What of `original` is not in `restored`, to the bit.
+    pub(super) fn between(original: &[E], restored: &[E]) -> Self {
+        let mut residue = Self { gaps: Vec::new(), originals: Vec::new() };
+        let mut from = 0;
+        for (at, (was, is)) in original.iter().zip(restored).enumerate() {
+            // Not `==`: 0 and -0 are two weights, and NaN is one.
+            if bytemuck::bytes_of(was) != bytemuck::bytes_of(is) {
+                residue.push_gap(at - from);
+                residue.originals.push(*was);
+                from = at + 1;
+            }
+        }
+        residue.gaps.shrink_to_fit();
+        residue.originals.shrink_to_fit();
+        residue
+    }
+
+    /// Puts the kept elements back.
+    pub(super) fn restore(&self, restored: &mut [E]) {
+        let (mut gaps, mut at) = (self.gaps.iter(), 0);
+        for original in &self.originals {
+            let (mut gap, mut shift) = (0, 0);
+            for &byte in gaps.by_ref() {
+                gap |= usize::from(byte & 0x7f) << shift;
+                shift += 7;
+                if byte < 0x80 {
+                    break;
+                }
+            }
+            at += gap;
+            if let Some(element) = restored.get_mut(at) {
+                *element = *original;
+            }
+            at += 1;
+        }
+    }
+
+    /// How many elements it keeps.
+    pub(super) fn len(&self) -> usize {
+        self.originals.len()
+    }
+
+    /// How much memory that takes, on the host.
+    pub(super) fn bytes(&self) -> usize {
+        self.gaps.capacity() + self.originals.capacity() * size_of::<E>()
+    }
+
+    fn push_gap(&mut self, mut gap: usize) {
+        while gap >= 0x80 {
+            self.gaps.push(gap as u8 | 0x80);
+            gap >>= 7;
+        }
+        self.gaps.push(gap as u8);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_of_every_length_come_back() {
+        let mut original = vec![1.0f32; 40_000];
+        let restored = original.clone();
+        for at in [0, 1, 2, 129, 130, 257, 258, 16_700, 39_999] {
+            original[at] = at as f32 + 0.5;
+        }
+        let residue = Residue::between(&original, &restored);
+        assert_eq!((residue.len(), residue.bytes()), (9, 9 * 4 + 7 + 2 * 3));
+        let mut got = restored;
+        residue.restore(&mut got);
+        assert_eq!(got, original);
+    }
+
+    #[test]
+    fn bits_count_not_values() {
+        let (original, mut restored) = ([0.0f32, f32::NAN, 1.0], [-0.0f32, f32::NAN, 1.0]);
+        let residue = Residue::between(&original, &restored);
+        assert_eq!(residue.len(), 1);
+        residue.restore(&mut restored);
+        assert!(restored[0].is_sign_positive() && restored[1].is_nan());
+    }
+}

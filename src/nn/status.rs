@@ -1,0 +1,92 @@
+//! What a model says of its adapters: their layers, ranks and states, and how many parameters there are.
+
+use super::{Layer, LoraLinear, Mlp, Tuned};
+use crate::autograd::Param;
+use crate::backend::Backend;
+
+/// How many parameters there are, how many the adapters add, and how many may be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParameterReport {
+    /// Weights and biases of the model without adapters.
+    pub original: usize,
+    /// Those of the adapters.
+    pub introduced: usize,
+    /// Those that may be trained.
+    pub trainable: usize,
+}
+
+impl ParameterReport {
+    /// What the adapters add, in per cent of the model.
+    pub fn percent(self) -> f64 {
+        100.0 * self.introduced as f64 / self.original.max(1) as f64
+    }
+}
+
+/// A layer and its adapters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerStatus {
+    /// The layer.
+    pub name: String,
+    /// Whether its active adapters take part.
+    pub enabled: bool,
+    /// Its adapters, in the order they were added.
+    pub adapters: Vec<AdapterStatus>,
+}
+
+/// An adapter in a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterStatus {
+    /// The adapter.
+    pub name: String,
+    /// Whether it is active.
+    pub active: bool,
+    /// Whether it is in the weight.
+    pub merged: bool,
+    /// Whether any of its parameters may be trained: PEFT's `requires_grad`.
+    pub trainable: bool,
+    /// The rank of its update; `None` if it brings a bias or a whole layer.
+    pub rank: Option<usize>,
+    /// What its update is multiplied with; `None` if it brings a bias or a whole layer.
+    pub scaling: Option<f32>,
+    /// How many parameters it has.
+    pub parameters: usize,
+}
+
+impl<B: Backend> Mlp<B> {
+    /// The layers that have adapters, first to last, and those.
+    pub fn status(&self) -> Vec<LayerStatus> {
+        let layers = self.layers().filter_map(|(name, layer)| Some((name, layer.lora()?)));
+        layers.map(|(name, lora)| of(name, lora)).collect()
+    }
+
+    /// How many parameters there are, how many the adapters add, and how many may be trained.
+    pub fn parameter_report(&self) -> ParameterReport {
+        let added = |layer: &'_ Layer<B>| -> usize {
+            let parts = layer.lora().into_iter().flat_map(|lora| lora.parts());
+            parts.flat_map(|(_, part)| part.params()).map(Param::count).sum()
+        };
+        let trainable = |layer: &'_ Layer<B>| -> usize {
+            let parts = layer.lora().into_iter().flat_map(|lora| lora.parts());
+            let params = layer.base().params().chain(parts.flat_map(|(_, part)| part.params()));
+            params.filter(|param| param.trainable).map(Param::count).sum()
+        };
+        ParameterReport {
+            original: self.layers().flat_map(|(_, layer)| layer.base().params()).map(Param::count).sum(),
+            introduced: self.layers().map(|(_, layer)| added(layer)).sum(),
+            trainable: self.layers().map(|(_, layer)| trainable(layer)).sum(),
+        }
+    }
+}
+
+fn of<B: Backend>(name: &str, lora: &LoraLinear<B>) -> LayerStatus {
+    let adapter = |(name, part): (&str, &Tuned<B>)| AdapterStatus {
+        name: name.into(),
+        active: lora.active().iter().any(|active| active == name),
+        merged: lora.merged().any(|merged| merged == name),
+        trainable: part.params().iter().any(|param| param.trainable),
+        rank: part.adapter().map(|adapter| adapter.config().rank),
+        scaling: part.adapter().map(|adapter| adapter.scaling()),
+        parameters: part.params().into_iter().map(Param::count).sum(),
+    };
+    LayerStatus { name: name.into(), enabled: lora.is_enabled(), adapters: lora.parts().map(adapter).collect() }
+}

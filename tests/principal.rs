@@ -1,0 +1,80 @@
+//! Adapters that begin with a part of the weights: the model computes what it did, and every bit comes back.
+
+mod support;
+
+use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, begin_with, combine};
+use lowrank::nn::{DEFAULT, LoraConfig, Mlp, Targets};
+use lowrank::random::Rng;
+use lowrank::{Backend, Error};
+use support::adapters::{SIZES, base_bits, cpu, net, outputs};
+use support::bounds::relative_error;
+use support::cases::TOLERANCE;
+use support::oracle::Mat;
+
+fn near(got: &[f32], want: &[f32]) -> bool {
+    let want = Mat::from_vec(5, SIZES[3], want.iter().map(|&y| y.into()).collect());
+    relative_error(got, &want) <= TOLERANCE
+}
+
+fn begun<B: Backend>(backend: &B, part: Principal) -> Mlp<B> {
+    let mut model = net(backend);
+    model.add_adapters(backend, Targets::All, &LoraConfig::new(3, 4.5), &mut Rng::new(1)).unwrap();
+    begin_with(backend, &mut model, DEFAULT, "start", part).unwrap();
+    model
+}
+
+#[test]
+fn the_model_computes_what_it_did_and_the_weights_come_back() {
+    let cpu = cpu::<f32>();
+    let (base, bits) = (outputs(&cpu, &net(&cpu)), base_bits(&cpu, &net(&cpu)));
+    for part in [Principal::Pissa, Principal::Olora] {
+        let mut model = begun(&cpu, part);
+        assert!(near(&outputs(&cpu, &model), &base), "{part:?}");
+        let (_, layer) = model.layers().next().unwrap();
+        let (w, was) = (layer.base().weight().tensor.to_vec(&cpu).unwrap(), net(&cpu));
+        let was = was.layers().next().unwrap().1.base().weight().tensor.to_vec(&cpu).unwrap();
+        let square = |w: &[f32]| w.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+        assert!(square(&w) < 0.9 * square(&was), "{part:?}: the principal part is out of the weight");
+        assert!(layer.adapter(DEFAULT).unwrap().a().trainable && !layer.adapter("start").unwrap().a().trainable);
+        model.unmerge_adapters(&cpu).unwrap();
+        assert_eq!(base_bits(&cpu, &model), bits, "{part:?}");
+    }
+}
+
+/// Trained, as far as numbers tell; saved as a plain adapter of twice the rank, which a model with its weights as they were loads.
+#[test]
+fn what_was_learned_is_saved_as_a_plain_adapter() {
+    let cpu = cpu::<f32>();
+    for part in [Principal::Pissa, Principal::Olora] {
+        let mut model = begun(&cpu, part);
+        for param in model.params_mut().into_iter().filter(|param| param.trainable) {
+            let moved: Vec<f32> = param.tensor.to_vec(&cpu).unwrap().into_iter().map(|x| 1.1 * x + 0.01).collect();
+            param.tensor.copy_from_slice(&cpu, &moved).unwrap();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        adapter::save(&cpu, &model, dir.path()).unwrap();
+        let (learned, start) = (Folder::read(dir.path()).unwrap(), Folder::read(&dir.path().join("start")).unwrap());
+        let plain = combine(&[(&learned, 1.0), (&start, 1.0)], &Combine::new(CombinationType::Cat)).unwrap();
+        plain.write(&dir.path().join("plain")).unwrap();
+
+        let mut fresh = net(&cpu);
+        adapter::load(&cpu, &mut fresh, &dir.path().join("plain")).unwrap();
+        assert_eq!(fresh.layer("linear1").unwrap().adapter(DEFAULT).unwrap().config().rank, 6);
+        assert!(near(&outputs(&cpu, &fresh), &outputs(&cpu, &model)), "{part:?}");
+    }
+}
+
+#[test]
+fn what_cannot_begin_so_is_refused_and_nothing_changes() {
+    let cpu = cpu::<f32>();
+    for config in [LoraConfig::new(8, 1.0), LoraConfig { use_dora: true, ..LoraConfig::new(2, 1.0) }, LoraConfig::new(2, -1.0)] {
+        let mut model = net(&cpu);
+        model.add_adapters(&cpu, Targets::All, &config, &mut Rng::new(1)).unwrap();
+        let (bits, before) = (base_bits(&cpu, &model), outputs(&cpu, &model));
+        assert!(matches!(begin_with(&cpu, &mut model, DEFAULT, "start", Principal::Pissa), Err(Error::Value { .. })));
+        assert!(begin_with(&cpu, &mut model, "other", "start", Principal::Pissa).is_err());
+        assert!(begin_with(&cpu, &mut model, DEFAULT, DEFAULT, Principal::Pissa).is_err());
+        assert_eq!((base_bits(&cpu, &model), outputs(&cpu, &model)), (bits, before));
+        assert_eq!(model.adapter_names(), [DEFAULT]);
+    }
+}

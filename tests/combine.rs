@@ -51,7 +51,8 @@ fn every_way_of_combining_gives_what_peft_gives() {
     let mut types: Vec<&str> = cases.iter().map(|case| case["type"].as_str().unwrap()).collect();
     for (at, case) in cases.iter().enumerate() {
         let names = case["adapters"].as_array().unwrap();
-        let folders: Vec<Folder> = names.iter().map(|name| Folder::read(&stored().join(name.as_str().unwrap())).unwrap()).collect();
+        let folders: Vec<Folder> =
+            names.iter().map(|name| Folder::read(&stored().join(name.as_str().unwrap())).unwrap()).collect();
         let weights = case["weights"].as_array().unwrap().iter().map(|weight| weight.as_f64().unwrap());
         let text = |key: &str| case[key].as_str();
         let how = Combine {
@@ -205,7 +206,6 @@ fn what_is_more_than_factors_is_refused_by_name() {
         assert!(matches!(&error, Error::Unsupported { field, .. } if *field == key), "{error}");
     }
     for name in ["m0.lora_magnitude_vector", "m0.lora_B.bias", "head.weight", "m0.lora_embedding_A"] {
-
         let stray = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &[0; 4]).unwrap();
         let bytes = safetensors::serialize([(name, stray)], None).unwrap();
         let error = Folder::parse(&config, &bytes).unwrap_err().to_string();

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
+use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
 use super::convert::Convert;
@@ -19,6 +22,8 @@ use crate::tensor::Tensor;
 
 /// Elements of a weight that are merged at once: 1 MiB of `f32`, which stays in L2 from its widening to its rounding.
 const BLOCK: usize = 1 << 18;
+/// Blocks that are merged side by side, then written in their order.
+const BLOCKS: usize = 8;
 
 /// What to [`merge`].
 #[derive(Debug)]
@@ -133,37 +138,32 @@ impl Edit for Updates<'_> {
             return self.convert.write(shard, entry, pass);
         };
         let to = self.convert.0.unwrap_or(from);
-        let mut weight = Weight::new(&self.cpu, factors, self.sign * factors.scaling)?;
-        let (n, k) = (factors.b.rows(), factors.a.cols());
-        let rows = (BLOCK / k.max(1)).max(1);
-        let mut bytes = Vec::new();
-        if let Residue::Keep(keeper) = &mut self.residue {
-            keeper.begin(entry);
-        }
-        let mut restored = match &self.residue {
+        let keeps = matches!(self.residue, Residue::Keep(_));
+        let weight = Weight::new(&self.cpu, factors, self.sign * factors.scaling, [from, to], keeps)?;
+        let mut restored = match &mut self.residue {
             Residue::Restore(restorer) => Some(restorer.tensor(entry)?),
-            _ => None,
+            Residue::Keep(keeper) => {
+                keeper.begin(entry);
+                None
+            }
+            Residue::None => None,
         };
-        for first in (0..n).step_by(rows) {
-            let rows = rows.min(n - first);
-            let old = shard.read(entry, first * k * from.size(), rows * k * from.size())?;
-            bytes.resize(rows * k * to.size(), 0);
-            let finite = weight.update(&self.cpu, [first, rows], [from, to], &old, &mut bytes)?;
-            if let Some(restored) = &mut restored {
-                restored.patch(first * k, &mut bytes);
+        for blocks in weight.blocks().chunks(BLOCKS) {
+            let buffers: Vec<_> = blocks.iter().map(|&block| (block, pass.buffer(weight.elements(block) * to.size()))).collect();
+            let updated = buffers.into_par_iter().map(|(block, new)| weight.update(&self.cpu, (shard, entry), block, new));
+            for Updated { first, mut new, finite, bytes, kept } in updated.collect::<Result<Vec<_>>>()? {
+                if !finite && !self.allow_non_finite {
+                    return Err(shard.refused(format!("`{}` is not finite once merged; nothing was written", entry.name)));
+                }
+                if let Some(restored) = &mut restored {
+                    restored.patch(first, &mut new);
+                }
+                if let (Residue::Keep(keeper), Some((old, back))) = (&mut self.residue, kept) {
+                    keeper.compare(first, &old, &back);
+                }
+                pass.write(new)?;
+                pass.done(bytes)?;
             }
-            if !finite && !self.allow_non_finite {
-                return Err(shard.refused(format!("`{}` is not finite once merged; nothing was written", entry.name)));
-            }
-            if let Residue::Keep(keeper) = &mut self.residue {
-                let mut back = vec![0; old.len()];
-                weight.scale = -weight.scale;
-                weight.update(&self.cpu, [first, rows], [to, from], &bytes, &mut back)?;
-                weight.scale = -weight.scale;
-                keeper.compare(first * k, &old, &back)?;
-            }
-            pass.write(&bytes)?;
-            pass.done(old.len())?;
         }
         if let Residue::Keep(keeper) = &mut self.residue {
             keeper.end()?;
@@ -172,40 +172,84 @@ impl Edit for Updates<'_> {
     }
 }
 
-/// A weight on its way through memory, some rows at a time.
+/// A weight on its way through memory, in blocks of rows that do not depend on the number of threads.
 struct Weight<'f> {
     factors: &'f Factors,
     scale: f32,
     a: Tensor<Cpu<f32>>,
-    rows: Option<Tensor<Cpu<f32>>>,
+    dtypes: [DType; 2],
+    /// Whether blocks are kept as they were, and as they come back.
+    keeps: bool,
+    /// Blocks of `f32` that are not in use: fresh pages cost more than the sums.
+    spare: Mutex<Vec<Tensor<Cpu<f32>>>>,
 }
 
+/// A block of rows, merged.
+struct Updated {
+    /// Its first element.
+    first: usize,
+    new: Vec<u8>,
+    finite: bool,
+    /// How many bytes it had.
+    bytes: usize,
+    /// What it was, and what taking the update out of it gives.
+    kept: Option<(Mmap, Vec<u8>)>,
+}
+
+/// The first row, and how many.
+type Block = [usize; 2];
+
 impl<'f> Weight<'f> {
-    fn new(cpu: &Cpu<f32>, factors: &'f Factors, scale: f32) -> Result<Self> {
+    fn new(cpu: &Cpu<f32>, factors: &'f Factors, scale: f32, dtypes: [DType; 2], keeps: bool) -> Result<Self> {
         let a = Tensor::from_slice(cpu, factors.a.shape(), factors.a.values())?;
-        Ok(Self { factors, scale, a, rows: None })
+        Ok(Self { factors, scale, a, dtypes, keeps, spare: Mutex::default() })
     }
 
-    /// `new = old + scale·B·A` for some rows. Says whether all of it is finite.
-    fn update(
-        &mut self,
+    fn blocks(&self) -> Vec<Block> {
+        let (n, rows) = (self.factors.b.rows(), (BLOCK / self.a.cols().max(1)).max(1));
+        (0..n).step_by(rows).map(|first| [first, rows.min(n - first)]).collect()
+    }
+
+    fn elements(&self, [_, rows]: Block) -> usize {
+        rows * self.a.cols()
+    }
+
+    /// `new = W + scale·B·A` for the rows of a block.
+    fn update(&self, cpu: &Cpu<f32>, (shard, entry): (&Shard, &Entry), block: Block, mut new: Vec<u8>) -> Result<Updated> {
+        let [from, to] = self.dtypes;
+        let (first, len) = (block[0] * self.a.cols(), self.elements(block));
+        let old = shard.read(entry, first * from.size(), len * from.size())?;
+        let finite = self.add(cpu, block, self.scale, [from, to], &old, &mut new)?;
+        let bytes = old.len();
+        let kept = if self.keeps {
+            let mut back = vec![0; bytes];
+            self.add(cpu, block, -self.scale, [to, from], &new, &mut back)?;
+            Some((old, back))
+        } else {
+            None
+        };
+        Ok(Updated { first, new, finite, bytes, kept })
+    }
+
+    /// `new = old + scale·B·A`, summed in `f32` and rounded once. Says whether all of it is finite.
+    fn add(
+        &self,
         cpu: &Cpu<f32>,
-        [first, rows]: [usize; 2],
-        [from, to]: [DType; 2],
+        [first, rows]: Block,
+        scale: f32,
+        dtypes: [DType; 2],
         old: &[u8],
         new: &mut [u8],
     ) -> Result<bool> {
         let (r, shape) = (self.factors.rank(), (rows, self.a.cols()).into());
-        let b = &self.factors.b.values()[first * r..(first + rows) * r];
-        let b = Tensor::from_slice(cpu, (rows, r), b)?;
-        let mut w = match self.rows.take().filter(|w| w.shape() == shape) {
-            Some(w) => w,
-            None => Tensor::zeros(cpu, shape)?,
-        };
-        number::widen(from, old, w.buffer_mut());
-        LoraMerge { a: &self.a, b: &b, scale: self.scale, w: &mut w }.run(cpu)?;
-        let finite = number::narrow(to, w.buffer(), new);
-        self.rows = Some(w);
+        let b = Tensor::from_slice(cpu, (rows, r), &self.factors.b.values()[first * r..(first + rows) * r])?;
+        let spare = || self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = spare().pop().filter(|w| w.shape() == shape);
+        let mut w = fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)?;
+        number::widen(dtypes[0], old, w.buffer_mut());
+        LoraMerge { a: &self.a, b: &b, scale, w: &mut w }.run(cpu)?;
+        let finite = number::narrow(dtypes[1], w.buffer(), new);
+        spare().push(w);
         Ok(finite)
     }
 }

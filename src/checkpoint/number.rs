@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::element::{DType, bf16, f16};
 
 /// Elements a task: large enough to be worth handing out.
-const TASK: usize = 1 << 15;
+const TASK: usize = 1 << 16;
 /// Elements on the stack, while they are given their alignment.
 const RUN: usize = 256;
 

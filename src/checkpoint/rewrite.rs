@@ -5,14 +5,14 @@ use std::path::Path;
 use safetensors::tensor::Dtype;
 
 use super::header::{Entry, stored_bytes};
-use super::output::{Output, StagedCheckpoint, copy_companions, go_on};
+use super::output::{Output, Piece, StagedCheckpoint, copy_companions, go_on};
 use super::{Checkpoint, Shard, Watch, number, refused};
 use crate::element::DType;
 use crate::error::Result;
 use crate::file::{self, Staged, StagedFolder};
 
 /// Bytes that are mapped at once.
-const PIECE: usize = 8 << 20;
+const PIECE: usize = 4 << 20;
 
 /// What becomes of each tensor.
 pub(super) trait Edit {
@@ -29,8 +29,15 @@ pub(super) struct Pass<'p, 'w> {
 }
 
 impl Pass<'_, '_> {
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.output.write(bytes)
+    pub(super) fn write(&mut self, bytes: Vec<u8>) -> Result<()> {
+        self.output.write(Piece::Made(bytes))
+    }
+
+    /// A buffer of this length for [`write`](Self::write), whatever it holds.
+    pub(super) fn buffer(&self, len: usize) -> Vec<u8> {
+        let mut buffer = self.output.spare();
+        buffer.resize(len, 0);
+        buffer
     }
 
     /// So many bytes of the old checkpoint are done.
@@ -42,8 +49,9 @@ impl Pass<'_, '_> {
     pub(super) fn copy(&mut self, shard: &Shard, entry: &Entry) -> Result<()> {
         for start in (0..entry.bytes).step_by(PIECE) {
             let piece = shard.read(entry, start, PIECE.min(entry.bytes - start))?;
-            self.write(&piece)?;
-            self.done(piece.len())?;
+            let bytes = piece.len();
+            self.output.write(Piece::Mapped(piece))?;
+            self.done(bytes)?;
         }
         Ok(())
     }
@@ -51,15 +59,15 @@ impl Pass<'_, '_> {
     /// Every element rounded. Errors: [`File`](crate::Error::File) if a finite number is more than the new type can hold.
     pub(super) fn convert(&mut self, shard: &Shard, entry: &Entry, [from, to]: [DType; 2]) -> Result<()> {
         const ELEMENTS: usize = PIECE / 4;
-        let (mut wide, mut narrow) = (vec![0.0; ELEMENTS], vec![0; ELEMENTS * to.size()]);
+        let mut wide = vec![0.0; ELEMENTS];
         let total = entry.elements();
         for start in (0..total).step_by(ELEMENTS) {
             let len = ELEMENTS.min(total - start);
             let piece = shard.read(entry, start * from.size(), len * from.size())?;
-            let (wide, narrow) = (&mut wide[..len], &mut narrow[..len * to.size()]);
+            let (wide, mut narrow) = (&mut wide[..len], self.buffer(len * to.size()));
             number::widen(from, &piece, wide);
-            if !number::narrow(to, wide, narrow)
-                && let Some(value) = overflowing(to, wide, narrow)
+            if !number::narrow(to, wide, &mut narrow)
+                && let Some(value) = overflowing(to, wide, &narrow)
             {
                 return Err(refused(&shard.path, format!("`{}` holds {value}, more than {to} can", entry.name)));
             }
@@ -104,10 +112,10 @@ fn rewrite_shard(shard: &Shard, out: &Path, edit: &mut impl Edit, watch: &mut Wa
     let header = shard.header.with_dtypes(&shard.path, &dtypes)?;
     let staged = Staged::with(out, |file| {
         let mut output = Output::new(out, file)?;
-        output.write(&header)?;
         let mut pass = Pass { output: &mut output, watch };
-        shard.header.entries.iter().try_for_each(|entry| edit.write(shard, entry, &mut pass))?;
-        output.finish()
+        let made = pass.write(header);
+        let made = made.and_then(|()| shard.header.entries.iter().try_for_each(|entry| edit.write(shard, entry, &mut pass)));
+        output.finish(made)
     })?;
     go_on(watch(0))?; // synchronising takes a while: the caller may have changed their mind
     Ok(staged)

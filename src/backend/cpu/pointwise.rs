@@ -82,15 +82,15 @@ impl<E: Float> Kernel for AddChunk<'_, E> {
 /// `to = from`, rounded once where `to` is narrower
 pub(super) fn convert<F: Float, T: Float>(unit: Unit, from: &[F], to: &mut [T]) {
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
-    chunks.for_each(|(to, from)| unit.run(Convert { from, to }));
+    chunks.for_each(|(to, from)| unit.run(ConvertChunk { from, to }));
 }
 
-struct Convert<'a, F, T> {
-    from: &'a [F],
-    to: &'a mut [T],
+pub(super) struct ConvertChunk<'a, F, T> {
+    pub(super) from: &'a [F],
+    pub(super) to: &'a mut [T],
 }
 
-impl<F: Float, T: Float> Kernel for Convert<'_, F, T> {
+impl<F: Float, T: Float> Kernel for ConvertChunk<'_, F, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {

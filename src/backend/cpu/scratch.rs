@@ -1,36 +1,61 @@
 //! Memory for packed panels and partial sums, kept from one call to the next: fresh pages cost more than the packing.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
 use crate::error::Result;
 
-/// How many buffers are kept: a product takes three at most, a backward pass one beside them.
+/// How many buffers are kept beside those of the tasks: a product takes its left side, a backward pass two more.
 const KEPT: usize = 4;
 
 /// Buffers that are not in use.
 #[derive(Default)]
-pub(super) struct Scratch(Mutex<Vec<Buffer<f32>>>);
+pub(super) struct Scratch(Mutex<Free>);
+
+#[derive(Default)]
+struct Free {
+    /// From the smallest to the largest.
+    buffers: Vec<Buffer<f32>>,
+    /// How many tasks ever asked for one at the same time.
+    tasks: usize,
+}
 
 impl Scratch {
     /// `len` numbers, whatever they are. They come back when dropped.
     pub(super) fn take(&self, len: usize) -> Result<Taken<'_>> {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = &mut self.lock().buffers;
         let fits = free.iter().position(|buffer| buffer.len() >= len);
         let buffer = match fits {
-            Some(fits) => free.swap_remove(fits),
+            Some(fits) => free.remove(fits),
             None => Buffer::zeros(len)?,
         };
         Ok(Taken { scratch: self, buffer: Some(buffer), len })
     }
 
-    fn put_back(&self, buffer: Buffer<f32>) {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = free.partition_point(|smaller| smaller.len() <= buffer.len());
-        free.insert(at, buffer);
-        if free.len() > KEPT {
-            free.remove(0);
+    /// Sees to it that `tasks` tasks will find `len` numbers each: what can fail, fails before anything is written.
+    pub(super) fn reserve(&self, tasks: usize, len: usize) -> Result<()> {
+        let mut free = self.lock();
+        free.tasks = free.tasks.max(tasks);
+        let there = free.buffers.iter().filter(|buffer| buffer.len() >= len).count();
+        for _ in there..tasks {
+            let new = Buffer::zeros(len)?;
+            free.put_back(new);
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Free> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Free {
+    fn put_back(&mut self, buffer: Buffer<f32>) {
+        let at = self.buffers.partition_point(|smaller| smaller.len() <= buffer.len());
+        self.buffers.insert(at, buffer);
+        if self.buffers.len() > KEPT + self.tasks {
+            self.buffers.remove(0);
         }
     }
 }
@@ -58,7 +83,7 @@ impl DerefMut for Taken<'_> {
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            self.scratch.put_back(buffer);
+            self.scratch.lock().put_back(buffer);
         }
     }
 }
@@ -78,6 +103,6 @@ mod tests {
         for len in 0..10 {
             assert_eq!(scratch.take(1000 * len).unwrap().len(), 1000 * len);
         }
-        assert!(scratch.0.lock().unwrap().len() <= KEPT);
+        assert!(scratch.lock().buffers.len() <= KEPT);
     }
 }

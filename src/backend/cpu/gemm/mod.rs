@@ -5,10 +5,13 @@
 //! - [`skinny`]: few rows; reading the right side once is all the work there is, so it is not packed.
 
 mod blocked;
+mod output;
 mod pack;
 mod skinny;
 mod tile;
 
+pub(super) use output::Output;
+use output::{Block, Parts};
 pub(super) use tile::multiply as tile;
 
 use super::Engine;
@@ -93,6 +96,17 @@ impl<E> Product<'_, E> {
     }
 }
 
+/// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`: an update through a narrow `h`, beside the product it updates.
+#[derive(Clone, Copy)]
+pub(super) struct LowRank<'a, E> {
+    pub(super) lhs: Factor<'a, E>,
+    pub(super) w: Factor<'a, E>,
+    pub(super) a_scale: f32,
+    pub(super) a: Factor<'a, E>,
+    pub(super) b_scale: f32,
+    pub(super) b: Factor<'a, E>,
+}
+
 /// What the sum begins with.
 #[derive(Clone, Copy)]
 pub(super) enum Init<'a, E> {
@@ -103,54 +117,6 @@ pub(super) enum Init<'a, E> {
     Output,
 }
 
-/// The matrix to write.
-pub(super) struct Output<'a, O> {
-    data: &'a mut [O],
-    rows: usize,
-    cols: usize,
-}
-
-impl<'a, O> Output<'a, O> {
-    /// `rows × cols`, row-major.
-    pub(super) fn new(data: &'a mut [O], rows: usize, cols: usize) -> Self {
-        debug_assert_eq!(data.len(), rows * cols);
-        Self { data, rows, cols }
-    }
-
-    /// Cuts the output into blocks, each the property of one task: slices of rows, so that no task can reach another's part.
-    fn into_blocks(self, height: usize, width: usize) -> Vec<Block<'a, O>> {
-        let across = self.cols.div_ceil(width);
-        let mut blocks: Vec<Block<'a, O>> = Vec::with_capacity(self.rows.div_ceil(height) * across);
-        if self.cols == 0 {
-            return blocks;
-        }
-        for (row, line) in self.data.chunks_exact_mut(self.cols).enumerate() {
-            if row % height == 0 {
-                let new = |i| Block { row, col: i * width, lines: Vec::with_capacity(height.min(self.rows - row)) };
-                blocks.extend((0..across).map(new));
-            }
-            let band = blocks.len() - across;
-            for (block, part) in blocks[band..].iter_mut().zip(line.chunks_mut(width)) {
-                block.lines.push(part);
-            }
-        }
-        blocks
-    }
-}
-
-/// A rectangle of the output, from (`row`, `col`) on.
-struct Block<'a, O> {
-    row: usize,
-    col: usize,
-    lines: Vec<&'a mut [O]>,
-}
-
-impl<O> Block<'_, O> {
-    fn width(&self) -> usize {
-        self.lines.first().map_or(0, |line| line.len())
-    }
-}
-
 /// Which loop nest computes a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Plan {
@@ -158,11 +124,18 @@ enum Plan {
     Skinny,
 }
 
-/// The most rows that are cheaper without packing: packing the right side costs about what sixteen rows of products do.
-const SKINNY_ROWS: usize = 16;
+/// The most rows that are cheaper without packing (measured at 4096 × 2048 and its transpose, see `benches/RESULTS.md`): a
+/// right side that is turned while it is packed costs about what sixteen rows of dot products do.
+const DOT_ROWS: usize = 16;
+/// One that is contiguous along the output is slower to pack, and quicker to use as it is.
+const SKINNY_ROWS: usize = 24;
 
-fn plan(rows: usize, left_is_transposed: bool) -> Plan {
-    if rows <= SKINNY_ROWS && !left_is_transposed { Plan::Skinny } else { Plan::Blocked }
+fn plan<E>(rows: usize, terms: &[Product<'_, E>]) -> Plan {
+    let dots = terms.iter().any(|term| term.rhs.transposed());
+    // Dot products are made of lines that are contiguous along the depth on both sides.
+    let crossed = terms.iter().any(|term| term.lhs.transposed() && term.rhs.transposed());
+    let most = if dots { DOT_ROWS } else { SKINNY_ROWS };
+    if rows <= most && !crossed { Plan::Skinny } else { Plan::Blocked }
 }
 
 /// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the type of the output.
@@ -173,13 +146,32 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
     terms: &[Product<'_, E>],
 ) -> Result<()> {
     for term in terms {
-        debug_assert_eq!((term.lhs.rows(), term.rhs.cols()), (out.rows, out.cols));
+        debug_assert_eq!((term.lhs.rows(), term.rhs.cols()), (out.rows(), out.cols()));
         debug_assert_eq!(term.lhs.cols(), term.rhs.rows());
     }
-    match plan(out.rows, terms.iter().any(|term| term.lhs.transposed())) {
+    match plan(out.rows(), terms) {
         Plan::Blocked => blocked::run(engine, out, init, terms),
         Plan::Skinny => skinny::run(engine, out, init, terms),
     }
+}
+
+/// [`LowRank`], with `lhs` read once where it pays.
+pub(super) fn low_rank<E: Float, O: Float>(
+    engine: &Engine,
+    op: LowRank<'_, E>,
+    mut h: Output<'_, f32>,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+) -> Result<()> {
+    let LowRank { lhs, w, a_scale, a, b_scale, b } = op;
+    let (to_h, base) = (Product { scale: a_scale, lhs, rhs: a }, Product { scale: 1.0, lhs, rhs: w });
+    if plan(out.rows(), &[to_h, base]) == Plan::Blocked {
+        return blocked::run_low_rank(engine, h, out, init, op);
+    }
+    skinny::run(engine, h.reborrow(), Init::Zero, &[to_h])?;
+    let (m, r) = (h.rows(), h.cols());
+    let update = Product { scale: b_scale, lhs: Factor::Wide(Matrix::new(h.data(), m, r)), rhs: b };
+    skinny::run(engine, out, init, &[base, update])
 }
 
 /// `line = init + sums`, rounded: the one place where a tile meets the edge of the output. `line` begins at column `col`.
@@ -200,7 +192,7 @@ fn finish<S: Simd, E: Float, O: Float>(s: S, sums: &[Lanes<f32>], init: Init<'_,
 pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<Taken<'e>> {
     let mut to = engine.scratch.take(lines.rows * lines.cols.next_multiple_of(LANES))?;
     if !to.is_empty() {
-        engine.unit.run(pack::Interleave { lines, scale: 1.0, width: lines.rows, to: to.as_chunks_mut().0 });
+        engine.unit.run(pack::Interleave { lines, width: lines.rows, to: to.as_chunks_mut().0 });
     }
     Ok(to)
 }
@@ -210,25 +202,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_cover_the_output_once() {
-        for (rows, cols, height, width) in [(7, 9, 3, 4), (1, 1, 5, 5), (6, 8, 3, 4), (0, 3, 2, 2), (3, 0, 2, 2)] {
-            let mut data = vec![0u32; rows * cols];
-            for block in Output::new(&mut data, rows, cols).into_blocks(height, width) {
-                assert!(block.lines.len() <= height && block.width() <= width);
-                for (i, line) in block.lines.into_iter().enumerate() {
-                    for (j, to) in line.iter_mut().enumerate() {
-                        *to += ((block.row + i) * cols + block.col + j + 1) as u32;
-                    }
-                }
-            }
-            assert!(data.iter().enumerate().all(|(i, &seen)| seen == i as u32 + 1));
-        }
-    }
-
-    #[test]
     fn the_plan_packs_what_is_tall_or_turned() {
-        assert_eq!(plan(SKINNY_ROWS, false), Plan::Skinny);
-        assert_eq!(plan(SKINNY_ROWS + 1, false), Plan::Blocked);
-        assert_eq!(plan(1, true), Plan::Blocked);
+        let numbers = [0f32; 100];
+        let lines = |turned| {
+            let matrix = Matrix::new(&numbers, 10, 10);
+            Factor::Stored(if turned { matrix.t() } else { matrix })
+        };
+        let plan = |rows, lhs, rhs| plan(rows, &[Product { scale: 1.0, lhs: lines(lhs), rhs: lines(rhs) }]);
+        for turned in [false, true] {
+            assert_eq!(plan(SKINNY_ROWS, turned, false), Plan::Skinny);
+            assert_eq!(plan(SKINNY_ROWS + 1, turned, false), Plan::Blocked);
+            assert_eq!(plan(DOT_ROWS + 1, turned, true), Plan::Blocked);
+        }
+        assert_eq!(plan(DOT_ROWS, false, true), Plan::Skinny);
+        assert_eq!(plan(1, true, true), Plan::Blocked);
     }
 }

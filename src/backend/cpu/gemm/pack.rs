@@ -1,7 +1,7 @@
 //! Packing: copies in `f32`, in the order in which a kernel reads them.
 //!
-//! A panel is a depth block of all terms, side by side. It holds `width` numbers (rows of the left side, columns of the right) for each step of the depth. Edges are filled
-//! with zeros up to a whole panel, so the tile has no edges.
+//! A panel runs along the depth of all terms, laid end to end. It holds `width` numbers (rows of the left side, columns of the
+//! right) for each step of the depth. Edges are filled with zeros up to a whole panel, so the tile has no edges.
 
 use std::ops::Range;
 
@@ -12,96 +12,144 @@ use crate::element::Float;
 /// Which side of the products.
 #[derive(Clone, Copy)]
 pub(super) enum Side {
-    /// Panels of rows, multiplied with the scale of their term.
+    /// Panels of rows.
     Left,
-    /// Panels of columns.
+    /// Panels of columns, multiplied with the scale of their term.
     Right,
 }
 
-impl Side {
-    /// How many lines of it there are to pack: rows of the output, or columns.
-    pub(super) fn lines<E>(self, term: &Product<'_, E>) -> usize {
-        match self {
-            Side::Left => term.lhs.rows(),
-            Side::Right => term.rhs.cols(),
-        }
-    }
-}
-
-/// Packs panel `panel` of one side, for a range of the depth that runs through all terms.
-pub(super) struct Panel<'a, E> {
+/// Packs neighbouring panels, the first of which begins at line `first`, for a range of the depth that runs through all terms.
+pub(super) struct Panels<'a, E> {
     pub(super) side: Side,
     pub(super) terms: &'a [Product<'a, E>],
     pub(super) depth: Range<usize>,
-    pub(super) panel: usize,
+    pub(super) first: usize,
     pub(super) width: usize,
+    /// From where a panel is written to where the next one is.
+    pub(super) stride: usize,
     pub(super) to: &'a mut [f32],
 }
 
-impl<E: Float> Kernel for Panel<'_, E> {
+impl<E: Float> Kernel for Panels<'_, E> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (mut start, mut to) = (0, self.to);
-        for term in self.terms {
+        let Self { side, terms, depth, first, width, stride, to } = self;
+        let (mut start, mut at) = (0, 0);
+        for term in terms {
             let end = start + term.depth();
-            let within = self.depth.start.clamp(start, end) - start..self.depth.end.clamp(start, end) - start;
-            let (part, rest) = to.split_at_mut(within.len() * self.width);
-            let first = self.panel * self.width;
+            let within = depth.start.clamp(start, end) - start..depth.end.clamp(start, end) - start;
+            let len = width * within.len();
+            let part = Part { depth: within, first, width, stride, to: to.get_mut(at..).unwrap_or_default() };
             // Both sides are seen as `panel line × depth`, so the right side is turned.
-            match (self.side, term.lhs, term.rhs) {
-                (Side::Left, Factor::Stored(m), _) => pack(s, m, term.scale, within, first, self.width, part),
-                (Side::Left, Factor::Wide(m), _) => pack(s, m, term.scale, within, first, self.width, part),
-                (Side::Right, _, Factor::Stored(m)) => pack(s, m.t(), 1.0, within, first, self.width, part),
-                (Side::Right, _, Factor::Wide(m)) => pack(s, m.t(), 1.0, within, first, self.width, part),
+            match (side, term.lhs, term.rhs) {
+                (Side::Left, Factor::Stored(m), _) => part.pack(s, m, 1.0),
+                (Side::Left, Factor::Wide(m), _) => part.pack(s, m, 1.0),
+                (Side::Right, _, Factor::Stored(m)) => part.pack(s, m.t(), term.scale),
+                (Side::Right, _, Factor::Wide(m)) => part.pack(s, m.t(), term.scale),
             }
-            (start, to) = (end, rest);
+            (start, at) = (end, at + len);
         }
     }
 }
 
-/// `to[p][i] = scale·lines[first + i][p]`
+/// Runs of a turned side that are asked for ahead: a few KiB.
+const RUNS_AHEAD: usize = 8;
+
+/// What one term gives to neighbouring panels.
+struct Part<'a> {
+    depth: Range<usize>,
+    first: usize,
+    width: usize,
+    stride: usize,
+    to: &'a mut [f32],
+}
+
+impl Part<'_> {
+    /// `to[panel][p][i] = scale·lines[first + panel·width + i][p]`
+    #[inline(always)]
+    fn pack<S: Simd, T: Float>(self, s: S, lines: Matrix<'_, T>, scale: f32) {
+        let Self { depth, first, width, stride, to } = self;
+        if depth.is_empty() {
+            return;
+        }
+        if !lines.transposed {
+            for (panel, to) in to.chunks_mut(stride).enumerate() {
+                for i in (0..width).step_by(LANES) {
+                    turn(s, lines, scale, depth.clone(), first + panel * width + i, (i, width), &mut to[..width * depth.len()]);
+                }
+            }
+            return;
+        }
+        // Lines are columns in memory: a step of the depth is one run, cut into pieces for the panels.
+        let last = lines.rows.min(first + to.len().div_ceil(stride) * width);
+        for (step, p) in depth.enumerate() {
+            let run = &lines.run(p)[first..last];
+            // The next runs lie in other pages, where no hardware looks ahead.
+            for at in (0..run.len()).step_by(64 / size_of::<T>()) {
+                s.prefetch(run, RUNS_AHEAD * lines.rows + at);
+            }
+            for (from, to) in run.chunks(width).zip(to.chunks_mut(stride)) {
+                copy_scaled(s, from, scale, &mut to[step * width..][..width]);
+            }
+        }
+    }
+}
+
+/// `to = scale·from`; what is missing is zeros.
 #[inline(always)]
-fn pack<S: Simd, T: Float>(
+fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, to: &mut [f32]) {
+    let factor = s.splat(scale);
+    for (v, to) in to.chunks_mut(LANES).enumerate() {
+        let numbers = if v * LANES < from.len() { s.widen_at(from, v) } else { s.splat(0.0) };
+        s.narrow_to(s.mul(numbers, factor), to);
+    }
+}
+
+/// Turns up to sixteen lines that are contiguous along the depth, from `first` on: sixteen steps of the depth at a time, in
+/// registers. They become columns `at` and following of a panel `width` wide; what is missing is zeros.
+///
+/// A panel that is no multiple of sixteen wide is written in overlapping vectors, each putting right what the one before it
+/// wrote too much.
+#[inline(always)]
+fn turn<S: Simd, T: Float>(
     s: S,
     lines: Matrix<'_, T>,
     scale: f32,
     depth: Range<usize>,
     first: usize,
-    width: usize,
+    (at, width): (usize, usize),
     to: &mut [f32],
 ) {
-    let there = width.min(lines.rows - first);
-    if there < width {
-        to.fill(0.0);
-    }
-    if lines.transposed {
-        // Lines are columns in memory: each step of the depth is one copy.
-        for (line, p) in to.chunks_exact_mut(width).zip(depth) {
-            copy_scaled(s, &lines.run(p)[first..first + there], scale, &mut line[..there]);
-        }
-    } else {
-        turn(s, lines, scale, depth, first, there, width, to);
-    }
-}
-
-/// `to = scale·from`
-#[inline(always)]
-fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, to: &mut [f32]) {
     let factor = s.splat(scale);
-    for (v, to) in to.chunks_mut(LANES).enumerate() {
-        s.narrow_to(s.mul(s.widen_at(from, v), factor), to);
+    let there = lines.rows.saturating_sub(first).min(width - at).min(LANES);
+    for (to, p) in to.chunks_mut(width * LANES).zip(depth.clone().step_by(LANES)) {
+        let mut numbers = [s.splat(0.0); LANES];
+        if there == LANES && depth.end - p >= LANES {
+            for i in 0..LANES {
+                numbers[i] = s.mul(s.widen_at(&lines.run(first + i)[p..p + LANES], 0), factor);
+            }
+        } else {
+            for i in 0..there {
+                numbers[i] = s.mul(s.widen_at(&lines.run(first + i)[p..depth.end.min(p + LANES)], 0), factor);
+            }
+        }
+        let turned = s.transpose(numbers);
+        for (p, numbers) in turned.into_iter().enumerate().take(to.len() / width) {
+            let to = &mut to[p * width + at..];
+            let len = to.len().min(LANES);
+            s.narrow_to(numbers, &mut to[..len]);
+        }
     }
 }
 
-/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `i`, times `scale`; what is
-/// missing is zeros.
+/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `i`; what is missing is
+/// zeros.
 ///
 /// Lines a few KiB long and read side by side would meet in the same few sets of the cache.
 pub(super) struct Interleave<'a, T> {
     pub(super) lines: Matrix<'a, T>,
-    pub(super) scale: f32,
     pub(super) width: usize,
     pub(super) to: &'a mut [Lanes<f32>],
 }
@@ -111,43 +159,10 @@ impl<T: Float> Kernel for Interleave<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let factor = s.splat(self.scale);
         for (v, to) in self.to.chunks_exact_mut(self.width).enumerate() {
             for (i, to) in to.iter_mut().enumerate() {
                 let vector = if i < self.lines.rows { s.widen_at(self.lines.run(i), v) } else { s.splat(0.0) };
-                s.store(s.mul(vector, factor), to);
-            }
-        }
-    }
-}
-
-/// Steps of the depth that are turned at a time: a cache line or more of each line of the matrix is read in one go, and the
-/// part of the panel written (64·32 floats, 8 KiB) stays in L1.
-const TURNED: usize = 4 * LANES;
-
-/// Turns lines that are contiguous along the depth.
-#[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "one loop nest, cut off from `pack` for its length only")]
-fn turn<S: Simd, T: Float>(
-    s: S,
-    lines: Matrix<'_, T>,
-    scale: f32,
-    depth: Range<usize>,
-    first: usize,
-    there: usize,
-    width: usize,
-    to: &mut [f32],
-) {
-    let factor = s.splat(scale);
-    for (to, start) in to.chunks_mut(width * TURNED).zip(depth.clone().step_by(TURNED)) {
-        for i in 0..there {
-            let from = &lines.run(first + i)[start..depth.end.min(start + TURNED)];
-            for (v, to) in to.chunks_mut(width * LANES).enumerate() {
-                let mut numbers = [0.0; LANES];
-                s.store(s.mul(s.widen_at(from, v), factor), &mut numbers);
-                for (to, number) in to.chunks_mut(width).zip(numbers) {
-                    to[i] = number;
-                }
+                s.store(vector, to);
             }
         }
     }

@@ -4,13 +4,13 @@
 //! each row of `W`, times a number, is added to the output). A task owns a block of columns and sums it in `f32` beside the
 //! output, through all terms, before it rounds.
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::super::Engine;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
-use super::pack::{Interleave, Panel, Side};
-use super::{Block, Factor, Init, Matrix, Output, Product, SKINNY_ROWS};
+use super::pack::{Interleave, Panels, Side};
+use super::{Block, DOT_ROWS, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS};
 use crate::element::Float;
 use crate::error::Result;
 
@@ -32,12 +32,15 @@ pub(super) fn run<E: Float, O: Float>(
     init: Init<'_, E>,
     terms: &[Product<'_, E>],
 ) -> Result<()> {
-    let lefts = terms.iter().map(|term| pack_left(engine, term)).collect::<Result<Vec<_>>>()?;
+    let left = |i: usize| terms.get(i).map(|term| pack_left(engine, term)).transpose();
+    let lefts = [left(0)?, left(1)?];
     let dots = terms.iter().any(|term| term.rhs.transposed());
-    let (height, width) = (out.rows.max(1), if dots { DOTS } else { WIDTH });
-    let task = |block| engine.unit.run(Columns { block, init, terms, lefts: &lefts });
-    out.into_blocks(height, width).into_par_iter().for_each(task);
-    Ok(())
+    let across = Parts::new(out.cols(), LANES, if dots { DOTS } else { WIDTH }, 1);
+    let down = Parts::new(out.rows(), SKINNY_ROWS, SKINNY_ROWS, 1);
+    out.for_each_block(down, across, |block| {
+        engine.unit.run(Columns { block, init, terms, lefts: &lefts });
+        Ok(())
+    })
 }
 
 /// Lines of the left side that a block of dot products takes: 5·4 sums + 4 weights leave room in 32 registers.
@@ -49,13 +52,14 @@ fn down(rows: usize, registers: usize) -> usize {
     }
 }
 
-/// The left side times the scale: interleaved for dot products, else a panel with all rows side by side.
+/// The left side: interleaved for dot products, else a panel with all rows side by side.
 fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<Taken<'e>> {
-    let (unit, scale, rows, depth) = (engine.unit, term.scale, term.lhs.rows(), term.depth());
+    let (unit, rows, depth) = (engine.unit, term.lhs.rows(), term.depth());
     if !term.rhs.transposed() {
         let mut left = engine.scratch.take(rows * depth)?;
         if !left.is_empty() {
-            unit.run(Panel { side: Side::Left, terms: &[*term], depth: 0..depth, panel: 0, width: rows, to: &mut left });
+            let (terms, stride) = (&[*term], rows * depth);
+            unit.run(Panels { side: Side::Left, terms, depth: 0..depth, first: 0, width: rows, stride, to: &mut left });
         }
         return Ok(left);
     }
@@ -64,8 +68,8 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
     if width > 0 {
         let to = left.as_chunks_mut().0;
         match term.lhs {
-            Factor::Stored(lines) => unit.run(Interleave { lines, scale, width, to }),
-            Factor::Wide(lines) => unit.run(Interleave { lines, scale, width, to }),
+            Factor::Stored(lines) => unit.run(Interleave { lines, width, to }),
+            Factor::Wide(lines) => unit.run(Interleave { lines, width, to }),
         }
     }
     Ok(left)
@@ -85,64 +89,76 @@ struct Columns<'a, 'o, E, O> {
     block: Block<'o, O>,
     init: Init<'a, E>,
     terms: &'a [Product<'a, E>],
-    lefts: &'a [Taken<'a>],
+    lefts: &'a [Option<Taken<'a>>; 2],
 }
 
 impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
     type Out = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut sums = Sums::new(self.block.lines.len(), self.block.col, self.block.width());
-        for (term, left) in self.terms.iter().zip(self.lefts) {
+    fn run<S: Simd>(mut self, s: S) {
+        // Dot products have fewer columns: what is not there need not be zeroed.
+        if self.block.rows.len() * self.block.cols.len().div_ceil(LANES) <= DOT_ROWS * DOTS / LANES {
+            self.sum(s, &mut [[0.0; LANES]; DOT_ROWS * DOTS / LANES]);
+        } else {
+            self.sum(s, &mut [[0.0; LANES]; SKINNY_ROWS * WIDTH / LANES]);
+        }
+    }
+}
+
+impl<E: Float, O: Float> Columns<'_, '_, E, O> {
+    #[inline(always)]
+    fn sum<S: Simd>(&mut self, s: S, lanes: &mut [Lanes<f32>]) {
+        let mut sums = Sums::new(lanes, self.block.rows.len(), self.block.cols.clone());
+        for (term, left) in self.terms.iter().zip(self.lefts.iter().flatten()) {
             match term.rhs {
-                Factor::Stored(rhs) => sums.add_product(s, left, rhs),
-                Factor::Wide(rhs) => sums.add_product(s, left, rhs),
+                Factor::Stored(rhs) => sums.add_product(s, term.scale, left, rhs),
+                Factor::Wide(rhs) => sums.add_product(s, term.scale, left, rhs),
             }
         }
-        for (line, sums) in self.block.lines.into_iter().zip(sums.lanes.chunks_exact(sums.vectors)) {
-            super::finish(s, sums, self.init, self.block.col, line);
+        for (i, sums) in sums.lanes.chunks_exact(sums.vectors).enumerate() {
+            super::finish(s, sums, self.init, self.block.cols.start, self.block.line(i));
         }
     }
 }
 
 /// The sums of a block of columns, each line a whole number of vectors.
-struct Sums {
-    lanes: Vec<Lanes<f32>>,
+struct Sums<'s> {
+    lanes: &'s mut [Lanes<f32>],
     height: usize,
     vectors: usize,
     first: usize,
     width: usize,
 }
 
-impl Sums {
-    fn new(height: usize, first: usize, width: usize) -> Self {
-        let vectors = width.div_ceil(LANES);
-        Self { lanes: vec![[0.0; LANES]; height * vectors], height, vectors, first, width }
+impl<'s> Sums<'s> {
+    fn new(lanes: &'s mut [Lanes<f32>], height: usize, cols: Range<usize>) -> Self {
+        let vectors = cols.len().div_ceil(LANES);
+        Self { lanes: &mut lanes[..height * vectors], height, vectors, first: cols.start, width: cols.len() }
     }
 
-    /// `sums += left·rhs`
+    /// `sums += scale·left·rhs`
     #[inline(always)]
-    fn add_product<S: Simd, R: Float>(&mut self, s: S, left: &[f32], rhs: Matrix<'_, R>) {
+    fn add_product<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[f32], rhs: Matrix<'_, R>) {
         if !rhs.transposed {
             let whole = rhs.rows / STREAMS * STREAMS;
-            self.add_lines::<S, R, STREAMS>(s, &left[..whole * self.height], rhs, 0);
-            return self.add_lines::<S, R, 1>(s, &left[whole * self.height..], rhs, whole);
+            self.add_lines::<S, R, STREAMS>(s, scale, &left[..whole * self.height], rhs, 0);
+            return self.add_lines::<S, R, 1>(s, scale, &left[whole * self.height..], rhs, whole);
         }
         let left = left.as_chunks().0;
         match down(self.height, S::REGISTERS) {
             _ if rhs.rows == 0 => {}
-            _ if rhs.rows < LANES => self.add_short_dots(left, rhs),
-            1 => self.add_dots::<S, R, 1>(s, left, rhs),
-            2 => self.add_dots::<S, R, 2>(s, left, rhs),
-            _ => self.add_dots::<S, R, 5>(s, left, rhs),
+            _ if rhs.rows < LANES => self.add_short_dots(scale, left, rhs),
+            1 => self.add_dots::<S, R, 1>(s, scale, left, rhs),
+            2 => self.add_dots::<S, R, 2>(s, scale, left, rhs),
+            _ => self.add_dots::<S, R, 5>(s, scale, left, rhs),
         }
     }
 
     /// Dot products of X lines on the left with `ACROSS` on the right at a time: X·ACROSS sums for X + ACROSS loads. A stretch
     /// of the left side stays in L1 while the right side goes by.
     #[inline(always)]
-    fn add_dots<S: Simd, R: Float, const X: usize>(&mut self, s: S, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+    fn add_dots<S: Simd, R: Float, const X: usize>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
         let width = self.height.next_multiple_of(X);
         let stretch = (STAYS / width).next_multiple_of(LANES);
         for (left, start) in left.chunks(width * stretch / LANES).zip((0..rhs.rows).step_by(stretch)) {
@@ -155,7 +171,7 @@ impl Sums {
                     let dots = dots::<S, R, X>(s, left, width, i, right);
                     for x in 0..X.min(self.height - i) {
                         for w in 0..ACROSS.min(self.width - j) {
-                            *self.at(i + x, j + w) += dots[x][w];
+                            *self.at(i + x, j + w) += scale * dots[x][w];
                         }
                     }
                 }
@@ -164,11 +180,11 @@ impl Sums {
     }
 
     /// Dot products too short for vectors, as those over the rank of an adapter often are.
-    fn add_short_dots<R: Float>(&mut self, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+    fn add_short_dots<R: Float>(&mut self, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
         for i in 0..self.height {
             for j in 0..self.width {
                 let pairs = left[i].iter().zip(rhs.run(self.first + j));
-                *self.at(i, j) += pairs.fold(0.0, |sum, (x, w)| sum + x * w.to_f32());
+                *self.at(i, j) += scale * pairs.fold(0.0, |sum, (x, w)| sum + x * w.to_f32());
             }
         }
     }
@@ -178,9 +194,9 @@ impl Sums {
         &mut self.lanes[i * self.vectors + j / LANES][j % LANES]
     }
 
-    /// `sums[i] += Σ_p left[p][i]·rhs[start + p]`, P lines of the right side at a time.
+    /// `sums[i] += Σ_p scale·left[p][i]·rhs[start + p]`, P lines of the right side at a time.
     #[inline(always)]
-    fn add_lines<S: Simd, R: Float, const P: usize>(&mut self, s: S, left: &[f32], rhs: Matrix<'_, R>, start: usize) {
+    fn add_lines<S: Simd, R: Float, const P: usize>(&mut self, s: S, scale: f32, left: &[f32], rhs: Matrix<'_, R>, start: usize) {
         for (block, left) in left.chunks_exact(P * self.height).enumerate() {
             let line = |q: usize| &rhs.run(start + block * P + q)[self.first..][..self.width];
             let lines: [&[R]; P] = std::array::from_fn(line);
@@ -189,7 +205,7 @@ impl Sums {
             let mut factors = [[0.0; P]; SKINNY_ROWS];
             for (i, factors) in factors[..self.height].iter_mut().enumerate() {
                 for q in 0..P {
-                    factors[q] = left[q * self.height + i];
+                    factors[q] = scale * left[q * self.height + i];
                 }
             }
             let mut vectors = [s.splat(0.0); P];

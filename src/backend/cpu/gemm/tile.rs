@@ -2,6 +2,10 @@
 
 use super::super::simd::{LANES, Lanes, Simd};
 
+/// How many steps of the depth ahead each panel is asked for. They come from L2, and the hardware alone fetches them late.
+const LHS_AHEAD: usize = 16;
+const RHS_AHEAD: usize = 8;
+
 /// `out[i][j] = Σ_p lhs[p][i]·rhs[p][j]`: `lhs` holds `MR` numbers for each p, `rhs` `NV` vectors.
 ///
 /// Per step of the depth: NV loads, MR broadcasts, MR·NV multiply-adds on as many independent sums. AVX-512 has 32
@@ -14,7 +18,9 @@ pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(s: S, lhs: &[f
     let mut sums = [[s.splat(0.0); NV]; MR];
     for (left, right) in lhs.iter().zip(rhs) {
         let mut vectors = [s.splat(0.0); NV];
+        s.prefetch(left, LHS_AHEAD * MR);
         for j in 0..NV {
+            s.prefetch(&right[j], RHS_AHEAD * NV * LANES);
             vectors[j] = s.load(&right[j]);
         }
         for i in 0..MR {

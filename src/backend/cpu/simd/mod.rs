@@ -63,12 +63,35 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
     #[inline(always)]
-    fn tile(self, lhs: &[f32], rhs: &[f32], out: &mut [Lanes<f32>]) {
+    fn tile<const NV: usize>(self, lhs: &[f32], rhs: &[f32], out: &mut [Lanes<f32>]) {
         match Self::MR {
-            14 => super::gemm::tile::<Self, 14, 2>(self, lhs, rhs, out),
-            _ => super::gemm::tile::<Self, 6, 1>(self, lhs, rhs, out),
+            14 => super::gemm::tile::<Self, 14, NV>(self, lhs, rhs, out),
+            _ => super::gemm::tile::<Self, 6, NV>(self, lhs, rhs, out),
         }
     }
+
+    /// Lane j of vector i becomes lane i of vector j.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let (mut lanes, mut turned) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
+        for i in 0..LANES {
+            self.store(rows[i], &mut lanes[i]);
+        }
+        for i in 0..LANES {
+            for j in 0..LANES {
+                turned[j][i] = lanes[i][j];
+            }
+        }
+        let mut cols = rows;
+        for j in 0..LANES {
+            cols[j] = self.load(&turned[j]);
+        }
+        cols
+    }
+
+    /// Asks for the cache line that lies `ahead` elements after the first: a hint, wherever that is.
+    #[inline(always)]
+    fn prefetch<T>(self, _: &[T], _ahead: usize) {}
 
     /// Widens sixteen stored numbers; exact.
     #[inline(always)]

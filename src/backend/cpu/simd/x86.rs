@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, Lanes, Simd};
+use super::{Kernel, LANES, Lanes, Simd};
 
 /// Proof that this CPU has AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -136,6 +136,53 @@ impl Simd for Avx512 {
     fn sum(self, value: Self::V) -> f32 {
         intrinsics!(sum8(_mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value))))
     }
+    /// Pairs, fours, then whole quarters change places: 64 shuffles for 256 numbers.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        intrinsics!({
+            let (mut fours, mut turned) = (rows, rows);
+            for g in (0..LANES).step_by(4) {
+                let (low, high) = (_mm512_unpacklo_ps(rows[g], rows[g + 1]), _mm512_unpackhi_ps(rows[g], rows[g + 1]));
+                let (low2, high2) = (_mm512_unpacklo_ps(rows[g + 2], rows[g + 3]), _mm512_unpackhi_ps(rows[g + 2], rows[g + 3]));
+                (fours[g], fours[g + 1]) = unpack_pairs(low, low2);
+                (fours[g + 2], fours[g + 3]) = unpack_pairs(high, high2);
+            }
+            // Quarter q of `fours[g + j]` is column 4q + j of rows g to g + 3.
+            for j in 0..4 {
+                let (even, odd) = quarters(fours[j], fours[4 + j]);
+                let (even2, odd2) = quarters(fours[8 + j], fours[12 + j]);
+                (turned[j], turned[8 + j]) = quarters(even, even2);
+                (turned[4 + j], turned[12 + j]) = quarters(odd, odd2);
+            }
+            turned
+        })
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, from: &[T], ahead: usize) {
+        prefetch(from, ahead);
+    }
+}
+
+/// Pairs of lanes, taken by turns from `a` and `b`: the lower ones of each quarter, and the upper ones.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn unpack_pairs(a: __m512, b: __m512) -> (__m512, __m512) {
+    let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+    (_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
+}
+
+/// The even quarters of `a` and `b`, and the odd ones.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters(a: __m512, b: __m512) -> (__m512, __m512) {
+    (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+}
+
+/// Asks for a cache line. Any address is allowed, and nothing is read.
+#[inline(always)]
+fn prefetch<T>(from: &[T], ahead: usize) {
+    // SAFETY: a hint, which touches no memory; every x86-64 has it.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) };
 }
 
 /// The sum of eight lanes, as a tree: halves, quarters, pairs.
@@ -276,4 +323,46 @@ impl Simd for Avx2 {
     fn sum(self, value: Self::V) -> f32 {
         intrinsics!(sum8(_mm256_add_ps(value[0], value[1])))
     }
+    /// Four blocks of eight by eight.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut turned = rows;
+        for half in 0..2 {
+            for block in 0..2 {
+                let mut square = [rows[0][0]; 8];
+                for i in 0..8 {
+                    square[i] = rows[8 * block + i][half];
+                }
+                let square = intrinsics!(transpose8(square));
+                for j in 0..8 {
+                    turned[8 * half + j][block] = square[j];
+                }
+            }
+        }
+        turned
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, from: &[T], ahead: usize) {
+        prefetch(from, ahead);
+    }
+}
+
+/// Pairs, fours, then halves change places.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose8(rows: [__m256; 8]) -> [__m256; 8] {
+    let (mut fours, mut turned) = (rows, rows);
+    for g in [0, 4] {
+        let (low, high) = (_mm256_unpacklo_ps(rows[g], rows[g + 1]), _mm256_unpackhi_ps(rows[g], rows[g + 1]));
+        let (low2, high2) = (_mm256_unpacklo_ps(rows[g + 2], rows[g + 3]), _mm256_unpackhi_ps(rows[g + 2], rows[g + 3]));
+        fours[g] = _mm256_shuffle_ps::<0b01_00_01_00>(low, low2);
+        fours[g + 1] = _mm256_shuffle_ps::<0b11_10_11_10>(low, low2);
+        fours[g + 2] = _mm256_shuffle_ps::<0b01_00_01_00>(high, high2);
+        fours[g + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(high, high2);
+    }
+    for j in 0..4 {
+        turned[j] = _mm256_permute2f128_ps::<0x20>(fours[j], fours[4 + j]);
+        turned[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
+    }
+    turned
 }

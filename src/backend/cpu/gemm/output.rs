@@ -1,0 +1,185 @@
+//! The output of a sum, cut into blocks that tasks write side by side.
+#![allow(unsafe_code, reason = "a block of a matrix is not a slice: its rows lie apart, with other blocks between them")]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use crate::error::Result;
+
+/// The matrix to write.
+pub(in super::super) struct Output<'a, O> {
+    data: &'a mut [O],
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a, O> Output<'a, O> {
+    /// `rows × cols`, row-major.
+    pub(in super::super) fn new(data: &'a mut [O], rows: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), rows * cols); // what the unsafe code below relies on
+        Self { data, rows, cols }
+    }
+
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Row by row.
+    pub(super) fn data(&mut self) -> &mut [O] {
+        self.data
+    }
+
+    /// The same matrix, for a shorter time.
+    pub(super) fn reborrow(&mut self) -> Output<'_, O> {
+        Output { data: self.data, rows: self.rows, cols: self.cols }
+    }
+
+    /// Some of its rows.
+    pub(super) fn rows_of(&mut self, rows: Range<usize>) -> Output<'_, O> {
+        let data = &mut self.data[rows.start * self.cols..rows.end * self.cols];
+        Output { data, rows: rows.len(), cols: self.cols }
+    }
+}
+
+impl<O: Send> Output<'_, O> {
+    /// Calls `task` once for each block where a part of the rows meets a part of the columns, on as many threads as there are.
+    pub(super) fn for_each_block(
+        self,
+        down: Parts,
+        across: Parts,
+        task: impl Fn(Block<'_, O>) -> Result<()> + Sync,
+    ) -> Result<()> {
+        assert!(down.len == self.rows && across.len == self.cols);
+        let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.cols);
+        (0..down.parts * across.parts).into_par_iter().try_for_each(|i| {
+            let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));
+            if rows.is_empty() || cols.is_empty() {
+                return Ok(());
+            }
+            // SAFETY: both ranges lie within the matrix, whose elements `self.data` lends us until this function returns. Each
+            // `i` is seen once, and no two parts of a side share an index, so no two blocks share an element.
+            task(unsafe { Block::new(&corner, stride, rows, cols) })
+        })
+    }
+}
+
+/// The first element of a matrix.
+struct Corner<O>(*mut O);
+
+// SAFETY: tasks only make blocks of it, which do not overlap; an element is sent to the task that owns its block.
+unsafe impl<O: Send> Sync for Corner<O> {}
+
+/// A rectangle of the output, the property of one task.
+pub(super) struct Block<'a, O> {
+    first: *mut O,
+    stride: usize,
+    /// Which rows of the output it has.
+    pub(super) rows: Range<usize>,
+    /// Which columns.
+    pub(super) cols: Range<usize>,
+    lent: PhantomData<&'a mut O>,
+}
+
+impl<'a, O> Block<'a, O> {
+    /// A block with memory of its own, as long as `rows × cols`.
+    pub(super) fn over(data: &'a mut [O], rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert_eq!(data.len(), rows.len() * cols.len());
+        Self { first: data.as_mut_ptr(), stride: cols.len(), rows, cols, lent: PhantomData }
+    }
+
+    /// # Safety
+    /// `rows × cols` of the matrix lie in memory, and are nobody else's for `'a`; both ranges have a first index.
+    unsafe fn new(corner: &Corner<O>, stride: usize, rows: Range<usize>, cols: Range<usize>) -> Self {
+        // SAFETY: the first element of the rectangle lies in memory.
+        let first = unsafe { corner.0.add(rows.start * stride + cols.start) };
+        Self { first, stride, rows, cols, lent: PhantomData }
+    }
+
+    /// What it has of a row; `row` counts from the block's first.
+    #[inline(always)]
+    pub(super) fn line(&mut self, row: usize) -> &mut [O] {
+        assert!(row < self.rows.len());
+        // SAFETY: the row is one of the block's, whose elements are ours for as long as `self` is borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(row * self.stride), self.cols.len()) }
+    }
+}
+
+/// Indices cut into about equal parts, each a whole number of `unit`s but for the last.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parts {
+    len: usize,
+    unit: usize,
+    parts: usize,
+}
+
+impl Parts {
+    /// As few as keep each at `most` indices or fewer (a unit at least), then as many more as make them a multiple of `times`.
+    pub(super) fn new(len: usize, unit: usize, most: usize, times: usize) -> Self {
+        let units = len.div_ceil(unit);
+        let parts = units.div_ceil((most / unit).max(1));
+        Self { len, unit, parts: parts.next_multiple_of(times).clamp(1, units.max(1)) }
+    }
+
+    /// How many there are.
+    pub(super) fn count(self) -> usize {
+        self.parts
+    }
+
+    /// The indices of the longest part, rounded up to units.
+    pub(super) fn longest(self) -> usize {
+        self.len.div_ceil(self.unit).div_ceil(self.parts) * self.unit
+    }
+
+    /// Part `i`: it begins where the one before it ends.
+    pub(super) fn part(self, i: usize) -> Range<usize> {
+        let units = self.len.div_ceil(self.unit);
+        let cut = |i: usize| (units * i / self.parts * self.unit).min(self.len);
+        cut(i)..cut(i + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn parts_follow_one_another_and_keep_their_bounds(
+            len in 0usize..500, unit in 1usize..40, most in 1usize..200, times in 1usize..5,
+        ) {
+            let parts = Parts::new(len, unit, most, times);
+            let mut end = 0;
+            for i in 0..parts.count() {
+                let part = parts.part(i);
+                prop_assert_eq!(part.start, end);
+                prop_assert!(part.start % unit == 0 && part.len() <= parts.longest());
+                prop_assert!(part.len() <= most.max(unit));
+                end = part.end;
+            }
+            prop_assert_eq!(end, len);
+        }
+
+        #[test]
+        fn blocks_cover_the_output_once(rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9) {
+            let mut data = vec![0u32; rows * cols];
+            let (down, across) = (Parts::new(rows, 2, height, 1), Parts::new(cols, 3, width, 2));
+            Output::new(&mut data, rows, cols).for_each_block(down, across, |mut block| {
+                for i in 0..block.rows.len() {
+                    let (row, first) = (block.rows.start + i, block.cols.start);
+                    for (j, to) in block.line(i).iter_mut().enumerate() {
+                        *to += (row * cols + first + j + 1) as u32;
+                    }
+                }
+                Ok(())
+            }).unwrap();
+            prop_assert!(data.iter().enumerate().all(|(i, &seen)| seen == i as u32 + 1));
+        }
+    }
+}

@@ -76,7 +76,7 @@ impl StagedFolder {
     }
 
     /// Where to put the files. Each must be on the disk before the folder is published, as a published [`Staged`] is.
-    pub fn path(&self) -> &Path {
+    pub fn inside(&self) -> &Path {
         &self.temporary
     }
 
@@ -160,12 +160,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model");
         let staged = StagedFolder::new(&path).unwrap();
-        write_whole(&staged.path().join("shard"), b"new").unwrap();
+        write_whole(&staged.inside().join("shard"), b"new").unwrap();
         drop(staged);
         assert!(names(folder.path()).is_empty());
 
         let staged = StagedFolder::new(&path).unwrap();
-        write_whole(&staged.path().join("shard"), b"new").unwrap();
+        write_whole(&staged.inside().join("shard"), b"new").unwrap();
         assert!(!path.exists());
         staged.publish().unwrap();
         assert_eq!((names(folder.path()), names(&path)), (vec!["model".to_string()], vec!["shard".to_string()]));

@@ -3,7 +3,7 @@
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-use crate::element::{DType, bf16, f16};
+use crate::element::{DType, f16};
 
 /// Elements a task: large enough to be worth handing out.
 const TASK: usize = 1 << 16;
@@ -36,32 +36,45 @@ pub(super) fn narrow(dtype: DType, values: &[f32], bytes: &mut [u8]) -> bool {
             bytes.as_chunks_mut().0.iter_mut().zip(values).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
             values.iter().fold(true, |finite, value| finite & value.is_finite())
         }
-        DType::F16 => halves(values, bytes, [f16::ZERO; RUN], f16::to_bits, 0x7c00),
-        DType::BF16 => halves(values, bytes, [bf16::ZERO; RUN], bf16::to_bits, 0x7f80),
+        DType::F16 => narrow_f16(values, bytes),
+        DType::BF16 => narrow_bf16(values, bytes),
     });
     finite.reduce(|| true, |one, other| one & other)
 }
 
-/// Half-precision numbers; one is infinite or NaN if all bits of its `exponent` are set.
-fn halves<H: Copy>(values: &[f32], bytes: &mut [u8], mut run: [H; RUN], bits: fn(H) -> u16, exponent: u16) -> bool
-where
-    [H]: HalfFloatSliceExt,
-{
-    let mut finite = true;
+fn narrow_f16(values: &[f32], bytes: &mut [u8]) -> bool {
+    const EXPONENT: u16 = 0x7c00; // all of it set: infinite or NaN
+    let (mut strange, mut run) = (0, [f16::ZERO; RUN]);
     for (values, bytes) in values.chunks(RUN).zip(bytes.chunks_mut(2 * RUN)) {
-        let run = &mut run[..values.len()];
-        run.convert_from_f32_slice(values);
-        for (bytes, &number) in bytes.as_chunks_mut().0.iter_mut().zip(run.iter()) {
-            finite &= bits(number) & exponent != exponent;
-            *bytes = bits(number).to_le_bytes();
+        run[..values.len()].convert_from_f32_slice(values);
+        for (bytes, number) in bytes.as_chunks_mut().0.iter_mut().zip(&run) {
+            strange |= u16::from(number.to_bits() & EXPONENT == EXPONENT);
+            *bytes = number.to_bits().to_le_bytes();
         }
     }
-    finite
+    strange == 0
+}
+
+/// The upper half of an `f32`, rounded by adding half of a last place, or just less where that place is even. Written as
+/// arithmetic without a branch, so that it is done in vectors.
+fn narrow_bf16(values: &[f32], bytes: &mut [u8]) -> bool {
+    const EXPONENT: u16 = 0x7f80;
+    const QUIET: u32 = 0x40;
+    let mut strange = 0;
+    for (bytes, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+        let bits = value.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        let number = if value.is_nan() { bits >> 16 | QUIET } else { rounded } as u16;
+        strange |= u16::from(number & EXPONENT == EXPONENT);
+        *bytes = number.to_le_bytes();
+    }
+    strange == 0
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::element::bf16;
 
     /// Every half-precision number there is comes back as it was, from any alignment.
     #[test]
@@ -78,6 +91,22 @@ mod tests {
             assert!(!narrow(dtype, &values, &mut bytes[1..]), "{dtype} has infinities");
             let same = |at: usize| bytes[1 + 2 * at..3 + 2 * at] == stored[1 + 2 * at..3 + 2 * at];
             assert!((0..1 << 16).all(|at| same(at) || values[at].is_nan()), "{dtype}");
+        }
+    }
+
+    /// Ties, numbers beside them, the ends of the range and NaN, as the crate `half` rounds them.
+    #[test]
+    fn rounding_is_to_nearest_even() {
+        let ends = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| (0..=0xffffu32).map(move |high| high << 16 | low));
+        let values: Vec<f32> = ends.into_iter().flatten().map(f32::from_bits).collect();
+        for (dtype, want) in [
+            (DType::F16, (|value| f16::from_f32(value).to_bits()) as fn(f32) -> u16),
+            (DType::BF16, |value| bf16::from_f32(value).to_bits()),
+        ] {
+            let mut bytes = vec![0; 2 * values.len()];
+            narrow(dtype, &values, &mut bytes);
+            let got = bytes.as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes));
+            assert!(got.zip(&values).all(|(got, &value)| got == want(value) || value.is_nan()), "{dtype}");
         }
     }
 

@@ -96,14 +96,14 @@ pub(super) fn rewrite(base: &Checkpoint, out: &Path, edit: &mut impl Edit, watch
     let mut total = 0;
     for shard in &base.shards {
         let name = shard.path.file_name().unwrap_or_default();
-        rewrite_shard(shard, &staged.path().join(name), edit, watch)?.publish()?;
+        rewrite_shard(shard, &staged.inside().join(name), edit, watch)?.publish()?;
         total += shard.header.entries.iter().map(|entry| stored_bytes(entry, edit.dtype(entry)) as u64).sum::<u64>();
     }
     if let Some(index) = &base.index {
         let name = index.file_name().unwrap_or_default();
-        file::write_whole(&staged.path().join(name), &index_of(index, total)?)?;
+        file::write_whole(&staged.inside().join(name), &index_of(index, total)?)?;
     }
-    copy_companions(folder, staged.path())?;
+    copy_companions(folder, staged.inside())?;
     Ok(StagedCheckpoint::Folder(staged))
 }
 

@@ -100,6 +100,10 @@ pub enum Error {
         reason: String,
     },
 
+    /// The caller asked to stop. What was begun is gone.
+    #[error("interrupted; nothing was written")]
+    Interrupted,
+
     /// A file asks for something that this crate does not know how to honour.
     #[error("{}: `{field}` is {value}, which is not supported", path.display())]
     Unsupported {

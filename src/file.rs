@@ -31,10 +31,15 @@ pub struct Staged {
 impl Staged {
     /// Writes the bytes into the folder of `path`, under a name of their own. Errors: [`Error::File`].
     pub fn new(path: &Path, bytes: &[u8]) -> Result<Self> {
+        Self::with(path, |file| file.write_all(bytes).map_err(|error| failed(path, &error)))
+    }
+
+    /// What `write` writes, piece by piece. Errors: [`Error::File`], and those of `write`.
+    pub fn with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<Self> {
         let (temporary, mut file) = create_beside(path).map_err(|error| failed(path, &error))?;
         let staged = Self { path: path.into(), temporary };
-        let written = file.write_all(bytes).and_then(|()| file.sync_all());
-        written.map_err(|error| failed(path, &error))?;
+        write(&mut file)?;
+        file.sync_all().map_err(|error| failed(path, &error))?;
         Ok(staged)
     }
 
@@ -52,16 +57,57 @@ impl Drop for Staged {
     }
 }
 
+/// A folder that is being filled and does not have its name yet. Dropped without [`publish`](Self::publish), it is gone.
+#[derive(Debug)]
+pub struct StagedFolder {
+    path: PathBuf,
+    temporary: PathBuf,
+}
+
+impl StagedFolder {
+    /// An empty folder beside `path`. Errors: [`Error::File`], also if there is something under that name already.
+    pub fn new(path: &Path) -> Result<Self> {
+        if path.symlink_metadata().is_ok() {
+            return Err(Error::File { path: path.into(), reason: "is there already".into() });
+        }
+        let made = beside(path, |temporary| fs::create_dir(temporary));
+        let (temporary, ()) = made.map_err(|error| failed(path, &error))?;
+        Ok(Self { path: path.into(), temporary })
+    }
+
+    /// Where to put the files. Each must be on the disk before the folder is published, as a published [`Staged`] is.
+    pub fn inside(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Gives the folder its name. Errors: [`Error::File`].
+    pub fn publish(self) -> Result<()> {
+        let renamed = fs::rename(&self.temporary, &self.path).and_then(|()| sync_folder(&self.path));
+        renamed.map_err(|error| failed(&self.path, &error))
+    }
+}
+
+impl Drop for StagedFolder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.temporary); // as for `Staged`
+    }
+}
+
 /// A new file in the folder of `path`, which renaming therefore never has to copy.
 fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
+    beside(path, |temporary| OpenOptions::new().write(true).create_new(true).open(temporary))
+}
+
+/// Makes something under a name that nothing in the folder of `path` has.
+fn beside<T>(path: &Path, create: impl Fn(&Path) -> io::Result<T>) -> io::Result<(PathBuf, T)> {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "names no file"))?;
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let temporary = path.with_file_name(format!(".{}.{}-{number}", name.to_string_lossy(), std::process::id()));
-        match OpenOptions::new().write(true).create_new(true).open(&temporary) {
+        match create(&temporary) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => continue, // left by a process that was killed
-            opened => return opened.map(|file| (temporary, file)),
+            created => return created.map(|created| (temporary, created)),
         }
     }
 }
@@ -72,7 +118,7 @@ fn sync_folder(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
-fn failed(path: &Path, error: &io::Error) -> Error {
+pub(crate) fn failed(path: &Path, error: &io::Error) -> Error {
     Error::File { path: path.into(), reason: error.to_string() }
 }
 
@@ -107,6 +153,23 @@ mod tests {
         drop(staged);
         assert_eq!(read(&path).unwrap(), b"old");
         assert_eq!(names(folder.path()), ["report.json"]);
+    }
+
+    #[test]
+    fn a_folder_is_there_with_all_its_files_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        let staged = StagedFolder::new(&path).unwrap();
+        write_whole(&staged.inside().join("shard"), b"new").unwrap();
+        drop(staged);
+        assert!(names(folder.path()).is_empty());
+
+        let staged = StagedFolder::new(&path).unwrap();
+        write_whole(&staged.inside().join("shard"), b"new").unwrap();
+        assert!(!path.exists());
+        staged.publish().unwrap();
+        assert_eq!((names(folder.path()), names(&path)), (vec!["model".to_string()], vec!["shard".to_string()]));
+        assert!(StagedFolder::new(&path).unwrap_err().to_string().contains("already"));
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! - [`op`]: a request a verb, for those who link the kernels. The letters `m k n r` are explained there.
 //! - [`nn`] on [`autograd`]: layers with adapters, Adam, a tape; enough to train a small network.
 //! - [`adapter`]: the folders that PEFT reads and writes.
+//! - `checkpoint` (feature `checkpoint`): merging into models on disk, and the program `lowrank` (feature `cli`).
 //! - `examples/mnist_lora`: all of it in one run.
 //!
 //! To read the crate: [`op`] (what is asked) → [`backend`] (the seam) → `backend/cpu/lora.rs` (a verb, as the sums it is) →
@@ -21,6 +22,8 @@
 pub mod adapter;
 pub mod autograd;
 pub mod backend;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 mod element;
 mod error;
 pub mod file;

@@ -179,8 +179,11 @@ pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
     for (_, weight) in adapters {
         Error::unless(weight.is_finite(), VERB, "weight", weight, "a finite number")?;
     }
-    let single = Combine::new(CombinationType::Linear);
-    let how = if adapters.len() == 1 { &single } else { how };
+    let ranks = adapters.iter().flat_map(|(folder, _)| folder.modules().values().map(Factors::rank));
+    let how = match adapters.len() {
+        1 => Combine::new(CombinationType::Linear),
+        _ => Combine { svd_rank: how.svd_rank.or(ranks.max()), ..how.clone() },
+    };
     let mut mix = how.mix();
     let names: BTreeSet<&String> = adapters.iter().flat_map(|(folder, _)| folder.modules().keys()).collect();
     let mut modules = BTreeMap::new();
@@ -189,7 +192,7 @@ pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
             .iter()
             .filter_map(|(folder, weight)| folder.modules().get(name).map(|factors| Part { factors, weight: *weight }))
             .collect();
-        modules.insert(name.clone(), module(name, &parts, how, &mut mix)?);
+        modules.insert(name.clone(), module(name, &parts, &how, &mut mix)?);
     }
     Folder::new(Some(first.config()), modules)
 }
@@ -273,8 +276,6 @@ fn mixed(parts: &[Part], factor: impl Fn(&Factors) -> &HostMatrix, weights: &[f6
 #[cfg(feature = "svd")]
 fn by_svd(parts: &[Part], how: &Combine, mix: &mut Mix) -> Result<(HostMatrix, HostMatrix)> {
     use super::decompose::Svd;
-    let most = parts.iter().map(|part| part.factors.rank()).max().unwrap_or(0);
-    let rank = how.svd_rank.unwrap_or(most);
     let svd = if how.combination_type == CombinationType::Svd {
         let (a, b) = cat(parts); // the sum itself, in factored form
         Svd::of_product(&b, &a, 1.0)?
@@ -284,7 +285,7 @@ fn by_svd(parts: &[Part], how: &Combine, mix: &mut Mix) -> Result<(HostMatrix, H
         let sum = mix.run(parts.iter().map(|part| delta(part.factors)).collect(), &weights);
         Svd::of(&HostMatrix::from_fn(n, k, |i, j| sum[i * k + j]))?
     };
-    Ok(svd.factors(rank))
+    Ok(svd.factors(how.svd_rank.unwrap_or(usize::MAX))) // `combine` has set it
 }
 
 /// `scaling·B·A`, row by row.

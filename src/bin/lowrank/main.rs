@@ -1,2 +1,61 @@
-//! The program.
-fn main() {}
+//! `lowrank`: adapters and checkpoints on disk, from the command line. One file a subcommand.
+
+mod combine;
+mod compress;
+mod convert;
+mod extract;
+mod info;
+mod merge;
+mod progress;
+mod unmerge;
+mod values;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use lowrank::{Error, Result};
+
+/// Adapters and checkpoints on disk: safetensors models, in one file or sharded, and the adapter folders that PEFT writes.
+///
+/// Outputs are written whole or not at all; Ctrl-C leaves nothing behind.
+#[derive(Parser)]
+#[command(name = "lowrank", version)]
+struct Program {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Info(info::Info),
+    Merge(merge::Merge),
+    Unmerge(unmerge::Unmerge),
+    Extract(extract::Extract),
+    Combine(combine::Combine),
+    Compress(compress::Compress),
+    Convert(convert::Convert),
+}
+
+impl Command {
+    fn run(self) -> Result<()> {
+        match self {
+            Command::Info(info) => info.run(),
+            Command::Merge(merge) => merge.run(),
+            Command::Unmerge(unmerge) => unmerge.run(),
+            Command::Extract(extract) => extract.run(),
+            Command::Combine(combine) => combine.run(),
+            Command::Compress(compress) => compress.run(),
+            Command::Convert(convert) => convert.run(),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match Program::parse().command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lowrank: {error}");
+            ExitCode::from(if matches!(error, Error::Interrupted) { 130 } else { 1 }) // 130: as if the signal had ended it
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! `lowrank combine`: one adapter of several.
+
+use std::path::PathBuf;
+
+use lowrank::adapter::{self, CombinationType, Folder, MajoritySign};
+use lowrank::{Error, Result};
+
+/// Combine adapters into one, in the ways of PEFT's add_weighted_adapter
+#[derive(clap::Args)]
+pub(crate) struct Combine {
+    /// The folders of the adapters
+    #[arg(required = true, value_name = "DIR")]
+    adapters: Vec<PathBuf>,
+    /// A weight for each, which may be negative: 0.7,-0.3; all 1 by default
+    #[arg(long, value_delimiter = ',', allow_hyphen_values = true)]
+    weights: Vec<f64>,
+    /// linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune or
+    /// magnitude_prune_svd
+    #[arg(long = "type", value_name = "TYPE", default_value = "svd")]
+    combination_type: CombinationType,
+    /// The share of elements that pruning keeps
+    #[arg(long)]
+    density: Option<f64>,
+    /// Whose sign wins in ties: total or frequency
+    #[arg(long)]
+    majority_sign_method: Option<MajoritySign>,
+    /// The rank of the result, for the svd types; by default the greatest there is
+    #[arg(long)]
+    svd_rank: Option<usize>,
+    /// For the dare types, which prune at random
+    #[arg(long)]
+    seed: Option<u64>,
+    /// The new adapter's folder
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+impl Combine {
+    pub(crate) fn run(self) -> Result<()> {
+        let folders = self.adapters.iter().map(|dir| Folder::read(dir)).collect::<Result<Vec<_>>>()?;
+        let weights = if self.weights.is_empty() { vec![1.0; folders.len()] } else { self.weights };
+        if weights.len() != folders.len() {
+            let got = format!("{} numbers", weights.len());
+            return Err(Error::Value { verb: "combine", name: "weights", got, want: "one for each adapter" });
+        }
+        let parts: Vec<(&Folder, f64)> = folders.iter().zip(weights).collect();
+        let how = adapter::Combine {
+            density: self.density,
+            majority_sign_method: self.majority_sign_method,
+            svd_rank: self.svd_rank,
+            seed: self.seed,
+            ..adapter::Combine::new(self.combination_type)
+        };
+        let combined = adapter::combine(&parts, &how)?;
+        combined.write(&self.out)?;
+        println!("{}: {} adapters in {} parameters", self.out.display(), folders.len(), combined.parameters());
+        Ok(())
+    }
+}

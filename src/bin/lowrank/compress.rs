@@ -1,0 +1,31 @@
+//! `lowrank compress`: an adapter of a smaller rank.
+
+use std::path::PathBuf;
+
+use lowrank::Result;
+use lowrank::adapter::{self, Folder};
+
+use crate::values::Kept;
+
+/// Make an adapter smaller: the best approximation of a smaller rank
+#[derive(clap::Args)]
+pub(crate) struct Compress {
+    /// The adapter's folder
+    #[arg(value_name = "DIR")]
+    adapter: PathBuf,
+    #[command(flatten)]
+    kept: Kept,
+    /// The new adapter's folder
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+impl Compress {
+    pub(crate) fn run(self) -> Result<()> {
+        let adapter = Folder::read(&self.adapter)?;
+        let compressed = adapter::compress(&adapter, self.kept.keep())?;
+        compressed.write(&self.out)?;
+        println!("{}: {} parameters of {}", self.out.display(), compressed.parameters(), adapter.parameters());
+        Ok(())
+    }
+}

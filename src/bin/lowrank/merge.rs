@@ -1,0 +1,50 @@
+//! `lowrank merge`: `W += scaling·B·A` for every module of an adapter.
+
+use std::path::PathBuf;
+
+use lowrank::Result;
+use lowrank::adapter::Folder;
+use lowrank::checkpoint::{self, Checkpoint};
+
+use crate::progress::watched;
+use crate::values::Stored;
+
+/// Merge an adapter into a checkpoint
+#[derive(clap::Args)]
+pub(crate) struct Merge {
+    /// The model: a .safetensors file, an index of shards, or a folder
+    #[arg(long, value_name = "PATH")]
+    base: PathBuf,
+    /// The adapter: a folder with adapter_config.json and adapter_model.safetensors
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// The merged model: a file for a file, else a new folder
+    #[arg(long, value_name = "PATH")]
+    out: PathBuf,
+    /// Store all floats of the merged model so, instead of as in the base
+    #[arg(long)]
+    dtype: Option<Stored>,
+    /// Write what `unmerge --residue` needs to restore the base bit for bit
+    #[arg(long, value_name = "FILE")]
+    keep_residue: Option<PathBuf>,
+    /// Write weights that become infinite or NaN, instead of refusing
+    #[arg(long)]
+    allow_non_finite: bool,
+}
+
+impl Merge {
+    pub(crate) fn run(self) -> Result<()> {
+        let (base, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
+        let request = checkpoint::Merge {
+            base: &base,
+            adapter: &adapter,
+            out: &self.out,
+            dtype: self.dtype.map(Into::into),
+            keep_residue: self.keep_residue.as_deref(),
+            allow_non_finite: self.allow_non_finite,
+        };
+        watched(base.bytes(), |watch| checkpoint::merge(&request, watch))?;
+        println!("{}: {} modules merged", self.out.display(), adapter.modules().len());
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! What makes unmerging exact: the few weights that `W + ΔW - ΔW` does not give back, kept beside the merged checkpoint.
+//!
+//! A safetensors file. For each merged tensor `x` it holds `x.index` (U32: which elements), `x.value` (what they were) and,
+//! in its metadata, a digest of all that the tensor was, so that what is restored is known to be right.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::Dtype;
+use serde_json::{Map, Value, json};
+
+use super::header::Entry;
+use super::{Checkpoint, listed, refused};
+use crate::error::{Error, Result};
+use crate::file::{Staged, failed};
+
+const FORMAT: &str = "lowrank-residue";
+
+/// Writes a residue while its checkpoint is merged.
+pub(super) struct Keeper {
+    path: PathBuf,
+    file: File,
+    /// How many bytes are kept free for the header, which is known last.
+    room: usize,
+    header: Map<String, Value>,
+    digests: Map<String, Value>,
+    written: usize,
+    tensor: Option<Tensor>,
+}
+
+/// The tensor at hand.
+struct Tensor {
+    entry: Entry,
+    index: Vec<u8>,
+    value: Vec<u8>,
+    digest: u64,
+}
+
+impl Keeper {
+    /// A residue of these tensors, on the disk but without its name; `merge` is to compare them all.
+    pub(super) fn stage(path: &Path, targets: &[&Entry], merge: impl FnOnce(&mut Keeper) -> Result<()>) -> Result<Staged> {
+        let large = targets.iter().find(|entry| u32::try_from(entry.elements()).is_err());
+        if let Some(entry) = large {
+            return Err(refused(path, format!("`{}` has more elements than a residue can number", entry.name)));
+        }
+        Staged::with(path, |file| {
+            let file = file.try_clone().map_err(|error| failed(path, &error))?;
+            let (header, digests) = Default::default();
+            let mut keeper = Keeper { path: path.into(), file, room: 0, header, digests, written: 0, tensor: None };
+            targets.iter().for_each(|entry| keeper.tell(entry, usize::MAX / 16, 1 << 60, u64::MAX));
+            keeper.room = keeper.text().len().next_multiple_of(8);
+            (keeper.header, keeper.digests) = Default::default();
+            keeper.write(&vec![b' '; 8 + keeper.room])?;
+            keeper.written = 0;
+            merge(&mut keeper)?;
+            keeper.finish()
+        })
+    }
+
+    pub(super) fn begin(&mut self, entry: &Entry) {
+        self.tensor = Some(Tensor { entry: entry.clone(), index: Vec::new(), value: Vec::new(), digest: 0 });
+    }
+
+    /// Some elements of the tensor, from `first` on: as they were, and as unmerging gives them back.
+    pub(super) fn compare(&mut self, first: usize, old: &[u8], back: &[u8]) {
+        let Some(tensor) = &mut self.tensor else { return };
+        tensor.digest = digest(tensor.digest, old);
+        let size = tensor.entry.dtype.bitsize() / 8;
+        for (at, (old, back)) in old.chunks_exact(size).zip(back.chunks_exact(size)).enumerate() {
+            if old != back {
+                tensor.index.extend(((first + at) as u32).to_le_bytes()); // `stage` has seen to the number
+                tensor.value.extend(old);
+            }
+        }
+    }
+
+    pub(super) fn end(&mut self) -> Result<()> {
+        let Some(tensor) = self.tensor.take() else { return Ok(()) };
+        self.tell(&tensor.entry, tensor.index.len() / 4, self.written, tensor.digest);
+        self.write(&tensor.index)?;
+        self.write(&tensor.value)
+    }
+
+    /// Enters a tensor of which `count` elements are kept into the header, from byte `start` on.
+    fn tell(&mut self, entry: &Entry, count: usize, start: usize, digest: u64) {
+        let (middle, size) = (start + 4 * count, entry.dtype.bitsize() / 8);
+        let info =
+            |dtype: Dtype, start: usize, end: usize| json!({"dtype": dtype, "shape": [count], "data_offsets": [start, end]});
+        self.header.insert(index_of(&entry.name), info(Dtype::U32, start, middle));
+        self.header.insert(value_of(&entry.name), info(entry.dtype, middle, middle + size * count));
+        self.digests.insert(entry.name.clone(), json!(format!("{digest:016x}")));
+    }
+
+    fn text(&self) -> Vec<u8> {
+        let mut header = self.header.clone();
+        let mut metadata = self.digests.clone();
+        metadata.insert("format".into(), json!(FORMAT));
+        header.insert("__metadata__".into(), Value::Object(metadata));
+        Value::Object(header).to_string().into_bytes()
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.written += bytes.len();
+        self.file.write_all(bytes).map_err(|error| failed(&self.path, &error))
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let mut text = self.text();
+        text.resize(self.room, b' ');
+        self.file.seek(SeekFrom::Start(0)).map_err(|error| failed(&self.path, &error))?;
+        self.write(&[&(self.room as u64).to_le_bytes(), text.as_slice()].concat())
+    }
+}
+
+/// Reads a residue while its checkpoint is unmerged.
+pub(super) struct Restorer {
+    file: Checkpoint,
+    digests: Map<String, Value>,
+}
+
+impl Restorer {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = Checkpoint::open(path)?;
+        let digests = file.shards.first().map(|shard| shard.header.metadata(path)).transpose()?.unwrap_or_default();
+        if digests.get("format").and_then(Value::as_str) != Some(FORMAT) {
+            return Err(refused(path, "is not a residue that `merge` kept".into()));
+        }
+        Ok(Self { file, digests })
+    }
+
+    /// `Err` unless it is a residue of exactly these tensors.
+    pub(super) fn covers<'n>(&self, names: impl Iterator<Item = &'n String>) -> Result<()> {
+        let mut digests = self.digests.clone();
+        digests.remove("format");
+        let missing: Vec<String> = names.filter(|name| digests.remove(name.as_str()).is_none()).cloned().collect();
+        let strange: Vec<String> = digests.keys().cloned().collect();
+        for (names, what) in [(missing, "holds nothing of"), (strange, "was kept by a merge that changed")] {
+            if !names.is_empty() {
+                return Err(refused(self.file.path(), format!("{what} {}: it belongs to another adapter", listed(&names))));
+            }
+        }
+        Ok(())
+    }
+
+    /// What was kept of a tensor. Errors: [`Error::File`] unless it fits.
+    pub(super) fn tensor(&self, entry: &Entry) -> Result<Restored> {
+        let part = |name: String, dtype: Dtype| {
+            let found = self.file.find(&name).filter(|(_, part)| part.dtype == dtype);
+            let (shard, part) =
+                found.ok_or_else(|| refused(self.file.path(), format!("`{name}` is missing, or not {dtype:?}")))?;
+            Ok::<_, Error>(shard.read(part, 0, part.bytes)?.to_vec())
+        };
+        let (index, values) = (part(index_of(&entry.name), Dtype::U32)?, part(value_of(&entry.name), entry.dtype)?);
+        let size = entry.dtype.bitsize() / 8;
+        let index: Vec<usize> = index.as_chunks().0.iter().map(|&bytes| u32::from_le_bytes(bytes) as usize).collect();
+        let rising = index.is_sorted_by(|one, next| one < next);
+        if !rising || index.len() * size != values.len() || index.last().is_some_and(|&last| last >= entry.elements()) {
+            return Err(refused(self.file.path(), format!("what is kept of `{}` does not fit the tensor", entry.name)));
+        }
+        let want = self.digests.get(&entry.name).and_then(Value::as_str).unwrap_or_default().to_string();
+        let (path, name) = (self.file.path().to_path_buf(), entry.name.clone());
+        Ok(Restored { path, name, size, index, values, next: 0, digest: 0, want })
+    }
+}
+
+/// What was kept of a tensor, while its elements go by.
+pub(super) struct Restored {
+    path: PathBuf,
+    name: String,
+    size: usize,
+    index: Vec<usize>,
+    values: Vec<u8>,
+    next: usize,
+    digest: u64,
+    want: String,
+}
+
+impl Restored {
+    /// Puts the kept elements among those from `first` on.
+    pub(super) fn patch(&mut self, first: usize, bytes: &mut [u8]) {
+        let size = self.size;
+        while let Some(at) = self.index.get(self.next).map(|index| (index - first) * size).filter(|at| *at < bytes.len()) {
+            bytes[at..at + size].copy_from_slice(&self.values[self.next * size..][..size]);
+            self.next += 1;
+        }
+        self.digest = digest(self.digest, bytes);
+    }
+
+    /// Errors: [`Error::File`] unless the tensor is what it was.
+    pub(super) fn end(self) -> Result<()> {
+        if format!("{:016x}", self.digest) == self.want {
+            return Ok(());
+        }
+        let reason = "would not be what it was: the checkpoint, the adapter or the vector unit is not that of the merge";
+        Err(refused(&self.path, format!("`{}` {reason}", self.name)))
+    }
+}
+
+fn index_of(name: &str) -> String {
+    format!("{name}.index")
+}
+
+fn value_of(name: &str) -> String {
+    format!("{name}.value")
+}
+
+/// Tells different tensors apart; no shield against those who want them confused.
+fn digest(seed: u64, bytes: &[u8]) -> u64 {
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let words = words.iter().chain([&last]).map(|&word| u64::from_le_bytes(word));
+    words.fold(seed, |digest, word| (digest ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29))
+}

@@ -1,0 +1,134 @@
+//! The same checkpoint with some tensors changed: streamed a piece at a time, whole or not at all.
+
+use std::path::Path;
+
+use safetensors::tensor::Dtype;
+
+use super::header::{Entry, stored_bytes};
+use super::output::{Output, Piece, StagedCheckpoint, copy_companions, go_on};
+use super::{Checkpoint, Shard, Watch, number, refused};
+use crate::element::DType;
+use crate::error::Result;
+use crate::file::{self, Staged, StagedFolder};
+
+/// Bytes that are mapped at once.
+const PIECE: usize = 4 << 20;
+
+/// What becomes of each tensor.
+pub(super) trait Edit {
+    /// The type that its elements will have.
+    fn dtype(&self, entry: &Entry) -> Dtype;
+    /// Writes its new bytes, as many as its shape and [`dtype`](Self::dtype) say.
+    fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()>;
+}
+
+/// One pass over a file: where the new bytes go, and who watches.
+pub(super) struct Pass<'p, 'w> {
+    output: &'p mut Output,
+    watch: &'p mut Watch<'w>,
+}
+
+impl Pass<'_, '_> {
+    pub(super) fn write(&mut self, bytes: Vec<u8>) -> Result<()> {
+        self.output.write(Piece::Made(bytes))
+    }
+
+    /// A buffer of this length for [`write`](Self::write), whatever it holds.
+    pub(super) fn buffer(&self, len: usize) -> Vec<u8> {
+        let mut buffer = self.output.spare();
+        buffer.resize(len, 0);
+        buffer
+    }
+
+    /// So many bytes of the old checkpoint are done.
+    pub(super) fn done(&mut self, bytes: usize) -> Result<()> {
+        go_on((self.watch)(bytes as u64))
+    }
+
+    /// The bytes as they are.
+    pub(super) fn copy(&mut self, shard: &Shard, entry: &Entry) -> Result<()> {
+        for start in (0..entry.bytes).step_by(PIECE) {
+            let piece = shard.read(entry, start, PIECE.min(entry.bytes - start))?;
+            let bytes = piece.len();
+            self.output.write(Piece::Mapped(piece))?;
+            self.done(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Every element rounded. Errors: [`File`](crate::Error::File) if a finite number is more than the new type can hold.
+    pub(super) fn convert(&mut self, shard: &Shard, entry: &Entry, [from, to]: [DType; 2]) -> Result<()> {
+        const ELEMENTS: usize = PIECE / 4;
+        let mut wide = vec![0.0; ELEMENTS];
+        let total = entry.elements();
+        for start in (0..total).step_by(ELEMENTS) {
+            let len = ELEMENTS.min(total - start);
+            let piece = shard.read(entry, start * from.size(), len * from.size())?;
+            let (wide, mut narrow) = (&mut wide[..len], self.buffer(len * to.size()));
+            number::widen(from, &piece, wide);
+            if !number::narrow(to, wide, &mut narrow)
+                && let Some(value) = overflowing(to, wide, &narrow)
+            {
+                return Err(refused(&shard.path, format!("`{}` holds {value}, more than {to} can", entry.name)));
+            }
+            self.write(narrow)?;
+            self.done(piece.len())?;
+        }
+        Ok(())
+    }
+}
+
+/// A finite number that did not stay so.
+fn overflowing(dtype: DType, values: &[f32], bytes: &[u8]) -> Option<f32> {
+    let mut back = vec![0.0; values.len()];
+    number::widen(dtype, bytes, &mut back);
+    let mut pairs = values.iter().zip(&back);
+    pairs.find(|(value, back)| value.is_finite() && !back.is_finite()).map(|(value, _)| *value)
+}
+
+/// Writes the edited checkpoint beside `out`: a file if it was opened as one, else a folder with all that lies beside it.
+pub(super) fn rewrite(base: &Checkpoint, out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<StagedCheckpoint> {
+    let (Some(folder), false) = (&base.folder, base.shards.is_empty()) else {
+        let shard = base.shards.first().ok_or_else(|| refused(&base.path, "holds no file".into()))?;
+        return Ok(StagedCheckpoint::File(rewrite_shard(shard, out, edit, watch)?));
+    };
+    let staged = StagedFolder::new(out)?;
+    let mut total = 0;
+    for shard in &base.shards {
+        let name = shard.path.file_name().unwrap_or_default();
+        rewrite_shard(shard, &staged.inside().join(name), edit, watch)?.publish()?;
+        total += shard.header.entries.iter().map(|entry| stored_bytes(entry, edit.dtype(entry)) as u64).sum::<u64>();
+    }
+    if let Some(index) = &base.index {
+        let name = index.file_name().unwrap_or_default();
+        file::write_whole(&staged.inside().join(name), &index_of(index, total)?)?;
+    }
+    copy_companions(folder, staged.inside())?;
+    Ok(StagedCheckpoint::Folder(staged))
+}
+
+fn rewrite_shard(shard: &Shard, out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Staged> {
+    let dtypes: Vec<Dtype> = shard.header.entries.iter().map(|entry| edit.dtype(entry)).collect();
+    let header = shard.header.with_dtypes(&shard.path, &dtypes)?;
+    let staged = Staged::with(out, |file| {
+        let mut output = Output::new(out, file)?;
+        let mut pass = Pass { output: &mut output, watch };
+        let made = pass.write(header);
+        let made = made.and_then(|()| shard.header.entries.iter().try_for_each(|entry| edit.write(shard, entry, &mut pass)));
+        output.finish(made)
+    })?;
+    go_on(watch(0))?; // synchronising takes a while: the caller may have changed their mind
+    Ok(staged)
+}
+
+/// The index, with the bytes of all tensors as they are now.
+fn index_of(path: &Path, total: u64) -> Result<Vec<u8>> {
+    let bytes = file::read(path)?;
+    let parsed: Result<serde_json::Value, _> = serde_json::from_slice(&bytes);
+    let mut document = parsed.map_err(|error| refused(path, error.to_string()))?;
+    match document.pointer_mut("/metadata/total_size") {
+        Some(size) if size.as_u64() != Some(total) => *size = total.into(),
+        _ => return Ok(bytes),
+    }
+    Ok(format!("{document:#}\n").into_bytes())
+}

@@ -17,7 +17,7 @@ use crate::adapter::{Factors, Folder};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::op::LoraMerge;
+use crate::op::{LoraMerge, Rounding};
 use crate::tensor::Tensor;
 
 /// Elements of a weight that are merged at once: 1 MiB of `f32`, which stays in L2 from its widening to its rounding.
@@ -247,7 +247,7 @@ impl<'f> Weight<'f> {
         let fits = spare().pop().filter(|w| w.shape() == shape);
         let mut w = fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)?;
         number::widen(dtypes[0], old, w.buffer_mut());
-        LoraMerge { a: &self.a, b: &b, scale, w: &mut w }.run(cpu)?;
+        LoraMerge { a: &self.a, b: &b, scale, rounding: Rounding::Nearest, w: &mut w }.run(cpu)?;
         let finite = number::narrow(dtypes[1], w.buffer(), new);
         spare().push(w);
         Ok(finite)

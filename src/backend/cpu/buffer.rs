@@ -100,7 +100,7 @@ mod tests {
         for len in [0, 1, 63, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20] {
             let mut buffer = Buffer::<f32>::zeros(len).unwrap();
             assert!(buffer.len() == len && buffer.iter().all(|&x| x == 0.0));
-            assert!(len == 0 || buffer.as_ptr() as usize % 64 == 0);
+            assert!(len == 0 || (buffer.as_ptr() as usize).is_multiple_of(64));
             buffer.fill(1.0);
             assert_eq!(buffer.iter().filter(|&&x| x == 1.0).count(), len);
         }

@@ -159,7 +159,7 @@ mod tests {
             for i in 0..parts.count() {
                 let part = parts.part(i);
                 prop_assert_eq!(part.start, end);
-                prop_assert!(part.start % unit == 0 && part.len() <= parts.longest());
+                prop_assert!(part.start.is_multiple_of(unit) && part.len() <= parts.longest());
                 prop_assert!(part.len() <= most.max(unit));
                 end = part.end;
             }

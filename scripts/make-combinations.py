@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/cases/combined: three adapters, and what PEFT's add_weighted_adapter makes of them, in every way it knows.
+"""Makes tests/combined: three adapters, and what PEFT's add_weighted_adapter makes of them, in every way it knows.
 
 Needs torch, peft (0.21) and safetensors. Where PEFT prunes at random, it is given the random numbers of this crate: Philox
 4x32-10 under a key, two words to a number, in the order of modules, factors and adapters.
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from net import Net
 
-FOLDER = pathlib.Path(__file__).parent.parent / "tests" / "cases" / "combined"
+FOLDER = pathlib.Path(__file__).parent.parent / "tests" / "combined"
 SIZES = [13, 11, 9, 7]
 WORD = 0xFFFFFFFF
 

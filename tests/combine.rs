@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 fn stored() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/combined")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/combined")
 }
 
 /// `scaling·B·A` in f64, as the three loops it is.

@@ -101,7 +101,9 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
         let b = lowrank::Tensor::zeros(&cpu, (n, r)).unwrap();
         let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
         let bias = None;
-        LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }.run(&cpu).unwrap();
+        LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }
+            .run(&cpu)
+            .unwrap();
         LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
         assert!(k > 0 && down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
     }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! lora.rs linear.rs      a verb, as the sums of products it is
-//!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked or skinny
+//!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked, skinny or shallow
 //!        └─ simd/        sixteen lanes on any vector unit
 //! pointwise.rs dora.rs adam.rs   one pass over memory
 //! ```

@@ -41,6 +41,8 @@ const NC: usize = 256;
 const ROWS: usize = 1008;
 /// The most that a term may be deep to share a block with the term before it.
 const SHORT: usize = 128;
+/// How far ahead the output is asked for where the depth is short, in tiles.
+const TILES_AHEAD: usize = 4;
 /// Left panels that a task packs together: of a left side that is turned, each step of the depth gives them one run of numbers.
 const GROUP: usize = 8;
 /// Rows a task has, where there are too few columns for every thread to own some.
@@ -313,13 +315,15 @@ fn tiles<S: Simd, E: Float, O: Float, const NV: usize>(
     let (mr, nr, col) = (S::MR, NV * LANES, block.cols.start);
     let (height, width) = (block.rows.len(), block.cols.len());
     let mut tile = [[0.0; LANES]; MAX_TILE];
+    // A shallow tile is done before its own lines of the output could come: ask for those of a later one.
+    let ahead = if within.len() < SHORT { TILES_AHEAD * nr } else { 0 };
     for i in (0..height).step_by(mr) {
         let left = left.panel((block.rows.start + i) / mr, within);
         for j in (0..width).step_by(nr) {
             let (rows, cols) = (i..height.min(i + mr), j..width.min(j + nr));
             for row in rows.clone() {
                 for v in 0..NV {
-                    s.prefetch(&block.line(row)[cols.clone()], v * LANES);
+                    s.prefetch(&block.line(row)[cols.clone()], ahead + v * LANES);
                 }
             }
             s.tile::<NV>(left, &right[j * within.len()..][..nr * within.len()], &mut tile);

@@ -1,8 +1,9 @@
 //! The engine: `out = init + Σ scale·lhs·rhs`. Every low-rank verb is such a sum, and a term is no more than extra depth.
 //!
-//! Two regimes, by the height of the output (see [`plan`]):
+//! Three regimes, by the height of the output and the depth (see [`plan`] and [`sum_of_products`]):
 //! - [`blocked`]: both sides are packed into panels, and tiles stay in registers along the whole depth of a block;
-//! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed.
+//! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed;
+//! - [`shallow`]: an update of what is there by a product of little depth, which is merging.
 //!
 //! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway.
 
@@ -10,6 +11,7 @@ mod blocked;
 mod outer;
 mod output;
 mod pack;
+mod shallow;
 mod skinny;
 mod tile;
 
@@ -58,11 +60,27 @@ impl<'a, T> Matrix<'a, T> {
     }
 }
 
+impl<T: Copy> Matrix<'_, T> {
+    fn at(&self, row: usize, col: usize) -> T {
+        if self.transposed { self.data[col * self.rows + row] } else { self.data[row * self.cols + col] }
+    }
+}
+
 /// A factor of a product: stored as weights are, or `f32` as `h` always is.
 #[derive(Clone, Copy)]
 pub(super) enum Factor<'a, E> {
     Stored(Matrix<'a, E>),
     Wide(Matrix<'a, f32>),
+}
+
+impl<E: Float> Factor<'_, E> {
+    /// One number.
+    fn at(&self, row: usize, col: usize) -> f32 {
+        match self {
+            Factor::Stored(m) => m.at(row, col).to_f32(),
+            Factor::Wide(m) => m.at(row, col),
+        }
+    }
 }
 
 impl<E> Factor<'_, E> {
@@ -152,6 +170,11 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
     for term in terms {
         debug_assert_eq!((term.lhs.rows(), term.rhs.cols()), (out.rows(), out.cols()));
         debug_assert_eq!(term.lhs.cols(), term.rhs.rows());
+    }
+    if let (Init::Output, [term]) = (init, terms)
+        && term.depth() <= shallow::DEPTH
+    {
+        return shallow::run(engine, out, term);
     }
     match plan(out.rows(), terms) {
         Plan::Blocked => blocked::run(engine, out, init, terms),

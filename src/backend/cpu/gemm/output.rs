@@ -110,6 +110,18 @@ impl<'a, O> Block<'a, O> {
     }
 }
 
+impl<O> Block<'_, O> {
+    /// What it has of N rows, from `row` on.
+    #[inline(always)]
+    pub(super) fn lines<const N: usize>(&mut self, row: usize) -> [&mut [O]; N] {
+        assert!(row + N <= self.rows.len() && self.cols.len() <= self.stride);
+        std::array::from_fn(|i| {
+            // SAFETY: the rows are the block's, ours for as long as `self` is borrowed; a row ends before the next begins.
+            unsafe { std::slice::from_raw_parts_mut(self.first.add((row + i) * self.stride), self.cols.len()) }
+        })
+    }
+}
+
 /// Indices cut into about equal parts, each a whole number of `unit`s but for the last.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Parts {

@@ -81,7 +81,8 @@ fn every_comparison_sees_one_spoiled_value() {
     let cpu = Cpu::<f32>::new().unwrap();
     for case in cases().into_iter().flat_map(|(_, cases)| cases).filter(|case| case.unclaimed().is_none()) {
         let outputs = case.run(&cpu).unwrap();
-        assert!(!case.want.is_empty(), "{}: no outputs", case.name);
+        let least = if case.name.starts_with("mixed_batch") { 1 } else { 4 }; // of a mixed batch there is only `y`
+        assert!(case.want.len() >= least, "{}: {} outputs", case.name, case.want.len());
         for (name, want) in &case.want {
             let (last, shift) = (want.data.len() - 1, 10.0 * TOLERANCE * want.norm());
             for (at, spoiled) in [(0, want.data[0] + shift), (last, want.data[last] - shift), (last / 2, f64::NAN)] {

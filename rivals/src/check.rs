@@ -3,7 +3,7 @@
 //! A layer with some of its outputs left out has the same `y` and `dB` at the others; with some of its inputs left out, the same
 //! `dA` and `dx`. So the oracle looks at a few outputs and a few inputs, and large shapes take hardly longer than small ones.
 
-use lowrank::{Cpu, DType, Float, Tensor};
+use lowrank::{Backend, DType, Float, Tensor};
 
 use crate::bounds::assert_within;
 use crate::layer::{Layer, Outputs, SCALE, Verb};
@@ -32,7 +32,7 @@ struct Part {
 }
 
 impl Expected {
-    pub fn of<E: Float>(verb: Verb, layer: &Layer<E>) -> Self {
+    pub fn of<B: Backend>(verb: Verb, layer: &Layer<B>) -> Self {
         let (m, k, n, r) = (layer.shape.m, layer.shape.k, layer.shape.n, layer.shape.r);
         let [all_m, all_k, all_n, all_r] = [m, k, n, r].map(|count| (0..count).collect::<Vec<_>>());
         let (few_n, few_k) = (sample(n), sample(k));
@@ -65,7 +65,7 @@ impl Expected {
                 }
             }
         }
-        Self { what: format!("{verb}, {}", layer.shape), dtype: E::DTYPE, parts }
+        Self { what: format!("{verb}, {}", layer.shape), dtype: B::Elem::DTYPE, parts }
     }
 
     /// Panics with the first number that is out of bounds. `roundings`: [`Contender::roundings`](crate::layer::Contender).
@@ -87,10 +87,10 @@ fn sample(count: usize) -> Vec<usize> {
 }
 
 /// The layer's rows, inputs and outputs of those numbers.
-fn cut<E: Float>(layer: &Layer<E>, rows: &[usize], inputs: &[usize], outputs: &[usize]) -> Lora {
+fn cut<B: Backend>(layer: &Layer<B>, rows: &[usize], inputs: &[usize], outputs: &[usize]) -> Lora {
     let ranks: Vec<usize> = (0..layer.shape.r).collect();
-    let pick = |tensor: &Tensor<Cpu<E>>, rows: &[usize], columns: &[usize]| {
-        let (stored, width) = (tensor.buffer(), tensor.cols());
+    let pick = |tensor: &Tensor<B>, rows: &[usize], columns: &[usize]| {
+        let (stored, width) = (tensor.to_vec(&layer.backend).expect("memory"), tensor.cols());
         Mat::new(rows.len(), columns.len(), |i, j| f64::from(stored[rows[i] * width + columns[j]].to_f32()))
     };
     Lora {
@@ -110,14 +110,14 @@ mod tests {
     use super::*;
     use crate::rivals::{Rivals, contenders};
     use crate::shapes::{RANKS, Shape};
-    use lowrank::{bf16, f16};
+    use lowrank::{Cpu, bf16, f16};
 
     const VERBS: [Verb; 4] = [Verb::LinearForward, Verb::LoraForward, Verb::LoraForwardBackward, Verb::LoraMerge];
 
-    fn everyone_is_right<E: Rivals>() {
+    fn everyone_is_right<B: Rivals>(backend: B) {
         for (m, k, n) in [(1, 33, 70), (10, 300, 40), (65, 20, 17)] {
             for r in RANKS {
-                let layer = Layer::<E>::new(Shape { name: "odd", m, k, n, r }).unwrap().with_threads(3).unwrap();
+                let layer = Layer::new(backend.clone(), Shape { name: "odd", m, k, n, r }).unwrap();
                 for verb in VERBS {
                     let expected = Expected::of(verb, &layer);
                     for contender in &mut contenders(&layer, verb).unwrap() {
@@ -134,19 +134,19 @@ mod tests {
 
     #[test]
     fn everyone_is_right_in_f32() {
-        everyone_is_right::<f32>();
+        everyone_is_right(Cpu::<f32>::new().unwrap().with_threads(3).unwrap());
     }
 
     #[test]
     fn everyone_is_right_in_f16_and_bf16() {
-        everyone_is_right::<f16>();
-        everyone_is_right::<bf16>();
+        everyone_is_right(Cpu::<f16>::new().unwrap().with_threads(3).unwrap());
+        everyone_is_right(Cpu::<bf16>::new().unwrap().with_threads(3).unwrap());
     }
 
     #[test]
     #[should_panic(expected = "a rival, lora_forward, odd_3x5x4_r1, y[0, 0] is 0")]
     fn a_wrong_result_is_named() {
-        let layer = Layer::<f32>::new(Shape { name: "odd", m: 3, k: 5, n: 4, r: 1 }).unwrap();
+        let layer = Layer::new(Cpu::<f32>::new().unwrap(), Shape { name: "odd", m: 3, k: 5, n: 4, r: 1 }).unwrap();
         let nothing = Outputs { y: vec![0.0; 12], ..Outputs::default() };
         Expected::of(Verb::LoraForward, &layer).check("a rival", &nothing, 0);
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use lowrank::random::Rng;
-use lowrank::{Cpu, Float, Result, Tensor};
+use lowrank::{Backend, Float, Result, Tensor};
 
 use crate::shapes::Shape;
 
@@ -60,33 +60,28 @@ impl fmt::Display for Verb {
 }
 
 /// The inputs, the same memory for everyone.
-pub struct Layer<E: Float> {
+pub struct Layer<B: Backend> {
     pub shape: Shape,
-    pub cpu: Cpu<E>,
-    pub x: Tensor<Cpu<E>>,
-    pub w: Tensor<Cpu<E>>,
-    pub a: Tensor<Cpu<E>>,
-    pub b: Tensor<Cpu<E>>,
-    pub dy: Tensor<Cpu<E>>,
+    pub backend: B,
+    pub x: Tensor<B>,
+    pub w: Tensor<B>,
+    pub a: Tensor<B>,
+    pub b: Tensor<B>,
+    pub dy: Tensor<B>,
 }
 
-impl<E: Float> Layer<E> {
-    /// Numbers in `[-0.5, 0.5)` that `E` holds exactly.
-    pub fn new(shape: Shape) -> Result<Self> {
-        let cpu = Cpu::<E>::new()?;
+impl<B: Backend> Layer<B> {
+    /// Numbers in `[-0.5, 0.5)` that the backend's element type holds exactly.
+    pub fn new(backend: B, shape: Shape) -> Result<Self> {
         let mut rng = Rng::new(1);
         let mut new = |rows: usize, cols: usize| {
-            let host: Vec<E> = (0..rows * cols).map(|_| E::from_f32((rng.word() >> 8) as f32 / (1 << 24) as f32 - 0.5)).collect();
-            Tensor::from_slice(&cpu, (rows, cols), &host)
+            let number = |word: u32| B::Elem::from_f32((word >> 8) as f32 / (1 << 24) as f32 - 0.5);
+            let host: Vec<B::Elem> = (0..rows * cols).map(|_| number(rng.word())).collect();
+            Tensor::from_slice(&backend, (rows, cols), &host)
         };
         let Shape { m, k, n, r, .. } = shape;
         let (x, w, a, b, dy) = (new(m, k)?, new(n, k)?, new(r, k)?, new(n, r)?, new(m, n)?);
-        Ok(Self { shape, cpu, x, w, a, b, dy })
-    }
-
-    /// The same layer on so many threads.
-    pub fn with_threads(self, threads: usize) -> Result<Self> {
-        Ok(Self { cpu: self.cpu.with_threads(threads)?, ..self })
+        Ok(Self { shape, backend, x, w, a, b, dy })
     }
 }
 
@@ -101,15 +96,15 @@ pub struct Outputs {
 }
 
 /// Whoever computes the verbs. Outputs are allocated when it is made, never in a run.
-pub trait Contender<E: Float> {
+pub trait Contender<B: Backend> {
     /// As the table's head and the rows of JSON call it.
     fn name(&self) -> &'static str;
     /// The verb it was made for.
     fn verb(&self) -> Verb;
     /// That verb, once.
-    fn run(&mut self, layer: &Layer<E>);
+    fn run(&mut self, layer: &Layer<B>);
     /// What the last run put out.
-    fn outputs(&self, layer: &Layer<E>) -> Outputs;
+    fn outputs(&self, layer: &Layer<B>) -> Outputs;
     /// How many more roundings to `E` a result goes through than one that is summed in `f32` and rounded once.
     fn roundings(&self) -> usize {
         0

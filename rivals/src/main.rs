@@ -22,7 +22,9 @@ mod table;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use lowrank::{Cpu, Result, bf16, f16};
+#[cfg(feature = "webgpu")]
+use lowrank::WebGpu;
+use lowrank::{Backend, Cpu, Float, Result, bf16, f16};
 
 use check::Expected;
 use layer::{Layer, Verb};
@@ -36,6 +38,9 @@ use table::{Beside, Row, Table};
 #[derive(Parser)]
 #[command(version = None)]
 struct Args {
+    /// Where; a GPU needs the feature of its name
+    #[arg(long, value_name = "B", default_value = "cpu")]
+    backend: On,
     /// A few rounds instead of many: for a look, not for figures worth keeping
     #[arg(long)]
     quick: bool,
@@ -65,6 +70,14 @@ struct Args {
     dtype: Vec<Dtype>,
 }
 
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum On {
+    #[default]
+    Cpu,
+    #[cfg(feature = "webgpu")]
+    Webgpu,
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Dtype {
     F32,
@@ -80,29 +93,69 @@ fn shape(name: &str) -> std::result::Result<Shape, String> {
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut args = Args::parse();
     args.fill_in();
-    let peaks: Vec<Peaks> = args.threads.iter().map(|&threads| Peaks::measure(threads.into())).collect();
-    println!("{}", Cpu::<f32>::new()?.unit().name());
-    peaks.iter().for_each(table::print_peaks);
     let beside = Beside::read(&args.beside)?;
-    let table = Table::new(&beside);
     let mut rows = Vec::new();
-    let mut done = |mut row: Row| {
-        beside.add_to(&mut row);
-        table.print(&row);
-        rows.push(row);
-    };
-    for dtype in &args.dtype {
-        match dtype {
-            Dtype::F32 => measure::<f32>(&args, &peaks, &mut done)?,
-            Dtype::Bf16 => measure::<bf16>(&args, &peaks, &mut done)?,
-            Dtype::F16 => measure::<f16>(&args, &peaks, &mut done)?,
-        }
+    match args.backend {
+        On::Cpu => cpu(&args, &beside, &mut rows)?,
+        #[cfg(feature = "webgpu")]
+        On::Webgpu => webgpu(&args, &beside, &mut rows)?,
     }
     if let Some(path) = args.json {
         let rows: Vec<_> = rows.iter().map(Row::json).collect();
         std::fs::write(path, serde_json::to_string_pretty(&rows)? + "\n")?;
     }
     Ok(())
+}
+
+/// On each number of threads.
+fn cpu(args: &Args, beside: &Beside, rows: &mut Vec<Row>) -> Result<()> {
+    fn on<E: Float>(peaks: &[Peaks]) -> Result<Vec<(Cpu<E>, Peaks)>> {
+        let with = |peaks: &Peaks| Ok((Cpu::new()?.with_threads(peaks.threads.unwrap_or(1))?, *peaks));
+        peaks.iter().map(with).collect()
+    }
+    println!("{}", Cpu::<f32>::new()?.unit().name());
+    let peaks: Vec<Peaks> = args.threads.iter().map(|&threads| Peaks::measure(threads.into())).collect();
+    peaks.iter().for_each(table::print_peaks);
+    let mut done = printed(beside, rows);
+    for dtype in &args.dtype {
+        match dtype {
+            Dtype::F32 => measure(args, on::<f32>(&peaks)?, &mut done)?,
+            Dtype::Bf16 => measure(args, on::<bf16>(&peaks)?, &mut done)?,
+            Dtype::F16 => measure(args, on::<f16>(&peaks)?, &mut done)?,
+        }
+    }
+    Ok(())
+}
+
+/// On the best adapter, or the one that `LOWRANK_ADAPTER` names.
+#[cfg(feature = "webgpu")]
+fn webgpu(args: &Args, beside: &Beside, rows: &mut Vec<Row>) -> Result<()> {
+    let gpu = WebGpu::<f32>::new()?;
+    println!("{}", gpu.device());
+    let peaks = Peaks::of_device(&gpu)?;
+    table::print_peaks(&peaks);
+    let mut done = printed(beside, rows);
+    for dtype in &args.dtype {
+        match dtype {
+            Dtype::F32 => measure(args, vec![(gpu.clone(), peaks)], &mut done)?,
+            Dtype::Bf16 => {} // WGSL has no bf16
+            Dtype::F16 => match WebGpu::<f16>::from_device(gpu.wgpu_device().clone(), gpu.wgpu_queue().clone()) {
+                Ok(gpu) => measure(args, vec![(gpu, peaks)], &mut done)?,
+                Err(error) => println!("not measured: {error}"),
+            },
+        }
+    }
+    Ok(())
+}
+
+/// Prints the rows and keeps them.
+fn printed<'a>(beside: &'a Beside, rows: &'a mut Vec<Row>) -> impl FnMut(Row) + 'a {
+    let table = Table::new(beside);
+    move |mut row| {
+        beside.add_to(&mut row);
+        table.print(&row);
+        rows.push(row);
+    }
 }
 
 impl Args {
@@ -133,14 +186,14 @@ impl Args {
     }
 }
 
-/// Every shape, verb and number of threads of one element type.
-fn measure<E: Rivals>(args: &Args, peaks: &[Peaks], done: &mut impl FnMut(Row)) -> Result<()> {
+/// Every shape and verb, each on every one of the machines.
+fn measure<B: Rivals>(args: &Args, machines: Vec<(B, Peaks)>, done: &mut impl FnMut(Row)) -> Result<()> {
     for &shape in &args.shape {
-        let mut layer = Layer::<E>::new(shape)?;
+        let mut layer = Layer::new(machines[0].0.clone(), shape)?;
         for &verb in &args.verb {
             let expected = Expected::of(verb, &layer);
-            for peaks in peaks {
-                layer = layer.with_threads(peaks.threads)?;
+            for (backend, peaks) in &machines {
+                layer.backend = backend.clone();
                 done(measure_one(&layer, verb, &expected, peaks, args.effort())?);
             }
         }
@@ -149,7 +202,7 @@ fn measure<E: Rivals>(args: &Args, peaks: &[Peaks], done: &mut impl FnMut(Row)) 
 }
 
 /// Checks everyone, then times everyone.
-fn measure_one<E: Rivals>(layer: &Layer<E>, verb: Verb, expected: &Expected, peaks: &Peaks, effort: Effort) -> Result<Row> {
+fn measure_one<B: Rivals>(layer: &Layer<B>, verb: Verb, expected: &Expected, peaks: &Peaks, effort: Effort) -> Result<Row> {
     let mut contenders = contenders(layer, verb)?;
     for contender in &mut contenders {
         contender.run(layer);
@@ -163,11 +216,11 @@ fn measure_one<E: Rivals>(layer: &Layer<E>, verb: Verb, expected: &Expected, pea
     for contender in &mut contenders {
         runs.push(Box::new(|| contender.run(layer)));
     }
-    let seconds = medians(&mut runs, effort);
+    let seconds = medians(&layer.backend, &mut runs, effort);
     drop(runs);
-    let shape = layer.shape;
-    let bytes = verb.elements(shape) * size_of::<E>() as f64;
-    let share = peaks.share(verb.flop(shape), bytes, verb == Verb::LoraMerge, size_of::<E>() == 2, seconds[0]);
+    let (shape, elem) = (layer.shape, size_of::<B::Elem>());
+    let bytes = verb.elements(shape) * elem as f64;
+    let share = peaks.share(verb.flop(shape), bytes, verb == Verb::LoraMerge, elem == 2, seconds[0]);
     let seconds = names.into_iter().zip(seconds).collect();
-    Ok(Row { verb, dtype: E::DTYPE.to_string(), shape, threads: peaks.threads, share, seconds })
+    Ok(Row { verb, backend: B::NAME, dtype: B::Elem::DTYPE.to_string(), shape, threads: peaks.threads, share, seconds })
 }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::rivals::Rivals;
+
 /// How long to measure.
 #[derive(Clone, Copy)]
 pub struct Effort {
@@ -22,16 +24,16 @@ impl Effort {
 const SAMPLE: Duration = Duration::from_millis(2);
 
 /// Median seconds a run, of each. Every round runs everyone once, and begins with another one.
-pub fn medians(runs: &mut [Box<dyn FnMut() + '_>], effort: Effort) -> Vec<f64> {
+pub fn medians<B: Rivals>(backend: &B, runs: &mut [Box<dyn FnMut() + '_>], effort: Effort) -> Vec<f64> {
     let repeats: Vec<u32> =
-        runs.iter_mut().map(|run| (SAMPLE.as_secs_f64() / timed(run, 1)).clamp(1.0, 10_000.0) as u32).collect();
+        runs.iter_mut().map(|run| (SAMPLE.as_secs_f64() / timed(backend, run, 1)).clamp(1.0, 10_000.0) as u32).collect();
     let mut samples = vec![Vec::new(); runs.len()];
     let began = Instant::now();
     let mut round = 0;
     while round < effort.rounds || began.elapsed() < effort.time {
         for turn in 0..runs.len() {
             let who = (turn + round) % runs.len();
-            samples[who].push(timed(&mut runs[who], repeats[who]));
+            samples[who].push(timed(backend, &mut runs[who], repeats[who]));
         }
         round += 1;
     }
@@ -39,12 +41,9 @@ pub fn medians(runs: &mut [Box<dyn FnMut() + '_>], effort: Effort) -> Vec<f64> {
 }
 
 /// Seconds a run.
-fn timed(run: &mut dyn FnMut(), repeats: u32) -> f64 {
-    let began = Instant::now();
-    for _ in 0..repeats {
-        run();
-    }
-    (began.elapsed() / repeats).as_secs_f64().max(1e-9)
+fn timed<B: Rivals>(backend: &B, run: &mut dyn FnMut(), repeats: u32) -> f64 {
+    let seconds = backend.seconds(&mut || (0..repeats).for_each(|_| run()));
+    (seconds / f64::from(repeats)).max(1e-9)
 }
 
 fn median(mut seconds: Vec<f64>) -> f64 {

@@ -12,9 +12,11 @@ use crate::shapes::Shape;
 /// One verb on one layer: everyone's time.
 pub struct Row {
     pub verb: Verb,
+    pub backend: &'static str,
     pub dtype: String,
     pub shape: Shape,
-    pub threads: usize,
+    /// Of the CPU.
+    pub threads: Option<usize>,
     pub share: Share,
     /// Seconds of each; ours first.
     pub seconds: Vec<(String, f64)>,
@@ -29,7 +31,7 @@ impl Row {
         let rivals: Map<String, Value> = self.seconds[1..].iter().map(|(name, seconds)| (name.clone(), json!(seconds))).collect();
         json!({
             "verb": self.verb.to_string(),
-            "backend": "cpu",
+            "backend": self.backend,
             "dtype": self.dtype,
             "shape": self.shape.name,
             "rank": self.shape.r,
@@ -82,10 +84,10 @@ pub struct Table {
 }
 
 impl Table {
-    const RIVALS: [&str; 6] = ["gemm", "faer", "rten-gemm", "matrixmultiply", "unfused", "plain"];
+    const RIVALS: [&str; 7] = ["gemm", "faer", "rten-gemm", "matrixmultiply", "naive", "unfused", "plain"];
     const LEGEND: &str =
         "time: lowrank's, a run; of peak: of what bounds it, as measured above; the others: their time over lowrank's
-unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter";
+naive: a shader with a thread an output; unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter";
 
     /// Prints the head.
     pub fn new(beside: &Beside) -> Self {
@@ -102,7 +104,13 @@ unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's
         let Shape { name, m, k, n, r } = row.shape;
         let share = format!("{:.0} % {}", 100.0 * row.share.share, row.share.peak);
         let shape = format!("{name} {m}x{k}x{n}");
-        let mut cells = vec![row.verb.to_string(), row.dtype.clone(), shape, r.to_string(), row.threads.to_string()];
+        let mut cells = vec![
+            row.verb.to_string(),
+            row.dtype.clone(),
+            shape,
+            r.to_string(),
+            row.threads.map_or(String::new(), |threads| threads.to_string()),
+        ];
         cells.extend([time(row.ours()), share]);
         cells.extend(self.rivals.iter().map(|rival| {
             let found = row.seconds[1..].iter().find(|(name, _)| name == rival);
@@ -126,10 +134,15 @@ fn line(cells: &[String], fill: char) {
 
 pub fn print_peaks(peaks: &Peaks) {
     let Peaks { threads, fma, amx, read, copy } = *peaks;
-    let plural = if threads == 1 { "" } else { "s" };
-    print!("{threads} thread{plural}: FMA {:.1} GFLOP/s, read {:.1} GB/s, copy {:.1} GB/s", fma / 1e9, read / 1e9, copy / 1e9);
+    match threads {
+        Some(1) => print!("1 thread"),
+        Some(threads) => print!("{threads} threads"),
+        None => print!("the device"),
+    }
+    print!(": FMA {:.1} GFLOP/s, read {:.1} GB/s, copy {:.1} GB/s", fma / 1e9, read / 1e9, copy / 1e9);
     match amx {
         Some(amx) => println!(", AMX {:.1} GFLOP/s", amx / 1e9),
+        None if threads.is_none() => println!(),
         None => println!("; AMX not measured: this CPU or its kernel does not offer it"),
     }
 }

@@ -3,6 +3,8 @@
 mod amx;
 mod fma;
 mod memory;
+#[cfg(feature = "webgpu")]
+mod webgpu;
 
 use std::sync::Barrier;
 use std::time::Instant;
@@ -10,7 +12,8 @@ use std::time::Instant;
 /// Units a second, all threads together.
 #[derive(Clone, Copy, Debug)]
 pub struct Peaks {
-    pub threads: usize,
+    /// Of the CPU.
+    pub threads: Option<usize>,
     /// f32 multiplications and additions in registers, FLOP/s.
     pub fma: f64,
     /// bf16 products of AMX tiles, FLOP/s.
@@ -31,7 +34,7 @@ impl Peaks {
     pub fn measure(threads: usize) -> Self {
         let amx = amx::flop_rate(threads);
         let (fma, [read, copy]) = (fma::flop_rate(threads), memory::rates(threads));
-        Self { threads, fma, amx, read, copy }
+        Self { threads: Some(threads), fma, amx, read, copy }
     }
 
     /// The share of whichever peak takes longer for that much work.

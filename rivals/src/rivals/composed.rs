@@ -69,19 +69,20 @@ struct Results<E: Float> {
 }
 
 impl<E: Float, P: Product<E>> Composed<E, P> {
-    pub fn new(library: P, layer: &Layer<E>, verb: Verb) -> Result<Self> {
+    pub fn new(library: P, layer: &Layer<Cpu<E>>, verb: Verb) -> Result<Self> {
         let (m, k, n, r) = (layer.shape.m, layer.shape.k, layer.shape.n, layer.shape.r);
-        let zeros = |len| layer.cpu.zeros(len);
-        let w = if verb == Verb::LoraMerge { layer.cpu.upload(layer.w.buffer())? } else { zeros(0)? };
+        let cpu = &layer.backend;
+        let zeros = |len| cpu.zeros(len);
+        let w = if verb == Verb::LoraMerge { cpu.upload(layer.w.buffer())? } else { zeros(0)? };
         let (h, dh, y, dx) = (zeros(m * r)?, zeros(m * r)?, zeros(m * n)?, zeros(m * k)?);
         let results = Results { h, y, dh, da: zeros(r * k)?, db: zeros(n * r)?, dx, w };
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(layer.cpu.threads()).build().expect("threads");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(cpu.threads()).build().expect("threads");
         let roundings = P::roundings(n.max(k)) + P::roundings(r);
         Ok(Self { verb, library, pool, results, scale: SCALE, roundings })
     }
 }
 
-impl<E: Float, P: Product<E> + Sync> Contender<E> for Composed<E, P> {
+impl<E: Float, P: Product<E> + Sync> Contender<Cpu<E>> for Composed<E, P> {
     fn name(&self) -> &'static str {
         P::NAME
     }
@@ -90,7 +91,7 @@ impl<E: Float, P: Product<E> + Sync> Contender<E> for Composed<E, P> {
         self.verb
     }
 
-    fn run(&mut self, layer: &Layer<E>) {
+    fn run(&mut self, layer: &Layer<Cpu<E>>) {
         let (m, k, n, r) = (layer.shape.m, layer.shape.k, layer.shape.n, layer.shape.r);
         let x = View::new(layer.x.buffer(), m, k);
         let (a, b, dy) =
@@ -126,7 +127,7 @@ impl<E: Float, P: Product<E> + Sync> Contender<E> for Composed<E, P> {
         }
     }
 
-    fn outputs(&self, _: &Layer<E>) -> Outputs {
+    fn outputs(&self, _: &Layer<Cpu<E>>) -> Outputs {
         let Results { y, da, db, dx, w, .. } = &self.results;
         Outputs { y: widened(y), da: widened(da), db: widened(db), dx: widened(dx), w: widened(w) }
     }

@@ -1,56 +1,56 @@
 //! lowrank's own verbs, unfused: the base layer, the adapter as two layers more, and an addition, as a framework would call them.
 
 use lowrank::op::{Add, LinearBackward, LinearForward};
-use lowrank::{Cpu, Float, Result, Tensor};
+use lowrank::{Backend, Float, Result, Tensor};
 
 use crate::layer::{Contender, Layer, Outputs, SCALE, Verb, widened};
 
-pub struct Unfused<E: Float> {
+pub struct Unfused<B: Backend> {
     verb: Verb,
     /// `scale·B`, made once: nobody need scale at every call.
-    b: Tensor<Cpu<E>>,
-    h: Tensor<Cpu<E>>,
-    y: Tensor<Cpu<E>>,
-    update: Tensor<Cpu<E>>,
-    dh: Tensor<Cpu<E>>,
-    da: Tensor<Cpu<E>, f32>,
+    b: Tensor<B>,
+    h: Tensor<B>,
+    y: Tensor<B>,
+    update: Tensor<B>,
+    dh: Tensor<B>,
+    da: Tensor<B, f32>,
     /// Of `scale·B`.
-    db: Tensor<Cpu<E>, f32>,
-    dx: Tensor<Cpu<E>>,
-    dx_update: Tensor<Cpu<E>>,
+    db: Tensor<B, f32>,
+    dx: Tensor<B>,
+    dx_update: Tensor<B>,
 }
 
-impl<E: Float> Unfused<E> {
-    pub fn new(layer: &Layer<E>, verb: Verb) -> Result<Self> {
+impl<B: Backend> Unfused<B> {
+    pub fn new(layer: &Layer<B>, verb: Verb) -> Result<Self> {
         let (m, k, n, r) = (layer.shape.m, layer.shape.k, layer.shape.n, layer.shape.r);
-        let cpu = &layer.cpu;
-        let zeros = |rows, cols| Tensor::zeros(cpu, (rows, cols));
-        let scaled: Vec<E> = layer.b.buffer().iter().map(|b| E::from_f32(SCALE * b.to_f32())).collect();
-        let b = Tensor::from_slice(cpu, (n, r), &scaled)?;
+        let backend = &layer.backend;
+        let zeros = |rows, cols| Tensor::zeros(backend, (rows, cols));
+        let scaled: Vec<B::Elem> = layer.b.to_vec(backend)?.iter().map(|b| B::Elem::from_f32(SCALE * b.to_f32())).collect();
+        let b = Tensor::from_slice(backend, (n, r), &scaled)?;
         let (h, dh, y, update, dx, dx_update) =
             (zeros(m, r)?, zeros(m, r)?, zeros(m, n)?, zeros(m, n)?, zeros(m, k)?, zeros(m, k)?);
-        let (da, db) = (Tensor::zeros(cpu, (r, k))?, Tensor::zeros(cpu, (n, r))?);
+        let (da, db) = (Tensor::zeros(backend, (r, k))?, Tensor::zeros(backend, (n, r))?);
         Ok(Self { verb, b, h, y, update, dh, da, db, dx, dx_update })
     }
 
-    fn forward(&mut self, Layer { cpu, x, w, a, .. }: &Layer<E>) -> Result<()> {
-        LinearForward { x, w, bias: None, y: &mut self.y }.run(cpu)?;
-        LinearForward { x, w: a, bias: None, y: &mut self.h }.run(cpu)?;
-        LinearForward { x: &self.h, w: &self.b, bias: None, y: &mut self.update }.run(cpu)?;
-        Add { x: &self.update, y: &mut self.y }.run(cpu)
+    fn forward(&mut self, Layer { backend, x, w, a, .. }: &Layer<B>) -> Result<()> {
+        LinearForward { x, w, bias: None, y: &mut self.y }.run(backend)?;
+        LinearForward { x, w: a, bias: None, y: &mut self.h }.run(backend)?;
+        LinearForward { x: &self.h, w: &self.b, bias: None, y: &mut self.update }.run(backend)?;
+        Add { x: &self.update, y: &mut self.y }.run(backend)
     }
 
-    fn backward(&mut self, Layer { cpu, x, w, a, dy, .. }: &Layer<E>) -> Result<()> {
+    fn backward(&mut self, Layer { backend, x, w, a, dy, .. }: &Layer<B>) -> Result<()> {
         let (dh, db) = (Some(&mut self.dh), Some(&mut self.db));
-        LinearBackward { x: &self.h, w: &self.b, dy, dx: dh, dw: db, dbias: None }.run(cpu)?;
+        LinearBackward { x: &self.h, w: &self.b, dy, dx: dh, dw: db, dbias: None }.run(backend)?;
         let (dx, da) = (Some(&mut self.dx_update), Some(&mut self.da));
-        LinearBackward { x, w: a, dy: &self.dh, dx, dw: da, dbias: None }.run(cpu)?;
-        LinearBackward { x, w, dy, dx: Some(&mut self.dx), dw: None, dbias: None }.run(cpu)?;
-        Add { x: &self.dx_update, y: &mut self.dx }.run(cpu)
+        LinearBackward { x, w: a, dy: &self.dh, dx, dw: da, dbias: None }.run(backend)?;
+        LinearBackward { x, w, dy, dx: Some(&mut self.dx), dw: None, dbias: None }.run(backend)?;
+        Add { x: &self.dx_update, y: &mut self.dx }.run(backend)
     }
 }
 
-impl<E: Float> Contender<E> for Unfused<E> {
+impl<B: Backend> Contender<B> for Unfused<B> {
     fn name(&self) -> &'static str {
         "unfused"
     }
@@ -59,16 +59,17 @@ impl<E: Float> Contender<E> for Unfused<E> {
         self.verb
     }
 
-    fn run(&mut self, layer: &Layer<E>) {
+    fn run(&mut self, layer: &Layer<B>) {
         let backward = self.verb == Verb::LoraForwardBackward;
         let done = self.forward(layer).and_then(|()| if backward { self.backward(layer) } else { Ok(()) });
         done.expect("the shapes fit");
     }
 
-    fn outputs(&self, _: &Layer<E>) -> Outputs {
-        let db = self.db.buffer().iter().map(|db| SCALE * db).collect();
-        let (y, da, dx) = (widened(self.y.buffer()), self.da.buffer().to_vec(), widened(self.dx.buffer()));
-        Outputs { y, da, db, dx, w: Vec::new() }
+    fn outputs(&self, Layer { backend, .. }: &Layer<B>) -> Outputs {
+        let host = |tensor: &Tensor<B>| widened(&tensor.to_vec(backend).expect("memory"));
+        let [da, db] = [&self.da, &self.db].map(|tensor| tensor.to_vec(backend).expect("memory"));
+        let db = db.iter().map(|db| SCALE * db).collect();
+        Outputs { y: host(&self.y), da, db, dx: host(&self.dx), w: Vec::new() }
     }
 
     /// `h` or `dh`, the product, the update and the sum.

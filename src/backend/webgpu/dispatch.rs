@@ -27,7 +27,7 @@ pub(super) struct Gpu {
     pub(super) lost: Arc<OnceLock<String>>,
     pub(super) pool: Mutex<Pool>,
     pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
-    batch: Mutex<Batch>,
+    pub(super) batch: Mutex<Batch>,
     uniforms: wgpu::Buffer,
     uploads: wgpu::Buffer,
     submissions: AtomicU64,
@@ -41,13 +41,13 @@ struct Pipeline {
 
 /// Commands not yet submitted, the uniforms of their launches, and the bytes that they take from the host.
 #[derive(Default)]
-struct Batch {
-    commands: Vec<Command>,
+pub(super) struct Batch {
+    pub(super) commands: Vec<Command>,
     uniforms: Vec<u8>,
     uploads: Vec<u8>,
 }
 
-enum Command {
+pub(super) enum Command {
     Launch {
         pipeline: wgpu::ComputePipeline,
         operands: wgpu::BindGroup,
@@ -60,6 +60,18 @@ enum Command {
         bytes: Range<u64>,
         to: wgpu::Buffer,
         offset: u64,
+    },
+    /// The caller's own commands.
+    Record(Box<dyn Fn(&mut wgpu::CommandEncoder) + Send>),
+    /// The time, once everything before is done.
+    Stamp {
+        queries: wgpu::QuerySet,
+        index: u32,
+    },
+    /// The times, into a buffer.
+    Resolve {
+        queries: wgpu::QuerySet,
+        to: wgpu::Buffer,
     },
 }
 
@@ -113,7 +125,7 @@ impl Gpu {
     }
 
     /// What the driver says about `work`. Without this, its errors would end the program.
-    fn guarded<T>(&self, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
+    pub(super) fn guarded<T>(&self, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
         self.is_there()?;
         let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation];
         let [memory, internal, validation] = filters.map(|filter| self.device.push_error_scope(filter));
@@ -283,6 +295,18 @@ fn encode(encoder: &mut wgpu::CommandEncoder, commands: &[Command], uploads: &wg
             }
             [Command::Upload { bytes: Range { start, end }, to, offset }] => {
                 encoder.copy_buffer_to_buffer(uploads, *start, to, *offset, end - start);
+                continue;
+            }
+            [Command::Record(commands)] => {
+                commands(encoder);
+                continue;
+            }
+            [Command::Stamp { queries, index }] => {
+                encoder.write_timestamp(queries, *index);
+                continue;
+            }
+            [Command::Resolve { queries, to }] => {
+                encoder.resolve_query_set(queries, 0..2, to, 0);
                 continue;
             }
             _ => {}

@@ -20,7 +20,7 @@ const GRAIN: u64 = 256;
 const STORAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 /// Where downloads land.
-const STAGING: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
+pub(super) const STAGING: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
 
 /// A lock, whatever became of the thread that held it: what is behind it is whole between any two statements.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -103,14 +103,14 @@ fn fitting<T: Element>(gpu: &Gpu, len: usize) -> Result<u64> {
 }
 
 /// A buffer of the driver's on loan from the pool.
-struct Memory {
+pub(super) struct Memory {
     gpu: Arc<Gpu>,
-    raw: wgpu::Buffer,
+    pub(super) raw: wgpu::Buffer,
 }
 
 impl Memory {
     /// At least `bytes` bytes, and whether somebody has used them before.
-    fn take(gpu: &Arc<Gpu>, usage: wgpu::BufferUsages, bytes: u64) -> Result<(Self, bool)> {
+    pub(super) fn take(gpu: &Arc<Gpu>, usage: wgpu::BufferUsages, bytes: u64) -> Result<(Self, bool)> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let idle = lock(&gpu.pool).take(usage, size);
         let used = idle.is_some();

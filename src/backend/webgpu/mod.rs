@@ -8,12 +8,14 @@
 //!   └─ shader.rs         the text of a kernel, out of shaders/*.wgsl
 //!   └─ dispatch.rs       pipelines made once, launches recorded, many submitted together
 //! adapter.rs memory.rs   which adapter; its buffers
+//! clock.rs               how long the device takes
 //! ```
 //!
 //! Every element of an output belongs to one invocation, or to slices that are added up in a fixed order: there are no
 //! atomics, and the same request on the same adapter gives the same bits.
 
 mod adapter;
+mod clock;
 mod dispatch;
 mod dora;
 mod linear;
@@ -28,7 +30,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use dispatch::{Gpu, Launch};
+use dispatch::{Command, Gpu, Launch};
 pub use memory::Buffer;
 pub use plan::Limits;
 
@@ -117,9 +119,18 @@ impl<E: Float> WebGpu<E> {
         &self.gpu.device
     }
 
-    /// The queue. What this backend has recorded but not submitted, uploads too, comes after what is submitted here.
+    /// The queue. What this backend has recorded but not submitted, uploads too, comes after what is submitted here; what
+    /// should come between verbs goes through [`record`](Self::record).
     pub fn wgpu_queue(&self) -> &wgpu::Queue {
         &self.gpu.queue
+    }
+
+    /// Puts the caller's own commands behind the verbs recorded so far, and before those to come.
+    ///
+    /// They see the contents of this backend's buffers ([`Buffer::raw`]) as those verbs leave them. Errors of wgpu are the
+    /// device's: they come with whatever is submitted with these commands.
+    pub fn record(&self, commands: impl Fn(&mut wgpu::CommandEncoder) + Send + 'static) {
+        memory::lock(&self.gpu.batch).commands.push(Command::Record(Box::new(commands)));
     }
 
     /// How many times recorded work was handed to the device so far. A training step that reads back its loss is one.

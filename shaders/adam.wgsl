@@ -3,17 +3,15 @@
 // The gradient g is the sum that the engine made: dyᵀ·x for a factored gradient, which is stored nowhere; or, with no depth
 // at all, what the sum begins with, for a dense one.
 
-@group(0) @binding(6) var<storage, read_write> m: array<f32>;
-@group(0) @binding(7) var<storage, read_write> v: array<f32>;
-@group(0) @binding(8) var<storage, read_write> w: array<Elem>;
-
-fn finish(i: u32, j: u32, g: f32) {
+fn finish(i: u32, j: u32, left: u32, g: vec4<f32>) {
   let e = at(s.moments, i, j);
-  let first = fma(s.rate.beta1, m[e], (1.0 - s.rate.beta1) * g);
-  let second = fma(s.rate.beta2, v[e], (1.0 - s.rate.beta2) * (g * g));
-  let root = fma(sqrt(second), s.rate.root_scale, s.rate.eps);
-  m[e] = first;
-  v[e] = second;
+  let step = s.moments.col;
+  let first = fma(vec4(s.rate.beta1), m_read(e, step, left), (1.0 - s.rate.beta1) * g);
+  let second = fma(vec4(s.rate.beta2), v_read(e, step, left), (1.0 - s.rate.beta2) * (g * g));
+  let root = fma(sqrt(second), vec4(s.rate.root_scale), vec4(s.rate.eps));
+  m_write(e, step, left, first);
+  v_write(e, step, left, second);
   let weight = at(s.out, i, j);
-  w[weight] = Elem(rounded(fma(-s.rate.step_size, first / root, f32(w[weight])), HALF));
+  let weights = fma(vec4(-s.rate.step_size), first / root, w_read(weight, s.out.col, left));
+  w_write(weight, s.out.col, left, rounded_line(weights, HALF));
 }

@@ -12,3 +12,7 @@ fn rounded(value: f32, half: bool) -> f32 {
   if (size < 65520.0) { return bitcast<f32>((bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u); }
   return value; // NaN
 }
+
+fn rounded_line(line: vec4<f32>, half: bool) -> vec4<f32> {
+  return vec4(rounded(line.x, half), rounded(line.y, half), rounded(line.z, half), rounded(line.w, half));
+}

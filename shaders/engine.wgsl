@@ -12,7 +12,7 @@
 //     ├───┤ ├────┼────┤               are added up, in a fixed order.
 //     └───┘ └────┴────┘
 //
-// What becomes of a sum is not said here: `finish(i, j, sum)` is that of store.wgsl, store_by_chance.wgsl or adam.wgsl.
+// What becomes of sums is not said here: `finish(i, j, left, sums)`, of four neighbours in a row of which `left` exist, is that of store.wgsl, store_by_chance.wgsl or adam.wgsl.
 
 // Where a factor lies: the number i along its side and p along the depth is at `offset + i·along + p·down`.
 struct Factor { offset: u32, along: u32, down: u32, unused: u32, @align(16) len: u32, depth: u32 }
@@ -33,7 +33,7 @@ struct Sum {
 }
 
 @group(0) @binding(0) var<uniform> s: Sum;
-@group(0) @binding(5) var<storage, read> init: array<Init>;
+@group(0) @binding(5) var<storage, read> init: array<init_unit>;
 
 const LHS_TILE_QUADS = TILE_ROWS / 4u;
 const RHS_TILE_QUADS = TILE_COLS / 4u;
@@ -60,9 +60,20 @@ fn at(place: Place, i: u32, j: u32) -> u32 {
   return place.offset + i * place.row + j * place.col;
 }
 
-fn init_at(i: u32, j: u32) -> f32 {
-  if (!HAS_INIT) { return 0.0; }
-  return f32(init[at(s.init, i, j)]);
+fn init_at(e: u32) -> vec4<f32> {
+  return vec4<f32>(vec4<Init>(init[e]));
+}
+
+// What four neighbours in a row begin with.
+fn init_line(i: u32, j: u32, left: u32) -> vec4<f32> {
+  if (!HAS_INIT) { return vec4(0.0); }
+  let e = at(s.init, i, j);
+  if (QUADS) { return init_at(e / 4u); }
+  var line = vec4(init_at(e).x, 0.0, 0.0, 0.0);
+  if (left > 1u) { line.y = init_at(e + s.init.col).x; }
+  if (left > 2u) { line.z = init_at(e + 2u * s.init.col).x; }
+  if (left > 3u) { line.w = init_at(e + 3u * s.init.col).x; }
+  return line;
 }
 
 // block + a·bᵀ
@@ -111,11 +122,9 @@ fn fold(slice: u32, lane: u32) {
 }
 
 fn finish_row(i: u32, j: u32, sums: vec4<f32>) {
-  if (i >= s.rows) { return; }
-  if (j < s.cols) { finish(i, j, init_at(i, j) + sums.x); }
-  if (j + 1u < s.cols) { finish(i, j + 1u, init_at(i, j + 1u) + sums.y); }
-  if (j + 2u < s.cols) { finish(i, j + 2u, init_at(i, j + 2u) + sums.z); }
-  if (j + 3u < s.cols) { finish(i, j + 3u, init_at(i, j + 3u) + sums.w); }
+  if (i >= s.rows || j >= s.cols) { return; }
+  let left = s.cols - j;
+  finish(i, j, left, init_line(i, j, left) + sums);
 }
 
 fn finish_block(i: u32, j: u32, block: mat4x4<f32>) {

@@ -9,8 +9,7 @@ use crate::element::Float;
 use crate::error::{Error, Result};
 
 /// What an adapter must have for it.
-pub(super) const NEEDS: wgpu::Features =
-    wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
+pub(super) const NEEDS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
 
 impl<E: Float> WebGpu<E> {
     /// How long the device takes for what `work` records, from its first launch to its last. Waits until that is done.

@@ -45,13 +45,14 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// The tile for `rows × cols` sums.
+    /// The tile for `rows × cols` sums over a depth. It is no deeper than the sums are.
     ///
     /// Few rows (or columns) get a low tile, whose invocations share the depth instead: the work is then to read the other
     /// side once. Many of both get the wide tile, which reads workgroup memory half as often.
-    pub(super) fn new(rows: usize, cols: usize, limits: Limits) -> Self {
+    pub(super) fn new(rows: usize, cols: usize, depth: usize, limits: Limits) -> Self {
         let threads = limits.threads();
-        let wide = Self { rows: 128, cols: 128, depth: 16, slices: 1, wide: true };
+        let depth = depth.next_power_of_two().clamp(4, 64) as u32;
+        let wide = Self { rows: 128, cols: 128, depth: depth.min(16), slices: 1, wide: true };
         if rows >= 512 && cols >= 512 && wide.threads() <= threads && wide.workgroup_bytes() <= limits.workgroup_bytes {
             return wide;
         }
@@ -59,8 +60,8 @@ impl Tile {
         while (high / 4) * (across / 4) > threads {
             *(if high > across { &mut high } else { &mut across }) /= 2;
         }
-        let slices = threads / ((high / 4) * (across / 4));
-        let mut tile = Self { rows: high, cols: across, depth: depth_for(slices), slices, wide: false };
+        let slices = (threads / ((high / 4) * (across / 4))).min(depth);
+        let mut tile = Self { rows: high, cols: across, depth: depth.min(depth_for(slices)), slices, wide: false };
         let too_big = |tile: &Self| tile.workgroup_bytes() > limits.workgroup_bytes;
         while too_big(&tile) && tile.depth > 16 {
             tile.depth /= 2;
@@ -223,7 +224,7 @@ mod tests {
     #[test]
     fn few_rows_share_the_depth_and_many_fill_the_tile() {
         let tile = |rows, cols| {
-            let Tile { rows, cols, depth, slices, .. } = Tile::new(rows, cols, WEBGPU);
+            let Tile { rows, cols, depth, slices, .. } = Tile::new(rows, cols, 1000, WEBGPU);
             [rows, cols, depth, slices]
         };
         assert_eq!(tile(1, 4096), [4, 64, 16, 16]);
@@ -231,17 +232,18 @@ mod tests {
         assert_eq!(tile(512, 16), [64, 16, 16, 4]);
         assert_eq!(tile(100, 100), [64, 64, 16, 1]);
         let roomy = Limits { workgroup_bytes: 32768, ..WEBGPU };
-        assert!(Tile::new(1024, 1024, roomy).wide && !Tile::new(1024, 1024, WEBGPU).wide);
+        assert_eq!(Tile::new(100, 100, 5, WEBGPU).depth, 8);
+        assert!(Tile::new(1024, 1024, 1024, roomy).wide && !Tile::new(1024, 1024, 1024, WEBGPU).wide);
     }
 
     proptest! {
         #[test]
         fn tiles_stay_within_limits(
-            rows in 1usize..5000, cols in 1usize..5000,
+            rows in 1usize..5000, cols in 1usize..5000, depth in 0usize..200,
             invocations in 1u32..2000, workgroup_bytes in 4096u32..70_000,
         ) {
             let limits = Limits { invocations, workgroup_bytes, ..WEBGPU };
-            assert_tile_is_sound(Tile::new(rows, cols, limits), limits);
+            assert_tile_is_sound(Tile::new(rows, cols, depth, limits), limits);
         }
 
         /// Every product of every sum is in exactly one piece, first things first, and every piece fits.

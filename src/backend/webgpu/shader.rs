@@ -39,6 +39,8 @@ pub(super) struct Sum {
     pub(super) more: bool,
     /// How the matrix is stored that the sum begins with.
     pub(super) init: Option<DType>,
+    /// Whether four neighbours in a row of what it begins with, and of the outputs, may be read and written at once.
+    pub(super) quads: bool,
     pub(super) finish: Finish,
 }
 
@@ -101,7 +103,7 @@ impl Kernel {
         // Writing to a `String` cannot fail.
         let _ = writeln!(text, "alias Elem = {elem};\nconst HALF = {};", elem == DType::F16);
         let _ = match self {
-            Kernel::Sum(sum) => sum.write_header(&mut text),
+            Kernel::Sum(sum) => sum.write_header(&mut text, elem),
             Kernel::Dropout(from, to) => {
                 let to_half = to == DType::F16;
                 writeln!(text, "alias From = {from};\nalias To = {to};\nconst TO_HALF = {to_half};\nconst THREADS = {threads}u;")
@@ -133,24 +135,48 @@ impl Kernel {
 }
 
 impl Sum {
-    /// The constants of engine.wgsl and of the file that finishes its sums.
-    fn write_header(self, text: &mut String) -> std::fmt::Result {
+    /// The constants of engine.wgsl and of the file that finishes its sums, the factors and the outputs.
+    fn write_header(self, text: &mut String, elem: DType) -> std::fmt::Result {
         let Tile { rows, cols, depth, slices, wide } = self.tile;
         writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
         writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {}u;", self.tile.folded())?;
         for ((operand, side), (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
             factor.write(text, operand, side, binding)?;
         }
-        writeln!(text, "const HAS_MORE = {};", self.more)?;
-        writeln!(text, "const HAS_INIT = {};\nalias Init = {};", self.init.is_some(), self.init.unwrap_or(DType::F32))?;
+        let init = self.init.unwrap_or(DType::F32);
+        writeln!(text, "const HAS_MORE = {};\nconst HAS_INIT = {};", self.more, self.init.is_some())?;
+        writeln!(text, "alias Init = {init};\nalias init_unit = {};\nconst QUADS = {};", self.unit(init), self.quads)?;
         match self.finish {
-            Finish::Adam => Ok(()),
-            Finish::Store { out, add } => {
-                writeln!(text, "alias Out = {out};\nconst OUT_HALF = {};", out == DType::F16)?;
-                writeln!(text, "const ADD_TO_OUT = {add};")
+            Finish::Adam => {
+                let outputs = [("m", DType::F32), ("v", DType::F32), ("w", elem)].into_iter().zip(6..);
+                outputs.into_iter().try_for_each(|((name, dtype), binding)| self.write_output(text, name, dtype, binding))
             }
-            Finish::StoreByChance { add } => writeln!(text, "alias Out = f16;\nconst ADD_TO_OUT = {add};"),
+            Finish::Store { out, add } => {
+                writeln!(text, "const OUT_HALF = {};\nconst ADD_TO_OUT = {add};", out == DType::F16)?;
+                self.write_output(text, "out", out, 6)
+            }
+            Finish::StoreByChance { add } => {
+                writeln!(text, "const ADD_TO_OUT = {add};")?;
+                self.write_output(text, "out", DType::F16, 6)
+            }
         }
+    }
+
+    /// memory.wgsl, for one of the outputs.
+    fn write_output(self, text: &mut String, name: &str, dtype: DType, binding: u32) -> std::fmt::Result {
+        writeln!(
+            text,
+            "alias {name}_elem = {dtype};\nalias {name}_unit = {};\nconst {name}_BINDING = {binding};",
+            self.unit(dtype)
+        )?;
+        let narrowed = if self.quads { format!("vec4<{dtype}>(line)") } else { format!("{dtype}(line.x)") };
+        let file = include_str!("../../../shaders/memory.wgsl");
+        writeln!(text, "{}", file.replace("MEMORY_NARROWED", &narrowed).replace("MEMORY", name))
+    }
+
+    /// What an output, or what a sum begins with, is an array of.
+    fn unit(self, dtype: DType) -> String {
+        if self.quads { format!("vec4<{dtype}>") } else { dtype.to_string() }
     }
 }
 
@@ -227,9 +253,10 @@ mod tests {
             for (tile, &finish) in tiles.into_iter().flat_map(|tile| finishes.iter().map(move |finish| (tile, finish))) {
                 for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
                     let factor = |dtype| Factor { dtype, deep, quads };
+                    let quads = quads == more; // either, with either
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
                     let init = more.then_some(elem);
-                    assert_valid(Kernel::Sum(Sum { tile, factors, more, init, finish }), elem);
+                    assert_valid(Kernel::Sum(Sum { tile, factors, more, init, quads, finish }), elem);
                 }
             }
         }

@@ -191,6 +191,13 @@ struct Place {
     unused: u32,
 }
 
+impl Place {
+    /// Whether every row begins with a whole four, and neighbours are neighbours.
+    fn in_quads(&self) -> bool {
+        self.col == 1 && [self.offset, self.row].iter().all(|count| count % 4 == 0)
+    }
+}
+
 /// `struct Factor` of engine.wgsl: the number `i` along the side and `p` along the depth is at `offset + i·along + p·down`.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
@@ -228,11 +235,12 @@ impl<E: Float> WebGpu<E> {
             return Ok(());
         }
         let depth = |product: Option<Product<'_>>| product.map_or(0, |product| product.lhs.cols);
-        let tile = Tile::new(rows, cols, self.limits);
+        let depths = [depth(sum.update), depth(sum.base)];
+        let tile = Tile::new(rows, cols, depths[0].max(depths[1]), self.limits);
         let most = [tile.rows, tile.cols].map(|side| self.limits.groups as usize * side as usize);
         // A binding begins where the adapter allows it, which may be a little before the piece.
         let bytes = self.limits.binding_bytes - self.alignment();
-        let pieces = pieces(Piece::whole(rows, cols, depth(sum.update), depth(sum.base)), &sum.operands(), most, bytes);
+        let pieces = pieces(Piece::whole(rows, cols, depths[0], depths[1]), &sum.operands(), most, bytes);
         if pieces.iter().all(Piece::begins) || sum.finish.holds_partial_sums() {
             return pieces.into_iter().try_for_each(|piece| self.piece(&sum, tile, piece));
         }
@@ -271,6 +279,7 @@ impl<E: Float> WebGpu<E> {
         let outputs = sum.finish.outputs().into_iter();
         let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
         let add = matches!(sum.init, Init::Output);
+        let quads = piece.len(Axis::Cols) % 4 == 0 && outputs.iter().chain(sum.init().map(|_| &init)).all(Place::in_quads);
         let finish = match sum.finish {
             Finish::Store(out) => shader::Finish::Store { out: out.dtype, add },
             Finish::StoreByChance { .. } => shader::Finish::StoreByChance { add },
@@ -281,6 +290,7 @@ impl<E: Float> WebGpu<E> {
             factors: factors.map(|(_, factor)| factor),
             more: sum.base.is_some(),
             init: sum.init().map(|init| init.dtype),
+            quads,
             finish,
         });
         let (key, first) = sum.chance(operands.last());

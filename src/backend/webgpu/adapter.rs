@@ -5,7 +5,7 @@ use super::dispatch::Gpu;
 use crate::error::{Error, Result};
 
 /// What makes launches faster or measurable, asked for where it is there.
-const WELCOME: wgpu::Features = wgpu::Features::SHADER_F16.union(clock::NEEDS);
+const WELCOME: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(clock::NEEDS);
 
 /// Opens the adapter with this number or name, or the best one.
 pub(super) fn open(name: Option<&str>) -> Result<Gpu> {

@@ -160,5 +160,13 @@ pub(super) fn limits_of(device: &wgpu::Device) -> Limits {
         workgroup_bytes: limits.max_compute_workgroup_storage_size,
         groups: limits.max_compute_workgroups_per_dimension,
         binding_bytes: limits.max_storage_buffer_binding_size.min(1 << 31),
+        subgroup: subgroup(device),
     }
+}
+
+/// How many invocations a subgroup has, if that is known.
+fn subgroup(device: &wgpu::Device) -> u32 {
+    let info = device.adapter_info();
+    let known = device.features().contains(wgpu::Features::SUBGROUP) && info.subgroup_min_size == info.subgroup_max_size;
+    if known { info.subgroup_min_size } else { 0 }
 }

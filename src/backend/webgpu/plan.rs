@@ -13,6 +13,8 @@ pub struct Limits {
     pub groups: u32,
     /// Bytes of a buffer that one binding sees.
     pub binding_bytes: u64,
+    /// Invocations of a subgroup, if subgroups may be used and have one size; else 0.
+    pub subgroup: u32,
 }
 
 impl Limits {
@@ -23,12 +25,82 @@ impl Limits {
             workgroup_bytes: self.workgroup_bytes.min(other.workgroup_bytes),
             groups: self.groups.min(other.groups),
             binding_bytes: self.binding_bytes.min(other.binding_bytes),
+            subgroup: self.subgroup.min(other.subgroup),
         }
     }
 
     /// Invocations of a workgroup: a power of two, and no more than are of use.
     pub(super) fn threads(self) -> u32 {
         1 << self.invocations.clamp(1, 256).ilog2()
+    }
+}
+
+/// How sums are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Way {
+    Tiles(Tile),
+    Skinny(Skinny),
+}
+
+impl Way {
+    /// Rows and columns of the output that a workgroup makes.
+    pub(super) fn block(self) -> [u32; 2] {
+        match self {
+            Way::Tiles(tile) => [tile.rows, tile.cols],
+            Way::Skinny(skinny) => [Skinny::MOST_ROWS as u32, 4 * skinny.lanes],
+        }
+    }
+
+    /// Workgroups along the columns and along the rows.
+    pub(super) fn grid(self, rows: usize, cols: usize) -> [u32; 2] {
+        let [high, across] = self.block();
+        [cols.div_ceil(across as usize) as u32, rows.div_ceil(high as usize) as u32]
+    }
+}
+
+/// What one workgroup owns where there are few rows; see `shaders/skinny.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Skinny {
+    /// All of them.
+    pub(super) rows: u32,
+    /// How many fours of columns.
+    pub(super) lanes: u32,
+    /// How many invocations share four columns.
+    pub(super) slices: u32,
+    /// Neighbours divide the depth, not the columns.
+    pub(super) by_depth: bool,
+    /// Those that share columns are a subgroup.
+    pub(super) subgroups: bool,
+}
+
+impl Skinny {
+    /// Rows of which an invocation can hold four columns in registers: 64 sums.
+    pub(super) const MOST_ROWS: usize = 16;
+
+    /// Where neighbours share columns, a subgroup is as wide as what they read. Where they share the depth, eight of them read
+    /// 32 columns, 128 bytes in a row, and the others more of the depth, so that a few thousand columns fill a device.
+    pub(super) fn new(rows: usize, cols: usize, by_depth: bool, limits: Limits) -> Self {
+        let rows = rows.min(Self::MOST_ROWS) as u32;
+        let fours = cols.div_ceil(4).next_power_of_two().min(256) as u32;
+        // Half the invocations put a block of sums, 64 bytes, into workgroup memory.
+        let threads = limits.threads().min(1 << (limits.workgroup_bytes / 32).max(1).ilog2());
+        let subgroups = by_depth && limits.subgroup > 1 && limits.subgroup <= threads;
+        if subgroups {
+            let lanes = (threads / limits.subgroup).min(fours);
+            return Self { rows, lanes, slices: limits.subgroup, by_depth, subgroups };
+        }
+        let lanes = 8.min(fours).min(threads);
+        Self { rows, lanes, slices: threads / lanes, by_depth, subgroups }
+    }
+
+    /// Invocations of the workgroup.
+    pub(super) fn threads(self) -> u32 {
+        self.lanes * self.slices
+    }
+
+    /// Blocks of 16 sums that wait to be added to another slice's.
+    pub(super) fn folded(self) -> u32 {
+        (self.threads() / 2).max(1)
     }
 }
 
@@ -89,11 +161,6 @@ impl Tile {
     /// Both sides of the tile, a line of depth 16 bytes longer than its numbers, and the blocks that are folded.
     pub(super) fn workgroup_bytes(self) -> u32 {
         4 * self.depth * (self.rows + 4 + self.cols + 4) + 64 * self.folded()
-    }
-
-    /// Workgroups along the columns and along the rows.
-    pub(super) fn grid(self, rows: usize, cols: usize) -> [u32; 2] {
-        [cols.div_ceil(self.cols as usize) as u32, rows.div_ceil(self.rows as usize) as u32]
     }
 }
 
@@ -206,7 +273,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const WEBGPU: Limits = Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20 };
+    const WEBGPU: Limits =
+        Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20, subgroup: 0 };
 
     /// What the engine assumes: powers of two, whole blocks, and no more than the adapter has.
     fn assert_tile_is_sound(tile: Tile, limits: Limits) {
@@ -244,6 +312,21 @@ mod tests {
         ) {
             let limits = Limits { invocations, workgroup_bytes, ..WEBGPU };
             assert_tile_is_sound(Tile::new(rows, cols, depth, limits), limits);
+        }
+
+        #[test]
+        fn few_rows_stay_within_limits(
+            rows in 1usize..=16, cols in 1usize..5000, by_depth in any::<bool>(), subgroup in 0u32..8,
+            invocations in 1u32..2000, workgroup_bytes in 4096u32..70_000,
+        ) {
+            let subgroup = (1 << subgroup) * u32::from(subgroup > 0);
+            let limits = Limits { invocations, workgroup_bytes, subgroup, ..WEBGPU };
+            let skinny = Skinny::new(rows, cols, by_depth, limits);
+            prop_assert!(skinny.threads() <= limits.invocations && skinny.lanes > 0 && skinny.slices > 0);
+            prop_assert!(skinny.subgroups || 64 * skinny.folded() <= workgroup_bytes);
+            prop_assert!(!skinny.subgroups || skinny.slices == subgroup);
+            let covered = Way::Skinny(skinny).grid(rows, cols)[0] * 4 * skinny.lanes;
+            prop_assert!(covered as usize >= cols && ((covered - 4 * skinny.lanes) as usize) < cols);
         }
 
         /// Every product of every sum is in exactly one piece, first things first, and every piece fits.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::plan::Tile;
+use super::plan::{Skinny, Tile, Way};
 use crate::element::DType;
 
 /// The files of a kernel, joined.
@@ -29,10 +29,10 @@ pub(super) enum Kernel {
     Mean,
 }
 
-/// A sum of products, as `shaders/engine.wgsl` computes it.
+/// A sum of products, as `shaders/engine.wgsl` or `shaders/skinny.wgsl` computes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Sum {
-    pub(super) tile: Tile,
+    pub(super) way: Way,
     /// `lhs`, `rhs`, `more_lhs`, `more_rhs`.
     pub(super) factors: [Factor; 4],
     /// Whether there is a second product.
@@ -110,16 +110,12 @@ impl Kernel {
             }
             _ => writeln!(text, "const THREADS = {threads}u;"),
         };
-        text + self.files()
+        text + &self.files()
     }
 
-    fn files(self) -> &'static str {
-        match self {
-            Kernel::Sum(Sum { finish: Finish::Store { .. }, .. }) => files!("common" "engine" "store"),
-            Kernel::Sum(Sum { finish: Finish::StoreByChance { .. }, .. }) => {
-                files!("common" "philox" "engine" "store_by_chance")
-            }
-            Kernel::Sum(Sum { finish: Finish::Adam, .. }) => files!("common" "engine" "adam"),
+    fn files(self) -> String {
+        let files = match self {
+            Kernel::Sum(sum) => return sum.files(),
             Kernel::Relu => files!("common" "relu"),
             Kernel::ReluBackward => files!("common" "relu_backward"),
             Kernel::Add => files!("common" "add"),
@@ -130,18 +126,53 @@ impl Kernel {
             Kernel::MagnitudeBackward => files!("magnitude_backward"),
             Kernel::CrossEntropy => files!("common" "cross_entropy"),
             Kernel::Mean => files!("common" "mean"),
-        }
+        };
+        files.to_owned()
     }
 }
 
 impl Sum {
-    /// The constants of engine.wgsl and of the file that finishes its sums, the factors and the outputs.
+    /// What reads the factors, makes the sums and finishes them; see `write_header` for what is written once an operand.
+    fn files(self) -> String {
+        let how = match self.way {
+            Way::Tiles(_) => files!("fold" "engine"),
+            Way::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "gather_by_subgroup"),
+            Way::Skinny(_) => files!("fold" "skinny" "gather_by_fold"),
+        };
+        let finish = match self.finish {
+            Finish::Store { .. } => files!("store"),
+            Finish::StoreByChance { .. } => files!("philox" "store_by_chance"),
+            Finish::Adam => files!("adam"),
+        };
+        [files!("common" "sum"), how, finish].concat()
+    }
+
+    /// The constants of the files, and those that are written once a factor, a product or an output.
     fn write_header(self, text: &mut String, elem: DType) -> std::fmt::Result {
-        let Tile { rows, cols, depth, slices, wide } = self.tile;
-        writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
-        writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {}u;", self.tile.folded())?;
-        for ((operand, side), (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
-            factor.write(text, operand, side, binding)?;
+        for (operand, (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
+            factor.write(text, operand, binding)?;
+        }
+        match self.way {
+            Way::Tiles(Tile { rows, cols, depth, slices, wide }) => {
+                let folded = if let Way::Tiles(tile) = self.way { tile.folded() } else { 1 };
+                writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
+                writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {folded}u;")?;
+                for (operand, side) in OPERANDS.into_iter().zip(["lhs", "rhs", "lhs", "rhs"]) {
+                    let file = include_str!("../../../shaders/fill.wgsl").replace("OPERAND", operand);
+                    let tile = side.to_uppercase() + "_TILE";
+                    writeln!(text, "{}", file.replace("SIDE_TILE", &tile).replace("SIDE", side))?;
+                }
+            }
+            Way::Skinny(skinny) => {
+                let Skinny { rows, lanes, slices, by_depth, .. } = skinny;
+                writeln!(text, "const ROWS = {rows}u;\nconst LANES = {lanes}u;\nconst SLICES = {slices}u;")?;
+                writeln!(text, "const THREADS = {}u;\nconst FOLDED = {}u;", skinny.threads(), skinny.folded())?;
+                writeln!(text, "const BY_DEPTH = {by_depth};")?;
+                for [lhs, rhs] in OPERANDS.as_chunks::<2>().0 {
+                    let file = include_str!("../../../shaders/skinny_product.wgsl");
+                    writeln!(text, "{}", file.replace("LHS", lhs).replace("RHS", rhs))?;
+                }
+            }
         }
         let init = self.init.unwrap_or(DType::F32);
         writeln!(text, "const HAS_MORE = {};\nconst HAS_INIT = {};", self.more, self.init.is_some())?;
@@ -180,22 +211,20 @@ impl Sum {
     }
 }
 
-/// The factors, each with the side of the tile that it fills.
-const OPERANDS: [(&str, &str); 4] = [("lhs", "lhs"), ("rhs", "rhs"), ("more_lhs", "lhs"), ("more_rhs", "rhs")];
+/// The factors, by name.
+const OPERANDS: [&str; 4] = ["lhs", "rhs", "more_lhs", "more_rhs"];
 
 impl Factor {
     /// Of a product that there is not.
     pub(super) const ABSENT: Self = Self { dtype: DType::F32, deep: true, quads: false };
 
     /// operand.wgsl, for one of the factors.
-    fn write(self, text: &mut String, operand: &str, side: &str, binding: u32) -> std::fmt::Result {
+    fn write(self, text: &mut String, operand: &str, binding: u32) -> std::fmt::Result {
         let Self { dtype, deep, quads } = self;
         let unit = if quads { format!("vec4<{dtype}>") } else { dtype.to_string() };
         writeln!(text, "alias {operand}_elem = {dtype};\nalias {operand}_unit = {unit};")?;
         writeln!(text, "const {operand}_BINDING = {binding};\nconst {operand}_DEEP = {deep};\nconst {operand}_QUADS = {quads};")?;
-        let tile = side.to_uppercase() + "_TILE";
-        let file = include_str!("../../../shaders/operand.wgsl");
-        writeln!(text, "{}", file.replace("OPERAND", operand).replace("SIDE_TILE", &tile).replace("SIDE", side))
+        writeln!(text, "{}", include_str!("../../../shaders/operand.wgsl").replace("OPERAND", operand))
     }
 }
 
@@ -209,7 +238,7 @@ mod tests {
         let source = kernel.source(elem, 64);
         let module = wgsl::parse_str(&source);
         let module = module.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
-        let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16);
+        let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP);
         let valid = validator.validate(&module);
         valid.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
         assert!(module.entry_points.iter().any(|point| point.name == kernel.entry()), "{kernel:?}");
@@ -238,8 +267,16 @@ mod tests {
 
     #[test]
     fn every_sum_is_valid() {
-        let tile = |rows, cols, slices, wide| Tile { rows, cols, depth: 16, slices, wide };
-        let tiles = [tile(64, 64, 1, false), tile(4, 16, 8, false), tile(128, 128, 1, true)];
+        let tile = |rows, cols, slices, wide| Way::Tiles(Tile { rows, cols, depth: 16, slices, wide });
+        let skinny = |rows, by_depth, subgroups| Way::Skinny(Skinny { rows, lanes: 8, slices: 16, by_depth, subgroups });
+        let ways = [
+            tile(64, 64, 1, false),
+            tile(4, 16, 8, false),
+            tile(128, 128, 1, true),
+            skinny(1, true, false),
+            skinny(10, false, false),
+            skinny(16, true, true),
+        ];
         for elem in [DType::F32, DType::F16] {
             let by_chance = [true, false].map(|add| Finish::StoreByChance { add });
             let finishes = [
@@ -250,13 +287,13 @@ mod tests {
             ];
             let finishes = finishes.into_iter().chain(by_chance.into_iter().filter(|_| elem == DType::F16));
             let finishes: Vec<_> = finishes.collect();
-            for (tile, &finish) in tiles.into_iter().flat_map(|tile| finishes.iter().map(move |finish| (tile, finish))) {
+            for (way, &finish) in ways.into_iter().flat_map(|way| finishes.iter().map(move |finish| (way, finish))) {
                 for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
                     let factor = |dtype| Factor { dtype, deep, quads };
                     let quads = quads == more; // either, with either
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
                     let init = more.then_some(elem);
-                    assert_valid(Kernel::Sum(Sum { tile, factors, more, init, quads, finish }), elem);
+                    assert_valid(Kernel::Sum(Sum { way, factors, more, init, quads, finish }), elem);
                 }
             }
         }

@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::WebGpu;
 use super::dispatch::{Launch, Slice};
 use super::memory::Buffer;
-use super::plan::{Axis, Operand, Piece, Tile, pieces};
+use super::plan::{Axis, Operand, Piece, Skinny, Tile, Way, pieces};
 use super::shader::{self, Factor, Kernel};
 use crate::element::{DType, Float};
 use crate::error::Result;
@@ -155,6 +155,26 @@ impl<'a> Sum<'a> {
         factors.chain(whole.map(|matrix| matrix.over(OUTPUT))).collect()
     }
 
+    /// The sum, or its transpose, if it has few rows.
+    fn skinny(self) -> Option<Self> {
+        let (rows, cols) = self.shape();
+        if rows <= Skinny::MOST_ROWS { Some(self) } else { self.t().filter(|_| cols <= Skinny::MOST_ROWS) }
+    }
+
+    /// The transpose of what is stored: nothing moves.
+    fn t(self) -> Option<Self> {
+        let Finish::Store(out) = self.finish else { return None };
+        let product = |Product { lhs, rhs }: Product<'a>| rhs.t() * lhs.t();
+        let init = if let Init::Matrix(init) = self.init { Init::Matrix(init.t()) } else { self.init };
+        let (update, base) = (self.update.map(product), self.base.map(product));
+        Some(Self { finish: Finish::Store(out.t()), init, update, base, ..self })
+    }
+
+    /// Whether neighbours in the memory of the larger right side are neighbours along the depth.
+    fn reads_right_sides_by_depth(&self) -> bool {
+        self.base.or(self.update).is_some_and(|product| product.rhs.strides[0] == 1)
+    }
+
     fn rate(&self) -> [f32; 5] {
         match self.finish {
             Finish::Store(_) | Finish::StoreByChance { .. } => [0.0; 5],
@@ -230,19 +250,24 @@ struct Uniforms {
 impl<E: Float> WebGpu<E> {
     /// Computes a sum. Any of its sizes may be zero.
     pub(super) fn sum(&self, sum: Sum<'_>) -> Result<()> {
+        let skinny = sum.skinny();
+        let sum = skinny.unwrap_or(sum);
         let (rows, cols) = sum.shape();
         if rows == 0 || cols == 0 {
             return Ok(());
         }
         let depth = |product: Option<Product<'_>>| product.map_or(0, |product| product.lhs.cols);
         let depths = [depth(sum.update), depth(sum.base)];
-        let tile = Tile::new(rows, cols, depths[0].max(depths[1]), self.limits);
-        let most = [tile.rows, tile.cols].map(|side| self.limits.groups as usize * side as usize);
+        let way = match skinny {
+            Some(_) => Way::Skinny(Skinny::new(rows, cols, sum.reads_right_sides_by_depth(), self.limits)),
+            None => Way::Tiles(Tile::new(rows, cols, depths[0].max(depths[1]), self.limits)),
+        };
+        let most = way.block().map(|side| self.limits.groups as usize * side as usize);
         // A binding begins where the adapter allows it, which may be a little before the piece.
         let bytes = self.limits.binding_bytes - self.alignment();
         let pieces = pieces(Piece::whole(rows, cols, depths[0], depths[1]), &sum.operands(), most, bytes);
         if pieces.iter().all(Piece::begins) || sum.finish.holds_partial_sums() {
-            return pieces.into_iter().try_for_each(|piece| self.piece(&sum, tile, piece));
+            return pieces.into_iter().try_for_each(|piece| self.piece(&sum, way, piece));
         }
         self.sum_apart(sum, rows, cols)
     }
@@ -260,7 +285,7 @@ impl<E: Float> WebGpu<E> {
     }
 
     /// Launches a piece.
-    fn piece(&self, sum: &Sum<'_>, tile: Tile, piece: Piece) -> Result<()> {
+    fn piece(&self, sum: &Sum<'_>, way: Way, piece: Piece) -> Result<()> {
         let sum = if piece.begins() { *sum } else { Sum { init: Init::Output, ..*sum } };
         let mut operands = Vec::with_capacity(8);
         let mut factors = [(FactorPlace::default(), Factor::ABSENT); 4];
@@ -286,7 +311,7 @@ impl<E: Float> WebGpu<E> {
             Finish::Adam { .. } => shader::Finish::Adam,
         };
         let kernel = Kernel::Sum(shader::Sum {
-            tile,
+            way,
             factors: factors.map(|(_, factor)| factor),
             more: sum.base.is_some(),
             init: sum.init().map(|init| init.dtype),
@@ -307,7 +332,7 @@ impl<E: Float> WebGpu<E> {
             rate: sum.rate(),
             ..Zeroable::zeroed()
         };
-        let grid = tile.grid(sizes[0] as usize, sizes[1] as usize);
+        let grid = way.grid(sizes[0] as usize, sizes[1] as usize);
         self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid })
     }
 

@@ -1,0 +1,21 @@
+// skinny.wgsl with subgroups: the invocations that share columns are those of a subgroup, and the adapter adds them up.
+
+fn gathered(block: mat4x4<f32>) -> mat4x4<f32> {
+  return mat4x4(subgroupAdd(block[0]), subgroupAdd(block[1]), subgroupAdd(block[2]), subgroupAdd(block[3]));
+}
+
+fn gather_blocks(slice: u32, lane: u32) {
+  block0 = gathered(block0);
+  if (ROWS > 4u) { block1 = gathered(block1); }
+  if (ROWS > 8u) { block2 = gathered(block2); }
+  if (ROWS > 12u) { block3 = gathered(block3); }
+}
+
+@compute @workgroup_size(THREADS)
+fn sum_of_products(
+  @builtin(workgroup_id) group: vec3<u32>,
+  @builtin(subgroup_id) lane: u32, @builtin(num_subgroups) lanes: u32,
+  @builtin(subgroup_invocation_id) slice: u32, @builtin(subgroup_size) slices: u32,
+) {
+  sum_columns(group.x, lane, lanes, slice, slices);
+}

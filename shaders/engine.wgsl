@@ -26,6 +26,9 @@ const RHS_TILE_LINE = RHS_TILE_QUADS + 1u;
 var<workgroup> lhs_tile: array<vec4<f32>, TILE_DEPTH * LHS_TILE_LINE>;
 var<workgroup> rhs_tile: array<vec4<f32>, TILE_DEPTH * RHS_TILE_LINE>;
 
+fn lhs_put(slot: u32, line: vec4<f32>) { lhs_tile[slot] = line; }
+fn rhs_put(slot: u32, line: vec4<f32>) { rhs_tile[slot] = line; }
+
 // The sums of this invocation: column c of a matrix holds row c of a block.
 var<private> block00: mat4x4<f32>;
 var<private> block01: mat4x4<f32>;
@@ -67,8 +70,8 @@ fn scale_blocks() {
   }
 }
 
-@compute @workgroup_size(THREADS)
-fn sum_of_products(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+// The tile of the group, by invocation t of subgroup `subgroup`. `add_more` adds the second product: blocks.wgsl, matrices.wgsl.
+fn sum_tile(group: vec3<u32>, t: u32, subgroup: u32) {
   let slice = t / LANES;
   let lane = t % LANES;
   let r = lane / COL_LANES;
@@ -84,15 +87,7 @@ fn sum_of_products(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoc
     workgroupBarrier();
   }
   scale_blocks();
-  if (HAS_MORE) {
-    for (var depth = 0u; depth < s.more_depth; depth += TILE_DEPTH) {
-      more_lhs_fill(t, row, depth);
-      more_rhs_fill(t, col, depth);
-      workgroupBarrier();
-      multiply(slice, r, c);
-      workgroupBarrier();
-    }
-  }
+  if (HAS_MORE) { add_more(t, row, col, slice, r, c, subgroup); }
   block00 = folded_block(block00, slice, lane);
   if (slice > 0u) { return; }
 

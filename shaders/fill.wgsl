@@ -1,5 +1,6 @@
 // How a factor of a product comes into workgroup memory. This file is written once for each factor, with its name in place of
-// OPERAND (see operand.wgsl), and with SIDE for the tile it fills: lhs or rhs.
+// OPERAND (see operand.wgsl), and with SIDE for the tile it fills: lhs or rhs, half_lhs or
+// half_rhs.
 
 // Fills the side's tile with what begins `first` along the side and `depth` along the depth, in blocks of 4×4. Neighbours
 // load neighbours, whichever way the matrix lies.
@@ -18,9 +19,9 @@ fn OPERAND_fill(t: u32, first: u32, depth: u32) {
         OPERAND_line(i, d), OPERAND_line(i, d + 1u), OPERAND_line(i, d + 2u), OPERAND_line(i, d + 3u));
     }
     let slot = 4u * p * SIDE_TILE_LINE + q;
-    SIDE_tile[slot] = block[0];
-    SIDE_tile[slot + SIDE_TILE_LINE] = block[1];
-    SIDE_tile[slot + 2u * SIDE_TILE_LINE] = block[2];
-    SIDE_tile[slot + 3u * SIDE_TILE_LINE] = block[3];
+    SIDE_put(slot, block[0]);
+    SIDE_put(slot + SIDE_TILE_LINE, block[1]);
+    SIDE_put(slot + 2u * SIDE_TILE_LINE, block[2]);
+    SIDE_put(slot + 3u * SIDE_TILE_LINE, block[3]);
   }
 }

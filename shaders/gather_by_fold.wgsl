@@ -3,13 +3,11 @@
 fn gather_blocks(slice: u32, lane: u32) {
   block0 = folded_block(block0, slice, lane);
   if (ROWS > 4u) { block1 = folded_block(block1, slice, lane); }
-  if (ROWS > 8u) { block2 = folded_block(block2, slice, lane); }
-  if (ROWS > 12u) { block3 = folded_block(block3, slice, lane); }
 }
 
 @compute @workgroup_size(THREADS)
 fn sum_of_products(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32) {
   let slice = select(t / LANES, t % SLICES, BY_DEPTH);
   let lane = select(t % LANES, t / SLICES, BY_DEPTH);
-  sum_columns(group.x, lane, LANES, slice, SLICES);
+  sum_columns(group.xy, lane, LANES, slice, SLICES);
 }

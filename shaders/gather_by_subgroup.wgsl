@@ -7,8 +7,6 @@ fn gathered(block: mat4x4<f32>) -> mat4x4<f32> {
 fn gather_blocks(slice: u32, lane: u32) {
   block0 = gathered(block0);
   if (ROWS > 4u) { block1 = gathered(block1); }
-  if (ROWS > 8u) { block2 = gathered(block2); }
-  if (ROWS > 12u) { block3 = gathered(block3); }
 }
 
 @compute @workgroup_size(THREADS)
@@ -17,5 +15,5 @@ fn sum_of_products(
   @builtin(subgroup_id) lane: u32, @builtin(num_subgroups) lanes: u32,
   @builtin(subgroup_invocation_id) slice: u32, @builtin(subgroup_size) slices: u32,
 ) {
-  sum_columns(group.x, lane, lanes, slice, slices);
+  sum_columns(group.xy, lane, lanes, slice, slices);
 }

@@ -11,17 +11,20 @@ fn OPERAND_at(e: u32) -> vec4<f32> {
   return vec4<f32>(vec4<OPERAND_elem>(OPERAND[e]));
 }
 
-// Four numbers that are neighbours in memory, the first of them i along the side and p along the depth; 0 beyond the end.
+// Four numbers that are neighbours in memory, the first of them i along the side and p along the depth; 0 beyond the end. There is no
+// branch: what lies beyond is read from a place that exists, and left out.
 fn OPERAND_line(i: u32, p: u32) -> vec4<f32> {
   let place = s.OPERAND;
-  if (i >= place.len || p >= place.depth) { return vec4(0.0); }
-  let e = place.offset + i * place.along + p * place.down;
-  if (OPERAND_QUADS) { return OPERAND_at(e / 4u); }
-  let left = select(place.len - i, place.depth - p, OPERAND_DEEP);
+  let inside = i < place.len && p < place.depth;
+  let e = place.offset + select(0u, i * place.along + p * place.down, inside);
+  if (OPERAND_QUADS) { return select(vec4(0.0), OPERAND_at(e / 4u), inside); }
+  let left = select(0u, select(place.len - i, place.depth - p, OPERAND_DEEP), inside);
+  let last = max(left, 1u) - 1u;
   let step = select(place.along, place.down, OPERAND_DEEP);
-  var line = vec4(OPERAND_at(e).x, 0.0, 0.0, 0.0);
-  if (left > 1u) { line.y = OPERAND_at(e + step).x; }
-  if (left > 2u) { line.z = OPERAND_at(e + 2u * step).x; }
-  if (left > 3u) { line.w = OPERAND_at(e + 3u * step).x; }
-  return line;
+  let line = vec4(
+    OPERAND_at(e).x,
+    OPERAND_at(e + min(1u, last) * step).x,
+    OPERAND_at(e + min(2u, last) * step).x,
+    OPERAND_at(e + min(3u, last) * step).x);
+  return select(vec4(0.0), line, vec4(0u, 1u, 2u, 3u) < vec4(left));
 }

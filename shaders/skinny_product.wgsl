@@ -7,17 +7,21 @@ fn LHS_rows(i: u32, p: u32, block: mat4x4<f32>) -> mat4x4<f32> {
   var lines: mat4x4<f32>;
   if (LHS_DEEP) {
     lines[0] = LHS_line(i, p);
-    if (i + 1u < ROWS) { lines[1] = LHS_line(i + 1u, p); }
-    if (i + 2u < ROWS) { lines[2] = LHS_line(i + 2u, p); }
-    if (i + 3u < ROWS) { lines[3] = LHS_line(i + 3u, p); }
+    if (ROWS > 1u) {
+      lines[1] = LHS_line(i + 1u, p);
+      lines[2] = LHS_line(i + 2u, p);
+      lines[3] = LHS_line(i + 3u, p);
+    }
   } else {
     lines = transpose(mat4x4(LHS_line(i, p), LHS_line(i, p + 1u), LHS_line(i, p + 2u), LHS_line(i, p + 3u)));
   }
   var sums: mat4x4<f32>;
   sums[0] = LHS_row(lines[0], block);
-  if (i + 1u < ROWS) { sums[1] = LHS_row(lines[1], block); }
-  if (i + 2u < ROWS) { sums[2] = LHS_row(lines[2], block); }
-  if (i + 3u < ROWS) { sums[3] = LHS_row(lines[3], block); }
+  if (ROWS > 1u) {
+    sums[1] = LHS_row(lines[1], block);
+    sums[2] = LHS_row(lines[2], block);
+    sums[3] = LHS_row(lines[3], block);
+  }
   return sums;
 }
 
@@ -31,12 +35,10 @@ fn LHS_block(j: u32, p: u32) -> mat4x4<f32> {
   return mat4x4(RHS_line(j, p), RHS_line(j, p + 1u), RHS_line(j, p + 2u), RHS_line(j, p + 3u));
 }
 
-fn add_LHS(slice: u32, slices: u32, j: u32) {
+fn add_LHS(slice: u32, slices: u32, i: u32, j: u32) {
   for (var p = 4u * slice; p < s.LHS.depth; p += 4u * slices) {
     let block = LHS_block(j, p);
-    block0 += LHS_rows(0u, p, block);
-    if (ROWS > 4u) { block1 += LHS_rows(4u, p, block); }
-    if (ROWS > 8u) { block2 += LHS_rows(8u, p, block); }
-    if (ROWS > 12u) { block3 += LHS_rows(12u, p, block); }
+    block0 += LHS_rows(i, p, block);
+    if (ROWS > 4u) { block1 += LHS_rows(i + 4u, p, block); }
   }
 }

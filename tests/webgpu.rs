@@ -72,7 +72,8 @@ suite!(webgpu_f32, or_return!(crate::shared_f32()));
 suite!(webgpu_f16, or_return!(crate::shared_f16()));
 
 /// The least that WebGPU promises.
-const POOR: Limits = Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20, subgroup: 0 };
+const POOR: Limits =
+    Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20, subgroup: 0, matrix: 0 };
 /// Every matrix of it is a few pages.
 const PAGES: Dims = Dims { m: 18, k: 100, n: 52, r: 12 };
 

@@ -7,22 +7,56 @@ use crate::error::{Error, Result};
 /// What makes launches faster or measurable, asked for where it is there.
 const WELCOME: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(clock::NEEDS);
 
-/// Opens the adapter with this number or name, or the best one.
-pub(super) fn open(name: Option<&str>) -> Result<Gpu> {
+/// What cooperative matrices need.
+const MATRICES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SUBGROUP).union(wgpu::Features::SHADER_F16);
+
+/// Whether the environment asks for cooperative matrices.
+pub(super) fn asked_for_matrices() -> bool {
+    std::env::var("LOWRANK_COOPERATIVE_MATRICES").is_ok_and(|asked| asked == "1")
+}
+
+/// Opens the adapter with this number or name, or the best one; with cooperative matrices, if they are wanted.
+pub(super) fn open(name: Option<&str>, matrices: bool) -> Result<Gpu> {
     let adapter = choose(adapters(), name)?;
     let info = adapter.get_info();
+    let matrix = if matrices { matrix_of(&adapter)? } else { 0 };
+    let features = adapter.features() & if matrices { WELCOME | MATRICES } else { WELCOME };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("lowrank"),
-        required_features: adapter.features() & WELCOME,
+        required_features: features,
         required_limits: adapter.limits(),
+        experimental_features: if matrices { experiments() } else { wgpu::ExperimentalFeatures::disabled() },
         ..Default::default()
     };
     let opened = pollster::block_on(adapter.request_device(&descriptor));
     let (device, queue) = opened.map_err(|error| unavailable(format!("{}: {error}", info.name)))?;
-    let gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend));
+    let gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend), matrix);
     let lost = gpu.lost.clone();
     gpu.device.set_device_lost_callback(move |_, reason| drop(lost.set(format!("the device is lost: {reason}"))));
     Ok(gpu)
+}
+
+/// The side of the adapter's largest square matrices of f16 that add up in f32.
+fn matrix_of(adapter: &wgpu::Adapter) -> Result<u32> {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let square = |kind: &wgpu::CooperativeMatrixProperties| {
+        let sides = [kind.m_size, kind.n_size, kind.k_size];
+        let of_halves = (kind.ab_type, kind.cr_type) == (F16, F32) && !kind.saturating_accumulation;
+        (of_halves && [8, 16].contains(&sides[0]) && sides == [sides[0]; 3]).then_some(sides[0])
+    };
+    let largest = adapter.cooperative_matrix_properties().iter().filter_map(square).max();
+    let largest = largest.filter(|_| adapter.features().contains(MATRICES));
+    largest
+        .ok_or_else(|| unavailable(format!("{} has no cooperative matrices of f16 that add up in f32", adapter.get_info().name)))
+}
+
+/// The caller's word that it wants what wgpu calls experimental.
+#[allow(unsafe_code, reason = "wgpu asks for a word, not for a proof")]
+fn experiments() -> wgpu::ExperimentalFeatures {
+    // SAFETY: nothing is promised here about memory. What wgpu wants to be told is that its experiments may have bugs: the caller
+    // of `with_cooperative_matrices` was told too, and asked for them by name.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
 /// Every adapter that computes, the best first.

@@ -25,6 +25,8 @@ pub(super) struct Gpu {
     pub(super) name: String,
     /// Why the device is lost, if it is.
     pub(super) lost: Arc<OnceLock<String>>,
+    /// The side of the cooperative matrices of f16 that the device was opened with; 0 if there are none.
+    pub(super) matrix: u32,
     pub(super) pool: Mutex<Pool>,
     pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
     pub(super) batch: Mutex<Batch>,
@@ -102,7 +104,7 @@ pub(super) struct Launch<'a> {
 }
 
 impl Gpu {
-    pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String) -> Self {
+    pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String, matrix: u32) -> Self {
         let slot = u64::from(device.limits().min_uniform_buffer_offset_alignment).max(UNIFORMS);
         let buffer = |label, size, usage| {
             let usage = usage | wgpu::BufferUsages::COPY_DST;
@@ -111,7 +113,7 @@ impl Gpu {
         let uniforms = buffer("uniforms", BATCH * slot, wgpu::BufferUsages::UNIFORM);
         let uploads = buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC);
         let (lost, pool, pipelines, batch, submissions) = Default::default();
-        Self { device, queue, name, lost, pool, pipelines, batch, uniforms, uploads, submissions }
+        Self { device, queue, name, lost, matrix, pool, pipelines, batch, uniforms, uploads, submissions }
     }
 
     /// How many times something was handed to the device.

@@ -11,14 +11,14 @@ impl<E: Float> WebGpu<E> {
     /// `y = x·Wᵀ + bias`
     pub(super) fn linear_forward_sums(&self, op: LinearForward<'_, Self>) -> Result<()> {
         let base = matrix(op.x) * matrix(op.w).t();
-        self.sum(Sum { init: bias_in_every_row(op.bias, op.x.rows()), ..Sum::new(matrix(op.y), base) })
+        self.sum(Sum { init: bias_in_every_row(op.bias, op.x.rows()), ..Sum::base(matrix(op.y), base) })
     }
 
     /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
     pub(super) fn linear_backward_sums(&self, op: LinearBackward<'_, Self>) -> Result<()> {
         let (x, w, dy) = (matrix(op.x), matrix(op.w), matrix(op.dy));
         if let Some(dx) = op.dx {
-            self.sum(Sum::new(matrix(dx), dy * w))?;
+            self.sum(Sum::base(matrix(dx), dy * w))?;
         }
         if let Some(dw) = op.dw {
             self.sum(Sum::new(matrix(dw), dy.t() * x))?;

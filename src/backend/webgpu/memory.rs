@@ -153,14 +153,15 @@ impl Pool {
 }
 
 /// What an adapter lets a launch use. Bindings stay below 2 GiB, so that 32-bit indices reach everywhere.
-pub(super) fn limits_of(device: &wgpu::Device) -> Limits {
-    let limits = device.limits();
+pub(super) fn limits_of(gpu: &Gpu) -> Limits {
+    let limits = gpu.device.limits();
     Limits {
         invocations: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
         workgroup_bytes: limits.max_compute_workgroup_storage_size,
         groups: limits.max_compute_workgroups_per_dimension,
         binding_bytes: limits.max_storage_buffer_binding_size.min(1 << 31),
-        subgroup: subgroup(device),
+        subgroup: subgroup(&gpu.device),
+        matrix: gpu.matrix,
     }
 }
 

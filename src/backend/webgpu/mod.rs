@@ -74,19 +74,30 @@ impl<E: Float> WebGpu<E> {
     pub fn new() -> Result<Self> {
         match std::env::var("LOWRANK_ADAPTER") {
             Ok(name) => Self::with_adapter(&name),
-            Err(_) => Self::from_gpu(adapter::open(None)?),
+            Err(_) => Self::from_gpu(adapter::open(None, adapter::asked_for_matrices())?),
         }
     }
 
     /// The adapter with this number, or the first with this in its name. Errors: as [`new`](Self::new).
     pub fn with_adapter(name: &str) -> Result<Self> {
-        Self::from_gpu(adapter::open(Some(name))?)
+        Self::from_gpu(adapter::open(Some(name), adapter::asked_for_matrices())?)
+    }
+
+    /// As [`new`](Self::new), with cooperative matrices: what tensor cores are to WGSL. Large products of f16 are made in them, and
+    /// summed in f32.
+    ///
+    /// They are an experiment of wgpu's, whose drivers may have bugs that nothing here can catch, and this crate's use of them has
+    /// been run on software Vulkan alone; so they are there for who asks. `LOWRANK_COOPERATIVE_MATRICES=1` asks wherever an adapter
+    /// is opened. Errors: as [`new`](Self::new); [`Error::Unavailable`] if the adapter has none.
+    pub fn with_cooperative_matrices() -> Result<Self> {
+        let name = std::env::var("LOWRANK_ADAPTER").ok();
+        Self::from_gpu(adapter::open(name.as_deref(), true)?)
     }
 
     /// A device that the program already has. Errors: [`Error::Unavailable`] if it was not made with what `E` needs.
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         let name = device.adapter_info().name;
-        Self::from_gpu(Gpu::new(device, queue, name))
+        Self::from_gpu(Gpu::new(device, queue, name, 0))
     }
 
     fn from_gpu(gpu: Gpu) -> Result<Self> {
@@ -97,7 +108,7 @@ impl<E: Float> WebGpu<E> {
             DType::F16 => return unavailable(&format!("{} does not compute in f16", gpu.name)),
             DType::BF16 => return unavailable("WGSL has no bf16"),
         }
-        let limits = memory::limits_of(&gpu.device);
+        let limits = memory::limits_of(&gpu);
         let gpu = Arc::new(gpu);
         let one = Buffer::unwritten(&gpu, 1)?;
         one.write(&[1.0])?;

@@ -15,6 +15,8 @@ pub struct Limits {
     pub binding_bytes: u64,
     /// Invocations of a subgroup, if subgroups may be used and have one size; else 0.
     pub subgroup: u32,
+    /// Rows, and columns, of cooperative matrices of f16 that add up in f32, if they may be used; else 0.
+    pub matrix: u32,
 }
 
 impl Limits {
@@ -26,6 +28,7 @@ impl Limits {
             groups: self.groups.min(other.groups),
             binding_bytes: self.binding_bytes.min(other.binding_bytes),
             subgroup: self.subgroup.min(other.subgroup),
+            matrix: self.matrix.min(other.matrix),
         }
     }
 
@@ -39,6 +42,7 @@ impl Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Way {
     Tiles(Tile),
+    Matrices(Matrices),
     Skinny(Skinny),
 }
 
@@ -47,7 +51,8 @@ impl Way {
     pub(super) fn block(self) -> [u32; 2] {
         match self {
             Way::Tiles(tile) => [tile.rows, tile.cols],
-            Way::Skinny(skinny) => [Skinny::MOST_ROWS as u32, 4 * skinny.lanes],
+            Way::Matrices(_) => [Matrices::TILE.rows, Matrices::TILE.cols],
+            Way::Skinny(skinny) => [skinny.rows, 4 * skinny.lanes],
         }
     }
 
@@ -58,10 +63,44 @@ impl Way {
     }
 }
 
+/// A tile whose second product is of f16 by f16, in cooperative matrices; see `shaders/matrices.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Matrices {
+    /// Rows, and columns, of one.
+    pub(super) size: u32,
+    /// How many of them a subgroup owns.
+    pub(super) each: u32,
+}
+
+impl Matrices {
+    /// The tile of all of them, with an invocation for every 4×4 sums.
+    pub(super) const TILE: Tile = Tile { rows: 64, cols: 64, depth: 16, slices: 1, wide: false };
+    /// Beside the tile's own: lines of 72 numbers of f16 for both sides, and all the sums.
+    pub(super) const WORKGROUP_BYTES: u32 =
+        2 * 2 * Self::TILE.depth * (Self::TILE.rows + 8) + 4 * Self::TILE.rows * Self::TILE.cols;
+
+    /// Where the adapter has them, and the sums fill a tile.
+    pub(super) fn new(rows: usize, cols: usize, limits: Limits) -> Option<Self> {
+        let Limits { subgroup, matrix: size, .. } = limits;
+        let tile = Self::TILE;
+        let fits = limits.threads() >= tile.threads()
+            && limits.workgroup_bytes >= tile.workgroup_bytes() + Self::WORKGROUP_BYTES
+            && rows >= tile.rows as usize
+            && cols >= tile.cols as usize;
+        if !fits || size == 0 || subgroup == 0 || tile.threads() % subgroup != 0 {
+            return None;
+        }
+        let (all, across) = ((tile.rows / size) * (tile.cols / size), tile.cols / size);
+        let each = all / (tile.threads() / subgroup);
+        // Whole matrices for everyone, and all of a subgroup's in one row.
+        (each * (tile.threads() / subgroup) == all && across.is_multiple_of(each)).then_some(Self { size, each })
+    }
+}
+
 /// What one workgroup owns where there are few rows; see `shaders/skinny.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Skinny {
-    /// All of them.
+    /// How many of them: 1, 4 or 8. More than eight are two workgroups', and few numbers keep the shaders to compile few.
     pub(super) rows: u32,
     /// How many fours of columns.
     pub(super) lanes: u32,
@@ -74,13 +113,13 @@ pub(super) struct Skinny {
 }
 
 impl Skinny {
-    /// Rows of which an invocation can hold four columns in registers: 64 sums.
+    /// Beyond them a tile in workgroup memory reads less.
     pub(super) const MOST_ROWS: usize = 16;
 
     /// Where neighbours share columns, a subgroup is as wide as what they read. Where they share the depth, eight of them read
     /// 32 columns, 128 bytes in a row, and the others more of the depth, so that a few thousand columns fill a device.
     pub(super) fn new(rows: usize, cols: usize, by_depth: bool, limits: Limits) -> Self {
-        let rows = rows.min(Self::MOST_ROWS) as u32;
+        let rows = [1, 4].into_iter().find(|&few| rows <= few).unwrap_or(8) as u32;
         let fours = cols.div_ceil(4).next_power_of_two().min(256) as u32;
         // Half the invocations put a block of sums, 64 bytes, into workgroup memory.
         let threads = limits.threads().min(1 << (limits.workgroup_bytes / 32).max(1).ilog2());
@@ -274,7 +313,7 @@ mod tests {
     use proptest::prelude::*;
 
     const WEBGPU: Limits =
-        Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20, subgroup: 0 };
+        Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20, subgroup: 0, matrix: 0 };
 
     /// What the engine assumes: powers of two, whole blocks, and no more than the adapter has.
     fn assert_tile_is_sound(tile: Tile, limits: Limits) {
@@ -295,6 +334,13 @@ mod tests {
             let Tile { rows, cols, depth, slices, .. } = Tile::new(rows, cols, 1000, WEBGPU);
             [rows, cols, depth, slices]
         };
+        let matrices = |subgroup, matrix| {
+            let limits = Limits { workgroup_bytes: 32768, subgroup, matrix, ..WEBGPU };
+            Matrices::new(64, 64, limits).map(|matrices| matrices.each)
+        };
+        // lavapipe, NVIDIA, Apple, a GPU with subgroups of 64; and one with too many for so few.
+        assert_eq!([(8, 8), (32, 16), (32, 8), (64, 16)].map(|(s, m)| matrices(s, m)), [Some(2), Some(2), Some(8), Some(4)]);
+        assert_eq!(matrices(8, 16), None);
         assert_eq!(tile(1, 4096), [4, 64, 16, 16]);
         assert_eq!(tile(10, 2000), [16, 64, 16, 4]);
         assert_eq!(tile(512, 16), [64, 16, 16, 4]);
@@ -315,6 +361,22 @@ mod tests {
         }
 
         #[test]
+        fn cooperative_matrices_cover_the_tile_once(size in prop::sample::select(vec![8u32, 16]), subgroup in 0u32..8) {
+            let limits = Limits { workgroup_bytes: 32768, subgroup: 1 << subgroup, matrix: size, ..WEBGPU };
+            if let Some(Matrices { size, each }) = Matrices::new(64, 1000, limits) {
+                let subgroups = Matrices::TILE.threads() >> subgroup;
+                let mut owned: Vec<[u32; 2]> = Vec::new();
+                for first in (0..subgroups).map(|subgroup| subgroup * each) {
+                    let [row, col] = [first / (64 / size), first % (64 / size)];
+                    prop_assert!(col + each <= 64 / size);
+                    owned.extend((0..each).map(|q| [row, col + q]));
+                }
+                let all = (0..64 / size).flat_map(|row| (0..64 / size).map(move |col| [row, col]));
+                prop_assert_eq!(owned, all.collect::<Vec<_>>());
+            }
+        }
+
+        #[test]
         fn few_rows_stay_within_limits(
             rows in 1usize..=16, cols in 1usize..5000, by_depth in any::<bool>(), subgroup in 0u32..8,
             invocations in 1u32..2000, workgroup_bytes in 4096u32..70_000,
@@ -325,7 +387,9 @@ mod tests {
             prop_assert!(skinny.threads() <= limits.invocations && skinny.lanes > 0 && skinny.slices > 0);
             prop_assert!(skinny.subgroups || 64 * skinny.folded() <= workgroup_bytes);
             prop_assert!(!skinny.subgroups || skinny.slices == subgroup);
-            let covered = Way::Skinny(skinny).grid(rows, cols)[0] * 4 * skinny.lanes;
+            let [across, down] = Way::Skinny(skinny).grid(rows, cols);
+            prop_assert!((down * skinny.rows) as usize >= rows);
+            let covered = across * 4 * skinny.lanes;
             prop_assert!(covered as usize >= cols && ((covered - 4 * skinny.lanes) as usize) < cols);
         }
 

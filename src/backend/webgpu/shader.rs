@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::plan::{Skinny, Tile, Way};
+use super::plan::{Matrices, Skinny, Tile, Way};
 use crate::element::DType;
 
 /// The files of a kernel, joined.
@@ -100,6 +100,9 @@ impl Kernel {
         if elem == DType::F16 {
             text += "enable f16;\n";
         }
+        if matches!(self, Kernel::Sum(Sum { way: Way::Matrices(_), .. })) {
+            text += "enable wgpu_cooperative_matrix;\n";
+        }
         // Writing to a `String` cannot fail.
         let _ = writeln!(text, "alias Elem = {elem};\nconst HALF = {};", elem == DType::F16);
         let _ = match self {
@@ -135,16 +138,17 @@ impl Sum {
     /// What reads the factors, makes the sums and finishes them; see `write_header` for what is written once an operand.
     fn files(self) -> String {
         let how = match self.way {
-            Way::Tiles(_) => files!("fold" "engine"),
-            Way::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "gather_by_subgroup"),
-            Way::Skinny(_) => files!("fold" "skinny" "gather_by_fold"),
+            Way::Tiles(_) => files!("fold" "engine" "blocks").to_owned(),
+            Way::Matrices(matrices) => files!("fold" "engine").to_owned() + &matrices.file(),
+            Way::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "gather_by_subgroup").to_owned(),
+            Way::Skinny(_) => files!("fold" "skinny" "gather_by_fold").to_owned(),
         };
         let finish = match self.finish {
             Finish::Store { .. } => files!("store"),
             Finish::StoreByChance { .. } => files!("philox" "store_by_chance"),
             Finish::Adam => files!("adam"),
         };
-        [files!("common" "sum"), how, finish].concat()
+        [files!("common" "sum"), &how, finish].concat()
     }
 
     /// The constants of the files, and those that are written once a factor, a product or an output.
@@ -153,16 +157,8 @@ impl Sum {
             factor.write(text, operand, binding)?;
         }
         match self.way {
-            Way::Tiles(Tile { rows, cols, depth, slices, wide }) => {
-                let folded = if let Way::Tiles(tile) = self.way { tile.folded() } else { 1 };
-                writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
-                writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {folded}u;")?;
-                for (operand, side) in OPERANDS.into_iter().zip(["lhs", "rhs", "lhs", "rhs"]) {
-                    let file = include_str!("../../../shaders/fill.wgsl").replace("OPERAND", operand);
-                    let tile = side.to_uppercase() + "_TILE";
-                    writeln!(text, "{}", file.replace("SIDE_TILE", &tile).replace("SIDE", side))?;
-                }
-            }
+            Way::Tiles(tile) => tile.write(text, ["lhs", "rhs", "lhs", "rhs"])?,
+            Way::Matrices(_) => Matrices::TILE.write(text, ["lhs", "rhs", "half_lhs", "half_rhs"])?,
             Way::Skinny(skinny) => {
                 let Skinny { rows, lanes, slices, by_depth, .. } = skinny;
                 writeln!(text, "const ROWS = {rows}u;\nconst LANES = {lanes}u;\nconst SLICES = {slices}u;")?;
@@ -211,6 +207,36 @@ impl Sum {
     }
 }
 
+impl Tile {
+    /// The constants of engine.wgsl, and fill.wgsl for each factor and the side that it fills.
+    fn write(self, text: &mut String, sides: [&str; 4]) -> std::fmt::Result {
+        let Self { rows, cols, depth, slices, wide } = self;
+        writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
+        writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {}u;", self.folded())?;
+        for (operand, side) in OPERANDS.into_iter().zip(sides) {
+            let file = include_str!("../../../shaders/fill.wgsl").replace("OPERAND", operand);
+            let tile = side.to_uppercase() + "_TILE";
+            writeln!(text, "{}", file.replace("SIDE_TILE", &tile).replace("SIDE", side))?;
+        }
+        Ok(())
+    }
+}
+
+impl Matrices {
+    /// matrices.wgsl, with the lines that are there once for each matrix of a subgroup.
+    fn file(self) -> String {
+        let file = include_str!("../../../shaders/matrices.wgsl").replace("EACHES", &format!("{}u", self.each));
+        let lines = file.lines().flat_map(|line| match line.trim_start().strip_prefix("EACH ") {
+            Some(each) => (0..self.each).map(|q| each.replace('Q', &q.to_string())).collect(),
+            None => vec![line.to_owned()],
+        });
+        let sized = |line: String| {
+            line.replace("matSIZExSIZE", &format!("mat{0}x{0}", self.size)).replace("SIZE", &format!("{}u", self.size))
+        };
+        lines.map(|line| sized(line) + "\n").collect()
+    }
+}
+
 /// The factors, by name.
 const OPERANDS: [&str; 4] = ["lhs", "rhs", "more_lhs", "more_rhs"];
 
@@ -234,11 +260,14 @@ mod tests {
     use wgpu::naga::front::wgsl;
     use wgpu::naga::valid::{Capabilities, ValidationFlags, Validator};
 
+    const CAPABILITIES: Capabilities =
+        Capabilities::SHADER_FLOAT16.union(Capabilities::SUBGROUP).union(Capabilities::COOPERATIVE_MATRIX);
+
     fn assert_valid(kernel: Kernel, elem: DType) {
         let source = kernel.source(elem, 64);
         let module = wgsl::parse_str(&source);
         let module = module.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
-        let mut validator = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP);
+        let mut validator = Validator::new(ValidationFlags::all(), CAPABILITIES);
         let valid = validator.validate(&module);
         valid.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
         assert!(module.entry_points.iter().any(|point| point.name == kernel.entry()), "{kernel:?}");
@@ -274,8 +303,10 @@ mod tests {
             tile(4, 16, 8, false),
             tile(128, 128, 1, true),
             skinny(1, true, false),
-            skinny(10, false, false),
-            skinny(16, true, true),
+            skinny(8, false, false),
+            skinny(4, true, true),
+            Way::Matrices(Matrices { size: 8, each: 2 }),
+            Way::Matrices(Matrices { size: 16, each: 4 }),
         ];
         for elem in [DType::F32, DType::F16] {
             let by_chance = [true, false].map(|add| Finish::StoreByChance { add });
@@ -293,6 +324,9 @@ mod tests {
                     let quads = quads == more; // either, with either
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
                     let init = more.then_some(elem);
+                    if elem == DType::F32 && matches!(way, Way::Matrices(_)) {
+                        continue; // of f16
+                    }
                     assert_valid(Kernel::Sum(Sum { way, factors, more, init, quads, finish }), elem);
                 }
             }

@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::WebGpu;
 use super::dispatch::{Launch, Slice};
 use super::memory::Buffer;
-use super::plan::{Axis, Operand, Piece, Skinny, Tile, Way, pieces};
+use super::plan::{Axis, Matrices, Operand, Piece, Skinny, Tile, Way, pieces};
 use super::shader::{self, Factor, Kernel};
 use crate::element::{DType, Float};
 use crate::error::Result;
@@ -126,6 +126,11 @@ pub(super) struct Sum<'a> {
 }
 
 impl<'a> Sum<'a> {
+    /// `out = lhs·rhs` of the layer without its update, to be changed with `..`.
+    pub(super) fn base(out: Matrix<'a>, product: Product<'a>) -> Self {
+        Self { update: None, base: Some(product), ..Self::new(out, product) }
+    }
+
     /// `out = lhs·rhs`, to be changed with `..`.
     pub(super) fn new(out: Matrix<'a>, product: Product<'a>) -> Self {
         Self { finish: Finish::Store(out), init: Init::Zero, scale: 1.0, update: Some(product), base: None }
@@ -260,7 +265,7 @@ impl<E: Float> WebGpu<E> {
         let depths = [depth(sum.update), depth(sum.base)];
         let way = match skinny {
             Some(_) => Way::Skinny(Skinny::new(rows, cols, sum.reads_right_sides_by_depth(), self.limits)),
-            None => Way::Tiles(Tile::new(rows, cols, depths[0].max(depths[1]), self.limits)),
+            None => self.tiles(&sum, rows, cols, depths),
         };
         let most = way.block().map(|side| self.limits.groups as usize * side as usize);
         // A binding begins where the adapter allows it, which may be a little before the piece.
@@ -270,6 +275,14 @@ impl<E: Float> WebGpu<E> {
             return pieces.into_iter().try_for_each(|piece| self.piece(&sum, way, piece));
         }
         self.sum_apart(sum, rows, cols)
+    }
+
+    fn tiles(&self, sum: &Sum<'_>, rows: usize, cols: usize, [depth, more_depth]: [usize; 2]) -> Way {
+        let of_halves = sum.base.is_some_and(|product| [product.lhs, product.rhs].iter().all(|side| side.dtype == DType::F16));
+        match Matrices::new(rows, cols, self.limits).filter(|_| of_halves) {
+            Some(matrices) => Way::Matrices(matrices),
+            None => Way::Tiles(Tile::new(rows, cols, depth.max(more_depth), self.limits)),
+        }
     }
 
     /// Where a depth is cut and the output cannot hold the sum so far, `f32` memory does.

@@ -1,0 +1,80 @@
+// engine.wgsl, with the second product, of f16 by f16, in cooperative matrices of SIZE×SIZE (tensor cores, where there are any).
+//
+// The first product, whose factors may be f32, is made in the invocations' blocks as always. They begin the sums of the second: by
+// way of workgroup memory they become cooperative matrices, and come back as blocks in the end. A subgroup owns a few neighbouring
+// matrices of one row; a line that begins with EACH is there once for each of them, with its number in place of Q.
+
+const HALF_LHS_TILE_QUADS = LHS_TILE_QUADS;
+const HALF_RHS_TILE_QUADS = RHS_TILE_QUADS;
+// Two quads more than a line needs: lines then begin at 16 bytes, and in different banks of memory.
+const HALF_LHS_TILE_LINE = HALF_LHS_TILE_QUADS + 2u;
+const HALF_RHS_TILE_LINE = HALF_RHS_TILE_QUADS + 2u;
+
+// Single numbers: that is what matrices are loaded from.
+var<workgroup> half_lhs_tile: array<f16, TILE_DEPTH * 4u * HALF_LHS_TILE_LINE>;
+var<workgroup> half_rhs_tile: array<f16, TILE_DEPTH * 4u * HALF_RHS_TILE_LINE>;
+var<workgroup> sums: array<f32, TILE_ROWS * TILE_COLS>;
+
+fn half_lhs_put(slot: u32, line: vec4<f32>) {
+  half_lhs_tile[4u * slot] = f16(line.x);
+  half_lhs_tile[4u * slot + 1u] = f16(line.y);
+  half_lhs_tile[4u * slot + 2u] = f16(line.z);
+  half_lhs_tile[4u * slot + 3u] = f16(line.w);
+}
+
+fn half_rhs_put(slot: u32, line: vec4<f32>) {
+  half_rhs_tile[4u * slot] = f16(line.x);
+  half_rhs_tile[4u * slot + 1u] = f16(line.y);
+  half_rhs_tile[4u * slot + 2u] = f16(line.z);
+  half_rhs_tile[4u * slot + 3u] = f16(line.w);
+}
+
+fn put_sums(e: u32, line: vec4<f32>) {
+  sums[e] = line.x;
+  sums[e + 1u] = line.y;
+  sums[e + 2u] = line.z;
+  sums[e + 3u] = line.w;
+}
+
+fn sums_at(e: u32) -> vec4<f32> {
+  return vec4(sums[e], sums[e + 1u], sums[e + 2u], sums[e + 3u]);
+}
+
+fn add_more(t: u32, row: u32, col: u32, slice: u32, r: u32, c: u32, subgroup: u32) {
+  let mine = 4u * (r * TILE_COLS + c);
+  put_sums(mine, block00[0]);
+  put_sums(mine + TILE_COLS, block00[1]);
+  put_sums(mine + 2u * TILE_COLS, block00[2]);
+  put_sums(mine + 3u * TILE_COLS, block00[3]);
+  workgroupBarrier();
+
+  let first = subgroup * EACHES;
+  let i = first / (TILE_COLS / SIZE) * SIZE;
+  let j = first % (TILE_COLS / SIZE) * SIZE;
+  let corner = i * TILE_COLS + j;
+  EACH var sumQ = coopLoadT<coop_matSIZExSIZE<f32, C>>(&sums[corner + Qu * SIZE], TILE_COLS);
+  for (var depth = 0u; depth < s.more_depth; depth += TILE_DEPTH) {
+    more_lhs_fill(t, row, depth);
+    more_rhs_fill(t, col, depth);
+    workgroupBarrier();
+    for (var p = 0u; p < TILE_DEPTH; p += SIZE) {
+      // Lines of a tile are depths: columns of the left side, rows of the right.
+      let left = coopLoad<coop_matSIZExSIZE<f16, A>>(&half_lhs_tile[p * 4u * HALF_LHS_TILE_LINE + i], 4u * HALF_LHS_TILE_LINE);
+      let line = p * 4u * HALF_RHS_TILE_LINE + j;
+      EACH let rightQ = coopLoadT<coop_matSIZExSIZE<f16, B>>(&half_rhs_tile[line + Qu * SIZE], 4u * HALF_RHS_TILE_LINE);
+      EACH sumQ = coopMultiplyAdd(left, rightQ, sumQ);
+    }
+    workgroupBarrier();
+  }
+  EACH coopStoreT(sumQ, &sums[corner + Qu * SIZE], TILE_COLS);
+  workgroupBarrier();
+  block00 = mat4x4(
+    sums_at(mine), sums_at(mine + TILE_COLS), sums_at(mine + 2u * TILE_COLS), sums_at(mine + 3u * TILE_COLS));
+}
+
+@compute @workgroup_size(THREADS)
+fn sum_of_products(
+  @builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) t: u32, @builtin(subgroup_id) subgroup: u32,
+) {
+  sum_tile(group, t, subgroup);
+}

@@ -2,13 +2,16 @@
 
 mod support;
 
+use std::fs;
+use std::path::{Path, PathBuf};
+
 use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, begin_with, combine};
 use lowrank::nn::{DEFAULT, LoraConfig, Mlp, Targets};
 use lowrank::random::Rng;
-use lowrank::{Backend, Error};
-use support::adapters::{SIZES, base_bits, cpu, net, outputs};
+use lowrank::{Backend, Error, Float, bf16, f16};
+use support::adapters::{SIZES, base_bits, cpu, document, net, outputs};
 use support::bounds::relative_error;
-use support::cases::TOLERANCE;
+use support::cases::{self, Case, TOLERANCE, Task};
 use support::oracle::Mat;
 
 fn near(got: &[f32], want: &[f32]) -> bool {
@@ -77,4 +80,77 @@ fn what_cannot_begin_so_is_refused_and_nothing_changes() {
         assert_eq!((base_bits(&cpu, &model), outputs(&cpu, &model)), (bits, before));
         assert_eq!(model.adapter_names(), [DEFAULT]);
     }
+}
+
+/// Adapters that PEFT began so, trained and saved.
+fn of_peft() -> Vec<(Case, PathBuf)> {
+    let cases = cases::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/principal")).unwrap();
+    let folder = |case: &Case| if let Task::Peft { folder, .. } = &case.task { folder.clone() } else { unreachable!() };
+    cases.into_iter().map(|case| (case.clone(), folder(&case))).collect()
+}
+
+/// On, off, merged and unmerged; in each element type every bit of the weights comes back.
+#[test]
+fn the_folders_of_peft_give_its_outputs() {
+    let cpu = cpu::<f32>();
+    for (case, folder) in of_peft() {
+        let failures = case.failures(&case.run(&cpu).unwrap());
+        assert!(failures.is_empty(), "{failures:?}");
+        comes_and_goes::<f32>(&folder);
+        comes_and_goes::<f16>(&folder);
+        comes_and_goes::<bf16>(&folder);
+    }
+}
+
+fn comes_and_goes<E: Float>(folder: &Path) {
+    let (cpu, mut model) = (support::adapters::cpu::<E>(), net(&support::adapters::cpu::<E>()));
+    let (bits, plain) = (base_bits(&cpu, &model), outputs(&cpu, &model));
+    model.add_adapter(&cpu, "other", Targets::All, &LoraConfig::new(2, 2.0), &mut Rng::new(1)).unwrap();
+    adapter::load_as(&cpu, &mut model, "learned", folder).unwrap();
+    model.set_active(&["other", "learned"]).unwrap();
+    model.merge_adapters(&cpu).unwrap();
+    assert_ne!(base_bits(&cpu, &model), bits);
+    model.unmerge_adapter(&cpu, "learned").unwrap();
+    model.unmerge_adapters(&cpu).unwrap();
+    model.delete_adapter("learned").unwrap();
+    assert_eq!(base_bits(&cpu, &model), bits, "{}", folder.display());
+    model.unload().unwrap();
+    assert_eq!((base_bits(&cpu, &model), outputs(&cpu, &model)), (bits, plain), "{}", folder.display());
+}
+
+/// Saved again it is a plain adapter of twice the rank: for scripts/check-adapter-in-peft.py, which expects what PEFT made of the
+/// folder it came from.
+#[test]
+fn a_folder_of_peft_is_saved_as_a_plain_one() {
+    let cpu = cpu::<f32>();
+    for (case, folder) in of_peft() {
+        let mut model = net(&cpu);
+        let config = adapter::load(&cpu, &mut model, &folder).unwrap();
+        assert!(config.began_with().is_some());
+        let plain = Path::new(env!("CARGO_TARGET_TMPDIR")).join("for_peft").join(&case.name);
+        adapter::save_with(&cpu, &model, &config, &plain).unwrap();
+        fs::copy(folder.join("expected.safetensors"), plain.join("expected.safetensors")).unwrap();
+        let (was, is) = (document(&folder), document(&plain));
+        assert_eq!((&is["init_lora_weights"], &is["r"]), (&true.into(), &(2 * was["r"].as_u64().unwrap()).into()));
+
+        let mut again = net(&cpu);
+        assert_eq!(adapter::load(&cpu, &mut again, &plain).unwrap().began_with(), None);
+        assert_eq!(outputs(&cpu, &again), outputs(&cpu, &model), "{}", case.name);
+    }
+}
+
+#[test]
+fn a_folder_whose_beginning_cannot_be_found_again_is_refused_by_name() {
+    let cpu = cpu::<f32>();
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = net(&cpu);
+    model.add_adapters(&cpu, Targets::All, &LoraConfig::new(8, 1.0), &mut Rng::new(1)).unwrap(); // above a side: 7
+    adapter::save(&cpu, &model, dir.path()).unwrap();
+    let mut settings = document(dir.path());
+    settings["init_lora_weights"] = "pissa".into();
+    fs::write(dir.path().join(adapter::CONFIG_FILE), serde_json::to_vec(&settings).unwrap()).unwrap();
+    let (mut other, plain) = (net(&cpu), outputs(&cpu, &net(&cpu)));
+    let error = adapter::load(&cpu, &mut other, dir.path()).unwrap_err();
+    assert!(matches!(error, Error::Value { name: "rank", .. }) && error.to_string().contains("in `linear3`"), "{error}");
+    assert_eq!(outputs(&cpu, &other), plain);
 }

@@ -33,7 +33,8 @@ pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMa
     Ok(svd.factors(svd.rank(keep)?))
 }
 
-fn inside(module: &str, error: Error) -> Error {
+/// The same error, with the name of the module.
+pub(super) fn inside(module: &str, error: Error) -> Error {
     match error {
         Error::Value { verb, name, got, want } => Error::Value { verb, name, got: format!("{got} in `{module}`"), want },
         other => other,

@@ -137,14 +137,40 @@ impl Fields<'_> {
         entries.iter().map(entry).collect()
     }
 
-    /// `init_lora_weights`. Those that change the base weights, such as `pissa`, would have to be repeated before loading.
+    /// `init_lora_weights`. One that changed the base weights is honoured if it can be repeated: `pissa_niter_4` begins by chance, and
+    /// what it began with is not in the folder (PEFT begins anew as it loads, and computes something else).
     pub(super) fn begins(&self) -> Result<Begins> {
         match self.0.get("init_lora_weights") {
             None | Some(Value::Null | Value::Bool(true)) => Ok(Begins::Usual),
             Some(Value::Bool(false)) => Ok(Begins::NonZero),
             Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(Begins::Gaussian),
             Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(Begins::Orthogonal),
+            Some(Value::String(name)) if name == "pissa" => Ok(Begins::With(Principal::Pissa)),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("olora") => Ok(Begins::With(Principal::Olora)),
             Some(other) => Err(unsupported("init_lora_weights", other)),
+        }
+    }
+}
+
+/// Which part of a weight an adapter began with: PEFT's `init_lora_weights` of the same name.
+///
+/// Such a folder holds what the factors have become, `A` and `B`, but not what they were, `A₀` and `B₀`: those come from the weight
+/// once more, which takes the feature `svd`. The adapter does `W - scaling·B₀·A₀ + scaling·B·A`, which is a plain update of twice
+/// the rank, `A` over `A₀` and `B` beside `-B₀`. It is loaded as that: the weights stay, and it goes with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Principal {
+    /// The greatest singular values, shared between `A` and `B` (F. Meng et al., 2024).
+    Pissa,
+    /// The first columns of `Q` and rows of `R` in `W = Q·R` (K. Büyükakyüz, 2024).
+    Olora,
+}
+
+impl Principal {
+    /// As a config spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Principal::Pissa => "pissa",
+            Principal::Olora => "olora",
         }
     }
 }
@@ -156,6 +182,7 @@ pub(super) enum Begins {
     NonZero,
     Gaussian,
     Orthogonal,
+    With(Principal),
 }
 
 impl Begins {
@@ -170,7 +197,7 @@ impl Begins {
 
     pub(super) fn init(self, rank: usize) -> Init {
         match self {
-            Begins::Usual => Init::KaimingUniform,
+            Begins::Usual | Begins::With(_) => Init::KaimingUniform,
             Begins::NonZero => Init::NonZero,
             Begins::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
             Begins::Orthogonal => Init::Orthogonal,
@@ -183,6 +210,7 @@ impl Begins {
             Begins::NonZero => json!(false),
             Begins::Gaussian => json!("gaussian"),
             Begins::Orthogonal => json!("orthogonal"),
+            Begins::With(part) => json!(part.name()),
         }
     }
 }

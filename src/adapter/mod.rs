@@ -41,10 +41,11 @@ pub use compress::{compress, extract};
 pub use config::{AdapterConfig, Asked};
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
+pub use fields::Principal;
 pub use folder::{Factors, Folder};
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
-pub use principal::{Principal, begin_with};
+pub use principal::begin_with;
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;
@@ -106,7 +107,8 @@ fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfi
 
 /// Freezes a model and gives it the adapter of a folder as its only one, `default`. The config is for [`save_with`].
 ///
-/// The numbers are rounded to the model's element type. Errors: [`Error::File`] for a file that is missing, damaged or does
+/// The numbers are rounded to the model's element type. An adapter that began with a part of the weights (`pissa`, `olora`) loads
+/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay. Errors: [`Error::File`] for a file that is missing, damaged or does
 /// not fit the model; [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for
 /// a setting outside its range, or a model that holds a merged adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {

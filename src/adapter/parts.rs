@@ -10,8 +10,10 @@
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
 
 use super::config::{AdapterConfig, Asked};
+#[cfg(feature = "svd")]
+use super::principal::plain;
 use super::tensors::{self, Entry, HostTensors};
-use super::{CONFIG_FILE, fields};
+use super::{CONFIG_FILE, HostMatrix, Principal, fields};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::error::Result;
@@ -29,7 +31,7 @@ pub(super) fn read<B: Backend>(
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
         let part = match config.asks(layer) {
-            Some(Asked::Lora(config)) => Tuned::Lora(file.adapter(layer, there.base(), config)?),
+            Some(Asked::Lora(asked)) => Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?),
             Some(Asked::Whole) => Tuned::Whole(file.whole(layer, there.base())?),
             Some(Asked::Bias) => match there.base().bias() {
                 Some(bias) => Tuned::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
@@ -90,11 +92,16 @@ struct File<'b, B> {
 }
 
 impl<B: Backend> File<'_, B> {
-    fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig) -> Result<Adapter<B>> {
+    fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig, part: Option<Principal>) -> Result<Adapter<B>> {
         config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
-        let a = self.take(&tensors::key(layer, "lora_A"), (config.rank, k).into(), &[config.rank, k])?;
-        let b = self.take(&tensors::key(layer, "lora_B"), (n, config.rank).into(), &[n, config.rank])?;
+        let names = [tensors::key(layer, "lora_A"), tensors::key(layer, "lora_B")];
+        let factors = [self.matrix(&names[0], (config.rank, k).into())?, self.matrix(&names[1], (n, config.rank).into())?];
+        let ([a, b], config) = match part {
+            Some(part) => plain((self.backend, layer, &base.weight().tensor), factors, config, part)?,
+            None => (factors, config),
+        };
+        let (a, b) = (self.up(&names[0], &a)?, self.up(&names[1], &b)?);
         let LoraConfig { lora_bias, use_dora, bias, .. } = config;
         let mut adapter = Adapter::from_tensors(a, b, config)?;
         if lora_bias {
@@ -111,24 +118,48 @@ impl<B: Backend> File<'_, B> {
 
     fn whole(&mut self, layer: &str, base: &Linear<B>) -> Result<Linear<B>> {
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
-        let weight = self.take(&format!("{layer}.weight"), (n, k).into(), &[n, k])?;
+        let name = format!("{layer}.weight");
+        let weight = self.matrix(&name, (n, k).into())?;
+        let weight = self.up(&name, &weight)?;
         let bias = base.bias().map(|_| self.row(&format!("{layer}.bias"), n)).transpose()?;
         Linear::from_tensors(weight, bias)
     }
 
     /// A vector of the file, `1×n` on the device.
     fn row(&mut self, name: &str, n: usize) -> Result<Tensor<B>> {
-        self.take(name, (1, n).into(), &[n])
+        let row = HostMatrix::new((1, n), self.take(name, &[n])?)?;
+        self.up(name, &row)
     }
 
-    /// A tensor of the file on the device, if it is there, has this shape, and no number overflows.
-    fn take(&mut self, name: &str, shape: Shape, want: &[usize]) -> Result<Tensor<B>> {
+    fn matrix(&mut self, name: &str, shape: Shape) -> Result<HostMatrix> {
+        HostMatrix::new(shape, self.take(name, &[shape.rows, shape.cols])?)
+    }
+
+    /// The numbers of a tensor of the file, if it is there and has this shape.
+    fn take(&mut self, name: &str, want: &[usize]) -> Result<Vec<f32>> {
         let spell = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×");
         let missing = || tensors::refused(format!("`{name}` is missing, want {}", spell(want)));
         let tensor = self.tensors.remove(name).ok_or_else(missing)?;
         if tensor.shape != want {
             return Err(tensors::refused(format!("`{name}` is {}, want {}", spell(&tensor.shape), spell(want))));
         }
-        Tensor::from_slice(self.backend, shape, &tensors::narrow(name, &tensor.values)?)
+        Ok(tensor.values)
     }
+
+    /// On the device, if no number overflows.
+    fn up(&self, name: &str, matrix: &HostMatrix) -> Result<Tensor<B>> {
+        Tensor::from_slice(self.backend, matrix.shape(), &tensors::narrow(name, matrix.values())?)
+    }
+}
+
+/// Errors: [`Error::Unsupported`](crate::Error::Unsupported): what such an adapter began with takes a decomposition.
+#[cfg(not(feature = "svd"))]
+fn plain<B: Backend>(
+    _: (&B, &str, &Tensor<B>),
+    _: [HostMatrix; 2],
+    _: LoraConfig,
+    part: Principal,
+) -> Result<([HostMatrix; 2], LoraConfig)> {
+    let value = format!("\"{}\" without the feature `svd`", part.name());
+    Err(crate::Error::Unsupported { path: CONFIG_FILE.into(), field: "init_lora_weights", value })
 }

@@ -11,7 +11,7 @@ use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, bf16, f16};
 use support::adapters::{SIZES, base_bits, cpu, document, net, outputs};
 use support::bounds::relative_error;
-use support::cases::{self, Case, TOLERANCE, Task};
+use support::cases::{self, Case, Mats, TOLERANCE, Task};
 use support::oracle::Mat;
 
 fn near(got: &[f32], want: &[f32]) -> bool {
@@ -82,18 +82,21 @@ fn what_cannot_begin_so_is_refused_and_nothing_changes() {
     }
 }
 
-/// Adapters that PEFT began so, trained and saved.
-fn of_peft() -> Vec<(Case, PathBuf)> {
+/// Adapters that PEFT began so, trained and saved; their folders, and what their net is made of.
+fn of_peft() -> Vec<(Case, PathBuf, Mats)> {
     let cases = cases::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/principal")).unwrap();
-    let folder = |case: &Case| if let Task::Peft { folder, .. } = &case.task { folder.clone() } else { unreachable!() };
-    cases.into_iter().map(|case| (case.clone(), folder(&case))).collect()
+    let parts = |case: Case| match case.task.clone() {
+        Task::Peft { folder, inputs } => (case, folder, inputs),
+        other => panic!("{other:?}"),
+    };
+    cases.into_iter().map(parts).collect()
 }
 
 /// On, off, merged and unmerged; in each element type every bit of the weights comes back.
 #[test]
 fn the_folders_of_peft_give_its_outputs() {
     let cpu = cpu::<f32>();
-    for (case, folder) in of_peft() {
+    for (case, folder, _) in of_peft() {
         let failures = case.failures(&case.run(&cpu).unwrap());
         assert!(failures.is_empty(), "{failures:?}");
         comes_and_goes::<f32>(&folder);
@@ -123,8 +126,8 @@ fn comes_and_goes<E: Float>(folder: &Path) {
 #[test]
 fn a_folder_of_peft_is_saved_as_a_plain_one() {
     let cpu = cpu::<f32>();
-    for (case, folder) in of_peft() {
-        let mut model = net(&cpu);
+    for (case, folder, inputs) in of_peft() {
+        let mut model = cases::base_net(&cpu, &inputs).unwrap();
         let config = adapter::load(&cpu, &mut model, &folder).unwrap();
         assert!(config.began_with().is_some());
         let plain = Path::new(env!("CARGO_TARGET_TMPDIR")).join("for_peft").join(&case.name);
@@ -133,7 +136,7 @@ fn a_folder_of_peft_is_saved_as_a_plain_one() {
         let (was, is) = (document(&folder), document(&plain));
         assert_eq!((&is["init_lora_weights"], &is["r"]), (&true.into(), &(2 * was["r"].as_u64().unwrap()).into()));
 
-        let mut again = net(&cpu);
+        let mut again = cases::base_net(&cpu, &inputs).unwrap();
         assert_eq!(adapter::load(&cpu, &mut again, &plain).unwrap().began_with(), None);
         assert_eq!(outputs(&cpu, &again), outputs(&cpu, &model), "{}", case.name);
     }

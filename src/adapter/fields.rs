@@ -173,6 +173,12 @@ impl Principal {
             Principal::Olora => "olora",
         }
     }
+
+    #[cfg(not(feature = "svd"))]
+    pub(crate) fn needs_svd(self) -> Error {
+        let value = format!("\"{}\" without the feature `svd`", self.name());
+        Error::Unsupported { path: CONFIG_FILE.into(), field: "init_lora_weights", value }
+    }
 }
 
 /// How an adapter began: [`Init`] before the rank is known.

@@ -12,10 +12,11 @@
 use super::config::{AdapterConfig, Asked};
 #[cfg(feature = "svd")]
 use super::principal::plain;
-use super::tensors::{self, Entry, HostTensors};
+use super::tensors::{self, HostTensor, HostTensors, spell};
 use super::{CONFIG_FILE, HostMatrix, Principal, fields};
 use crate::autograd::Param;
 use crate::backend::Backend;
+use crate::element::Float;
 use crate::error::Result;
 use crate::nn::{Adapter, Bias, Linear, LoraConfig, Mlp, Tuned};
 use crate::tensor::{Shape, Tensor};
@@ -52,11 +53,12 @@ pub(super) fn read<B: Backend>(
 }
 
 /// The tensors of an adapter of a model, under their names in a file.
-pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Result<Vec<Entry<Vec<B::Elem>>>> {
-    let mut entries = Vec::new();
+pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Result<HostTensors> {
+    let mut tensors = HostTensors::new();
     for (layer, there) in model.layers() {
-        let mut push = |end: &str, shape: Vec<usize>, tensor| {
-            entries.push(Entry { name: format!("{layer}.{end}"), shape, tensor });
+        let mut push = |end: &str, shape: Vec<usize>, elements: Vec<B::Elem>| {
+            let values = elements.into_iter().map(Float::to_f32).collect();
+            tensors.insert(format!("{layer}.{end}"), HostTensor { shape, dtype: B::Elem::DTYPE, values });
         };
         let row = |param: &Param<B>| Ok((vec![param.tensor.cols()], param.tensor.to_vec(backend)?));
         let mut rows = Vec::new();
@@ -82,7 +84,7 @@ pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Resu
             push(end, shape, tensor);
         }
     }
-    Ok(entries)
+    Ok(tensors)
 }
 
 /// The tensors of a file that nobody has taken yet.
@@ -137,7 +139,6 @@ impl<B: Backend> File<'_, B> {
 
     /// The numbers of a tensor of the file, if it is there and has this shape.
     fn take(&mut self, name: &str, want: &[usize]) -> Result<Vec<f32>> {
-        let spell = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×");
         let missing = || tensors::refused(format!("`{name}` is missing, want {}", spell(want)));
         let tensor = self.tensors.remove(name).ok_or_else(missing)?;
         if tensor.shape != want {
@@ -160,6 +161,5 @@ fn plain<B: Backend>(
     _: LoraConfig,
     part: Principal,
 ) -> Result<([HostMatrix; 2], LoraConfig)> {
-    let value = format!("\"{}\" without the feature `svd`", part.name());
-    Err(crate::Error::Unsupported { path: CONFIG_FILE.into(), field: "init_lora_weights", value })
+    Err(part.needs_svd())
 }

@@ -71,10 +71,10 @@ impl Principal {
         }
     }
 
-    /// The plain adapter that one which began so comes to: `A` over `A₀`, `B` beside `-B₀`.
+    /// The factors of the plain adapter that one which began so comes to: `A` over `A₀`, `B` beside `-B₀`.
     ///
     /// Errors: [`Error::Value`] for a weight or a scaling that cannot be decomposed.
-    pub(super) fn plain(self, w: &HostMatrix, [a, b]: [HostMatrix; 2], scaling: f32) -> Result<[HostMatrix; 2]> {
+    pub(crate) fn plain(self, w: &HostMatrix, [a, b]: [HostMatrix; 2], scaling: f32) -> Result<[HostMatrix; 2]> {
         let rank = a.rows();
         let (a0, b0) = self.of(w, rank, scaling)?;
         let over = [a.values(), a0.values()].concat();

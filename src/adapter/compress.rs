@@ -30,7 +30,7 @@ pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMa
     }
     let (cols, w, tuned) = (w.cols(), w.values(), tuned.values());
     let delta = |i: usize, j: usize| f64::from(tuned[i * cols + j]) - f64::from(w[i * cols + j]);
-    let svd = Svd::of(&HostMatrix::from_fn(w.len() / cols.max(1), cols, delta))?;
+    let svd = Svd::leading(&HostMatrix::from_fn(w.len() / cols.max(1), cols, delta), keep)?;
     Ok(svd.factors(svd.rank(keep)?))
 }
 

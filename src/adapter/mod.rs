@@ -26,6 +26,8 @@ mod decompose;
 mod extra;
 mod fields;
 mod folder;
+#[cfg(feature = "svd")]
+mod leading;
 mod matrix;
 mod mix;
 mod modules;

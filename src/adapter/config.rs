@@ -114,7 +114,7 @@ impl AdapterConfig {
     pub fn began_with(&self) -> Option<Principal> {
         match self.begins {
             Begins::With(part) => Some(part),
-            Begins::Usual | Begins::NonZero | Begins::Gaussian | Begins::Orthogonal => None,
+            _ => None,
         }
     }
 

@@ -3,9 +3,14 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use memmap2::Mmap;
+
 use super::header::Entry;
-use super::{Checkpoint, Shard, listed, refused};
+use super::{Checkpoint, Shard, listed, number, refused};
 use crate::adapter::{Factors, Folder, Principal, Role, module_of};
+#[cfg(feature = "svd")]
+use crate::adapter::{HostMatrix, inside};
+use crate::element::DType;
 use crate::error::{Error, Result};
 
 /// What becomes of a tensor.
@@ -31,6 +36,20 @@ pub(super) struct Update<'f> {
 pub(super) struct Set<'f> {
     pub(super) instead: Option<&'f [f32]>,
     pub(super) plus: Option<(f32, &'f [f32])>,
+}
+
+/// A block of a tensor, changed.
+pub(super) struct Changed {
+    /// Its first element.
+    pub(super) first: usize,
+    pub(super) new: Vec<u8>,
+    pub(super) finite: bool,
+    /// How many bytes it had.
+    pub(super) bytes: usize,
+    /// What it was, and what undoing the change gives.
+    pub(super) kept: Option<(Mmap, Vec<u8>)>,
+    /// What its rows were multiplied with.
+    pub(super) gains: Vec<f32>,
 }
 
 impl Change<'_> {
@@ -100,4 +119,63 @@ fn fits(shard: &Shard, entry: &Entry, want: &[usize]) -> Result<(), Error> {
         return Err(shard.refused(format!("`{}` holds {:?}, want F32, F16 or BF16 to be merged into", entry.name, entry.dtype)));
     }
     Ok(())
+}
+
+impl Set<'_> {
+    /// Some elements, changed: from the first one on, so many.
+    pub(super) fn block(
+        &self,
+        (shard, entry): (&Shard, &Entry),
+        sign: f32,
+        [first, len]: [usize; 2],
+        [from, to]: [DType; 2],
+        keeps: bool,
+        mut new: Vec<u8>,
+    ) -> Result<Changed> {
+        let old = shard.read(entry, first * from.size(), len * from.size())?;
+        let mut values = vec![0.0; len];
+        number::widen(from, &old, &mut values);
+        self.apply(sign, first, &mut values);
+        let (finite, bytes) = (number::narrow(to, &values, &mut new), old.len());
+        let kept = keeps.then(|| {
+            let mut back = vec![0; bytes];
+            number::widen(to, &new, &mut values);
+            self.apply(-sign, first, &mut values);
+            number::narrow(from, &values, &mut back);
+            (old, back)
+        });
+        Ok(Changed { first, new, finite, bytes, kept, gains: Vec::new() })
+    }
+
+    /// Forth or back; what has another in its place does not come back.
+    fn apply(&self, sign: f32, first: usize, values: &mut [f32]) {
+        if let Some(instead) = self.instead {
+            if sign < 0.0 {
+                return;
+            }
+            values.copy_from_slice(&instead[first..][..values.len()]);
+        }
+        if let Some((scale, plus)) = self.plus {
+            values.iter_mut().zip(&plus[first..]).for_each(|(value, plus)| *value += sign * scale * plus);
+        }
+    }
+}
+
+impl Update<'_> {
+    /// The factors of the plain update, if these began with a part of the weight.
+    #[cfg(feature = "svd")]
+    pub(super) fn decomposed(&self, (shard, entry): (&Shard, &Entry), from: DType) -> Result<Option<Factors>> {
+        let Some(part) = self.began_with else { return Ok(None) };
+        let Factors { a, b, scaling, dtype } = (*self.factors).clone();
+        let mut values = vec![0.0; entry.elements()];
+        number::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
+        let w = HostMatrix::new((b.rows(), a.cols()), values)?;
+        let [a, b] = part.plain(&w, [a, b], scaling).map_err(|error| inside(&entry.name, error))?;
+        Ok(Some(Factors { a, b, scaling, dtype }))
+    }
+
+    #[cfg(not(feature = "svd"))]
+    pub(super) fn decomposed(&self, _: (&Shard, &Entry), _: DType) -> Result<Option<Factors>> {
+        self.began_with.map_or(Ok(None), |part| Err(part.needs_svd()))
+    }
 }

@@ -3,20 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
-use super::change::{Change, Set, Update, changes};
+use super::change::{Change, Changed, Set, Update, changes};
 use super::convert::Convert;
 use super::header::Entry;
 use super::residue::{Keeper, Restored, Restorer};
 use super::rewrite::{Edit, Pass, rewrite};
 use super::weight::{BLOCK, Weight};
-use super::{Checkpoint, Shard, Watch, number, refused};
-use crate::adapter::{CONFIG_FILE, Factors, Folder, Principal};
-#[cfg(feature = "svd")]
-use crate::adapter::{HostMatrix, inside};
+use super::{Checkpoint, Shard, Watch, refused};
+use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -125,20 +122,6 @@ struct Updates<'r> {
     allow_non_finite: bool,
 }
 
-/// A block of a tensor, changed.
-pub(super) struct Changed {
-    /// Its first element.
-    pub(super) first: usize,
-    pub(super) new: Vec<u8>,
-    pub(super) finite: bool,
-    /// How many bytes it had.
-    pub(super) bytes: usize,
-    /// What it was, and what undoing the change gives.
-    pub(super) kept: Option<(Mmap, Vec<u8>)>,
-    /// What its rows were multiplied with.
-    pub(super) gains: Vec<f32>,
-}
-
 impl<'r> Updates<'r> {
     fn new(base: &Checkpoint, adapter: &'r Folder, sign: f32) -> Result<Self> {
         let (convert, residue) = (Convert(None), Residue::None);
@@ -156,9 +139,8 @@ impl Edit for Updates<'_> {
         let (Some(change), Some(from)) = (self.changes.get(&entry.name), entry.float()) else {
             return self.convert.write(shard, entry, pass);
         };
-        let to = self.convert.0.unwrap_or(from);
-        let keeps = matches!(self.residue, Residue::Keep(_));
-        let mut restored = match &mut self.residue {
+        let dtypes = [from, self.convert.0.unwrap_or(from)];
+        let restored = match &mut self.residue {
             Residue::Restore(restorer) => Some(restorer.tensor(entry)?),
             Residue::Keep(keeper) => {
                 keeper.begin(entry);
@@ -166,55 +148,67 @@ impl Edit for Updates<'_> {
             }
             Residue::None => None,
         };
-        let mut sink = Sink { shard, entry, pass, residue: &mut self.residue, allow_non_finite: self.allow_non_finite };
+        let Self { cpu, sign, residue, allow_non_finite, .. } = self;
+        let mut target =
+            Target { place: (shard, entry), dtypes, sign: *sign, pass, residue, restored, allow_non_finite: *allow_non_finite };
         match change {
-            Change::Set(set) => {
-                for first in (0..entry.elements()).step_by(BLOCK) {
-                    let len = BLOCK.min(entry.elements() - first);
-                    let new = sink.pass.buffer(len * to.size());
-                    let changed = set.block((shard, entry), self.sign, [first, len], [from, to], keeps, new)?;
-                    sink.put(changed, restored.as_mut())?;
-                }
-            }
-            Change::Update(update) => {
-                let decomposed = update.decomposed(shard, entry, from)?;
-                let gains = restored.as_mut().map(Restored::take_gains).unwrap_or_default();
-                let factors = decomposed.as_ref().unwrap_or(&*update.factors);
-                let weight = Weight::new(&self.cpu, factors, (self.sign, [from, to], keeps), (update.magnitudes, &gains))?;
-                for blocks in weight.blocks().chunks(BLOCKS) {
-                    let buffer = |&block| (block, sink.pass.buffer(weight.elements(block) * to.size()));
-                    let buffers: Vec<_> = blocks.iter().map(buffer).collect();
-                    let changed =
-                        buffers.into_par_iter().map(|(block, new)| weight.update(&self.cpu, (shard, entry), block, new));
-                    for changed in changed.collect::<Result<Vec<_>>>()? {
-                        sink.put(changed, restored.as_mut())?;
-                    }
-                }
-            }
+            Change::Set(set) => target.set(set)?,
+            Change::Update(update) => target.update(cpu, update)?,
         }
-        if let Residue::Keep(keeper) = &mut self.residue {
-            keeper.end()?;
-        }
-        restored.map_or(Ok(()), Restored::end)
+        target.end()
     }
 }
 
-/// Where the blocks of a tensor go, in their order.
-struct Sink<'s, 'p, 'w, 'r> {
-    shard: &'s Shard,
-    entry: &'s Entry,
-    pass: &'s mut Pass<'p, 'w>,
-    residue: &'s mut Residue<'r>,
+/// A tensor that is changed, block by block.
+struct Target<'t, 'p, 'w, 'r> {
+    place: (&'t Shard, &'t Entry),
+    dtypes: [DType; 2],
+    sign: f32,
+    pass: &'t mut Pass<'p, 'w>,
+    residue: &'t mut Residue<'r>,
+    restored: Option<Restored>,
     allow_non_finite: bool,
 }
 
-impl Sink<'_, '_, '_, '_> {
-    fn put(&mut self, changed: Changed, restored: Option<&mut Restored>) -> Result<()> {
+impl Target<'_, '_, '_, '_> {
+    fn keeps(&self) -> bool {
+        matches!(self.residue, Residue::Keep(_))
+    }
+
+    fn set(&mut self, set: &Set<'_>) -> Result<()> {
+        let total = self.place.1.elements();
+        for first in (0..total).step_by(BLOCK) {
+            let len = BLOCK.min(total - first);
+            let new = self.pass.buffer(len * self.dtypes[1].size());
+            let changed = set.block(self.place, self.sign, [first, len], self.dtypes, self.keeps(), new)?;
+            self.put(changed)?;
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, cpu: &Cpu<f32>, update: &Update<'_>) -> Result<()> {
+        let decomposed = update.decomposed(self.place, self.dtypes[0])?;
+        let factors = decomposed.as_ref().unwrap_or(&*update.factors);
+        let gains = self.restored.as_mut().map(Restored::take_gains).unwrap_or_default();
+        let weight = Weight::new(cpu, factors, (self.sign, self.dtypes, self.keeps()), (update.magnitudes, &gains))?;
+        for blocks in weight.blocks().chunks(BLOCKS) {
+            let buffer = |&block| (block, self.pass.buffer(weight.elements(block) * self.dtypes[1].size()));
+            let buffers: Vec<_> = blocks.iter().map(buffer).collect();
+            let place = self.place;
+            let changed = buffers.into_par_iter().map(|(block, new)| weight.update(cpu, place, block, new));
+            changed.collect::<Result<Vec<_>>>()?.into_iter().try_for_each(|changed| self.put(changed))?;
+        }
+        Ok(())
+    }
+
+    /// The next block.
+    fn put(&mut self, changed: Changed) -> Result<()> {
         let Changed { first, mut new, finite, bytes, kept, gains } = changed;
         if !finite && !self.allow_non_finite {
-            return Err(self.shard.refused(format!("`{}` is not finite once merged; nothing was written", self.entry.name)));
+            let (shard, entry) = self.place;
+            return Err(shard.refused(format!("`{}` is not finite once merged; nothing was written", entry.name)));
         }
-        if let Some(restored) = restored {
+        if let Some(restored) = &mut self.restored {
             restored.patch(first, &mut new);
         }
         if let (Residue::Keep(keeper), Some((old, back))) = (&mut *self.residue, kept) {
@@ -224,64 +218,11 @@ impl Sink<'_, '_, '_, '_> {
         self.pass.write(new)?;
         self.pass.done(bytes)
     }
-}
 
-impl Set<'_> {
-    /// Some elements, changed: from the first one on, so many.
-    fn block(
-        &self,
-        (shard, entry): (&Shard, &Entry),
-        sign: f32,
-        [first, len]: [usize; 2],
-        [from, to]: [DType; 2],
-        keeps: bool,
-        mut new: Vec<u8>,
-    ) -> Result<Changed> {
-        let old = shard.read(entry, first * from.size(), len * from.size())?;
-        let mut values = vec![0.0; len];
-        number::widen(from, &old, &mut values);
-        self.apply(sign, first, &mut values);
-        let (finite, bytes) = (number::narrow(to, &values, &mut new), old.len());
-        let kept = keeps.then(|| {
-            let mut back = vec![0; bytes];
-            number::widen(to, &new, &mut values);
-            self.apply(-sign, first, &mut values);
-            number::narrow(from, &values, &mut back);
-            (old, back)
-        });
-        Ok(Changed { first, new, finite, bytes, kept, gains: Vec::new() })
-    }
-
-    /// Forth or back; what has another in its place does not come back.
-    fn apply(&self, sign: f32, first: usize, values: &mut [f32]) {
-        if let Some(instead) = self.instead {
-            if sign < 0.0 {
-                return;
-            }
-            values.copy_from_slice(&instead[first..][..values.len()]);
+    fn end(self) -> Result<()> {
+        if let Residue::Keep(keeper) = self.residue {
+            keeper.end()?;
         }
-        if let Some((scale, plus)) = self.plus {
-            values.iter_mut().zip(&plus[first..]).for_each(|(value, plus)| *value += sign * scale * plus);
-        }
-    }
-}
-
-impl Update<'_> {
-    /// The factors of the plain update, if these began with a part of the weight.
-    #[cfg(feature = "svd")]
-    fn decomposed(&self, shard: &Shard, entry: &Entry, from: DType) -> Result<Option<Factors>> {
-        let Some(part) = self.began_with else { return Ok(None) };
-        let Factors { a, b, scaling, dtype } = (*self.factors).clone();
-        let mut values = vec![0.0; entry.elements()];
-        number::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
-        let w = HostMatrix::new((b.rows(), a.cols()), values)?;
-        let factors = part.plain(&w, [a, b], scaling).map_err(|error| inside(&entry.name, error))?;
-        let [a, b] = factors;
-        Ok(Some(Factors { a, b, scaling, dtype }))
-    }
-
-    #[cfg(not(feature = "svd"))]
-    fn decomposed(&self, _: &Shard, _: &Entry, _: DType) -> Result<Option<Factors>> {
-        self.began_with.map_or(Ok(None), |part| Err(part.needs_svd()))
+        self.restored.map_or(Ok(()), Restored::end)
     }
 }

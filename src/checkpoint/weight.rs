@@ -2,8 +2,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use super::change::Changed;
 use super::header::Entry;
-use super::merge::Changed;
 use super::{Shard, number};
 use crate::adapter::Factors;
 use crate::backend::cpu::Cpu;

@@ -95,16 +95,17 @@ def mlp_trace(name, sizes, r, scale, steps, m, lr):
     write(name, inputs, outputs, dict(op="mlp_trace", scale=scale, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps))
 
 
-def peft_folder(name, dtype=torch.float32, **settings):
+def peft_folder(name, dtype=torch.float32, cases=CASES, **settings):
     """An adapter that PEFT made and saved, and what PEFT computes with it."""
-    folder, sizes = CASES / f"peft_{name}", [13, 11, 9, 7]
+    folder, sizes = cases / f"peft_{name}", [13, 11, 9, 7]
+    settings = dict(init_lora_weights=False) | settings
     base = {}
     for i, (k, n) in enumerate(zip(sizes, sizes[1:]), 1):
         base |= {f"linear{i}.weight": randn(n, k, scale=k**-0.5), f"linear{i}.bias": randn(n)}
     expected = {f"base.{key}": value for key, value in base.items()} | dict(x=randn(5, sizes[0]))
 
     expected["y_base"] = Net(base)(expected["x"])
-    model = get_peft_model(Net(base), LoraConfig(init_lora_weights=False, **settings)).eval()
+    model = get_peft_model(Net(base), LoraConfig(**settings)).eval()
     with torch.no_grad():
         for key, value in model.named_parameters():
             if value.requires_grad:
@@ -147,6 +148,12 @@ def main():
     peft_folder("bias_lora_only", r=2, lora_alpha=4, bias="lora_only", target_modules=["linear1", "linear3"])
     peft_folder("modules_to_save", r=2, lora_alpha=3, target_modules="all-linear", modules_to_save=["linear3"])
     peft_folder("exclude", r=2, lora_alpha=3, target_modules=r"linear\d", exclude_modules=["linear2"])
+    # They begin with a part of the weights, which to repeat takes the crate's feature `svd`.
+    principal = dict(cases=CASES.parent / "principal", target_modules=linear)
+    peft_folder("pissa", r=3, lora_alpha=6, init_lora_weights="pissa", rank_pattern={"linear2": 2}, **principal)
+    peft_folder("pissa_rslora", r=2, lora_alpha=3, init_lora_weights="pissa", use_rslora=True, bias="lora_only", **principal)
+    peft_folder("pissa_dora", r=2, lora_alpha=5, init_lora_weights="pissa", use_dora=True, **principal)
+    peft_folder("olora", r=4, lora_alpha=3, init_lora_weights="olora", **principal)
     mixed_batch("mixed_batch", m=9, k=21, n=15, ranks=[2, 5, 1], scales=[0.5, 2.0, -1.0])
 
 

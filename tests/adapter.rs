@@ -143,6 +143,25 @@ fn unknown_keys_and_the_order_of_keys_are_kept_when_the_model_changes() {
     assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
 }
 
+/// How the factors began is of no matter where the weights stayed: the file keeps what it says.
+#[test]
+fn beginnings_that_leave_the_weights_alone_are_plain_adapters() {
+    for (begins, extra) in [("gaussian", json!({})), ("orthogonal", json!({})), ("eva", json!({"rho": 2.0})), ("mica", json!({}))]
+    {
+        let config =
+            json!({"peft_type": "LORA", "target_modules": ["linear1"], "init_lora_weights": begins, "eva_config": extra});
+        let config = AdapterConfig::from_json(config.to_string().as_bytes()).unwrap();
+        assert_eq!(config.began_with(), None);
+        let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+        let model = adapted(&cpu, [Some(LoraConfig::new(8, 8.0)), None, None]);
+        adapter::save_with(&cpu, &model, &config, folder.path()).unwrap();
+        let mut other = net(&cpu);
+        adapter::load(&cpu, &mut other, folder.path()).unwrap();
+        assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
+        assert_eq!(document(folder.path())["init_lora_weights"], json!(begins));
+    }
+}
+
 #[test]
 fn the_minimum_config_means_the_defaults_of_peft() {
     let config = AdapterConfig::from_json(br#"{"peft_type": "LORA", "target_modules": ["fc.linear1", "linear2"]}"#).unwrap();

@@ -144,8 +144,12 @@ fn every_setting_that_is_not_honoured_is_named() {
         ("alora_invocation_tokens", json!([1, 2])),
         ("corda_config", json!({"a": 1})),
         ("ensure_weight_tying", json!(true)),
-        ("init_lora_weights", json!("pissa")),
-        ("init_lora_weights", json!("olora")),
+        ("init_lora_weights", json!("pissa_niter_4")),
+        ("init_lora_weights", json!("corda")),
+        ("init_lora_weights", json!("loftq")),
+        ("init_lora_weights", json!("lora_ga")),
+        ("layer_replication", json!([[0, 2], [1, 3]])),
+        ("trainable_token_indices", json!([1, 2])),
         ("target_parameters", json!(["weight"])),
         ("use_bdlora", json!({"nblocks": 2})),
         ("use_qalora", json!(true)),
@@ -155,6 +159,18 @@ fn every_setting_that_is_not_honoured_is_named() {
         let error = folder.set(field, value).load().unwrap_err();
         assert!(matches!(error, Error::Unsupported { field: named, .. } if named == field), "{field}: {error}");
         folder.refused(&[CONFIG_FILE, field]);
+    }
+}
+
+/// The settings are fine; what they ask for takes a decomposition.
+#[cfg(not(feature = "svd"))]
+#[test]
+fn a_feature_that_is_missing_is_named() {
+    for part in ["pissa", "olora"] {
+        let folder = Folder::new();
+        let error = folder.tensors(&GOOD).set("init_lora_weights", json!(part)).load().unwrap_err();
+        assert!(matches!(error, Error::Unsupported { field: "init_lora_weights", .. }), "{error}");
+        folder.refused(&[CONFIG_FILE, part, "without the feature `svd`"]);
     }
 }
 

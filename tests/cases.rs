@@ -21,17 +21,10 @@ fn run_everywhere(case: &Case) -> Vec<(String, Result<Outputs, String>)> {
         }
     }
     #[cfg(feature = "webgpu")]
-    if let Some(gpu) = webgpu() {
+    if let Some(gpu) = support::devices::webgpu() {
         runs.push((lowrank::Backend::device(&gpu), case.run(&gpu)));
     }
     runs
-}
-
-/// One device for all cases. Its absence is told, and demanded to be otherwise, by tests/webgpu.rs.
-#[cfg(feature = "webgpu")]
-fn webgpu() -> Option<lowrank::WebGpu<f32>> {
-    static GPU: std::sync::OnceLock<Option<lowrank::WebGpu<f32>>> = std::sync::OnceLock::new();
-    GPU.get_or_init(|| lowrank::WebGpu::new().ok()).clone()
 }
 
 fn folders() -> Vec<PathBuf> {

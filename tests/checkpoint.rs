@@ -137,6 +137,60 @@ proptest! {
     }
 }
 
+/// What a damaged file may still be: read as something else, never beyond its end, and either refused or written whole.
+fn damaged(bytes: &[u8]) {
+    let folder = tempfile::tempdir().unwrap();
+    let [base, merged, ..] = paths(folder.path());
+    fs::write(&base, bytes).unwrap();
+    let Ok(checkpoint) = Checkpoint::open(&base) else { return };
+    let within = |entry: &checkpoint::Entry| entry.start + entry.bytes as u64 <= bytes.len() as u64;
+    assert!(checkpoint.entries().all(within) && checkpoint.bytes() <= bytes.len() as u64);
+    let written = [
+        merge_into(&base, &adapter([6, 5, 2], 1.0, 2), &merged, None),
+        checkpoint::convert(&checkpoint, DType::BF16, &merged, &mut keep_going),
+    ];
+    for written in written {
+        assert!(written.is_ok() || matches!(written, Err(Error::File { .. })), "{written:?}");
+    }
+    let left = names(folder.path());
+    assert!(left == ["base.safetensors"] || left == ["base.safetensors", "merged.safetensors"], "{left:?}");
+    if left.len() == 2 {
+        SafeTensors::deserialize(&fs::read(&merged).unwrap()).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Mostly in the header, where a byte decides what all others mean.
+    #[test]
+    fn flipped_and_missing_bytes_are_refused_or_read_within_the_file(
+        flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<bool>()), 0..4),
+        (cut, cuts) in (any::<prop::sample::Index>(), any::<bool>()),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let [base, ..] = paths(folder.path());
+        model(&base, DType::F16, [6, 5], &numbers(30, 1.0, 1));
+        let mut bytes = fs::read(&base).unwrap();
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        for (at, value, anywhere) in flips {
+            let at = at.index(if anywhere { bytes.len() } else { header });
+            bytes[at] ^= value;
+        }
+        if cuts {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        damaged(&bytes);
+    }
+
+    #[test]
+    fn any_bytes_are_refused_or_read_within_the_file(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        damaged(&bytes);
+        let header = [&(bytes.len() as u64).to_le_bytes(), &bytes[..], &[0; 16]].concat();
+        damaged(&header);
+    }
+}
+
 #[test]
 fn a_residue_of_something_else_is_refused() {
     let folder = tempfile::tempdir().unwrap();

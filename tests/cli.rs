@@ -55,8 +55,8 @@ impl Desk {
     }
 
     /// The base weights and the adapter of a case from PEFT; gives its expected tensors.
-    fn case(&self, name: &str) -> Vec<u8> {
-        let case = cases().join(name);
+    fn case(&self, name: impl AsRef<Path>) -> Vec<u8> {
+        let case = tests().join("cases").join(name);
         fs::create_dir(self.path("adapter")).unwrap();
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             fs::copy(case.join(file), self.path("adapter").join(file)).unwrap();
@@ -67,8 +67,8 @@ impl Desk {
     }
 }
 
-fn cases() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases")
+fn tests() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
 }
 
 /// The tensors of a file whose names begin so, without that beginning.
@@ -92,11 +92,14 @@ fn same(got: &[u8], want: &[u8], tolerance: f64, what: &str) {
 
 #[test]
 fn merging_gives_pefts_merged_weights() {
-    for name in ["peft_plain", "peft_rslora", "peft_patterns", "peft_regex", "peft_bf16", "peft_f16"] {
-        let desk = Desk::new();
-        let expected = desk.case(name);
+    let paths = ["cases", "principal"].map(|folder| fs::read_dir(tests().join(folder)).unwrap());
+    let folders: Vec<_> = paths.into_iter().flatten().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect();
+    assert!(folders.len() >= 16);
+    for folder in folders {
+        let (desk, name) = (Desk::new(), folder.display().to_string());
+        let expected = desk.case(&folder);
         desk.good("merge --base base.safetensors --adapter adapter --out merged.safetensors");
-        same(&fs::read(desk.path("merged.safetensors")).unwrap(), &part(&expected, "merged."), 1e-5, name);
+        same(&fs::read(desk.path("merged.safetensors")).unwrap(), &part(&expected, "merged."), 1e-5, &name);
         assert_eq!(desk.names(), ["adapter", "base.safetensors", "merged.safetensors"]);
     }
 }
@@ -115,6 +118,71 @@ fn unmerging_restores_within_rounding_or_bit_for_bit() {
     assert_eq!(read("back.safetensors"), read("base.safetensors"));
     assert_ne!(read("merged.safetensors"), read("base.safetensors"));
     same(&read("near.safetensors"), &read("base.safetensors"), 1e-6, "unmerged");
+}
+
+/// Lengths of rows, biases, whole modules: what a merged tensor does not tell, the residue has; without it, that is said.
+#[test]
+fn what_is_more_than_an_update_is_unmerged_with_its_residue() {
+    for (name, hidden) in [
+        ("peft_dora", Some("`linear1.weight`")),
+        ("peft_lora_bias", None),
+        ("peft_bias_all", Some("`linear1.bias`")),
+        ("peft_bias_lora_only", Some("`linear1.bias`")),
+        ("peft_modules_to_save", Some("`linear3.bias`")),
+    ] {
+        let desk = Desk::new();
+        desk.case(name);
+        for dtype in ["f32", "f16", "bf16"] {
+            let file = |what: &str| format!("{what}-{dtype}.safetensors");
+            let [base, merged, back, residue] = ["half", "merged", "back", "residue"].map(file);
+            desk.good(&format!("convert base.safetensors --dtype {dtype} --out {base}"));
+            desk.good(&format!("merge --base {base} --adapter adapter --out {merged} --keep-residue {residue}"));
+            desk.good(&format!("unmerge --base {merged} --adapter adapter --out {back} --residue {residue}"));
+            let read = |name: &str| fs::read(desk.path(name)).unwrap();
+            assert!(read(&back) == read(&base) && read(&merged) != read(&base), "{name} {dtype}");
+            let without = format!("unmerge --base {merged} --adapter adapter --out {}", file("near"));
+            match hidden {
+                Some(tensor) => desk.refused(&without, &[tensor, "without the residue"]),
+                None => drop(desk.good(&without)),
+            }
+        }
+        assert!(desk.good("info adapter --all").contains("adapter of"));
+        desk.good("convert adapter --dtype bf16 --out narrow");
+        Folder::read(&desk.path("narrow")).unwrap();
+    }
+    let desk = Desk::new();
+    desk.case(tests().join("principal/peft_pissa"));
+    let keep = "merge --base base.safetensors --adapter adapter --out x.safetensors --keep-residue y.safetensors";
+    desk.refused(keep, &["init_lora_weights", "pissa"]);
+    desk.refused("unmerge --base base.safetensors --adapter adapter --out x.safetensors", &["init_lora_weights", "pissa"]);
+}
+
+/// A model that stores its weights `in × out`, as GPT-2 does.
+#[test]
+fn weights_stored_the_other_way_round_are_merged_so() {
+    let desk = Desk::new();
+    let expected = desk.case("peft_plain");
+    let turned = |bytes: &[u8]| {
+        let file = SafeTensors::deserialize(bytes).unwrap();
+        let turn = |(name, view): (&str, TensorView<'_>)| {
+            let (shape, words) = (view.shape().to_vec(), view.data().as_chunks::<4>().0.to_vec());
+            let &[n, k] = &shape[..] else { return (name.to_string(), shape, words.concat()) };
+            (name.to_string(), vec![k, n], (0..k * n).flat_map(|at| words[at % n * k + at / n]).collect())
+        };
+        let data: Vec<_> = file.iter().map(turn).collect();
+        let views = data.iter().map(|(name, shape, bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+        serialize(views, None).unwrap()
+    };
+    let base = turned(&fs::read(desk.path("base.safetensors")).unwrap());
+    fs::write(desk.path("base.safetensors"), base).unwrap();
+    let merge = "merge --base base.safetensors --adapter adapter --out merged.safetensors";
+    desk.refused(merge, &["is 13×11, want 11×13"]);
+    let path = desk.path("adapter/adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    config["fan_in_fan_out"] = json!(true);
+    fs::write(path, config.to_string()).unwrap();
+    desk.good(merge);
+    same(&fs::read(desk.path("merged.safetensors")).unwrap(), &turned(&part(&expected, "merged.")), 1e-5, "turned");
 }
 
 /// The base in two shards, with what lies beside them.
@@ -227,7 +295,7 @@ fn damaged_and_hostile_files_are_refused() {
     desk.refused("merge --base base.safetensors --adapter nowhere --out x", &["nowhere"]);
     desk.refused("merge --base base.safetensors --adapter adapter --out no/such/folder", &["no/such/folder"]);
     fs::write(desk.path("adapter/adapter_model.safetensors"), &whole).unwrap();
-    desk.refused("merge --base base.safetensors --adapter adapter --out x", &["is not supported", "lora_A"]);
+    desk.refused("merge --base base.safetensors --adapter adapter --out x", &["`linear1.bias` is not part of an adapter"]);
 }
 
 fn write(path: &Path, tensors: &[(&str, Dtype, &[usize])]) {

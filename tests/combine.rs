@@ -202,8 +202,17 @@ fn what_is_more_than_factors_is_refused_by_name() {
     ] {
         let mut document = document.clone();
         document[key] = value;
-        let error = Folder::parse(document.to_string().as_bytes(), &tensors).unwrap_err();
-        assert!(matches!(&error, Error::Unsupported { field, .. } if *field == key), "{error}");
+        let more = match Folder::parse(document.to_string().as_bytes(), &tensors) {
+            Ok(more) => more,
+            Err(error) => {
+                assert!(error.to_string().contains("is missing, want 3"), "{error}");
+                continue;
+            }
+        };
+        let combined = combine(&[(&good, 1.0), (&more, 1.0)], &Combine::new(CombinationType::Cat)).unwrap_err();
+        for error in [combined, compress(&more, Keep::Rank(1)).unwrap_err()] {
+            assert!(matches!(&error, Error::Unsupported { field, .. } if *field == key), "{error}");
+        }
     }
     for name in ["m0.lora_magnitude_vector", "m0.lora_B.bias", "head.weight", "m0.lora_embedding_A"] {
         let stray = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, vec![1], &[0; 4]).unwrap();

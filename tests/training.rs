@@ -6,13 +6,18 @@ use lowrank::autograd::{Gradients, Tape};
 use lowrank::nn::{Adam, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Merge, Mlp, Targets};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Cpu, Error, Tensor};
-use support::adapters::cpu;
+use lowrank::{Backend, Error, Tensor};
 use support::bounds::relative_error;
 use support::data::{down, mask, up};
 use support::oracle::Mat;
 
-type Model = Mlp<Cpu<f32>>;
+on_every_backend!(
+    every_part_of_an_adapter_gets_its_gradient,
+    lora_plus_gives_b_and_biases_a_larger_learning_rate,
+    batches_add_up_to_the_gradient_of_all_rows,
+    clipping_scales_all_gradients_to_the_norm,
+    what_is_not_active_or_is_merged_is_not_trained,
+);
 
 /// Two layers with relu between them, an adapter beside the second: all its numbers, in f64.
 #[derive(Clone)]
@@ -92,24 +97,24 @@ impl Net {
         Mat { data, ..shape }
     }
 
-    fn model(&self, cpu: &Cpu<f32>, dropout: f32) -> Model {
+    fn model<B: Backend<Elem = f32>>(&self, backend: &B, dropout: f32) -> Mlp<B> {
         let config = LoraConfig {
             scaling: lowrank::nn::Scaling::Raw,
             dropout,
             bias: Bias::LoraOnly,
             ..LoraConfig::new(self.a.rows, self.scale as f32)
         };
-        let mut adapter = Adapter::from_tensors(up(cpu, &self.a), up(cpu, &self.b), config).unwrap();
-        adapter = adapter.with_bias(up(cpu, &self.bias));
+        let mut adapter = Adapter::from_tensors(up(backend, &self.a), up(backend, &self.b), config).unwrap();
+        adapter = adapter.with_bias(up(backend, &self.bias));
         if let Some(lora_bias) = &self.lora_bias {
-            adapter = adapter.with_lora_bias(up(cpu, lora_bias));
+            adapter = adapter.with_lora_bias(up(backend, lora_bias));
         }
         if let Some(magnitude) = &self.magnitude {
-            adapter = adapter.with_magnitude(up(cpu, magnitude));
+            adapter = adapter.with_magnitude(up(backend, magnitude));
         }
-        let other_bias = Tensor::zeros(cpu, (1, self.w.rows)).unwrap();
+        let other_bias = Tensor::zeros(backend, (1, self.w.rows)).unwrap();
         let layers = [(&self.first, None), (&self.w, Some(other_bias))];
-        let layers = layers.map(|(w, bias)| Linear::from_tensors(up(cpu, w), bias).unwrap());
+        let layers = layers.map(|(w, bias)| Linear::from_tensors(up(backend, w), bias).unwrap());
         let mut model = Mlp::from_layers(layers.into()).unwrap();
         model.set_adapters(vec![("linear2".into(), adapter)]).unwrap();
         for (_, layer) in model.layers_mut().take(1) {
@@ -121,10 +126,10 @@ impl Net {
     }
 }
 
-fn dense(cpu: &Cpu<f32>, gradient: WeightGrad<'_, Cpu<f32>>) -> Vec<f32> {
-    let mat = |t: &Tensor<Cpu<f32>>| Mat::from_vec(t.rows(), t.cols(), down(cpu, t).into_iter().map(f64::from).collect());
+fn dense<B: Backend<Elem = f32>>(backend: &B, gradient: WeightGrad<'_, B>) -> Vec<f32> {
+    let mat = |t: &Tensor<B>| Mat::from_vec(t.rows(), t.cols(), down(backend, t).into_iter().map(f64::from).collect());
     match gradient {
-        WeightGrad::Dense(g) => down(cpu, g),
+        WeightGrad::Dense(g) => down(backend, g),
         WeightGrad::Factored { dy, x } => (&mat(dy).t() * &mat(x)).data.into_iter().map(|x| x as f32).collect(),
     }
 }
@@ -132,9 +137,7 @@ fn dense(cpu: &Cpu<f32>, gradient: WeightGrad<'_, Cpu<f32>>) -> Vec<f32> {
 /// Sums of at most 40 numbers of size one in f32, through two layers: below this. The differences are good to 1e-9.
 const CLOSE: f64 = 2e-6;
 
-#[test]
-fn every_part_of_an_adapter_gets_its_gradient() {
-    let cpu = cpu::<f32>();
+fn every_part_of_an_adapter_gets_its_gradient<B: Backend<Elem = f32>>(backend: &B) {
     let seed = 4;
     for (dora, lora_bias, dropout) in
         [(false, false, 0.0), (false, true, 0.0), (false, true, 0.4), (true, false, 0.0), (true, false, 0.4)]
@@ -142,19 +145,19 @@ fn every_part_of_an_adapter_gets_its_gradient() {
         // The second of two layers takes the seed 2·seed + 1.
         let drop = (dropout > 0.0).then(|| Dropout::new(dropout, 2 * seed + 1).unwrap());
         let net = Net::new(dora, lora_bias, drop);
-        let model = net.model(&cpu, dropout);
-        let mut tape = Tape::new(&cpu);
-        let x = tape.input(up(&cpu, &net.x));
+        let model = net.model(backend, dropout);
+        let mut tape = Tape::new(backend);
+        let x = tape.input(up(backend, &net.x));
         let y = model.forward(&mut tape, x, Some(seed)).unwrap();
-        let loss: f64 = down(&cpu, tape.value(y).unwrap()).iter().zip(&net.dy.data).map(|(&y, dy)| f64::from(y) * dy).sum();
+        let loss: f64 = down(backend, tape.value(y).unwrap()).iter().zip(&net.dy.data).map(|(&y, dy)| f64::from(y) * dy).sum();
         assert!((loss - net.loss()).abs() <= 1e-5 * net.dy.norm() * 10.0, "{loss}, want {}", net.loss());
-        tape.seed(y, up(&cpu, &net.dy)).unwrap();
+        tape.seed(y, up(backend, &net.dy)).unwrap();
         let gradients = tape.backward().unwrap();
 
         let adapter = model.layer("linear2").unwrap().adapter(DEFAULT).unwrap();
         let first = model.layer("linear1").unwrap().base().weight();
         let check = |name: &str, param, want: Mat| {
-            let error = relative_error(&dense(&cpu, gradients.get(param).expect(name)), &want);
+            let error = relative_error(&dense(backend, gradients.get(param).expect(name)), &want);
             assert!(error <= CLOSE, "{name}, dora {dora}, lora_bias {lora_bias}, dropout {dropout}: off by {error:e}");
         };
         check("first", first, net.gradient(|net| &mut net.first));
@@ -173,42 +176,39 @@ fn every_part_of_an_adapter_gets_its_gradient() {
 }
 
 /// A model with an adapter whose `B` is not zero, and the gradients of a batch.
-fn model(config: &LoraConfig) -> Model {
-    let (cpu, mut rng) = (cpu::<f32>(), Rng::new(5));
-    let mut model = Mlp::new(&cpu, &[6, 5, 3], &mut rng).unwrap();
+fn model<B: Backend<Elem = f32>>(backend: &B, config: &LoraConfig) -> Mlp<B> {
+    let mut rng = Rng::new(5);
+    let mut model = Mlp::new(backend, &[6, 5, 3], &mut rng).unwrap();
     let config = LoraConfig { init: Init::NonZero, ..config.clone() };
-    model.add_adapters(&cpu, Targets::All, &config, &mut rng).unwrap();
+    model.add_adapters(backend, Targets::All, &config, &mut rng).unwrap();
     model
 }
 
-fn gradients(cpu: &Cpu<f32>, model: &Model, rows: std::ops::Range<usize>) -> Gradients<Cpu<f32>> {
+fn gradients<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, rows: std::ops::Range<usize>) -> Gradients<B> {
     let host: Vec<f32> = (0..4 * 6).map(|e| (e as f32 * 0.7).sin()).collect();
-    let x = Tensor::from_slice(cpu, (rows.len(), 6), &host[rows.start * 6..rows.end * 6]).unwrap();
-    let mut tape = Tape::new(cpu);
+    let x = Tensor::from_slice(backend, (rows.len(), 6), &host[rows.start * 6..rows.end * 6]).unwrap();
+    let mut tape = Tape::new(backend);
     let x = tape.input(x);
     let logits = model.forward(&mut tape, x, None).unwrap();
-    tape.cross_entropy(logits, &Labels::new(cpu, 3, &[0, 2, 1, 2][rows]).unwrap()).unwrap();
+    tape.cross_entropy(logits, &Labels::new(backend, 3, &[0, 2, 1, 2][rows]).unwrap()).unwrap();
     tape.backward().unwrap()
 }
 
-fn all_params(model: &mut Model) -> Vec<(Vec<f32>, bool)> {
-    let cpu = cpu::<f32>();
-    model.params_mut().into_iter().map(|param| (down(&cpu, &param.tensor), param.trainable)).collect()
+fn all_params<B: Backend<Elem = f32>>(backend: &B, model: &mut Mlp<B>) -> Vec<(Vec<f32>, bool)> {
+    model.params_mut().into_iter().map(|param| (down(backend, &param.tensor), param.trainable)).collect()
 }
 
 /// The first step of Adam moves every number by the learning rate.
-#[test]
-fn lora_plus_gives_b_and_biases_a_larger_learning_rate() {
-    let cpu = cpu::<f32>();
-    let mut model = model(&LoraConfig { bias: Bias::LoraOnly, use_dora: true, ..LoraConfig::new(2, 2.0) });
-    let before = all_params(&mut model);
-    let grads = gradients(&cpu, &model, 0..4);
+fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(backend: &B) {
+    let mut model = model(backend, &LoraConfig { bias: Bias::LoraOnly, use_dora: true, ..LoraConfig::new(2, 2.0) });
+    let before = all_params(backend, &mut model);
+    let grads = gradients(backend, &model, 0..4);
     let mut adam = Adam::new(1e-3).unwrap();
     adam.loraplus_lr_ratio = 16.0;
-    adam.step(&cpu, model.params_mut(), &grads).unwrap();
+    adam.step(backend, model.params_mut(), &grads).unwrap();
     let moved: Vec<f32> = before
         .iter()
-        .zip(all_params(&mut model))
+        .zip(all_params(backend, &mut model))
         .map(|((was, _), (is, _))| was.iter().zip(&is).map(|(was, is)| (was - is).abs()).fold(0.0, f32::max))
         .collect();
     // Of each layer: the weight, the bias, A, B, the magnitudes, the adapter's bias.
@@ -217,67 +217,62 @@ fn lora_plus_gives_b_and_biases_a_larger_learning_rate() {
         assert!((moved - want).abs() <= 1e-4 * want, "parameter {at} moved by {moved}, want {want}");
     }
     adam.loraplus_lr_ratio = f32::NAN;
-    assert!(adam.step(&cpu, model.params_mut(), &grads).is_err());
+    assert!(adam.step(backend, model.params_mut(), &grads).is_err());
 }
 
-#[test]
-fn batches_add_up_to_the_gradient_of_all_rows() {
-    let cpu = cpu::<f32>();
-    let mut model = model(&LoraConfig { bias: Bias::All, modules_to_save: vec!["linear2".into()], ..LoraConfig::new(2, 2.0) });
-    let whole = gradients(&cpu, &model, 0..4);
-    let mut sum = gradients(&cpu, &model, 0..2);
-    sum.add(&cpu, gradients(&cpu, &model, 2..4)).unwrap();
-    sum.scale(&cpu, 0.5).unwrap();
+fn batches_add_up_to_the_gradient_of_all_rows<B: Backend<Elem = f32>>(backend: &B) {
+    let mut model =
+        model(backend, &LoraConfig { bias: Bias::All, modules_to_save: vec!["linear2".into()], ..LoraConfig::new(2, 2.0) });
+    let whole = gradients(backend, &model, 0..4);
+    let mut sum = gradients(backend, &model, 0..2);
+    sum.add(backend, gradients(backend, &model, 2..4)).unwrap();
+    sum.scale(backend, 0.5).unwrap();
     let mut seen = 0;
     for param in model.params_mut() {
         let (Some(got), Some(want)) = (sum.get(param), whole.get(param)) else {
             assert!(sum.get(param).is_none() && whole.get(param).is_none());
             continue;
         };
-        let want = dense(&cpu, want).into_iter().map(f64::from).collect();
-        let error = relative_error(&dense(&cpu, got), &Mat::from_vec(param.tensor.rows(), param.tensor.cols(), want));
+        let want = dense(backend, want).into_iter().map(f64::from).collect();
+        let error = relative_error(&dense(backend, got), &Mat::from_vec(param.tensor.rows(), param.tensor.cols(), want));
         assert!(error <= CLOSE, "off by {error:e}");
         seen += 1;
     }
     assert_eq!(seen, 5, "A, B and a bias; a weight and a bias");
-    assert!(sum.scale(&cpu, f32::INFINITY).is_err());
+    assert!(sum.scale(backend, f32::INFINITY).is_err());
 }
 
-#[test]
-fn clipping_scales_all_gradients_to_the_norm() {
-    let cpu = cpu::<f32>();
-    let mut model = model(&LoraConfig { modules_to_save: vec!["linear2".into()], ..LoraConfig::new(2, 2.0) });
-    let mut grads = gradients(&cpu, &model, 0..4);
-    let squares = |grads: &Gradients<Cpu<f32>>, model: &mut Model| -> f64 {
-        let each = model.params_mut().into_iter().filter_map(|param| grads.get(param).map(|g| dense(&cpu, g)));
+fn clipping_scales_all_gradients_to_the_norm<B: Backend<Elem = f32>>(backend: &B) {
+    let mut model = model(backend, &LoraConfig { modules_to_save: vec!["linear2".into()], ..LoraConfig::new(2, 2.0) });
+    let mut grads = gradients(backend, &model, 0..4);
+    let squares = |grads: &Gradients<B>, model: &mut Mlp<B>| -> f64 {
+        let each = model.params_mut().into_iter().filter_map(|param| grads.get(param).map(|g| dense(backend, g)));
         each.flatten().map(|g| f64::from(g).powi(2)).sum::<f64>().sqrt()
     };
     let norm = squares(&grads, &mut model);
-    let found = grads.clip(&cpu, 2.0 * norm as f32).unwrap();
+    let found = grads.clip(backend, 2.0 * norm as f32).unwrap();
     assert!(
         (found - norm).abs() <= CLOSE * norm && (squares(&grads, &mut model) - norm).abs() <= CLOSE * norm,
         "below: as it was"
     );
-    grads.clip(&cpu, norm as f32 / 4.0).unwrap();
+    grads.clip(backend, norm as f32 / 4.0).unwrap();
     let clipped = squares(&grads, &mut model);
     assert!((clipped - norm / 4.0).abs() <= 1e-5 * norm, "{clipped}, want a quarter of {norm}");
     for wrong in [-1.0, f32::NAN] {
-        assert!(matches!(grads.clip(&cpu, wrong), Err(Error::Value { name: "max_norm", .. })));
+        assert!(matches!(grads.clip(backend, wrong), Err(Error::Value { name: "max_norm", .. })));
     }
-    grads.scale(&cpu, 3e38).unwrap();
-    grads.scale(&cpu, 3e38).unwrap();
-    assert!(matches!(grads.clip(&cpu, 1.0), Err(Error::Value { name: "norm", .. })));
+    grads.scale(backend, 3e38).unwrap();
+    grads.scale(backend, 3e38).unwrap();
+    assert!(matches!(grads.clip(backend, 1.0), Err(Error::Value { name: "norm", .. })));
 }
 
-#[test]
-fn what_is_not_active_or_is_merged_is_not_trained() {
-    let cpu = cpu::<f32>();
-    let mut model = model(&LoraConfig::new(2, 2.0));
+fn what_is_not_active_or_is_merged_is_not_trained<B: Backend<Elem = f32>>(backend: &B) {
+    let mut model = model(backend, &LoraConfig::new(2, 2.0));
     let other = LoraConfig { init: Init::NonZero, ..LoraConfig::new(1, 1.0) };
-    model.add_adapter(&cpu, "other", Targets::All, &other, &mut Rng::new(6)).unwrap();
-    assert_eq!(gradients(&cpu, &model, 0..4).len(), 4);
+    model.add_adapter(backend, "other", Targets::All, &other, &mut Rng::new(6)).unwrap();
+    assert_eq!(gradients(backend, &model, 0..4).len(), 4);
     model.set_active(&["other", DEFAULT]).unwrap();
-    assert_eq!(gradients(&cpu, &model, 0..4).len(), 8, "the sum of both");
-    model.merge_as(&cpu, &[DEFAULT], Merge::default()).unwrap();
-    assert_eq!(gradients(&cpu, &model, 0..4).len(), 4, "what is merged is a constant");
+    assert_eq!(gradients(backend, &model, 0..4).len(), 8, "the sum of both");
+    model.merge_as(backend, &[DEFAULT], Merge::default()).unwrap();
+    assert_eq!(gradients(backend, &model, 0..4).len(), 4, "what is merged is a constant");
 }

@@ -172,11 +172,13 @@ impl Combine {
 /// of those; one adapter alone is always combined by `linear`. Sums are made in `f64` and rounded once.
 ///
 /// Errors: [`Error::Value`] for no adapter, a weight or an element that is not finite, ranks or shapes that do not go
-/// together, and a setting that is out of range, missing, or not used.
+/// together, and a setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that does more than its
+/// factors tell.
 pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
     how.check()?;
     let Some((first, _)) = adapters.first() else { return Err(refused("adapters", "empty", "at least one")) };
-    for (_, weight) in adapters {
+    for (adapter, weight) in adapters {
+        adapter.only_factors()?;
         Error::unless(weight.is_finite(), VERB, "weight", weight, "a finite number")?;
     }
     let ranks = adapters.iter().flat_map(|(folder, _)| folder.modules().values().map(Factors::rank));

@@ -8,9 +8,10 @@ use crate::error::{Error, Result};
 /// The best approximation of every module's `scaling·B·A` of a smaller rank; a module that has no more is only rewritten.
 ///
 /// The result has `lora_alpha = r`; where modules differ in rank, the settings say so. Errors: [`Error::Value`] for what
-/// [`Keep`] excludes and factors that are not finite.
+/// [`Keep`] excludes and factors that are not finite; [`Error::Unsupported`] for an adapter that does more than its factors tell.
 pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
     keep.check("compress")?;
+    adapter.only_factors()?;
     let compressed = adapter.modules().iter().map(|(name, factors)| {
         let svd = Svd::of_product(&factors.b, &factors.a, f64::from(factors.scaling)).map_err(|error| inside(name, error))?;
         let (a, b) = svd.factors(svd.rank(keep)?);
@@ -29,11 +30,12 @@ pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMa
     }
     let (cols, w, tuned) = (w.cols(), w.values(), tuned.values());
     let delta = |i: usize, j: usize| f64::from(tuned[i * cols + j]) - f64::from(w[i * cols + j]);
-    let svd = Svd::of(&HostMatrix::from_fn(w.len() / cols.max(1), cols, delta))?;
+    let svd = Svd::leading(&HostMatrix::from_fn(w.len() / cols.max(1), cols, delta), keep)?;
     Ok(svd.factors(svd.rank(keep)?))
 }
 
-fn inside(module: &str, error: Error) -> Error {
+/// The same error, with the name of the module.
+pub(crate) fn inside(module: &str, error: Error) -> Error {
     match error {
         Error::Value { verb, name, got, want } => Error::Value { verb, name, got: format!("{got} in `{module}`"), want },
         other => other,

@@ -3,6 +3,7 @@
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
+use super::Principal;
 use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused};
 use super::modules::Selection;
 use crate::backend::Backend;
@@ -63,8 +64,8 @@ impl AdapterConfig {
     /// The same config if it tells what adapter `default` the model has, else one that does, with every other key kept.
     pub fn updated<B: Backend>(&self, model: &Mlp<B>) -> Result<Self> {
         match self.misdescribed(model, DEFAULT) {
-            None => Ok(self.clone()),
-            Some(_) => Self::describing(model, DEFAULT, self.document.clone()),
+            None if self.began_with().is_none() => Ok(self.clone()),
+            _ => Self::describing(model, DEFAULT, self.document.clone()),
         }
     }
 
@@ -107,6 +108,14 @@ impl AdapterConfig {
             bias: self.bias,
             modules_to_save: self.selection.saved.iter().map(|saved| saved.name.clone()).collect(),
         })
+    }
+
+    /// Which part of each weight the adapter began with, if any.
+    pub fn began_with(&self) -> Option<Principal> {
+        match self.begins {
+            Begins::With(part) => Some(part),
+            _ => None,
+        }
     }
 
     /// Whether it is for a model that stores its weights `in × out`. The factors are stored alike either way, and a

@@ -5,6 +5,7 @@
 use faer::Mat;
 use faer::linalg::solvers::{Qr, Svd as FaerSvd};
 
+use super::leading::leading;
 use super::matrix::HostMatrix;
 use crate::error::{Error, Result};
 
@@ -27,13 +28,16 @@ impl Keep {
     }
 }
 
-/// `M = U·diag(s)·V`: U `n×q` and V `q×k` orthonormal, s falling, q the lesser of n and k (or less, for a product).
+/// `M = U·diag(s)·V`: U `n×q` and V `q×k` orthonormal, s falling, q the lesser of n and k (or less, for a product, and for the
+/// [leading](Self::leading) part).
 #[derive(Clone, Debug)]
 pub struct Svd {
     u: Mat<f64>,
     s: Vec<f64>,
     /// Transposed, as faer has it: `k×q`.
     v: Mat<f64>,
+    /// The sum of the squares of all singular values, also of those that are not in `s`.
+    energy: f64,
 }
 
 impl Svd {
@@ -41,6 +45,16 @@ impl Svd {
     pub fn of(matrix: &HostMatrix) -> Result<Self> {
         finite("svd", "matrix", matrix)?;
         Self::decompose(&wide(matrix))
+    }
+
+    /// Of any matrix, as far as it is kept: the greatest singular values alone where they are sooner found so, as those of a large
+    /// weight are. What is lost is within `3·10⁻⁷·‖M‖` of the least. Errors: those of [`of`](Self::of) and [`rank`](Self::rank).
+    pub fn leading(matrix: &HostMatrix, keep: Keep) -> Result<Self> {
+        keep.check("svd")?;
+        finite("svd", "matrix", matrix)?;
+        let energy = matrix.values().iter().map(|&value| f64::from(value).powi(2)).sum();
+        let matrix = wide(matrix);
+        leading(&matrix, energy, keep)?.map_or_else(|| Self::decompose(&matrix), Ok)
     }
 
     /// Of `scale·B·A`, in factored form: QR of both factors, then SVD of an `r×r` core. The product is never made.
@@ -56,14 +70,27 @@ impl Svd {
         let (left, right) = (Qr::new(wide(b).as_ref()), Qr::new(wide(a).transpose()));
         let core = left.thin_R() * right.thin_R().transpose() * faer::Scale(scale);
         let core = Self::decompose(&core)?;
-        Ok(Self { u: left.compute_thin_Q() * core.u, s: core.s, v: right.compute_thin_Q() * core.v })
+        let energy = core.energy;
+        Ok(core.within(&left.compute_thin_Q(), &right.compute_thin_Q(), energy))
     }
 
-    fn decompose(matrix: &Mat<f64>) -> Result<Self> {
+    /// Of `Q·M·Pᵀ`, where this is of M, and Q and P have orthonormal columns; a part of a matrix of so much energy.
+    pub(super) fn within(self, q: &Mat<f64>, p: &Mat<f64>, energy: f64) -> Self {
+        Self { u: q * self.u, s: self.s, v: p * self.v, energy }
+    }
+
+    /// Without all but the first singular values.
+    pub(super) fn truncated(mut self, rank: usize) -> Self {
+        self.s.truncate(rank);
+        self
+    }
+
+    pub(super) fn decompose(matrix: &Mat<f64>) -> Result<Self> {
         let not_converged = |_| Error::Value { verb: "svd", name: "matrix", got: "one without".into(), want: "convergence" };
         let svd = FaerSvd::new_thin(matrix.as_ref()).map_err(not_converged)?;
-        let s = svd.S().column_vector().iter().copied().collect();
-        Ok(Self { u: svd.U().to_owned(), s, v: svd.V().to_owned() })
+        let s: Vec<f64> = svd.S().column_vector().iter().copied().collect();
+        let energy = s.iter().map(|s| s * s).sum();
+        Ok(Self { u: svd.U().to_owned(), s, v: svd.V().to_owned(), energy })
     }
 
     /// From the greatest to the least.
@@ -71,20 +98,25 @@ impl Svd {
         &self.s
     }
 
-    /// How many singular values are kept; at least 1 if there is one. Errors: [`Error::Value`] for what [`Keep`] excludes.
+    /// How many singular values are kept; at least 1 if there is one. One more than there are here if these do not hold the share. Errors: [`Error::Value`] for what [`Keep`] excludes.
     pub fn rank(&self, keep: Keep) -> Result<usize> {
         keep.check("svd")?;
         let share = match keep {
             Keep::Rank(rank) => return Ok(rank.min(self.s.len())),
             Keep::Energy(share) => share,
         };
-        let enough = share * self.s.iter().map(|s| s * s).sum::<f64>();
+        let enough = share * self.energy;
         let energies = self.s.iter().scan(0.0, |sum, s| {
             *sum += s * s;
             Some(*sum)
         });
         let below = energies.take_while(|&sum| sum < enough).count();
-        Ok((below + 1).min(self.s.len()))
+        Ok((below + 1).min(self.s.len() + usize::from(self.is_part())))
+    }
+
+    /// Whether there are singular values that are not in `s`.
+    fn is_part(&self) -> bool {
+        self.s.len() < self.u.ncols()
     }
 
     /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank; of lower rank, all there is.

@@ -9,12 +9,11 @@ use crate::error::{Error, Result};
 use crate::nn::{Bias, Init};
 
 /// What a config may hold but not set: each changes what an adapter computes, in a way that this crate does not.
-const UNSUPPORTED: [&str; 16] = [
+const UNSUPPORTED: [&str; 15] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
     "ensure_weight_tying",
-    "eva_config",
     "kasa_config",
     "layer_replication",
     "loftq_config",
@@ -57,7 +56,7 @@ impl Fields<'_> {
             return Err(refused(format!("`{KEY}` is missing, want a list of names, or a string")));
         };
         let saved = self.read("modules_to_save", "a list of names", names)?.unwrap_or_default().into_iter().map(|name| {
-            let within = regex("modules_to_save", &format!(r"\A(?:^|.*\.)(?:{name})(?:$|\..*)"))?;
+            let within = regex("modules_to_save", [r"\A(?:^|.*\.)(?:", &name, r")(?:$|\..*)"])?;
             Ok(Saved { name, within })
         });
         let saved = saved.collect::<Result<_>>()?;
@@ -71,7 +70,7 @@ impl Fields<'_> {
             Value::String(all) if key == "target_modules" && all.eq_ignore_ascii_case("all-linear") => {
                 Some(Ok(Modules::AllLinear))
             }
-            Value::String(pattern) => Some(regex(key, &format!(r"\A(?:{pattern})\z")).map(Modules::Matching)),
+            Value::String(pattern) => Some(regex(key, [r"\A(?:", pattern, r")\z"]).map(Modules::Matching)),
             value => names(value).map(|names| Ok(Modules::Names(names))),
         })?;
         modules.transpose()
@@ -103,10 +102,10 @@ impl Fields<'_> {
             };
         };
         let patterns = match patterns {
-            None => vec![regex("layers_pattern", r"\A.*?\.[^.]*\.(?P<idx>[0-9]+)\.")?],
+            None => vec![regex("layers_pattern", [r"\A.*?\.", "[^.]*", r"\.(?P<idx>[0-9]+)\."])?],
             Some(patterns) => {
-                let pattern = |name| regex("layers_pattern", &format!(r"\A(?:^|.*?\.)(?:{name})\.(?P<idx>[0-9]+)\."));
-                patterns.into_iter().map(pattern).collect::<Result<_>>()?
+                let pattern = |name: &String| regex("layers_pattern", [r"\A(?:^|.*?\.)(?:", name, r")\.(?P<idx>[0-9]+)\."]);
+                patterns.iter().map(pattern).collect::<Result<_>>()?
             }
         };
         Ok(Some(Layers { numbers, patterns }))
@@ -132,20 +131,53 @@ impl Fields<'_> {
         let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
         let entry = |(name, value): (&String, &Value)| {
             let value = read(value).ok_or_else(|| wrong(&format!("{key}.{name}"), value, want))?;
-            Ok((regex(key, &format!(r"\A(?:(.*\.)?({name})$)"))?, value))
+            Ok((regex(key, [r"\A(?:(.*\.)?(", name, ")$)"])?, value))
         };
         entries.iter().map(entry).collect()
     }
 
-    /// `init_lora_weights`. Those that change the base weights, such as `pissa`, would have to be repeated before loading.
+    /// `init_lora_weights`, with which `eva_config` goes. One that changed the base weights is honoured if it can be repeated: `pissa_niter_4` begins by chance, and
+    /// what it began with is not in the folder (PEFT begins anew as it loads, and computes something else).
     pub(super) fn begins(&self) -> Result<Begins> {
         match self.0.get("init_lora_weights") {
             None | Some(Value::Null | Value::Bool(true)) => Ok(Begins::Usual),
             Some(Value::Bool(false)) => Ok(Begins::NonZero),
             Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(Begins::Gaussian),
             Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(Begins::Orthogonal),
+            Some(Value::String(name)) if ["eva", "mica"].contains(&name.as_str()) => Ok(Begins::Elsewhere),
+            Some(Value::String(name)) if name == "pissa" => Ok(Begins::With(Principal::Pissa)),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("olora") => Ok(Begins::With(Principal::Olora)),
             Some(other) => Err(unsupported("init_lora_weights", other)),
         }
+    }
+}
+
+/// Which part of a weight an adapter began with: PEFT's `init_lora_weights` of the same name.
+///
+/// Such a folder holds what the factors have become, `A` and `B`, but not what they were, `A₀` and `B₀`: those come from the weight
+/// once more, which takes the feature `svd`. The adapter does `W - scaling·B₀·A₀ + scaling·B·A`, which is a plain update of twice
+/// the rank, `A` over `A₀` and `B` beside `-B₀`. It is loaded as that: the weights stay, and it goes with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Principal {
+    /// The greatest singular values, shared between `A` and `B` (F. Meng et al., 2024).
+    Pissa,
+    /// The first columns of `Q` and rows of `R` in `W = Q·R` (K. Büyükakyüz, 2024).
+    Olora,
+}
+
+impl Principal {
+    /// As a config spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Principal::Pissa => "pissa",
+            Principal::Olora => "olora",
+        }
+    }
+
+    #[cfg(not(feature = "svd"))]
+    pub(crate) fn needs_svd(self) -> Error {
+        let value = format!("\"{}\" without the feature `svd`", self.name());
+        Error::Unsupported { path: CONFIG_FILE.into(), field: "init_lora_weights", value }
     }
 }
 
@@ -156,6 +188,9 @@ pub(super) enum Begins {
     NonZero,
     Gaussian,
     Orthogonal,
+    /// From a decomposition of activations or weights (`eva`, `mica`): the weights stay, so the factors tell all.
+    Elsewhere,
+    With(Principal),
 }
 
 impl Begins {
@@ -170,7 +205,7 @@ impl Begins {
 
     pub(super) fn init(self, rank: usize) -> Init {
         match self {
-            Begins::Usual => Init::KaimingUniform,
+            Begins::Usual | Begins::Elsewhere | Begins::With(_) => Init::KaimingUniform,
             Begins::NonZero => Init::NonZero,
             Begins::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
             Begins::Orthogonal => Init::Orthogonal,
@@ -179,10 +214,11 @@ impl Begins {
 
     pub(super) fn value(self) -> Value {
         match self {
-            Begins::Usual => json!(true),
+            Begins::Usual | Begins::Elsewhere => json!(true),
             Begins::NonZero => json!(false),
             Begins::Gaussian => json!("gaussian"),
             Begins::Orthogonal => json!("orthogonal"),
+            Begins::With(part) => json!(part.name()),
         }
     }
 }
@@ -209,9 +245,10 @@ pub(super) fn is_set(value: &Value) -> bool {
     }
 }
 
-/// A pattern in the syntax that Python's `re` and the regex crate share. The limit keeps a hostile one small.
-fn regex(key: &str, pattern: &str) -> Result<Regex> {
-    let built = RegexBuilder::new(pattern).size_limit(1 << 20).build();
+/// A pattern in the syntax that Python's `re` and the regex crate share, between what makes it match as PEFT does. The limit keeps
+/// a hostile one small.
+fn regex(key: &str, [before, pattern, after]: [&str; 3]) -> Result<Regex> {
+    let built = RegexBuilder::new(&[before, pattern, after].concat()).size_limit(1 << 20).build();
     built.map_err(|_| refused(format!("`{key}` holds {}, want a regular expression without look-around", brief(pattern))))
 }
 

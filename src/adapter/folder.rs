@@ -1,20 +1,20 @@
 //! An adapter as its folder holds it: settings and factors in host memory, without a model.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize as to_safetensors};
 use serde_json::{Map, Value, json};
 
+use super::extra::{Extra, Role, role};
 use super::matrix::HostMatrix;
-use super::tensors::{PREFIX, key, little_endian, narrow, refused, widen};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields};
-use crate::element::{DType, bf16, f16};
+use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
+use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, publish};
+use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::file::{self, Staged};
+use crate::file;
 
 /// Settings that put more into a folder than factors, or make more of them than `scaling·B·A`.
-const MORE_THAN_FACTORS: [&str; 5] = ["bias", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_dora"];
+const MORE_THAN_FACTORS: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
 
 /// `ΔW = scaling·B·A` of one module.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,20 +41,20 @@ impl Factors {
     }
 }
 
-/// An adapter folder in host memory: every module's factors by name (`model.layers.0.self_attn.q_proj`), and the settings.
-///
-/// What a folder holds beside factors (DoRA's magnitudes, biases, whole modules) is refused by name, never dropped.
+/// An adapter folder in host memory: every module's factors by name (`model.layers.0.self_attn.q_proj`), what it holds beside
+/// them (DoRA's magnitudes, biases, whole modules), and the settings.
 #[derive(Clone, Debug)]
 pub struct Folder {
     config: AdapterConfig,
     modules: BTreeMap<String, Factors>,
+    extras: BTreeMap<String, Extra>,
 }
 
 impl Folder {
     /// Reads a folder as PEFT writes it.
     ///
-    /// Errors: [`Error::File`] for a file that is missing or damaged, or a tensor that is not a factor of a module that the
-    /// settings target, of the rank they give it; [`Error::Unsupported`] for a setting that factors do not tell.
+    /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not know of, or one they ask for
+    /// that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not know how to honour.
     pub fn read(dir: &Path) -> Result<Self> {
         let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
         Self::parse(&config, &tensors).map_err(|error| at(dir, error))
@@ -62,18 +62,20 @@ impl Folder {
 
     /// Reads the bytes of the two files. Errors: those of [`read`](Self::read).
     pub fn parse(config: &[u8], tensors: &[u8]) -> Result<Self> {
-        let config = AdapterConfig::from_json(config)?;
-        factors_tell_all(&config)?;
+        let (config, mut tensors) = (AdapterConfig::from_json(config)?, parse_tensors(tensors)?);
+        let factor =
+            |name: &String| Some(name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"))?.to_string());
+        let names: BTreeSet<String> = tensors.keys().filter_map(factor).collect();
         let mut modules = BTreeMap::new();
-        for (name, [a, b]) in pairs(tensors)? {
-            let (a, b) = (present(&name, "lora_A", a)?, present(&name, "lora_B", b)?);
-            let factors = checked(&config, &name, a, b)?;
+        for name in names {
+            let factors = checked(&config, &name, &mut tensors)?;
             modules.insert(name, factors);
         }
+        let extras = extras(&config, &modules, tensors)?;
         if modules.is_empty() {
             return Err(refused("holds no adapter".into()));
         }
-        Ok(Self { config, modules })
+        Ok(Self { config, modules, extras })
     }
 
     /// Modules whose scaling is 1, under settings that say so: `lora_alpha = r`. All else is as `template` has it, or PEFT's
@@ -102,7 +104,7 @@ impl Folder {
             let tells = rank == a.rows() && told == 1.0 && *scaling == 1.0;
             unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "scaling 1, and a name of its own")?;
         }
-        Ok(Self { config, modules })
+        Ok(Self { config, modules, extras: BTreeMap::new() })
     }
 
     /// The settings.
@@ -115,6 +117,20 @@ impl Folder {
         &self.modules
     }
 
+    /// What it holds beside factors, by the name of the tensor in its file.
+    pub fn extras(&self) -> &BTreeMap<String, Extra> {
+        &self.extras
+    }
+
+    /// Errors: [`Error::Unsupported`] if the factors do not tell all that the adapter does.
+    pub(super) fn only_factors(&self) -> Result<()> {
+        let set = |field: &'static str| Some((field, self.config.get(field).filter(|value| fields::is_set(value))?));
+        // One that began with a part of the weights took it out of them: its factors alone belong to other weights.
+        let began = self.config.began_with().map(|part| ("init_lora_weights", json!(part.name())));
+        let more = MORE_THAN_FACTORS.into_iter().find_map(set).map(|(field, value)| (field, value.clone()));
+        more.or(began).map_or(Ok(()), |(field, value)| Err(fields::unsupported(field, &value)))
+    }
+
     /// The element type of all factors, or `f32` where they differ.
     pub fn dtype(&self) -> DType {
         let mut dtypes = self.modules.values().map(|factors| factors.dtype);
@@ -122,104 +138,83 @@ impl Folder {
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
-    /// How many numbers all factors have.
+    /// How many numbers it holds.
     pub fn parameters(&self) -> usize {
-        self.modules.values().map(Factors::parameters).sum()
+        let extras: usize = self.extras.values().map(|extra| extra.tensor.values.len()).sum();
+        self.modules.values().map(Factors::parameters).sum::<usize>() + extras
     }
 
     /// Writes the folder as PEFT would, both files whole or not at all; makes the folder if it is not there.
     ///
     /// Errors: [`Error::File`], also for a number that the stored element type cannot hold.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let bytes = self.serialize().map_err(|error| at(dir, error))?;
-        let created = std::fs::create_dir_all(dir);
-        created.map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
-        let json = self.config.to_json();
-        let staged = [Staged::new(&dir.join(TENSORS_FILE), &bytes)?, Staged::new(&dir.join(CONFIG_FILE), json.as_bytes())?];
-        staged.into_iter().try_for_each(Staged::publish)
-    }
-
-    fn serialize(&self) -> Result<Vec<u8>> {
-        let mut data = Vec::new();
-        for (name, factors) in &self.modules {
-            for (which, matrix) in [("lora_A", &factors.a), ("lora_B", &factors.b)] {
-                let name = format!("{PREFIX}{}", key(name, which));
-                let (dtype, bytes) = stored(&name, factors.dtype, matrix.values())?;
-                data.push((name, dtype, vec![matrix.rows(), matrix.cols()], bytes));
-            }
-        }
-        let view = |(name, dtype, shape, bytes)| TensorView::new(dtype, shape, bytes).map(|view| (name, view));
-        let views: Result<Vec<_>, _> =
-            data.iter().map(|(name, dtype, shape, bytes)| view((name, *dtype, shape.clone(), bytes))).collect();
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
-    }
-}
-
-/// Refuses what would be lost, or be told wrongly, if only the factors were looked at.
-fn factors_tell_all(config: &AdapterConfig) -> Result<()> {
-    let set = |field: &'static str| Some((field, config.get(field).filter(|value| fields::is_set(value))?));
-    if let Some((field, value)) = MORE_THAN_FACTORS.into_iter().find_map(set) {
-        return Err(fields::unsupported(field, value));
-    }
-    // `pissa` and its kin took the first factors out of the base weights: the adapter belongs to another base.
-    match config.get("init_lora_weights") {
-        Some(Value::String(name)) if !["gaussian", "orthogonal"].contains(&name.to_lowercase().as_str()) => {
-            Err(fields::unsupported("init_lora_weights", &json!(name)))
-        }
-        _ => Ok(()),
-    }
-}
-
-type Stored = Option<(DType, HostMatrix)>;
-
-/// Both factors of every module, as far as they are there. Errors: [`Error::File`] for any other tensor.
-fn pairs(bytes: &[u8]) -> Result<BTreeMap<String, [Stored; 2]>> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(error.to_string()))?;
-    let mut pairs: BTreeMap<String, [Stored; 2]> = BTreeMap::new();
-    for (full, view) in file.iter() {
-        let short = full.strip_prefix(PREFIX).unwrap_or(full);
-        let factor = |which: &str| short.strip_suffix(".weight")?.strip_suffix(which)?.strip_suffix('.');
-        let (module, which) = match (factor("lora_A"), factor("lora_B")) {
-            (Some(module), _) => (module, 0),
-            (_, Some(module)) => (module, 1),
-            _ => {
-                return Err(refused(format!("`{full}` is not supported, want lora_A.weight and lora_B.weight of modules alone")));
-            }
+        let factor = |name: &str, which, matrix: &HostMatrix, dtype| {
+            let (shape, values) = (vec![matrix.rows(), matrix.cols()], matrix.values().to_vec());
+            (key(name, which), HostTensor { shape, dtype, values })
         };
-        let &[rows, cols] = view.shape() else {
-            return Err(refused(format!("`{full}` has {} dimensions, want 2", view.shape().len())));
-        };
-        let dtype = match view.dtype() {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => return Err(refused(format!("`{full}` holds {other:?}, want F32, F16 or BF16"))),
-        };
-        let values = widen(view.dtype(), view.data()).unwrap_or_default(); // each of the three can be widened
-        let slot = &mut pairs.entry(module.into()).or_default()[which];
-        if slot.replace((dtype, HostMatrix::new((rows, cols), values)?)).is_some() {
-            return Err(refused(format!("`{short}` is there twice, with and without `{PREFIX}`")));
-        }
+        let factors = self.modules.iter().flat_map(|(name, Factors { a, b, dtype, .. })| {
+            [factor(name, "lora_A", a, *dtype), factor(name, "lora_B", b, *dtype)]
+        });
+        let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
+        publish(&[(dir.into(), &self.config, factors.chain(extras).collect())])
     }
-    Ok(pairs)
 }
 
-fn present(module: &str, which: &str, stored: Stored) -> Result<(DType, HostMatrix)> {
-    stored.ok_or_else(|| refused(format!("`{}` is missing", key(module, which))))
-}
-
-/// The factors, if they are of the rank that the settings tell.
-fn checked(config: &AdapterConfig, name: &str, a: (DType, HostMatrix), b: (DType, HostMatrix)) -> Result<Factors> {
+/// The factors of a module, out of the tensors, if they are of the rank that the settings tell.
+fn checked(config: &AdapterConfig, name: &str, tensors: &mut HostTensors) -> Result<Factors> {
     let (rank, scaling) = told(config, name)?;
-    let dtype = if a.0 == b.0 { a.0 } else { DType::F32 };
-    let (a, b) = (a.1, b.1);
+    let mut take = |which: &str| {
+        let key = key(name, which);
+        let HostTensor { shape, dtype, values } = tensors.remove(&key).ok_or_else(|| refused(format!("`{key}` is missing")))?;
+        let &[rows, cols] = &shape[..] else {
+            return Err(refused(format!("`{key}` has {} dimensions, want 2", shape.len())));
+        };
+        Ok((dtype, HostMatrix::new((rows, cols), values)?))
+    };
+    let ((a_dtype, a), (b_dtype, b)) = (take("lora_A")?, take("lora_B")?);
     for (which, got, want) in [("lora_A", a.shape(), (rank, a.cols()).into()), ("lora_B", b.shape(), (b.rows(), rank).into())] {
         if got != want {
             return Err(refused(format!("`{}` is {got}, want {want}", key(name, which))));
         }
     }
-    Ok(Factors { a, b, scaling, dtype })
+    Ok(Factors { a, b, scaling, dtype: if a_dtype == b_dtype { a_dtype } else { DType::F32 } })
+}
+
+/// What the tensors are that are no factors: all of them known to the settings, none missing that they ask of every module.
+fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: HostTensors) -> Result<BTreeMap<String, Extra>> {
+    let mut extras = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let Some((role, target)) = role(config, &name) else {
+            return Err(refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes")));
+        };
+        extras.insert(name, Extra { role, target, tensor });
+    }
+    for (module, factors) in modules {
+        let Some(told) = config.lora_config(module) else { continue };
+        let n = factors.b.rows();
+        for (end, asked) in
+            [("lora_magnitude_vector", told.use_dora), ("lora_B.bias", told.lora_bias), ("base_layer.bias", false)]
+        {
+            let name = format!("{module}.{end}");
+            match extras.get(&name) {
+                Some(extra) if extra.tensor.shape != [n] => {
+                    return Err(refused(format!("`{name}` is {}, want {n}", spell(&extra.tensor.shape))));
+                }
+                None if asked => return Err(refused(format!("`{name}` is missing, want {n}"))),
+                _ => {}
+            }
+        }
+    }
+    let alone = |extra: &&Extra| extra.role != Role::Instead && !modules.contains_key(module_of(&extra.target));
+    match extras.iter().find(|(_, extra)| alone(extra)) {
+        Some((name, _)) => Err(refused(format!("`{name}` is there without the factors of its module"))),
+        None => Ok(extras),
+    }
+}
+
+/// The module that a weight or a bias belongs to.
+pub(crate) fn module_of(tensor: &str) -> &str {
+    tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
 }
 
 /// The rank and the scaling that the settings tell of a module.
@@ -228,15 +223,6 @@ fn told(config: &AdapterConfig, name: &str) -> Result<(usize, f32)> {
     let told = told.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
     told.check()?;
     Ok((told.rank, told.scaling.of(told.alpha, told.rank)))
-}
-
-/// The bytes of these numbers in a file. Errors: [`Error::File`] where a finite number becomes infinite.
-fn stored(name: &str, dtype: DType, values: &[f32]) -> Result<(Dtype, Vec<u8>)> {
-    Ok(match dtype {
-        DType::F32 => (Dtype::F32, little_endian(values)),
-        DType::F16 => (Dtype::F16, little_endian(&narrow::<f16>(name, values)?)),
-        DType::BF16 => (Dtype::BF16, little_endian(&narrow::<bf16>(name, values)?)),
-    })
 }
 
 fn unless(holds: bool, got: String, want: &'static str) -> Result<()> {

@@ -23,8 +23,11 @@ mod compress;
 mod config;
 #[cfg(feature = "svd")]
 mod decompose;
+mod extra;
 mod fields;
 mod folder;
+#[cfg(feature = "svd")]
+mod leading;
 mod matrix;
 mod mix;
 mod modules;
@@ -36,15 +39,21 @@ mod tensors;
 use std::path::{Path, PathBuf};
 
 pub use combine::{CombinationType, Combine, MajoritySign, combine};
+#[cfg(all(feature = "checkpoint", feature = "svd"))]
+pub(crate) use compress::inside;
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
 pub use config::{AdapterConfig, Asked};
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
+pub use extra::{Extra, Role};
+pub use fields::Principal;
+#[cfg(feature = "checkpoint")]
+pub(crate) use folder::module_of;
 pub use folder::{Factors, Folder};
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
-pub use principal::{Principal, begin_with};
+pub use principal::begin_with;
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;
@@ -88,17 +97,21 @@ pub fn folder(dir: &Path, name: &str) -> PathBuf {
 }
 
 fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfig)], dir: &Path) -> Result<()> {
+    let tensors = |(name, config)| Ok((folder(dir, name), config, parts::write(backend, model, name)?));
+    let folders = configs.iter().map(|(name, config)| tensors((name, config))).collect::<Result<Vec<_>>>()?;
+    publish(&folders)
+}
+
+/// Writes adapters into their folders: all files whole or none. Folders that are not there are made.
+fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
     let mut files = Vec::new();
-    for (name, config) in configs {
-        let dir = folder(dir, name);
-        let bytes = parts::write(backend, model, name).and_then(tensors::serialize).map_err(|error| at(&dir, error))?;
-        files.push((dir.join(TENSORS_FILE), bytes));
-        files.push((dir.join(CONFIG_FILE), config.to_json().into_bytes()));
+    for (dir, config, tensors) in folders {
+        let bytes = tensors::serialize(tensors).map_err(|error| at(dir, error))?;
+        files.extend([(dir, TENSORS_FILE, bytes), (dir, CONFIG_FILE, config.to_json().into_bytes())]);
     }
-    let stage = |(path, bytes): &(PathBuf, Vec<u8>)| {
-        let dir = path.parent().unwrap_or(dir);
+    let stage = |(dir, name, bytes): &(&PathBuf, &str, Vec<u8>)| {
         std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
-        Staged::new(path, bytes)
+        Staged::new(&dir.join(name), bytes)
     };
     let staged = files.iter().map(stage).collect::<Result<Vec<_>>>()?;
     staged.into_iter().try_for_each(Staged::publish)
@@ -106,7 +119,8 @@ fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfi
 
 /// Freezes a model and gives it the adapter of a folder as its only one, `default`. The config is for [`save_with`].
 ///
-/// The numbers are rounded to the model's element type. Errors: [`Error::File`] for a file that is missing, damaged or does
+/// The numbers are rounded to the model's element type. An adapter that began with a part of the weights (`pissa`, `olora`) loads
+/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay. Errors: [`Error::File`] for a file that is missing, damaged or does
 /// not fit the model; [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for
 /// a setting outside its range, or a model that holds a merged adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {

@@ -10,10 +10,13 @@
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
 
 use super::config::{AdapterConfig, Asked};
-use super::tensors::{self, Entry, HostTensors};
-use super::{CONFIG_FILE, fields};
+#[cfg(feature = "svd")]
+use super::principal::plain;
+use super::tensors::{self, HostTensor, HostTensors, spell};
+use super::{CONFIG_FILE, HostMatrix, Principal, fields};
 use crate::autograd::Param;
 use crate::backend::Backend;
+use crate::element::Float;
 use crate::error::Result;
 use crate::nn::{Adapter, Bias, Linear, LoraConfig, Mlp, Tuned};
 use crate::tensor::{Shape, Tensor};
@@ -29,7 +32,7 @@ pub(super) fn read<B: Backend>(
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
         let part = match config.asks(layer) {
-            Some(Asked::Lora(config)) => Tuned::Lora(file.adapter(layer, there.base(), config)?),
+            Some(Asked::Lora(asked)) => Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?),
             Some(Asked::Whole) => Tuned::Whole(file.whole(layer, there.base())?),
             Some(Asked::Bias) => match there.base().bias() {
                 Some(bias) => Tuned::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
@@ -50,11 +53,12 @@ pub(super) fn read<B: Backend>(
 }
 
 /// The tensors of an adapter of a model, under their names in a file.
-pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Result<Vec<Entry<Vec<B::Elem>>>> {
-    let mut entries = Vec::new();
+pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Result<HostTensors> {
+    let mut tensors = HostTensors::new();
     for (layer, there) in model.layers() {
-        let mut push = |end: &str, shape: Vec<usize>, tensor| {
-            entries.push(Entry { name: format!("{layer}.{end}"), shape, tensor });
+        let mut push = |end: &str, shape: Vec<usize>, elements: Vec<B::Elem>| {
+            let values = elements.into_iter().map(Float::to_f32).collect();
+            tensors.insert(format!("{layer}.{end}"), HostTensor { shape, dtype: B::Elem::DTYPE, values });
         };
         let row = |param: &Param<B>| Ok((vec![param.tensor.cols()], param.tensor.to_vec(backend)?));
         let mut rows = Vec::new();
@@ -80,7 +84,7 @@ pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Resu
             push(end, shape, tensor);
         }
     }
-    Ok(entries)
+    Ok(tensors)
 }
 
 /// The tensors of a file that nobody has taken yet.
@@ -90,11 +94,16 @@ struct File<'b, B> {
 }
 
 impl<B: Backend> File<'_, B> {
-    fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig) -> Result<Adapter<B>> {
+    fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig, part: Option<Principal>) -> Result<Adapter<B>> {
         config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
-        let a = self.take(&tensors::key(layer, "lora_A"), (config.rank, k).into(), &[config.rank, k])?;
-        let b = self.take(&tensors::key(layer, "lora_B"), (n, config.rank).into(), &[n, config.rank])?;
+        let names = [tensors::key(layer, "lora_A"), tensors::key(layer, "lora_B")];
+        let factors = [self.matrix(&names[0], (config.rank, k).into())?, self.matrix(&names[1], (n, config.rank).into())?];
+        let ([a, b], config) = match part {
+            Some(part) => plain((self.backend, layer, &base.weight().tensor), factors, config, part)?,
+            None => (factors, config),
+        };
+        let (a, b) = (self.up(&names[0], &a)?, self.up(&names[1], &b)?);
         let LoraConfig { lora_bias, use_dora, bias, .. } = config;
         let mut adapter = Adapter::from_tensors(a, b, config)?;
         if lora_bias {
@@ -111,24 +120,46 @@ impl<B: Backend> File<'_, B> {
 
     fn whole(&mut self, layer: &str, base: &Linear<B>) -> Result<Linear<B>> {
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
-        let weight = self.take(&format!("{layer}.weight"), (n, k).into(), &[n, k])?;
+        let name = format!("{layer}.weight");
+        let weight = self.matrix(&name, (n, k).into())?;
+        let weight = self.up(&name, &weight)?;
         let bias = base.bias().map(|_| self.row(&format!("{layer}.bias"), n)).transpose()?;
         Linear::from_tensors(weight, bias)
     }
 
     /// A vector of the file, `1×n` on the device.
     fn row(&mut self, name: &str, n: usize) -> Result<Tensor<B>> {
-        self.take(name, (1, n).into(), &[n])
+        let row = HostMatrix::new((1, n), self.take(name, &[n])?)?;
+        self.up(name, &row)
     }
 
-    /// A tensor of the file on the device, if it is there, has this shape, and no number overflows.
-    fn take(&mut self, name: &str, shape: Shape, want: &[usize]) -> Result<Tensor<B>> {
-        let spell = |shape: &[usize]| shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×");
+    fn matrix(&mut self, name: &str, shape: Shape) -> Result<HostMatrix> {
+        HostMatrix::new(shape, self.take(name, &[shape.rows, shape.cols])?)
+    }
+
+    /// The numbers of a tensor of the file, if it is there and has this shape.
+    fn take(&mut self, name: &str, want: &[usize]) -> Result<Vec<f32>> {
         let missing = || tensors::refused(format!("`{name}` is missing, want {}", spell(want)));
         let tensor = self.tensors.remove(name).ok_or_else(missing)?;
         if tensor.shape != want {
             return Err(tensors::refused(format!("`{name}` is {}, want {}", spell(&tensor.shape), spell(want))));
         }
-        Tensor::from_slice(self.backend, shape, &tensors::narrow(name, &tensor.values)?)
+        Ok(tensor.values)
     }
+
+    /// On the device, if no number overflows.
+    fn up(&self, name: &str, matrix: &HostMatrix) -> Result<Tensor<B>> {
+        Tensor::from_slice(self.backend, matrix.shape(), &tensors::narrow(name, matrix.values())?)
+    }
+}
+
+/// Errors: [`Error::Unsupported`](crate::Error::Unsupported): what such an adapter began with takes a decomposition.
+#[cfg(not(feature = "svd"))]
+fn plain<B: Backend>(
+    _: (&B, &str, &Tensor<B>),
+    _: [HostMatrix; 2],
+    _: LoraConfig,
+    part: Principal,
+) -> Result<([HostMatrix; 2], LoraConfig)> {
+    Err(part.needs_svd())
 }

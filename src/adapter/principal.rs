@@ -1,20 +1,12 @@
 //! Adapters that begin with a part of the weight they adapt: `W -= scaling·B·A`.
 
-use super::{HostMatrix, olora, pissa};
+use super::compress::inside;
+use super::{HostMatrix, Principal, olora, pissa};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adapter, LoraConfig, Merge, Mlp, Tuned};
+use crate::nn::{Adapter, LoraConfig, Merge, Mlp, Scaling, Tuned};
 use crate::tensor::Tensor;
-
-/// Which part of a weight an adapter begins with: PEFT's `init_lora_weights` of the same name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Principal {
-    /// The greatest singular values, shared between `A` and `B` (F. Meng et al., 2024).
-    Pissa,
-    /// The first columns of `Q` and rows of `R` in `W = Q·R` (K. Büyükakyüz, 2024).
-    Olora,
-}
 
 /// Moves the principal part of each weight that an adapter adapts into the adapter: `W -= scaling·B·A`, and the model computes
 /// what it did.
@@ -65,15 +57,47 @@ fn factors<B: Backend>(
     Error::unless(adapter.room() == there.rank, "begin_with", "room", adapter.room(), "the rank, as when it was added")?;
     let usual = there.scaling.of(there.alpha, there.rank);
     Error::unless(adapter.scaling() == usual, "begin_with", "scale", adapter.scaling() / usual, "1, as when it was added")?;
-    let host = w.to_vec(backend)?.into_iter().map(Float::to_f32).collect();
-    let host = HostMatrix::new(w.shape(), host)?;
-    let scaling = f64::from(adapter.scaling());
-    let (a, b) = match part {
-        Principal::Pissa => pissa(&host, there.rank, scaling)?,
-        Principal::Olora => olora(&host, there.rank)?,
-    };
+    let (a, b) = part.of(&host(backend, w)?, there.rank, adapter.scaling())?;
     let config = LoraConfig { scaling: there.scaling, ..LoraConfig::new(there.rank, there.alpha) };
     Ok((a, b, config))
+}
+
+impl Principal {
+    /// `A₀` and `B₀`: what an adapter of this weight begins with.
+    fn of(self, w: &HostMatrix, rank: usize, scaling: f32) -> Result<(HostMatrix, HostMatrix)> {
+        match self {
+            Principal::Pissa => pissa(w, rank, scaling.into()),
+            Principal::Olora => olora(w, rank),
+        }
+    }
+
+    /// The factors of the plain adapter that one which began so comes to: `A` over `A₀`, `B` beside `-B₀`.
+    ///
+    /// Errors: [`Error::Value`] for a weight or a scaling that cannot be decomposed.
+    pub(crate) fn plain(self, w: &HostMatrix, [a, b]: [HostMatrix; 2], scaling: f32) -> Result<[HostMatrix; 2]> {
+        let rank = a.rows();
+        let (a0, b0) = self.of(w, rank, scaling)?;
+        let over = [a.values(), a0.values()].concat();
+        let rows = b.values().chunks_exact(rank).zip(b0.values().chunks_exact(rank));
+        let beside = rows.flat_map(|(b, b0)| b.iter().copied().chain(b0.iter().map(|b0| -b0))).collect();
+        Ok([HostMatrix::new((2 * rank, a.cols()), over)?, HostMatrix::new((b.rows(), 2 * rank), beside)?])
+    }
+}
+
+/// The factors of a folder, and their settings, as a plain adapter of this layer. Errors: those of [`Principal::plain`].
+pub(super) fn plain<B: Backend>(
+    (backend, layer, w): (&B, &str, &Tensor<B>),
+    factors: [HostMatrix; 2],
+    config: LoraConfig,
+    part: Principal,
+) -> Result<([HostMatrix; 2], LoraConfig)> {
+    let scaling = config.scaling.of(config.alpha, config.rank);
+    let factors = part.plain(&host(backend, w)?, factors, scaling).map_err(|error| inside(layer, error))?;
+    Ok((factors, LoraConfig { rank: 2 * config.rank, alpha: scaling, scaling: Scaling::Raw, ..config }))
+}
+
+fn host<B: Backend>(backend: &B, w: &Tensor<B>) -> Result<HostMatrix> {
+    HostMatrix::new(w.shape(), w.to_vec(backend)?.into_iter().map(Float::to_f32).collect())
 }
 
 fn narrow<E: Float>(matrix: &HostMatrix) -> Vec<E> {

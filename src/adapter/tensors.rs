@@ -16,6 +16,8 @@ pub(super) const PREFIX: &str = "base_model.model.";
 pub struct HostTensor {
     /// The length of each dimension.
     pub shape: Vec<usize>,
+    /// How a file stores the elements.
+    pub dtype: DType,
     /// The elements, row by row.
     pub values: Vec<f32>,
 }
@@ -34,40 +36,42 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| refused(error.to_string()))?;
     let mut tensors = HostTensors::new();
     for (name, view) in file.iter() {
-        let values = widen(view.dtype(), view.data()).ok_or_else(|| {
+        let (dtype, values) = widen(view.dtype(), view.data()).ok_or_else(|| {
             refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", view.dtype())) // as the file spells them
         })?;
         let short = name.strip_prefix(PREFIX).unwrap_or(name);
-        if tensors.insert(short.into(), HostTensor { shape: view.shape().into(), values }).is_some() {
+        if tensors.insert(short.into(), HostTensor { shape: view.shape().into(), dtype, values }).is_some() {
             return Err(refused(format!("`{short}` is there twice, with and without `{PREFIX}`")));
         }
     }
     Ok(tensors)
 }
 
-/// A tensor of an adapter on its way to or from a file: its name without the prefix, and its shape there.
-pub(super) struct Entry<T> {
-    pub(super) name: String,
-    pub(super) shape: Vec<usize>,
-    pub(super) tensor: T,
-}
-
-/// The bytes of a file with these tensors, in the element type they have.
-pub(super) fn serialize<E: Float>(tensors: Vec<Entry<Vec<E>>>) -> Result<Vec<u8>> {
-    let bytes = |Entry { name, shape, tensor }: Entry<Vec<E>>| (format!("{PREFIX}{name}"), shape, little_endian(&tensor));
-    let data: Vec<_> = tensors.into_iter().map(bytes).collect();
-    let dtype = match E::DTYPE {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
+/// The bytes of a file with these tensors, each in the element type it has. Errors: [`Error::File`] for a number that is more
+/// than its type can hold.
+pub(super) fn serialize(tensors: &HostTensors) -> Result<Vec<u8>> {
+    let stored = |(name, tensor): (&String, &HostTensor)| {
+        let name = format!("{PREFIX}{name}");
+        let (dtype, bytes) = stored(&name, tensor.dtype, &tensor.values)?;
+        Ok((name, dtype, tensor.shape.clone(), bytes))
     };
-    let view = |(name, shape, bytes)| TensorView::new(dtype, shape, bytes).map(|view| (name, view));
-    let views: Result<Vec<_>, _> = data.iter().map(|(name, shape, bytes)| view((name, shape.clone(), bytes))).collect();
+    let data = tensors.iter().map(stored).collect::<Result<Vec<_>>>()?;
+    let view = |(name, dtype, shape, bytes)| TensorView::new(dtype, shape, bytes).map(|view| (name, view));
+    let views: Result<Vec<_>, _> =
+        data.iter().map(|(name, dtype, shape, bytes)| view((name, *dtype, shape.clone(), bytes))).collect();
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
 }
 
-pub(super) fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
+fn stored(name: &str, dtype: DType, values: &[f32]) -> Result<(Dtype, Vec<u8>)> {
+    Ok(match dtype {
+        DType::F32 => (Dtype::F32, little_endian(values)),
+        DType::F16 => (Dtype::F16, little_endian(&narrow::<f16>(name, values)?)),
+        DType::BF16 => (Dtype::BF16, little_endian(&narrow::<bf16>(name, values)?)),
+    })
+}
+
+fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
     let values = values.iter().map(|value| value.to_f32());
     match E::DTYPE {
         DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
@@ -76,13 +80,13 @@ pub(super) fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
     }
 }
 
-/// The elements of a file as `f32`; `None` for a type that is not one of the three.
-pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+/// The elements of a file as `f32`, and how they are stored; `None` for a type that is not one of the three.
+fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
     let halves = || bytes.as_chunks().0.iter();
     match dtype {
-        Dtype::F32 => Some(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()),
-        Dtype::F16 => Some(halves().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect()),
-        Dtype::BF16 => Some(halves().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect()),
+        Dtype::F32 => Some((DType::F32, bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())),
+        Dtype::F16 => Some((DType::F16, halves().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect())),
+        Dtype::BF16 => Some((DType::BF16, halves().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect())),
         _ => None,
     }
 }
@@ -95,6 +99,11 @@ pub(super) fn narrow<E: Float>(name: &str, values: &[f32]) -> Result<Vec<E>> {
         if fits { Ok(narrowed) } else { Err(refused(format!("`{name}` holds {value}, more than {} can", E::DTYPE))) }
     };
     values.iter().map(narrow).collect()
+}
+
+/// `7×9`
+pub(super) fn spell(shape: &[usize]) -> String {
+    shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
 }
 
 /// What is wrong with the file, before it is known where it lies.

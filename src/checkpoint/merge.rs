@@ -1,27 +1,23 @@
-//! `W += scale·B·A` on disk: an adapter into a checkpoint, and out of it again.
+//! An adapter into a checkpoint on disk, and out of it again: `W += scale·B·A`, and what goes with it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 
-use memmap2::Mmap;
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
+use super::change::{Change, Changed, Set, Update, changes};
 use super::convert::Convert;
 use super::header::Entry;
-use super::residue::{Keeper, Restorer};
+use super::residue::{Keeper, Restored, Restorer};
 use super::rewrite::{Edit, Pass, rewrite};
-use super::{Checkpoint, Shard, Watch, listed, number, refused};
-use crate::adapter::{Factors, Folder};
+use super::weight::{BLOCK, Weight};
+use super::{Checkpoint, Shard, Watch, refused};
+use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::op::{LoraMerge, Rounding};
-use crate::tensor::Tensor;
 
-/// Elements of a weight that are merged at once: 1 MiB of `f32`, which stays in L2 from its widening to its rounding.
-const BLOCK: usize = 1 << 18;
 /// Blocks that are merged side by side, then written in their order.
 const BLOCKS: usize = 8;
 
@@ -30,7 +26,7 @@ const BLOCKS: usize = 8;
 pub struct Merge<'m> {
     /// The model.
     pub base: &'m Checkpoint,
-    /// What is added to it. The weight of its module `x` is the tensor `x.weight`.
+    /// What is merged into it. The weight of its module `x` is the tensor `x.weight`.
     pub adapter: &'m Folder,
     /// The new checkpoint: a file if `base` was opened as one, else a folder that is not there yet.
     pub out: &'m Path,
@@ -44,9 +40,13 @@ pub struct Merge<'m> {
 
 /// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once.
 ///
-/// Tensors that are not targets are copied as bytes; names, metadata and the order of everything stay. Errors:
-/// [`Error::File`] for modules without a weight, weights that do not fit, results that are not finite, and what the disk
-/// refuses; [`Error::Value`] for a residue of weights that change their type; [`Error::Interrupted`]. Nothing is written then.
+/// With magnitudes (DoRA) every row is then given its length; biases are added to or replaced, whole modules replaced. Tensors that
+/// are not targets are copied as bytes; names, metadata and the order of everything stay. One weight at a time is decomposed for an
+/// adapter that [began with a part of it](crate::adapter::Principal).
+///
+/// Errors: [`Error::File`] for modules without a weight, tensors that do not fit, results that are not finite, and what the disk
+/// refuses; [`Error::Value`] for a residue of weights that change their type; [`Error::Unsupported`] for a residue of decomposed
+/// weights; [`Error::Interrupted`]. Nothing is written then.
 pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
     let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite } = *request;
     let mut updates = Updates::new(base, adapter, 1.0)?;
@@ -62,7 +62,10 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
         "set",
         "absent where a residue is kept: rounded weights cannot be restored",
     )?;
-    let targets: Vec<&Entry> = updates.modules.keys().filter_map(|name| Some(base.find(name)?.1)).collect();
+    decomposes_nothing(adapter)?;
+    let rows = |change: &Change<'_>| matches!(change, Change::Update(update) if update.magnitudes.is_some());
+    let targets = updates.changes.iter().filter_map(|(name, change)| Some((base.find(name)?.1, rows(change))));
+    let targets: Vec<(&Entry, bool)> = targets.collect();
     let mut merged = None;
     let residue = Keeper::stage(path, &targets, |keeper| {
         let mut updates = Updates { residue: Residue::Keep(keeper), ..updates };
@@ -75,30 +78,44 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
 
 /// Writes a checkpoint with an adapter taken out of it: `W - scale·B·A`.
 ///
-/// With the residue that [`merge`] kept, every weight is bit for bit what it was; without, it is that within rounding.
-/// Errors: as [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter.
+/// With the residue that [`merge`] kept, every tensor is bit for bit what it was; without, it is that within rounding.
+/// Errors: as [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or there is none and a
+/// merged tensor does not tell what it was: one that was replaced, or whose rows were given other lengths.
 pub fn unmerge(merged: &Checkpoint, adapter: &Folder, out: &Path, residue: Option<&Path>, mut watch: Watch<'_>) -> Result<()> {
+    decomposes_nothing(adapter)?;
     let mut updates = Updates::new(merged, adapter, -1.0)?;
     let restorer = residue.map(Restorer::open).transpose()?;
     if let Some(restorer) = &restorer {
-        restorer.covers(updates.modules.keys())?;
+        restorer.covers(updates.changes.keys())?;
         updates.allow_non_finite = true; // what comes back is what was there
         updates.residue = Residue::Restore(restorer);
+    }
+    let hidden = updates.changes.iter().find_map(|(name, change)| Some((name, change.hides()?)));
+    if let (Some((name, why)), None) = (hidden, residue) {
+        return Err(refused(merged.path(), format!("`{name}` cannot be restored without the residue of the merge: {why}")));
     }
     rewrite(merged, out, &mut updates, &mut watch)?.publish()
 }
 
-/// What is done about the weights that rounding does not restore.
+/// Errors: [`Error::Unsupported`] for an adapter whose update takes the weights as they were before they were merged.
+fn decomposes_nothing(adapter: &Folder) -> Result<()> {
+    let value = |part: Principal| format!("\"{}\" where a merge is to be undone", part.name());
+    adapter.config().began_with().map_or(Ok(()), |part| {
+        Err(Error::Unsupported { path: CONFIG_FILE.into(), field: "init_lora_weights", value: value(part) })
+    })
+}
+
+/// What is done about the elements that rounding does not restore.
 enum Residue<'r> {
     None,
     Keep(&'r mut Keeper),
     Restore(&'r Restorer),
 }
 
-/// The updates of a checkpoint, by the name of the tensor they change.
+/// The changes of a checkpoint, forth or back.
 struct Updates<'r> {
     cpu: Cpu<f32>,
-    modules: BTreeMap<String, &'r Factors>,
+    changes: BTreeMap<String, Change<'r>>,
     sign: f32,
     convert: Convert,
     residue: Residue<'r>,
@@ -107,24 +124,9 @@ struct Updates<'r> {
 
 impl<'r> Updates<'r> {
     fn new(base: &Checkpoint, adapter: &'r Folder, sign: f32) -> Result<Self> {
-        let modules: BTreeMap<String, &Factors> =
-            adapter.modules().iter().map(|(module, factors)| (format!("{module}.weight"), factors)).collect();
-        let missing: Vec<String> = modules.keys().filter(|name| base.find(name).is_none()).cloned().collect();
-        if !missing.is_empty() {
-            return Err(refused(base.path(), format!("has no {}, which the adapter updates", listed(&missing))));
-        }
-        for (name, factors) in &modules {
-            let Some((shard, entry)) = base.find(name) else { continue };
-            let (n, k) = (factors.b.rows(), factors.a.cols());
-            if entry.shape != [n, k] {
-                return Err(shard.refused(format!("`{name}` is {}, want {n}×{k} for the adapter", entry.dimensions())));
-            }
-            if entry.float().is_none() {
-                return Err(shard.refused(format!("`{name}` holds {:?}, want F32, F16 or BF16 to be merged into", entry.dtype)));
-            }
-        }
         let (convert, residue) = (Convert(None), Residue::None);
-        Ok(Self { cpu: Cpu::new()?, modules, sign, convert, residue, allow_non_finite: false })
+        let (cpu, changes) = (Cpu::new()?, changes(base, adapter)?);
+        Ok(Self { cpu, changes, sign, convert, residue, allow_non_finite: false })
     }
 }
 
@@ -134,13 +136,11 @@ impl Edit for Updates<'_> {
     }
 
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()> {
-        let (Some(&factors), Some(from)) = (self.modules.get(&entry.name), entry.float()) else {
+        let (Some(change), Some(from)) = (self.changes.get(&entry.name), entry.float()) else {
             return self.convert.write(shard, entry, pass);
         };
-        let to = self.convert.0.unwrap_or(from);
-        let keeps = matches!(self.residue, Residue::Keep(_));
-        let weight = Weight::new(&self.cpu, factors, self.sign * factors.scaling, [from, to], keeps)?;
-        let mut restored = match &mut self.residue {
+        let dtypes = [from, self.convert.0.unwrap_or(from)];
+        let restored = match &mut self.residue {
             Residue::Restore(restorer) => Some(restorer.tensor(entry)?),
             Residue::Keep(keeper) => {
                 keeper.begin(entry);
@@ -148,108 +148,81 @@ impl Edit for Updates<'_> {
             }
             Residue::None => None,
         };
-        for blocks in weight.blocks().chunks(BLOCKS) {
-            let buffers: Vec<_> = blocks.iter().map(|&block| (block, pass.buffer(weight.elements(block) * to.size()))).collect();
-            let updated = buffers.into_par_iter().map(|(block, new)| weight.update(&self.cpu, (shard, entry), block, new));
-            for Updated { first, mut new, finite, bytes, kept } in updated.collect::<Result<Vec<_>>>()? {
-                if !finite && !self.allow_non_finite {
-                    return Err(shard.refused(format!("`{}` is not finite once merged; nothing was written", entry.name)));
-                }
-                if let Some(restored) = &mut restored {
-                    restored.patch(first, &mut new);
-                }
-                if let (Residue::Keep(keeper), Some((old, back))) = (&mut self.residue, kept) {
-                    keeper.compare(first, &old, &back);
-                }
-                pass.write(new)?;
-                pass.done(bytes)?;
-            }
+        let Self { cpu, sign, residue, allow_non_finite, .. } = self;
+        let mut target =
+            Target { place: (shard, entry), dtypes, sign: *sign, pass, residue, restored, allow_non_finite: *allow_non_finite };
+        match change {
+            Change::Set(set) => target.set(set)?,
+            Change::Update(update) => target.update(cpu, update)?,
         }
-        if let Residue::Keep(keeper) = &mut self.residue {
+        target.end()
+    }
+}
+
+/// A tensor that is changed, block by block.
+struct Target<'t, 'p, 'w, 'r> {
+    place: (&'t Shard, &'t Entry),
+    dtypes: [DType; 2],
+    sign: f32,
+    pass: &'t mut Pass<'p, 'w>,
+    residue: &'t mut Residue<'r>,
+    restored: Option<Restored>,
+    allow_non_finite: bool,
+}
+
+impl Target<'_, '_, '_, '_> {
+    fn keeps(&self) -> bool {
+        matches!(self.residue, Residue::Keep(_))
+    }
+
+    fn set(&mut self, set: &Set<'_>) -> Result<()> {
+        let total = self.place.1.elements();
+        for first in (0..total).step_by(BLOCK) {
+            let len = BLOCK.min(total - first);
+            let new = self.pass.buffer(len * self.dtypes[1].size());
+            let changed = set.block(self.place, self.sign, [first, len], self.dtypes, self.keeps(), new)?;
+            self.put(changed)?;
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, cpu: &Cpu<f32>, update: &Update<'_>) -> Result<()> {
+        let decomposed = update.decomposed(self.place, self.dtypes[0])?;
+        let factors = decomposed.as_ref().unwrap_or(&*update.factors);
+        let gains = self.restored.as_mut().map(Restored::take_gains).unwrap_or_default();
+        let weight = Weight::new(cpu, factors, (self.sign, self.dtypes, self.keeps()), (update.magnitudes, &gains))?;
+        for blocks in weight.blocks().chunks(BLOCKS) {
+            let buffer = |&block| (block, self.pass.buffer(weight.elements(block) * self.dtypes[1].size()));
+            let buffers: Vec<_> = blocks.iter().map(buffer).collect();
+            let place = self.place;
+            let changed = buffers.into_par_iter().map(|(block, new)| weight.update(cpu, place, block, new));
+            changed.collect::<Result<Vec<_>>>()?.into_iter().try_for_each(|changed| self.put(changed))?;
+        }
+        Ok(())
+    }
+
+    /// The next block.
+    fn put(&mut self, changed: Changed) -> Result<()> {
+        let Changed { first, mut new, finite, bytes, kept, gains } = changed;
+        if !finite && !self.allow_non_finite {
+            let (shard, entry) = self.place;
+            return Err(shard.refused(format!("`{}` is not finite once merged; nothing was written", entry.name)));
+        }
+        if let Some(restored) = &mut self.restored {
+            restored.patch(first, &mut new);
+        }
+        if let (Residue::Keep(keeper), Some((old, back))) = (&mut *self.residue, kept) {
+            keeper.compare(first, &old, &back);
+            keeper.keep_gains(&gains);
+        }
+        self.pass.write(new)?;
+        self.pass.done(bytes)
+    }
+
+    fn end(self) -> Result<()> {
+        if let Residue::Keep(keeper) = self.residue {
             keeper.end()?;
         }
-        restored.map_or(Ok(()), |restored| restored.end())
-    }
-}
-
-/// A weight on its way through memory, in blocks of rows that do not depend on the number of threads.
-struct Weight<'f> {
-    factors: &'f Factors,
-    scale: f32,
-    a: Tensor<Cpu<f32>>,
-    dtypes: [DType; 2],
-    /// Whether blocks are kept as they were, and as they come back.
-    keeps: bool,
-    /// Blocks of `f32` that are not in use: fresh pages cost more than the sums.
-    spare: Mutex<Vec<Tensor<Cpu<f32>>>>,
-}
-
-/// A block of rows, merged.
-struct Updated {
-    /// Its first element.
-    first: usize,
-    new: Vec<u8>,
-    finite: bool,
-    /// How many bytes it had.
-    bytes: usize,
-    /// What it was, and what taking the update out of it gives.
-    kept: Option<(Mmap, Vec<u8>)>,
-}
-
-/// The first row, and how many.
-type Block = [usize; 2];
-
-impl<'f> Weight<'f> {
-    fn new(cpu: &Cpu<f32>, factors: &'f Factors, scale: f32, dtypes: [DType; 2], keeps: bool) -> Result<Self> {
-        let a = Tensor::from_slice(cpu, factors.a.shape(), factors.a.values())?;
-        Ok(Self { factors, scale, a, dtypes, keeps, spare: Mutex::default() })
-    }
-
-    fn blocks(&self) -> Vec<Block> {
-        let (n, rows) = (self.factors.b.rows(), (BLOCK / self.a.cols().max(1)).max(1));
-        (0..n).step_by(rows).map(|first| [first, rows.min(n - first)]).collect()
-    }
-
-    fn elements(&self, [_, rows]: Block) -> usize {
-        rows * self.a.cols()
-    }
-
-    /// `new = W + scale·B·A` for the rows of a block.
-    fn update(&self, cpu: &Cpu<f32>, (shard, entry): (&Shard, &Entry), block: Block, mut new: Vec<u8>) -> Result<Updated> {
-        let [from, to] = self.dtypes;
-        let (first, len) = (block[0] * self.a.cols(), self.elements(block));
-        let old = shard.read(entry, first * from.size(), len * from.size())?;
-        let finite = self.add(cpu, block, self.scale, [from, to], &old, &mut new)?;
-        let bytes = old.len();
-        let kept = if self.keeps {
-            let mut back = vec![0; bytes];
-            self.add(cpu, block, -self.scale, [to, from], &new, &mut back)?;
-            Some((old, back))
-        } else {
-            None
-        };
-        Ok(Updated { first, new, finite, bytes, kept })
-    }
-
-    /// `new = old + scale·B·A`, summed in `f32` and rounded once. Says whether all of it is finite.
-    fn add(
-        &self,
-        cpu: &Cpu<f32>,
-        [first, rows]: Block,
-        scale: f32,
-        dtypes: [DType; 2],
-        old: &[u8],
-        new: &mut [u8],
-    ) -> Result<bool> {
-        let (r, shape) = (self.factors.rank(), (rows, self.a.cols()).into());
-        let b = Tensor::from_slice(cpu, (rows, r), &self.factors.b.values()[first * r..(first + rows) * r])?;
-        let spare = || self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = spare().pop().filter(|w| w.shape() == shape);
-        let mut w = fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)?;
-        number::widen(dtypes[0], old, w.buffer_mut());
-        LoraMerge { a: &self.a, b: &b, scale, rounding: Rounding::Nearest, w: &mut w }.run(cpu)?;
-        let finite = number::narrow(dtypes[1], w.buffer(), new);
-        spare().push(w);
-        Ok(finite)
+        self.restored.map_or(Ok(()), Restored::end)
     }
 }

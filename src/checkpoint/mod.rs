@@ -3,13 +3,16 @@
 //! ```text
 //! mod.rs header.rs map.rs    what a checkpoint holds
 //! rewrite.rs output.rs       the same checkpoint with some tensors changed, whole or not at all
-//! merge.rs convert.rs        which tensors, and how
+//! change.rs merge.rs weight.rs  what an adapter does to which tensor, and how
+//! residue.rs                 what takes it back to the bit
+//! convert.rs                 another element type
 //! extract.rs                 an adapter out of two checkpoints
 //! ```
 //!
 //! Memory stays near one piece of a tensor, whatever the size of the model. Every verb takes a `watch`, which is told how many
 //! more bytes are done and may break off: then nothing was written.
 
+mod change;
 mod convert;
 #[cfg(feature = "svd")]
 mod extract;
@@ -20,6 +23,7 @@ mod number;
 mod output;
 mod residue;
 mod rewrite;
+mod weight;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

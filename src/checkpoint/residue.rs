@@ -1,7 +1,8 @@
 //! What makes unmerging exact: the few weights that `W + ΔW - ΔW` does not give back, kept beside the merged checkpoint.
 //!
-//! A safetensors file. For each merged tensor `x` it holds `x.index` (U32: which elements), `x.value` (what they were) and,
-//! in its metadata, a digest of all that the tensor was, so that what is restored is known to be right.
+//! A safetensors file. For each merged tensor `x` it holds `x.index` (U32: which elements), `x.value` (what they were), `x.gain` (F32:
+//! what its rows were multiplied with, if they were) and, in its metadata, a digest of all that the tensor was, so that what is
+//! restored is known to be right.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -34,21 +35,28 @@ struct Tensor {
     entry: Entry,
     index: Vec<u8>,
     value: Vec<u8>,
+    gains: Vec<u8>,
     digest: u64,
 }
 
 impl Keeper {
-    /// A residue of these tensors, on the disk but without its name; `merge` is to compare them all.
-    pub(super) fn stage(path: &Path, targets: &[&Entry], merge: impl FnOnce(&mut Keeper) -> Result<()>) -> Result<Staged> {
-        let large = targets.iter().find(|entry| u32::try_from(entry.elements()).is_err());
-        if let Some(entry) = large {
+    /// A residue of these tensors, on the disk but without its name; `merge` is to compare them all. Beside each, whether its rows
+    /// have gains.
+    pub(super) fn stage(
+        path: &Path,
+        targets: &[(&Entry, bool)],
+        merge: impl FnOnce(&mut Keeper) -> Result<()>,
+    ) -> Result<Staged> {
+        let large = targets.iter().find(|(entry, _)| u32::try_from(entry.elements()).is_err());
+        if let Some((entry, _)) = large {
             return Err(refused(path, format!("`{}` has more elements than a residue can number", entry.name)));
         }
         Staged::with(path, |file| {
             let file = file.try_clone().map_err(|error| failed(path, &error))?;
             let (header, digests) = Default::default();
             let mut keeper = Keeper { path: path.into(), file, room: 0, header, digests, written: 0, tensor: None };
-            targets.iter().for_each(|entry| keeper.tell(entry, usize::MAX / 16, 1 << 60, u64::MAX));
+            const MANY: usize = usize::MAX / 32;
+            targets.iter().for_each(|(entry, rows)| keeper.tell(entry, [MANY, MANY * usize::from(*rows)], 1 << 60, u64::MAX));
             keeper.room = keeper.text().len().next_multiple_of(8);
             (keeper.header, keeper.digests) = Default::default();
             keeper.write(&vec![b' '; 8 + keeper.room])?;
@@ -59,7 +67,7 @@ impl Keeper {
     }
 
     pub(super) fn begin(&mut self, entry: &Entry) {
-        self.tensor = Some(Tensor { entry: entry.clone(), index: Vec::new(), value: Vec::new(), digest: 0 });
+        self.tensor = Some(Tensor { entry: entry.clone(), index: Vec::new(), value: Vec::new(), gains: Vec::new(), digest: 0 });
     }
 
     /// Some elements of the tensor, from `first` on: as they were, and as unmerging gives them back.
@@ -75,20 +83,31 @@ impl Keeper {
         }
     }
 
+    /// What the next rows of the tensor were multiplied with.
+    pub(super) fn keep_gains(&mut self, gains: &[f32]) {
+        if let Some(tensor) = &mut self.tensor {
+            tensor.gains.extend(gains.iter().flat_map(|gain| gain.to_le_bytes()));
+        }
+    }
+
     pub(super) fn end(&mut self) -> Result<()> {
         let Some(tensor) = self.tensor.take() else { return Ok(()) };
-        self.tell(&tensor.entry, tensor.index.len() / 4, self.written, tensor.digest);
+        self.tell(&tensor.entry, [tensor.index.len() / 4, tensor.gains.len() / 4], self.written, tensor.digest);
         self.write(&tensor.index)?;
-        self.write(&tensor.value)
+        self.write(&tensor.value)?;
+        self.write(&tensor.gains)
     }
 
     /// Enters a tensor of which `count` elements are kept into the header, from byte `start` on.
-    fn tell(&mut self, entry: &Entry, count: usize, start: usize, digest: u64) {
+    fn tell(&mut self, entry: &Entry, [count, rows]: [usize; 2], start: usize, digest: u64) {
         let (middle, size) = (start + 4 * count, entry.dtype.bitsize() / 8);
-        let info =
-            |dtype: Dtype, start: usize, end: usize| json!({"dtype": dtype, "shape": [count], "data_offsets": [start, end]});
-        self.header.insert(index_of(&entry.name), info(Dtype::U32, start, middle));
-        self.header.insert(value_of(&entry.name), info(entry.dtype, middle, middle + size * count));
+        let end = middle + size * count;
+        let info = |dtype: Dtype, count: usize, start: usize, end: usize| json!({"dtype": dtype, "shape": [count], "data_offsets": [start, end]});
+        self.header.insert(index_of(&entry.name), info(Dtype::U32, count, start, middle));
+        self.header.insert(value_of(&entry.name), info(entry.dtype, count, middle, end));
+        if rows > 0 {
+            self.header.insert(gain_of(&entry.name), info(Dtype::F32, rows, end, end + 4 * rows));
+        }
         self.digests.insert(entry.name.clone(), json!(format!("{digest:016x}")));
     }
 
@@ -158,9 +177,21 @@ impl Restorer {
         if !rising || index.len() * size != values.len() || index.last().is_some_and(|&last| last >= entry.elements()) {
             return Err(refused(self.file.path(), format!("what is kept of `{}` does not fit the tensor", entry.name)));
         }
+        let gains = match self.file.find(&gain_of(&entry.name)) {
+            Some(_) => {
+                part(gain_of(&entry.name), Dtype::F32)?.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+            }
+            None => Vec::new(),
+        };
+        if !gains.is_empty() && Some(&gains.len()) != entry.shape.first() {
+            return Err(refused(
+                self.file.path(),
+                format!("what is kept of the rows of `{}` does not fit the tensor", entry.name),
+            ));
+        }
         let want = self.digests.get(&entry.name).and_then(Value::as_str).unwrap_or_default().to_string();
         let (path, name) = (self.file.path().to_path_buf(), entry.name.clone());
-        Ok(Restored { path, name, size, index, values, next: 0, digest: 0, want })
+        Ok(Restored { path, name, size, index, values, gains, next: 0, digest: 0, want })
     }
 }
 
@@ -171,12 +202,18 @@ pub(super) struct Restored {
     size: usize,
     index: Vec<usize>,
     values: Vec<u8>,
+    gains: Vec<f32>,
     next: usize,
     digest: u64,
     want: String,
 }
 
 impl Restored {
+    /// What the rows were multiplied with, if they were.
+    pub(super) fn take_gains(&mut self) -> Vec<f32> {
+        std::mem::take(&mut self.gains)
+    }
+
     /// Puts the kept elements among those from `first` on.
     pub(super) fn patch(&mut self, first: usize, bytes: &mut [u8]) {
         let size = self.size;
@@ -199,6 +236,10 @@ impl Restored {
 
 fn index_of(name: &str) -> String {
     format!("{name}.index")
+}
+
+fn gain_of(name: &str) -> String {
+    format!("{name}.gain")
 }
 
 fn value_of(name: &str) -> String {

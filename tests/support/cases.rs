@@ -248,7 +248,7 @@ fn train_step<B: Backend<Elem = f32>>(
 
 /// An adapter that PEFT saved: on, off, and merged; and the base weights are back after unmerging, bit for bit.
 fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Outcome<Outputs> {
-    let mut model = mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))?;
+    let mut model = base_net(backend, inputs)?;
     let before = base(backend, &model, "base");
     let x = get(inputs, "x")?;
     let predict = |model: &Mlp<B>| model.predict(backend, up(backend, x));
@@ -273,6 +273,11 @@ fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Ou
     };
     let restored = bits(&outputs, "unmerged.") == bits(&before, "base.");
     if restored { Ok(outputs) } else { Err("unmerging does not restore the base weights".into()) }
+}
+
+/// The net that an adapter of PEFT is for.
+pub fn base_net<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats) -> Outcome<Mlp<B>> {
+    mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))
 }
 
 /// The weights and biases of the base layers, as they are just now.

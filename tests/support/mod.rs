@@ -8,6 +8,7 @@ pub mod bounds;
 #[cfg(feature = "adapter")]
 pub mod cases;
 pub mod data;
+pub mod devices;
 #[cfg(feature = "cuda")]
 pub mod emulator;
 pub mod oracle;

@@ -33,9 +33,18 @@ impl Info {
         for ((rank, rest), count) in kinds {
             println!("  {count} of rank {rank}, scaling {rest}");
         }
+        if !adapter.extras().is_empty() {
+            println!("  {} tensors beside factors: magnitudes, biases, whole modules", adapter.extras().len());
+        }
+        if let Some(part) = adapter.config().began_with() {
+            println!("  began with a part of the weights: {}", part.name());
+        }
         if self.all {
             for (name, factors) in adapter.modules() {
                 println!("{name}  A {}  B {}  scaling {}", factors.a.shape(), factors.b.shape(), factors.scaling);
+            }
+            for (name, extra) in adapter.extras() {
+                println!("{name}  {:?}", extra.tensor.shape);
             }
         }
         Ok(())

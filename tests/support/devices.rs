@@ -1,0 +1,39 @@
+//! Every backend that is there, for tests of what is built on backends.
+
+/// Each of these checks, `fn(&B)` for any backend `B` of `f32`, as a test on the CPU, on WebGPU, and on CUDA in the interpreter.
+#[macro_export]
+macro_rules! on_every_backend {
+    ($($check:ident),+ $(,)?) => {
+        mod on_cpu {
+            $(#[test]
+            fn $check() {
+                super::$check(&$crate::support::adapters::cpu::<f32>());
+            })+
+        }
+
+        #[cfg(feature = "webgpu")]
+        mod on_webgpu {
+            $(#[test]
+            fn $check() {
+                if let Some(gpu) = $crate::support::devices::webgpu() {
+                    super::$check(&gpu);
+                }
+            })+
+        }
+
+        #[cfg(feature = "cuda")]
+        mod on_cuda {
+            $(#[test]
+            fn $check() {
+                super::$check(&$crate::support::emulator::Emulator::backend::<f32>());
+            })+
+        }
+    };
+}
+
+/// One device for all tests. Its absence is told, and demanded to be otherwise, by tests/webgpu.rs.
+#[cfg(feature = "webgpu")]
+pub fn webgpu() -> Option<lowrank::WebGpu<f32>> {
+    static GPU: std::sync::OnceLock<Option<lowrank::WebGpu<f32>>> = std::sync::OnceLock::new();
+    GPU.get_or_init(|| lowrank::WebGpu::new().ok()).clone()
+}

@@ -2,9 +2,11 @@
 //!
 //! Throughput of products is in FLOP (criterion writes them as elements), of what memory bounds in bytes. `cargo bench -- --quick`
 //! is a look, `cargo bench -- lora_forward/cpu2/f32` one part. Who else computes the same: `cargo run --release -p rivals`.
-//! `RESULTS.md` keeps what was measured.
+//! `RESULTS.md` keeps what was measured. WebGPU is timed by the device's own clock, where it has one.
 
 mod shapes;
+
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lowrank::autograd::Tape;
@@ -45,10 +47,34 @@ impl<B: Backend> Layer<B> {
     }
 }
 
+/// How long so many calls take.
+type Clock<B> = fn(&B, u64, &mut dyn FnMut()) -> Duration;
+
+/// By the wall, each call waited for.
+fn wall<B: Backend>(backend: &B, calls: u64, call: &mut dyn FnMut()) -> Duration {
+    let began = Instant::now();
+    for _ in 0..calls {
+        call();
+        backend.synchronize().expect("synchronize");
+    }
+    began.elapsed()
+}
+
+/// By the device's clock, where it has one.
+#[cfg(feature = "webgpu")]
+fn device<E: Float>(gpu: &lowrank::WebGpu<E>, calls: u64, call: &mut dyn FnMut()) -> Duration {
+    let timed = gpu.device_time(|| {
+        (0..calls).for_each(|_| call());
+        Ok(())
+    });
+    timed.unwrap_or_else(|_| wall(gpu, calls, call))
+}
+
 /// A backend, the verbs on one shape, and where the figures go.
 struct Bench<'c, B: Backend> {
     c: &'c mut Criterion,
     backend: &'c B,
+    clock: Clock<B>,
     /// `cpu2/f32/prefill_512x4096x4096_r16`
     id: String,
 }
@@ -58,10 +84,7 @@ impl<B: Backend> Bench<'_, B> {
         let mut group = self.c.benchmark_group(verb);
         group.throughput(throughput);
         group.bench_function(&self.id, |bench| {
-            bench.iter(|| {
-                call(self.backend).expect(verb);
-                self.backend.synchronize().expect("synchronize");
-            })
+            bench.iter_custom(|calls| (self.clock)(self.backend, calls, &mut || call(self.backend).expect(verb)))
         });
         group.finish();
     }
@@ -110,11 +133,11 @@ fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
 }
 
 /// Every shape at its own rank, and the cube at the others.
-fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
+fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str, clock: Clock<B>) {
     for shape in Shape::all() {
         let id = |shape: Shape| format!("{name}/{}/{shape}", B::Elem::DTYPE);
         let mut layer = Layer::new(backend, shape);
-        let mut bench = Bench { c, backend, id: id(shape) };
+        let mut bench = Bench { c, backend, clock, id: id(shape) };
         lora(&mut bench, shape, &mut layer);
         linear(&mut bench, shape, &mut layer);
         if shape.m == shape.n && shape.n == shape.k {
@@ -176,38 +199,38 @@ fn mnist_step<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
 fn cpu(c: &mut Criterion) {
     for threads in [1, 2] {
         let cpu = Cpu::<f32>::new().and_then(|cpu| cpu.with_threads(threads)).expect("cpu");
-        all(c, &cpu, &format!("cpu{threads}"));
+        all(c, &cpu, &format!("cpu{threads}"), wall);
     }
     let cpu = Cpu::<bf16>::new().and_then(|cpu| cpu.with_threads(2)).expect("cpu");
-    all(c, &cpu, "cpu2");
+    all(c, &cpu, "cpu2", wall);
 }
 
 fn gpu(c: &mut Criterion) {
     #[cfg(feature = "webgpu")]
     {
-        if_there(c, lowrank::WebGpu::<f32>::new(), "webgpu");
-        if_there(c, lowrank::WebGpu::<lowrank::f16>::new(), "webgpu");
+        if_there(c, lowrank::WebGpu::<f32>::new(), "webgpu", device);
+        if_there(c, lowrank::WebGpu::<lowrank::f16>::new(), "webgpu", device);
     }
     #[cfg(feature = "cuda")]
     {
-        if_there(c, lowrank::Cuda::<f32>::new(0), "cuda");
-        if_there(c, lowrank::Cuda::<bf16>::new(0), "cuda");
+        if_there(c, lowrank::Cuda::<f32>::new(0), "cuda", wall);
+        if_there(c, lowrank::Cuda::<bf16>::new(0), "cuda", wall);
     }
     let _ = c; // without a GPU feature
 }
 
 /// A device that is missing is named, not measured.
 #[cfg(any(feature = "webgpu", feature = "cuda"))]
-fn if_there<B: Backend>(c: &mut Criterion, backend: lowrank::Result<B>, name: &str) {
+fn if_there<B: Backend>(c: &mut Criterion, backend: lowrank::Result<B>, name: &str, clock: Clock<B>) {
     match backend {
-        Ok(backend) => all(c, &backend, name),
+        Ok(backend) => all(c, &backend, name, clock),
         Err(error) => eprintln!("not measured: {name}/{}: {error}", B::Elem::DTYPE),
     }
 }
 
-fn all<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
+fn all<B: Backend>(c: &mut Criterion, backend: &B, name: &str, clock: Clock<B>) {
     mnist_step(c, backend, name);
-    verbs(c, backend, name);
+    verbs(c, backend, name, clock);
 }
 
 criterion_group!(benches, cpu, gpu);

@@ -100,6 +100,15 @@ fn half_matrices_larger_than_a_binding_are_rounded_once() {
     check::stochastic_merging_takes_the_neighbour_that_the_word_says(&gpu);
 }
 
+/// What an adapter without subgroups, or with another number of them, computes.
+#[test]
+fn few_rows_need_no_subgroups() {
+    let gpu = or_return!(shared_f32()).with_limits(Limits { binding_bytes: 1 << 30, workgroup_bytes: 32768, ..POOR });
+    for (seed, (m, n)) in [(1, 70), (3, 9), (8, 100), (16, 33), (70, 12)].into_iter().enumerate() {
+        check::lora_is_exact_at(&gpu, Dims { m, k: 67, n, r: 5 }, seed as u64);
+    }
+}
+
 #[test]
 fn small_workgroups_give_the_same_numbers() {
     for (invocations, workgroup_bytes) in [(64, 8192), (16, 4096)] {
@@ -134,6 +143,40 @@ fn the_wide_tile_is_exact_up_to_its_edges() {
         LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale, dropout: None, h: h_, y: y_ }.run(&gpu).unwrap();
         assert_exact(&format!("{dims:?} y"), &down(&gpu, &y), &layer.forward().1);
     }
+}
+
+/// Products of f16 in cooperative matrices, at the tile of 64×64 and just beyond it, with and without what they add to.
+#[test]
+fn cooperative_matrices_are_exact_up_to_the_edges_of_the_tile() {
+    let gpu = or_return!(adapter("webgpu-matrices", WebGpu::<f16>::with_cooperative_matrices));
+    assert!(gpu.limits().matrix > 0);
+    for (seed, dims) in [(64, 16, 64, 3), (65, 33, 130, 17), (127, 100, 64, 20)].into_iter().enumerate() {
+        let (m, k, n, r) = dims;
+        check::lora_is_exact_at(&gpu, Dims { m, k, n, r }, seed as u64);
+    }
+    check::linear_is_exact_on_whole_numbers(&gpu);
+    check::lora_rounds_within_bounds(&gpu);
+}
+
+/// A device's own clock runs while it works, and the caller's commands come between verbs.
+#[test]
+fn the_device_tells_its_time_and_takes_the_callers_commands() {
+    let gpu = or_return!(shared_f32());
+    let (x, mut y) = (Tensor::from_slice(&gpu, (1, 4), &[1.0f32; 4]).unwrap(), Tensor::zeros(&gpu, (1, 4)).unwrap());
+    let cleared = y.buffer().raw().clone();
+    let work = || {
+        Add { x: &x, y: &mut y }.run(&gpu)?;
+        gpu.record(move |encoder| encoder.clear_buffer(&cleared, 0, None));
+        Add { x: &x, y: &mut y }.run(&gpu)
+    };
+    match gpu.device_time(work) {
+        Ok(time) => assert!(!time.is_zero()),
+        Err(Error::Unavailable { .. }) => return, // no timestamps between launches
+        Err(error) => panic!("{error}"),
+    }
+    assert_eq!(down(&gpu, &y), [1.0; 4]);
+    let failed = gpu.device_time(|| Err(Error::Device { backend: "webgpu", reason: "the caller's".into() }));
+    assert!(failed.is_err_and(|error| error.to_string().contains("the caller's")));
 }
 
 /// A real one: 172 MiB of weights, where a binding of most software adapters sees 128 MiB.

@@ -18,13 +18,42 @@ pub(crate) struct Element {
 /// A module each.
 pub(crate) const ELEMENTS: [Element; 3] = [
     Element { name: "f32", ctype: "float", tensor: false },
-    Element { name: "f16", ctype: "__half", tensor: true },
     Element { name: "bf16", ctype: "__nv_bfloat16", tensor: true },
+    Element { name: "f16", ctype: "__half", tensor: true },
 ];
+
+impl Element {
+    /// Whether its PTX is a file; that of f16 is made of bf16's.
+    pub(crate) fn ships(self) -> bool {
+        self.name != "f16"
+    }
+}
 
 /// The PTX that ships.
 pub(crate) fn shipped(kernels: &Path, element: Element) -> Result<String, String> {
-    read(&kernels.join("ptx").join(format!("{}.ptx", element.name)))
+    let of = |name| read(&kernels.join("ptx").join(format!("{name}.ptx")));
+    if element.ships() { of(element.name) } else { Ok(f16_of(&of("bf16")?)) }
+}
+
+/// The words in which the 16-bit types differ: names, conversions, products, and the constants of rounding by chance.
+const BF16_TO_F16: [(&str, &str); 6] = [
+    ("_bf16", "_f16"),
+    ("cvt.rn.bf16.f32", "cvt.rn.f16.f32"),
+    (".f32.bf16.bf16.f32", ".f32.f16.f16.f32"),
+    (", 0xffff;", ", 0x1fff;"),
+    (", 0x7f7f0000;", ", 0x477fe000;"),
+    (", 0x0;", ", 0x38800000;"),
+];
+
+/// The PTX of f16, made of that of bf16; a test compares it with what the compiler makes.
+pub(crate) fn f16_of(bf16: &str) -> String {
+    let line = |line: &str| {
+        let line = BF16_TO_F16.iter().fold(line.to_owned(), |line, (from, to)| line.replace(from, to));
+        // The upper half of a float is a bf16: `mov.b32 %f1, {0, %rs1};`
+        let widens = line.contains("{0, %rs");
+        if widens { line.replace("mov.b32", "cvt.f32.f16").replace("{0, ", "").replace('}', "") + "\n" } else { line + "\n" }
+    };
+    bf16.lines().map(line).collect()
 }
 
 /// What the first line of PTX says that was made of the sources as they are.
@@ -58,12 +87,41 @@ pub(crate) fn compile(nvcc: &Path, kernels: &Path, element: Element, scratch: &P
     Ok(format!("{}\n{}", stamp(kernels)?, tidy(&read(&out)?)))
 }
 
-/// Without comments and blank lines, and with the version of PTX in which sm_80 and all that the kernels use were there: so
-/// drivers older than the compiler load it too. ptxas refuses what is newer than the version says.
+/// Without comments and blank lines, and with names that do not change when something else does: labels are `$L3` and not
+/// `$L__BB12_3`, which counts the entries before, and shared memory of an entry is not named by its parameters. The version of PTX
+/// is that in which sm_80 and all that the kernels use were there: so drivers older than the compiler load it too. ptxas refuses
+/// what is newer than the version says.
 fn tidy(ptx: &str) -> String {
-    let lines = ptx.lines().map(|line| line.split("//").next().unwrap_or_default().trim_end());
-    let lines = lines.map(|line| if line.starts_with(".version") { ".version 7.1" } else { line });
-    lines.filter(|line| !line.is_empty() && !line.starts_with(".file")).map(|line| format!("{line}\n")).collect()
+    let mut entry = String::new();
+    let mut tidy_line = |line: &str| {
+        let line = line.split("//").next().unwrap_or_default().trim_end();
+        if let Some((_, name)) = line.split_once(".entry ") {
+            entry = name.trim_end_matches('(').to_owned();
+        }
+        match line {
+            _ if line.starts_with(".version") => ".version 7.1".to_owned(),
+            _ if line.starts_with(".file") => String::new(),
+            _ => short_names(line, &entry),
+        }
+    };
+    ptx.lines().map(&mut tidy_line).filter(|line| !line.is_empty()).map(|line| format!("{line}\n")).collect()
+}
+
+/// `$L__BB12_3` → `$L3`; `_ZZ21lora_backward_da_bf16PK13__nv_bfloat16PKfE4band` → `lora_backward_da_bf16_band`.
+fn short_names(line: &str, entry: &str) -> String {
+    let mut line = line.to_owned();
+    while let Some(at) = line.find("$L__BB") {
+        let Some(len) = line[at + 6..].find('_') else { break };
+        line.replace_range(at + 2..at + 6 + len + 1, "");
+    }
+    let mangled = format!("_ZZ{}{entry}", entry.len());
+    if let Some(at) = line.find(&mangled) {
+        let end = line[at..].find(|c: char| !c.is_alphanumeric() && c != '_').map_or(line.len(), |len| at + len);
+        let name = line[at..end].rsplit('E').next().unwrap_or_default().trim_start_matches(|c: char| c.is_ascii_digit());
+        let name = format!("{entry}_{name}");
+        line.replace_range(at..end, &name);
+    }
+    line
 }
 
 fn read(path: &Path) -> Result<String, String> {

@@ -80,18 +80,19 @@ impl Module {
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
         let (statements, parents) = split(ptx)?;
         let mut names = Names { parents, names: HashMap::new() };
-        let mut module_shared = SharedLayout::default();
+        let mut module_shared = Vec::new();
         let mut kernels = HashMap::new();
         let mut rest = statements.as_slice();
         while let Some((first, after)) = rest.split_first() {
             if first.end == End::Open {
                 let body_len = after.iter().take_while(|statement| statement.scope != 0).count();
-                let kernel = Builder::new(&mut names, module_shared.clone()).build(first, &after[..body_len])?;
+                let body = &after[..body_len];
+                let kernel = Builder::new(&mut names, &shared_of(body, &module_shared)?)?.build(first, body)?;
                 kernels.insert(kernel.name.clone(), kernel);
                 rest = &after[body_len..];
             } else {
                 if first.text.contains(".shared") {
-                    module_shared.declare(&mut names, first)?;
+                    module_shared.push(first);
                 }
                 rest = after;
             }
@@ -177,7 +178,7 @@ fn variable(text: &str, line: usize) -> Result<(usize, Option<usize>, &str), Par
 }
 
 /// Where the variables in shared memory lie.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct SharedLayout {
     len: usize,
     /// Scopes and names of what lies behind everything else, as long as the launch says.
@@ -210,6 +211,18 @@ impl SharedLayout {
     }
 }
 
+/// Those of the module's variables in shared memory that a body names: a block has room for no other.
+fn shared_of<'s>(body: &[Statement], declared: &[&'s Statement]) -> Result<Vec<&'s Statement>, ParseError> {
+    let mut used = Vec::new();
+    for &statement in declared {
+        let (.., name) = variable(&statement.text, statement.line)?;
+        if body.iter().any(|statement| statement.text.contains(name)) {
+            used.push(statement);
+        }
+    }
+    Ok(used)
+}
+
 /// Makes a kernel of its statements.
 struct Builder<'n> {
     names: &'n mut Names,
@@ -218,8 +231,12 @@ struct Builder<'n> {
 }
 
 impl<'n> Builder<'n> {
-    fn new(names: &'n mut Names, shared: SharedLayout) -> Self {
-        Self { names, shared, registers: 0 }
+    fn new(names: &'n mut Names, used: &[&Statement]) -> Result<Self, ParseError> {
+        let mut shared = SharedLayout::default();
+        for statement in used {
+            shared.declare(names, statement)?; // again for each kernel, at its own offset
+        }
+        Ok(Self { names, shared, registers: 0 })
     }
 
     /// Declarations first, so that labels and registers are known when instructions are decoded.

@@ -70,6 +70,7 @@ __device__ void each_down(Band& band, const float (&sum)[PASS], const Place& pla
     static_assert(PASS <= STEP, "the place of z has room for the sums");
 #pragma unroll
     for (int d = 0; d < PASS; ++d) band.z[d][threadIdx.x] = sum[d];
+    int count = min(PASS, r - place.first_d);
 #pragma unroll 1
-    for (int d = 0; d < PASS && place.first_d + d < r; ++d) f(place.first_d + d, band.z[d][threadIdx.x]);
+    for (int d = 0; d < count; ++d) f(place.first_d + d, band.z[d][threadIdx.x]);
 }

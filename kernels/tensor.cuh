@@ -137,42 +137,44 @@ struct WideTile {
     // sum = f(i, j, sum) for the sums that lie inside the output.
     template <class F>
     __device__ void change(F f) {
-        walk([&](int i, int j, float& sum) { sum = f(i, j, sum); }, [&](int, int row, int col, float& sum) {
-            sum = memory().half[row][col];
-        });
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            walk(i, [&](int i, int j, float& sum) { sum = f(i, j, sum); });
+            __syncthreads();
+            place_half(i, [&](int row, int col, float& sum) { sum = memory().half[row][col]; });
+            __syncthreads();
+        }
     }
 
     // Calls f(i, j, sum) for the sums that lie inside the output; comes last.
     template <class F>
     __device__ void each(F f) {
-        walk(f, [](int, int, int, float&) {});
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            if (i > 0) __syncthreads();
+            walk(i, f);
+        }
     }
 
   private:
     __device__ static int warp_row() { return int(threadIdx.x / WARP / 2 * 32); }
     __device__ static int warp_col() { return int(threadIdx.x / WARP % 2 * 64); }
 
-    // Calls f(i, j, sum) for one half of the sums after the other, and then back(..) for the half's own. The sums pass through
-    // shared memory: there a loop can walk over them, neighbouring threads have neighbouring columns, and what f does exists once.
-    template <class F, class Back>
-    __device__ void walk(F f, Back back) {
+    // Calls f(i, j, sum) for half i of the sums. They pass through shared memory: there a loop can walk over them, neighbouring
+    // threads have neighbouring columns, and what f does exists once.
+    template <class F>
+    __device__ void walk(int i, F f) {
         Half& half = memory().half;
+        place_half(i, [&](int row, int col, float& sum) { half[row][col] = sum; });
+        __syncthreads();
 #pragma unroll 1
-        for (int i = 0; i < 2; ++i) {
-            place_half(i, [&](int row, int col, float& sum) { half[row][col] = sum; });
-            __syncthreads();
-#pragma unroll 1
-            for (unsigned e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
-                int row = first_row + int(e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16), col = first_col + int(e % WIDE);
-                if (row < rows && col < cols) f(row, col, half[e / WIDE][e % WIDE]);
-            }
-            __syncthreads();
-            place_half(i, [&](int row, int col, float& sum) { back(i, row, col, sum); });
-            __syncthreads();
+        for (unsigned e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
+            int row = first_row + int(e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16), col = first_col + int(e % WIDE);
+            if (row < rows && col < cols) f(row, col, half[e / WIDE][e % WIDE]);
         }
     }
 
-    // The same for a half that only the loop knows: registers have no index.
+    // Calls f(row, col, sum) for the half that a loop is at: registers have no index.
     template <class F>
     __device__ void place_half(int i, F f) {
         if (i == 0) place_each(0, f);

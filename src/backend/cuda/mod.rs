@@ -86,6 +86,11 @@ impl<E: Float, D: Device> Cuda<E, D> {
         Self { device, element: PhantomData }
     }
 
+    /// What it runs on.
+    pub fn on_device(&self) -> &D {
+        &self.device
+    }
+
     /// Runs a kernel, unless its grid is empty.
     fn launch(&self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
         if plan.grid == 0 { Ok(()) } else { self.device.launch(Launch::new(plan, args)) }

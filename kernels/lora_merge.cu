@@ -70,13 +70,15 @@ struct Merge {
 
     __device__ void load(Memory& memory, int first_row, int first_col, int d0) const {
 #pragma unroll 2
-        for (unsigned e = threadIdx.x; e < MERGE_DEPTH * COLS; e += THREADS) {
+        for (int part = 0; part < MERGE_DEPTH * COLS / THREADS; ++part) {
+            unsigned e = part * THREADS + threadIdx.x;
             int d = int(e / COLS), col = int(e % COLS);
             bool has = d0 + d < r && first_col + col < k;
             memory.a[d][col % WIDTH / PIECE][col / WIDTH][col % PIECE] = has ? widen(a[at(d0 + d, first_col + col, k)]) : 0.0f;
         }
 #pragma unroll 2
-        for (unsigned e = threadIdx.x; e < MERGE_DEPTH * MERGE_ROWS; e += THREADS) {
+        for (int part = 0; part < MERGE_DEPTH * MERGE_ROWS / THREADS; ++part) {
+            unsigned e = part * THREADS + threadIdx.x;
             int d = int(e % MERGE_DEPTH), row = int(e / MERGE_DEPTH);
             bool has = d0 + d < r && first_row + row < n;
             memory.b[d][row] = has ? widen(b[at(first_row + row, d0 + d, r)]) : 0.0f;

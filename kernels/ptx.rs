@@ -62,14 +62,15 @@ pub(crate) fn stamp(kernels: &Path) -> Result<String, String> {
     let mut paths: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
     paths.retain(|path| matches!(path.extension().and_then(OsStr::to_str), Some("cu" | "cuh")));
     paths.sort();
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64; // FNV-1a
-    for path in paths {
-        let line_ends = |byte: &u8| *byte != b'\r';
-        for byte in read(&path)?.bytes().filter(line_ends) {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-        }
-    }
+    let texts = paths.iter().map(|path| read(path)).collect::<Result<String, _>>()?;
+    let hash = fnv1a(texts.bytes());
     Ok(format!("// Made by scripts/build-ptx from kernels/*.cu and *.cuh with hash {hash:016x}; do not edit."))
+}
+
+/// FNV-1a, whatever the line ends.
+pub(crate) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    let fold = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    bytes.filter(|&byte| byte != b'\r').fold(0xcbf2_9ce4_8422_2325, fold)
 }
 
 /// Compiles every kernel for one element type. Comments, which name the compiler's paths and builds, are left out.

@@ -1,4 +1,4 @@
-//! The PTX that ships: made of the sources as they are, complete, and good for ptxas.
+//! The PTX that ships: made of the sources as they are, and complete. What ptxas makes of it: `registers.rs`.
 #![cfg(feature = "cuda")]
 
 #[path = "../kernels/ptx.rs"]
@@ -6,7 +6,6 @@ mod compiler;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use compiler::ELEMENTS;
 use lowrank::DType;
@@ -65,30 +64,5 @@ fn ptx_names_no_machine() {
         let ptx = compiler::shipped(&kernels(), element).unwrap();
         let comments = ptx.lines().filter(|line| line.contains("//")).count();
         assert!(comments == 1 && !ptx.contains(".file"), "{}", element.name);
-    }
-}
-
-/// Registers that spill to memory cost more than anything a kernel can gain. Needs ptxas: next to `LOWRANK_NVCC`, or on PATH.
-#[test]
-fn ptxas_assembles_every_kernel_without_spills() {
-    let ptxas = nvcc().map_or("ptxas".into(), |nvcc| nvcc.with_file_name("ptxas"));
-    if Command::new(&ptxas).arg("--version").output().is_err() {
-        println!("not run: there is no ptxas");
-        return;
-    }
-    let scratch = tempfile::tempdir().unwrap();
-    for (element, arch) in
-        ELEMENTS.into_iter().flat_map(|element| ["sm_80", "sm_90", "sm_100", "sm_120"].map(|arch| (element, arch)))
-    {
-        let ptx = kernels().join("ptx").join(format!("{}.ptx", element.name));
-        let cubin = scratch.path().join("out.cubin");
-        let output = Command::new(&ptxas).args(["-v", "-arch", arch]).arg(ptx).arg("-o").arg(cubin).output().unwrap();
-        let report = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{report}");
-        let spills: Vec<_> =
-            report.lines().filter(|line| line.contains("spill") && !line.contains("0 bytes spill stores, 0 ")).collect();
-        assert!(spills.is_empty(), "{} on {arch}: {spills:?}", element.name);
-        let assembled = report.lines().filter(|line| line.contains("Compiling entry")).count();
-        assert_eq!(assembled, entries(element).count(), "{report}");
     }
 }

@@ -153,7 +153,8 @@ fn younger_gpus_run_it_without_spills() {
         println!("not run: there is no ptxas");
         return;
     };
-    let younger = |ptx: &str| -> &'static [&'static str] { if ptx.contains(".target sm_90a") { &[] } else { &["sm_100", "sm_120"] } };
+    let younger =
+        |ptx: &str| -> &'static [&'static str] { if ptx.contains(".target sm_90a") { &[] } else { &["sm_100", "sm_120"] } };
     let spilled: Vec<_> = assemble(&ptxas, younger).into_iter().filter(|row| row.spilled > 0).collect();
     assert!(spilled.is_empty(), "{spilled:?}");
 }

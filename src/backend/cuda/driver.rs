@@ -24,6 +24,11 @@ pub struct Driver {
 }
 
 impl Driver {
+    /// The stream that everything is launched on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
     /// The GPU with that number, on its default stream.
     pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
         probe()?;

@@ -106,7 +106,7 @@ pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
 pub fn product(dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
     let twin = TENSOR_KERNELS.into_iter().find(|name| name.strip_suffix("_tensor") == Some(kernel));
     match twin {
-        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line % chunk(dtype) == 0) => tiles_of(WIDE, twin, rows, cols),
+        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line.is_multiple_of(chunk(dtype))) => tiles_of(WIDE, twin, rows, cols),
         _ => tiles(kernel, rows, cols),
     }
 }
@@ -148,7 +148,7 @@ pub struct Forward {
 
 /// `y` of `m` rows, `k` inputs and `n` outputs, and `h` of rank `r`; a layer without an update has rank 0.
 pub fn forward(dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool) -> Result<Forward> {
-    let aligned = k % chunk(dtype) == 0;
+    let aligned = k.is_multiple_of(chunk(dtype));
     let has_16_bits = dtype.size() == 2;
     let narrow = aligned && m <= FEW_ROWS;
     // What y's kernel reads of x it does not drop, and without a block it makes nothing.
@@ -192,7 +192,7 @@ pub fn bands(kernel: &'static str, [rows, cols]: [u32; 2], r: u32) -> Result<Ban
 /// `W` of `n × k` merged in place, 16 bytes at a time if its lines start at multiples of that.
 pub fn merge(dtype: DType, n: u32, k: u32) -> Result<Plan> {
     match chunk(dtype) {
-        width if k % width == 0 => blocks_of("lora_merge_wide", [n, k], [MERGE_ROWS, WARP * width]),
+        width if k.is_multiple_of(width) => blocks_of("lora_merge_wide", [n, k], [MERGE_ROWS, WARP * width]),
         _ => blocks_of("lora_merge", [n, k], [MERGE_ROWS, WARP]),
     }
 }

@@ -10,6 +10,7 @@
 
 constexpr int BAND = THREADS;  // columns of a block
 constexpr int STEP = 16;       // rows at a time
+constexpr int AT_ONCE = 8;     // loads on their way
 constexpr int PASS = 16;       // columns of g and q in one pass
 
 struct Band {
@@ -36,10 +37,15 @@ struct Place {
 template <class Mask>
 __device__ void load_step(Band& band, const E* z, const float* g, const Place& place, int row, int cols, int r, Mask mask) {
     int col = place.first_col + int(threadIdx.x);
-#pragma unroll 8
-    for (int i = 0; i < STEP; ++i) {
-        bool has = col < cols && row + i < place.last_row;
-        band.z[i][threadIdx.x] = has ? widen(z[at(row + i, col, cols)]) : 0.0f;
+    const E* from = &z[at(row, col, cols)];
+#pragma unroll 1
+    for (int i0 = 0; i0 < STEP; i0 += AT_ONCE) {
+        float value[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i, from += cols)
+            value[i] = element_or_zero(from, col < cols && row + i0 + i < place.last_row);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) band.z[i0 + i][threadIdx.x] = value[i];
     }
     mask(row, col);
     int i = int(threadIdx.x / PASS), d = int(threadIdx.x % PASS);

@@ -105,6 +105,21 @@ __device__ inline uint4 load_or_zero(const E* from, bool has) {
     return to;
 }
 
+// The same of one element.
+__device__ inline float element_or_zero(const E* from, bool has) {
+    if constexpr (CHUNK == 4) {
+        float value;
+        asm("{.reg .pred has;\nsetp.ne.b32 has, %2, 0;\nmov.b32 %0, 0;\n@has ld.global.nc.f32 %0, [%1];}"
+            : "=&f"(value) : "l"(from), "r"(int(has)));
+        return value;
+    } else {
+        unsigned short bits;
+        asm("{.reg .pred has;\nsetp.ne.b32 has, %2, 0;\nmov.b16 %0, 0;\n@has ld.global.nc.u16 %0, [%1];}"
+            : "=&h"(bits) : "l"(from), "r"(int(has)));
+        return widen(*reinterpret_cast<E*>(&bits));
+    }
+}
+
 // The element of row i and column j of a row-major matrix. 64 bits: a matrix may have more elements than an int can count.
 __device__ inline size_t at(int i, int j, int cols) { return size_t(i) * cols + j; }
 

@@ -16,10 +16,8 @@ KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, f
     Place place(m, n, r, rows_a_share);
     int col = place.first_col + int(threadIdx.x);
 #pragma unroll 4
-    for (int d = 0; d < PASS; ++d) {
-        bool has = col < n && place.first_d + d < r;
-        memory.q[threadIdx.x][d] = has ? widen(b[at(col, place.first_d + d, r)]) : 0.0f;
-    }
+    for (int d = 0; d < PASS; ++d)
+        memory.q[threadIdx.x][d] = element_or_zero(&b[at(col, place.first_d + d, r)], col < n && place.first_d + d < r);
     float sum[PASS] = {}, rows_sum = 0.0f;
 #pragma unroll 1
     for (int row = place.first_row; row < place.last_row; row += STEP) {

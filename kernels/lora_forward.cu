@@ -62,7 +62,7 @@ constexpr int W_ROWS = W_TILES * GROUP;
 // Blocks are numbered along the rows of y, so that those with the same rows of W run together.
 KERNEL(lora_forward_y_narrow)(const E* x, const E* w, const E* bias, const E* a, const E* b, float* h, float scale, E* y,
                               int m, int k, int n, int r) {
-    __shared__ float made[ROWS][RANKS];
+    __shared__ float made[ROWS][RANKS], up[W_ROWS][RANKS + 1];
     unsigned down = unsigned(m - 1) / ROWS + 1;
     int first_row = int(blockIdx.x % down) * ROWS, first_col = int(blockIdx.x / down) * W_ROWS;
     Narrow<W_TILES + A_TILES, STEPS> tile{x, m, k, first_row};
@@ -72,22 +72,36 @@ KERNEL(lora_forward_y_narrow)(const E* x, const E* w, const E* bias, const E* a,
         const E* matrix = t < W_TILES ? w : a;
         tile.line[t] = matrix && row < (t < W_TILES ? n : r) ? &matrix[at(row, 0, k)] : nullptr;
     }
+    // What the update needs is on its way while W passes by. Zeros beyond the rank.
+    bool makes_h = A_TILES > 0 && a, small = r <= RANKS;
+    int rank = int(threadIdx.x % RANKS), row = first_row + int(threadIdx.x / RANKS);
+    if (small) {
+#pragma unroll
+        for (int part = 0; part < W_ROWS * RANKS / THREADS; ++part) {
+            int j = int((part * THREADS + threadIdx.x) / RANKS);
+            up[j][rank] = element_or_zero(&b[at(first_col + j, rank, r)], first_col + j < n && rank < r);
+        }
+        if (!makes_h) made[threadIdx.x / RANKS][rank] = row < m && rank < r ? h[at(row, rank, r)] : 0.0f;
+    }
     tile.multiply_all([](uint4&, int, int) {});
-
-    if (A_TILES > 0 && a) {
-        int i = int(threadIdx.x / RANKS), j = int(threadIdx.x % RANKS);
-        made[i][j] = tile.sum(i, W_ROWS + j);
-        if (first_col == 0 && first_row + i < m && j < r) h[at(first_row + i, j, r)] = made[i][j];
+    if (makes_h) {
+        float sum = tile.sum(int(threadIdx.x / RANKS), W_ROWS + rank);
+        made[threadIdx.x / RANKS][rank] = sum;
+        if (first_col == 0 && row < m && rank < r) h[at(row, rank, r)] = sum;
         __syncthreads();
     }
 #pragma unroll 1
     for (unsigned e = threadIdx.x; e < ROWS * W_ROWS; e += THREADS) {
         int i = first_row + int(e / W_ROWS), j = first_col + int(e % W_ROWS);
         if (i >= m || j >= n) continue;
-        const float* left = A_TILES > 0 && a ? made[e / W_ROWS] : &h[at(i, 0, r)];
         float update = 0.0f;
-#pragma unroll 2
-        for (int d = 0; d < r; ++d) update += left[d] * widen(b[at(j, d, r)]);
+        if (small) {
+#pragma unroll 4
+            for (int d = 0; d < RANKS; ++d) update += made[e / W_ROWS][d] * up[e % W_ROWS][d];
+        } else {
+#pragma unroll 4
+            for (int d = 0; d < r; ++d) update += h[at(i, d, r)] * widen(b[at(j, d, r)]);
+        }
         float sum = tile.sum(int(e / W_ROWS), int(e % W_ROWS)) + scale * update;
         store(&y[at(i, j, n)], sum + (bias ? widen(bias[j]) : 0.0f));
     }

@@ -69,19 +69,30 @@ struct Merge {
     }
 
     __device__ void load(Memory& memory, int first_row, int first_col, int d0) const {
-#pragma unroll 2
-        for (int part = 0; part < MERGE_DEPTH * COLS / THREADS; ++part) {
-            unsigned e = part * THREADS + threadIdx.x;
-            int d = int(e / COLS), col = int(e % COLS);
-            bool has = d0 + d < r && first_col + col < k;
-            memory.a[d][col % WIDTH / PIECE][col / WIDTH][col % PIECE] = has ? widen(a[at(d0 + d, first_col + col, k)]) : 0.0f;
+        if constexpr (WIDTH == 1) {
+#pragma unroll
+            for (int part = 0; part < MERGE_DEPTH * COLS / THREADS; ++part) {
+                unsigned e = part * THREADS + threadIdx.x;
+                int d = int(e / COLS), col = int(e % COLS);
+                bool has = d0 + d < r && first_col + col < k;
+                memory.a[d][0][col][0] = element_or_zero(&a[at(d0 + d, first_col + col, k)], has);
+            }
+        } else {
+#pragma unroll
+            for (int part = 0; part < MERGE_DEPTH * WARP / THREADS; ++part) {
+                unsigned e = part * THREADS + threadIdx.x;
+                int d = int(e / WARP), to = int(e % WARP), col = first_col + to * WIDTH;
+                Chunk chunk{load_or_zero(&a[at(d0 + d, col, k)], d0 + d < r && col < k)};
+#pragma unroll
+                for (int j = 0; j < WIDTH; ++j) memory.a[d][j / PIECE][to][j % PIECE] = chunk.get(j);
+            }
         }
-#pragma unroll 2
+#pragma unroll
         for (int part = 0; part < MERGE_DEPTH * MERGE_ROWS / THREADS; ++part) {
             unsigned e = part * THREADS + threadIdx.x;
             int d = int(e % MERGE_DEPTH), row = int(e / MERGE_DEPTH);
             bool has = d0 + d < r && first_row + row < n;
-            memory.b[d][row] = has ? widen(b[at(first_row + row, d0 + d, r)]) : 0.0f;
+            memory.b[d][row] = element_or_zero(&b[at(first_row + row, d0 + d, r)], has);
         }
     }
 

@@ -106,7 +106,9 @@ pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
 pub fn product(dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
     let twin = TENSOR_KERNELS.into_iter().find(|name| name.strip_suffix("_tensor") == Some(kernel));
     match twin {
-        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line.is_multiple_of(chunk(dtype))) => tiles_of(WIDE, twin, rows, cols),
+        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line.is_multiple_of(chunk(dtype))) => {
+            tiles_of(WIDE, twin, rows, cols)
+        }
         _ => tiles(kernel, rows, cols),
     }
 }

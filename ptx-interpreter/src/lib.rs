@@ -41,7 +41,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod barrier;
 mod block;
+mod bulk;
 mod decode;
 mod fault;
 mod float;
@@ -49,12 +51,13 @@ mod launch;
 mod matrix;
 mod memory;
 mod parse;
+mod product;
 mod scalar;
 mod shadow;
 mod warp;
 
 pub use fault::{Fault, Kind, ParseError, Space};
-pub use launch::{Arg, Launch, Report};
+pub use launch::{Arg, Launch, Report, Tiles};
 pub use memory::Global;
 pub use parse::{Kernel, Module};
 

@@ -1,0 +1,299 @@
+// The engine for Hopper: `Σ lhs·rhs` of 16-bit operands, in tiles of TALL×COLS, added up in f32 registers.
+//
+//     for tile in this block's tiles               as many blocks as multiprocessors; bands of tiles share what L2 holds
+//       one thread       for step in the depth     TMA brings both panels, DEEP of the depth, up to STAGES steps ahead
+//       three warps      for chunk in the rank     bring the update's right side, widened
+//       two warpgroups   for step in the depth     wgmma, each onto its 64×COLS sums; between the steps, chunks of the update
+//                        round, to shared memory   TMA stores it while the next tile begins
+//
+// Who waits for whom is said by mbarriers, in pairs: `full` ends a phase when a panel has come, `empty` when it may be written
+// over. All of them turn with the stages, whatever tile a stage belongs to: the next tile's panels come during the last steps.
+//
+// The low-rank update is more depth of the same tile, in tf32. Its right side is exact there: f16 and bf16 have no more than 11
+// significant bits, and no more exponents. h' = scale·h goes in twice: hi = tf32(h') and lo = tf32(h' - hi), from registers,
+// and |h' - hi - lo| ≤ 2⁻²³·|h'|: two units of f32's rounding, for any h' (hi and lo in f16 would overflow, in bf16 keep only
+// 16 bits). A rank costs four of depth (tf32 is half as fast, and twice): 4·r/k of the work, 1.6 % at r = 16 and k = 4096.
+//
+// What each idea should gain, from what others measured on 8192³ with such kernels (cuBLAS 716 TFLOP/s): wgmma and TMA 317,
+// 128×128 tiles 423, a producer and a ring of stages 498, 128×256 tiles by two warpgroups 610, persistent blocks in bands 660,
+// mbarriers where one lane arrives for many 704, clusters of 2 that share panels 734, registers moved to the warpgroups that add
+// up 747, stores by TMA 758. What this kernel reaches has not been measured.
+#pragma once
+#include "engine.cuh"
+#include "hopper_ptx.cuh"
+
+constexpr int GROUP = 128;           // threads of a warpgroup
+constexpr int HOPPER = 3 * GROUP;    // threads of a block: who brings, and two that add up
+constexpr int TALL = 128;            // rows of a tile: 64 a warpgroup
+constexpr int LINE = 64;             // 16-bit elements in the 128 bytes of a line of the swizzle
+constexpr int DEEP = LINE;           // of both operands in a stage
+constexpr int THIN = 16;             // of the rank in a chunk of the update: 64 bytes of f32, a line of its swizzle
+constexpr int BAND = 16;             // tiles down in a band: with 132 blocks about as many columns as rows
+constexpr int WIDENERS = GROUP - WARP;
+
+// A chunk of the rank of one tile; depth in a line, exchanged as SWIZZLE_64 says.
+template <int COLS>
+struct alignas(1024) Chunk {
+    float data[COLS * THIN];
+    __device__ float* place(int row, int d) { return &data[(row * THIN + d) ^ (row / 2 % 4 * 4)]; }
+};
+
+template <int COLS>
+struct alignas(1024) Shared {
+    static constexpr int STAGES = COLS == 256 ? 3 : 5;
+    struct { E lhs[TALL * DEEP], rhs[COLS * DEEP]; } stages[STAGES];
+    E out[2][64 * COLS];  // of each warpgroup: boxes of 64×LINE
+    Chunk<COLS> chunk;
+    Barrier full[STAGES], empty[STAGES], chunk_full, chunk_empty;
+};
+static_assert(sizeof(Shared<256>) <= 227 << 10 && sizeof(Shared<128>) <= 227 << 10, "a block has no more");
+
+// Which stage comes next, and the parity of its phase.
+template <int STAGES>
+struct Turn {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// The tiles of an output. Their numbers run down a band, then to the next column of tiles, then to the next band.
+template <int COLS>
+struct Tiles {
+    int down, across;
+    __device__ Tiles(int rows, int cols) : down((rows - 1) / TALL + 1), across((cols - 1) / COLS + 1) {}
+
+    // Calls f(first_row, first_col) for each tile of this block.
+    template <class F>
+    __device__ void each(F f) const {
+        for (int tile = blockIdx.x; tile < down * across; tile += gridDim.x) {
+            int first = tile / (BAND * across) * BAND, within = tile % (BAND * across), height = min(BAND, down - first);
+            f((first + within % height) * TALL, within / height * COLS);
+        }
+    }
+};
+
+// scale·lhs·rhsᵀ, or drop(..) of it; there is none if the depth is 0.
+template <class View>
+struct Update {
+    using Rhs = View;
+    static constexpr bool DROPS = false;
+    Rows<float> lhs;
+    Rhs rhs;
+    float scale;
+};
+template <class View>
+struct DroppedUpdate : Update<View> {
+    static constexpr bool DROPS = true;
+    Dropout dropout;
+};
+
+// One thread brings the panels. ALONG: neighbours of rhs are neighbours in row, and its boxes are DEEP×LINE.
+template <int COLS, bool ALONG>
+__device__ void bring_panels(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap& lhs, const TensorMap& rhs, int steps) {
+    Turn<Shared<COLS>::STAGES> turn;
+    tiles.each([&](int first_row, int first_col) {
+        for (int step = 0; step < steps; ++step, turn.next()) {
+            auto& stage = shared.stages[turn.stage];
+            Barrier* full = &shared.full[turn.stage];
+            wait(&shared.empty[turn.stage], turn.parity ^ 1);
+            arrive_and_expect(full, sizeof stage);
+            load_box(stage.lhs, lhs, step * DEEP, first_row, full);
+            if constexpr (ALONG) {
+#pragma unroll
+                for (int col = 0; col < COLS; col += LINE)
+                    load_box(stage.rhs + col * DEEP, rhs, first_col + col, step * DEEP, full);
+            } else {
+                load_box(stage.rhs, rhs, step * DEEP, first_col, full);
+            }
+        }
+    });
+}
+
+// Three warps bring the chunks of the update's right side.
+template <int COLS, class Rhs>
+__device__ void bring_chunks(Shared<COLS>& shared, Tiles<COLS> tiles, Rhs rhs) {
+    unsigned parity = 0;
+    tiles.each([&](int, int first_col) {
+        for (int d0 = 0; d0 < rhs.depth; d0 += THIN, parity ^= 1) {
+            wait(&shared.chunk_empty, parity ^ 1);
+#pragma unroll 4
+            for (int i = threadIdx.x - WARP; i < COLS * THIN; i += WIDENERS) {
+                int row = Rhs::DEPTH_IS_CONTIGUOUS ? i / THIN : i % COLS, d = Rhs::DEPTH_IS_CONTIGUOUS ? i % THIN : i / COLS;
+                bool has = rhs.has(first_col + row, d0 + d);
+                *shared.chunk.place(row, d) = has ? rhs.get(first_col + row, d0 + d) : 0.0f;
+            }
+            publish_stores();
+            arrive(&shared.chunk_full);
+        }
+    });
+}
+
+// 64×COLS sums in the registers of a warpgroup.
+template <int COLS, bool ALONG>
+struct Sums {
+    Shared<COLS>& shared;
+    int half, first_row, first_col;
+    float sum[COLS / 2];
+
+    // sum += the panels of a stage; the products are on their way.
+    __device__ void add(int stage) {
+        const E *lhs = shared.stages[stage].lhs + half * 64 * DEEP, *rhs = shared.stages[stage].rhs;
+        begin_products();
+#pragma unroll
+        for (int d = 0; d < DEEP; d += 16) {
+            auto left = describe(lhs + d, 0, 8 * 128, SWIZZLE_128);
+            auto right = ALONG ? describe(rhs + d * LINE, DEEP * 128, 8 * 128, SWIZZLE_128) : describe(rhs + d, 0, 8 * 128, SWIZZLE_128);
+            multiply<ALONG>(E(), sum, left, right);
+        }
+        commit_products();
+    }
+
+    // sum += lhs·(the chunk), of which this thread has 4 elements for every 8 of the depth
+    __device__ void add(const float (&lhs)[THIN / 8][4]) {
+        unsigned hi[THIN / 8][4], lo[THIN / 8][4];
+#pragma unroll
+        for (int i = 0; i < THIN / 2; ++i) {
+            hi[i / 4][i % 4] = to_tf32(lhs[i / 4][i % 4]);
+            lo[i / 4][i % 4] = to_tf32(lhs[i / 4][i % 4] - __uint_as_float(hi[i / 4][i % 4]));
+        }
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < THIN / 8; ++i) {
+            auto right = describe(shared.chunk.data + i * 8, 0, 8 * 64, SWIZZLE_64);
+            multiply_tf32(sum, hi[i], right);
+            multiply_tf32(sum, lo[i], right);
+        }
+        commit_products();
+        wait_products<0>();
+    }
+
+    // Where sum i of this thread belongs.
+    __device__ int row(int i) const { return first_row + half * 64 + warp() * 16 + lane() / 4 + i / 2 % 2 * 8; }
+    __device__ int col(int i) const { return first_col + i / 4 * 8 + lane() % 4 * 2 + i % 2; }
+
+    // sum *= dropout's factor. Without dropout too, by 1: sums that only some ways through the kernel change would keep ptxas
+    // from letting products overlap.
+    __device__ void drop(Dropout dropout, int cols) {
+        unsigned kept[COLS / 64];
+#pragma unroll
+        for (int word = 0; word < COLS / 64; ++word) {
+            kept[word] = dropout.threshold == 0 ? ~0u : 0;
+#pragma unroll 1
+            for (int bit = dropout.threshold == 0 ? 32 : 0; bit < 32; ++bit) {
+                int i = word * 32 + bit;
+                kept[word] |= unsigned(dropout.factor(at(row(i), col(i), cols)) != 0.0f) << bit;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < COLS / 2; ++i) sum[i] *= kept[i / 32] >> i % 32 & 1 ? dropout.keep_scale : 0.0f;
+    }
+
+    // out = finish(col, sum), rounded, through shared memory: boxes of 64×LINE, exchanged as SWIZZLE_128 says.
+    template <class Finish>
+    __device__ void store(const TensorMap& out, Finish finish) {
+        E* boxes = shared.out[half];
+        bool first = threadIdx.x % GROUP == 0;
+        if (first) wait_stores();
+        meet(1 + half, GROUP);
+#pragma unroll
+        for (int i = 0; i < COLS / 2; i += 2) {
+            E pair[2];
+            ::store(&pair[0], finish(col(i), sum[i]));
+            ::store(&pair[1], finish(col(i + 1), sum[i + 1]));
+            int line = warp() * 16 + lane() / 4 + i / 2 % 2 * 8, chunk = i / 4 % 8 ^ line % 8;
+            *reinterpret_cast<unsigned*>(boxes + i / 32 * 64 * LINE + line * LINE + chunk * 8 + lane() % 4 * 2) =
+                *reinterpret_cast<unsigned*>(pair);
+        }
+        publish_stores();
+        meet(1 + half, GROUP);
+        if (!first) return;
+#pragma unroll
+        for (int col = 0; col < COLS; col += LINE) store_box(out, first_col + col, first_row + half * 64, boxes + col * 64);
+        commit_stores();
+    }
+
+    __device__ static int lane() { return int(threadIdx.x) % WARP; }
+    __device__ static int warp() { return int(threadIdx.x) % GROUP / WARP; }
+};
+
+// A warpgroup adds up its half of the tiles. A mask is for the update alone: then it comes first. Else its chunks come between
+// the steps, evenly, so that there is time to bring them; the elements of lhs of the next chunk are read meanwhile.
+template <int COLS, bool ALONG, class Update, class Finish>
+__device__ void add_up(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap& out, int cols, int steps, Update update,
+                       Finish finish) {
+    Turn<Shared<COLS>::STAGES> turn;
+    unsigned chunk_parity = 0;
+    int chunks = (update.lhs.depth + THIN - 1) / THIN, half = int(threadIdx.x) / GROUP - 1;
+    bool speaks = threadIdx.x % WARP == 0;  // for its warp, which has read what may be written over
+    tiles.each([&](int first_row, int first_col) {
+        Sums<COLS, ALONG> sums{shared, half, first_row, first_col, {}};
+        float lhs[THIN / 8][4];
+        auto read = [&](int chunk) {
+#pragma unroll
+            for (int i = 0; i < THIN / 2; ++i) {
+                int row = sums.row(i % 2 * 2), d = chunk * THIN + i / 2 * 4 + Sums<COLS, ALONG>::lane() % 4;
+                lhs[i / 4][i % 4] = update.lhs.has(row, d) ? update.scale * update.lhs.get(row, d) : 0.0f;
+            }
+        };
+        int chunk = 0;
+        auto add_chunk = [&] {
+            wait(&shared.chunk_full, chunk_parity);
+            sums.add(lhs);
+            if (speaks) arrive(&shared.chunk_empty);
+            chunk_parity ^= 1;
+            if (++chunk < chunks) read(chunk);
+        };
+        if (chunks > 0) read(0);
+        if constexpr (Update::DROPS) {
+            while (chunk < chunks) add_chunk();
+            settle(sums.sum);
+            sums.drop(update.dropout, cols);
+        }
+        Turn<Shared<COLS>::STAGES> last = turn;
+        for (int step = 0; step < steps; ++step, turn.next()) {
+            wait(&shared.full[turn.stage], turn.parity);
+            sums.add(turn.stage);
+            wait_products<1>();
+            if (step > 0) {
+                if (speaks) arrive(&shared.empty[last.stage]);
+                last.next();
+            }
+            while (chunk < chunks && (chunk + 1ll) * steps <= (step + 1ll) * chunks) add_chunk();
+        }
+        wait_products<0>();
+        if (speaks) arrive(&shared.empty[last.stage]);
+        settle(sums.sum);
+        sums.store(out, finish);
+    });
+    if (threadIdx.x % GROUP == 0) wait_stores();
+}
+
+// out = finish(col, lhs·rhsᵀ + update) for `rows`×`cols` of `out`. ALONG: rhs is stored as its transpose is.
+template <int COLS, bool ALONG, class Update, class Finish>
+__device__ void multiply_tiles(const TensorMap& lhs, const TensorMap& rhs, const TensorMap& out, int rows, int cols, int depth,
+                               Update update, Finish finish) {
+    extern __shared__ __align__(1024) char memory[];
+    auto& shared = *reinterpret_cast<Shared<COLS>*>(memory);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < Shared<COLS>::STAGES; ++stage) {
+            init(&shared.full[stage], 1);
+            init(&shared.empty[stage], 2 * GROUP / WARP);
+        }
+        init(&shared.chunk_full, WIDENERS);
+        init(&shared.chunk_empty, 2 * GROUP / WARP);
+        publish_barriers();
+    }
+    __syncthreads();
+    Tiles<COLS> tiles(rows, cols);
+    int steps = (depth + DEEP - 1) / DEEP;
+    if (threadIdx.x < GROUP) {
+        give_registers<56>();
+        if (threadIdx.x == 0) bring_panels<COLS, ALONG>(shared, tiles, lhs, rhs, steps);
+        if (threadIdx.x >= WARP) bring_chunks(shared, tiles, update.rhs);
+    } else {
+        take_registers<224>();
+        add_up<COLS, ALONG>(shared, tiles, out, cols, steps, update, finish);
+    }
+}

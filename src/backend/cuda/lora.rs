@@ -1,9 +1,10 @@
 //! The verbs of the low-rank layer.
 
 use super::device::{Arg, Device};
+use super::hopper;
 use super::linear::{dbias, sizes};
 use super::plan::{product, size, tiles};
-use super::{Cuda, read, read_if, write};
+use super::{Cuda, memory, memory_mut, read, read_if, write};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
@@ -17,9 +18,14 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
     let (x, a, h) = (read(op.x), read(op.a), write(op.h));
     cuda.launch(to_h, vec![x, a, key0, key1, threshold, keep_scale, h, m.into(), k.into(), r.into()])?;
 
-    let (x, w, bias, b) = (read(op.x), read_if(op.w), read_if(op.bias), read(op.b));
-    let (h, scale, y) = (read(op.h), op.scale.into(), write(op.y));
-    cuda.launch(to_y, vec![x, w, bias, b, h, scale, y, m.into(), k.into(), n.into(), r.into()])
+    let (bias, b, h, scale) = (read_if(op.bias), read(op.b), read(op.h), op.scale.into());
+    let dims = [m, k, n, r].map(Arg::U32);
+    if let (Some(w), Some(to_y)) = (op.w, hopper::product(cuda.device.gpu(), E::DTYPE, "lora_forward_y", [m, n], k)) {
+        let (x, w, y) = (to_y.lhs(memory(op.x), m, k), to_y.rhs(memory(w), n, k), to_y.out(memory_mut(op.y), m, n));
+        return cuda.launch(to_y.plan, [x, w, bias, b, h, scale, y].into_iter().chain(dims).collect());
+    }
+    let (x, w, y) = (read(op.x), read_if(op.w), write(op.y));
+    cuda.launch(to_y, [x, w, bias, b, h, scale, y].into_iter().chain(dims).collect())
 }
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
@@ -44,8 +50,13 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<
 
     let Some(dx) = op.dx else { return Ok(()) };
     let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
-    let (w, a, dy, dh, dx) = (read_if(op.w), read(op.a), read(op.dy), Arg::Read(dh), write(dx));
-    let dims = [m, k, n, r].map(Arg::U32);
+    let (a, dh, dims) = (read(op.a), Arg::Read(dh), [m, k, n, r].map(Arg::U32));
+    if let (Some(w), Some(to_dx)) = (op.w, hopper::product(cuda.device.gpu(), E::DTYPE, "lora_backward_dx", [m, k], n)) {
+        let (w, dy, dx) = (to_dx.rhs(memory(w), n, k), to_dx.lhs(memory(op.dy), m, n), to_dx.out(memory_mut(dx), m, k));
+        let args = [w, a, dy, dh, key0, key1, threshold, keep_scale, dx];
+        return cuda.launch(to_dx.plan, args.into_iter().chain(dims).collect());
+    }
+    let (w, dy, dx) = (read_if(op.w), read(op.dy), write(dx));
     cuda.launch(to_dx, [w, a, dy, dh, key0, key1, threshold, keep_scale, dx].into_iter().chain(dims).collect())
 }
 

@@ -1,0 +1,120 @@
+//! Sizes → which of the kernels for Hopper, and how many blocks. Pure arithmetic.
+
+use super::device::{Arg, Gpu, Tiles};
+use super::plan::{CHUNK, Plan};
+use crate::element::DType;
+
+/// Threads of a block: `HOPPER` in hopper.cuh.
+const THREADS: u32 = 384;
+/// Rows of a tile: `TALL` in hopper.cuh.
+const TALL: u32 = 128;
+/// Rows, and columns, of what a warpgroup stores at once; the depth of a stage: `LINE` and `DEEP` in hopper.cuh.
+const LINE: u32 = 64;
+
+/// The stems, each with the kernels that make tiles of 256 and of 128 columns.
+const KERNELS: [(&str, [&str; 2]); 4] = [
+    ("linear_backward_dx", ["linear_backward_dx_hopper_256", "linear_backward_dx_hopper_128"]),
+    ("linear_forward", ["linear_forward_hopper_256", "linear_forward_hopper_128"]),
+    ("lora_backward_dx", ["lora_backward_dx_hopper_256", "lora_backward_dx_hopper_128"]),
+    ("lora_forward_y", ["lora_forward_y_hopper_256", "lora_forward_y_hopper_128"]),
+];
+
+/// Every kernel of [`hopper_ptx`](super::hopper_ptx), for each of its element types.
+pub fn kernels() -> impl Iterator<Item = &'static str> {
+    KERNELS.into_iter().flat_map(|(_, kernels)| kernels)
+}
+
+/// A kernel, its grid, and the boxes in which its operands move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// The kernel and its grid: as many blocks as multiprocessors, or as tiles if those are fewer.
+    pub plan: Plan,
+    /// Columns of a tile.
+    cols: u32,
+    /// Whether neighbours of the right side are neighbours in row, as they are of the weight in `dy·W`.
+    along: bool,
+}
+
+/// An output of `rows × cols` with so many steps of depth, on Hopper. None: on no other GPU, for no other elements, and not where
+/// rows are no whole multiples of 16 bytes.
+pub fn product(gpu: Gpu, dtype: DType, stem: &str, [rows, cols]: [u32; 2], depth: u32) -> Option<Product> {
+    let whole = |size: u32| size > 0 && size.is_multiple_of(CHUNK);
+    let (_, kernels) = KERNELS.into_iter().find(|(name, _)| *name == stem)?;
+    if gpu.capability != (9, 0) || dtype.size() != 2 || rows == 0 || !whole(cols) || !whole(depth) {
+        return None;
+    }
+    let tiles = |width: u32| u64::from(rows.div_ceil(TALL)) * u64::from(cols.div_ceil(width));
+    // How long it takes: rounds of tiles, and a narrow one has half the columns, at nine tenths of the speed.
+    let rounds = |width: u32| tiles(width).div_ceil(u64::from(gpu.multiprocessors));
+    let is_wide = rounds(256) * 18 <= rounds(128) * 10;
+    let (kernel, width, shared) = if is_wide { (kernels[0], 256, shared(256)) } else { (kernels[1], 128, shared(128)) };
+    let tiles = u32::try_from(tiles(width)).ok().filter(|&tiles| tiles <= i32::MAX as u32)?;
+    let grid = tiles.min(gpu.multiprocessors);
+    Some(Product { plan: Plan { kernel, grid, block: THREADS, shared }, cols: width, along: stem.ends_with("dx") })
+}
+
+/// Bytes of shared memory: `Shared` in hopper.cuh. Stages, sums on their way out, a chunk of the update, and the barriers.
+fn shared(cols: u32) -> u32 {
+    let stages = if cols == 256 { 3 } else { 5 };
+    let (stage, out, chunk) = (2 * LINE * (TALL + cols), 2 * TALL * cols, 4 * 16 * cols);
+    let barriers = 8 * (2 * stages + 2);
+    (stages * stage + out + chunk + barriers).next_multiple_of(1024)
+}
+
+impl Product {
+    /// The left side, `rows × depth`.
+    pub(super) fn lhs<'a, M>(&self, memory: &'a M, rows: u32, cols: u32) -> Arg<'a, M> {
+        Arg::ReadTiles(memory, Tiles { rows, cols, tile: [TALL, LINE] })
+    }
+
+    /// The right side, as it is stored.
+    pub(super) fn rhs<'a, M>(&self, memory: &'a M, rows: u32, cols: u32) -> Arg<'a, M> {
+        Arg::ReadTiles(memory, Tiles { rows, cols, tile: [if self.along { LINE } else { self.cols }, LINE] })
+    }
+
+    /// The output.
+    pub(super) fn out<'a, M>(&self, memory: &'a mut M, rows: u32, cols: u32) -> Arg<'a, M> {
+        Arg::WriteTiles(memory, Tiles { rows, cols, tile: [LINE, LINE] })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const H100: Gpu = Gpu { capability: (9, 0), multiprocessors: 132 };
+
+    proptest! {
+        #[test]
+        fn every_block_has_a_tile_and_no_multiprocessor_waits(rows in 1..100_000u32, cols in 1..12_500u32, depth in 1..1000u32) {
+            let product = product(H100, DType::BF16, "lora_forward_y", [rows, 8 * cols], 8 * depth).unwrap();
+            let tiles = u64::from(rows.div_ceil(128)) * u64::from((8 * cols).div_ceil(product.cols));
+            prop_assert_eq!(u64::from(product.plan.grid), tiles.min(132));
+            prop_assert!(product.plan.shared <= 227 << 10);
+            prop_assert!(product.plan.kernel.ends_with(&product.cols.to_string()));
+        }
+    }
+
+    #[test]
+    fn only_hopper_takes_16_bit_products_with_whole_rows() {
+        let take = |gpu, dtype, sizes, depth| product(gpu, dtype, "linear_forward", sizes, depth).map(|product| product.plan);
+        let plan = |kernel, grid, shared| Some(Plan { kernel, grid, block: 384, shared });
+        assert_eq!(take(H100, DType::F16, [4096, 4096], 4096), plan("linear_forward_hopper_256", 132, 225 << 10));
+        assert_eq!(take(H100, DType::F16, [1, 8], 8), plan("linear_forward_hopper_128", 1, 201 << 10));
+        for (dtype, sizes, depth) in [
+            (DType::F32, [128, 128], 64),
+            (DType::F16, [0, 128], 64),
+            (DType::F16, [128, 0], 64),
+            (DType::F16, [128, 128], 0),
+            (DType::F16, [128, 4], 64),
+            (DType::F16, [128, 128], 12),
+        ] {
+            assert_eq!(take(H100, dtype, sizes, depth), None);
+        }
+        for capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
+            assert_eq!(take(Gpu { capability, ..H100 }, DType::F16, [128, 128], 64), None);
+        }
+        assert_eq!(product(H100, DType::F16, "lora_merge", [128, 128], 64), None);
+    }
+}

@@ -1,13 +1,14 @@
 // The engine for Hopper: `Σ lhs·rhs` of 16-bit operands, in tiles of TALL×COLS, added up in f32 registers.
 //
 //     for tile in this block's tiles               as many blocks as multiprocessors; bands of tiles share what L2 holds
-//       one thread       for step in the depth     TMA brings both panels, DEEP of the depth, up to STAGES steps ahead
+//       one warp         for step in the depth     TMA brings both panels, DEEP of the depth, up to STAGES steps ahead
 //       three warps      for chunk in the rank     bring the update's right side, widened
 //       two warpgroups   for step in the depth     wgmma, each onto its 64×COLS sums; between the steps, chunks of the update
 //                        round, to shared memory   TMA stores it while the next tile begins
 //
 // Who waits for whom is said by mbarriers, in pairs: `full` ends a phase when a panel has come, `empty` when it may be written
-// over. All of them turn with the stages, whatever tile a stage belongs to: the next tile's panels come during the last steps.
+// over. Two blocks with wide tiles are a cluster: they make neighbours down a column, and each brings half of the right panel, to
+// both; so a stage is empty when the warpgroups of both blocks say so. All barriers turn with the stages, whatever tile a stage belongs to: the next tile's panels come during the last steps.
 //
 // The low-rank update is more depth of the same tile, in tf32. Its right side is exact there: f16 and bf16 have no more than 11
 // significant bits, and no more exponents. h' = scale·h goes in twice: hi = tf32(h') and lo = tf32(h' - hi), from registers,
@@ -29,6 +30,8 @@ constexpr int LINE = 64;             // 16-bit elements in the 128 bytes of a li
 constexpr int DEEP = LINE;           // of both operands in a stage
 constexpr int THIN = 16;             // of the rank in a chunk of the update: 64 bytes of f32, a line of its swizzle
 constexpr int BAND = 16;             // tiles down in a band: with 132 blocks about as many columns as rows
+template <int COLS>
+constexpr int CLUSTER = COLS == 256 ? 2 : 1;  // blocks that share right panels
 constexpr int WIDENERS = GROUP - WARP;
 
 // A chunk of the rank of one tile; depth in a line, exchanged as SWIZZLE_64 says.
@@ -58,20 +61,25 @@ struct Turn {
     }
 };
 
-// The tiles of an output. Their numbers run down a band, then to the next column of tiles, then to the next band.
+// The tiles of an output; those of a cluster are one here, and the last may lie outside. Their numbers run down a band, then to
+// the next column of tiles, then to the next band.
 template <int COLS>
 struct Tiles {
+    static constexpr int HEIGHT = CLUSTER<COLS> * TALL, IN_BAND = BAND / CLUSTER<COLS>;
     int down, across;
-    __device__ Tiles(int rows, int cols) : down((rows - 1) / TALL + 1), across((cols - 1) / COLS + 1) {}
+    __device__ Tiles(int rows, int cols) : down((rows - 1) / HEIGHT + 1), across((cols - 1) / COLS + 1) {}
 
     // Calls f(first_row, first_col) for each tile of this block.
     template <class F>
     __device__ void each(F f) const {
-        for (int tile = blockIdx.x; tile < down * across; tile += gridDim.x) {
-            int first = tile / (BAND * across) * BAND, within = tile % (BAND * across), height = min(BAND, down - first);
-            f((first + within % height) * TALL, within / height * COLS);
+        for (int tile = blockIdx.x / CLUSTER<COLS>; tile < down * across; tile += gridDim.x / CLUSTER<COLS>) {
+            int band = tile / (IN_BAND * across) * IN_BAND, within = tile % (IN_BAND * across), height = min(IN_BAND, down - band);
+            f((band + within % height) * HEIGHT + rank() * TALL, within / height * COLS);
         }
     }
+
+    // This block's number in its cluster.
+    __device__ static int rank() { return int(blockIdx.x) % CLUSTER<COLS>; }
 };
 
 // scale·lhs·rhsᵀ, or drop(..) of it; there is none if the depth is 0.
@@ -89,23 +97,27 @@ struct DroppedUpdate : Update<View> {
     Dropout dropout;
 };
 
-// One thread brings the panels. ALONG: neighbours of rhs are neighbours in row, and its boxes are DEEP×LINE.
+// One warp brings the panels: its first lane, but all of them wait. ALONG: neighbours of rhs are neighbours in row, and its boxes
+// are DEEP×LINE.
 template <int COLS, bool ALONG>
 __device__ void bring_panels(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap& lhs, const TensorMap& rhs, int steps) {
+    constexpr int SHARE = COLS / CLUSTER<COLS>, BOX = ALONG ? LINE : SHARE;  // columns that this block brings, and at once
     Turn<Shared<COLS>::STAGES> turn;
     tiles.each([&](int first_row, int first_col) {
         for (int step = 0; step < steps; ++step, turn.next()) {
             auto& stage = shared.stages[turn.stage];
             Barrier* full = &shared.full[turn.stage];
             wait(&shared.empty[turn.stage], turn.parity ^ 1);
+            if (threadIdx.x > 0) continue;
+            int d = step * DEEP, share = tiles.rank() * SHARE;
             arrive_and_expect(full, sizeof stage);
-            load_box(stage.lhs, lhs, step * DEEP, first_row, full);
-            if constexpr (ALONG) {
+            load_box(stage.lhs, lhs, d, first_row, full);
 #pragma unroll
-                for (int col = 0; col < COLS; col += LINE)
-                    load_box(stage.rhs + col * DEEP, rhs, first_col + col, step * DEEP, full);
-            } else {
-                load_box(stage.rhs, rhs, step * DEEP, first_col, full);
+            for (int col = 0; col < SHARE; col += BOX) {
+                int right = first_col + share + col;
+                E* to = stage.rhs + (share + col) * DEEP;
+                if constexpr (CLUSTER<COLS> == 1) load_box(to, rhs, ALONG ? right : d, ALONG ? d : right, full);
+                else load_box_for((1 << CLUSTER<COLS>) - 1, to, rhs, ALONG ? right : d, ALONG ? d : right, full);
             }
         }
     });
@@ -190,7 +202,7 @@ struct Sums {
         for (int i = 0; i < COLS / 2; ++i) sum[i] *= kept[i / 32] >> i % 32 & 1 ? dropout.keep_scale : 0.0f;
     }
 
-    // out = finish(col, sum), rounded, through shared memory: boxes of 64×LINE, exchanged as SWIZZLE_128 says.
+    // out = the sums after finish(col, sum, its neighbour), rounded, through shared memory: boxes of 64×LINE, exchanged as SWIZZLE_128 says.
     template <class Finish>
     __device__ void store(const TensorMap& out, Finish finish) {
         E* boxes = shared.out[half];
@@ -200,8 +212,9 @@ struct Sums {
 #pragma unroll
         for (int i = 0; i < COLS / 2; i += 2) {
             E pair[2];
-            ::store(&pair[0], finish(col(i), sum[i]));
-            ::store(&pair[1], finish(col(i + 1), sum[i + 1]));
+            finish(col(i), sum[i], sum[i + 1]);
+            ::store(&pair[0], sum[i]);
+            ::store(&pair[1], sum[i + 1]);
             int line = warp() * 16 + lane() / 4 + i / 2 % 2 * 8, chunk = i / 4 % 8 ^ line % 8;
             *reinterpret_cast<unsigned*>(boxes + i / 32 * 64 * LINE + line * LINE + chunk * 8 + lane() % 4 * 2) =
                 *reinterpret_cast<unsigned*>(pair);
@@ -217,6 +230,17 @@ struct Sums {
     __device__ static int lane() { return int(threadIdx.x) % WARP; }
     __device__ static int warp() { return int(threadIdx.x) % GROUP / WARP; }
 };
+
+// A warp has read the panels of a stage: all who bring a part of them may write over it.
+template <int COLS>
+__device__ void leave(Shared<COLS>& shared, int stage) {
+    if constexpr (CLUSTER<COLS> == 1) {
+        arrive(&shared.empty[stage]);
+    } else {
+#pragma unroll
+        for (int block = 0; block < CLUSTER<COLS>; ++block) arrive_at(&shared.empty[stage], block);
+    }
+}
 
 // A warpgroup adds up its half of the tiles. A mask is for the update alone: then it comes first. Else its chunks come between
 // the steps, evenly, so that there is time to bring them; the elements of lhs of the next chunk are read meanwhile.
@@ -257,20 +281,20 @@ __device__ void add_up(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap&
             sums.add(turn.stage);
             wait_products<1>();
             if (step > 0) {
-                if (speaks) arrive(&shared.empty[last.stage]);
+                if (speaks) leave(shared, last.stage);
                 last.next();
             }
             while (chunk < chunks && (chunk + 1ll) * steps <= (step + 1ll) * chunks) add_chunk();
         }
         wait_products<0>();
-        if (speaks) arrive(&shared.empty[last.stage]);
+        if (speaks) leave(shared, last.stage);
         settle(sums.sum);
         sums.store(out, finish);
     });
     if (threadIdx.x % GROUP == 0) wait_stores();
 }
 
-// out = finish(col, lhs·rhsᵀ + update) for `rows`×`cols` of `out`. ALONG: rhs is stored as its transpose is.
+// out = lhs·rhsᵀ + update, finished, for `rows`×`cols` of `out`. ALONG: rhs is stored as its transpose is.
 template <int COLS, bool ALONG, class Update, class Finish>
 __device__ void multiply_tiles(const TensorMap& lhs, const TensorMap& rhs, const TensorMap& out, int rows, int cols, int depth,
                                Update update, Finish finish) {
@@ -279,21 +303,24 @@ __device__ void multiply_tiles(const TensorMap& lhs, const TensorMap& rhs, const
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < Shared<COLS>::STAGES; ++stage) {
             init(&shared.full[stage], 1);
-            init(&shared.empty[stage], 2 * GROUP / WARP);
+            init(&shared.empty[stage], CLUSTER<COLS> * 2 * GROUP / WARP);
         }
         init(&shared.chunk_full, WIDENERS);
         init(&shared.chunk_empty, 2 * GROUP / WARP);
         publish_barriers();
     }
-    __syncthreads();
+    if constexpr (CLUSTER<COLS> == 1) __syncthreads();
+    else meet_cluster();
     Tiles<COLS> tiles(rows, cols);
     int steps = (depth + DEEP - 1) / DEEP;
     if (threadIdx.x < GROUP) {
         give_registers<56>();
-        if (threadIdx.x == 0) bring_panels<COLS, ALONG>(shared, tiles, lhs, rhs, steps);
-        if (threadIdx.x >= WARP) bring_chunks(shared, tiles, update.rhs);
+        if (threadIdx.x < WARP) bring_panels<COLS, ALONG>(shared, tiles, lhs, rhs, steps);
+        else bring_chunks(shared, tiles, update.rhs);
     } else {
         take_registers<224>();
         add_up<COLS, ALONG>(shared, tiles, out, cols, steps, update, finish);
     }
+    __syncwarp();
+    if constexpr (CLUSTER<COLS> > 1) meet_cluster();  // nobody writes to a block that has left
 }

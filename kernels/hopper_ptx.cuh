@@ -20,6 +20,11 @@ __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.re
 __device__ inline void arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
+// The same at the barrier in the same place of another block of the cluster.
+__device__ inline void arrive_at(Barrier* barrier, unsigned block) {
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
+                 ::"r"(shared_address(barrier)), "r"(block) : "memory");
+}
 __device__ inline void arrive_and_expect(Barrier* barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
@@ -38,6 +43,12 @@ __device__ inline void load_box(void* to, const TensorMap& from, int col, int ro
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(shared_address(to)), "l"(&from), "r"(col), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
+// To the same place in each block of the cluster that `blocks` has a bit for; each one's barrier gets its bytes.
+__device__ inline void load_box_for(unsigned short blocks, void* to, const TensorMap& from, int col, int row, Barrier* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(shared_address(to)), "l"(&from), "r"(col), "r"(row), "r"(shared_address(barrier)), "h"(blocks) : "memory");
+}
 __device__ inline void store_box(const TensorMap& to, int col, int row, const void* from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
                  ::"l"(&to), "r"(col), "r"(row), "r"(shared_address(from)) : "memory");
@@ -52,6 +63,11 @@ __device__ inline void publish_stores() { asm volatile("fence.proxy.async.shared
 
 // A barrier of some of the block's warps; 0 is __syncthreads.
 __device__ inline void meet(int barrier, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+// Every thread of the cluster.
+__device__ inline void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 template <int COUNT>
 __device__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT>

@@ -55,11 +55,11 @@ impl Product {
         if self.half.is_some() { 16 } else { 8 }
     }
 
-    /// What one chunk of 16 bytes holds.
-    pub(crate) fn elements(&self, chunk: u128) -> Vec<f32> {
+    /// What one chunk of 16 bytes holds: four or eight.
+    fn elements(&self, chunk: u128) -> ([f32; 8], usize) {
         match self.half {
-            Some(half) => (0..8).map(|i| widen(half, (chunk >> (16 * i)) as u16)).collect(),
-            None => (0..4).map(|i| float::cut_to_tf32(f32::from_bits((chunk >> (32 * i)) as u32))).collect(),
+            Some(half) => (std::array::from_fn(|i| widen(half, (chunk >> (16 * i)) as u16)), 8),
+            None => (std::array::from_fn(|i| float::cut_to_tf32(f32::from_bits((chunk >> (32 * (i % 4))) as u32))), 4),
         }
     }
 
@@ -186,15 +186,17 @@ impl Cluster<'_, '_, '_> {
             Side::Registers(registers) => self.lhs_in_registers(warp, product, registers),
             Side::Shared(_) => {
                 let (layout, first) = (Layout::of(started.lhs)?, warp % 4 * 16);
-                (first..first + 16).map(|row| self.line(warp, product, layout, row)).collect::<Result<_, _>>()?
+                (first..first + 16).map(|row| Ok(self.line(warp, product, layout, row)?.to_vec())).collect::<Result<_, _>>()?
             }
         };
         let rhs = self.rhs(warp, product, Layout::of(started.rhs)?)?;
         let sums = &mut self.warps[warp].products.sums;
         let mut tile = vec![vec![0.0; product.cols]; 16];
-        let places = || (0..product.d.len()).flat_map(|i| (0..WARP).map(move |lane| (i, lane, sum_place(lane, i))));
-        for (i, lane, (row, col)) in places() {
-            tile[row][col] = f32::from_bits(sums[&product.d[i]][lane] as u32);
+        for (i, d) in product.d.iter().enumerate() {
+            for (lane, value) in sums[d].iter().enumerate() {
+                let (row, col) = sum_place(lane, i);
+                tile[row][col] = f32::from_bits(*value as u32);
+            }
         }
         multiply(&rows, &rhs, &mut tile);
         for (i, &d) in product.d.iter().enumerate() {
@@ -205,10 +207,14 @@ impl Cluster<'_, '_, '_> {
         Ok(())
     }
 
-    /// A row of 32 bytes whose neighbours are neighbours in depth.
-    fn line(&mut self, warp: usize, product: &Product, layout: Layout, row: usize) -> Result<Vec<f32>, Kind> {
-        let [low, high] = [0, 1].map(|chunk| self.chunk(warp, layout.across(row, chunk)));
-        Ok([product.elements(low?), product.elements(high?)].concat())
+    /// A row of 32 bytes whose neighbours are neighbours in depth: as many elements as a product is deep.
+    fn line(&mut self, warp: usize, product: &Product, layout: Layout, row: usize) -> Result<[f32; 16], Kind> {
+        let mut line = [0.0; 16];
+        for chunk in 0..2 {
+            let (elements, count) = product.elements(self.chunk(warp, layout.across(row, chunk))?);
+            line[chunk * count..][..count].copy_from_slice(&elements[..count]);
+        }
+        Ok(line)
     }
 
     /// `rhs[d][col]`
@@ -217,7 +223,7 @@ impl Cluster<'_, '_, '_> {
         if product.along {
             for (d, right) in rhs.iter_mut().enumerate() {
                 for chunk in 0..product.cols / 8 {
-                    right.extend(product.elements(self.chunk(warp, layout.along(chunk, d))?));
+                    right.extend(product.elements(self.chunk(warp, layout.along(chunk, d))?).0);
                 }
             }
         } else {
@@ -234,7 +240,7 @@ impl Cluster<'_, '_, '_> {
         let values = self.registers(warp).values;
         for (i, lane) in (0..4).flat_map(|i| (0..WARP).map(move |lane| (i, lane))) {
             let (row, d) = product.lhs_place(lane, i);
-            let elements = product.elements(u128::from(values[registers[i] as usize][lane] as u32));
+            let (elements, _) = product.elements(u128::from(values[registers[i] as usize][lane] as u32));
             rows[row][d..d + product.depth() / 8].copy_from_slice(&elements[..product.depth() / 8]);
         }
         rows

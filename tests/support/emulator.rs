@@ -11,6 +11,7 @@ pub struct Emulator {
     module: Ptx,
     /// The kernels for Hopper alone; None: it is another GPU.
     hopper: Option<Ptx>,
+    multiprocessors: u32,
     dtype: DType,
 }
 
@@ -24,10 +25,10 @@ impl Emulator {
     pub fn new(dtype: DType) -> Self {
         static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
         let module = Ptx::Shipped(MODULES[dtype as usize].get_or_init(|| parse(dtype, cuda::ptx(dtype))));
-        Self { module, hopper: None, dtype }
+        Self { module, hopper: None, multiprocessors: 4, dtype }
     }
 
-    /// As a Hopper GPU, of three multiprocessors: few shapes here have more tiles.
+    /// As a Hopper GPU, of four multiprocessors: two clusters, and fewer than the larger shapes have tiles.
     pub fn hopper(dtype: DType) -> Self {
         static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
         let ptx = cuda::hopper_ptx(dtype).expect("16-bit elements");
@@ -37,12 +38,12 @@ impl Emulator {
 
     /// With other PTX.
     pub fn with_ptx(dtype: DType, ptx: &str) -> Self {
-        Self { module: Ptx::Changed(parse(dtype, ptx)), hopper: None, dtype }
+        Self { module: Ptx::Changed(parse(dtype, ptx)), hopper: None, multiprocessors: 4, dtype }
     }
 
-    /// As a Hopper GPU, with other PTX for Hopper.
-    pub fn with_hopper_ptx(dtype: DType, ptx: &str) -> Self {
-        Self { hopper: Some(Ptx::Changed(parse(dtype, ptx))), ..Self::new(dtype) }
+    /// As a Hopper GPU of so many multiprocessors, with other PTX for Hopper.
+    pub fn with_hopper_ptx(dtype: DType, ptx: &str, multiprocessors: u32) -> Self {
+        Self { hopper: Some(Ptx::Changed(parse(dtype, ptx))), multiprocessors, ..Self::new(dtype) }
     }
 
     /// A backend on it.
@@ -88,7 +89,7 @@ impl Device for Emulator {
     }
 
     fn gpu(&self) -> Gpu {
-        Gpu { capability: if self.hopper.is_some() { (9, 0) } else { (8, 0) }, multiprocessors: 3 }
+        Gpu { capability: if self.hopper.is_some() { (9, 0) } else { (8, 0) }, multiprocessors: self.multiprocessors }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Global> {

@@ -27,10 +27,12 @@ pub fn kernels() -> impl Iterator<Item = &'static str> {
 /// A kernel, its grid, and the boxes in which its operands move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Product {
-    /// The kernel and its grid: as many blocks as multiprocessors, or as tiles if those are fewer.
+    /// The kernel and its grid: as many blocks as multiprocessors, or as tiles of whole clusters if those are fewer.
     pub plan: Plan,
     /// Columns of a tile.
     cols: u32,
+    /// Blocks of a cluster, which make tiles below each other and bring their right panel together.
+    cluster: u32,
     /// Whether neighbours of the right side are neighbours in row, as they are of the weight in `dy·W`.
     along: bool,
 }
@@ -43,14 +45,21 @@ pub fn product(gpu: Gpu, dtype: DType, stem: &str, [rows, cols]: [u32; 2], depth
     if gpu.capability != (9, 0) || dtype.size() != 2 || rows == 0 || !whole(cols) || !whole(depth) {
         return None;
     }
-    let tiles = |width: u32| u64::from(rows.div_ceil(TALL)) * u64::from(cols.div_ceil(width));
+    let clusters = |width: u32| u64::from(rows.div_ceil(TALL * cluster(width))) * u64::from(cols.div_ceil(width));
+    let room = |width: u32| u64::from(gpu.multiprocessors / cluster(width)).max(1);
     // How long it takes: rounds of tiles, and a narrow one has half the columns, at nine tenths of the speed.
-    let rounds = |width: u32| tiles(width).div_ceil(u64::from(gpu.multiprocessors));
-    let is_wide = rounds(256) * 18 <= rounds(128) * 10;
-    let (kernel, width, shared) = if is_wide { (kernels[0], 256, shared(256)) } else { (kernels[1], 128, shared(128)) };
-    let tiles = u32::try_from(tiles(width)).ok().filter(|&tiles| tiles <= i32::MAX as u32)?;
-    let grid = tiles.min(gpu.multiprocessors);
-    Some(Product { plan: Plan { kernel, grid, block: THREADS, shared }, cols: width, along: stem.ends_with("dx") })
+    let rounds = |width: u32| clusters(width).div_ceil(room(width));
+    let is_wide = gpu.multiprocessors >= cluster(256) && rounds(256) * 18 <= rounds(128) * 10;
+    let (kernel, width) = if is_wide { (kernels[0], 256) } else { (kernels[1], 128) };
+    u32::try_from(clusters(width)).ok().filter(|&clusters| clusters <= i32::MAX as u32)?;
+    let grid = clusters(width).min(room(width)) as u32 * cluster(width);
+    let plan = Plan { kernel, grid, block: THREADS, shared: shared(width) };
+    Some(Product { plan, cols: width, cluster: cluster(width), along: stem.ends_with("dx") })
+}
+
+/// `CLUSTER` in hopper.cuh.
+fn cluster(cols: u32) -> u32 {
+    if cols == 256 { 2 } else { 1 }
 }
 
 /// Bytes of shared memory: `Shared` in hopper.cuh. Stages, sums on their way out, a chunk of the update, and the barriers.
@@ -67,9 +76,9 @@ impl Product {
         Arg::ReadTiles(memory, Tiles { rows, cols, tile: [TALL, LINE] })
     }
 
-    /// The right side, as it is stored.
+    /// The right side, as it is stored; a block brings its share of the cluster's panel.
     pub(super) fn rhs<'a, M>(&self, memory: &'a M, rows: u32, cols: u32) -> Arg<'a, M> {
-        Arg::ReadTiles(memory, Tiles { rows, cols, tile: [if self.along { LINE } else { self.cols }, LINE] })
+        Arg::ReadTiles(memory, Tiles { rows, cols, tile: [if self.along { LINE } else { self.cols / self.cluster }, LINE] })
     }
 
     /// The output.
@@ -87,10 +96,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_block_has_a_tile_and_no_multiprocessor_waits(rows in 1..100_000u32, cols in 1..12_500u32, depth in 1..1000u32) {
+        fn every_cluster_has_a_tile_and_no_multiprocessor_waits(rows in 1..100_000u32, cols in 1..12_500u32, depth in 1..1000u32) {
             let product = product(H100, DType::BF16, "lora_forward_y", [rows, 8 * cols], 8 * depth).unwrap();
-            let tiles = u64::from(rows.div_ceil(128)) * u64::from((8 * cols).div_ceil(product.cols));
-            prop_assert_eq!(u64::from(product.plan.grid), tiles.min(132));
+            let Product { plan, cols: width, cluster, .. } = product;
+            let clusters = u64::from(rows.div_ceil(128 * cluster)) * u64::from((8 * cols).div_ceil(width));
+            prop_assert_eq!(u64::from(plan.grid), (clusters * u64::from(cluster)).min(132));
             prop_assert!(product.plan.shared <= 227 << 10);
             prop_assert!(product.plan.kernel.ends_with(&product.cols.to_string()));
         }

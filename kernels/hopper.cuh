@@ -284,7 +284,8 @@ __device__ void add_up(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap&
                 if (speaks) leave(shared, last.stage);
                 last.next();
             }
-            while (chunk < chunks && (chunk + 1ll) * steps <= (step + 1ll) * chunks) add_chunk();
+            if constexpr (!Update::DROPS)
+                while (chunk < chunks && (chunk + 1ll) * steps <= (step + 1ll) * chunks) add_chunk();
         }
         wait_products<0>();
         if (speaks) leave(shared, last.stage);

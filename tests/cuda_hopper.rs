@@ -91,7 +91,7 @@ fn products_round_within_bounds_and_drop_what_the_mask_says<E: Float>() {
             let ones = layer.mask.clone();
             let mut layer = Lora { mask: dropout.map_or(ones, |dropout| mask(dropout, dims.m, dims.k)), ..layer };
             if dropout.is_none() {
-                layer.a.data.iter_mut().for_each(|a| *a *= 32768.0);
+                layer.a.data.iter_mut().for_each(|a| *a *= 8192.0);
             }
             let (want, size) = (layer.run(), layer.magnitudes().run());
             let dx = backward(&backend, &layer, dropout).unwrap();
@@ -112,6 +112,12 @@ fn products_round_within_bounds_and_drop_what_the_mask_says_f16() {
 #[test]
 fn products_round_within_bounds_and_drop_what_the_mask_says_bf16() {
     products_round_within_bounds_and_drop_what_the_mask_says::<bf16>();
+}
+
+/// Without W, or where rows are no whole multiples of 16 bytes, other kernels do it.
+#[test]
+fn what_these_kernels_cannot_do_goes_to_others() {
+    support::suite::update_alone_is_exact_on_whole_numbers(&Emulator::hopper_backend::<bf16>());
 }
 
 /// The kernel's text in the PTX that ships, and what stands before and after it.
@@ -188,7 +194,7 @@ fn every_wait_is_needed_and_missed() {
     });
     assert_caught("bar.sync", &["race", "nothing wrote"], |_| String::new());
     assert_caught("barrier.cluster.arrive", &["waits for ever"], |_| String::new());
-    assert_caught("cp.async.bulk.wait_group", &["race", "returns before"], |_| String::new());
+    assert_caught("cp.async.bulk.wait_group", &["race", "wrong result", "returns before"], |_| String::new());
     let early = |wait: &str| wait.replace(" 1;", " 2;").replace(" 0;", " 1;");
     assert_caught("wgmma.wait_group", &["race", "asynchronous copy", "touched before", "wrong result", "no wgmma.fence"], early);
 }

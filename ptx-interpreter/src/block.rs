@@ -123,6 +123,9 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
             if ran || self.open_barriers()? || self.land() {
                 continue;
             }
+            // Who waits for a phase is the reason; who waits at a barrier, waits for them.
+            let for_phase = waiting.iter().find(|(_, group)| matches!(group.waits, Some(Wait::Phase { .. })));
+            let (warp, group) = *for_phase.unwrap_or(&(warp, group));
             let threads = waiting.iter().map(|&(warp, group)| self.place.thread(warp, group.lanes.trailing_zeros() as usize));
             let kind = Kind::Deadlock { barrier: self.describe(group.waits), waiting: threads.collect() };
             let at = if matches!(group.waits, Some(Wait::Phase { .. })) { group.at } else { group.at - 1 };

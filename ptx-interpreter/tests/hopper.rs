@@ -88,7 +88,6 @@ fn plain_stores_need_a_fence_before_they_are_stored_by_boxes() {
     let fenced = [fill, "fence.proxy.async.shared::cta;", STORE].concat();
     let early = fenced.replace("wait_group.read 0", "wait_group.read 1");
     assert!(matches!(fault(1, &early), Kind::Misuse(reason) if reason.contains("before what it stores was read")));
-    assert!(matches!(fault(1, &[&early, fill].concat().replace("$fill", "$f2").replacen("$f2", "$fill", 0)), Kind::Race { .. } | Kind::Misuse(_)));
 }
 
 #[test]
@@ -145,7 +144,7 @@ fn a_warpgroup_multiplies_what_descriptors_say() {
     assert!(f32::from_le_bytes(out[..4].try_into().unwrap()).is_nan());
     assert_eq!(fault(128, &product("", wait)), Kind::MissingFence);
     assert_eq!(fault(128, &product(fence, &["mov.f32 %f0, 0f00000000;", wait].concat())), Kind::SumsInFlight);
-    assert_eq!(fault(128, &product("setp.lt.s32 %p2, %r0, 16; wgmma.fence.sync.aligned; @%p2", wait)), Kind::DivergedWarp);
+    assert_eq!(fault(128, &product("setp.lt.s32 %p2, %r0, 16; wgmma.fence.sync.aligned; @%p2 ", wait)), Kind::DivergedWarp);
 }
 
 #[test]

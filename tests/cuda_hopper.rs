@@ -209,7 +209,8 @@ fn every_fence_is_needed_and_missed() {
 
 /// The constants of descriptors: what stands beside an address.
 fn descriptors(text: &str) -> BTreeSet<u64> {
-    let constants = text.lines().filter(|line| line.contains("or.b64")).filter_map(|line| line.trim_end_matches(';').rsplit_once(", "));
+    let constants =
+        text.lines().filter(|line| line.contains("or.b64")).filter_map(|line| line.trim_end_matches(';').rsplit_once(", "));
     let bits = constants.filter_map(|(_, constant)| constant.parse::<i64>().ok()).map(|constant| constant as u64);
     bits.filter(|bits| bits >> 62 != 0).collect()
 }

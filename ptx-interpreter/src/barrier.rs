@@ -43,7 +43,8 @@ impl Barriers {
         }
         let made = (now.block, now.thread, now.time);
         let (arriving, arrived) = Default::default();
-        self.0.insert(at, Phases { number, count, made, published: false, ended: 0, missing: count, bytes: 0, arriving, arrived });
+        self.0
+            .insert(at, Phases { number, count, made, published: false, ended: 0, missing: count, bytes: 0, arriving, arrived });
         Ok(())
     }
 

@@ -178,7 +178,9 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
     fn wake(&mut self, warp: usize) -> bool {
         let (mut woken, Self { rooms, warps, place, .. }) = (false, self);
         for i in 0..warps[warp].groups.len() {
-            let Group { waits: Some(Wait::Phase { block, barrier, parity }), lanes, .. } = warps[warp].groups[i] else { continue };
+            let Group { waits: Some(Wait::Phase { block, barrier, parity }), lanes, .. } = warps[warp].groups[i] else {
+                continue;
+            };
             let now = place.moment(&warps[warp], warp, lanes.trailing_zeros() as usize);
             if !matches!(rooms[block].barriers.ended(barrier, parity, now), Ok(None)) {
                 warps[warp].groups[i].waits = None;
@@ -366,7 +368,9 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
                 return self.bulk(warp, active, op);
             }
             Op::LoadMatrix { .. } | Op::Multiply { .. } | Op::Together if !whole => return Err(whole_warp(Kind::DivergedWarp)),
-            Op::BeginProducts | Op::Product(_) | Op::CommitProducts | Op::WaitProducts { .. } if !whole => return Err(whole_warp(Kind::DivergedWarp)),
+            Op::BeginProducts | Op::Product(_) | Op::CommitProducts | Op::WaitProducts { .. } if !whole => {
+                return Err(whole_warp(Kind::DivergedWarp));
+            }
             Op::LoadMatrix { to, address, transposed } => return self.load_matrix(warp, to, *address, *transposed),
             Op::Multiply { half, d, a, b, c } => multiply(&mut self.registers(warp), *half, d, a, b, c),
             Op::BeginProducts => self.warps[warp].fenced = u64::MAX - self.context.budget,

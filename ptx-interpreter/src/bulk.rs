@@ -81,7 +81,9 @@ impl Cluster<'_, '_, '_> {
         let corner = corner.map(|operand| i64::from(registers.get(operand, lane) as u32 as i32));
         let arg = self.context.kernel.params.iter().position(|&(offset, _)| offset == at);
         match arg.map(|arg| (arg, &self.context.args[arg])) {
-            Some((arg, &Arg::ReadTiles(_, tiles) | &Arg::WriteTiles(_, tiles))) if corner[0] % CHUNK == 0 => Ok((arg, tiles, corner)),
+            Some((arg, &Arg::ReadTiles(_, tiles) | &Arg::WriteTiles(_, tiles))) if corner[0] % CHUNK == 0 => {
+                Ok((arg, tiles, corner))
+            }
             Some((_, Arg::ReadTiles(..) | Arg::WriteTiles(..))) => Err(Kind::Misuse("a box that starts inside a chunk".into())),
             _ => Err(Kind::Misuse(format!("there is no tensor map at {at:#x} of the parameters"))),
         }

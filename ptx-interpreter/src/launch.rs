@@ -109,6 +109,7 @@ impl Launch {
             _ if shared > kernel.most_shared => {
                 Err(format!("{shared} bytes of shared memory are more than {} KiB", kernel.most_shared >> 10))
             }
+            _ if kernel.cluster > 2 => Err("clusters of more than two blocks are not known here".into()),
             _ if grid % kernel.cluster != 0 => Err(format!("{grid} blocks are no whole clusters of {}", kernel.cluster)),
             _ => Ok(()),
         }

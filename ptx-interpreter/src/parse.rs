@@ -248,7 +248,16 @@ impl<'n> Builder<'n> {
         let is_hopper = body.iter().any(|statement| statement.text.starts_with("wgmma"));
         let most_shared = if is_hopper { 227 << 10 } else { 99 << 10 };
         let (code, registers) = (code.collect::<Result<_, _>>()?, self.registers as usize);
-        Ok(Kernel { name, code, registers, params, static_shared, max_threads: number_after(&head.text, ".maxntid"), cluster, most_shared })
+        Ok(Kernel {
+            name,
+            code,
+            registers,
+            params,
+            static_shared,
+            max_threads: number_after(&head.text, ".maxntid"),
+            cluster,
+            most_shared,
+        })
     }
 
     /// `.visible .entry name(.param .u64 name_param_0, ..)` → the name, and offset and size of each parameter.

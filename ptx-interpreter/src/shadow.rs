@@ -83,12 +83,12 @@ pub(crate) struct Moment<'c> {
 impl Moment<'_> {
     /// Whether what a thread did at that time comes before.
     pub(crate) fn has_seen(&self, block: u32, thread: u32, time: u32) -> bool {
-        Seen { launch: self.launch, block, thread, time }.is_before(*self)
+        Seen { launch: self.launch, block, thread, time }.is_before(self)
     }
 }
 
 /// The last to be seen there. The launches count from 1.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Seen {
     launch: u32,
     block: u32,
@@ -109,35 +109,51 @@ pub(crate) struct Other {
 impl Seen {
     const NOBODY: Self = Self { launch: 0, block: 0, thread: 0, time: 0 };
 
-    fn one(now: Moment<'_>) -> Self {
+    fn one(now: &Moment<'_>) -> Self {
         Self { launch: now.launch, block: now.block, thread: now.thread, time: now.time }
     }
 
-    fn is_foreign(&self, now: Moment<'_>) -> bool {
+    fn is_foreign(&self, now: &Moment<'_>) -> bool {
         !(now.cluster.0..now.cluster.0 + now.cluster.1).contains(&self.block)
     }
 
     /// Whether something orders it before `now`.
-    fn is_before(&self, now: Moment<'_>) -> bool {
-        if self.launch != now.launch || (self.block, self.thread) == now.actor {
+    #[inline]
+    fn is_before(&self, now: &Moment<'_>) -> bool {
+        if self.launch != now.launch {
             return true;
         }
-        if self.is_foreign(now) {
+        if self.block == now.actor.0 {
+            if self.thread == now.actor.1 {
+                return true;
+            }
+            if agent(self.thread) == agent(now.actor.1) {
+                return self.time < now.converged;
+            }
+        } else if self.is_foreign(now) {
             return false;
-        }
-        if self.block == now.actor.0 && agent(self.thread) == agent(now.actor.1) {
-            return self.time < now.converged;
         }
         self.time <= now.clocks.seen.of(self.block - now.cluster.0, self.thread)
     }
 
-    fn is_published(&self, now: Moment<'_>) -> bool {
+    fn is_published(&self, now: &Moment<'_>) -> bool {
         let by_bulk = self.thread & !SEVERAL >= BULK;
         self.launch != now.launch || by_bulk || self.time <= now.clocks.published.of(self.block - now.cluster.0, self.thread)
     }
 
+    /// The same warp at the same time.
+    fn is_as(self, other: Self) -> bool {
+        (self.time, self.launch, self.block) == (other.time, other.launch, other.block)
+            && agent(self.thread) == agent(other.thread)
+    }
+
+    /// One thread, or several of its warp.
+    fn thread_with(self, other: Self) -> u32 {
+        if self.thread == other.thread { self.thread } else { self.thread | SEVERAL }
+    }
+
     /// Whom nothing orders before `now`.
-    fn clashes(&self, now: Moment<'_>) -> Option<Other> {
+    fn clashes(&self, now: &Moment<'_>) -> Option<Other> {
         let thread = (self.thread < BULK).then_some(self.thread);
         (!self.is_before(now)).then_some(Other { block: self.block, thread, unpublished: false })
     }
@@ -145,41 +161,89 @@ impl Seen {
 
 struct Record {
     wrote: Seen,
+    /// The last to read, and the other warps of its cluster that nothing orders before it.
     read: Seen,
-    /// Readers that nothing orders against each other and `read`.
-    readers: Option<Box<Vec<Seen>>>,
+    others: Option<Box<Others>>,
+}
+
+/// The last to read of each warp of a cluster, if it has read since the last write.
+#[derive(Default)]
+struct Others {
+    launch: u32,
+    /// The first block.
+    first: u32,
+    readers: Vec<Seen>,
+    /// A bit for each that counts.
+    valid: u64,
+}
+
+impl Others {
+    /// A warp's place among those of its cluster.
+    fn place(&self, seen: Seen) -> usize {
+        (seen.block - self.first) as usize * (AGENTS - MAX_BARRIERS) + agent(seen.thread)
+    }
+
+    fn add(&mut self, seen: Seen, now: &Moment<'_>) {
+        if (self.launch, self.first) != (now.launch, now.cluster.0) {
+            *self = Self { launch: now.launch, first: now.cluster.0, valid: 0, readers: std::mem::take(&mut self.readers) };
+        }
+        let place = self.place(seen);
+        if self.readers.len() <= place {
+            self.readers.resize(place + 1, Seen::NOBODY);
+        }
+        self.readers[place] = seen;
+        self.valid |= 1 << place;
+    }
+
+    /// Takes out the reader of the same warp.
+    fn take(&mut self, one: Seen, now: &Moment<'_>) -> Option<Seen> {
+        if (self.launch, self.first) != (now.launch, now.cluster.0) {
+            return None;
+        }
+        let place = self.place(one);
+        let valid = self.valid >> place & 1 == 1;
+        self.valid &= !(1 << place);
+        valid.then(|| self.readers[place])
+    }
+
+    fn clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        if (self.launch, self.first) != (now.launch, now.cluster.0) {
+            return None;
+        }
+        let valid = self.readers.iter().enumerate().filter(|(place, _)| self.valid >> place & 1 == 1);
+        valid.map(|(_, seen)| seen).find_map(|seen| seen.clashes(now))
+    }
 }
 
 impl Record {
-    fn wrote_clashes(&self, now: Moment<'_>) -> Option<Other> {
-        let unseen = || (now.bulk && !self.wrote.is_published(now)).then_some(Other { block: self.wrote.block, thread: None, unpublished: true });
-        self.wrote.clashes(now).or_else(unseen)
-    }
-
-    fn read_clashes(&self, now: Moment<'_>) -> Option<Other> {
-        let more = self.readers.iter().flat_map(|readers| readers.iter());
-        std::iter::once(&self.read).chain(more).find_map(|seen| seen.clashes(now))
-    }
-
-    /// Adds a reader, and forgets those that it makes irrelevant: whoever comes after it comes after them.
-    fn note(&mut self, now: Moment<'_>) {
-        let warp = |seen: &Seen| (seen.block, agent(seen.thread), seen.time);
-        let one = Seen::one(now);
-        if let Some(readers) = &mut self.readers {
-            readers.retain(|seen| !seen.is_before(now));
+    #[inline]
+    fn wrote_clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        if !self.wrote.is_before(now) {
+            return self.wrote.clashes(now);
         }
-        if self.read.is_before(now) {
+        let unseen = now.bulk && !self.wrote.is_published(now);
+        unseen.then_some(Other { block: self.wrote.block, thread: None, unpublished: true })
+    }
+
+    fn read_clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        self.read.clashes(now).or_else(|| self.others.as_ref()?.clashes(now))
+    }
+
+    /// Adds a reader. Those before it no longer matter: whoever comes after it comes after them.
+    #[inline]
+    fn note(&mut self, mut one: Seen, now: &Moment<'_>) {
+        if self.read.is_as(one) {
+            self.read.thread = self.read.thread_with(one);
+        } else if self.read.is_before(now) {
             self.read = one;
-        } else if warp(&self.read) == warp(&one) {
-            self.read.thread |= SEVERAL;
         } else if !self.read.is_foreign(now) {
-            // A writer that follows a foreign reader is never ordered after it, whoever else has read.
-            let readers = self.readers.get_or_insert_default();
-            match readers.iter_mut().find(|seen| warp(seen) == warp(&one)) {
-                Some(seen) => seen.thread |= SEVERAL,
-                None => readers.push(one),
+            let others = self.others.get_or_insert_default();
+            if let Some(seen) = others.take(one, now).filter(|seen| !seen.is_before(now)) {
+                one.thread = one.thread_with(seen);
             }
-        }
+            others.add(self.read, now);
+            self.read = one;
+        } // a writer that follows a reader of another cluster is never ordered after it, whoever else has read
     }
 }
 
@@ -189,7 +253,7 @@ pub(crate) struct Shadow(Vec<Record>);
 
 impl Shadow {
     pub(crate) fn new(bytes: usize) -> Self {
-        let nobody = || Record { wrote: Seen::NOBODY, read: Seen::NOBODY, readers: None };
+        let nobody = || Record { wrote: Seen::NOBODY, read: Seen::NOBODY, others: None };
         Self(std::iter::repeat_with(nobody).take(bytes.div_ceil(CELL)).collect())
     }
 
@@ -199,11 +263,16 @@ impl Shadow {
 
     /// Notes a read. `Err`: who wrote there at the same time.
     pub(crate) fn read(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Other> {
+        let (one, mut checked) = (Seen::one(&now), Seen::NOBODY);
         for record in self.cells(at, width) {
-            if let Some(other) = record.wrote_clashes(now) {
-                return Err(other);
+            // Neighbours were mostly written together.
+            if record.wrote != checked {
+                if let Some(other) = record.wrote_clashes(&now) {
+                    return Err(other);
+                }
+                checked = record.wrote;
             }
-            record.note(now);
+            record.note(one, &now);
         }
         Ok(())
     }
@@ -211,11 +280,11 @@ impl Shadow {
     /// Notes a write. `Err`: who wrote or read there at the same time.
     pub(crate) fn write(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Other> {
         for record in self.cells(at, width) {
-            if let Some(other) = record.wrote_clashes(now).or_else(|| record.read_clashes(now)) {
+            if let Some(other) = record.wrote_clashes(&now).or_else(|| record.read_clashes(&now)) {
                 return Err(other);
             }
-            record.wrote = Seen::one(now);
-            record.readers = None;
+            record.wrote = Seen::one(&now);
+            record.others.iter_mut().for_each(|others| others.valid = 0);
         }
         Ok(())
     }

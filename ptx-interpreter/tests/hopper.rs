@@ -34,7 +34,8 @@ fn fault(threads: u32, body: &str) -> Kind {
 }
 
 /// Thread 0 makes an mbarrier for one arrival, and all see it.
-const MAKE: &str = "@%p0 bra $made; mbarrier.init.shared::cta.b64 [%r2], 1; fence.mbarrier_init.release.cluster; $made: bar.sync 0;";
+const MAKE: &str =
+    "@%p0 bra $made; mbarrier.init.shared::cta.b64 [%r2], 1; fence.mbarrier_init.release.cluster; $made: bar.sync 0;";
 /// Thread 0 loads the box at row 0.
 const LOAD: &str = "@%p0 bra $loaded; mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 1024; mov.u32 %r5, 0;
     cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r5, %r5}], [%r2]; $loaded:";
@@ -96,7 +97,10 @@ fn mbarriers_that_are_used_as_they_were_not_made_are_reported() {
     assert!(matches!(fault(1, &[MAKE, "mbarrier.init.shared::cta.b64 [%r2], 1;"].concat()), Kind::BadBarrier { .. }));
     let unseen = MAKE.replace("bar.sync 0;", "mbarrier.arrive.shared::cta.b64 _, [%r2];");
     assert!(matches!(fault(64, &unseen), Kind::BadBarrier { reason, .. } if reason.contains("nothing orders")));
-    assert!(matches!(fault(1, &[&MAKE.replace("fence.mbarrier_init.release.cluster;", ""), LOAD].concat()), Kind::Unpublished { .. }));
+    assert!(matches!(
+        fault(1, &[&MAKE.replace("fence.mbarrier_init.release.cluster;", ""), LOAD].concat()),
+        Kind::Unpublished { .. }
+    ));
 }
 
 #[test]
@@ -124,7 +128,8 @@ fn product(before: &str, after: &str) -> String {
     // Lines of 128 bytes, atoms of eight of them 1024 bytes apart.
     let describe = "shr.u32 %r7, %r1, 4; cvt.u64.u32 %rd5, %r7; or.b64 %rd5, %rd5, 4611686293305294848;";
     let multiply = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd5, %rd5, 1, 1, 1, 0, 0;";
-    let store = "mul.wide.u32 %rd6, %r0, 4; add.s64 %rd6, %rd6, %rd3; setp.gt.s32 %p3, %r0, 31; @%p3 ret; st.global.f32 [%rd6], %f0;";
+    let store =
+        "mul.wide.u32 %rd6, %r0, 4; add.s64 %rd6, %rd6, %rd3; setp.gt.s32 %p3, %r0, 31; @%p3 ret; st.global.f32 [%rd6], %f0;";
     let commit = "wgmma.commit_group.sync.aligned;";
     [MAKE, load, &boxes, "$loaded:", WAIT, &zero, describe, before, multiply, commit, after, store].concat()
 }

@@ -8,14 +8,15 @@
 //
 // Who waits for whom is said by mbarriers, in pairs: `full` ends a phase when a panel has come, `empty` when it may be written
 // over. Two blocks with wide tiles are a cluster: they make neighbours down a column, and each brings half of the right panel, to
-// both; so a stage is empty when the warpgroups of both blocks say so. All barriers turn with the stages, whatever tile a stage belongs to: the next tile's panels come during the last steps.
+// both; so a stage is empty when the warpgroups of both blocks say so. All barriers turn with the stages, whatever tile a stage
+// belongs to: the next tile's panels come during the last steps.
 //
 // The low-rank update is more depth of the same tile, in tf32. Its right side is exact there: f16 and bf16 have no more than 11
 // significant bits, and no more exponents. h' = scale·h goes in twice: hi = tf32(h') and lo = tf32(h' - hi), from registers,
 // and |h' - hi - lo| ≤ 2⁻²³·|h'|: two units of f32's rounding, for any h' (hi and lo in f16 would overflow, in bf16 keep only
 // 16 bits). A rank costs four of depth (tf32 is half as fast, and twice): 4·r/k of the work, 1.6 % at r = 16 and k = 4096.
 //
-// What each idea should gain, from what others measured on 8192³ with such kernels (cuBLAS 716 TFLOP/s): wgmma and TMA 317,
+// What each idea should gain, from what others measured on 4096³ with such kernels (cuBLAS 716 TFLOP/s): wgmma and TMA 317,
 // 128×128 tiles 423, a producer and a ring of stages 498, 128×256 tiles by two warpgroups 610, persistent blocks in bands 660,
 // mbarriers where one lane arrives for many 704, clusters of 2 that share panels 734, registers moved to the warpgroups that add
 // up 747, stores by TMA 758. What this kernel reaches has not been measured.
@@ -32,7 +33,8 @@ constexpr int THIN = 16;             // of the rank in a chunk of the update: 64
 constexpr int BAND = 16;             // tiles down in a band: with 132 blocks about as many columns as rows
 template <int COLS>
 constexpr int CLUSTER = COLS == 256 ? 2 : 1;  // blocks that share right panels
-constexpr int WIDENERS = GROUP - WARP;
+constexpr int WIDENERS = GROUP - WARP;  // threads that bring the update's right side
+constexpr int FEW = 56, MANY = 224;     // registers of a thread that brings, and that adds up: 128·56 + 256·224 = 384·168
 
 // A chunk of the rank of one tile; depth in a line, exchanged as SWIZZLE_64 says.
 template <int COLS>
@@ -156,7 +158,8 @@ struct Sums {
 #pragma unroll
         for (int d = 0; d < DEEP; d += 16) {
             auto left = describe(lhs + d, 0, 8 * 128, SWIZZLE_128);
-            auto right = ALONG ? describe(rhs + d * LINE, DEEP * 128, 8 * 128, SWIZZLE_128) : describe(rhs + d, 0, 8 * 128, SWIZZLE_128);
+            auto right = ALONG ? describe(rhs + d * LINE, DEEP * 128, 8 * 128, SWIZZLE_128)
+                               : describe(rhs + d, 0, 8 * 128, SWIZZLE_128);
             multiply<ALONG>(E(), sum, left, right);
         }
         commit_products();
@@ -202,7 +205,8 @@ struct Sums {
         for (int i = 0; i < COLS / 2; ++i) sum[i] *= kept[i / 32] >> i % 32 & 1 ? dropout.keep_scale : 0.0f;
     }
 
-    // out = the sums after finish(col, sum, its neighbour), rounded, through shared memory: boxes of 64×LINE, exchanged as SWIZZLE_128 says.
+    // out = the sums after finish(col, sum, its neighbour), rounded, through shared memory: boxes of 64×LINE, exchanged as
+    // SWIZZLE_128 says.
     template <class Finish>
     __device__ void store(const TensorMap& out, Finish finish) {
         E* boxes = shared.out[half];
@@ -315,11 +319,11 @@ __device__ void multiply_tiles(const TensorMap& lhs, const TensorMap& rhs, const
     Tiles<COLS> tiles(rows, cols);
     int steps = (depth + DEEP - 1) / DEEP;
     if (threadIdx.x < GROUP) {
-        give_registers<56>();
+        give_registers<FEW>();
         if (threadIdx.x < WARP) bring_panels<COLS, ALONG>(shared, tiles, lhs, rhs, steps);
         else bring_chunks(shared, tiles, update.rhs);
     } else {
-        take_registers<224>();
+        take_registers<MANY>();
         add_up<COLS, ALONG>(shared, tiles, out, cols, steps, update, finish);
     }
     __syncwarp();

@@ -22,7 +22,8 @@ __device__ inline void arrive(Barrier* barrier) {
 }
 // The same at the barrier in the same place of another block of the cluster.
 __device__ inline void arrive_at(Barrier* barrier, unsigned block) {
-    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
+    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}"
                  ::"r"(shared_address(barrier)), "r"(block) : "memory");
 }
 __device__ inline void arrive_and_expect(Barrier* barrier, unsigned bytes) {
@@ -105,10 +106,13 @@ __device__ inline unsigned long long describe(const void* from, unsigned leap, u
 
 // "wgmma.mma_async", sums of 64×256 and 64×128: register i of lane l of warp w is row 16·w + l/4 + (i/2 % 2)·8 and column
 // i/4·8 + l%4·2 + i%2 ("Register Fragments", matrix D). `along`: 1 if the right side is MN-major.
-#define TEN(tens) "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens "6, %" #tens "7, %" #tens "8, %" #tens "9, "
+#define FIVE(tens, a, b, c, d, e) "%" #tens a ", %" #tens b ", %" #tens c ", %" #tens d ", %" #tens e ", "
+#define TEN(tens) FIVE(tens, "0", "1", "2", "3", "4") FIVE(tens, "5", "6", "7", "8", "9")
 #define NAMES_64 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63"
-#define NAMES_128 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
-#define SUM_8(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), "+f"(sum[i + 6]), "+f"(sum[i + 7])
+#define NAMES_128 TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
+    FIVE(12, "0", "1", "2", "3", "4") "%125, %126, %127"
+#define SUM_4(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define SUM_8(i) SUM_4(i), SUM_4(i + 4)
 #define SUMS_64(i) SUM_8(i), SUM_8(i + 8), SUM_8(i + 16), SUM_8(i + 24), SUM_8(i + 32), SUM_8(i + 40), SUM_8(i + 48), SUM_8(i + 56)
 #define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
 

@@ -9,7 +9,7 @@ use lowrank::op::{Dropout, LinearBackward, LinearForward, LoraBackward, LoraForw
 use lowrank::{Backend, Cuda, Error, Float, Tensor, bf16, cuda, f16};
 use support::bounds::{assert_exact, assert_within};
 use support::data::{Dims, down, mask, random, unwritten, up, whole};
-use support::emulator::Emulator;
+use support::emulator::{Emulator, open};
 use support::oracle::Lora;
 
 /// Both sides of the edges of tiles of 128 rows and of 128 or 256 columns, of stages 64 deep and of rings of them, of chunks of
@@ -59,14 +59,16 @@ fn base<B: Backend>(backend: &B, layer: &Lora) -> (Vec<B::Elem>, Vec<B::Elem>) {
     (down(backend, &y), down(backend, &dx))
 }
 
-fn products_are_exact_on_whole_numbers<E: Float>() {
-    let backend = Emulator::hopper_backend::<E>();
-    for (seed, dims) in SHAPES.into_iter().enumerate() {
+/// What has wide tiles on a GPU of 132 multiprocessors, in one of the passes.
+const LARGE_SHAPES: [Dims; 2] = [Dims { m: 2048, k: 136, n: 4096, r: 16 }, Dims { m: 2048, k: 4096, n: 136, r: 20 }];
+
+fn products_are_exact_on_whole_numbers<B: Backend>(backend: &B, shapes: &[Dims]) {
+    for (seed, &dims) in shapes.iter().enumerate() {
         let layer = whole(dims, seed as u64);
         let want = layer.run();
-        assert_exact(&format!("{dims:?} y"), &forward(&backend, &layer).unwrap(), &want.y);
-        assert_exact(&format!("{dims:?} dx"), &backward(&backend, &layer, None).unwrap(), &want.dx);
-        let (y, dx) = base(&backend, &layer);
+        assert_exact(&format!("{dims:?} y"), &forward(backend, &layer).unwrap(), &want.y);
+        assert_exact(&format!("{dims:?} dx"), &backward(backend, &layer, None).unwrap(), &want.dx);
+        let (y, dx) = base(backend, &layer);
         assert_exact(&format!("{dims:?} base y"), &y, &(&layer.x * &layer.w.t()));
         assert_exact(&format!("{dims:?} base dx"), &dx, &(&layer.dy * &layer.w));
     }
@@ -74,30 +76,29 @@ fn products_are_exact_on_whole_numbers<E: Float>() {
 
 #[test]
 fn products_are_exact_on_whole_numbers_f16() {
-    products_are_exact_on_whole_numbers::<f16>();
+    products_are_exact_on_whole_numbers(&Emulator::hopper_backend::<f16>(), &SHAPES);
 }
 
 #[test]
 fn products_are_exact_on_whole_numbers_bf16() {
-    products_are_exact_on_whole_numbers::<bf16>();
+    products_are_exact_on_whole_numbers(&Emulator::hopper_backend::<bf16>(), &SHAPES);
 }
 
 /// Also where `h` is beyond what f16 can hold: it goes to the tensor cores as two parts in tf32.
-fn products_round_within_bounds_and_drop_what_the_mask_says<E: Float>() {
-    let backend = Emulator::hopper_backend::<E>();
+fn products_round_within_bounds_and_drop_what_the_mask_says<B: Backend>(backend: &B) {
     for (seed, dims) in SHAPES.into_iter().enumerate().take(10) {
         for (scale, dropout) in [(0.7, Some(Dropout::new(0.3, seed as u64).unwrap())), (3e-5, None)] {
-            let layer = random::<E>(dims, scale, seed as u64);
+            let layer = random::<B::Elem>(dims, scale, seed as u64);
             let ones = layer.mask.clone();
             let mut layer = Lora { mask: dropout.map_or(ones, |dropout| mask(dropout, dims.m, dims.k)), ..layer };
             if dropout.is_none() {
                 layer.a.data.iter_mut().for_each(|a| *a *= 8192.0);
             }
             let (want, size) = (layer.run(), layer.magnitudes().run());
-            let dx = backward(&backend, &layer, dropout).unwrap();
+            let dx = backward(backend, &layer, dropout).unwrap();
             assert_within(&format!("{dims:?} dx"), &dx, &want.dx, &size.dx, dims.n + dims.r + 5);
             if dropout.is_none() {
-                let y = forward(&backend, &layer).unwrap();
+                let y = forward(backend, &layer).unwrap();
                 assert_within(&format!("{dims:?} y"), &y, &want.y, &size.y, dims.k + dims.r + 4);
             }
         }
@@ -106,12 +107,29 @@ fn products_round_within_bounds_and_drop_what_the_mask_says<E: Float>() {
 
 #[test]
 fn products_round_within_bounds_and_drop_what_the_mask_says_f16() {
-    products_round_within_bounds_and_drop_what_the_mask_says::<f16>();
+    products_round_within_bounds_and_drop_what_the_mask_says(&Emulator::hopper_backend::<f16>());
 }
 
 #[test]
 fn products_round_within_bounds_and_drop_what_the_mask_says_bf16() {
-    products_round_within_bounds_and_drop_what_the_mask_says::<bf16>();
+    products_round_within_bounds_and_drop_what_the_mask_says(&Emulator::hopper_backend::<bf16>());
+}
+
+/// The same on a GPU, where there is one: any, but only on Hopper with these kernels.
+fn gpu_products_are_right<E: Float>() {
+    let Some(gpu) = open::<E>() else { return };
+    products_are_exact_on_whole_numbers(&gpu, &[&SHAPES[..], &LARGE_SHAPES].concat());
+    products_round_within_bounds_and_drop_what_the_mask_says(&gpu);
+}
+
+#[test]
+fn gpu_products_are_right_f16() {
+    gpu_products_are_right::<f16>();
+}
+
+#[test]
+fn gpu_products_are_right_bf16() {
+    gpu_products_are_right::<bf16>();
 }
 
 /// Without W, or where rows are no whole multiples of 16 bytes, other kernels do it.

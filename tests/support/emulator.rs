@@ -142,3 +142,15 @@ fn argument(arg: Arg<'_, Global>) -> ptx_interpreter::Arg<'_> {
 fn tiles(Tiles { rows, cols, tile }: Tiles) -> ptx_interpreter::Tiles {
     ptx_interpreter::Tiles { rows: rows.into(), cols: cols.into(), tile }
 }
+
+/// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.
+pub fn open<E: Float>() -> Option<Cuda<E>> {
+    match Cuda::new(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error @ Error::Unavailable { .. }) if !super::is_required("cuda") => {
+            println!("not run: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

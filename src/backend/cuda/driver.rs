@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUresult, cuModuleLoadDataEx};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg};
-use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
@@ -106,18 +106,17 @@ impl Device for Driver {
         let plan = launch.plan();
         let mut args = launch.into_args();
         self.own(plan.kernel, &args)?;
-        let maps: Vec<_> = args.iter_mut().map(|arg| self.map(arg)).collect::<Result<_>>()?;
+        let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut builder = self.stream.launch_builder(&self.kernels[plan.kernel]);
-        for (arg, map) in args.iter_mut().zip(&maps) {
-            match arg {
-                Arg::U32(value) => builder.arg(&*value),
-                Arg::U64(value) => builder.arg(&*value),
-                Arg::F32(value) => builder.arg(&*value),
-                Arg::Null => builder.arg(&0u64),
-                Arg::Read(memory) => builder.arg(*memory),
-                Arg::Write(memory) => builder.arg(&mut **memory),
-                // The map is the parameter; the memory behind it was named when the map was made.
-                Arg::ReadTiles(..) | Arg::WriteTiles(..) => builder.arg(map),
+        for operand in &mut operands {
+            match operand {
+                Operand::Mapped(map, _) => builder.arg(&*map),
+                Operand::Plain(Arg::U32(value)) => builder.arg(&*value),
+                Operand::Plain(Arg::U64(value)) => builder.arg(&*value),
+                Operand::Plain(Arg::F32(value)) => builder.arg(&*value),
+                Operand::Plain(Arg::Read(memory)) => builder.arg(*memory),
+                Operand::Plain(Arg::Write(memory)) => builder.arg(&mut **memory),
+                Operand::Plain(Arg::Null | Arg::ReadTiles(..) | Arg::WriteTiles(..)) => builder.arg(&0u64),
             };
         }
         let config = LaunchConfig { grid_dim: (plan.grid, 1, 1), block_dim: (plan.block, 1, 1), shared_mem_bytes: plan.shared };
@@ -156,45 +155,53 @@ impl Driver {
 #[derive(Clone, Copy)]
 struct Map(sys::CUtensorMap);
 
-impl Map {
-    const NONE: Self = Self(sys::CUtensorMap { opaque: [0; 16] });
-}
 
 // SAFETY: plain bytes that kernels take by value.
 unsafe impl DeviceRepr for Map {}
 
+/// An argument on its way into a launch.
+enum Operand<'s, 'a> {
+    Plain(&'s mut Arg<'a, CudaSlice<u8>>),
+    /// Its map, and cudarc's note that the memory behind it is used, which it makes when it is dropped: after the launch.
+    Mapped(Map, SyncOnDrop<'s>),
+}
+
 impl Driver {
-    /// The map of an operand that moves in boxes; of another one that nothing reads.
-    fn map(&self, arg: &mut Arg<'_, CudaSlice<u8>>) -> Result<Map> {
-        let (address, tiles) = match arg {
-            Arg::ReadTiles(memory, tiles) => (memory.device_ptr(&self.stream).0, *tiles),
-            Arg::WriteTiles(memory, tiles) => (memory.device_ptr_mut(&self.stream).0, *tiles),
-            _ => return Ok(Map::NONE),
+    fn operand<'s, 'a>(&'s self, arg: &'s mut Arg<'a, CudaSlice<u8>>) -> Result<Operand<'s, 'a>> {
+        let (tiles, (address, used)) = match arg {
+            Arg::ReadTiles(memory, tiles) => (*tiles, memory.device_ptr(&self.stream)),
+            Arg::WriteTiles(memory, tiles) => (*tiles, memory.device_ptr_mut(&self.stream)),
+            arg => return Ok(Operand::Plain(arg)),
         };
-        let Tiles { rows, cols, tile: [down, across] } = tiles;
-        let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
-        let mut map = Map::NONE;
-        // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
-        // Nothing reads through the address here.
-        let made = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &mut map.0,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16, // only moved
-                2,
-                address as *mut c_void,
-                sizes.as_ptr(),
-                &stride,
-                [across, down].as_ptr(),
-                [1, 1].as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        made.result().map_err(|error| failed("tensor map", error))?;
-        Ok(map)
+        Ok(Operand::Mapped(encode(address, tiles)?, used))
     }
+}
+
+/// Has the driver make a tensor map.
+fn encode(address: sys::CUdeviceptr, tiles: Tiles) -> Result<Map> {
+    let Tiles { rows, cols, tile: [down, across] } = tiles;
+    let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
+    let mut map = Map(sys::CUtensorMap { opaque: [0; 16] });
+    // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
+    // Nothing reads through the address here.
+    let made = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map.0,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16, // only moved
+            2,
+            address as *mut c_void,
+            sizes.as_ptr(),
+            &stride,
+            [across, down].as_ptr(),
+            [1, 1].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    made.result().map_err(|error| failed("tensor map", error))?;
+    Ok(map)
 }
 
 /// One kernel of a module, under its stem.

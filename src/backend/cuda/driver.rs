@@ -155,7 +155,6 @@ impl Driver {
 #[derive(Clone, Copy)]
 struct Map(sys::CUtensorMap);
 
-
 // SAFETY: plain bytes that kernels take by value.
 unsafe impl DeviceRepr for Map {}
 

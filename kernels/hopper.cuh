@@ -38,7 +38,7 @@ constexpr int FEW = 56, MANY = 224;     // registers of a thread that brings, an
 
 // A chunk of the rank of one tile; depth in a line, exchanged as SWIZZLE_64 says.
 template <int COLS>
-struct alignas(1024) Chunk {
+struct alignas(1024) ChunkPanel {
     float data[COLS * THIN];
     __device__ float* place(int row, int d) { return &data[(row * THIN + d) ^ (row / 2 % 4 * 4)]; }
 };
@@ -48,7 +48,7 @@ struct alignas(1024) Shared {
     static constexpr int STAGES = COLS == 256 ? 3 : 5;
     struct { E lhs[TALL * DEEP], rhs[COLS * DEEP]; } stages[STAGES];
     E out[2][64 * COLS];  // of each warpgroup: boxes of 64×LINE
-    Chunk<COLS> chunk;
+    ChunkPanel<COLS> chunk;
     Barrier full[STAGES], empty[STAGES], chunk_full, chunk_empty;
 };
 static_assert(sizeof(Shared<256>) <= 227 << 10 && sizeof(Shared<128>) <= 227 << 10, "a block has no more");
@@ -146,7 +146,7 @@ __device__ void bring_chunks(Shared<COLS>& shared, Tiles<COLS> tiles, Rhs rhs) {
 
 // 64×COLS sums in the registers of a warpgroup.
 template <int COLS, bool ALONG>
-struct Sums {
+struct GroupSums {
     Shared<COLS>& shared;
     int half, first_row, first_col;
     float sum[COLS / 2];
@@ -256,12 +256,12 @@ __device__ void add_up(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap&
     int chunks = (update.lhs.depth + THIN - 1) / THIN, half = int(threadIdx.x) / GROUP - 1;
     bool speaks = threadIdx.x % WARP == 0;  // for its warp, which has read what may be written over
     tiles.each([&](int first_row, int first_col) {
-        Sums<COLS, ALONG> sums{shared, half, first_row, first_col, {}};
+        GroupSums<COLS, ALONG> sums{shared, half, first_row, first_col, {}};
         float lhs[THIN / 8][4];
         auto read = [&](int chunk) {
 #pragma unroll
             for (int i = 0; i < THIN / 2; ++i) {
-                int row = sums.row(i % 2 * 2), d = chunk * THIN + i / 2 * 4 + Sums<COLS, ALONG>::lane() % 4;
+                int row = sums.row(i % 2 * 2), d = chunk * THIN + i / 2 * 4 + GroupSums<COLS, ALONG>::lane() % 4;
                 lhs[i / 4][i % 4] = update.lhs.has(row, d) ? update.scale * update.lhs.get(row, d) : 0.0f;
             }
         };

@@ -110,7 +110,7 @@ impl Device for Driver {
         let mut builder = self.stream.launch_builder(&self.kernels[plan.kernel]);
         for operand in &mut operands {
             match operand {
-                Operand::Mapped(map, _) => builder.arg(&*map),
+                Operand::Mapped { map, .. } => builder.arg(&*map),
                 Operand::Plain(Arg::U32(value)) => builder.arg(&*value),
                 Operand::Plain(Arg::U64(value)) => builder.arg(&*value),
                 Operand::Plain(Arg::F32(value)) => builder.arg(&*value),
@@ -162,7 +162,10 @@ unsafe impl DeviceRepr for Map {}
 enum Operand<'s, 'a> {
     Plain(&'s mut Arg<'a, CudaSlice<u8>>),
     /// Its map, and cudarc's note that the memory behind it is used, which it makes when it is dropped: after the launch.
-    Mapped(Map, SyncOnDrop<'s>),
+    Mapped {
+        map: Map,
+        _used: SyncOnDrop<'s>,
+    },
 }
 
 impl Driver {
@@ -172,7 +175,7 @@ impl Driver {
             Arg::WriteTiles(memory, tiles) => (*tiles, memory.device_ptr_mut(&self.stream)),
             arg => return Ok(Operand::Plain(arg)),
         };
-        Ok(Operand::Mapped(encode(address, tiles)?, used))
+        Ok(Operand::Mapped { map: encode(address, tiles)?, _used: used })
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! parse    text → statements → Kernel: resolved names, decoded instructions      parse.rs  decode.rs  scalar.rs
 //! launch   arguments → parameter bytes; clusters of blocks one after another     launch.rs
-//! block    the warps of a cluster in turn, each until it has to wait             block.rs  barrier.rs
+//! block    what an instruction does to a cluster, whose warps run in turn        block.rs  schedule.rs  barrier.rs
 //! warp     groups of lanes that share a program counter; the hindmost goes first warp.rs
 //! bulk     boxes of tensors on their way: TMA                                    bulk.rs
 //! product  of a warp (mma) and of a warpgroup (wgmma), and the layouts they need matrix.rs  product.rs
@@ -60,6 +60,7 @@ mod memory;
 mod parse;
 mod product;
 mod scalar;
+mod schedule;
 mod shadow;
 mod warp;
 

@@ -4,42 +4,66 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
-/// An element type that the kernels are compiled for.
+/// Kernels for an element type.
 #[derive(Clone, Copy)]
-pub(crate) struct Element {
-    /// As in the names of kernels.
+pub(crate) struct Module {
+    /// Of the file, where it is one, without `.ptx`.
     pub(crate) name: &'static str,
+    /// The element type, as in the names of kernels.
+    pub(crate) element: &'static str,
     /// As CUDA calls it.
     ctype: &'static str,
     /// Whether there are kernels for tensor cores besides.
     tensor: bool,
+    pub(crate) target: Target,
 }
 
-/// A module each.
-pub(crate) const ELEMENTS: [Element; 3] = [
-    Element { name: "f32", ctype: "float", tensor: false },
-    Element { name: "bf16", ctype: "__nv_bfloat16", tensor: true },
-    Element { name: "f16", ctype: "__half", tensor: true },
+/// What the PTX is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// Every GPU from Ampere (`sm_80`) on.
+    Every,
+    /// Hopper alone: `sm_90a` runs nowhere else.
+    Hopper,
+}
+
+/// What the crate embeds.
+pub(crate) const MODULES: [Module; 5] = [
+    Module { name: "f32", element: "f32", ctype: "float", tensor: false, target: Target::Every },
+    Module { name: "bf16", element: "bf16", ctype: "__nv_bfloat16", tensor: true, target: Target::Every },
+    Module { name: "f16", element: "f16", ctype: "__half", tensor: true, target: Target::Every },
+    Module { name: "hopper-bf16", element: "bf16", ctype: "__nv_bfloat16", tensor: true, target: Target::Hopper },
+    Module { name: "hopper-f16", element: "f16", ctype: "__half", tensor: true, target: Target::Hopper },
 ];
 
-impl Element {
+impl Target {
+    /// The source, the architecture, and the version of PTX in which all that the kernels use was there.
+    fn parts(self) -> [&'static str; 3] {
+        match self {
+            Self::Every => ["lowrank.cu", "compute_80", "7.1"],
+            Self::Hopper => ["hopper.cu", "compute_90a", "8.0"],
+        }
+    }
+}
+
+impl Module {
     /// Whether its PTX is a file; that of f16 is made of bf16's.
     pub(crate) fn ships(self) -> bool {
-        self.name != "f16"
+        self.element != "f16"
     }
 }
 
 /// The PTX that ships.
-pub(crate) fn shipped(kernels: &Path, element: Element) -> Result<String, String> {
-    let of = |name| read(&kernels.join("ptx").join(format!("{name}.ptx")));
-    if element.ships() { of(element.name) } else { Ok(f16_of(&of("bf16")?)) }
+pub(crate) fn shipped(kernels: &Path, module: Module) -> Result<String, String> {
+    let of = |name: &str| read(&kernels.join("ptx").join(format!("{name}.ptx")));
+    if module.ships() { of(module.name) } else { Ok(f16_of(&of(&module.name.replace("f16", "bf16"))?)) }
 }
 
 /// The words in which the 16-bit types differ: names, conversions, products, and the constants of rounding by chance.
 const BF16_TO_F16: [(&str, &str); 6] = [
     ("_bf16", "_f16"),
     ("cvt.rn.bf16.f32", "cvt.rn.f16.f32"),
-    (".f32.bf16.bf16.f32", ".f32.f16.f16.f32"),
+    (".f32.bf16.bf16", ".f32.f16.f16"),
     (", 0xffff;", ", 0x1fff;"),
     (", 0x7f7f0000;", ", 0x477fe000;"),
     (", 0x0;", ", 0x38800000;"),
@@ -73,26 +97,26 @@ pub(crate) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
     bytes.filter(|&byte| byte != b'\r').fold(0xcbf2_9ce4_8422_2325, fold)
 }
 
-/// Compiles every kernel for one element type. Comments, which name the compiler's paths and builds, are left out.
-pub(crate) fn compile(nvcc: &Path, kernels: &Path, element: Element, scratch: &Path) -> Result<String, String> {
-    let out = scratch.join(format!("nvcc-{}.ptx", element.name));
+/// Compiles the kernels of a module. Comments, which name the compiler's paths and builds, are left out.
+pub(crate) fn compile(nvcc: &Path, kernels: &Path, module: Module, scratch: &Path) -> Result<String, String> {
+    let out = scratch.join(format!("nvcc-{}.ptx", module.name));
+    let [source, arch, version] = module.target.parts();
     let mut command = Command::new(nvcc);
-    command.args(["-ptx", "-std=c++17", "-arch=compute_80", "-Werror", "all-warnings"]);
-    command.arg(format!("-DE={}", element.ctype)).arg(format!("-DELEMENT={}", element.name));
-    command.args(element.tensor.then_some("-DTENSOR"));
-    command.arg(kernels.join("lowrank.cu")).arg("-o").arg(&out);
+    command.args(["-ptx", "-std=c++17", "-arch", arch, "-Werror", "all-warnings"]);
+    command.arg(format!("-DE={}", module.ctype)).arg(format!("-DELEMENT={}", module.element));
+    command.args(module.tensor.then_some("-DTENSOR"));
+    command.arg(kernels.join(source)).arg("-o").arg(&out);
     let output = command.output().map_err(|error| format!("{}: {error}", nvcc.display()))?;
     if !output.status.success() {
         return Err(format!("{}: {}", nvcc.display(), String::from_utf8_lossy(&output.stderr)));
     }
-    Ok(format!("{}\n{}", stamp(kernels)?, tidy(&read(&out)?)))
+    Ok(format!("{}\n{}", stamp(kernels)?, tidy(&read(&out)?, version)))
 }
 
 /// Without comments and blank lines, and with names that do not change when something else does: labels are `$L3` and not
 /// `$L__BB12_3`, which counts the entries before, and shared memory of an entry is not named by its parameters. The version of PTX
-/// is that in which sm_80 and all that the kernels use were there: so drivers older than the compiler load it too. ptxas refuses
-/// what is newer than the version says.
-fn tidy(ptx: &str) -> String {
+/// is the oldest that will do: so drivers older than the compiler load it too. ptxas refuses what is newer than the version says.
+fn tidy(ptx: &str, version: &str) -> String {
     let mut entry = String::new();
     let mut tidy_line = |line: &str| {
         let line = line.split("//").next().unwrap_or_default().trim_end();
@@ -100,7 +124,7 @@ fn tidy(ptx: &str) -> String {
             entry = name.trim_end_matches('(').to_owned();
         }
         match line {
-            _ if line.starts_with(".version") => ".version 7.1".to_owned(),
+            _ if line.starts_with(".version") => format!(".version {version}"),
             _ if line.starts_with(".file") => String::new(),
             _ => short_names(line, &entry),
         }

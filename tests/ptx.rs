@@ -7,9 +7,9 @@ mod compiler;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use compiler::ELEMENTS;
+use compiler::{MODULES, Target};
 use lowrank::DType;
-use lowrank::cuda::plan;
+use lowrank::cuda::{hopper, plan};
 use ptx_interpreter::Module;
 
 fn kernels() -> PathBuf {
@@ -17,10 +17,14 @@ fn kernels() -> PathBuf {
 }
 
 /// The symbols that the backend looks up.
-fn entries(element: compiler::Element) -> impl Iterator<Item = String> {
+fn entries(module: compiler::Module) -> Vec<String> {
     let dtypes = [DType::F32, DType::F16, DType::BF16];
-    let dtype = dtypes.into_iter().find(|dtype| dtype.to_string() == element.name).unwrap();
-    plan::kernels(dtype).map(move |stem| format!("{stem}_{dtype}"))
+    let dtype = dtypes.into_iter().find(|dtype| dtype.to_string() == module.element).unwrap();
+    let stems: Vec<_> = match module.target {
+        Target::Every => plan::kernels(dtype).collect(),
+        Target::Hopper => hopper::kernels().collect(),
+    };
+    stems.into_iter().map(|stem| format!("{stem}_{dtype}")).collect()
 }
 
 fn nvcc() -> Option<PathBuf> {
@@ -33,36 +37,36 @@ fn nvcc() -> Option<PathBuf> {
 fn shipped_ptx_is_what_the_sources_make() {
     let scratch = tempfile::tempdir().unwrap();
     let write = std::env::var_os("LOWRANK_WRITE_PTX").is_some();
-    for element in ELEMENTS {
-        let made = nvcc().map(|nvcc| compiler::compile(&nvcc, &kernels(), element, scratch.path()).unwrap());
-        if write && element.ships() {
-            let path = kernels().join("ptx").join(format!("{}.ptx", element.name));
+    for module in MODULES {
+        let made = nvcc().map(|nvcc| compiler::compile(&nvcc, &kernels(), module, scratch.path()).unwrap());
+        if write && module.ships() {
+            let path = kernels().join("ptx").join(format!("{}.ptx", module.name));
             std::fs::write(path, made.expect("scripts/build-ptx sets LOWRANK_NVCC")).unwrap();
             continue;
         }
-        let shipped = compiler::shipped(&kernels(), element).unwrap();
+        let shipped = compiler::shipped(&kernels(), module).unwrap();
         let stamp = compiler::stamp(&kernels()).unwrap();
-        assert_eq!(shipped.lines().next(), Some(&*stamp), "{}.ptx is stale: run scripts/build-ptx", element.name);
+        assert_eq!(shipped.lines().next(), Some(&*stamp), "{}.ptx is stale: run scripts/build-ptx", module.name);
         if let Some(made) = made {
-            assert!(shipped == made, "{}.ptx is not what nvcc makes: run scripts/build-ptx", element.name);
+            assert!(shipped == made, "{}.ptx is not what nvcc makes: run scripts/build-ptx", module.name);
         }
     }
 }
 
 #[test]
 fn every_kernel_ships_for_every_element_type() {
-    for element in ELEMENTS {
-        let module = Module::parse(&compiler::shipped(&kernels(), element).unwrap()).unwrap();
-        let got: BTreeSet<_> = module.names().map(str::to_owned).collect();
-        assert_eq!(got, entries(element).collect());
+    for module in MODULES {
+        let parsed = Module::parse(&compiler::shipped(&kernels(), module).unwrap()).unwrap();
+        let got: BTreeSet<_> = parsed.names().map(str::to_owned).collect();
+        assert_eq!(got, entries(module).into_iter().collect());
     }
 }
 
 #[test]
 fn ptx_names_no_machine() {
-    for element in ELEMENTS {
-        let ptx = compiler::shipped(&kernels(), element).unwrap();
+    for module in MODULES {
+        let ptx = compiler::shipped(&kernels(), module).unwrap();
         let comments = ptx.lines().filter(|line| line.contains("//")).count();
-        assert!(comments == 1 && !ptx.contains(".file"), "{}", element.name);
+        assert!(comments == 1 && !ptx.contains(".file"), "{}", module.name);
     }
 }

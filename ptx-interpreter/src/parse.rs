@@ -19,6 +19,10 @@ pub struct Kernel {
     pub(crate) params: Vec<(usize, usize)>,
     pub(crate) static_shared: usize,
     pub(crate) max_threads: Option<u32>,
+    /// Blocks of a cluster.
+    pub(crate) cluster: u32,
+    /// Bytes of shared memory that a block may have: those of the smallest GPU that runs it.
+    pub(crate) most_shared: usize,
 }
 
 /// What a name stands for.
@@ -257,8 +261,20 @@ impl<'n> Builder<'n> {
         let static_shared = self.shared.close(self.names);
         let names = &*self.names;
         let code = instructions.iter().map(|s| decode(&s.text, s.line, |name| names.find(s.scope, name)));
+        let cluster = number_after(&head.text, ".reqnctapercluster").unwrap_or(1);
+        let is_hopper = body.iter().any(|statement| statement.text.starts_with("wgmma"));
+        let most_shared = if is_hopper { 227 << 10 } else { 99 << 10 };
         let (code, registers) = (code.collect::<Result<_, _>>()?, self.registers as usize);
-        Ok(Kernel { name, code, registers, params, static_shared, max_threads: max_threads(&head.text) })
+        Ok(Kernel {
+            name,
+            code,
+            registers,
+            params,
+            static_shared,
+            max_threads: number_after(&head.text, ".maxntid"),
+            cluster,
+            most_shared,
+        })
     }
 
     /// `.visible .entry name(.param .u64 name_param_0, ..)` → the name, and offset and size of each parameter.
@@ -306,8 +322,8 @@ impl<'n> Builder<'n> {
     }
 }
 
-/// The first number of `.maxntid 256, 1, 1`.
-fn max_threads(head: &str) -> Option<u32> {
-    let (_, after) = head.split_once(".maxntid")?;
+/// The first number of a directive such as `.maxntid 256, 1, 1`.
+fn number_after(head: &str, directive: &str) -> Option<u32> {
+    let (_, after) = head.split_once(directive)?;
     after.split([',', '\n']).next()?.trim().parse().ok()
 }

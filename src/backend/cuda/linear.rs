@@ -1,6 +1,7 @@
 //! The verbs of the base layer.
 
 use super::device::{Arg, Device};
+use super::hopper;
 use super::lora::dropout;
 use super::plan::{self, WARP, product, shares, size};
 use super::{Cuda, read, read_if, write};
@@ -13,10 +14,10 @@ use crate::tensor::Tensor;
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<'_, Cuda<E, D>>) -> Result<()> {
     let [m, k, n] = sizes(op.x, op.w)?;
     let plan = plan::forward(E::DTYPE, [m, k, n], 0, false)?;
-    let operands = [read(op.x), read(op.w), read_if(op.bias)];
     let update = std::iter::repeat_with(|| Arg::Null).take(if plan.narrow { 3 } else { 2 });
-    let rest = [Arg::F32(1.0), write(op.y), m.into(), k.into(), n.into(), Arg::U32(0)];
-    cuda.launch(plan.y, operands.into_iter().chain(update).chain(rest).collect())
+    let (to_y, [x, w, y]) = hopper::instead(cuda, plan.y, op.x, Some(op.w), op.y)?;
+    let rest = [Arg::F32(1.0), y, m.into(), k.into(), n.into(), Arg::U32(0)];
+    cuda.launch(to_y, [x, w, read_if(op.bias)].into_iter().chain(update).chain(rest).collect())
 }
 
 /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
@@ -24,8 +25,9 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackwar
     let [m, k, n] = sizes(op.x, op.w)?;
     if let Some(dx) = op.dx {
         let plan = product(E::DTYPE, "lora_backward_dx", [m, k], [n, k])?;
-        let operands = [read(op.w), Arg::Null, read(op.dy), Arg::Null].into_iter().chain(dropout(None));
-        cuda.launch(plan, operands.chain([write(dx)]).chain([m, k, n, 0].map(Arg::U32)).collect())?;
+        let (to_dx, [dy, w, dx]) = hopper::instead(cuda, plan, op.dy, Some(op.w), dx)?;
+        let operands = [w, Arg::Null, dy, Arg::Null].into_iter().chain(dropout(None));
+        cuda.launch(to_dx, operands.chain([dx]).chain([m, k, n, 0].map(Arg::U32)).collect())?;
     }
     if let Some(dw) = op.dw {
         let operands = [read(op.x), read(op.dy), write(dw)];

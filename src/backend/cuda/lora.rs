@@ -1,6 +1,7 @@
 //! The verbs of the low-rank layer.
 
 use super::device::{Arg, Device};
+use super::hopper;
 use super::linear::sizes;
 use super::plan::{self, Bands, bands, pointwise, product, size};
 use super::{Cuda, read, read_if, write};
@@ -19,9 +20,10 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
         cuda.launch(to_h, vec![x, a, key0, key1, threshold, keep_scale, h, m.into(), k.into(), r.into()])?;
     }
     let (a, h) = if plan.h.is_none() { (read(op.a), write(op.h)) } else { (Arg::Null, read(op.h)) };
-    let operands = [read(op.x), read_if(op.w), read_if(op.bias)].into_iter().chain(plan.narrow.then_some(a));
-    let rest = [read(op.b), h, op.scale.into(), write(op.y), m.into(), k.into(), n.into(), r.into()];
-    cuda.launch(plan.y, operands.chain(rest).collect())
+    let (to_y, [x, w, y]) = hopper::instead(cuda, plan.y, op.x, op.w, op.y)?;
+    let operands = [x, w, read_if(op.bias)].into_iter().chain(plan.narrow.then_some(a));
+    let rest = [read(op.b), h, op.scale.into(), y, m.into(), k.into(), n.into(), r.into()];
+    cuda.launch(to_y, operands.chain(rest).collect())
 }
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`: five launches at most
@@ -34,7 +36,8 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, mut op: LoraBackw
 
     let Some(dx) = op.dx else { return Ok(()) };
     let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
-    let (w, a, dy, dh, dx) = (read_if(op.w), read(op.a), read(op.dy), Arg::Read(&dh), write(dx));
+    let (to_dx, [dy, w, dx]) = hopper::instead(cuda, to_dx, op.dy, op.w, dx)?;
+    let (a, dh) = (read(op.a), Arg::Read(&dh));
     let dims = [m, k, n, r].map(Arg::U32);
     cuda.launch(to_dx, [w, a, dy, dh, key0, key1, threshold, keep_scale, dx].into_iter().chain(dims).collect())
 }

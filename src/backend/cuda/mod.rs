@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
-//!   └─ plan.rs                     which kernel, how many blocks: pure arithmetic
+//!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
 //!             └─ driver.rs         one GPU, through NVIDIA's driver: the only unsafe door
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
@@ -45,6 +45,7 @@
 mod device;
 mod dora;
 mod driver;
+pub mod hopper;
 mod linear;
 mod lora;
 pub mod plan;
@@ -55,7 +56,7 @@ use std::sync::Arc;
 
 pub use cudarc;
 use cudarc::driver::CudaStream;
-pub use device::{Arg, Device, Launch};
+pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
 
 use super::Backend;
@@ -77,6 +78,15 @@ pub fn ptx(dtype: DType) -> &'static str {
         DType::F32 => include_str!(concat!(env!("OUT_DIR"), "/f32.ptx")),
         DType::F16 => include_str!(concat!(env!("OUT_DIR"), "/f16.ptx")),
         DType::BF16 => include_str!(concat!(env!("OUT_DIR"), "/bf16.ptx")),
+    }
+}
+
+/// The PTX of the kernels for Hopper alone (`sm_90a`), which 16-bit elements have besides.
+pub fn hopper_ptx(dtype: DType) -> Option<&'static str> {
+    match dtype {
+        DType::F32 => None,
+        DType::F16 => Some(include_str!(concat!(env!("OUT_DIR"), "/hopper-f16.ptx"))),
+        DType::BF16 => Some(include_str!(concat!(env!("OUT_DIR"), "/hopper-bf16.ptx"))),
     }
 }
 
@@ -145,6 +155,16 @@ impl<E: Float, D: Device> Cuda<E, D> {
         let len = Shape { rows, cols }.elements()?;
         Ok(Buffer { memory: self.device.alloc(4 * len)?, len, element: PhantomData })
     }
+}
+
+/// Where a tensor lies.
+fn memory<E: Float, D: Device, T: Element>(tensor: &Tensor<Cuda<E, D>, T>) -> &D::Memory {
+    &tensor.buffer().memory
+}
+
+/// Where a tensor lies that a kernel writes.
+fn memory_mut<E: Float, D: Device, T: Element>(tensor: &mut Tensor<Cuda<E, D>, T>) -> &mut D::Memory {
+    &mut tensor.buffer_mut().memory
 }
 
 /// An operand that a kernel reads.

@@ -5,7 +5,7 @@ mod support;
 
 use std::cell::RefCell;
 
-use lowrank::cuda::{Device, Launch};
+use lowrank::cuda::{Device, Gpu, Launch};
 use lowrank::op::{Dropout, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding};
 use lowrank::{Backend, Cuda, DType, Error, Float, Tensor, bf16, f16};
 use support::bounds::{assert_exact, assert_within};
@@ -335,6 +335,9 @@ impl Device for Counting {
 
     fn name(&self) -> String {
         self.0.name()
+    }
+    fn gpu(&self) -> Gpu {
+        self.0.gpu()
     }
     fn alloc(&self, bytes: usize) -> Result<Self::Memory, Error> {
         self.1.borrow_mut().scratch += bytes;

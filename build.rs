@@ -14,13 +14,13 @@ fn main() {
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"));
     let nvcc = std::env::var_os("LOWRANK_NVCC").map(PathBuf::from);
-    for element in ptx::ELEMENTS {
+    for module in ptx::MODULES {
         let text = match &nvcc {
-            Some(nvcc) => ptx::compile(nvcc, Path::new("kernels"), element, &out),
-            None => ptx::shipped(Path::new("kernels"), element),
+            Some(nvcc) => ptx::compile(nvcc, Path::new("kernels"), module, &out),
+            None => ptx::shipped(Path::new("kernels"), module),
         };
         let text = text.unwrap_or_else(|reason| panic!("{reason}"));
-        let path = out.join(format!("{}.ptx", element.name));
+        let path = out.join(format!("{}.ptx", module.name));
         std::fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
 }

@@ -8,15 +8,18 @@ __device__ inline float warp_max(float value) {
 
 // losses = -log softmax(logits)[label], dlogits = (softmax(logits) - onehot(label)) / m; a warp a row
 KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losses, E* dlogits, int m, int n) {
-    int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    int i = int(blockIdx.x) * WARPS + warp(), lane = ::lane();
     if (i >= m) return;
     float largest = -INFINITY, sum = 0.0f;
+#pragma unroll 1
     for (int j = lane; j < n; j += WARP) largest = fmaxf(largest, widen(logits[at(i, j, n)]));
     largest = warp_max(largest);
+#pragma unroll 1
     for (int j = lane; j < n; j += WARP) sum += expf(widen(logits[at(i, j, n)]) - largest);
     sum = warp_sum(sum);
     int label = int(labels[i]);
     if (lane == 0) losses[i] = logf(sum) - (widen(logits[at(i, label, n)]) - largest);
+#pragma unroll 1
     for (int j = lane; j < n; j += WARP) {
         float softmax = expf(widen(logits[at(i, j, n)]) - largest) / sum;
         store(&dlogits[at(i, j, n)], (softmax - (j == label ? 1.0f : 0.0f)) / float(m));
@@ -25,13 +28,12 @@ KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losse
 
 // loss = mean(losses), and 0 over no rows; one block
 KERNEL(cross_entropy_mean)(const float* losses, float* loss, int m) {
-    constexpr int WARPS = THREADS / WARP;
     __shared__ float partial[WARPS];
-    int warp = threadIdx.x / WARP;
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < m; i += THREADS) sum += losses[i];
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < m; i += THREADS) sum += losses[i];
     sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) partial[warp] = sum;
+    if (threadIdx.x % WARP == 0) partial[warp()] = sum;
     __syncthreads();
     if (threadIdx.x > 0) return;
     for (int other = 1; other < WARPS; ++other) sum += partial[other];

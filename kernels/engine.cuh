@@ -17,6 +17,7 @@ static_assert((TILE / SIDE) * (TILE / SIDE) == THREADS, "a block has a thread fo
 template <class T>
 struct Rows {
     static constexpr bool DEPTH_IS_CONTIGUOUS = true;
+    static constexpr int AT_ONCE = 4;  // loads on their way
     const T* data;
     int rows, depth;
 
@@ -29,6 +30,7 @@ struct Rows {
 template <class T>
 struct Columns {
     static constexpr bool DEPTH_IS_CONTIGUOUS = false;
+    static constexpr int AT_ONCE = 4;
     const T* data;
     int rows, depth;
 
@@ -40,6 +42,7 @@ struct Columns {
 // drop(x): the operand with the dropout mask applied to what is stored.
 template <class View>
 struct Dropped : View {
+    static constexpr int AT_ONCE = 1;  // the words of a mask take longer than a load
     Dropout dropout;
     __device__ Dropped(View view, Dropout dropout) : View(view), dropout(dropout) {}
     __device__ float get(int row, int d) const { return View::get(row, d) * dropout.factor(View::index(row, d)); }
@@ -52,22 +55,25 @@ template <class View> __device__ Dropped<View> drop(View view, Dropout dropout) 
 // TILE rows of an operand, DEPTH deep. 4 more floats a line keep 16-byte alignment and spread the writes over the banks.
 using Panel = float[DEPTH][TILE + 4];
 struct Panels { Panel lhs, rhs; };
+using Sums = float[TILE][TILE + 4];  // on their way out
+union TileMemory { Panels panels; Sums sums; };
 
-__device__ inline Panels& panels() {
-    __shared__ __align__(16) Panels panels;
-    return panels;
+__device__ inline TileMemory& tile_memory() {
+    __shared__ __align__(16) TileMemory memory;
+    return memory;
 }
 
 // Rows first_row.. and depth first_d.. of an operand; neighbouring threads read neighbouring elements.
 template <class View>
 __device__ void load(Panel& panel, View view, int first_row, int first_d) {
-#pragma unroll
-    for (int part = 0; part < TILE * DEPTH / THREADS; ++part) {
-        int i = part * THREADS + threadIdx.x;
-        int row = View::DEPTH_IS_CONTIGUOUS ? i / DEPTH : i % TILE;
-        int d = View::DEPTH_IS_CONTIGUOUS ? i % DEPTH : i / TILE;
+    constexpr bool ALONG = View::DEPTH_IS_CONTIGUOUS;
+    constexpr int PARTS = TILE * DEPTH / THREADS;
+    int row = int(ALONG ? threadIdx.x / DEPTH : threadIdx.x % TILE), d = int(ALONG ? threadIdx.x % DEPTH : threadIdx.x / TILE);
+#pragma unroll View::AT_ONCE
+    for (int part = 0; part < PARTS; ++part) {
         bool has = view.has(first_row + row, first_d + d);
         panel[d][row] = has ? view.get(first_row + row, first_d + d) : 0.0f;
+        (ALONG ? row : d) += (ALONG ? TILE : DEPTH) / PARTS;
     }
 }
 
@@ -77,7 +83,7 @@ struct Tile {
     float sum[SIDE][SIDE] = {};
 
     __device__ Tile(int rows, int cols) : rows(rows), cols(cols) {
-        int across = (cols - 1) / TILE + 1;
+        unsigned across = unsigned(cols - 1) / TILE + 1;
         first_row = int(blockIdx.x / across) * TILE;
         first_col = int(blockIdx.x % across) * TILE;
     }
@@ -86,8 +92,8 @@ struct Tile {
     template <class Lhs, class Rhs>
     __device__ void add(Lhs lhs, Rhs rhs) {
         for (int d0 = 0; d0 < lhs.depth; d0 += DEPTH) {
-            load(panels().lhs, lhs, first_row, d0);
-            load(panels().rhs, rhs, first_col, d0);
+            load(tile_memory().panels.lhs, lhs, first_row, d0);
+            load(tile_memory().panels.rhs, rhs, first_col, d0);
             __syncthreads();
             add_panels();
             __syncthreads();
@@ -96,32 +102,56 @@ struct Tile {
 
     // sum *= factor
     __device__ void scale(float factor) {
-        each([&](int, int, float& sum) { sum *= factor; });
+#pragma unroll
+        for (int e = 0; e < SIDE * SIDE; ++e) sum[e / SIDE][e % SIDE] *= factor;
     }
 
-    // Calls f(i, j, sum) for the sums that lie inside the output.
+    // sum = f(i, j, sum) for the sums that lie inside the output.
     template <class F>
-    __device__ void each(F f) {
+    __device__ void change(F f) {
+        walk([&](int i, int j, float& sum) { sum = f(i, j, sum); });
+        __syncthreads();
+        place_each([&](float& place, float& sum) { sum = place; });
+        __syncthreads();
+    }
+
+    // Calls f(i, j, sum) for the sums that lie inside the output; comes last.
+    template <class F>
+    __device__ void each(F f) { walk(f); }
+
+  private:
+    // A thread's rows are neighbours, one 16-byte read; its columns lie 16 apart, so that a half-warp has neighbours.
+    __device__ static int lhs_lane() { return int(threadIdx.x / (TILE / SIDE)) * SIDE; }
+    __device__ static int rhs_lane() { return int(threadIdx.x % (TILE / SIDE)); }
+
+    // Calls f(place, sum) for every sum of this thread, and its place in shared memory.
+    template <class F>
+    __device__ void place_each(F f) {
 #pragma unroll
         for (int i = 0; i < SIDE; ++i) {
 #pragma unroll
-            for (int j = 0; j < SIDE; ++j) {
-                int row = first_row + lhs_lane() + i, col = first_col + rhs_lane() + j * (TILE / SIDE);
-                if (row < rows && col < cols) f(row, col, sum[i][j]);
-            }
+            for (int j = 0; j < SIDE; ++j)
+                f(tile_memory().sums[lhs_lane() + i][rhs_lane() + j * (TILE / SIDE)], sum[i][j]);
         }
     }
 
-  private:
-    // A thread's rows are neighbours, one 16-byte read; its columns lie 16 apart, so that a half-warp stores neighbours.
-    __device__ int lhs_lane() const { return int(threadIdx.x) / (TILE / SIDE) * SIDE; }
-    __device__ int rhs_lane() const { return int(threadIdx.x) % (TILE / SIDE); }
+    // Calls f(i, j, sum). The sums pass through shared memory: there a loop can walk over them, and what f does exists once.
+    template <class F>
+    __device__ void walk(F f) {
+        place_each([&](float& place, float& sum) { place = sum; });
+        __syncthreads();
+#pragma unroll 1
+        for (unsigned e = threadIdx.x; e < TILE * TILE; e += THREADS) {
+            int row = first_row + int(e / TILE), col = first_col + int(e % TILE);
+            if (row < rows && col < cols) f(row, col, tile_memory().sums[e / TILE][e % TILE]);
+        }
+    }
 
     __device__ void add_panels() {
-#pragma unroll 4
+#pragma unroll 2
         for (int d = 0; d < DEPTH; ++d) {
-            float4 lhs = *reinterpret_cast<const float4*>(&panels().lhs[d][lhs_lane()]);
-            const float* rhs = &panels().rhs[d][rhs_lane()];
+            float4 lhs = *reinterpret_cast<const float4*>(&tile_memory().panels.lhs[d][lhs_lane()]);
+            const float* rhs = &tile_memory().panels.rhs[d][rhs_lane()];
 #pragma unroll
             for (int j = 0; j < SIDE; ++j) {
                 float right = rhs[j * (TILE / SIDE)];

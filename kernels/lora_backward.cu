@@ -1,25 +1,99 @@
+#include "band.cuh"
 #include "engine.cuh"
 
-// dh = scale·dy·B
-KERNEL(lora_backward_dh)(const E* b, const E* dy, float scale, float* dh, int m, int n, int r) {
-    Tile tile(m, r);
-    tile.add(rows(dy, m, n), columns(b, r, n));
-    tile.each([&](int i, int j, float sum) { dh[at(i, j, r)] = scale * sum; });
+struct DyMemory {
+    Band band;
+    float q[BAND][PASS];            // rows of B, 16 KiB
+    float along[WARPS][STEP][PASS]; // what each warp adds along its 32 columns, 8 KiB
+};
+
+// dh = scale·dy·B, dB = scale·dyᵀ·h, dbias = Σ dy, from one reading of dy (for each 16 of rank): what is written are parts, dh one
+// for every band of columns, dB and dbias one for every share of the rows. m·n elements are read; for m = n = 4096, r = 16 the
+// parts are 16 times dh and 16 times dB, 8 MiB, which mostly stay in the L2 cache.
+KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, float* dh, float* db, float* dbias,
+                         int m, int n, int r, int rows_a_share) {
+    __shared__ __align__(16) DyMemory memory;
+    Place place(m, n, r, rows_a_share);
+    int col = place.first_col + int(threadIdx.x);
+#pragma unroll 4
+    for (int d = 0; d < PASS; ++d)
+        memory.q[threadIdx.x][d] = element_or_zero(&b[at(col, place.first_d + d, r)], col < n && place.first_d + d < r);
+    float sum[PASS] = {}, rows_sum = 0.0f;
+#pragma unroll 1
+    for (int row = place.first_row; row < place.last_row; row += STEP) {
+        load_step(memory.band, dy, h, place, row, n, r, [](int, int) {});
+        add_down(memory.band, sum);
+#pragma unroll 4
+        for (int i = 0; i < STEP; ++i) rows_sum += memory.band.z[i][threadIdx.x];
+
+        // Along: a warp has 32 columns; a lane rows `high` and `high` + 8, and four columns of dh.
+        int high = int(threadIdx.x % 8), low = int(threadIdx.x % WARP / 8) * 4;
+        float part[2][4] = {};
+#pragma unroll 2
+        for (int c = warp() * WARP; c < warp() * WARP + WARP; ++c) {
+            float4 q = *reinterpret_cast<const float4*>(&memory.q[c][low]);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float z = memory.band.z[high + half * 8][c];
+                part[half][0] += z * q.x, part[half][1] += z * q.y, part[half][2] += z * q.z, part[half][3] += z * q.w;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float4*>(&memory.along[warp()][high + half * 8][low]) =
+                make_float4(part[half][0], part[half][1], part[half][2], part[half][3]);
+        __syncthreads();
+        int i = int(threadIdx.x / PASS), d = int(threadIdx.x % PASS);
+        float all = 0.0f;
+#pragma unroll
+        for (int other = 0; other < WARPS; ++other) all += memory.along[other][i][d];
+        if (row + i < place.last_row && place.first_d + d < r)
+            dh[size_t(place.band) * m * r + at(row + i, place.first_d + d, r)] = scale * all;
+    }
+    if (col >= n) return;
+    float* to = &db[size_t(place.share) * n * r];
+    each_down(memory.band, sum, place, r, [&](int d, float sum) { to[at(col, d, r)] = scale * sum; });
+    if (dbias && place.first_d == 0) dbias[size_t(place.share) * n + col] = rows_sum;
 }
 
-// dA = dhᵀ·drop(x)
+// dA = dhᵀ·drop(x), one part for every share of the rows
 KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned key1, unsigned threshold, float keep_scale,
-                         float* da, int m, int k, int r) {
-    Tile tile(r, k);
-    tile.add(columns(dh, r, m), drop(columns(x, k, m), {key0, key1, threshold, keep_scale}));
-    tile.each([&](int i, int j, float sum) { da[at(i, j, k)] = sum; });
+                         float* da, int m, int k, int r, int rows_a_share) {
+    __shared__ __align__(16) Band band;
+    Place place(m, k, r, rows_a_share);
+    Dropout dropout{key0, key1, threshold, keep_scale};
+    float sum[PASS] = {};
+#pragma unroll 1
+    for (int row = place.first_row; row < place.last_row; row += STEP) {
+        load_step(band, x, dh, place, row, k, r, [&](int row, int col) {
+            if (threshold == 0) return;
+#pragma unroll 1
+            for (int i = 0; i < STEP; ++i) band.z[i][threadIdx.x] *= dropout.factor(at(row + i, col, k));
+        });
+        add_down(band, sum);
+        __syncthreads();
+    }
+    int col = place.first_col + int(threadIdx.x);
+    if (col >= k) return;
+    float* to = &da[size_t(place.share) * r * k];
+    each_down(band, sum, place, r, [&](int d, float sum) { to[at(d, col, k)] = sum; });
 }
 
-// dB = scale·dyᵀ·h
-KERNEL(lora_backward_db)(const float* h, const E* dy, float scale, float* db, int m, int n, int r) {
-    Tile tile(n, r);
-    tile.add(columns(dy, n, m), columns(h, r, m));
-    tile.each([&](int i, int j, float sum) { db[at(i, j, r)] = scale * sum; });
+// to = Σ parts, in their order; for three outputs, an element a thread
+KERNEL(lora_backward_sum)(const float* parts0, const float* parts1, const float* parts2, float* to0, float* to1, float* to2,
+                          size_t len0, size_t len1, size_t len2, int count0, int count1, int count2) {
+    size_t i = element();
+    bool second = i >= len0, third = second && i - len0 >= len1;
+    i -= third ? len0 + len1 : second ? len0 : 0;
+    const float* parts = third ? parts2 : second ? parts1 : parts0;
+    float* to = third ? to2 : second ? to1 : to0;
+    size_t len = third ? len2 : second ? len1 : len0;
+    int count = third ? count2 : second ? count1 : count0;
+    if (i >= len) return;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int part = 0; part < count; ++part) sum += parts[part * len + i];
+    to[i] = sum;
 }
 
 // dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums. Without W only the update.
@@ -28,7 +102,7 @@ KERNEL(lora_backward_dx)(const E* w, const E* a, const E* dy, const float* dh, u
     Dropout dropout{key0, key1, threshold, keep_scale};
     Tile tile(m, k);
     tile.add(rows(dh, m, r), columns(a, k, r));
-    tile.each([&](int i, int j, float& sum) { sum *= dropout.factor(at(i, j, k)); });
+    if (threshold > 0) tile.change([&](int i, int j, float sum) { return sum * dropout.factor(at(i, j, k)); });
     if (w) tile.add(rows(dy, m, n), columns(w, k, n));
     tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
 }

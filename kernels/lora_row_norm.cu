@@ -5,14 +5,14 @@
 constexpr int NORMS = 4;
 
 KERNEL(lora_row_norm)(const E* w, const E* a, const E* b, float scale, float* norm, int n, int k, int r) {
-    int lane = threadIdx.x % WARP, first = (blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP) * NORMS;
+    int first = (int(blockIdx.x) * WARPS + warp()) * NORMS;
     if (first >= n) return;
     int row[NORMS];  // beyond the end the last one again
 #pragma unroll
     for (int q = 0; q < NORMS; ++q) row[q] = min(first + q, n - 1);
     float squares[NORMS] = {};
 #pragma unroll 1
-    for (int j = lane; j < k; j += WARP) {
+    for (int j = lane(); j < k; j += WARP) {
         float update[NORMS] = {};
 #pragma unroll 2
         for (int d = 0; d < r; ++d) {
@@ -29,6 +29,6 @@ KERNEL(lora_row_norm)(const E* w, const E* a, const E* b, float scale, float* no
 #pragma unroll
     for (int q = 0; q < NORMS; ++q) {
         float square = warp_sum(squares[q]);
-        if (lane == 0 && first + q < n) norm[first + q] = sqrtf(square);
+        if (lane() == 0 && first + q < n) norm[first + q] = sqrtf(square);
     }
 }

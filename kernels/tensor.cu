@@ -2,20 +2,6 @@
 
 // The big products on tensor cores, for 16-bit elements; the plan chooses them where lines start at multiples of 16 bytes.
 
-// y = x·Wᵀ + bias
-KERNEL(linear_forward_tensor)(const E* x, const E* w, const E* bias, E* y, int m, int k, int n) {
-    WideTile tile(m, n);
-    tile.add(rows(x, m, k), rows(w, n, k));
-    tile.each([&](int i, int j, float sum) { store(&y[at(i, j, n)], sum + (bias ? widen(bias[j]) : 0.0f)); });
-}
-
-// dx = dy·W
-KERNEL(linear_backward_dx_tensor)(const E* w, const E* dy, E* dx, int m, int k, int n) {
-    WideTile tile(m, k);
-    tile.add(rows(dy, m, n), columns(w, k, n));
-    tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
-}
-
 // dW = dyᵀ·x
 KERNEL(linear_backward_dw_tensor)(const E* x, const E* dy, float* dw, int m, int k, int n) {
     WideTile tile(n, k);

@@ -6,11 +6,11 @@
 // The low-rank update joins the same sums, in f32 and by plain multiplications: h keeps its accuracy.
 #pragma once
 #include "engine.cuh"
+#include "mma.cuh"
 
 constexpr int WIDE = 128;  // rows, and columns, that a block makes: 4×2 warps of 32×64
 constexpr int DEEP = 32;   // of both operands in one stage
 constexpr int STAGES = 3;  // of 16 KiB: the 48 KiB that a block has without asking
-constexpr int CHUNK = 8;   // elements of 16 bytes, which is what cp.async and ldmatrix move
 constexpr int UPDATE = 16; // of the update's depth in shared memory, where the stages are later
 
 struct Stage { E lhs[WIDE * DEEP], rhs[WIDE * DEEP]; };
@@ -46,21 +46,10 @@ __device__ void load_matrices(unsigned (&to)[4], const E* row) {
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// sum += a·b, 16×8×16
-#define MULTIPLY(type, name)                                                                                          \
-    __device__ inline void multiply(type, float (&sum)[4], const unsigned (&a)[4], const unsigned* b) {               \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                           \
-                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                           \
-                     : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                                         \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                             \
-    }
-MULTIPLY(__half, "f16")
-MULTIPLY(__nv_bfloat16, "bf16")
-
 // Where 8 elements of a panel lie: neighbours in depth (Rows), or in row (Columns). Chunks of a line are permuted, so that the
 // eight lines that one ldmatrix reads lie in different banks.
 template <class View>
-__device__ int place(int row, int d) {
+__device__ unsigned place(unsigned row, unsigned d) {
     if constexpr (View::DEPTH_IS_CONTIGUOUS)
         return row * DEEP + ((d / CHUNK) ^ (row / 2 % 4)) * CHUNK;
     else
@@ -72,9 +61,9 @@ template <class View>
 __device__ void fetch(E* panel, View view, int first_row, int first_d) {
 #pragma unroll
     for (int part = 0; part < WIDE * DEEP / CHUNK / THREADS; ++part) {
-        int i = part * THREADS + threadIdx.x;
-        int row = View::DEPTH_IS_CONTIGUOUS ? i / (DEEP / CHUNK) : i % (WIDE / CHUNK) * CHUNK;
-        int d = View::DEPTH_IS_CONTIGUOUS ? i % (DEEP / CHUNK) * CHUNK : i / (WIDE / CHUNK);
+        unsigned i = part * THREADS + threadIdx.x;
+        int row = int(View::DEPTH_IS_CONTIGUOUS ? i / (DEEP / CHUNK) : i % (WIDE / CHUNK) * CHUNK);
+        int d = int(View::DEPTH_IS_CONTIGUOUS ? i % (DEEP / CHUNK) * CHUNK : i / (WIDE / CHUNK));
         bool has = view.has(first_row + row, first_d + d);
         copy_async(&panel[place<View>(row, d)], has ? &view.data[view.index(first_row + row, first_d + d)] : view.data, has);
     }
@@ -87,7 +76,7 @@ struct WideTile {
     float sum[2][8][4] = {};  // 2×8 products of 16×8; in each: two neighbours, and two in the row that is 8 further
 
     __device__ WideTile(int rows, int cols) : rows(rows), cols(cols) {
-        int across = (cols - 1) / WIDE + 1;
+        unsigned across = unsigned(cols - 1) / WIDE + 1;
         first_row = int(blockIdx.x / across) * WIDE;
         first_col = int(blockIdx.x % across) * WIDE;
     }
@@ -104,6 +93,7 @@ struct WideTile {
             }
             commit_copies();  // also of nothing, so that groups count steps
         };
+#pragma unroll 1
         for (int step = 0; step < STAGES - 1; ++step) fetch_stage(step);
         for (int step = 0; step < steps; ++step) {
             wait_copies<STAGES - 2>();
@@ -125,8 +115,9 @@ struct WideTile {
     __device__ void add_update(Lhs lhs, Rhs rhs) {
         Update& update = memory().update;
         for (int d0 = 0; d0 < lhs.depth; d0 += UPDATE) {
-            for (int i = threadIdx.x; i < WIDE * UPDATE; i += THREADS) {
-                int row = i / UPDATE, d = i % UPDATE;
+#pragma unroll 1
+            for (unsigned i = threadIdx.x; i < WIDE * UPDATE; i += THREADS) {
+                int row = int(i / UPDATE), d = int(i % UPDATE);
                 update.lhs[d][row] = lhs.has(first_row + row, d0 + d) ? lhs.get(first_row + row, d0 + d) : 0.0f;
                 update.rhs[d][row] = rhs.has(first_col + row, d0 + d) ? rhs.get(first_col + row, d0 + d) : 0.0f;
             }
@@ -136,7 +127,7 @@ struct WideTile {
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
                     place_each(i, [&](int row, int col, float& sum) {
-                        sum += update.lhs[d][row / 16 * 32 + i * 16 + row % 16] * update.rhs[d][col];
+                        sum += update.lhs[d][unsigned(row) / 16 * 32 + i * 16 + unsigned(row) % 16] * update.rhs[d][col];
                     });
             }
             __syncthreads();
@@ -146,40 +137,48 @@ struct WideTile {
     // sum = f(i, j, sum) for the sums that lie inside the output.
     template <class F>
     __device__ void change(F f) {
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < 2; ++i) {
-            walk(i, [&](int row, int col, float& sum) { sum = f(row, col, sum); });
+            walk(i, [&](int i, int j, float& sum) { sum = f(i, j, sum); });
             __syncthreads();
-            place_each(i, [&](int row, int col, float& sum) { sum = memory().half[row][col]; });
+            place_half(i, [&](int row, int col, float& sum) { sum = memory().half[row][col]; });
+            __syncthreads();
         }
-        __syncthreads();
     }
 
     // Calls f(i, j, sum) for the sums that lie inside the output; comes last.
     template <class F>
     __device__ void each(F f) {
-        walk(0, f);
-        __syncthreads();
-        walk(1, f);
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i) {
+            if (i > 0) __syncthreads();
+            walk(i, f);
+        }
     }
 
   private:
-    __device__ static int lane() { return int(threadIdx.x) % WARP; }
-    __device__ static int warp_row() { return int(threadIdx.x) / WARP / 2 * 32; }
-    __device__ static int warp_col() { return int(threadIdx.x) / WARP % 2 * 64; }
+    __device__ static int warp_row() { return int(threadIdx.x / WARP / 2 * 32); }
+    __device__ static int warp_col() { return int(threadIdx.x / WARP % 2 * 64); }
 
-    // Calls f(i, j, sum) for half i of the sums. They pass through shared memory: there a loop can walk over them, and
-    // neighbouring threads have neighbouring columns.
+    // Calls f(i, j, sum) for half i of the sums. They pass through shared memory: there a loop can walk over them, neighbouring
+    // threads have neighbouring columns, and what f does exists once.
     template <class F>
     __device__ void walk(int i, F f) {
         Half& half = memory().half;
-        place_each(i, [&](int row, int col, float& sum) { half[row][col] = sum; });
+        place_half(i, [&](int row, int col, float& sum) { half[row][col] = sum; });
         __syncthreads();
 #pragma unroll 1
-        for (int e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
-            int row = first_row + e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16, col = first_col + e % WIDE;
+        for (unsigned e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
+            int row = first_row + int(e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16), col = first_col + int(e % WIDE);
             if (row < rows && col < cols) f(row, col, half[e / WIDE][e % WIDE]);
         }
+    }
+
+    // Calls f(row, col, sum) for the half that a loop is at: registers have no index.
+    template <class F>
+    __device__ void place_half(int i, F f) {
+        if (i == 0) place_each(0, f);
+        else place_each(1, f);
     }
 
     // Calls f(row, col, sum) for every sum of half i: 16 of each warp's 32 rows.
@@ -189,7 +188,8 @@ struct WideTile {
         for (int j = 0; j < 8; ++j) {
 #pragma unroll
             for (int part = 0; part < 4; ++part)
-                f(warp_row() / 2 + part / 2 * 8 + lane() / 4, warp_col() + j * 8 + lane() % 4 * 2 + part % 2, sum[i][j][part]);
+                f(int(threadIdx.x / WARP / 2 * 16 + threadIdx.x % WARP / 4) + part / 2 * 8,
+                  warp_col() + j * 8 + int(threadIdx.x % 4 * 2) + part % 2, sum[i][j][part]);
         }
     }
 
@@ -197,7 +197,7 @@ struct WideTile {
     // deeper; of rhs: first 8 columns, the same 8 deeper, then both of the next 8 columns.
     template <class Lhs, class Rhs>
     __device__ void add_stage(const Stage& stage) {
-        int line = lane() % 8, odd = lane() / 8 % 2, upper = lane() / 16;
+        int line = int(threadIdx.x % 8), odd = int(threadIdx.x / 8 % 2), upper = int(threadIdx.x % WARP / 16);
 #pragma unroll
         for (int d = 0; d < DEEP; d += 16) {
             unsigned lhs[2][4], rhs[4][4];

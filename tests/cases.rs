@@ -24,11 +24,25 @@ fn run_everywhere(case: &Case) -> Vec<(String, Result<Outputs, String>)> {
     if let Some(gpu) = support::devices::webgpu() {
         runs.push((lowrank::Backend::device(&gpu), case.run(&gpu)));
     }
+    #[cfg(feature = "cuda")]
+    {
+        let emulated = support::emulator::Emulator::backend::<f32>();
+        runs.push((lowrank::Backend::device(&emulated), case.run(&emulated)));
+        if let Ok(gpu) = lowrank::Cuda::<f32>::new(0) {
+            runs.push((lowrank::Backend::device(&gpu), case.run(&gpu)));
+        }
+    }
     runs
 }
 
+/// The repository, or where a bundle of tests was unpacked and is run.
+fn root() -> &'static Path {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+    if repository.is_dir() { repository } else { Path::new(".") }
+}
+
 fn folders() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = root();
     let shared = root.join("../shared/cases");
     let more = match std::env::var_os("LOWRANK_CASES") {
         Some(list) => std::env::split_paths(&list).filter(|path| !path.as_os_str().is_empty()).collect(),
@@ -95,7 +109,7 @@ fn every_comparison_sees_one_spoiled_value() {
 
 #[test]
 fn what_cannot_be_read_fails() {
-    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let ours = root().join("tests/cases");
     let folder = tempfile::tempdir().unwrap();
     assert!(read_all(folder.path()).unwrap_err().contains("no cases"));
     assert!(read_all(&folder.path().join("missing")).is_err());

@@ -3,7 +3,8 @@
 
 mod support;
 
-use lowrank::{Cuda, Error, Float};
+use lowrank::{Cuda, Error};
+use support::emulator::open;
 
 suite!(emulated_f32, crate::support::emulator::Emulator::backend::<f32>());
 suite!(emulated_f16, crate::support::emulator::Emulator::backend::<lowrank::f16>());
@@ -12,18 +13,6 @@ suite!(emulated_bf16, crate::support::emulator::Emulator::backend::<lowrank::bf1
 suite!(gpu_f32, if let Some(gpu) = crate::open::<f32>() { gpu } else { return });
 suite!(gpu_f16, if let Some(gpu) = crate::open::<lowrank::f16>() { gpu } else { return });
 suite!(gpu_bf16, if let Some(gpu) = crate::open::<lowrank::bf16>() { gpu } else { return });
-
-/// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.
-fn open<E: Float>() -> Option<Cuda<E>> {
-    match Cuda::new(0) {
-        Ok(gpu) => Some(gpu),
-        Err(error @ Error::Unavailable { .. }) if !support::is_required("cuda") => {
-            println!("not run: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 /// Whatever this machine has, opening a GPU that does not exist is an error and not a panic.
 #[test]

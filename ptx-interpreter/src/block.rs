@@ -1,16 +1,18 @@
-//! A block: its warps in turn, each until it waits at a barrier; then all of them go on.
+//! Blocks that run together, a cluster or a single one: what they share, and what an instruction does to it.
 
 use std::collections::VecDeque;
 
 use crate::WARP;
+use crate::barrier::Barriers;
+use crate::bulk::{Load, Stores};
 use crate::decode::{Address, Half, Instruction, MAX_VECTOR, Op, Operand, Shuffle};
-use crate::fault::{Fault, Kind, Space};
+use crate::fault::{Kind, Space};
 use crate::launch::{Arg, Context, SPAN};
 use crate::matrix;
 use crate::memory::Memory;
 use crate::scalar::{Function, Row};
 use crate::shadow::Moment;
-use crate::warp::{Registers, Warp, lanes};
+use crate::warp::{Registers, Wait, Warp, lanes};
 
 /// An asynchronous copy on its way into shared memory.
 struct Copy {
@@ -25,70 +27,91 @@ struct Copies {
     open: Vec<Copy>,
 }
 
-pub(crate) struct Block<'c, 'l, 'm> {
-    context: &'c mut Context<'l, 'm>,
-    index: u32,
-    began: u64,
-    shared: Memory,
+/// Addresses of another block's shared memory: its rank in the cluster, from 1, times this.
+const WINDOW: u64 = 1 << 24;
+
+/// Where a cluster stands in the grid. Its warps are numbered through its blocks.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    launch: u32,
+    /// The first of its blocks.
+    pub(crate) first: u32,
+    blocks: u32,
+    /// Of a block.
+    warps: usize,
+}
+
+impl Place {
+    /// The rank of the block of a warp in the cluster.
+    pub(crate) fn rank(self, warp: usize) -> usize {
+        warp / self.warps
+    }
+
+    /// The block of a warp, and a thread's number there.
+    pub(crate) fn thread(self, warp: usize, lane: usize) -> (u32, u32) {
+        (self.first + self.rank(warp) as u32, (warp % self.warps * WARP + lane) as u32)
+    }
+
+    pub(crate) fn moment(self, warp: &Warp, number: usize, lane: usize) -> Moment<'_> {
+        let (block, thread) = self.thread(number, lane);
+        let Warp { time, converged, ref clocks, .. } = *warp;
+        let (cluster, actor) = ((self.first, self.blocks), (block, thread));
+        Moment { launch: self.launch, cluster, block, thread, time, actor, converged, clocks, bulk: false }
+    }
+}
+
+/// What the threads of a block share.
+pub(crate) struct Room {
+    pub(crate) memory: Memory,
+    pub(crate) barriers: Barriers,
+}
+
+pub(crate) struct Cluster<'c, 'l, 'm> {
+    pub(crate) context: &'c mut Context<'l, 'm>,
+    pub(crate) place: Place,
+    pub(crate) rooms: Vec<Room>,
     registers: Vec<Row>,
-    warps: Vec<Warp>,
+    /// When each register was written.
+    pub(crate) written: Vec<u64>,
+    pub(crate) warps: Vec<Warp>,
     copies: Vec<Copies>,
+    pub(crate) loads: VecDeque<Load>,
+    pub(crate) stores: Vec<Stores>,
 }
 
 /// A fault of a lane, or of the warp.
-type Step<T> = Result<T, (usize, Kind)>;
+pub(crate) type Step<T> = Result<T, (usize, Kind)>;
 
-fn whole_warp(kind: Kind) -> (usize, Kind) {
+pub(crate) fn whole_warp(kind: Kind) -> (usize, Kind) {
     (0, kind)
 }
 
-impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
-    pub(crate) fn new(context: &'c mut Context<'l, 'm>, index: u32) -> Self {
-        let threads = context.launch.block as usize;
-        let warps: Vec<_> = (0..threads).step_by(WARP).map(|first| Warp::new((threads - first).min(WARP))).collect();
-        let shared = Memory::shared(context.kernel.static_shared + context.launch.shared);
-        let registers = vec![[0; WARP]; context.kernel.registers * warps.len()];
-        let copies = (0..threads).map(|_| Copies::default()).collect();
-        context.time += 1;
-        let began = context.time;
-        Self { context, index, began, shared, registers, warps, copies }
-    }
-
-    /// Runs every warp to the next barrier, until all have returned.
-    pub(crate) fn run(mut self) -> Result<(), Fault> {
-        loop {
-            for warp in 0..self.warps.len() {
-                self.run_warp(warp)?;
-            }
-            let mut waiting = self.warps.iter().enumerate().filter_map(|(warp, state)| Some((warp, state.waits_at?)));
-            let Some((_, barrier)) = waiting.next() else { return Ok(()) };
-            if let Some((warp, other)) = waiting.find(|&(_, other)| other != barrier) {
-                return Err(self.fault(warp, other, whole_warp(Kind::DivergedBarrier)));
-            }
-            self.context.time += 1;
-            self.warps.iter_mut().for_each(|warp| warp.waits_at = None);
-        }
-    }
-
-    fn fault(&self, warp: usize, at: usize, (lane, kind): (usize, Kind)) -> Fault {
-        let (kernel, thread) = (self.context.kernel, (warp * WARP + lane) as u32);
-        Fault { kernel: kernel.name.clone(), line: kernel.code[at].line, block: self.index, thread, kind }
-    }
-
-    /// Steps until every lane has returned or waits at one barrier.
-    fn run_warp(&mut self, warp: usize) -> Result<(), Fault> {
-        let kernel = self.context.kernel;
-        while self.warps[warp].waits_at.is_none() {
-            let Some(group) = self.warps[warp].take_hindmost() else { return Ok(()) };
-            let Some(instruction) = kernel.code.get(group.at) else { continue };
-            let step = self.step(warp, group.at, group.lanes, instruction);
-            step.map_err(|fault| self.fault(warp, group.at, fault))?;
-        }
-        Ok(())
+impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
+    pub(crate) fn new(context: &'c mut Context<'l, 'm>, first: u32) -> Self {
+        let (threads, blocks) = (context.launch.block as usize, context.kernel.cluster);
+        let one = (0..threads).step_by(WARP).map(|first| (threads - first).min(WARP));
+        let (place, all) = (Place { launch: context.number, first, blocks, warps: one.len() }, blocks as usize * one.len());
+        let warps = (0..blocks).flat_map(|_| one.clone().map(Warp::new)).collect();
+        let bytes = context.kernel.static_shared + context.launch.shared;
+        let rooms = (0..blocks).map(|_| Room { memory: Memory::shared(bytes), barriers: Barriers::default() }).collect();
+        let registers = context.kernel.registers * all;
+        let mut cluster = Self {
+            context,
+            place,
+            rooms,
+            registers: vec![[0; WARP]; registers],
+            written: vec![0; registers],
+            warps,
+            copies: (0..all * WARP).map(|_| Copies::default()).collect(),
+            loads: VecDeque::new(),
+            stores: (0..all * WARP).map(|_| Stores::default()).collect(),
+        };
+        (0..all).for_each(|warp| cluster.hand_on(warp, true));
+        cluster
     }
 
     /// One instruction for the lanes of a group, and where they go next.
-    fn step(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Step<()> {
+    pub(crate) fn step(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Step<()> {
         self.context.budget = self.context.budget.checked_sub(1).ok_or(whole_warp(Kind::Runaway))?;
         let active = self.registers(warp).guarded(group, instruction.guard);
         if active == 0 {
@@ -106,21 +129,70 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
                 self.warps[warp].put(at + 1, group & !active);
                 return Ok(());
             }
-            Op::Barrier if !whole => return Err((active.trailing_zeros() as usize, Kind::DivergedBarrier)),
-            Op::Barrier => self.warps[warp].waits_at = Some(at),
+            Op::Barrier { .. } | Op::ArriveInCluster | Op::WaitInCluster if !whole => {
+                return Err((active.trailing_zeros() as usize, Kind::DivergedBarrier));
+            }
+            Op::Barrier { number, threads } => {
+                let registers = self.registers(warp);
+                let [number, threads] = [Some(number), threads].map(|operand| Some(registers.get(operand?, 0) as u32));
+                let wait = Wait::Barrier { number: number.unwrap_or_default(), threads };
+                self.warps[warp].put_waiting(at + 1, group, wait);
+                return Ok(());
+            }
+            Op::ArriveInCluster => self.warps[warp].arrived_in_cluster = true,
+            Op::WaitInCluster => {
+                self.warps[warp].put_waiting(at + 1, group, Wait::Cluster);
+                return Ok(());
+            }
+            Op::WaitPhase { to, barrier, parity } => {
+                let wait = self.wait_phase(warp, active, to, barrier, parity)?;
+                match wait {
+                    Some(wait) => self.warps[warp].put_waiting(at, group, wait),
+                    None => self.warps[warp].put(at + 1, group),
+                }
+                return Ok(());
+            }
+            Op::Product(ref product) if group == u32::MAX && whole => self.start(warp, at, product)?,
             ref op => self.execute(warp, active, group == u32::MAX && whole, op)?,
         }
         self.warps[warp].put(at + 1, group);
         Ok(())
     }
 
-    fn registers(&mut self, warp: usize) -> Registers<'_> {
-        let count = self.context.kernel.registers;
+    /// The phase that a lane has to wait for; None: all have ended.
+    fn wait_phase(&mut self, warp: usize, active: u32, to: u32, barrier: Address, parity: Operand) -> Step<Option<Wait>> {
+        for lane in lanes(active) {
+            let (block, barrier) = self.room(warp, lane, barrier);
+            let parity = self.registers(warp).get(parity, lane);
+            let now = self.place.moment(&self.warps[warp], warp, lane);
+            let ended = self.rooms[block].barriers.ended(barrier, parity, now).map_err(|kind| (lane, kind))?;
+            let Some(clocks) = ended.cloned() else { return Ok(Some(Wait::Phase { block, barrier, parity })) };
+            self.warps[warp].clocks.join(&clocks);
+            self.registers(warp).set(to, lane, 1);
+        }
+        Ok(None)
+    }
+
+    /// The block of the cluster that an address of shared memory belongs to, and the place there.
+    pub(crate) fn room(&mut self, warp: usize, lane: usize, address: Address) -> (usize, u64) {
+        let at = self.addresses(warp, address)[lane];
+        match at / WINDOW {
+            0 => (self.place.rank(warp), at),
+            rank => ((rank as usize - 1).min(self.rooms.len() - 1), at % WINDOW),
+        }
+    }
+
+    pub(crate) fn registers(&mut self, warp: usize) -> Registers<'_> {
+        let (count, rank) = (self.context.kernel.registers, self.place.rank(warp) as u32);
+        let range = warp * count..(warp + 1) * count;
         Registers {
-            values: &mut self.registers[warp * count..(warp + 1) * count],
-            first_thread: (warp * WARP) as u32,
+            values: &mut self.registers[range.clone()],
+            written: &mut self.written[range],
+            now: u64::MAX - self.context.budget,
+            rank,
+            first_thread: (warp % self.place.warps * WARP) as u32,
             threads: self.context.launch.block,
-            block: self.index,
+            block: self.place.first + rank,
             blocks: self.context.launch.grid,
         }
     }
@@ -138,6 +210,9 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
                 if wanted & !active != 0 {
                     return Err(whole_warp(Kind::DivergedWarp));
                 }
+                if whole && wanted == u32::MAX {
+                    self.hand_on(warp, true);
+                }
             }
             Op::CopyAsync { to, from, width, filled } => {
                 return self.each_lane(active, |block, lane| block.copy_async(warp, lane, *to, *from, *width, *filled));
@@ -147,10 +222,33 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
                 copies.closed.push_back(std::mem::take(&mut copies.open));
             }),
             Op::WaitCopies { pending } => return self.each_lane(active, |block, lane| block.wait_copies(warp, lane, *pending)),
-            Op::LoadMatrix { .. } | Op::Multiply { .. } if !whole => return Err(whole_warp(Kind::DivergedWarp)),
+            Op::MakeBarrier { .. } | Op::Arrive { .. } => return self.mbarrier(warp, active, op),
+            Op::PublishBarriers => lanes(active).for_each(|lane| {
+                let (thread, rank) = (self.place.thread(warp, lane), self.place.rank(warp));
+                self.rooms[rank].barriers.publish(thread);
+            }),
+            Op::PublishStores => {
+                self.warps[warp].clocks.published = self.warps[warp].clocks.seen.clone();
+                self.hand_on(warp, false);
+            }
+            Op::LoadBox { .. } | Op::StoreBox { .. } | Op::CommitStores | Op::WaitStores { .. } => {
+                return self.bulk(warp, active, op);
+            }
+            Op::LoadMatrix { .. } | Op::Multiply { .. } | Op::Together if !whole => return Err(whole_warp(Kind::DivergedWarp)),
+            Op::BeginProducts | Op::Product(_) | Op::CommitProducts | Op::WaitProducts { .. } if !whole => {
+                return Err(whole_warp(Kind::DivergedWarp));
+            }
             Op::LoadMatrix { to, address, transposed } => return self.load_matrix(warp, to, *address, *transposed),
             Op::Multiply { half, d, a, b, c } => multiply(&mut self.registers(warp), *half, d, a, b, c),
-            Op::Branch { .. } | Op::Return | Op::Barrier => {}
+            Op::BeginProducts => self.warps[warp].fenced = u64::MAX - self.context.budget,
+            Op::CommitProducts => {
+                let products = &mut self.warps[warp].products;
+                products.closed.push_back(std::mem::take(&mut products.open));
+            }
+            Op::WaitProducts { pending } => return self.wait_products(warp, *pending),
+            // `step` has done these.
+            Op::Branch { .. } | Op::Return | Op::Barrier { .. } | Op::ArriveInCluster | Op::WaitInCluster => {}
+            Op::WaitPhase { .. } | Op::Product(_) | Op::Together => {}
         }
         Ok(())
     }
@@ -159,21 +257,40 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
         lanes(active).try_for_each(|lane| f(self, lane).map_err(|kind| (lane, kind)))
     }
 
-    fn moment(&self, warp: usize, lane: usize) -> Moment {
-        let thread = (warp * WARP + lane) as u32;
-        Moment { launch: self.context.began, begin: self.began, time: self.context.time, block: self.index, thread }
+    fn mbarrier(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
+        for lane in lanes(active) {
+            let done = match *op {
+                Op::MakeBarrier { barrier, count } => {
+                    let (at, count) = (self.addresses(warp, barrier)[lane], self.registers(warp).get(count, lane) as u32);
+                    let now = self.place.moment(&self.warps[warp], warp, lane);
+                    let Room { memory, barriers } = &mut self.rooms[self.place.rank(warp)];
+                    memory.place(at, 8).and_then(|_| barriers.make(at, count, now))
+                }
+                Op::Arrive { barrier, bytes } => {
+                    let bytes = self.registers(warp).get(bytes, lane) as u32;
+                    let (room, at) = self.room(warp, lane, barrier);
+                    let now = self.place.moment(&self.warps[warp], warp, lane);
+                    self.rooms[room].barriers.arrive(at, bytes, now)
+                }
+                _ => Ok(()),
+            };
+            done.map_err(|kind| (lane, kind))?;
+        }
+        self.hand_on(warp, false);
+        Ok(())
     }
 
-    fn addresses(&mut self, warp: usize, address: Address) -> Row {
+    pub(crate) fn addresses(&mut self, warp: usize, address: Address) -> Row {
         self.registers(warp).row(address.base, &mut [0; WARP]).map(|base| base.wrapping_add_signed(address.offset))
     }
 
     fn read(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize) -> Result<u128, Kind> {
-        let now = self.moment(warp, lane);
+        let now = self.place.moment(&self.warps[warp], warp, lane);
+        let shared = &mut self.rooms[self.place.rank(warp)].memory;
         match space {
             Some(Space::Param) => self.context.params.peek(at, width),
-            Some(Space::Shared) => self.shared.read(at, width, now),
-            None if at < SPAN => self.shared.read(at, width, now),
+            Some(Space::Shared) => shared.read(at, width, now),
+            None if at < SPAN => shared.read(at, width, now),
             _ => match argument(self.context.args, at, width)? {
                 Arg::Write(global) => global.memory.read(at % SPAN, width, now),
                 Arg::Read(global) => global.memory.peek(at % SPAN, width),
@@ -213,10 +330,11 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
     }
 
     fn write(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize, value: u128) -> Result<(), Kind> {
-        let now = self.moment(warp, lane);
+        let now = self.place.moment(&self.warps[warp], warp, lane);
+        let shared = &mut self.rooms[self.place.rank(warp)].memory;
         match space {
-            Some(Space::Shared) => self.shared.write(at, width, value, now),
-            None if at < SPAN => self.shared.write(at, width, value, now),
+            Some(Space::Shared) => shared.write(at, width, value, now),
+            None if at < SPAN => shared.write(at, width, value, now),
             Some(Space::Param) => Err(Kind::ReadOnly),
             _ => match argument(self.context.args, at, width)? {
                 Arg::Write(global) => global.memory.write(at % SPAN, width, value, now),
@@ -241,19 +359,21 @@ impl<'c, 'l, 'm> Block<'c, 'l, 'm> {
             return Err(Kind::Misaligned { space: Space::Global, at: from % SPAN, width });
         }
         let value = if filled == 0 { 0 } else { self.read(warp, lane, Some(Space::Global), from, filled)? };
-        self.shared.depart(to, width, self.moment(warp, lane))?;
+        let now = self.place.moment(&self.warps[warp], warp, lane);
+        self.rooms[self.place.rank(warp)].memory.depart(to, width, now)?;
         self.copies[warp * WARP + lane].open.push(Copy { to, bytes: value.to_le_bytes()[..width].to_vec() });
         Ok(())
     }
 
     fn wait_copies(&mut self, warp: usize, lane: usize, pending: Option<usize>) -> Result<(), Kind> {
-        let now = self.moment(warp, lane);
+        let now = self.place.moment(&self.warps[warp], warp, lane);
+        let shared = &mut self.rooms[self.place.rank(warp)].memory;
         let Copies { closed, open } = &mut self.copies[warp * WARP + lane];
         if pending.is_none() {
             closed.push_back(std::mem::take(open));
         }
         let landing = closed.len().saturating_sub(pending.unwrap_or(0));
-        closed.drain(..landing).flatten().try_for_each(|copy| self.shared.land(copy.to, &copy.bytes, now))
+        closed.drain(..landing).flatten().try_for_each(|copy| shared.land(copy.to, &copy.bytes, now))
     }
 
     fn shuffle(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {

@@ -2,6 +2,7 @@
 
 use crate::fault::{ParseError, Space};
 use crate::parse::{Name, error};
+use crate::product::{Product, Side};
 use crate::scalar::{self, Function};
 
 /// What runs: an operation, for the lanes whose guard holds.
@@ -28,6 +29,8 @@ pub(crate) enum Special {
     Block,
     Blocks,
     Lane,
+    /// The block's number in its cluster.
+    Rank,
 }
 
 /// `[base + offset]`
@@ -93,7 +96,11 @@ pub(crate) enum Op {
         to: usize,
     },
     Return,
-    Barrier,
+    /// Waits for as many threads as come to the same barrier; None: for all.
+    Barrier {
+        number: Operand,
+        threads: Option<Operand>,
+    },
     WarpBarrier {
         lanes: Operand,
     },
@@ -123,6 +130,51 @@ pub(crate) enum Op {
         address: Address,
         transposed: bool,
     },
+    MakeBarrier {
+        barrier: Address,
+        count: Operand,
+    },
+    PublishBarriers,
+    Arrive {
+        barrier: Address,
+        bytes: Operand,
+    },
+    WaitPhase {
+        to: u32,
+        barrier: Address,
+        parity: Operand,
+    },
+    /// What the thread has seen written by plain stores, TMA and wgmma see too.
+    PublishStores,
+    /// A box of a tensor into shared memory; `to` and `barrier` in each of `blocks` of the cluster.
+    LoadBox {
+        to: Address,
+        map: Operand,
+        corner: [Operand; 2],
+        barrier: Address,
+        blocks: Option<Operand>,
+    },
+    StoreBox {
+        map: Operand,
+        corner: [Operand; 2],
+        from: Address,
+    },
+    CommitStores,
+    WaitStores {
+        pending: usize,
+    },
+    /// Registers that were written are there for the products that follow.
+    BeginProducts,
+    Product(Product),
+    CommitProducts,
+    WaitProducts {
+        pending: usize,
+    },
+    /// All threads of the cluster; between the two each goes on.
+    ArriveInCluster,
+    WaitInCluster,
+    /// What changes nothing that an interpreter can see; the whole warp has to come.
+    Together,
     /// `d = a·b + c`, 16×8×16, in fragments
     Multiply {
         half: Half,
@@ -239,7 +291,15 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
                 _ => self.fail("unknown label"),
             },
             ["bar", "warp", "sync"] => Ok(Op::WarpBarrier { lanes: self.operand(self.text(0)?)? }),
-            ["bar" | "barrier", "sync", ..] if self.operands == ["0"] => Ok(Op::Barrier),
+            ["bar" | "barrier", "sync", ..] => self.barrier(),
+            ["mbarrier", ..] => self.mbarrier(&words),
+            ["fence", "mbarrier_init", ..] => Ok(Op::PublishBarriers),
+            ["fence", "proxy", "async", ..] => Ok(Op::PublishStores),
+            ["cp", "async", "bulk", ..] => self.bulk(&words),
+            ["wgmma", ..] => self.wgmma(&words),
+            ["barrier", "cluster", "arrive", ..] => Ok(Op::ArriveInCluster),
+            ["barrier", "cluster", "wait", ..] => Ok(Op::WaitInCluster),
+            ["setmaxnreg", ..] => Ok(Op::Together),
             ["shfl", "sync", kind, "b32"] => self.shuffle(kind),
             ["mov", ty] if self.operands.iter().any(|text| text.starts_with('{')) => self.repack(ty),
             ["ld", ref flags @ .., ty] => self.load(flags, ty),
@@ -328,6 +388,77 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         }
     }
 
+    fn barrier(&self) -> Result<Op, ParseError> {
+        let threads = self.operands.get(1).map(|text| self.operand(text)).transpose()?;
+        Ok(Op::Barrier { number: self.operand(self.text(0)?)?, threads })
+    }
+
+    fn mbarrier(&self, words: &[&str]) -> Result<Op, ParseError> {
+        let operand = |i| self.operand(self.text(i)?);
+        match words[1..] {
+            ["init", ..] => Ok(Op::MakeBarrier { barrier: self.address(0)?, count: operand(1)? }),
+            ["arrive", "expect_tx", ..] => Ok(Op::Arrive { barrier: self.address(1)?, bytes: operand(2)? }),
+            ["arrive", ..] => Ok(Op::Arrive { barrier: self.address(1)?, bytes: Operand::Constant(0) }),
+            ["try_wait", "parity", ..] => {
+                Ok(Op::WaitPhase { to: self.register(self.text(0)?)?, barrier: self.address(1)?, parity: operand(2)? })
+            }
+            _ => self.fail(format!("unknown instruction `{}`", self.opcode)),
+        }
+    }
+
+    fn bulk(&self, words: &[&str]) -> Result<Op, ParseError> {
+        match words[3..] {
+            ["tensor", "2d", "shared::cluster", "global", "tile", "mbarrier::complete_tx::bytes", ..] => {
+                let ((map, corner), blocks) = (self.corner(1)?, self.operands.get(3).map(|text| self.operand(text)));
+                let (to, barrier, blocks) = (self.address(0)?, self.address(2)?, blocks.transpose()?);
+                Ok(Op::LoadBox { to, map, corner, barrier, blocks })
+            }
+            ["tensor", "2d", "global", "shared::cta", "tile", "bulk_group"] => {
+                let (map, corner) = self.corner(0)?;
+                Ok(Op::StoreBox { map, corner, from: self.address(1)? })
+            }
+            ["commit_group"] => Ok(Op::CommitStores),
+            ["wait_group", ..] => Ok(Op::WaitStores { pending: self.number(0)? }),
+            _ => self.fail(format!("unknown instruction `{}`", self.opcode)),
+        }
+    }
+
+    /// `[map, {col, row}]`
+    fn corner(&self, i: usize) -> Result<(Operand, [Operand; 2]), ParseError> {
+        let inner = list(self.text(i)?.trim_start_matches('[').trim_end_matches(']'));
+        let [map, corner] = inner[..] else { return self.fail("unknown place in a tensor") };
+        let corner = list(corner.trim_start_matches('{').trim_end_matches('}'));
+        let [col, row] = corner[..] else { return self.fail("tensors have two dimensions here") };
+        Ok((self.operand(map)?, [self.operand(col)?, self.operand(row)?]))
+    }
+
+    fn wgmma(&self, words: &[&str]) -> Result<Op, ParseError> {
+        let (half, cols) = match words[1..] {
+            ["fence", ..] => return Ok(Op::BeginProducts),
+            ["commit_group", ..] => return Ok(Op::CommitProducts),
+            ["wait_group", ..] => return Ok(Op::WaitProducts { pending: self.number(0)? }),
+            ["mma_async", "sync", "aligned", shape, "f32", "bf16", "bf16"] => (Some(Half::BF16), columns(shape, "k16")),
+            ["mma_async", "sync", "aligned", shape, "f32", "f16", "f16"] => (Some(Half::F16), columns(shape, "k16")),
+            ["mma_async", "sync", "aligned", shape, "f32", "tf32", "tf32"] => (None, columns(shape, "k8")),
+            _ => (None, None),
+        };
+        let Some(cols) = cols else { return self.fail(format!("unknown instruction `{}`", self.opcode)) };
+        let (d, lhs) = (self.registers(0)?, self.registers(1)?);
+        let in_registers = self.text(1)?.starts_with('{');
+        let flags: Vec<_> = (3..self.operands.len()).map(|i| self.number(i)).collect::<Result<_, _>>()?;
+        // Adds to the sums, neither side negated; for 16-bit elements whether sides are transposed: the left one never.
+        let along = match (half, in_registers, &flags[..]) {
+            (Some(_), false, [1, 1, 1, 0, along]) | (Some(_), true, [1, 1, 1, along]) => *along == 1,
+            (None, _, [1, 1, 1]) => false,
+            _ => return self.fail("a product of a kind that is not known here"),
+        };
+        if d.len() != cols / 2 || lhs.len() != if in_registers { 4 } else { 1 } {
+            return self.fail("fragments of this product have other numbers of registers");
+        }
+        let lhs = if in_registers { Side::Registers(lhs) } else { Side::Shared(lhs[0]) };
+        Ok(Op::Product(Product { half, cols, d, lhs, rhs: self.register(self.text(2)?)?, along }))
+    }
+
     /// Bytes of a type.
     fn width(&self, ty: &str) -> Result<usize, ParseError> {
         match ty.trim_start_matches(char::is_alphabetic) {
@@ -345,9 +476,14 @@ fn space(flags: &[&str]) -> Option<Space> {
     flags.iter().find_map(|&flag| match flag {
         "param" => Some(Space::Param),
         "global" => Some(Space::Global),
-        "shared" => Some(Space::Shared),
+        "shared" | "shared::cta" => Some(Space::Shared),
         _ => None,
     })
+}
+
+/// The number in the middle of `m64n256k16`.
+fn columns(shape: &str, depth: &str) -> Option<usize> {
+    shape.strip_prefix("m64n")?.strip_suffix(depth)?.parse().ok()
 }
 
 fn special(text: &str) -> Option<Special> {
@@ -357,6 +493,7 @@ fn special(text: &str) -> Option<Special> {
         "%ctaid.x" => Special::Block,
         "%nctaid.x" => Special::Blocks,
         "%laneid" => Special::Lane,
+        "%cluster_ctarank" => Special::Rank,
         _ => return None,
     })
 }

@@ -83,6 +83,32 @@ pub enum Kind {
         /// The other thread, if it was only one.
         other_thread: Option<u32>,
     },
+    /// TMA or wgmma reads what threads wrote, with no `fence.proxy.async` between; or a barrier is used by TMA or by other blocks,
+    /// with no `fence.mbarrier_init` since it was made.
+    Unpublished {
+        /// Where in shared memory, in bytes.
+        at: u64,
+    },
+    /// No thread can go on.
+    Deadlock {
+        /// What this one waits for.
+        barrier: String,
+        /// The first thread of each warp that waits, and its block.
+        waiting: Vec<(u32, u32)>,
+    },
+    /// An mbarrier that was not made, or is used in a way it was not made for.
+    BadBarrier {
+        /// Where in shared memory, in bytes.
+        at: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A product on registers that were written since the last `wgmma.fence`.
+    MissingFence,
+    /// Sums of a product that was not waited for were written over.
+    SumsInFlight,
+    /// An operand of TMA or wgmma that the hardware would not take, or would take for something else.
+    Misuse(String),
     /// A barrier that not every living thread of the warp, or of the block, came to.
     DivergedBarrier,
     /// An instruction of the whole warp that only some of its lanes came to.
@@ -129,6 +155,15 @@ impl fmt::Display for Kind {
                 let other = other_thread.map_or("several threads".into(), |thread| format!("thread {thread}"));
                 write!(f, "race on {at:#x} of {space} memory with {other} of block {other_block}")
             }
+            Self::Unpublished { at } => write!(f, "no proxy fence since threads wrote {at:#x} of shared memory"),
+            Self::Deadlock { barrier, waiting } => {
+                let threads: Vec<_> = waiting.iter().map(|(block, thread)| format!("{block}:{thread}")).collect();
+                write!(f, "waits for ever at {barrier}; warps that wait (block:thread): {}", threads.join(" "))
+            }
+            Self::BadBarrier { at, reason } => write!(f, "the mbarrier at {at:#x} of shared memory {reason}"),
+            Self::MissingFence => write!(f, "no wgmma.fence since registers of this product were written"),
+            Self::SumsInFlight => write!(f, "sums were touched before the product was waited for"),
+            Self::Misuse(reason) => write!(f, "{reason}"),
             Self::DivergedBarrier => write!(f, "not every thread comes to this barrier"),
             Self::DivergedWarp => write!(f, "not every lane of the warp comes to this instruction"),
             Self::AbsentLane => write!(f, "shuffles with a lane that does not take part"),

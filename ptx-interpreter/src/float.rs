@@ -45,6 +45,16 @@ pub(crate) fn to_bf16(value: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
+/// To 11 significant bits, ties away from zero.
+pub(crate) fn to_tf32(value: f32) -> f32 {
+    if value.is_finite() { cut_to_tf32(f32::from_bits(value.to_bits() + 0x1000)) } else { value }
+}
+
+/// The part of an `f32` that a product in tf32 reads.
+pub(crate) fn cut_to_tf32(value: f32) -> f32 {
+    f32::from_bits(value.to_bits() & !0x1fff)
+}
+
 /// `a·b + c`, rounded once, to nearest; `f32::mul_add` is a call on machines that are not told to use their instruction for it.
 pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
     fma_odd(a, b, c) as f32

@@ -1,8 +1,8 @@
 //! A launch: arguments become parameter bytes, and blocks run one after another.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::block::Block;
+use crate::block::Cluster;
 use crate::fault::{Fault, Kind};
 use crate::memory::{Global, Memory};
 use crate::parse::{Kernel, Module};
@@ -32,6 +32,22 @@ pub enum Arg<'m> {
     Read(&'m Global),
     /// Memory that the kernel may read and write.
     Write(&'m mut Global),
+    /// A map of a tensor, of which TMA loads boxes.
+    ReadTiles(&'m Global, Tiles),
+    /// A map of a tensor, to which TMA stores boxes.
+    WriteTiles(&'m mut Global, Tiles),
+}
+
+/// What a tensor map says: a matrix of 16-bit elements, and the box that one copy moves. A row of the box is 128 bytes, and the
+/// chunks of the rows are exchanged (`CU_TENSOR_MAP_SWIZZLE_128B`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Rows of the matrix.
+    pub rows: u64,
+    /// Columns of the matrix: a multiple of 8, as rows start at multiples of 16 bytes.
+    pub cols: u64,
+    /// Rows and columns of the box: up to 256, and 64.
+    pub tile: [u32; 2],
 }
 
 /// What a launch did.
@@ -47,19 +63,14 @@ pub(crate) const SPAN: u64 = 1 << 40;
 /// Instructions of a warp after which a block is taken to run for ever.
 const BUDGET: u64 = 50_000_000;
 
-/// Time, as races need it: each launch has a span of its own, so that what earlier ones touched cannot clash.
-static CLOCK: AtomicU64 = AtomicU64::new(LAUNCH_TIME);
-
-/// More than a launch has blocks and barriers.
-const LAUNCH_TIME: u64 = 1 << 36;
+/// Numbers launches, so that what earlier ones touched cannot clash.
+static LAUNCHES: AtomicU32 = AtomicU32::new(1);
 
 /// What all blocks of a launch share.
 pub(crate) struct Context<'l, 'm> {
     pub(crate) kernel: &'l Kernel,
     pub(crate) launch: Launch,
-    /// When the launch began, and how late it is.
-    pub(crate) began: u64,
-    pub(crate) time: u64,
+    pub(crate) number: u32,
     pub(crate) params: Memory,
     pub(crate) args: &'l mut [Arg<'m>],
     pub(crate) budget: u64,
@@ -73,16 +84,16 @@ impl Launch {
         self.fits(kernel).map_err(fault)?;
         let params = Memory::params(params(kernel, args).map_err(fault)?);
         for arg in &mut *args {
-            if let Arg::Write(global) = arg {
+            if let Arg::Write(global) | Arg::WriteTiles(global, _) = arg {
                 global.watch();
             }
         }
-        let began = CLOCK.fetch_add(LAUNCH_TIME, Ordering::Relaxed);
-        let mut context = Context { kernel, launch: self, began, time: began, params, args, budget: 0 };
+        let number = LAUNCHES.fetch_add(1, Ordering::Relaxed);
+        let mut context = Context { kernel, launch: self, number, params, args, budget: 0 };
         let mut report = Report::default();
-        for index in 0..self.grid {
+        for first in (0..self.grid).step_by(kernel.cluster as usize) {
             context.budget = BUDGET;
-            Block::new(&mut context, index).run()?;
+            Cluster::new(&mut context, first).run()?;
             report.instructions += BUDGET - context.budget;
         }
         Ok(report)
@@ -95,7 +106,11 @@ impl Launch {
         match () {
             _ if grid == 0 || block == 0 => Err(format!("a grid of {grid} blocks of {block} threads is empty")),
             _ if block > max_threads => Err(format!("{block} threads are more than {max_threads}")),
-            _ if shared > 99 << 10 => Err(format!("{shared} bytes of shared memory are more than 99 KiB")),
+            _ if shared > kernel.most_shared => {
+                Err(format!("{shared} bytes of shared memory are more than {} KiB", kernel.most_shared >> 10))
+            }
+            _ if kernel.cluster > 2 => Err("clusters of more than two blocks are not known here".into()),
+            _ if grid % kernel.cluster != 0 => Err(format!("{grid} blocks are no whole clusters of {}", kernel.cluster)),
             _ => Ok(()),
         }
     }
@@ -114,6 +129,8 @@ fn params(kernel: &Kernel, args: &[Arg<'_>]) -> Result<Vec<u8>, String> {
             Arg::F32(value) => value.to_le_bytes().to_vec(),
             Arg::U64(value) => value.to_le_bytes().to_vec(),
             Arg::Null => 0u64.to_le_bytes().to_vec(),
+            Arg::ReadTiles(global, tiles) => tiles.map(global)?,
+            Arg::WriteTiles(global, tiles) => tiles.map(global)?,
             Arg::Read(_) | Arg::Write(_) => ((i as u64 + 1) * SPAN).to_le_bytes().to_vec(),
         };
         if value.len() != size {
@@ -123,4 +140,15 @@ fn params(kernel: &Kernel, args: &[Arg<'_>]) -> Result<Vec<u8>, String> {
         bytes.extend(value);
     }
     Ok(bytes)
+}
+
+impl Tiles {
+    /// The bytes of a tensor map, which mean nothing here, if a driver would make one.
+    fn map(self, global: &Global) -> Result<Vec<u8>, String> {
+        let Self { rows, cols, tile } = self;
+        let [down, across] = tile;
+        let good = rows > 0 && cols > 0 && cols % 8 == 0 && (1..=256).contains(&down) && across == 64;
+        let whole = rows.checked_mul(cols) == Some(global.bytes().len() as u64 / 2);
+        if good && whole { Ok(vec![0; 128]) } else { Err(format!("no tensor map of {self:?}")) }
+    }
 }

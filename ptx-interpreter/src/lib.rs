@@ -2,18 +2,25 @@
 //!
 //! ```text
 //! parse    text → statements → Kernel: resolved names, decoded instructions      parse.rs  decode.rs  scalar.rs
-//! launch   arguments → parameter bytes; blocks one after another                 launch.rs
-//! block    its warps in turn, each until it waits at a barrier                   block.rs
+//! launch   arguments → parameter bytes; clusters of blocks one after another     launch.rs
+//! block    what an instruction does to a cluster, whose warps run in turn        block.rs  schedule.rs  barrier.rs
 //! warp     groups of lanes that share a program counter; the hindmost goes first warp.rs
+//! bulk     boxes of tensors on their way: TMA                                    bulk.rs
+//! product  of a warp (mma) and of a warpgroup (wgmma), and the layouts they need matrix.rs  product.rs
 //! memory   bytes, which of them were ever written, and who touched them when     memory.rs  shadow.rs
 //! ```
 //!
 //! Lanes of a warp run in lock-step: of the groups that a branch made, the one with the smallest program counter runs, and
 //! groups that meet become one. That is one of the orders a GPU may choose. What must not depend on the order is reported
-//! rather than played out: two threads that touch the same bytes, one of them writing, with no barrier between, are a race,
-//! and a block whose threads do not all come to the same barrier is stuck. `cp.async` stores nothing until it is waited for.
+//! rather than played out: two threads that touch the same bytes, one of them writing, with nothing between that orders them, are
+//! a race; what orders them is kept in vector clocks, which barriers of every kind hand on. Where no thread can go on, the barrier
+//! that it waits at is named. What is asynchronous happens as late as it may: `cp.async` stores nothing until it is waited for, a
+//! box lands when every warp waits, and a product of a warpgroup reads and adds up when it is waited for, its sums being NaN till
+//! then.
 //!
-//! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), grids in 2-D.
+//! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), grids in 2-D, tensors
+//! other than matrices of 16-bit elements in lines of 128 bytes, and which registers `setmaxnreg` moves. The lanes of a warp are
+//! taken to have come together when one of them arrives at an mbarrier.
 //!
 //! ```
 //! use ptx_interpreter::{Arg, Global, Launch, Module};
@@ -41,7 +48,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod barrier;
 mod block;
+mod bulk;
 mod decode;
 mod fault;
 mod float;
@@ -49,12 +58,14 @@ mod launch;
 mod matrix;
 mod memory;
 mod parse;
+mod product;
 mod scalar;
+mod schedule;
 mod shadow;
 mod warp;
 
 pub use fault::{Fault, Kind, ParseError, Space};
-pub use launch::{Arg, Launch, Report};
+pub use launch::{Arg, Launch, Report, Tiles};
 pub use memory::Global;
 pub use parse::{Kernel, Module};
 

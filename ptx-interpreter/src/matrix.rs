@@ -9,7 +9,7 @@ pub(crate) fn holder(row: usize, col: usize) -> (usize, usize) {
     (row * 4 + col / 2, col % 2)
 }
 
-fn widen(half: Half, bits: u16) -> f32 {
+pub(crate) fn widen(half: Half, bits: u16) -> f32 {
     match half {
         Half::F16 => float::from_f16(bits),
         Half::BF16 => float::from_bf16(bits),

@@ -48,7 +48,7 @@ impl Memory {
     }
 
     /// Reads up to 16 bytes, the first in the lowest bits.
-    pub(crate) fn read(&mut self, at: u64, width: usize, now: Moment) -> Result<u128, Kind> {
+    pub(crate) fn read(&mut self, at: u64, width: usize, now: Moment<'_>) -> Result<u128, Kind> {
         let value = self.peek(at, width)?;
         self.note_read(at, width, now)?;
         Ok(value)
@@ -71,26 +71,26 @@ impl Memory {
         Err(if in_flight { Kind::InFlight { at } } else { Kind::Uninitialised { space: self.space, at } })
     }
 
-    fn note_read(&mut self, at: u64, width: usize, now: Moment) -> Result<(), Kind> {
+    fn note_read(&mut self, at: u64, width: usize, now: Moment<'_>) -> Result<(), Kind> {
         let space = self.space;
         let Some(shadow) = &mut self.shadow else { return Ok(()) };
         shadow.read(at as usize, width, now).map_err(|other| race(space, at, other))
     }
 
     /// Writes up to 16 bytes, the lowest bits first.
-    pub(crate) fn write(&mut self, at: u64, width: usize, value: u128, now: Moment) -> Result<(), Kind> {
+    pub(crate) fn write(&mut self, at: u64, width: usize, value: u128, now: Moment<'_>) -> Result<(), Kind> {
         self.claim(at, width, State::Written, now)?;
         self.bytes[at as usize..at as usize + width].copy_from_slice(&value.to_le_bytes()[..width]);
         Ok(())
     }
 
     /// Starts an asynchronous copy into these bytes: until it lands nobody may touch them.
-    pub(crate) fn depart(&mut self, at: u64, width: usize, now: Moment) -> Result<(), Kind> {
+    pub(crate) fn depart(&mut self, at: u64, width: usize, now: Moment<'_>) -> Result<(), Kind> {
         self.claim(at, width, State::InFlight, now)
     }
 
     /// The copy lands, as a write of the thread that waited for it.
-    pub(crate) fn land(&mut self, at: u64, bytes: &[u8], now: Moment) -> Result<(), Kind> {
+    pub(crate) fn land(&mut self, at: u64, bytes: &[u8], now: Moment<'_>) -> Result<(), Kind> {
         let range = at as usize..at as usize + bytes.len();
         self.state[range.clone()].fill(State::Unwritten);
         self.claim(at, bytes.len(), State::Written, now)?;
@@ -98,7 +98,14 @@ impl Memory {
         Ok(())
     }
 
-    fn claim(&mut self, at: u64, width: usize, state: State, now: Moment) -> Result<(), Kind> {
+    /// A bulk copy lands, in whose name the bytes were claimed when it departed.
+    pub(crate) fn settle(&mut self, at: u64, bytes: &[u8]) {
+        let range = at as usize..at as usize + bytes.len();
+        self.state[range.clone()].fill(State::Written);
+        self.bytes[range].copy_from_slice(bytes);
+    }
+
+    fn claim(&mut self, at: u64, width: usize, state: State, now: Moment<'_>) -> Result<(), Kind> {
         let (place, space) = (self.place(at, width)?, self.space);
         let states = &mut self.state[place..place + width];
         if states.contains(&State::InFlight) {
@@ -118,8 +125,11 @@ fn number(bytes: &[u8]) -> u128 {
     bytes.iter().rev().fold(0, |value, &byte| value << 8 | u128::from(byte))
 }
 
-fn race(space: Space, at: u64, (other_block, other_thread): Other) -> Kind {
-    Kind::Race { space, at, other_block, other_thread }
+fn race(space: Space, at: u64, other: Other) -> Kind {
+    match other {
+        Other { unpublished: true, .. } => Kind::Unpublished { at },
+        Other { block, thread, .. } => Kind::Race { space, at, other_block: block, other_thread: thread },
+    }
 }
 
 /// An allocation of the device. It remembers which bytes were ever written.

@@ -19,6 +19,10 @@ pub struct Kernel {
     pub(crate) params: Vec<(usize, usize)>,
     pub(crate) static_shared: usize,
     pub(crate) max_threads: Option<u32>,
+    /// Blocks of a cluster.
+    pub(crate) cluster: u32,
+    /// Bytes of shared memory that a block may have: those of the smallest GPU that runs it.
+    pub(crate) most_shared: usize,
 }
 
 /// What a name stands for.
@@ -80,18 +84,19 @@ impl Module {
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
         let (statements, parents) = split(ptx)?;
         let mut names = Names { parents, names: HashMap::new() };
-        let mut module_shared = SharedLayout::default();
+        let mut module_shared = Vec::new();
         let mut kernels = HashMap::new();
         let mut rest = statements.as_slice();
         while let Some((first, after)) = rest.split_first() {
             if first.end == End::Open {
                 let body_len = after.iter().take_while(|statement| statement.scope != 0).count();
-                let kernel = Builder::new(&mut names, module_shared.clone()).build(first, &after[..body_len])?;
+                let body = &after[..body_len];
+                let kernel = Builder::new(&mut names, &shared_of(body, &module_shared)?)?.build(first, body)?;
                 kernels.insert(kernel.name.clone(), kernel);
                 rest = &after[body_len..];
             } else {
                 if first.text.contains(".shared") {
-                    module_shared.declare(&mut names, first)?;
+                    module_shared.push(first);
                 }
                 rest = after;
             }
@@ -177,7 +182,7 @@ fn variable(text: &str, line: usize) -> Result<(usize, Option<usize>, &str), Par
 }
 
 /// Where the variables in shared memory lie.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct SharedLayout {
     len: usize,
     /// Scopes and names of what lies behind everything else, as long as the launch says.
@@ -210,6 +215,18 @@ impl SharedLayout {
     }
 }
 
+/// Those of the module's variables in shared memory that a body names: a block has room for no other.
+fn shared_of<'s>(body: &[Statement], declared: &[&'s Statement]) -> Result<Vec<&'s Statement>, ParseError> {
+    let mut used = Vec::new();
+    for &statement in declared {
+        let (.., name) = variable(&statement.text, statement.line)?;
+        if body.iter().any(|statement| statement.text.contains(name)) {
+            used.push(statement);
+        }
+    }
+    Ok(used)
+}
+
 /// Makes a kernel of its statements.
 struct Builder<'n> {
     names: &'n mut Names,
@@ -218,8 +235,12 @@ struct Builder<'n> {
 }
 
 impl<'n> Builder<'n> {
-    fn new(names: &'n mut Names, shared: SharedLayout) -> Self {
-        Self { names, shared, registers: 0 }
+    fn new(names: &'n mut Names, used: &[&Statement]) -> Result<Self, ParseError> {
+        let mut shared = SharedLayout::default();
+        for statement in used {
+            shared.declare(names, statement)?; // again for each kernel, at its own offset
+        }
+        Ok(Self { names, shared, registers: 0 })
     }
 
     /// Declarations first, so that labels and registers are known when instructions are decoded.
@@ -240,8 +261,20 @@ impl<'n> Builder<'n> {
         let static_shared = self.shared.close(self.names);
         let names = &*self.names;
         let code = instructions.iter().map(|s| decode(&s.text, s.line, |name| names.find(s.scope, name)));
+        let cluster = number_after(&head.text, ".reqnctapercluster").unwrap_or(1);
+        let is_hopper = body.iter().any(|statement| statement.text.starts_with("wgmma"));
+        let most_shared = if is_hopper { 227 << 10 } else { 99 << 10 };
         let (code, registers) = (code.collect::<Result<_, _>>()?, self.registers as usize);
-        Ok(Kernel { name, code, registers, params, static_shared, max_threads: max_threads(&head.text) })
+        Ok(Kernel {
+            name,
+            code,
+            registers,
+            params,
+            static_shared,
+            max_threads: number_after(&head.text, ".maxntid"),
+            cluster,
+            most_shared,
+        })
     }
 
     /// `.visible .entry name(.param .u64 name_param_0, ..)` → the name, and offset and size of each parameter.
@@ -289,8 +322,8 @@ impl<'n> Builder<'n> {
     }
 }
 
-/// The first number of `.maxntid 256, 1, 1`.
-fn max_threads(head: &str) -> Option<u32> {
-    let (_, after) = head.split_once(".maxntid")?;
+/// The first number of a directive such as `.maxntid 256, 1, 1`.
+fn number_after(head: &str, directive: &str) -> Option<u32> {
+    let (_, after) = head.split_once(directive)?;
     after.split([',', '\n']).next()?.trim().parse().ok()
 }

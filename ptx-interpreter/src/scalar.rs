@@ -137,7 +137,9 @@ fn moves(stem: &str, ty: &str) -> Option<Function> {
         ("mov", "u16" | "s16" | "b16") => one!(u16 => u16, |a| a),
         ("mov", "u32" | "s32" | "b32" | "f32") => one!(u32 => u32, |a| a),
         ("mov", "u64" | "s64" | "b64" | "f64") => one!(u64 => u64, |a| a),
-        ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared", "u64") => one!(u64 => u64, |a| a),
+        ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared" | "cvta.param", "u64") => one!(u64 => u64, |a| a),
+        // The place of an address in a block of the cluster: `WINDOW` in block.rs.
+        ("mapa.shared::cluster", "u32") => two!(u32 => u32, |a, block| (block + 1) << 24 | a & 0xff_ffff),
         ("selp", "b16" | "u16" | "s16") => select!(u16),
         ("selp", "b32" | "u32" | "s32" | "f32") => select!(u32),
         ("selp", "b64" | "u64" | "s64") => select!(u64),
@@ -336,6 +338,7 @@ fn conversions(opcode: &str) -> Option<Function> {
         "cvt.rzi.s32.f32" => one!(f32 => i32, |a| a as i32),
         "cvt.rzi.u32.f32" => one!(f32 => u32, |a| a as u32),
         "cvt.sat.f32.f32" => one!(f32 => f32, |a| float::saturate(a)),
+        "cvt.rna.tf32.f32" => one!(f32 => f32, |a| float::to_tf32(a)),
         "cvt.f32.f16" => one!(u16 => f32, |a| float::from_f16(a)),
         "cvt.f32.bf16" => one!(u16 => f32, |a| float::from_bf16(a)),
         "cvt.rn.f16.f32" => one!(f32 => u16, |a| float::to_f16(a)),

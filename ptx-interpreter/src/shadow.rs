@@ -1,73 +1,250 @@
-//! Who touched which bytes since when: how races are found without playing out every order.
+//! Who touched which bytes, and who has seen it: how races are found without playing out every order.
+//!
+//! Every warp has a time of its own. What it hands on, at a barrier, is the times up to which it has seen each other one: a
+//! vector clock. An access is ordered after another if the clock of who makes it has reached that one's time.
 
 /// Bytes that share a record. No element of the kernels is smaller.
 const CELL: usize = 2;
 
-/// A thread at a moment. Time goes on with every launch, block and barrier.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Moment {
-    /// When the launch began.
-    pub(crate) launch: u64,
-    /// When the block began.
-    pub(crate) begin: u64,
-    /// When the block passed its last barrier.
-    pub(crate) time: u64,
+/// From here on a "thread" is a barrier of the block, in whose name bulk copies write: their time is the phase that they end.
+pub(crate) const BULK: u32 = 1 << 16;
+/// Set in the place of a thread: several of its warp, at the same time.
+const SEVERAL: u32 = 1 << 31;
+
+/// Warps of a block, then barriers of a block.
+const AGENTS: usize = 64;
+pub(crate) const MAX_BARRIERS: usize = AGENTS / 2;
+
+fn agent(thread: u32) -> usize {
+    let thread = thread & !SEVERAL;
+    if thread < BULK { thread as usize / crate::WARP } else { AGENTS - MAX_BARRIERS + (thread - BULK) as usize }
+}
+
+/// The times up to which everything that was done has been seen, for every agent of a cluster.
+#[derive(Clone, Default)]
+pub(crate) struct Clock(Vec<u32>);
+
+impl Clock {
+    /// `block` counts from the first of the cluster.
+    fn of(&self, block: u32, thread: u32) -> u32 {
+        self.0.get(block as usize * AGENTS + agent(thread)).copied().unwrap_or(0)
+    }
+
+    pub(crate) fn set(&mut self, block: u32, thread: u32, time: u32) {
+        let at = block as usize * AGENTS + agent(thread);
+        if self.0.len() <= at {
+            self.0.resize(at + 1, 0);
+        }
+        self.0[at] = time;
+    }
+
+    pub(crate) fn join(&mut self, other: &Self) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), 0);
+        }
+        self.0.iter_mut().zip(&other.0).for_each(|(mine, &theirs)| *mine = theirs.max(*mine));
+    }
+}
+
+/// What is handed on at a barrier.
+#[derive(Clone, Default)]
+pub(crate) struct Clocks {
+    pub(crate) seen: Clock,
+    /// The part of it that TMA and wgmma see too: what a `fence.proxy.async` came after.
+    pub(crate) published: Clock,
+}
+
+impl Clocks {
+    pub(crate) fn join(&mut self, other: &Self) {
+        self.seen.join(&other.seen);
+        self.published.join(&other.published);
+    }
+}
+
+/// Who accesses, and what it has seen.
+#[derive(Clone, Copy)]
+pub(crate) struct Moment<'c> {
+    pub(crate) launch: u32,
+    /// The first block of the cluster, and how many it has.
+    pub(crate) cluster: (u32, u32),
+    /// In whose name.
     pub(crate) block: u32,
     pub(crate) thread: u32,
+    pub(crate) time: u32,
+    /// The thread that does it or started it.
+    pub(crate) actor: (u32, u32),
+    /// When the lanes of its warp last came together.
+    pub(crate) converged: u32,
+    pub(crate) clocks: &'c Clocks,
+    /// It is TMA or wgmma that accesses.
+    pub(crate) bulk: bool,
 }
 
-/// In the place of a thread: several of one block, at the same time; and threads of several blocks.
-const SEVERAL_THREADS: u32 = u32::MAX - 1;
-const SEVERAL_BLOCKS: u32 = u32::MAX;
+impl Moment<'_> {
+    /// Whether what a thread did at that time comes before.
+    pub(crate) fn has_seen(&self, block: u32, thread: u32, time: u32) -> bool {
+        Seen { launch: self.launch, block, thread, time }.is_before(self)
+    }
+}
 
-/// The last to be seen there, and whether others were at the same time. Nobody was at time 0.
-#[derive(Clone, Copy)]
+/// The last to be seen there. The launches count from 1.
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Seen {
-    time: u64,
+    launch: u32,
     block: u32,
     thread: u32,
+    time: u32,
 }
 
-/// The other party of a race: its block, and its thread if it was only one.
-pub(crate) type Other = (u32, Option<u32>);
+/// Who is in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Other {
+    pub(crate) block: u32,
+    /// None: several, or a bulk copy.
+    pub(crate) thread: Option<u32>,
+    /// It is seen, but not by TMA and wgmma.
+    pub(crate) unpublished: bool,
+}
 
 impl Seen {
-    const NOBODY: Self = Self { time: 0, block: 0, thread: 0 };
+    const NOBODY: Self = Self { launch: 0, block: 0, thread: 0, time: 0 };
 
-    fn one(now: Moment) -> Self {
-        Self { time: now.time, block: now.block, thread: now.thread }
+    fn one(now: &Moment<'_>) -> Self {
+        Self { launch: now.launch, block: now.block, thread: now.thread, time: now.time }
     }
 
-    /// Whom nothing orders before `now`, if anyone.
-    fn clashes(&self, now: Moment) -> Option<Other> {
-        if self.time < now.launch {
-            return None;
-        }
-        let same_block = self.time >= now.begin && self.thread != SEVERAL_BLOCKS;
-        if same_block && (self.time < now.time || self.thread == now.thread) {
-            return None;
-        }
-        Some((self.block, (self.thread < SEVERAL_THREADS).then_some(self.thread)))
+    fn is_foreign(&self, now: &Moment<'_>) -> bool {
+        !(now.cluster.0..now.cluster.0 + now.cluster.1).contains(&self.block)
     }
 
-    /// Adds a reader, and forgets those that it makes irrelevant: nothing that follows can clash with them alone.
-    fn note(&mut self, now: Moment) {
-        if self.time < now.launch {
-            *self = Self::one(now);
-        } else if self.time < now.begin || self.thread == SEVERAL_BLOCKS {
-            *self = Self { thread: SEVERAL_BLOCKS, ..Self::one(now) };
-        } else if self.time < now.time {
-            *self = Self::one(now);
-        } else if self.thread != now.thread {
-            self.thread = SEVERAL_THREADS;
+    /// Whether something orders it before `now`.
+    #[inline]
+    fn is_before(&self, now: &Moment<'_>) -> bool {
+        if self.launch != now.launch {
+            return true;
         }
+        if self.block == now.actor.0 {
+            if self.thread == now.actor.1 {
+                return true;
+            }
+            if agent(self.thread) == agent(now.actor.1) {
+                return self.time < now.converged;
+            }
+        } else if self.is_foreign(now) {
+            return false;
+        }
+        self.time <= now.clocks.seen.of(self.block - now.cluster.0, self.thread)
+    }
+
+    fn is_published(&self, now: &Moment<'_>) -> bool {
+        let by_bulk = self.thread & !SEVERAL >= BULK;
+        self.launch != now.launch || by_bulk || self.time <= now.clocks.published.of(self.block - now.cluster.0, self.thread)
+    }
+
+    /// The same warp at the same time.
+    fn is_as(self, other: Self) -> bool {
+        (self.time, self.launch, self.block) == (other.time, other.launch, other.block)
+            && agent(self.thread) == agent(other.thread)
+    }
+
+    /// One thread, or several of its warp.
+    fn thread_with(self, other: Self) -> u32 {
+        if self.thread == other.thread { self.thread } else { self.thread | SEVERAL }
+    }
+
+    /// Whom nothing orders before `now`.
+    fn clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        let thread = (self.thread < BULK).then_some(self.thread);
+        (!self.is_before(now)).then_some(Other { block: self.block, thread, unpublished: false })
     }
 }
 
-#[derive(Clone, Copy)]
 struct Record {
     wrote: Seen,
+    /// The last to read, and the other warps of its cluster that nothing orders before it.
     read: Seen,
+    others: Option<Box<Others>>,
+}
+
+/// The last to read of each warp of a cluster, if it has read since the last write.
+#[derive(Default)]
+struct Others {
+    launch: u32,
+    /// The first block.
+    first: u32,
+    readers: Vec<Seen>,
+    /// A bit for each that counts.
+    valid: u64,
+}
+
+impl Others {
+    /// A warp's place among those of its cluster.
+    fn place(&self, seen: Seen) -> usize {
+        (seen.block - self.first) as usize * (AGENTS - MAX_BARRIERS) + agent(seen.thread)
+    }
+
+    fn add(&mut self, seen: Seen, now: &Moment<'_>) {
+        if (self.launch, self.first) != (now.launch, now.cluster.0) {
+            *self = Self { launch: now.launch, first: now.cluster.0, valid: 0, readers: std::mem::take(&mut self.readers) };
+        }
+        let place = self.place(seen);
+        if self.readers.len() <= place {
+            self.readers.resize(place + 1, Seen::NOBODY);
+        }
+        self.readers[place] = seen;
+        self.valid |= 1 << place;
+    }
+
+    /// Takes out the reader of the same warp.
+    fn take(&mut self, one: Seen, now: &Moment<'_>) -> Option<Seen> {
+        if (self.launch, self.first) != (now.launch, now.cluster.0) {
+            return None;
+        }
+        let place = self.place(one);
+        let valid = self.valid >> place & 1 == 1;
+        self.valid &= !(1 << place);
+        valid.then(|| self.readers[place])
+    }
+
+    fn clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        if (self.launch, self.first) != (now.launch, now.cluster.0) {
+            return None;
+        }
+        let valid = self.readers.iter().enumerate().filter(|(place, _)| self.valid >> place & 1 == 1);
+        valid.map(|(_, seen)| seen).find_map(|seen| seen.clashes(now))
+    }
+}
+
+impl Record {
+    #[inline]
+    fn wrote_clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        if !self.wrote.is_before(now) {
+            return self.wrote.clashes(now);
+        }
+        let unseen = now.bulk && !self.wrote.is_published(now);
+        unseen.then_some(Other { block: self.wrote.block, thread: None, unpublished: true })
+    }
+
+    fn read_clashes(&self, now: &Moment<'_>) -> Option<Other> {
+        self.read.clashes(now).or_else(|| self.others.as_ref()?.clashes(now))
+    }
+
+    /// Adds a reader. Those before it no longer matter: whoever comes after it comes after them.
+    #[inline]
+    fn note(&mut self, mut one: Seen, now: &Moment<'_>) {
+        if self.read.is_as(one) {
+            self.read.thread = self.read.thread_with(one);
+        } else if self.read.is_before(now) {
+            self.read = one;
+        } else if !self.read.is_foreign(now) {
+            let others = self.others.get_or_insert_default();
+            if let Some(seen) = others.take(one, now).filter(|seen| !seen.is_before(now)) {
+                one.thread = one.thread_with(seen);
+            }
+            others.add(self.read, now);
+            self.read = one;
+        } // a writer that follows a reader of another cluster is never ordered after it, whoever else has read
+    }
 }
 
 /// A record for every two bytes of a memory.
@@ -76,7 +253,8 @@ pub(crate) struct Shadow(Vec<Record>);
 
 impl Shadow {
     pub(crate) fn new(bytes: usize) -> Self {
-        Self(vec![Record { wrote: Seen::NOBODY, read: Seen::NOBODY }; bytes.div_ceil(CELL)])
+        let nobody = || Record { wrote: Seen::NOBODY, read: Seen::NOBODY, others: None };
+        Self(std::iter::repeat_with(nobody).take(bytes.div_ceil(CELL)).collect())
     }
 
     fn cells(&mut self, at: usize, width: usize) -> &mut [Record] {
@@ -84,23 +262,29 @@ impl Shadow {
     }
 
     /// Notes a read. `Err`: who wrote there at the same time.
-    pub(crate) fn read(&mut self, at: usize, width: usize, now: Moment) -> Result<(), Other> {
+    pub(crate) fn read(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Other> {
+        let (one, mut checked) = (Seen::one(&now), Seen::NOBODY);
         for record in self.cells(at, width) {
-            if let Some(other) = record.wrote.clashes(now) {
-                return Err(other);
+            // Neighbours were mostly written together.
+            if record.wrote != checked {
+                if let Some(other) = record.wrote_clashes(&now) {
+                    return Err(other);
+                }
+                checked = record.wrote;
             }
-            record.read.note(now);
+            record.note(one, &now);
         }
         Ok(())
     }
 
     /// Notes a write. `Err`: who wrote or read there at the same time.
-    pub(crate) fn write(&mut self, at: usize, width: usize, now: Moment) -> Result<(), Other> {
+    pub(crate) fn write(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Other> {
         for record in self.cells(at, width) {
-            if let Some(other) = record.wrote.clashes(now).or_else(|| record.read.clashes(now)) {
+            if let Some(other) = record.wrote_clashes(&now).or_else(|| record.read_clashes(&now)) {
                 return Err(other);
             }
-            record.wrote = Seen::one(now);
+            record.wrote = Seen::one(&now);
+            record.others.iter_mut().for_each(|others| others.valid = 0);
         }
         Ok(())
     }

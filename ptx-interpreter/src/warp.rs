@@ -2,43 +2,70 @@
 
 use crate::WARP;
 use crate::decode::{Operand, Special};
+use crate::product::Products;
 use crate::scalar::Row;
+use crate::shadow::Clocks;
+
+/// What a group waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// A barrier of the block, for as many threads; None: for all that live.
+    Barrier { number: u32, threads: Option<u32> },
+    /// The end of a phase of an mbarrier of a block of the cluster.
+    Phase { block: usize, barrier: u64, parity: u64 },
+    /// Every warp of the cluster.
+    Cluster,
+}
 
 /// Lanes that are at the same instruction, as a bit mask.
 #[derive(Clone, Copy)]
 pub(crate) struct Group {
     pub(crate) at: usize,
     pub(crate) lanes: u32,
+    pub(crate) waits: Option<Wait>,
 }
 
-/// Where the lanes of a warp are.
+/// Where the lanes of a warp are, and what they know of others.
 pub(crate) struct Warp {
-    /// No two are at the same instruction. Empty: every lane has returned.
-    groups: Vec<Group>,
-    /// The barrier where every living lane waits.
-    pub(crate) waits_at: Option<usize>,
+    /// No two that run are at the same instruction. Empty: every lane has returned.
+    pub(crate) groups: Vec<Group>,
+    /// The warp's own time, which is in its clocks too, and when all its lanes last came together.
+    pub(crate) time: u32,
+    pub(crate) converged: u32,
+    pub(crate) clocks: Clocks,
+    pub(crate) products: Products,
+    /// What was written before came before the last `wgmma.fence`.
+    pub(crate) fenced: u64,
+    pub(crate) arrived_in_cluster: bool,
 }
 
 impl Warp {
     /// The first `lanes` lanes, at the first instruction.
     pub(crate) fn new(lanes: usize) -> Self {
-        let lanes = u32::MAX >> (WARP - lanes);
-        Self { groups: vec![Group { at: 0, lanes }], waits_at: None }
+        let groups = vec![Group { at: 0, lanes: u32::MAX >> (WARP - lanes), waits: None }];
+        let (clocks, products) = Default::default();
+        Self { groups, time: 0, converged: 0, clocks, products, fenced: 0, arrived_in_cluster: false }
     }
 
-    /// Takes out the group that is furthest behind.
+    /// Takes out the group that is furthest behind of those that wait for nothing.
     pub(crate) fn take_hindmost(&mut self) -> Option<Group> {
-        let hindmost = (0..self.groups.len()).min_by_key(|&i| self.groups[i].at)?;
+        let running = (0..self.groups.len()).filter(|&i| self.groups[i].waits.is_none());
+        let hindmost = running.min_by_key(|&i| self.groups[i].at)?;
         Some(self.groups.swap_remove(hindmost))
     }
 
     /// Puts lanes at an instruction, where they join those that are there.
     pub(crate) fn put(&mut self, at: usize, lanes: u32) {
-        match self.groups.iter_mut().find(|group| group.at == at) {
+        match self.groups.iter_mut().find(|group| group.at == at && group.waits.is_none()) {
             Some(group) => group.lanes |= lanes,
             None if lanes == 0 => {}
-            None => self.groups.push(Group { at, lanes }),
+            None => self.groups.push(Group { at, lanes, waits: None }),
         }
+    }
+
+    /// Puts lanes at an instruction that they reach when something has happened.
+    pub(crate) fn put_waiting(&mut self, at: usize, lanes: u32, wait: Wait) {
+        self.groups.push(Group { at, lanes, waits: Some(wait) });
     }
 
     /// Whether no lane lives but those that were taken out.
@@ -59,6 +86,10 @@ pub(crate) fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
 /// The registers of one warp, and what its lanes know about themselves.
 pub(crate) struct Registers<'r> {
     pub(crate) values: &'r mut [Row],
+    /// When each was written, in instructions.
+    pub(crate) written: &'r mut [u64],
+    pub(crate) now: u64,
+    pub(crate) rank: u32,
     pub(crate) first_thread: u32,
     pub(crate) threads: u32,
     pub(crate) block: u32,
@@ -76,6 +107,7 @@ impl Registers<'_> {
                 Special::Block => self.block,
                 Special::Blocks => self.blocks,
                 Special::Lane => lane as u32,
+                Special::Rank => self.rank,
             }),
         }
     }
@@ -92,6 +124,7 @@ impl Registers<'_> {
 
     /// Sets a register of the active lanes.
     pub(crate) fn set_row(&mut self, register: u32, active: u32, row: &Row) {
+        self.written[register as usize] = self.now;
         let values = &mut self.values[register as usize];
         if active == u32::MAX {
             *values = *row;
@@ -101,6 +134,7 @@ impl Registers<'_> {
     }
 
     pub(crate) fn set(&mut self, register: u32, lane: usize, value: u64) {
+        self.written[register as usize] = self.now;
         self.values[register as usize][lane] = value;
     }
 

@@ -2,13 +2,16 @@
 
 use std::sync::OnceLock;
 
-use lowrank::cuda::{self, Arg, Cuda, Device, Launch};
+use lowrank::cuda::{self, Arg, Cuda, Device, Gpu, Launch, Tiles};
 use lowrank::{DType, Error, Float, Result};
 use ptx_interpreter::{Fault, Global, Module};
 
 /// Runs the kernels of one module.
 pub struct Emulator {
     module: Ptx,
+    /// The kernels for Hopper alone; None: it is another GPU.
+    hopper: Option<Ptx>,
+    multiprocessors: u32,
     dtype: DType,
 }
 
@@ -21,14 +24,26 @@ impl Emulator {
     /// With the PTX that ships, parsed once.
     pub fn new(dtype: DType) -> Self {
         static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
-        let parse = || Module::parse(cuda::ptx(dtype)).unwrap_or_else(|error| panic!("{dtype}: {error}"));
-        Self { module: Ptx::Shipped(MODULES[dtype as usize].get_or_init(parse)), dtype }
+        let module = Ptx::Shipped(MODULES[dtype as usize].get_or_init(|| parse(dtype, cuda::ptx(dtype))));
+        Self { module, hopper: None, multiprocessors: 4, dtype }
+    }
+
+    /// As a Hopper GPU, of four multiprocessors: two clusters, and fewer than the larger shapes have tiles.
+    pub fn hopper(dtype: DType) -> Self {
+        static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
+        let ptx = cuda::hopper_ptx(dtype).expect("16-bit elements");
+        let hopper = Some(Ptx::Shipped(MODULES[dtype as usize].get_or_init(|| parse(dtype, ptx))));
+        Self { hopper, ..Self::new(dtype) }
     }
 
     /// With other PTX.
     pub fn with_ptx(dtype: DType, ptx: &str) -> Self {
-        let module = Module::parse(ptx).unwrap_or_else(|error| panic!("{dtype}: {error}"));
-        Self { module: Ptx::Changed(module), dtype }
+        Self { module: Ptx::Changed(parse(dtype, ptx)), hopper: None, multiprocessors: 4, dtype }
+    }
+
+    /// As a Hopper GPU of so many multiprocessors, with other PTX for Hopper.
+    pub fn with_hopper_ptx(dtype: DType, ptx: &str, multiprocessors: u32) -> Self {
+        Self { hopper: Some(Ptx::Changed(parse(dtype, ptx))), multiprocessors, ..Self::new(dtype) }
     }
 
     /// A backend on it.
@@ -36,12 +51,30 @@ impl Emulator {
         Cuda::on(Self::new(E::DTYPE))
     }
 
-    fn module(&self) -> &Module {
-        match &self.module {
-            Ptx::Shipped(module) => module,
-            Ptx::Changed(module) => module,
+    /// A backend on it as a Hopper GPU.
+    pub fn hopper_backend<E: Float>() -> Cuda<E, Self> {
+        Cuda::on(Self::hopper(E::DTYPE))
+    }
+
+    fn module(&self, kernel: &str) -> &Module {
+        match &self.hopper {
+            Some(hopper) if kernel.contains("_hopper_") => hopper.module(),
+            _ => self.module.module(),
         }
     }
+}
+
+impl Ptx {
+    fn module(&self) -> &Module {
+        match self {
+            Self::Shipped(module) => module,
+            Self::Changed(module) => module,
+        }
+    }
+}
+
+fn parse(dtype: DType, ptx: &str) -> Module {
+    Module::parse(ptx).unwrap_or_else(|error| panic!("{dtype}: {error}"))
 }
 
 fn failed(fault: Fault) -> Error {
@@ -53,6 +86,10 @@ impl Device for Emulator {
 
     fn name(&self) -> String {
         "emulated".into()
+    }
+
+    fn gpu(&self) -> Gpu {
+        Gpu { capability: if self.hopper.is_some() { (9, 0) } else { (8, 0) }, multiprocessors: self.multiprocessors }
     }
 
     fn alloc(&self, bytes: usize) -> Result<Global> {
@@ -80,7 +117,7 @@ impl Device for Emulator {
         let mut args: Vec<_> = launch.into_args().into_iter().map(argument).collect();
         let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
         let kernel = format!("{}_{}", plan.kernel, self.dtype);
-        launch.run(self.module(), &kernel, &mut args).map_err(failed)?;
+        launch.run(self.module(&kernel), &kernel, &mut args).map_err(failed)?;
         Ok(())
     }
 
@@ -97,5 +134,23 @@ fn argument(arg: Arg<'_, Global>) -> ptx_interpreter::Arg<'_> {
         Arg::Null => ptx_interpreter::Arg::Null,
         Arg::Read(memory) => ptx_interpreter::Arg::Read(memory),
         Arg::Write(memory) => ptx_interpreter::Arg::Write(memory),
+        Arg::ReadTiles(memory, map) => ptx_interpreter::Arg::ReadTiles(memory, tiles(map)),
+        Arg::WriteTiles(memory, map) => ptx_interpreter::Arg::WriteTiles(memory, tiles(map)),
+    }
+}
+
+fn tiles(Tiles { rows, cols, tile }: Tiles) -> ptx_interpreter::Tiles {
+    ptx_interpreter::Tiles { rows: rows.into(), cols: cols.into(), tile }
+}
+
+/// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.
+pub fn open<E: Float>() -> Option<Cuda<E>> {
+    match Cuda::new(0) {
+        Ok(gpu) => Some(gpu),
+        Err(error @ Error::Unavailable { .. }) if !super::is_required("cuda") => {
+            println!("not run: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
     }
 }

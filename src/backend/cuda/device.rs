@@ -12,6 +12,8 @@ pub trait Device {
 
     /// What it is, in words.
     fn name(&self) -> String;
+    /// What plans depend on.
+    fn gpu(&self) -> Gpu;
     /// `bytes` bytes that hold nothing yet. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
     fn alloc(&self, bytes: usize) -> Result<Self::Memory>;
     /// `bytes` bytes that are zero.
@@ -24,6 +26,27 @@ pub trait Device {
     fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()>;
     /// Returns when everything asked for so far is done.
     fn synchronize(&self) -> Result<()>;
+}
+
+/// What plans depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gpu {
+    /// Its compute capability: `(9, 0)` is Hopper.
+    pub capability: (u32, u32),
+    /// Its multiprocessors.
+    pub multiprocessors: u32,
+}
+
+/// A tensor map: a row-major matrix of 16-bit elements, and the box of it that one copy moves. A row of the box is 128 bytes,
+/// whose chunks of 16 are exchanged (`CU_TENSOR_MAP_SWIZZLE_128B`); outside of the matrix a box is zero, and is not stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Rows of the matrix; not 0.
+    pub rows: u32,
+    /// Columns of the matrix: a multiple of 8, and not 0.
+    pub cols: u32,
+    /// Rows and columns of the box: up to 256, and 64.
+    pub tile: [u32; 2],
 }
 
 /// An argument of a kernel. Scalars travel with the launch: nothing else is copied to the device.
@@ -40,6 +63,10 @@ pub enum Arg<'a, M> {
     Read(&'a M),
     /// An operand that the kernel writes, and perhaps reads.
     Write(&'a mut M),
+    /// An operand that the kernel reads by boxes: 128 bytes, by value.
+    ReadTiles(&'a M, Tiles),
+    /// An operand that the kernel writes by boxes.
+    WriteTiles(&'a mut M, Tiles),
 }
 
 impl<M> From<u32> for Arg<'_, M> {

@@ -5,15 +5,19 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUjit_option, CUresult, cuModuleLoadDataEx};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUresult, cuModuleLoadDataEx};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
-use super::device::{Arg, Device, Launch};
+use super::device::{Arg, Device, Gpu, Launch, Tiles};
 use super::plan::kernels;
-use super::{NAME, ptx};
+use super::{NAME, hopper, hopper_ptx, ptx};
 use crate::element::DType;
 use crate::error::{Error, Result};
+
+/// Bytes of shared memory that a block may ask for on Hopper.
+const MOST_SHARED: i32 = 227 << 10;
 
 /// A stream of a GPU, and the kernels of one element type, loaded there.
 ///
@@ -21,9 +25,15 @@ use crate::error::{Error, Result};
 pub struct Driver {
     stream: Arc<CudaStream>,
     kernels: HashMap<&'static str, CudaFunction>,
+    gpu: Gpu,
 }
 
 impl Driver {
+    /// The stream that everything is launched on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
     /// The GPU with that number, on its default stream.
     pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
         probe()?;
@@ -43,13 +53,21 @@ impl Driver {
             let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
             return Err(Error::Unavailable { backend: NAME, reason });
         }
+        let multiprocessors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+        let multiprocessors = multiprocessors.map_err(|error| failed("multiprocessors", error))? as u32;
+        let gpu = Gpu { capability: (major as u32, minor as u32), multiprocessors };
         let module = load(stream.context(), ptx(dtype))?;
-        let function = |stem: &'static str| {
-            let symbol = format!("{stem}_{dtype}");
-            let function = module.load_function(&symbol).map_err(|error| failed(&symbol, error))?;
-            Ok((stem, function))
-        };
-        Ok(Self { kernels: kernels(dtype).map(function).collect::<Result<_>>()?, stream })
+        let mut functions: HashMap<_, _> = kernels(dtype).map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
+        if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
+            let module = load(stream.context(), ptx)?;
+            for kernel in hopper::kernels() {
+                let (stem, function) = function(&module, kernel, dtype)?;
+                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                function.set_attribute(most, MOST_SHARED).map_err(|error| failed(stem, error))?;
+                functions.insert(stem, function);
+            }
+        }
+        Ok(Self { kernels: functions, gpu, stream })
     }
 }
 
@@ -59,6 +77,10 @@ impl Device for Driver {
 
     fn name(&self) -> String {
         self.stream.context().name().unwrap_or_else(describe)
+    }
+
+    fn gpu(&self) -> Gpu {
+        self.gpu
     }
 
     fn alloc(&self, bytes: usize) -> Result<Self::Memory> {
@@ -89,15 +111,17 @@ impl Device for Driver {
         let plan = launch.plan();
         let mut args = launch.into_args();
         self.own(plan.kernel, &args)?;
+        let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut builder = self.stream.launch_builder(&self.kernels[plan.kernel]);
-        for arg in &mut args {
-            match arg {
-                Arg::U32(value) => builder.arg(&*value),
-                Arg::U64(value) => builder.arg(&*value),
-                Arg::F32(value) => builder.arg(&*value),
-                Arg::Null => builder.arg(&0u64),
-                Arg::Read(memory) => builder.arg(*memory),
-                Arg::Write(memory) => builder.arg(&mut **memory),
+        for operand in &mut operands {
+            match operand {
+                Operand::Mapped { map, .. } => builder.arg(&*map),
+                Operand::Plain(Arg::U32(value)) => builder.arg(&*value),
+                Operand::Plain(Arg::U64(value)) => builder.arg(&*value),
+                Operand::Plain(Arg::F32(value)) => builder.arg(&*value),
+                Operand::Plain(Arg::Read(memory)) => builder.arg(*memory),
+                Operand::Plain(Arg::Write(memory)) => builder.arg(&mut **memory),
+                Operand::Plain(Arg::Null | Arg::ReadTiles(..) | Arg::WriteTiles(..)) => builder.arg(&0u64),
             };
         }
         let config = LaunchConfig { grid_dim: (plan.grid, 1, 1), block_dim: (plan.block, 1, 1), shared_mem_bytes: plan.shared };
@@ -117,8 +141,8 @@ impl Driver {
     fn own(&self, kernel: &str, args: &[Arg<'_, CudaSlice<u8>>]) -> Result<()> {
         let here = self.stream.context();
         let context = |arg: &Arg<'_, CudaSlice<u8>>| match arg {
-            Arg::Read(memory) => Some(Arc::clone(memory.context())),
-            Arg::Write(memory) => Some(Arc::clone(memory.context())),
+            Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(Arc::clone(memory.context())),
+            Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(Arc::clone(memory.context())),
             _ => None,
         };
         match args.iter().filter_map(context).find(|context| context.cu_ctx() != here.cu_ctx()) {
@@ -129,6 +153,69 @@ impl Driver {
             }
         }
     }
+}
+
+/// A tensor map, as a parameter of a kernel.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct Map(sys::CUtensorMap);
+
+// SAFETY: plain bytes that kernels take by value.
+unsafe impl DeviceRepr for Map {}
+
+/// An argument on its way into a launch.
+enum Operand<'s, 'a> {
+    Plain(&'s mut Arg<'a, CudaSlice<u8>>),
+    /// Its map, and cudarc's note that the memory behind it is used, which it makes when it is dropped: after the launch.
+    Mapped {
+        map: Map,
+        _used: SyncOnDrop<'s>,
+    },
+}
+
+impl Driver {
+    fn operand<'s, 'a>(&'s self, arg: &'s mut Arg<'a, CudaSlice<u8>>) -> Result<Operand<'s, 'a>> {
+        let (tiles, (address, used)) = match arg {
+            Arg::ReadTiles(memory, tiles) => (*tiles, memory.device_ptr(&self.stream)),
+            Arg::WriteTiles(memory, tiles) => (*tiles, memory.device_ptr_mut(&self.stream)),
+            arg => return Ok(Operand::Plain(arg)),
+        };
+        Ok(Operand::Mapped { map: encode(address, tiles)?, _used: used })
+    }
+}
+
+/// Has the driver make a tensor map.
+fn encode(address: sys::CUdeviceptr, tiles: Tiles) -> Result<Map> {
+    let Tiles { rows, cols, tile: [down, across] } = tiles;
+    let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
+    let mut map = Map(sys::CUtensorMap { opaque: [0; 16] });
+    // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
+    // Nothing reads through the address here.
+    let made = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map.0,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16, // only moved
+            2,
+            address as *mut c_void,
+            sizes.as_ptr(),
+            &stride,
+            [across, down].as_ptr(),
+            [1, 1].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    made.result().map_err(|error| failed("tensor map", error))?;
+    Ok(map)
+}
+
+/// One kernel of a module, under its stem.
+fn function(module: &Arc<CudaModule>, stem: &'static str, dtype: DType) -> Result<(&'static str, CudaFunction)> {
+    let symbol = format!("{stem}_{dtype}");
+    let function = module.load_function(&symbol).map_err(|error| failed(&symbol, error))?;
+    Ok((stem, function))
 }
 
 /// `Err` unless there is a driver: cudarc panics at its first call if there is none.

@@ -1,33 +1,38 @@
 //! The verbs of the base layer.
 
 use super::device::{Arg, Device};
-use super::plan::{WARP, product, shares, size};
+use super::hopper;
+use super::lora::dropout;
+use super::plan::{self, WARP, product, shares, size};
 use super::{Cuda, read, read_if, write};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{LinearBackward, LinearForward};
 use crate::tensor::Tensor;
 
-/// `y = x·Wᵀ + bias`
+/// `y = x·Wᵀ + bias`: a layer whose update has rank 0
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<'_, Cuda<E, D>>) -> Result<()> {
     let [m, k, n] = sizes(op.x, op.w)?;
-    let args = vec![read(op.x), read(op.w), read_if(op.bias), write(op.y), m.into(), k.into(), n.into()];
-    cuda.launch(product(E::DTYPE, "linear_forward", [m, n], [k, k])?, args)
+    let plan = plan::forward(E::DTYPE, [m, k, n], 0, false)?;
+    let update = std::iter::repeat_with(|| Arg::Null).take(if plan.narrow { 3 } else { 2 });
+    let (to_y, [x, w, y]) = hopper::instead(cuda, plan.y, op.x, Some(op.w), op.y)?;
+    let rest = [Arg::F32(1.0), y, m.into(), k.into(), n.into(), Arg::U32(0)];
+    cuda.launch(to_y, [x, w, read_if(op.bias)].into_iter().chain(update).chain(rest).collect())
 }
 
 /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackward<'_, Cuda<E, D>>) -> Result<()> {
     let [m, k, n] = sizes(op.x, op.w)?;
-    let dims = || [m, k, n].map(Arg::U32);
     if let Some(dx) = op.dx {
-        let operands = [read(op.w), read(op.dy), write(dx)];
-        let plan = product(E::DTYPE, "linear_backward_dx", [m, k], [n, k])?;
-        cuda.launch(plan, operands.into_iter().chain(dims()).collect())?;
+        let plan = product(E::DTYPE, "lora_backward_dx", [m, k], [n, k])?;
+        let (to_dx, [dy, w, dx]) = hopper::instead(cuda, plan, op.dy, Some(op.w), dx)?;
+        let operands = [w, Arg::Null, dy, Arg::Null].into_iter().chain(dropout(None));
+        cuda.launch(to_dx, operands.chain([dx]).chain([m, k, n, 0].map(Arg::U32)).collect())?;
     }
     if let Some(dw) = op.dw {
         let operands = [read(op.x), read(op.dy), write(dw)];
         let plan = product(E::DTYPE, "linear_backward_dw", [n, k], [n, k])?;
-        cuda.launch(plan, operands.into_iter().chain(dims()).collect())?;
+        cuda.launch(plan, operands.into_iter().chain([m, k, n].map(Arg::U32)).collect())?;
     }
     dbias(cuda, op.dy, op.dbias)
 }

@@ -2,17 +2,50 @@
 //!
 //! ```text
 //! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
-//!   └─ plan.rs                     which kernel, how many blocks: pure arithmetic
+//!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
 //!             └─ driver.rs         one GPU, through NVIDIA's driver: the only unsafe door
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
 //! ```
 //!
 //! The tests put another device under the same verbs: an interpreter that runs the shipped PTX on the CPU.
+//!
+//! # Graphs
+//!
+//! A verb's launches can be captured in a CUDA graph. It copies nothing to the device and waits for nothing: sizes and scalars are
+//! parameters of kernels. The memory that a backward pass needs for a while (`dh`, and the parts of sums, a small share of the
+//! weight's) is allocated and freed in the order of the stream, so that a graph has an allocation of its own and nobody can free
+//! it. Two things are the caller's: the stream must be one of its own, since the default stream cannot be captured, and cudarc must
+//! not track events, which would tie the graph to work before it:
+//!
+//! ```no_run
+//! use lowrank::cuda::cudarc::driver::{CudaContext, sys};
+//! use lowrank::op::LoraMerge;
+//! use lowrank::{Cuda, Tensor, bf16, op::Rounding};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let context = CudaContext::new(0)?;
+//! // SAFETY: all of this program's work is on one stream.
+//! unsafe { context.disable_event_tracking() };
+//! let stream = context.new_stream()?;
+//! let gpu = Cuda::<bf16>::from_stream(stream.clone())?;
+//! let (a, b) = (Tensor::zeros(&gpu, (16, 4096))?, Tensor::zeros(&gpu, (4096, 16))?);
+//! let mut w = Tensor::zeros(&gpu, (4096, 4096))?;
+//!
+//! stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+//! LoraMerge { a: &a, b: &b, scale: 2.0, rounding: Rounding::Nearest, w: &mut w }.run(&gpu)?;
+//! let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+//! let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
+//! graph.launch()?;
+//! stream.synchronize()?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod device;
 mod dora;
 mod driver;
+pub mod hopper;
 mod linear;
 mod lora;
 pub mod plan;
@@ -23,7 +56,7 @@ use std::sync::Arc;
 
 pub use cudarc;
 use cudarc::driver::CudaStream;
-pub use device::{Arg, Device, Launch};
+pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
 
 use super::Backend;
@@ -45,6 +78,15 @@ pub fn ptx(dtype: DType) -> &'static str {
         DType::F32 => include_str!(concat!(env!("OUT_DIR"), "/f32.ptx")),
         DType::F16 => include_str!(concat!(env!("OUT_DIR"), "/f16.ptx")),
         DType::BF16 => include_str!(concat!(env!("OUT_DIR"), "/bf16.ptx")),
+    }
+}
+
+/// The PTX of the kernels for Hopper alone (`sm_90a`), which 16-bit elements have besides.
+pub fn hopper_ptx(dtype: DType) -> Option<&'static str> {
+    match dtype {
+        DType::F32 => None,
+        DType::F16 => Some(include_str!(concat!(env!("OUT_DIR"), "/hopper-f16.ptx"))),
+        DType::BF16 => Some(include_str!(concat!(env!("OUT_DIR"), "/hopper-bf16.ptx"))),
     }
 }
 
@@ -74,7 +116,19 @@ impl<E: Float> Cuda<E> {
         Ok(Self::on(Driver::open(ordinal, E::DTYPE)?))
     }
 
-    /// Shares a stream of the caller's, and its context. Errors: [`Error::Device`] if the kernels cannot be loaded there.
+    /// Shares a stream of the caller's, and its context: verbs are launched there, in order with whatever else is. Errors:
+    /// [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
+    ///
+    /// ```no_run
+    /// use lowrank::cuda::cudarc::driver::CudaContext;
+    /// use lowrank::{Cuda, bf16};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let stream = CudaContext::new(0)?.new_stream()?;
+    /// let gpu = Cuda::<bf16>::from_stream(stream)?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
         Ok(Self::on(Driver::from_stream(stream, E::DTYPE)?))
     }
@@ -86,16 +140,31 @@ impl<E: Float, D: Device> Cuda<E, D> {
         Self { device, element: PhantomData }
     }
 
+    /// What it runs on.
+    pub fn on_device(&self) -> &D {
+        &self.device
+    }
+
     /// Runs a kernel, unless its grid is empty.
     fn launch(&self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
         if plan.grid == 0 { Ok(()) } else { self.device.launch(Launch::new(plan, args)) }
     }
 
-    /// Memory for what lives during one verb; nothing is written there.
+    /// Memory for what lives during one verb; nothing is written there. It goes back in the order of the stream.
     fn scratch(&self, rows: usize, cols: usize) -> Result<Buffer<D::Memory, f32>> {
         let len = Shape { rows, cols }.elements()?;
         Ok(Buffer { memory: self.device.alloc(4 * len)?, len, element: PhantomData })
     }
+}
+
+/// Where a tensor lies.
+fn memory<E: Float, D: Device, T: Element>(tensor: &Tensor<Cuda<E, D>, T>) -> &D::Memory {
+    &tensor.buffer().memory
+}
+
+/// Where a tensor lies that a kernel writes.
+fn memory_mut<E: Float, D: Device, T: Element>(tensor: &mut Tensor<Cuda<E, D>, T>) -> &mut D::Memory {
+    &mut tensor.buffer_mut().memory
 }
 
 /// An operand that a kernel reads.

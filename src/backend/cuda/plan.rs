@@ -10,8 +10,18 @@ pub const THREADS: u32 = 256;
 pub const TILE: u32 = 64;
 /// The same of the engine for tensor cores: `WIDE` in tensor.cuh.
 pub const WIDE: u32 = 128;
-/// 16-bit elements in 16 bytes: `CHUNK` in tensor.cuh.
-pub const CHUNK: u32 = 8;
+/// Rows of `x` that a block of the narrow engine takes: `ROWS` in narrow.cuh.
+pub const ROWS: u32 = 16;
+/// Columns of `h` that it makes, in a launch of its own or besides `y`: `RANKS` in lora_forward.cu.
+pub const RANKS: u32 = 16;
+/// Columns that a block of the band engine owns: `BAND` in band.cuh.
+pub const BAND: u32 = THREADS;
+/// Rows that it takes at a time: `STEP` in band.cuh.
+pub const STEP: u32 = 16;
+/// Of the rank, in one pass: `PASS` in band.cuh.
+pub const PASS: u32 = 16;
+/// Rows of `W` that a block of the merge owns: `MERGE_ROWS` in lora_merge.cu.
+pub const MERGE_ROWS: u32 = 128;
 /// Lanes of a warp: `WARP` in common.cuh.
 pub const WARP: u32 = 32;
 /// Rows that a block of `magnitude` makes: `STRIPE` in magnitude.cu.
@@ -20,6 +30,15 @@ pub const STRIPE: u32 = 8;
 pub const NORMS: u32 = 4;
 /// The largest size: kernels count in `int`, round up to whole tiles, and fetch ahead.
 pub const MAX_SIZE: u32 = (1 << 31) - 2 * WIDE;
+
+/// Up to so many rows `y` is made by the narrow engine. It reads `W` once for every 16 rows, three times of four from the L2 cache:
+/// 64 rows of a bf16 layer of 4096² are 4·33.5 MB, 25 µs at 5.5 TB/s. The tiles of 128×128 are 32 there, on 132 multiprocessors,
+/// and each walks through 32 KiB of `W` and `x` for every 64 of depth: 64 steps of about 1 µs. At 128 rows the two come out even.
+/// A guess until it is measured.
+pub const FEW_ROWS: u32 = 64;
+/// Blocks that the band engine is spread over: two for each of an H100's 132 multiprocessors. The parts of `dB` then take
+/// 264·256·16 floats, 4.3 MB at rank 16, whatever the sizes. A constant, so that every GPU gives the same bits.
+pub const BLOCKS: u32 = 264;
 
 /// A kernel, and how its work is spread over the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +54,7 @@ pub struct Plan {
 }
 
 /// The kernels that every element type has.
-const KERNELS: [&str; 23] = [
+const KERNELS: [&str; 24] = [
     "accumulate",
     "adam_dense",
     "adam_factored",
@@ -45,15 +64,16 @@ const KERNELS: [&str; 23] = [
     "dropout_forward",
     "linear_backward_dbias",
     "linear_backward_dw",
-    "linear_backward_dx",
-    "linear_forward",
     "lora_backward_da",
-    "lora_backward_db",
-    "lora_backward_dh",
     "lora_backward_dx",
+    "lora_backward_dy",
+    "lora_backward_sum",
     "lora_forward_h",
+    "lora_forward_h_narrow",
     "lora_forward_y",
+    "lora_forward_y_narrow",
     "lora_merge",
+    "lora_merge_wide",
     "lora_row_norm",
     "magnitude",
     "magnitude_backward",
@@ -62,22 +82,12 @@ const KERNELS: [&str; 23] = [
 ];
 
 /// Those that 16-bit elements have besides: the big products on tensor cores, with the same parameters.
-const TENSOR_KERNELS: [&str; 5] = [
-    "linear_backward_dw_tensor",
-    "linear_backward_dx_tensor",
-    "linear_forward_tensor",
-    "lora_backward_dx_tensor",
-    "lora_forward_y_tensor",
-];
-
-/// What else only 16-bit elements have: `f32` is not rounded.
-const ROUNDING_KERNELS: [&str; 1] = ["lora_merge_by_chance"];
+const TENSOR_KERNELS: [&str; 3] = ["linear_backward_dw_tensor", "lora_backward_dx_tensor", "lora_forward_y_tensor"];
 
 /// Every kernel for an element type. A device looks each of them up once, when it is opened.
 pub fn kernels(dtype: DType) -> impl Iterator<Item = &'static str> {
     let has_16_bits = dtype.size() == 2;
-    let more = TENSOR_KERNELS.into_iter().chain(ROUNDING_KERNELS).filter(move |_| has_16_bits);
-    KERNELS.into_iter().chain(more)
+    KERNELS.into_iter().chain(TENSOR_KERNELS.into_iter().filter(move |_| has_16_bits))
 }
 
 /// A size as kernels take it. Errors: [`Error::TooLarge`] beyond [`MAX_SIZE`].
@@ -96,13 +106,15 @@ pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
 pub fn product(dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
     let twin = TENSOR_KERNELS.into_iter().find(|name| name.strip_suffix("_tensor") == Some(kernel));
     match twin {
-        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line % CHUNK == 0) => tiles_of(WIDE, twin, rows, cols),
+        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line.is_multiple_of(chunk(dtype))) => {
+            tiles_of(WIDE, twin, rows, cols)
+        }
         _ => tiles(kernel, rows, cols),
     }
 }
 
 fn tiles_of(tile: u32, kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
-    blocks(kernel, u64::from(rows.div_ceil(tile)) * u64::from(cols.div_ceil(tile)), (rows as usize, cols as usize).into())
+    blocks_of(kernel, [rows, cols], [tile, tile])
 }
 
 /// A thread for every element.
@@ -112,13 +124,86 @@ pub fn pointwise(kernel: &'static str, shape: Shape) -> Result<Plan> {
 
 /// A block for every [`STRIPE`] rows of [`THREADS`] columns.
 pub fn stripes(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
-    let grid = u64::from(rows.div_ceil(STRIPE)) * u64::from(cols.div_ceil(THREADS));
-    blocks(kernel, grid, (rows as usize, cols as usize).into())
+    blocks_of(kernel, [rows, cols], [STRIPE, THREADS])
 }
 
 /// A warp for every row, or for every 32 columns a block: whatever `each` of a block's share is.
 pub fn shares(kernel: &'static str, n: u32, each: u32) -> Plan {
     Plan { kernel, grid: n.div_ceil(each), block: THREADS, shared: 0 }
+}
+
+/// Elements of 16 bytes.
+pub fn chunk(dtype: DType) -> u32 {
+    16 / dtype.size() as u32
+}
+
+/// How the forward pass of a layer is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// `h` in a launch of its own; None: `y`'s makes it, or there is none.
+    pub h: Option<Plan>,
+    /// `y`
+    pub y: Plan,
+    /// Whether `y`'s kernel is the narrow one, which takes `A` too.
+    pub narrow: bool,
+}
+
+/// `y` of `m` rows, `k` inputs and `n` outputs, and `h` of rank `r`; a layer without an update has rank 0.
+pub fn forward(dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool) -> Result<Forward> {
+    let aligned = k.is_multiple_of(chunk(dtype));
+    let has_16_bits = dtype.size() == 2;
+    let narrow = aligned && m <= FEW_ROWS;
+    // What y's kernel reads of x it does not drop, and without a block it makes nothing.
+    let y_makes_h = narrow && has_16_bits && r <= RANKS && !dropout && n > 0;
+    let h = match r > 0 && !y_makes_h {
+        false => None,
+        true if aligned && (has_16_bits || !dropout) => Some(blocks_of("lora_forward_h_narrow", [m, r], [ROWS, RANKS])?),
+        true => Some(tiles("lora_forward_h", m, r)?),
+    };
+    let y = match narrow {
+        true => blocks_of("lora_forward_y_narrow", [m, n], [ROWS, if has_16_bits { 32 } else { 16 }])?,
+        false => product(dtype, "lora_forward_y", [m, n], [k, k])?,
+    };
+    Ok(Forward { h, y, narrow })
+}
+
+/// A launch of the band engine over a matrix: its columns cut into bands, its rows into shares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bands {
+    /// The kernel, and a block for each band, share, and [`PASS`] of the rank.
+    pub plan: Plan,
+    /// How many parts a sum along the columns has.
+    pub bands: u32,
+    /// How many parts a sum along the rows has: 1 at least, so that a sum of nothing is written.
+    pub shares: u32,
+    /// Rows of a share, whole steps.
+    pub rows_a_share: u32,
+}
+
+/// Products of a matrix of `rows × cols` and something `r` wide.
+pub fn bands(kernel: &'static str, [rows, cols]: [u32; 2], r: u32) -> Result<Bands> {
+    let (bands, passes, steps) = (cols.div_ceil(BAND), r.div_ceil(PASS), rows.div_ceil(STEP).max(1));
+    let across = u64::from(bands) * u64::from(passes);
+    let wanted = u64::from(BLOCKS).div_ceil(across.max(1)) as u32;
+    let rows_a_share = steps.div_ceil(wanted) * STEP;
+    let shares = rows.div_ceil(rows_a_share).max(1);
+    let plan = blocks(kernel, across * u64::from(shares), (rows as usize, cols as usize).into())?;
+    Ok(Bands { plan, bands, shares, rows_a_share })
+}
+
+/// `W` of `n × k` merged in place, 16 bytes at a time if its lines start at multiples of that.
+pub fn merge(dtype: DType, n: u32, k: u32) -> Result<Plan> {
+    match chunk(dtype) {
+        width if k.is_multiple_of(width) => blocks_of("lora_merge_wide", [n, k], [MERGE_ROWS, WARP * width]),
+        _ => blocks_of("lora_merge", [n, k], [MERGE_ROWS, WARP]),
+    }
+}
+
+/// A block for every `each` of an output of `size`.
+fn blocks_of(kernel: &'static str, size: [u32; 2], each: [u32; 2]) -> Result<Plan> {
+    let [rows, cols] = size;
+    let count = u64::from(rows.div_ceil(each[0])) * u64::from(cols.div_ceil(each[1]));
+    blocks(kernel, count, (rows as usize, cols as usize).into())
 }
 
 fn blocks(kernel: &'static str, blocks: u64, shape: Shape) -> Result<Plan> {
@@ -144,6 +229,46 @@ mod tests {
         }
 
         #[test]
+        fn every_row_is_in_one_share(rows in 0..1_000_000u32, cols in 0..1_000_000u32, r in 1..100u32) {
+            let Bands { plan, bands, shares, rows_a_share } = super::bands("lora_backward_dy", [rows, cols], r).unwrap();
+            prop_assert_eq!(bands, cols.div_ceil(BAND));
+            prop_assert_eq!(plan.grid, bands * r.div_ceil(PASS) * shares);
+            prop_assert!(rows_a_share % STEP == 0 && rows_a_share > 0);
+            let end = u64::from(shares) * u64::from(rows_a_share);
+            prop_assert!(end >= u64::from(rows) && end - u64::from(rows_a_share) < u64::from(rows).max(1));
+            // Enough blocks to fill the device, and no more parts than that takes.
+            prop_assert!(shares == 1 || plan.grid <= 2 * BLOCKS.max(bands * r.div_ceil(PASS)));
+        }
+
+        #[test]
+        fn every_output_has_one_block(m in 0..5000u32, k in 0..5000u32, n in 0..5000u32, r in 0..70u32, dropout: bool) {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                let Forward { h, y, narrow } = forward(dtype, [m, k, n], r, dropout).unwrap();
+                let [tall, wide] = match y.kernel {
+                    "lora_forward_y" => [TILE, TILE],
+                    "lora_forward_y_tensor" => [WIDE, WIDE],
+                    _ => [ROWS, 64 / dtype.size() as u32],
+                };
+                prop_assert_eq!(y.grid, m.div_ceil(tall) * n.div_ceil(wide));
+                prop_assert_eq!(narrow, y.kernel == "lora_forward_y_narrow");
+                // What moves 16 bytes has lines of whole ones.
+                prop_assert!(!narrow || (k % chunk(dtype) == 0 && m <= FEW_ROWS));
+                // Whatever makes h has blocks for all of it.
+                match h {
+                    Some(h) => {
+                        let [tall, wide] = if h.kernel == "lora_forward_h" { [TILE, TILE] } else { [ROWS, RANKS] };
+                        prop_assert_eq!(h.grid, m.div_ceil(tall) * r.div_ceil(wide));
+                    }
+                    None => prop_assert!(r == 0 || narrow && r <= RANKS && !dropout && n > 0),
+                }
+                let plan = merge(dtype, n, k).unwrap();
+                let wide = if plan.kernel == "lora_merge" { WARP } else { WARP * chunk(dtype) };
+                prop_assert_eq!(plan.grid, n.div_ceil(MERGE_ROWS) * k.div_ceil(wide));
+                prop_assert_eq!(plan.kernel == "lora_merge_wide", k % chunk(dtype) == 0);
+            }
+        }
+
+        #[test]
         fn every_element_has_one_thread(rows in 0..100_000usize, cols in 0..100_000usize) {
             let threads = u64::from(pointwise("add", Shape { rows, cols }).unwrap().grid) * u64::from(THREADS);
             let elements = (rows * cols) as u64;
@@ -153,16 +278,34 @@ mod tests {
 
     #[test]
     fn tensor_cores_get_16_bit_products_with_aligned_lines() {
-        let kernel = |dtype, lines| product(dtype, "linear_forward", [129, 1], lines).unwrap();
+        let kernel = |dtype, lines| product(dtype, "lora_forward_y", [129, 1], lines).unwrap();
         for dtype in [DType::F16, DType::BF16] {
-            assert_eq!(kernel(dtype, [8, 4096]), Plan { kernel: "linear_forward_tensor", grid: 2, block: 256, shared: 0 });
-            assert_eq!(kernel(dtype, [8, 12]), Plan { kernel: "linear_forward", grid: 3, block: 256, shared: 0 });
+            assert_eq!(kernel(dtype, [8, 4096]), Plan { kernel: "lora_forward_y_tensor", grid: 2, block: 256, shared: 0 });
+            assert_eq!(kernel(dtype, [8, 12]), Plan { kernel: "lora_forward_y", grid: 3, block: 256, shared: 0 });
         }
-        assert_eq!(kernel(DType::F32, [8, 8]).kernel, "linear_forward");
+        assert_eq!(kernel(DType::F32, [8, 8]).kernel, "lora_forward_y");
         assert_eq!(product(DType::F16, "lora_merge", [1, 1], [8, 8]).unwrap().kernel, "lora_merge");
         for twin in TENSOR_KERNELS {
             assert!(KERNELS.contains(&twin.strip_suffix("_tensor").unwrap()), "{twin}");
         }
+    }
+
+    #[test]
+    fn a_layer_of_few_rows_is_one_launch() {
+        let layer = |dtype, m, r, dropout| forward(dtype, [m, 4096, 4096], r, dropout).unwrap();
+        let narrow = |grid| Plan { kernel: "lora_forward_y_narrow", grid, block: 256, shared: 0 };
+        for m in [1, 16] {
+            assert_eq!(layer(DType::BF16, m, 16, false), Forward { h: None, y: narrow(128), narrow: true });
+        }
+        assert_eq!(layer(DType::F16, FEW_ROWS, 1, false), Forward { h: None, y: narrow(512), narrow: true });
+        assert_eq!(layer(DType::F16, FEW_ROWS + 1, 1, false).y.kernel, "lora_forward_y_tensor");
+        // Two for what y's kernel cannot make.
+        let h = |dtype, r, dropout| layer(dtype, 1, r, dropout).h.map(|plan| (plan.kernel, plan.grid));
+        assert_eq!(h(DType::BF16, 17, false), Some(("lora_forward_h_narrow", 2)));
+        assert_eq!(h(DType::BF16, 16, true), Some(("lora_forward_h_narrow", 1)));
+        assert_eq!(h(DType::F32, 16, false), Some(("lora_forward_h_narrow", 1)));
+        assert_eq!(h(DType::F32, 16, true), Some(("lora_forward_h", 1)));
+        assert_eq!(h(DType::F32, 0, false), None);
     }
 
     #[test]
@@ -173,7 +316,8 @@ mod tests {
         }
         assert!(matches!(tiles("add", MAX_SIZE, MAX_SIZE), Err(Error::TooLarge { .. })));
         assert!(matches!(pointwise("add", Shape { rows: 1 << 45, cols: 1 }), Err(Error::TooLarge { .. })));
+        assert!(matches!(bands("lora_backward_da", [1, MAX_SIZE], MAX_SIZE), Err(Error::TooLarge { .. })));
         // Rounding up to whole tiles, and one more step along the depth, stay inside an int.
-        assert!(MAX_SIZE.next_multiple_of(WIDE) + WIDE <= i32::MAX as u32);
+        assert!(MAX_SIZE.next_multiple_of(WIDE) + WIDE <= i32::MAX as u32 && MAX_SIZE.next_multiple_of(BAND) <= i32::MAX as u32);
     }
 }

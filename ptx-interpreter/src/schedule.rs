@@ -1,0 +1,144 @@
+//! The warps of a cluster in turn, each until it has to wait; and when those who wait go on.
+
+use std::collections::BTreeMap;
+
+use crate::WARP;
+use crate::block::{Cluster, whole_warp};
+use crate::fault::{Fault, Kind};
+use crate::shadow::Clocks;
+use crate::warp::{Group, Wait};
+
+impl Cluster<'_, '_, '_> {
+    /// Runs every warp until all have returned.
+    pub(crate) fn run(mut self) -> Result<(), Fault> {
+        loop {
+            let mut ran = false;
+            for warp in 0..self.warps.len() {
+                ran |= self.run_warp(warp)?;
+            }
+            let waiting = self.warps.iter().enumerate().filter_map(|(warp, state)| Some((warp, *state.groups.first()?)));
+            let waiting: Vec<(usize, Group)> = waiting.collect();
+            let Some(&(warp, group)) = waiting.first() else { return self.finish() };
+            if ran || self.open_barriers()? || self.land() {
+                continue;
+            }
+            // Who waits for a phase is the reason; who waits at a barrier, waits for them.
+            let for_phase = waiting.iter().find(|(_, group)| matches!(group.waits, Some(Wait::Phase { .. })));
+            let (warp, group) = *for_phase.unwrap_or(&(warp, group));
+            let threads = waiting.iter().map(|&(warp, group)| self.place.thread(warp, group.lanes.trailing_zeros() as usize));
+            let kind = Kind::Deadlock { barrier: self.describe(group.waits), waiting: threads.collect() };
+            let at = if matches!(group.waits, Some(Wait::Phase { .. })) { group.at } else { group.at - 1 };
+            return Err(self.fault(warp, at, (group.lanes.trailing_zeros() as usize, kind)));
+        }
+    }
+
+    /// All have returned: nothing may be on its way any more.
+    fn finish(&self) -> Result<(), Fault> {
+        let (last, fault) = (self.context.kernel.code.len() - 1, |reason: &str| Kind::Misuse(reason.into()));
+        if !self.loads.is_empty() {
+            return Err(self.fault(0, last, (0, fault("returns while a load is on its way"))));
+        }
+        let Some(thread) = self.stores.iter().position(|stores| !stores.is_empty()) else { return Ok(()) };
+        Err(self.fault(thread / WARP, last, (thread % WARP, fault("returns before what it stores was read"))))
+    }
+
+    fn describe(&self, wait: Option<Wait>) -> String {
+        match wait {
+            Some(Wait::Phase { block, barrier, parity }) => self.rooms[block].barriers.describe(barrier, parity),
+            Some(Wait::Barrier { number, threads: None }) => format!("barrier {number}, for all threads"),
+            Some(Wait::Barrier { number, threads: Some(threads) }) => format!("barrier {number}, for {threads} threads"),
+            Some(Wait::Cluster) | None => "the barrier of the cluster".into(),
+        }
+    }
+
+    fn fault(&self, warp: usize, at: usize, (lane, kind): (usize, Kind)) -> Fault {
+        let (kernel, (block, thread)) = (self.context.kernel, self.place.thread(warp, lane));
+        Fault { kernel: kernel.name.clone(), line: kernel.code[at].line, block, thread, kind }
+    }
+
+    /// Steps until every lane has returned or waits. Returns whether any could go on.
+    fn run_warp(&mut self, warp: usize) -> Result<bool, Fault> {
+        let (kernel, mut ran) = (self.context.kernel, false);
+        loop {
+            let Some(group) = self.warps[warp].take_hindmost() else {
+                if self.wake(warp) {
+                    continue;
+                }
+                return Ok(ran);
+            };
+            ran = true;
+            let Some(instruction) = kernel.code.get(group.at) else { continue };
+            let step = self.step(warp, group.at, group.lanes, instruction);
+            step.map_err(|fault| self.fault(warp, group.at, fault))?;
+        }
+    }
+
+    /// Lets the groups go on that wait for the end of a phase, if it has come.
+    fn wake(&mut self, warp: usize) -> bool {
+        let (mut woken, Self { rooms, warps, place, .. }) = (false, self);
+        for i in 0..warps[warp].groups.len() {
+            let Group { waits: Some(Wait::Phase { block, barrier, parity }), lanes, .. } = warps[warp].groups[i] else {
+                continue;
+            };
+            let now = place.moment(&warps[warp], warp, lanes.trailing_zeros() as usize);
+            if !matches!(rooms[block].barriers.ended(barrier, parity, now), Ok(None)) {
+                warps[warp].groups[i].waits = None;
+                woken = true;
+            }
+        }
+        woken
+    }
+
+    /// What the warp did until now is what it hands on; what it does from now on is not. `together`: all its lanes have come.
+    pub(crate) fn hand_on(&mut self, warp: usize, together: bool) {
+        let (_, thread) = self.place.thread(warp, 0);
+        let (rank, state) = (self.place.rank(warp) as u32, &mut self.warps[warp]);
+        state.time += 1;
+        state.clocks.seen.set(rank, thread, state.time);
+        if together {
+            state.converged = state.time;
+        }
+    }
+
+    /// Lets those go on who wait at a barrier that all have come to.
+    fn open_barriers(&mut self) -> Result<bool, Fault> {
+        let mut waiting: BTreeMap<(usize, u32), Vec<usize>> = BTreeMap::new();
+        let (mut opened, all) = (false, 0..self.warps.len());
+        for warp in all.clone() {
+            if let [Group { waits: Some(Wait::Barrier { number, .. }), .. }] = self.warps[warp].groups[..] {
+                waiting.entry((self.place.rank(warp), number)).or_default().push(warp);
+            }
+        }
+        for ((rank, _), warps) in waiting {
+            let Group { at, waits, .. } = self.warps[warps[0]].groups[0];
+            if let Some(&warp) = warps.iter().find(|&&warp| self.warps[warp].groups[0].at != at) {
+                return Err(self.fault(warp, self.warps[warp].groups[0].at - 1, whole_warp(Kind::DivergedBarrier)));
+            }
+            let living = all.clone().filter(|&warp| self.place.rank(warp) == rank && !self.warps[warp].is_empty()).count();
+            let Some(Wait::Barrier { threads, .. }) = waits else { continue };
+            if warps.len() >= threads.map_or(living, |threads| threads as usize / WARP) {
+                self.meet(&warps);
+                opened = true;
+            }
+        }
+        let living = || self.warps.iter().filter(|warp| !warp.is_empty());
+        if living().all(|warp| warp.arrived_in_cluster) && living().any(|warp| warp.groups[0].waits == Some(Wait::Cluster)) {
+            let warps: Vec<usize> = all.filter(|&warp| !self.warps[warp].is_empty()).collect();
+            warps.iter().for_each(|&warp| self.warps[warp].arrived_in_cluster = false);
+            self.meet(&warps);
+            opened = true;
+        }
+        Ok(opened)
+    }
+
+    /// Each of these warps has seen from now on what all of them have.
+    fn meet(&mut self, warps: &[usize]) {
+        let mut clocks = Clocks::default();
+        warps.iter().for_each(|&warp| clocks.join(&self.warps[warp].clocks));
+        for &warp in warps {
+            self.warps[warp].clocks = clocks.clone();
+            self.warps[warp].groups.iter_mut().for_each(|group| group.waits = None);
+            self.hand_on(warp, true);
+        }
+    }
+}

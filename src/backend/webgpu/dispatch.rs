@@ -232,12 +232,13 @@ impl Gpu {
     }
 
     fn pipeline(&self, kernel: Kernel, elem: DType, threads: u32) -> Result<Pipeline> {
-        let mut pipelines = lock(&self.pipelines);
-        if let Some(pipeline) = pipelines.get(&(kernel, elem, threads)) {
+        let key = (kernel, elem, threads);
+        if let Some(pipeline) = lock(&self.pipelines).get(&key) {
             return Ok(pipeline.clone());
         }
+        // Nothing is locked meanwhile: other threads compile other kernels. If two compile the same one, the first stays.
         let pipeline = self.guarded(0, || self.compile(kernel, &kernel.source(elem, threads)))?;
-        Ok(pipelines.entry((kernel, elem, threads)).or_insert(pipeline).clone())
+        Ok(lock(&self.pipelines).entry(key).or_insert(pipeline).clone())
     }
 
     fn compile(&self, kernel: Kernel, source: &str) -> Pipeline {

@@ -206,7 +206,7 @@ fn sides(product: Option<Product<'_>>) -> [Option<Matrix<'_>>; 2] {
     product.map_or([None, None], |Product { lhs, rhs }| [Some(lhs), Some(rhs)])
 }
 
-/// `struct Place` of engine.wgsl: the element `i, j` of a piece is at `offset + i·row + j·col` of a binding.
+/// `struct Place` of sum.wgsl: the element `i, j` of a piece is at `offset + i·row + j·col` of a binding.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 struct Place {
@@ -223,7 +223,7 @@ impl Place {
     }
 }
 
-/// `struct Factor` of engine.wgsl: the number `i` along the side and `p` along the depth is at `offset + i·along + p·down`.
+/// `struct Factor` of sum.wgsl: the number `i` along the side and `p` along the depth is at `offset + i·along + p·down`.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
 struct FactorPlace {
@@ -236,7 +236,7 @@ struct FactorPlace {
     unused_too: [u32; 2],
 }
 
-/// `struct Sum` of engine.wgsl.
+/// `struct Sum` of sum.wgsl.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Uniforms {
@@ -317,7 +317,8 @@ impl<E: Float> WebGpu<E> {
         let outputs = sum.finish.outputs().into_iter();
         let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
         let add = matches!(sum.init, Init::Output);
-        let quads = piece.len(Axis::Cols) % 4 == 0 && outputs.iter().chain(sum.init().map(|_| &init)).all(Place::in_quads);
+        let quads =
+            piece.len(Axis::Cols).is_multiple_of(4) && outputs.iter().chain(sum.init().map(|_| &init)).all(Place::in_quads);
         let finish = match sum.finish {
             Finish::Store(out) => shader::Finish::Store { out: out.dtype, add },
             Finish::StoreByChance { .. } => shader::Finish::StoreByChance { add },

@@ -34,12 +34,12 @@ pub mod op;
 pub mod random;
 mod tensor;
 
-pub use backend::Backend;
 pub use backend::cpu::{Cpu, VectorUnit};
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{self, Cuda};
 #[cfg(feature = "webgpu")]
 pub use backend::webgpu::WebGpu;
+pub use backend::{Backend, Passes};
 pub use element::{DType, Element, Float, bf16, f16};
 pub use error::{Error, Result};
 pub use tensor::{Shape, Tensor};

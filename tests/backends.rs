@@ -4,7 +4,7 @@
 mod measured;
 mod support;
 
-use lowrank::{Cpu, Float, VectorUnit, bf16, f16};
+use lowrank::{Backend, Cpu, Float, Passes, VectorUnit, bf16, f16};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, random, shapes, unwritten, up};
@@ -16,7 +16,7 @@ suite!(cpu_bf16, lowrank::Cpu::<lowrank::bf16>::new().unwrap());
 
 /// The kernels again, on each unit that [`Cpu::new`] did not choose.
 fn on_every_unit<E: Float>(check: impl Fn(&Cpu<E>)) {
-    for unit in VectorUnit::available() {
+    for unit in VectorUnit::available().into_iter().chain([VectorUnit::AmxEmulated]) {
         check(&Cpu::new().unwrap().with_unit(unit).unwrap());
     }
 }
@@ -83,10 +83,57 @@ fn sizes_around_every_cut() -> Vec<Dims> {
 #[test]
 fn every_cut_of_the_engine_is_exact_on_whole_numbers() {
     let (cpu, half) = (Cpu::<f32>::new().unwrap(), Cpu::<bf16>::new().unwrap().with_threads(3).unwrap());
+    let pairs = half.clone().with_unit(VectorUnit::AmxEmulated).unwrap();
     for (seed, dims) in sizes_around_every_cut().into_iter().enumerate() {
         suite::lora_is_exact_at(&cpu, dims, seed as u64);
         suite::lora_is_exact_at(&half, dims, seed as u64);
+        suite::lora_is_exact_at(&pairs, dims, seed as u64);
     }
+}
+
+/// Panels that are kept hold the numbers that would be packed.
+fn packed_weights_give_the_same_bits<E: Float>(unit: VectorUnit) {
+    let cpu = Cpu::<E>::new().unwrap().with_unit(unit).unwrap();
+    let deep = [Dims { m: 33, k: 2060, n: 70, r: 16 }, Dims { m: 70, k: 45, n: 1030, r: 130 }];
+    for dims in shapes().into_iter().chain(sizes_around_every_cut()).chain(deep) {
+        let layer = random::<E>(dims, 1.5, 3);
+        let loose = suite::run_lora(&cpu, &layer, None);
+        for passes in [Passes::Forward, Passes::ForwardAndBackward] {
+            let got = suite::run_packed_lora(&cpu, &layer, passes);
+            let same = [got.h == loose.h, got.y == loose.y, got.da == loose.da, got.db == loose.db, got.dx == loose.dx];
+            assert!(same == [true; 5], "{dims:?} {passes:?} {} h, y, da, db, dx {same:?}", unit.name());
+        }
+    }
+}
+
+#[test]
+fn packed_weights_give_the_same_bits_in_every_type() {
+    for unit in VectorUnit::available().into_iter().chain([VectorUnit::AmxEmulated]) {
+        packed_weights_give_the_same_bits::<bf16>(unit);
+    }
+    packed_weights_give_the_same_bits::<f32>(VectorUnit::best());
+    packed_weights_give_the_same_bits::<f32>(VectorUnit::Scalar);
+    packed_weights_give_the_same_bits::<f16>(VectorUnit::best());
+}
+
+/// Whatever is kept of a weight is of the weight as it is.
+#[test]
+fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
+    use lowrank::op::{LoraMerge, Rounding};
+    let (cpu, dims) = (Cpu::<f32>::new().unwrap(), Dims { m: 40, k: 50, n: 60, r: 3 });
+    let layer = random::<f32>(dims, 1.5, 3);
+    let [x, a, b] = [&layer.x, &layer.a, &layer.b].map(|mat| up(&cpu, mat));
+    let results = [false, true].map(|packed| {
+        let mut w = up(&cpu, &layer.w);
+        if packed {
+            cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
+        }
+        LoraMerge { a: &a, b: &b, scale: 0.5, rounding: Rounding::Nearest, w: &mut w }.run(&cpu).unwrap();
+        let mut y = unwritten(&cpu, dims.m, dims.n);
+        lowrank::op::LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+        down(&cpu, &y)
+    });
+    assert_eq!(results[0], results[1]);
 }
 
 /// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.

@@ -12,6 +12,16 @@ use crate::op::{
     Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
+use crate::tensor::Tensor;
+
+/// For which products a weight is [kept packed](Backend::keep_packed).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passes {
+    /// `y = x·Wᵀ`: serving.
+    Forward,
+    /// And `dx = dy·W`: training what comes before the layer.
+    ForwardAndBackward,
+}
 
 /// A device, its memory, and the verbs of low-rank training.
 ///
@@ -41,6 +51,13 @@ pub trait Backend: Sized {
     fn synchronize(&self) -> Result<()>;
     /// How many elements a buffer holds.
     fn buffer_len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
+
+    /// Keeps a weight that stays as it is, a frozen one, also in the order in which products read it, so that they need not sort it
+    /// anew each time. It costs the memory of `w` again for each pass, and lasts until `w` is next written; results keep their
+    /// bits. Backends whose products read weights as they are do nothing. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
+    fn keep_packed(&self, _w: &mut Tensor<Self>, _passes: Passes) -> Result<()> {
+        Ok(())
+    }
 
     /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()>;

@@ -3,7 +3,7 @@
 use super::Init;
 use super::adapter::copy;
 use crate::autograd::{Param, Tape, Var};
-use crate::backend::Backend;
+use crate::backend::{Backend, Passes};
 use crate::element::Float;
 use crate::error::{Error, Result};
 use crate::random::Rng;
@@ -63,6 +63,11 @@ impl<B: Backend> Linear<B> {
     /// `1×n`, to be changed in place; its shape cannot change.
     pub(super) fn bias_mut(&mut self) -> Option<&mut Tensor<B>> {
         self.bias.as_mut().map(|bias| &mut bias.tensor)
+    }
+
+    /// Keeps the weight packed while it stays frozen: see [`Backend::keep_packed`]. Merging, unmerging and training undo it.
+    pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
+        backend.keep_packed(&mut self.weight.tensor, passes)
     }
 
     /// A layer of its own with the same numbers.

@@ -3,7 +3,7 @@
 use super::merge::Merged;
 use super::{Adapter, Linear, dora};
 use crate::autograd::{LoraParams, Param, Tape, Var};
-use crate::backend::Backend;
+use crate::backend::{Backend, Passes};
 use crate::error::{Error, Result};
 use crate::op::Dropout;
 use crate::tensor::Shape;
@@ -131,6 +131,11 @@ impl<B: Backend> LoraLinear<B> {
     /// The low-rank update of this name, if there is one.
     pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
         self.part(name).and_then(Tuned::adapter)
+    }
+
+    /// Keeps the frozen weight packed; see [`Backend::keep_packed`].
+    pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
+        self.base.keep_packed(backend, passes)
     }
 
     /// Takes every adapter away; the layer stays frozen.

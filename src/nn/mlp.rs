@@ -2,7 +2,7 @@
 
 use super::{Adapter, Linear, LoraLinear};
 use crate::autograd::{Param, Tape, Var};
-use crate::backend::Backend;
+use crate::backend::{Backend, Passes};
 use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::Tensor;
@@ -145,6 +145,14 @@ impl<B: Backend> Mlp<B> {
         let x = tape.input(x);
         let logits = self.forward(&mut tape, x, None)?;
         tape.value(logits)?.to_vec(backend)
+    }
+
+    /// Keeps the weight of every layer packed, where they all stay frozen; see [`Backend::keep_packed`].
+    pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|(_, layer)| match layer {
+            Layer::Linear(linear) => linear.keep_packed(backend, passes),
+            Layer::Lora(lora) => lora.keep_packed(backend, passes),
+        })
     }
 
     /// A layer by its name. Errors: [`Error::NoSuchLayer`].

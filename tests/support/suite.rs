@@ -2,7 +2,7 @@
 
 use lowrank::op::*;
 use lowrank::random::Rng;
-use lowrank::{Backend, Float, Tensor};
+use lowrank::{Backend, Float, Passes, Tensor};
 
 mod chance;
 mod dora;
@@ -57,12 +57,26 @@ pub struct Got<E> {
 
 /// The forward and the backward pass of a layer.
 pub fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
-    run_layer(backend, layer, dropout, true)
+    run_layer(backend, layer, dropout, true, None)
 }
 
-fn run_layer<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>, with_w: bool) -> Got<B::Elem> {
+/// The same without dropout, the weight kept packed.
+pub fn run_packed_lora<B: Backend>(backend: &B, layer: &Lora, passes: Passes) -> Got<B::Elem> {
+    run_layer(backend, layer, None, true, Some(passes))
+}
+
+fn run_layer<B: Backend>(
+    backend: &B,
+    layer: &Lora,
+    dropout: Option<Dropout>,
+    with_w: bool,
+    packed: Option<Passes>,
+) -> Got<B::Elem> {
     let (m, k, n, r) = (layer.x.rows, layer.x.cols, layer.w.rows, layer.a.rows);
-    let [x, w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(backend, mat));
+    let [x, mut w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(backend, mat));
+    if let Some(passes) = packed {
+        backend.keep_packed(&mut w, passes).unwrap();
+    }
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
     let (scale, w) = (layer.scale as f32, with_w.then_some(&w));
     let (mut h, mut y) = (unwritten(backend, m, r), unwritten(backend, m, n));
@@ -156,7 +170,7 @@ pub fn update_alone_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
         for dropout in [None, Some(halves)] {
             let ones = layer.mask.clone();
             let layer = Lora { mask: dropout.map_or(ones, |dropout| mask(dropout, dims.m, dims.k)), ..layer.clone() };
-            let (got, want) = (run_layer(backend, &layer, dropout, false), layer.run());
+            let (got, want) = (run_layer(backend, &layer, dropout, false, None), layer.run());
             assert_exact(&format!("{dims:?} h"), &got.h, &want.h);
             assert_exact(&format!("{dims:?} y"), &got.y, &want.y);
             assert_exact(&format!("{dims:?} da"), &got.da, &want.da);

@@ -8,6 +8,7 @@ use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
 
+use super::gemm::Packed;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
@@ -21,6 +22,8 @@ pub struct Buffer<T: Element> {
     memory: Memory,
     len: usize,
     element: PhantomData<T>,
+    /// The same numbers as panels, until they are written.
+    packed: Option<Box<Packed>>,
 }
 
 enum Memory {
@@ -68,7 +71,17 @@ impl<T: Element> Buffer<T> {
     pub(crate) fn zeros(len: usize) -> Result<Self> {
         let bytes = len.saturating_mul(size_of::<T>());
         let memory = Memory::zeros(bytes).ok_or(Error::OutOfMemory { backend: "cpu", bytes })?;
-        Ok(Self { memory, len, element: PhantomData })
+        Ok(Self { memory, len, element: PhantomData, packed: None })
+    }
+
+    /// What is kept of it as panels.
+    pub(super) fn packed(&self) -> Option<&Packed> {
+        self.packed.as_deref()
+    }
+
+    /// Keeps panels of it, until it is written.
+    pub(super) fn keep(&mut self, packed: Packed) {
+        self.packed = Some(Box::new(packed));
     }
 }
 
@@ -81,6 +94,7 @@ impl<T: Element> Deref for Buffer<T> {
 
 impl<T: Element> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
+        self.packed = None;
         bytemuck::cast_slice_mut(&mut self.memory.bytes_mut()[..self.len * size_of::<T>()])
     }
 }

@@ -1,6 +1,6 @@
 //! `y = x·Wᵀ + bias`, and its derivatives, as sums of products.
 
-use super::gemm::{Factor, Init, Matrix, Output, Product, sum_of_products};
+use super::gemm::{Factor, Init, Matrix, Output, Packed, Product, sum_of_products};
 use super::{Cpu, Engine, pointwise};
 use crate::element::{Element, Float};
 use crate::error::Result;
@@ -9,13 +9,20 @@ use crate::tensor::Tensor;
 
 /// A tensor as a matrix.
 pub(super) fn matrix<E: Float, T: Element>(tensor: &Tensor<Cpu<E>, T>) -> Matrix<'_, T> {
-    Matrix::new(tensor.buffer(), tensor.rows(), tensor.cols())
+    Matrix::new(tensor.buffer(), tensor.rows(), tensor.cols()).with_packed(tensor.buffer().packed())
 }
 
 /// A tensor as what a sum is written to.
 pub(super) fn output<E: Float, T: Element>(tensor: &mut Tensor<Cpu<E>, T>) -> Output<'_, T> {
     let (rows, cols) = (tensor.rows(), tensor.cols());
     Output::new(tensor.buffer_mut(), rows, cols)
+}
+
+/// Keeps `w` packed as well, for `x·Wᵀ` and, if `backward`, for `dy·W`.
+pub(super) fn pack<E: Float>(engine: &Engine, w: &mut Tensor<Cpu<E>>, backward: bool) -> Result<()> {
+    let packed = Packed::new(engine, matrix(w), backward)?;
+    w.buffer_mut().keep(packed);
+    Ok(())
 }
 
 /// `lhs·rhs`

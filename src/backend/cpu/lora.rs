@@ -14,8 +14,7 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
     let (x, a, b) = (matrix(op.x), matrix(op.a).t(), matrix(op.b).t());
     let w = op.w.map(|w| matrix(w).t());
     if let (Some(w), None) = (w, op.dropout) {
-        let (lhs, w, a, b) = (Factor::Stored(x), Factor::Stored(w), Factor::Stored(a), Factor::Stored(b));
-        let sum = LowRank { lhs, w, a_scale: 1.0, a, b_scale: op.scale, b };
+        let sum = LowRank { lhs: x, w, a_scale: 1.0, a, b_scale: op.scale, b };
         return low_rank(engine, sum, output(op.h), output(op.y), init(op.bias), None);
     }
     let dropped = dropped(engine, op.dropout, op.x)?;
@@ -47,23 +46,23 @@ fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
     let (m, r) = (op.x.rows(), op.a.rows());
-    let (x, a, b, dy) = (matrix(op.x), Factor::Stored(matrix(op.a)), Factor::Stored(matrix(op.b)), matrix(op.dy));
-    let (lhs, base) = (Factor::Stored(dy), op.w.map(|w| product(dy, matrix(w))));
+    let (x, a, b, dy) = (matrix(op.x), matrix(op.a), matrix(op.b), matrix(op.dy));
+    let (lhs, w) = (Factor::Stored(dy), op.w.map(matrix));
     let dropped = dropped(engine, op.dropout, op.x)?;
 
     let mut dh = engine.scratch.take(m * r)?;
     let db = Outer { scale: op.scale, rhs: matrix(op.h), out: output(op.db) };
-    match (op.dx, base, op.dropout) {
-        (Some(dx), Some(base), None) => {
-            let sum = LowRank { lhs, w: base.rhs, a_scale: op.scale, a: b, b_scale: 1.0, b: a };
+    match (op.dx, w, op.dropout) {
+        (Some(dx), Some(w), None) => {
+            let sum = LowRank { lhs: dy, w, a_scale: op.scale, a: b, b_scale: 1.0, b: a };
             low_rank(engine, sum, Output::new(&mut dh, m, r), output(dx), Init::Zero, Some(db))?;
         }
-        (dx, base, dropout) => {
+        (dx, w, dropout) => {
             outer_product(engine, lhs, db)?;
-            let to_dh = Product { scale: op.scale, lhs, rhs: b };
+            let to_dh = Product { scale: op.scale, lhs, rhs: Factor::Stored(b) };
             sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[to_dh])?;
-            let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: a };
-            dx.map_or(Ok(()), |dx| add_update(engine, base, update, dropout, dx))?;
+            let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: Factor::Stored(a) };
+            dx.map_or(Ok(()), |dx| add_update(engine, w.map(|w| product(dy, w)), update, dropout, dx))?;
         }
     }
 

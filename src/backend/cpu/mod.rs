@@ -28,13 +28,14 @@ use simd::Unit;
 pub use simd::VectorUnit;
 use verbs::Verbs;
 
-use super::Backend;
+use super::{Backend, Passes};
 use crate::element::{Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{
     Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
+use crate::tensor::Tensor;
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
@@ -56,7 +57,7 @@ struct Engine {
 impl<E: Float> Cpu<E> {
     /// The best vector unit of this CPU, on rayon's global threads.
     ///
-    /// `LOWRANK_UNIT` (`avx512`, `avx2`, `neon`, `scalar`) asks for another unit. Errors: [`Error::Value`] if it names none,
+    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors: [`Error::Value`] if it names none,
     /// [`Error::Unavailable`] if this CPU does not have it.
     pub fn new() -> Result<Self> {
         let unit = match std::env::var("LOWRANK_UNIT") {
@@ -137,6 +138,14 @@ impl<E: Float> Backend for Cpu<E> {
 
     fn buffer_len<T: Element>(buffer: &Buffer<T>) -> usize {
         buffer.len()
+    }
+
+    fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
+        let mut pack = || (self.verbs.pack)(&self.engine, w, passes == Passes::ForwardAndBackward);
+        match &self.pool {
+            Some(pool) => pool.install(pack),
+            None => pack(),
+        }
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -4,6 +4,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
+use crate::element::Element;
 use crate::error::Result;
 
 /// How many buffers are kept beside those of the tasks: a product takes its left side, a backward pass two more.
@@ -31,6 +32,11 @@ impl Scratch {
             None => Buffer::zeros(len)?,
         };
         Ok(Taken { scratch: self, buffer: Some(buffer), len })
+    }
+
+    /// Room for `len` elements of another type; [`Taken::as_ref`] and [`Taken::as_mut`] show them.
+    pub(super) fn take_of<T: Element>(&self, len: usize) -> Result<Taken<'_>> {
+        self.take((len * size_of::<T>()).div_ceil(size_of::<f32>()))
     }
 
     /// Sees to it that `tasks` tasks will find `len` numbers each: what can fail, fails before anything is written.
@@ -65,6 +71,16 @@ pub(super) struct Taken<'a> {
     scratch: &'a Scratch,
     buffer: Option<Buffer<f32>>,
     len: usize,
+}
+
+impl Taken<'_> {
+    pub(super) fn as_ref<T: Element>(&self) -> &[T] {
+        bytemuck::cast_slice(self)
+    }
+
+    pub(super) fn as_mut<T: Element>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(self)
+    }
 }
 
 impl Deref for Taken<'_> {

@@ -12,9 +12,11 @@ use crate::op::{
     Accumulate, Adam, Add, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge,
     LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
+use crate::tensor::Tensor;
 
 /// One function a verb.
 pub(super) struct Verbs<E: Float> {
+    pub(super) pack: fn(&Engine, &mut Tensor<Cpu<E>>, bool) -> Result<()>,
     pub(super) lora_forward: fn(&Engine, LoraForward<'_, Cpu<E>>) -> Result<()>,
     pub(super) lora_backward: fn(&Engine, LoraBackward<'_, Cpu<E>>) -> Result<()>,
     pub(super) lora_merge: fn(&Engine, LoraMerge<'_, Cpu<E>>) -> Result<()>,
@@ -39,6 +41,7 @@ static BF16: Verbs<bf16> = Verbs::new();
 impl<E: Float> Verbs<E> {
     const fn new() -> Self {
         Self {
+            pack: linear::pack,
             lora_forward: lora::forward,
             lora_backward: lora::backward,
             lora_merge: lora::merge,

@@ -1,20 +1,28 @@
 //! The engine: `out = init + Σ scale·lhs·rhs`. Every low-rank verb is such a sum, and a term is no more than extra depth.
 //!
 //! Three regimes, by the height of the output and the depth (see [`plan`] and [`sum_of_products`]):
-//! - [`blocked`]: both sides are packed into panels, and tiles stay in registers along the whole depth of a block;
+//! - [`blocked`]: both sides are packed into panels, and tiles stay in registers along the whole depth of a block. What a tile
+//!   is made with is a [`micro`]-kernel: the vector unit's multiply-adds, or a unit for [`pairs`] of `bf16`;
 //! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed;
 //! - [`shallow`]: an update of what is there by a product of little depth, which is merging.
 //!
 //! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway.
 
 mod blocked;
+mod depth;
+mod kept;
+mod left;
+mod micro;
 mod outer;
 mod output;
 mod pack;
+mod pairs;
 mod shallow;
 mod skinny;
 mod tile;
 
+pub(super) use kept::Packed;
+use micro::Fma;
 pub(super) use outer::Outer;
 pub(super) use output::Output;
 use output::{Block, Parts};
@@ -23,7 +31,7 @@ pub(super) use tile::multiply as tile;
 use super::Engine;
 use super::scratch::Taken;
 use super::simd::{LANES, Lanes, Simd};
-use crate::element::Float;
+use crate::element::{Float, bf16};
 use crate::error::Result;
 
 /// A row-major matrix in memory, or the transpose of one.
@@ -33,13 +41,20 @@ pub(super) struct Matrix<'a, T> {
     rows: usize,
     cols: usize,
     transposed: bool,
+    /// Its panels, if they are kept.
+    packed: Option<&'a Packed>,
 }
 
 impl<'a, T> Matrix<'a, T> {
     /// `rows × cols`, row-major.
     pub(super) fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         debug_assert_eq!(data.len(), rows * cols);
-        Self { data, rows, cols, transposed: false }
+        Self { data, rows, cols, transposed: false, packed: None }
+    }
+
+    /// With the panels that are kept of it.
+    pub(super) fn with_packed(self, packed: Option<&'a Packed>) -> Self {
+        Self { packed, ..self }
     }
 
     /// The transpose; nothing moves.
@@ -49,7 +64,7 @@ impl<'a, T> Matrix<'a, T> {
 
     /// Other numbers in the same place.
     pub(super) fn with_data<'b, U>(&self, data: &'b [U]) -> Matrix<'b, U> {
-        Matrix { data, rows: self.rows, cols: self.cols, transposed: self.transposed }
+        Matrix { data, rows: self.rows, cols: self.cols, transposed: self.transposed, packed: None }
     }
 
     /// The `i`-th run of contiguous elements: a row, or a column of a transpose.
@@ -63,6 +78,15 @@ impl<'a, T> Matrix<'a, T> {
 impl<T: Copy> Matrix<'_, T> {
     fn at(&self, row: usize, col: usize) -> T {
         if self.transposed { self.data[col * self.rows + row] } else { self.data[row * self.cols + col] }
+    }
+}
+
+impl<'a, E: Float> Matrix<'a, E> {
+    /// The same, if its numbers are `bf16`.
+    fn as_bf16(self) -> Option<Matrix<'a, bf16>> {
+        let Self { data, rows, cols, transposed, packed } = self;
+        let same = kept::same::<E, bf16>();
+        same.then(|| Matrix { data: bytemuck::cast_slice(data), rows, cols, transposed, packed })
     }
 }
 
@@ -121,12 +145,38 @@ impl<E> Product<'_, E> {
 /// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`: an update through a narrow `h`, beside the product it updates.
 #[derive(Clone, Copy)]
 pub(super) struct LowRank<'a, E> {
-    pub(super) lhs: Factor<'a, E>,
-    pub(super) w: Factor<'a, E>,
+    pub(super) lhs: Matrix<'a, E>,
+    pub(super) w: Matrix<'a, E>,
     pub(super) a_scale: f32,
-    pub(super) a: Factor<'a, E>,
+    pub(super) a: Matrix<'a, E>,
     pub(super) b_scale: f32,
-    pub(super) b: Factor<'a, E>,
+    pub(super) b: Matrix<'a, E>,
+}
+
+impl<'a, E: Copy> LowRank<'a, E> {
+    /// `a_scale·lhs·a`
+    fn to_h(&self) -> Product<'a, E> {
+        Product { scale: self.a_scale, lhs: Factor::Stored(self.lhs), rhs: Factor::Stored(self.a) }
+    }
+
+    /// `lhs·w`
+    fn base(&self) -> Product<'a, E> {
+        Product { scale: 1.0, lhs: Factor::Stored(self.lhs), rhs: Factor::Stored(self.w) }
+    }
+
+    /// `b_scale·h·b`, `h` with `rows` rows
+    fn update(&self, h: &'a [f32], rows: usize) -> Product<'a, E> {
+        let h = Matrix::new(h, rows, self.a.cols);
+        Product { scale: self.b_scale, lhs: Factor::Wide(h), rhs: Factor::Stored(self.b) }
+    }
+}
+
+impl<'a, E: Float> LowRank<'a, E> {
+    /// The same, if its numbers are `bf16`.
+    fn as_bf16(self) -> Option<LowRank<'a, bf16>> {
+        let Self { lhs, w, a_scale, a, b_scale, b } = self;
+        Some(LowRank { lhs: lhs.as_bf16()?, w: w.as_bf16()?, a_scale, a: a.as_bf16()?, b_scale, b: b.as_bf16()? })
+    }
 }
 
 /// What the sum begins with.
@@ -137,6 +187,17 @@ pub(super) enum Init<'a, E> {
     Row(&'a [E]),
     /// What the output holds.
     Output,
+}
+
+impl<'a, E: Float> Init<'a, E> {
+    /// The same, if its numbers are `bf16`.
+    fn as_bf16(self) -> Option<Init<'a, bf16>> {
+        match self {
+            Init::Zero => Some(Init::Zero),
+            Init::Row(row) => kept::same::<E, bf16>().then(|| Init::Row(bytemuck::cast_slice(row))),
+            Init::Output => Some(Init::Output),
+        }
+    }
 }
 
 /// Which loop nest computes a sum.
@@ -177,7 +238,10 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         return shallow::run(engine, out, term);
     }
     match plan(out.rows(), terms) {
-        Plan::Blocked => blocked::run(engine, out, init, terms),
+        Plan::Blocked => match pairs::Sum::of(engine, init, terms) {
+            Some(sum) => sum.run(engine, out),
+            None => blocked::run(engine, Fma, out, init, terms),
+        },
         Plan::Skinny => skinny::run(engine, out, init, terms),
     }
 }
@@ -189,17 +253,25 @@ pub(super) fn low_rank<E: Float, O: Float>(
     mut h: Output<'_, f32>,
     out: Output<'_, O>,
     init: Init<'_, E>,
-    outer: Option<Outer<'_>>,
+    mut outer: Option<Outer<'_>>,
 ) -> Result<()> {
-    let LowRank { lhs, w, a_scale, a, b_scale, b } = op;
-    let (to_h, base) = (Product { scale: a_scale, lhs, rhs: a }, Product { scale: 1.0, lhs, rhs: w });
-    if plan(out.rows(), &[to_h, base]) == Plan::Blocked {
-        return blocked::run_low_rank(engine, h, out, init, op, outer);
+    let lhs = Factor::Stored(op.lhs);
+    if plan(out.rows(), &[op.to_h(), op.base()]) == Plan::Blocked {
+        if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16()) {
+            let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
+            return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut wide) {
+                (Some(outer), Some(wide)) => outer.pack_and_add(engine, lhs, wide, rows),
+                _ => Ok(()),
+            });
+        }
+        return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
+            Some(outer) => outer.add(engine, left, rows),
+            None => Ok(()),
+        });
     }
-    skinny::run(engine, h.reborrow(), Init::Zero, &[to_h])?;
-    let (m, r) = (h.rows(), h.cols());
-    let update = Product { scale: b_scale, lhs: Factor::Wide(Matrix::new(h.data(), m, r)), rhs: b };
-    skinny::run(engine, out, init, &[base, update])?;
+    skinny::run(engine, h.reborrow(), Init::Zero, &[op.to_h()])?;
+    let rows = h.rows();
+    skinny::run(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
     outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))
 }
 

@@ -13,8 +13,11 @@ use std::ops::Range;
 
 use super::super::Engine;
 use super::super::simd::{Kernel, LANES, Simd};
-use super::blocked::Left;
-use super::{Block, Matrix, Output, Parts};
+use super::depth::Depth;
+use super::left::Left;
+use super::micro::Fma;
+use super::{Block, Factor, Matrix, Output, Parts, Product};
+use crate::element::Float;
 use crate::error::Result;
 
 /// Rows of the output that a task takes: their sums (32 KiB) stay near.
@@ -28,8 +31,29 @@ pub(in super::super) struct Outer<'a> {
 }
 
 impl Outer<'_> {
+    /// Room for a chunk of `lhs`, where no other product packs it.
+    pub(super) fn left<'e, E: Float>(&mut self, engine: &'e Engine, lhs: Factor<'_, E>) -> Result<Left<'e, Fma>> {
+        if lhs.rows() == 0 {
+            self.out.data().fill(0.0);
+        }
+        Left::new(engine, Fma, lhs.rows(), Depth::new::<Fma>(lhs.cols(), 0))
+    }
+
+    /// Packs these rows of `lhs`, and adds what they give.
+    pub(super) fn pack_and_add<E: Float>(
+        &mut self,
+        engine: &Engine,
+        lhs: Factor<'_, E>,
+        left: &mut Left<'_, Fma>,
+        rows: Range<usize>,
+    ) -> Result<()> {
+        let term = Product { scale: 1.0, lhs, rhs: lhs }; // only its left side is read
+        left.pack(engine.unit, &[term], rows.start, 0..lhs.cols());
+        self.add(engine, left, rows)
+    }
+
     /// Adds what these rows of `lhs`, packed in `left`, give; the first of them begin the sum.
-    pub(super) fn add(&mut self, engine: &Engine, left: &Left<'_>, rows: Range<usize>) -> Result<()> {
+    pub(super) fn add(&mut self, engine: &Engine, left: &Left<'_, Fma>, rows: Range<usize>) -> Result<()> {
         let (out, rhs, scale) = (self.out.reborrow(), self.rhs, self.scale);
         let down = Parts::new(out.rows(), 1, STEPS, rayon::current_num_threads());
         let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
@@ -42,7 +66,7 @@ impl Outer<'_> {
 
 struct Task<'a, 'o> {
     block: Block<'o, f32>,
-    left: &'a Left<'a>,
+    left: &'a Left<'a, Fma>,
     rows: Range<usize>,
     rhs: Matrix<'a, f32>,
     scale: f32,

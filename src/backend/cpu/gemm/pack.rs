@@ -1,16 +1,18 @@
-//! Packing: copies in `f32`, in the order in which a kernel reads them.
+//! Packing: copies in the order in which a kernel reads them.
 //!
 //! A panel runs along the depth of all terms, laid end to end. It holds `width` numbers (rows of the left side, columns of the
-//! right) for each step of the depth. Edges are filled with zeros up to a whole panel, so the tile has no edges.
+//! right) for each step of the depth. Edges are filled with zeros up to a whole panel, so the tile has no edges. How the numbers
+//! lie within a panel is for the [`Micro`] to say; here is how those of `f32` do, step by step.
 
 use std::ops::Range;
 
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::micro::Micro;
 use super::{Factor, Matrix, Product};
 use crate::element::Float;
 
 /// Which side of the products.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     /// Panels of rows.
     Left,
@@ -19,7 +21,8 @@ pub(super) enum Side {
 }
 
 /// Packs neighbouring panels, the first of which begins at line `first`, for a range of the depth that runs through all terms.
-pub(super) struct Panels<'a, E> {
+pub(super) struct Panels<'a, E, M: Micro> {
+    pub(super) micro: M,
     pub(super) side: Side,
     pub(super) terms: &'a [Product<'a, E>],
     pub(super) depth: Range<usize>,
@@ -27,27 +30,27 @@ pub(super) struct Panels<'a, E> {
     pub(super) width: usize,
     /// From where a panel is written to where the next one is.
     pub(super) stride: usize,
-    pub(super) to: &'a mut [f32],
+    pub(super) to: &'a mut [M::Number],
 }
 
-impl<E: Float> Kernel for Panels<'_, E> {
+impl<E: Float, M: Micro> Kernel for Panels<'_, E, M> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { side, terms, depth, first, width, stride, to } = self;
+        let Self { micro, side, terms, depth, first, width, stride, to } = self;
         let (mut start, mut at) = (0, 0);
         for term in terms {
-            let end = start + term.depth();
+            let end = start + term.depth().next_multiple_of(M::STEP);
             let within = depth.start.clamp(start, end) - start..depth.end.clamp(start, end) - start;
             let len = width * within.len();
             let part = Part { depth: within, first, width, stride, to: to.get_mut(at..).unwrap_or_default() };
             // Both sides are seen as `panel line × depth`, so the right side is turned.
             match (side, term.lhs, term.rhs) {
-                (Side::Left, Factor::Stored(m), _) => part.pack(s, m, 1.0),
-                (Side::Left, Factor::Wide(m), _) => part.pack(s, m, 1.0),
-                (Side::Right, _, Factor::Stored(m)) => part.pack(s, m.t(), term.scale),
-                (Side::Right, _, Factor::Wide(m)) => part.pack(s, m.t(), term.scale),
+                (Side::Left, Factor::Stored(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Left, Factor::Wide(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Right, _, Factor::Stored(m)) => micro.pack(s, side, part, m.t(), term.scale),
+                (Side::Right, _, Factor::Wide(m)) => micro.pack(s, side, part, m.t(), term.scale),
             }
             (start, at) = (end, at + len);
         }
@@ -57,19 +60,18 @@ impl<E: Float> Kernel for Panels<'_, E> {
 /// Runs of a turned side that are asked for ahead: a few KiB.
 const RUNS_AHEAD: usize = 8;
 
-/// What one term gives to neighbouring panels.
-struct Part<'a> {
-    depth: Range<usize>,
-    first: usize,
-    width: usize,
-    stride: usize,
-    to: &'a mut [f32],
+/// What one term gives to neighbouring panels: `to[panel][p][i] = scale·lines[first + panel·width + i][p]`.
+pub(super) struct Part<'a, N> {
+    pub(super) depth: Range<usize>,
+    pub(super) first: usize,
+    pub(super) width: usize,
+    pub(super) stride: usize,
+    pub(super) to: &'a mut [N],
 }
 
-impl Part<'_> {
-    /// `to[panel][p][i] = scale·lines[first + panel·width + i][p]`
+impl Part<'_, f32> {
     #[inline(always)]
-    fn pack<S: Simd, T: Float>(self, s: S, lines: Matrix<'_, T>, scale: f32) {
+    pub(super) fn pack<S: Simd, T: Float>(self, s: S, lines: Matrix<'_, T>, scale: f32) {
         let Self { depth, first, width, stride, to } = self;
         if depth.is_empty() {
             return;

@@ -12,6 +12,7 @@
 
 use super::super::Engine;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::micro::Fma;
 use super::pack::{Panels, Side};
 use super::{Block, Factor, Output, Parts, Product};
 use crate::element::Float;
@@ -35,7 +36,7 @@ pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term:
     let mut right = engine.scratch.take(cols.div_ceil(WIDTH) * stride)?;
     if !right.is_empty() {
         let (terms, depth) = (&[*term], 0..depth);
-        engine.unit.run(Panels { side: Side::Right, terms, depth, first: 0, width: WIDTH, stride, to: &mut right });
+        engine.unit.run(Panels { micro: Fma, side: Side::Right, terms, depth, first: 0, width: WIDTH, stride, to: &mut right });
     }
     let across = Parts::new(cols, WIDTH, NEAR / depth.max(1), 1);
     let down = Parts::new(out.rows(), 8, BAND, 1);

@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::super::Engine;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
 use super::{Block, DOT_ROWS, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS};
 use crate::element::Float;
@@ -59,7 +60,16 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
         let mut left = engine.scratch.take(rows * depth)?;
         if !left.is_empty() {
             let (terms, stride) = (&[*term], rows * depth);
-            unit.run(Panels { side: Side::Left, terms, depth: 0..depth, first: 0, width: rows, stride, to: &mut left });
+            unit.run(Panels {
+                micro: Fma,
+                side: Side::Left,
+                terms,
+                depth: 0..depth,
+                first: 0,
+                width: rows,
+                stride,
+                to: &mut left,
+            });
         }
         return Ok(left);
     }

@@ -3,10 +3,15 @@
 //!
 //! A vector is sixteen `f32` on every machine: one AVX-512 register, two AVX2, four NEON, or an array. So a loop over
 //! `as_chunks::<16>()` has no lane count to care about, and sums are made in one order everywhere: the units with fused
-//! multiply-add give the same bits.
+//! multiply-add give the same bits. Units that multiply `bf16` by pairs are for products alone, beside these: [`pairs`].
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod dot;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod pairs;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -17,6 +22,7 @@ pub(crate) use scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
+use self::pairs::PairUnit;
 use crate::element::{DType, Float};
 use crate::error::{Error, Result};
 
@@ -63,7 +69,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
 
     /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
     #[inline(always)]
-    fn tile<const NV: usize>(self, lhs: &[f32], rhs: &[f32], out: &mut [Lanes<f32>]) {
+    fn tile<const NV: usize>(self, lhs: &[f32], rhs: [&[f32]; 2], out: &mut [Lanes<f32>]) {
         match Self::MR {
             14 => super::gemm::tile::<Self, 14, NV>(self, lhs, rhs, out),
             _ => super::gemm::tile::<Self, 6, NV>(self, lhs, rhs, out),
@@ -162,6 +168,10 @@ pub(crate) trait Kernel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VectorUnit {
+    /// [`Avx512`](Self::Avx512), and AMX's tiles for products of `bf16`; on Linux, whose permission it takes.
+    Amx,
+    /// [`Avx512`](Self::Avx512), and AVX-512 BF16 for products of `bf16`.
+    Avx512Bf16,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
     /// x86-64 with AVX2, FMA and F16C.
@@ -170,13 +180,21 @@ pub enum VectorUnit {
     Neon,
     /// Any CPU.
     Scalar,
+    /// The best of the others, with the instructions of [`Amx`](Self::Amx) written out: slow, to test its kernels anywhere.
+    AmxEmulated,
 }
+
+/// All of them, best first.
+const UNITS: [VectorUnit; 7] = {
+    use VectorUnit::*;
+    [Amx, Avx512Bf16, Avx512, Avx2, Neon, Scalar, AmxEmulated]
+};
 
 impl VectorUnit {
     /// Those that this CPU has, best first. The last is always [`Scalar`](Self::Scalar).
     pub fn available() -> Vec<Self> {
-        let all = [Self::Avx512, Self::Avx2, Self::Neon, Self::Scalar];
-        all.into_iter().filter(|&unit| Unit::new(unit).is_ok()).collect()
+        let all = UNITS.into_iter().filter(|&unit| unit != Self::AmxEmulated);
+        all.filter(|&unit| Unit::new(unit).is_ok()).collect()
     }
 
     /// The best that this CPU has.
@@ -184,31 +202,39 @@ impl VectorUnit {
         Self::available().first().copied().unwrap_or(Self::Scalar)
     }
 
-    /// The unit called `avx512`, `avx2`, `neon` or `scalar`. Errors: [`Error::Value`] for any other name.
+    /// The unit called `amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar` or `amx-emulated`. Errors: [`Error::Value`] for
+    /// any other name.
     pub fn from_name(name: &str) -> Result<Self> {
-        match name {
-            "avx512" => Ok(Self::Avx512),
-            "avx2" => Ok(Self::Avx2),
-            "neon" => Ok(Self::Neon),
-            "scalar" => Ok(Self::Scalar),
-            _ => Err(Error::Value { verb: "cpu", name: "unit", got: name.into(), want: "avx512, avx2, neon or scalar" }),
-        }
+        const NAMES: [&str; UNITS.len()] = ["amx", "avx512-bf16", "avx512", "avx2", "neon", "scalar", "amx-emulated"];
+        let found = NAMES.iter().position(|&known| known == name).map(|i| UNITS[i]);
+        let want = "amx, avx512-bf16, avx512, avx2, neon, scalar or amx-emulated";
+        found.ok_or_else(|| Error::Value { verb: "cpu", name: "unit", got: name.into(), want })
     }
 
     /// As reports write it.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Amx => "AVX-512 with AMX",
+            Self::Avx512Bf16 => "AVX-512 with BF16",
             Self::Avx512 => "AVX-512",
             Self::Avx2 => "AVX2",
             Self::Neon => "NEON",
             Self::Scalar => "scalar",
+            Self::AmxEmulated => "emulated AMX",
         }
     }
 }
 
 /// The unit chosen at run time, with its proof.
 #[derive(Clone, Copy)]
-pub(crate) enum Unit {
+pub(crate) struct Unit {
+    name: VectorUnit,
+    vectors: Vectors,
+    pairs: Option<PairUnit>,
+}
+
+#[derive(Clone, Copy)]
+enum Vectors {
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     #[cfg(target_arch = "x86_64")]
@@ -218,48 +244,62 @@ pub(crate) enum Unit {
     Scalar(Scalar),
 }
 
-impl Unit {
-    /// The unit, if this CPU has it.
-    pub(crate) fn new(unit: VectorUnit) -> Result<Self> {
-        let found = match unit {
+impl Vectors {
+    fn new(unit: VectorUnit) -> Option<Self> {
+        match unit {
             #[cfg(target_arch = "x86_64")]
-            VectorUnit::Avx512 => Avx512::new().map(Self::Avx512),
+            VectorUnit::Avx512 | VectorUnit::Avx512Bf16 | VectorUnit::Amx => Avx512::new().map(Self::Avx512),
             #[cfg(target_arch = "x86_64")]
             VectorUnit::Avx2 => Avx2::new().map(Self::Avx2),
             #[cfg(target_arch = "aarch64")]
             VectorUnit::Neon => Neon::new().map(Self::Neon),
             VectorUnit::Scalar => Some(Self::Scalar(Scalar)),
+            VectorUnit::AmxEmulated => UNITS[2..6].iter().find_map(|&unit| Self::new(unit)),
             #[allow(unreachable_patterns, reason = "which units are missing above depends on the target")]
             _ => None,
+        }
+    }
+}
+
+impl Unit {
+    /// The unit, if this CPU has it.
+    pub(crate) fn new(unit: VectorUnit) -> Result<Self> {
+        let pairs = match unit {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            VectorUnit::Amx => amx::Amx::new().map(PairUnit::Amx),
+            #[cfg(target_arch = "x86_64")]
+            VectorUnit::Avx512Bf16 => dot::Avx512Bf16::new().map(PairUnit::Avx512Bf16),
+            VectorUnit::AmxEmulated => Some(PairUnit::Emulated),
+            _ => None,
         };
+        let missing = matches!(unit, VectorUnit::Amx | VectorUnit::Avx512Bf16) && pairs.is_none();
+        let vectors = Vectors::new(unit).filter(|_| !missing);
         let reason = || format!("this CPU has no {}", unit.name());
-        found.ok_or_else(|| Error::Unavailable { backend: "cpu", reason: reason() })
+        let vectors = vectors.ok_or_else(|| Error::Unavailable { backend: "cpu", reason: reason() })?;
+        Ok(Self { name: unit, vectors, pairs })
     }
 
     /// Which one it is.
     pub(crate) fn name(self) -> VectorUnit {
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512(_) => VectorUnit::Avx512,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(_) => VectorUnit::Avx2,
-            #[cfg(target_arch = "aarch64")]
-            Self::Neon(_) => VectorUnit::Neon,
-            Self::Scalar(_) => VectorUnit::Scalar,
-        }
+        self.name
+    }
+
+    /// What multiplies `bf16` by pairs, if it has that.
+    pub(crate) fn pairs(self) -> Option<PairUnit> {
+        self.pairs
     }
 
     /// Runs a kernel compiled for this unit.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Out {
-        match self {
+        match self.vectors {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512(s) => s.run(kernel),
+            Vectors::Avx512(s) => s.run(kernel),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2(s) => s.run(kernel),
+            Vectors::Avx2(s) => s.run(kernel),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon(s) => s.run(kernel),
-            Self::Scalar(s) => s.run(kernel),
+            Vectors::Neon(s) => s.run(kernel),
+            Vectors::Scalar(s) => s.run(kernel),
         }
     }
 }

@@ -1,0 +1,84 @@
+//! The left side of a product, packed: shared by all tasks.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::super::Engine;
+use super::super::scratch::Taken;
+use super::super::simd::Unit;
+use super::Product;
+use super::depth::Depth;
+use super::micro::Micro;
+use super::pack::{Panels, Side};
+use crate::element::Float;
+use crate::error::Result;
+
+/// Rows whose packed left side is kept at a time: 16 MiB at a depth of 4096. What is packed on the right is used on as many.
+pub(super) const ROWS: usize = 1008;
+/// Left panels that a task packs together: of a left side that is turned, each step of the depth gives them one run of numbers.
+const GROUP: usize = 8;
+
+/// The rows of the output, at most `ROWS` at a time.
+pub(super) fn chunks(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(ROWS).map(move |start| start..rows.min(start + ROWS))
+}
+
+/// The packed left side of a chunk of rows: for each block of the depth, panels one after another, each `mr` numbers for each
+/// step of the block.
+pub(super) struct Left<'e, M> {
+    pub(super) micro: M,
+    numbers: Taken<'e>,
+    depth: Depth,
+    panels: usize,
+    /// Rows of a panel.
+    pub(super) mr: usize,
+}
+
+impl<'e, M: Micro> Left<'e, M> {
+    pub(super) fn new(engine: &'e Engine, micro: M, rows: usize, depth: Depth) -> Result<Self> {
+        let (mr, _) = micro.shape(engine.unit, 0);
+        let panels = rows.min(ROWS).div_ceil(mr);
+        Ok(Self { micro, numbers: engine.scratch.take_of::<M::Number>(panels * mr * depth.total())?, depth, panels, mr })
+    }
+
+    /// Packs the rows from `first` on, for some of the depth.
+    pub(super) fn pack<E: Float>(&mut self, unit: Unit, terms: &[Product<'_, E>], first: usize, within: Range<usize>) {
+        let (micro, mr, rows) = (self.micro, self.mr, terms.first().map_or(0, |term| term.lhs.rows()));
+        let there = (rows - first).div_ceil(mr);
+        for block in self.depth.blocks() {
+            let depth = block.start.max(within.start)..block.end.min(within.end);
+            if depth.is_empty() {
+                continue;
+            }
+            let (stride, begins) = (mr * block.len(), mr * (depth.start - block.start));
+            let panels = &mut self.numbers.as_mut::<M::Number>()[self.panels * mr * block.start..];
+            let panels = &mut panels[..self.panels.min(there) * stride];
+            panels.par_chunks_mut(GROUP * stride).enumerate().for_each(|(group, to)| {
+                let (first, depth) = (first + group * GROUP * mr, depth.clone());
+                unit.run(Panels { micro, side: Side::Left, terms, depth, first, width: mr, stride, to: &mut to[begins..] });
+            });
+        }
+    }
+
+    /// Panel `i`, for a block of the depth or the beginning of one.
+    #[inline(always)]
+    pub(super) fn panel(&self, i: usize, within: &Range<usize>) -> &[M::Number] {
+        let whole = self.mr * self.depth.block(within.start).len();
+        &self.numbers.as_ref::<M::Number>()[self.panels * self.mr * within.start + i * whole..][..self.mr * within.len()]
+    }
+
+    /// What some steps of the depth have of its blocks.
+    pub(super) fn blocks_within(&self, depth: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let part = move |block: Range<usize>| block.start.max(depth.start)..block.end.min(depth.end);
+        self.depth.blocks().map(part).filter(|part| !part.is_empty())
+    }
+
+    /// Panel `i`, for some steps within a block.
+    #[inline(always)]
+    pub(super) fn panel_part(&self, i: usize, within: &Range<usize>) -> &[M::Number] {
+        let mut blocks = self.depth.blocks();
+        let start = blocks.find(|block| block.end > within.start).map_or(0, |block| block.start);
+        &self.panel(i, &(start..within.end))[self.mr * (within.start - start)..]
+    }
+}

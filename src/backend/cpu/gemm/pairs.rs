@@ -1,0 +1,256 @@
+//! Products of `bf16` on units that multiply by pairs: how their panels are packed, and how a factor in `f32` takes part.
+
+use std::ops::Range;
+
+use super::super::Engine;
+use super::super::scratch::Taken;
+use super::super::simd::pairs::{COLS, PairUnit, STEP};
+use super::super::simd::{LANES, Lanes, Simd, Unit};
+use super::micro::Micro;
+use super::pack::{Part, Side};
+use super::{Factor, Init, Matrix, Output, Product, blocked};
+use crate::element::{Float, bf16};
+use crate::error::Result;
+
+/// A unit that multiplies `bf16` by pairs.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs(PairUnit);
+
+/// The unit, if there is one.
+pub(super) fn unit(engine: &Engine) -> Option<Pairs> {
+    engine.unit.pairs().map(Pairs)
+}
+
+/// `out = init + base + update`, where such a unit takes it: a product of stored numbers, and one with a shallow `h` in `f32`.
+pub(super) struct Sum<'a> {
+    unit: Pairs,
+    init: Init<'a, bf16>,
+    base: Product<'a, bf16>,
+    update: Option<(f32, Matrix<'a, f32>, Matrix<'a, bf16>)>,
+}
+
+impl<'a> Sum<'a> {
+    /// The sum of these terms, if they are `bf16` and there is a unit for them.
+    pub(super) fn of<E: Float>(engine: &Engine, init: Init<'a, E>, terms: &[Product<'a, E>]) -> Option<Self> {
+        let (unit, (&base, rest)) = (unit(engine)?, terms.split_first()?);
+        let update = match rest {
+            [] => None,
+            [Product { scale, lhs: Factor::Wide(h), rhs: Factor::Stored(rhs) }] if !h.transposed => {
+                Some((*scale, *h, rhs.as_bf16()?))
+            }
+            _ => return None,
+        };
+        match base {
+            Product { scale: 1.0, lhs: Factor::Stored(lhs), rhs: Factor::Stored(rhs) } => {
+                let base = Product { scale: 1.0, lhs: Factor::Stored(lhs.as_bf16()?), rhs: Factor::Stored(rhs.as_bf16()?) };
+                Some(Self { unit, init: init.as_bf16()?, base, update })
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn run<O: Float>(self, engine: &Engine, out: Output<'_, O>) -> Result<()> {
+        let Self { unit, init, base, update } = self;
+        let Some((scale, h, rhs)) = update else { return blocked::run(engine, unit, out, init, &[base]) };
+        let mut split = Split::new(engine, h.rows, rhs)?;
+        blocked::run(engine, unit, out, init, &[base, split.update(scale, h.data, 0..h.rows)])
+    }
+}
+
+impl Micro for Pairs {
+    type Number = bf16;
+    const STEP: usize = STEP;
+    /// As many bytes as a block of `f32` has. Not measured: no CPU here has such a unit.
+    const DEPTH: usize = 1024;
+    const WIDE: bool = false;
+
+    fn shape(self, _: Unit, _: usize) -> (usize, usize) {
+        (self.0.rows(), COLS)
+    }
+
+    /// As [`simd::pairs`](super::super::simd::pairs) says. Beyond the depth of the term come zeros.
+    #[inline(always)]
+    fn pack<S: Simd, T: Float>(self, s: S, side: Side, part: Part<'_, bf16>, lines: Matrix<'_, T>, scale: f32) {
+        let Some(lines) = lines.as_bf16().filter(|_| scale == 1.0) else {
+            return part.to.fill(bf16::NAN); // never: `Sum` and `Split` see to it
+        };
+        let Part { depth, first, width, stride, to } = part;
+        for (panel, to) in to.chunks_mut(stride.max(1)).enumerate() {
+            let first = first + panel * width;
+            for (to, step) in to.chunks_exact_mut(width * STEP).zip(depth.clone().step_by(STEP)) {
+                let steps = step..lines.cols.min(step + STEP);
+                match (side, lines.transposed) {
+                    (Side::Left, false) => copy_rows(lines, first, steps, to),
+                    (Side::Left, true) => turn_rows(lines, first, steps, to),
+                    (Side::Right, false) => turn_cols(s, lines, first, steps, to),
+                    (Side::Right, true) => pair_up(lines, first, steps, to),
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const NV: usize>(self, _: S, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+        self.0.tile(left, right, out);
+    }
+
+    fn begin(self) {
+        self.0.begin();
+    }
+
+    fn end(self) {
+        self.0.end();
+    }
+}
+
+/// `to[i][p] = lines[first + i][steps.start + p]`, lines contiguous along the depth
+#[inline(always)]
+fn copy_rows(lines: Matrix<'_, bf16>, first: usize, steps: Range<usize>, to: &mut [bf16]) {
+    for (i, to) in to.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+        *to = if first + i < lines.rows { numbers(lines.run(first + i), &steps) } else { [bf16::ZERO; STEP] };
+    }
+}
+
+/// 32 numbers of a line; what is missing is zeros.
+#[inline(always)]
+fn numbers(line: &[bf16], steps: &Range<usize>) -> [bf16; STEP] {
+    if let Some(whole) = line[steps.start..].first_chunk() {
+        return *whole;
+    }
+    let mut numbers = [bf16::ZERO; STEP];
+    numbers[..steps.len()].copy_from_slice(&line[steps.clone()]);
+    numbers
+}
+
+/// The same, lines contiguous across the depth.
+#[inline(always)]
+fn turn_rows(lines: Matrix<'_, bf16>, first: usize, steps: Range<usize>, to: &mut [bf16]) {
+    let rows = to.as_chunks_mut::<STEP>().0;
+    rows.fill([bf16::ZERO; STEP]);
+    let last = lines.rows.min(first + rows.len());
+    for (p, step) in steps.enumerate() {
+        for (to, &number) in rows.iter_mut().zip(lines.run(step).get(first..last).unwrap_or_default()) {
+            to[p] = number;
+        }
+    }
+}
+
+/// `to[j / 16][p][j % 16] = (lines[first + j][2p], lines[first + j][2p + 1])`, lines contiguous along the depth: sixteen columns
+/// of sixteen pairs, each pair moved as the 32 bits that it is, are turned in registers.
+#[inline(always)]
+fn turn_cols<S: Simd>(s: S, lines: Matrix<'_, bf16>, first: usize, steps: Range<usize>, to: &mut [bf16]) {
+    for (v, to) in to.as_chunks_mut::<{ LANES * STEP }>().0.iter_mut().enumerate() {
+        let first = first + v * LANES;
+        let mut cols = [s.splat(0.0); LANES];
+        for j in 0..LANES.min(lines.rows.saturating_sub(first)) {
+            cols[j] = s.load(&bytemuck::cast(numbers(lines.run(first + j), &steps)));
+        }
+        let turned = s.transpose(cols);
+        for (pairs, to) in turned.into_iter().zip(to.as_chunks_mut::<STEP>().0) {
+            let mut lanes = [0.0; LANES];
+            s.store(pairs, &mut lanes);
+            *to = bytemuck::cast(lanes);
+        }
+    }
+}
+
+/// The same, lines contiguous across the depth: two runs of numbers become one of pairs.
+#[inline(always)]
+fn pair_up(lines: Matrix<'_, bf16>, first: usize, steps: Range<usize>, to: &mut [bf16]) {
+    let across = |step: usize, first: usize| {
+        let run: &[bf16] = if steps.contains(&step) { lines.run(step).get(first..).unwrap_or_default() } else { &[] };
+        let mut numbers = [bf16::ZERO; LANES];
+        match run.first_chunk() {
+            Some(whole) => numbers = *whole,
+            None => numbers[..run.len()].copy_from_slice(run),
+        }
+        numbers
+    };
+    for (v, to) in to.as_chunks_mut::<{ LANES * STEP }>().0.iter_mut().enumerate() {
+        for (pair, to) in to.as_chunks_mut::<2>().0.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let step = steps.start + 2 * pair;
+            let (even, odd) = (across(step, first + v * LANES), across(step + 1, first + v * LANES));
+            for j in 0..LANES {
+                to[j] = [even[j], odd[j]];
+            }
+        }
+    }
+}
+
+/// How many `bf16` an `f32` is the sum of: three times 8 significant bits are 24.
+const PIECES: usize = 3;
+
+/// `scale·h·rhs` with `h` in `f32` as a product of `bf16`: `h` in three pieces side by side, times `rhs` three times over. The
+/// products are exact, so the sum is rounded as that of `f32` is. (`E` is `bf16`: the nest is written for any.)
+pub(super) struct Split<'e> {
+    pieces: Taken<'e>,
+    repeated: Taken<'e>,
+    /// Rows and columns of `h`, columns of `rhs`.
+    size: (usize, usize, usize),
+    /// How `rhs` lies in memory.
+    transposed: bool,
+}
+
+impl<'e> Split<'e> {
+    /// For an `h` of `m` rows.
+    pub(super) fn new<E: Float>(engine: &'e Engine, m: usize, rhs: Matrix<'_, E>) -> Result<Self> {
+        let (r, n) = (rhs.rows, rhs.cols);
+        let pieces = engine.scratch.take_of::<bf16>(m * PIECES * r)?;
+        let mut repeated = engine.scratch.take_of::<bf16>(PIECES * r * n)?;
+        // Lines that are columns are each repeated; lines that are rows are repeated all together.
+        let len = if rhs.transposed { r } else { r * n };
+        if len > 0 {
+            let to = repeated.as_mut::<E>().chunks_exact_mut(len);
+            to.zip(rhs.data.chunks_exact(len).flat_map(|line| [line; PIECES])).for_each(|(to, line)| to.copy_from_slice(line));
+        }
+        Ok(Self { pieces, repeated, size: (m, r, n), transposed: rhs.transposed })
+    }
+
+    /// How deep the product is.
+    pub(super) fn depth(&self) -> usize {
+        PIECES * self.size.1
+    }
+
+    /// `scale·h·rhs`, once these rows of `h` are known.
+    pub(super) fn update<E: Float>(&mut self, scale: f32, h: &[f32], rows: Range<usize>) -> Product<'_, E> {
+        let (m, r, n) = self.size;
+        let pieces = &mut self.pieces.as_mut::<bf16>()[PIECES * r * rows.start..PIECES * r * rows.end];
+        for (pieces, h) in pieces.chunks_exact_mut((PIECES * r).max(1)).zip(h[r * rows.start..].chunks_exact(r.max(1))) {
+            for (j, &h) in h.iter().enumerate() {
+                let mut rest = scale * h;
+                for piece in 0..PIECES {
+                    let number = upper(rest);
+                    pieces[piece * r + j] = number;
+                    rest = if number.is_finite() { rest - number.to_f32() } else { 0.0 };
+                }
+            }
+        }
+        let repeated = &self.repeated.as_ref::<E>()[..PIECES * r * n];
+        let rhs = if self.transposed { Matrix::new(repeated, n, PIECES * r).t() } else { Matrix::new(repeated, PIECES * r, n) };
+        let lhs = Factor::Stored(Matrix::new(&self.pieces.as_ref::<E>()[..PIECES * r * m], m, PIECES * r));
+        Product { scale: 1.0, lhs, rhs: Factor::Stored(rhs) }
+    }
+}
+
+/// The first 8 significant bits: what is left has no more than the others. NaN stays NaN.
+fn upper(value: f32) -> bf16 {
+    if value.is_nan() { bf16::NAN } else { bf16::from_bits((value.to_bits() >> 16) as u16) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn three_pieces_are_the_whole_number(value in proptest::num::f32::NORMAL) {
+            let (mut rest, mut sum) = (value, 0.0f64);
+            for _ in 0..PIECES {
+                let piece = upper(rest).to_f32();
+                (rest, sum) = (rest - piece, sum + f64::from(piece));
+            }
+            prop_assert!(sum == f64::from(value) || value.abs() < 1e-30); // pieces may be too small for bf16 there
+        }
+    }
+}

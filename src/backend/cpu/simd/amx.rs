@@ -1,0 +1,150 @@
+//! AMX: tiles of 16 rows of 64 bytes, and products of two of them. Rust has no intrinsics for it yet.
+#![allow(unsafe_code, reason = "inline assembly: the token proves that CPU and system allow it, slices prove the memory")]
+
+use std::arch::asm;
+use std::arch::x86_64::__cpuid_count;
+use std::sync::LazyLock;
+
+use super::pairs::{NV, STEP};
+use super::{LANES, Lanes};
+use crate::element::bf16;
+
+/// Proof that this CPU has AMX with `bf16`, and that the system lets this process use it.
+#[derive(Clone, Copy)]
+pub(crate) struct Amx(());
+
+/// Tiles are 8 KiB of registers that every switch of threads may have to save, so Linux wants to be asked, once a process.
+static ALLOWED: LazyLock<bool> = LazyLock::new(|| has_bf16_tiles() && ask_for_tiles());
+
+fn has_bf16_tiles() -> bool {
+    const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
+    #[allow(unused_unsafe, reason = "safe in newer compilers")]
+    // SAFETY: every x86-64 CPU has the instruction; a leaf that it does not know reads as another one, or as zeros.
+    let (most, features) = unsafe { (__cpuid_count(0, 0).eax, __cpuid_count(7, 0).edx) };
+    most >= 7 && features & BF16_AND_TILES == BF16_AND_TILES
+}
+
+/// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`
+fn ask_for_tiles() -> bool {
+    const ARCH_PRCTL: i64 = 158;
+    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+    const TILE_DATA: u64 = 18;
+    let refused: i64;
+    // SAFETY: a request for permission; it touches no memory. A system call writes rcx and r11.
+    unsafe {
+        asm!(
+            "syscall",
+            inlateout("rax") ARCH_PRCTL => refused,
+            in("rdi") ARCH_REQ_XCOMP_PERM,
+            in("rsi") TILE_DATA,
+            lateout("rcx") _,
+            lateout("r11") _,
+            options(nostack),
+        );
+    }
+    refused == 0
+}
+
+/// Eight tiles of 16 rows of 64 bytes, as `ldtilecfg` reads it.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+static CONFIG: Config = {
+    const fn eight<const N: usize>() -> [u8; N] {
+        let (mut rows, mut i) = ([0; N], 0);
+        while i < 8 {
+            rows[i] = 16;
+            i += 1;
+        }
+        rows
+    }
+    let (mut row_bytes, mut i) = ([0; 16], 0);
+    while i < 8 {
+        row_bytes[i] = 64;
+        i += 1;
+    }
+    Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows: eight() }
+};
+
+/// Numbers of a left panel for each step of 32: 32 rows.
+const LEFT: usize = 32 * STEP;
+/// Numbers of a right panel: 32 columns.
+const RIGHT: usize = NV * LANES * STEP;
+
+impl Amx {
+    pub(crate) fn new() -> Option<Self> {
+        ALLOWED.then_some(Self(()))
+    }
+
+    /// Gives this thread its tiles.
+    pub(super) fn configure(self) {
+        // SAFETY: `self` proves that the instruction is there; the configuration is 64 bytes long.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly)) }
+    }
+
+    /// Takes them back.
+    pub(super) fn release(self) {
+        // SAFETY: `self` proves that the instruction is there.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+    }
+
+    /// See [`PairUnit::tile`](super::pairs::PairUnit::tile). Two tiles of rows, two of columns, four of sums: each operand that is
+    /// loaded is used twice. The whole depth is one block of assembly: the compiler knows nothing of tiles.
+    pub(super) fn tile(self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+        let [first, second] = right.map(|right| right.len() / RIGHT);
+        assert!(left.len() >= (first + second) * LEFT && out.len() >= 32 * NV);
+        // SAFETY: `self` proves that the instructions are there, and `configure` was called on this thread: a strip begins with it.
+        // A step reads 2 KiB of each panel, and the assertion says that so many steps are there; the sums are 32 rows of 128
+        // bytes. Tiles are not registers that the compiler uses.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "test {steps}, {steps}",
+                "jz 3f",
+                "2:",
+                "tileloadd tmm4, [{left} + {row}*1]",
+                "tileloadd tmm6, [{right} + {row}*1]",
+                "tileloadd tmm7, [{right} + {row}*1 + 1024]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm5, [{left} + {row}*1 + 1024]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {left}, 2048",
+                "add {right}, 2048",
+                "sub {steps}, 1",
+                "jnz 2b",
+                "3:",
+                "mov {steps}, {then}",
+                "mov {right}, {after}",
+                "xor {then:e}, {then:e}",
+                "test {steps}, {steps}",
+                "jnz 2b",
+                "add {row}, 64", // rows of the sums are two tiles wide
+                "tilestored [{out} + {row}*1], tmm0",
+                "tilestored [{out} + {row}*1 + 64], tmm1",
+                "tilestored [{out} + {row}*1 + 2048], tmm2",
+                "tilestored [{out} + {row}*1 + 2112], tmm3",
+                left = inout(reg) left.as_ptr() => _,
+                right = inout(reg) right[0].as_ptr() => _,
+                steps = inout(reg) first => _,
+                after = in(reg) right[1].as_ptr(),
+                then = inout(reg) second => _,
+                row = inout(reg) 64u64 => _,
+                out = in(reg) out.as_mut_ptr(),
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}

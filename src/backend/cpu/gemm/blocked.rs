@@ -220,22 +220,19 @@ fn pack_right<'r, S: Simd, E: Float, M: Micro>(
     nr: usize,
 ) -> Right<'r, M::Number> {
     let width = cols.len().next_multiple_of(nr);
-    let pack = |depth: Range<usize>, room: &'r mut [M::Number]| {
-        let (stride, to) = (nr * depth.len(), &mut room[..width * depth.len()]);
-        if !depth.is_empty() {
-            let (depth, to) = (depth.clone(), &mut *to);
-            Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to }.run(s);
-        }
-        (&*to, depth.len())
-    };
-    let Some(kept) = kept::panels::<E, M>(terms, nr, within, cols) else { return [pack(within.clone(), room), (&[], 0)] };
-    let (steps, rest) = (kept.len() / width, room);
-    if kept::same::<E, M::Number>() {
-        return [(bytemuck::cast_slice(kept), steps), pack(within.start + steps..within.end, rest)];
+    let kept = kept::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
+    let steps = kept.len() / width;
+    let (as_they_are, rest) = (kept::same::<E, M::Number>(), within.start + steps..within.end);
+    let (wide, room) = room.split_at_mut(if as_they_are { 0 } else { kept.len() });
+    if !as_they_are {
+        ConvertChunk { from: kept, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *wide) }.run(s);
     }
-    let (wide, rest) = rest.split_at_mut(kept.len());
-    ConvertChunk { from: kept, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *wide) }.run(s);
-    [(&*wide, steps), pack(within.start + steps..within.end, rest)]
+    let to = &mut room[..width * rest.len()];
+    if !rest.is_empty() {
+        let (stride, depth, to) = (nr * rest.len(), rest.clone(), &mut *to);
+        Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to }.run(s);
+    }
+    [(if as_they_are { bytemuck::cast_slice(kept) } else { wide }, steps), (to, rest.len())]
 }
 
 /// Loops 1 and 2, on tiles `NV` vectors wide.

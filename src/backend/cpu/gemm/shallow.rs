@@ -26,8 +26,8 @@ const WIDTH: usize = 2 * LANES;
 const BAND: usize = 64;
 /// Numbers of the right side that stay in L2 (512 KiB).
 const NEAR: usize = 128 * 1024;
-/// Columns ahead that the output is asked for.
-const AHEAD: usize = 8 * WIDTH;
+/// Vectors ahead that the output is asked for.
+const AHEAD: usize = 16;
 
 /// `out += scale·lhs·rhs`
 pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term: &Product<'_, E>) -> Result<()> {
@@ -86,27 +86,28 @@ impl<E: Float, O: Float> Task<'_, '_, E, O> {
             }
         }
         let lines = self.block.lines::<R>(row);
-        let cols = lines[0].len();
-        for v in 0..cols.div_ceil(WIDTH) {
-            let panel = &self.right[(first + v) * depth * WIDTH..][..depth * WIDTH];
-            let panel: &[[Lanes<f32>; 2]] = panel.as_chunks().0.as_chunks().0;
-            let at = v * WIDTH;
-            let sums = product::<S, R>(s, panel, &factors);
-            if at + WIDTH <= cols {
-                for i in 0..R {
-                    s.prefetch(&*lines[i], at + AHEAD);
-                    s.prefetch(&*lines[i], at + AHEAD + LANES);
-                    let to: &mut [Lanes<O>] = lines[i][at..at + WIDTH].as_chunks_mut().0;
-                    for j in 0..2 {
-                        s.narrow(s.add(sums[i][j], s.widen(&to[j])), &mut to[j]);
-                    }
+        let whole = lines[0].len() / WIDTH;
+        let mut lines = lines.map(|line| line.split_at_mut(whole * WIDTH));
+        let panels = self.right[first * depth * WIDTH..].as_chunks().0.as_chunks().0;
+        for v in 0..whole {
+            let sums = product::<S, R>(s, &panels[v * depth..][..depth], &factors);
+            for i in 0..R {
+                // Without a slice that may be too short the loop is unrolled, and the sums stay in registers.
+                let line: &mut [[Lanes<O>; 2]] = lines[i].0.as_chunks_mut().0.as_chunks_mut().0;
+                s.prefetch(line.as_flattened(), 2 * v + AHEAD);
+                s.prefetch(line.as_flattened(), 2 * v + AHEAD + 1);
+                for (to, sum) in line[v].iter_mut().zip(sums[i]) {
+                    s.narrow(s.add(sum, s.widen(to)), to);
                 }
-            } else {
-                for i in 0..R {
-                    for (to, &sum) in lines[i][at..].chunks_mut(LANES).zip(&sums[i]) {
-                        s.narrow_to(s.add(sum, s.widen_at(to, 0)), to);
-                    }
-                }
+            }
+        }
+        if lines[0].1.is_empty() {
+            return;
+        }
+        let sums = product::<S, R>(s, &panels[whole * depth..][..depth], &factors);
+        for (line, sums) in lines.iter_mut().zip(sums) {
+            for (to, sum) in line.1.chunks_mut(LANES).zip(sums) {
+                s.narrow_to(s.add(sum, s.widen_at(to, 0)), to);
             }
         }
     }

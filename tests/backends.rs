@@ -183,6 +183,17 @@ fn units_with_fused_multiply_add_agree_bit_for_bit() {
     }
 }
 
+/// The tile that tests use where there is no AMX is the one that AMX makes. Only a CPU that has it can tell.
+#[test]
+fn emulated_tiles_are_those_of_amx_in_bf16() {
+    let units = [VectorUnit::Amx, VectorUnit::AmxEmulated].map(|unit| Cpu::<bf16>::new().unwrap().with_unit(unit));
+    let [Ok(amx), Ok(emulated)] = units else { return println!("not run: this CPU has no AMX") };
+    for dims in shapes().into_iter().chain([Dims { m: 70, k: 1100, n: 65, r: 16 }]) {
+        let layer = random::<bf16>(dims, 1.5, 2);
+        assert!(suite::run_lora(&amx, &layer, None) == suite::run_lora(&emulated, &layer, None), "{dims:?}");
+    }
+}
+
 /// Batches too long to make the gradient on the way go through a product instead.
 #[test]
 fn a_long_batch_gives_adam_the_same_gradient() {

@@ -75,7 +75,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
 ) -> Result<()> {
     let (m, r, base) = (h.rows(), h.cols(), op.base());
     // Panels of `bf16` do not take a scale: `h` is multiplied with it when it is summed.
-    let (scale, to_h) = if M::WIDE { (1.0, op.to_h()) } else { (op.a_scale, Product { scale: 1.0, ..op.to_h() }) };
+    let (scale, to_h) = if M::WIDE { (1.0, op.narrowed()) } else { (op.a_scale, Product { scale: 1.0, ..op.narrowed() }) };
     let mut split = if M::WIDE { None } else { Some(Split::new(engine, m, op.b)?) };
     let deep = Depth::new::<M>(base.depth(), split.as_ref().map_or(r, Split::depth));
     let mut left = Left::new(engine, micro, m, deep)?;

@@ -71,7 +71,7 @@ impl Kept {
                 } else {
                     let mut wide = engine.scratch.take(kept.len())?;
                     pack(bytemuck::cast_slice_mut(&mut wide));
-                    engine.unit.run(ConvertChunk { from: &*wide, to: kept });
+                    engine.unit.run(ConvertChunk { from: &wide, to: kept });
                 }
                 Ok(())
             })?;

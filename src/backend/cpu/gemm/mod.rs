@@ -154,8 +154,8 @@ pub(super) struct LowRank<'a, E> {
 }
 
 impl<'a, E: Copy> LowRank<'a, E> {
-    /// `a_scale·lhs·a`
-    fn to_h(&self) -> Product<'a, E> {
+    /// `a_scale·lhs·a`, which is `h`
+    fn narrowed(&self) -> Product<'a, E> {
         Product { scale: self.a_scale, lhs: Factor::Stored(self.lhs), rhs: Factor::Stored(self.a) }
     }
 
@@ -256,7 +256,7 @@ pub(super) fn low_rank<E: Float, O: Float>(
     mut outer: Option<Outer<'_>>,
 ) -> Result<()> {
     let lhs = Factor::Stored(op.lhs);
-    if plan(out.rows(), &[op.to_h(), op.base()]) == Plan::Blocked {
+    if plan(out.rows(), &[op.narrowed(), op.base()]) == Plan::Blocked {
         if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16()) {
             let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
             return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut wide) {
@@ -269,7 +269,7 @@ pub(super) fn low_rank<E: Float, O: Float>(
             None => Ok(()),
         });
     }
-    skinny::run(engine, h.reborrow(), Init::Zero, &[op.to_h()])?;
+    skinny::run(engine, h.reborrow(), Init::Zero, &[op.narrowed()])?;
     let rows = h.rows();
     skinny::run(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
     outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))

@@ -5,25 +5,30 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Weak};
 
 use bytemuck::{Pod, Zeroable};
 
+use super::pool::Pool;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
 /// One cache line. A boxed slice of them is memory aligned to 64 bytes, without a line of unsafe code.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(super) struct Line([u8; 64]);
 
-/// Elements in host memory, aligned to 64 bytes.
+/// Elements in host memory, aligned to 64 bytes. The memory goes back to where it came from when the buffer is dropped.
 pub struct Buffer<T: Element> {
     memory: Memory,
     len: usize,
+    /// A backend's; none, or one that is gone, means the system.
+    pool: Weak<Pool>,
     element: PhantomData<T>,
 }
 
-enum Memory {
+/// Bytes in whole cache lines.
+pub(super) enum Memory {
     Lines(Box<[Line]>),
     #[cfg(target_os = "linux")]
     Pages(memmap2::MmapMut),
@@ -35,7 +40,8 @@ const LARGE: usize = 4 << 20;
 
 impl Memory {
     /// All zeros; `None` if there is no room.
-    fn zeros(bytes: usize) -> Option<Self> {
+    pub(super) fn zeros(bytes: usize) -> Option<Self> {
+        let bytes = bytes.checked_next_multiple_of(size_of::<Line>())?;
         #[cfg(target_os = "linux")]
         if bytes >= LARGE {
             let pages = memmap2::MmapMut::map_anon(bytes).ok()?;
@@ -43,10 +49,20 @@ impl Memory {
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Some(Self::Pages(pages));
         }
-        bytemuck::try_zeroed_slice_box(bytes.div_ceil(64)).ok().map(Self::Lines)
+        bytemuck::try_zeroed_slice_box(bytes / size_of::<Line>()).ok().map(Self::Lines)
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// How many bytes it has.
+    pub(super) fn len(&self) -> usize {
+        self.bytes().len()
+    }
+
+    /// Whether it has as many bytes, in whole lines.
+    pub(super) fn fits(&self, bytes: usize) -> bool {
+        bytes.checked_next_multiple_of(size_of::<Line>()) == Some(self.len())
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Self::Lines(lines) => bytemuck::cast_slice(lines),
             #[cfg(target_os = "linux")]
@@ -64,11 +80,50 @@ impl Memory {
 }
 
 impl<T: Element> Buffer<T> {
-    /// All zeros.
-    pub(crate) fn zeros(len: usize) -> Result<Self> {
-        let bytes = len.saturating_mul(size_of::<T>());
-        let memory = Memory::zeros(bytes).ok_or(Error::OutOfMemory { backend: "cpu", bytes })?;
-        Ok(Self { memory, len, element: PhantomData })
+    /// All zeros, of the system's memory.
+    pub(super) fn zeros(len: usize) -> Result<Self> {
+        let memory = Memory::zeros(Self::bytes(len)).ok_or(Self::no_room(len))?;
+        Ok(Self { memory, len, pool: Weak::new(), element: PhantomData })
+    }
+
+    /// All zeros, of a pool's memory.
+    pub(super) fn zeros_of(pool: &Arc<Pool>, len: usize) -> Result<Self> {
+        let (mut buffer, used) = Self::take(pool, len)?;
+        if used {
+            buffer.memory.bytes_mut().fill(0);
+        }
+        Ok(buffer)
+    }
+
+    /// Whatever is in a pool's memory, for who overwrites all of it. Debug builds make it NaN.
+    pub(super) fn unwritten(pool: &Arc<Pool>, len: usize) -> Result<Self> {
+        let (mut buffer, _) = Self::take(pool, len)?;
+        if cfg!(debug_assertions) {
+            buffer.memory.bytes_mut().fill(0xff);
+        }
+        Ok(buffer)
+    }
+
+    /// A pool's memory, and whether somebody has used it before.
+    fn take(pool: &Arc<Pool>, len: usize) -> Result<(Self, bool)> {
+        let (memory, used) = pool.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
+        Ok((Self { memory, len, pool: Arc::downgrade(pool), element: PhantomData }, used))
+    }
+
+    fn bytes(len: usize) -> usize {
+        len.saturating_mul(size_of::<T>())
+    }
+
+    fn no_room(len: usize) -> Error {
+        Error::OutOfMemory { backend: "cpu", bytes: Self::bytes(len) }
+    }
+}
+
+impl<T: Element> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool.upgrade() {
+            pool.give(std::mem::replace(&mut self.memory, Memory::Lines(Box::default())));
+        }
     }
 }
 

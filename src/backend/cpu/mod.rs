@@ -16,6 +16,7 @@ mod gemm;
 mod linear;
 mod lora;
 mod pointwise;
+mod pool;
 mod scratch;
 mod simd;
 mod verbs;
@@ -23,6 +24,7 @@ mod verbs;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
+use pool::Pool;
 use scratch::Scratch;
 use simd::Unit;
 pub use simd::VectorUnit;
@@ -38,12 +40,14 @@ use crate::op::{
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
-/// Clones share the threads.
+/// Clones share the threads, and the memory: what a dropped tensor lay in is kept for the next of its size, at most as much as is
+/// in use, or 256 MiB.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
     engine: Engine,
     verbs: &'static Verbs<E>,
-    pool: Option<Arc<rayon::ThreadPool>>,
+    memory: Arc<Pool>,
+    threads: Option<Arc<rayon::ThreadPool>>,
 }
 
 /// What computes: a vector unit, and memory to work in.
@@ -64,7 +68,7 @@ impl<E: Float> Cpu<E> {
             Err(_) => VectorUnit::best(),
         };
         let engine = Engine { unit: Unit::new(unit)?, scratch: Arc::default() };
-        Ok(Self { engine, verbs: Verbs::of()?, pool: None })
+        Ok(Self { engine, verbs: Verbs::of()?, memory: Arc::default(), threads: None })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
@@ -76,9 +80,9 @@ impl<E: Float> Cpu<E> {
     /// With `threads` threads of its own. Errors: [`Error::Value`] for none, [`Error::Device`] if they cannot be started.
     pub fn with_threads(self, threads: usize) -> Result<Self> {
         Error::unless(threads > 0, "cpu", "threads", threads, "at least 1")?;
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        let pool = pool.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
-        Ok(Self { pool: Some(Arc::new(pool)), ..self })
+        let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let threads = threads.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
+        Ok(Self { threads: Some(Arc::new(threads)), ..self })
     }
 
     /// The vector unit in use.
@@ -88,14 +92,14 @@ impl<E: Float> Cpu<E> {
 
     /// How many threads share the work.
     pub fn threads(&self) -> usize {
-        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+        self.threads.as_ref().map_or_else(rayon::current_num_threads, |threads| threads.current_num_threads())
     }
 
     /// Runs a verb, whose parallel iterators then use this backend's threads.
     fn run<Request: Send>(&self, verb: fn(&Engine, Request) -> Result<()>, op: Checked<Request>) -> Result<()> {
         let work = || verb(&self.engine, op.into_inner());
-        match &self.pool {
-            Some(pool) => pool.install(work),
+        match &self.threads {
+            Some(threads) => threads.install(work),
             None => work(),
         }
     }
@@ -110,11 +114,15 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros(len)
+        Buffer::zeros_of(&self.memory, len)
+    }
+
+    fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::unwritten(&self.memory, len)
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = Buffer::zeros(host.len())?;
+        let mut buffer = Buffer::unwritten(&self.memory, host.len())?;
         buffer.copy_from_slice(host);
         Ok(buffer)
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::pool::Pool;
+use super::idle::Idle;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
@@ -22,8 +22,8 @@ pub(super) struct Line([u8; 64]);
 pub struct Buffer<T: Element> {
     memory: Memory,
     len: usize,
-    /// A backend's; none, or one that is gone, means the system.
-    pool: Weak<Pool>,
+    /// Where the memory goes back to; where that is gone, to the system.
+    home: Weak<Idle>,
     element: PhantomData<T>,
 }
 
@@ -83,31 +83,31 @@ impl<T: Element> Buffer<T> {
     /// All zeros, of the system's memory.
     pub(super) fn zeros(len: usize) -> Result<Self> {
         let memory = Memory::zeros(Self::bytes(len)).ok_or(Self::no_room(len))?;
-        Ok(Self { memory, len, pool: Weak::new(), element: PhantomData })
+        Ok(Self { memory, len, home: Weak::new(), element: PhantomData })
     }
 
-    /// All zeros, of a pool's memory.
-    pub(super) fn zeros_of(pool: &Arc<Pool>, len: usize) -> Result<Self> {
-        let (mut buffer, used) = Self::take(pool, len)?;
+    /// All zeros, in memory that was idle if there is such.
+    pub(super) fn zeros_of(idle: &Arc<Idle>, len: usize) -> Result<Self> {
+        let (mut buffer, used) = Self::take(idle, len)?;
         if used {
             buffer.memory.bytes_mut().fill(0);
         }
         Ok(buffer)
     }
 
-    /// Whatever is in a pool's memory, for who overwrites all of it. Debug builds make it NaN.
-    pub(super) fn unwritten(pool: &Arc<Pool>, len: usize) -> Result<Self> {
-        let (mut buffer, _) = Self::take(pool, len)?;
+    /// The same, whatever is in it, for who overwrites all of it. Debug builds make it NaN.
+    pub(super) fn unwritten(idle: &Arc<Idle>, len: usize) -> Result<Self> {
+        let (mut buffer, _) = Self::take(idle, len)?;
         if cfg!(debug_assertions) {
             buffer.memory.bytes_mut().fill(0xff);
         }
         Ok(buffer)
     }
 
-    /// A pool's memory, and whether somebody has used it before.
-    fn take(pool: &Arc<Pool>, len: usize) -> Result<(Self, bool)> {
-        let (memory, used) = pool.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
-        Ok((Self { memory, len, pool: Arc::downgrade(pool), element: PhantomData }, used))
+    /// Memory, and whether somebody has used it before.
+    fn take(idle: &Arc<Idle>, len: usize) -> Result<(Self, bool)> {
+        let (memory, used) = idle.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
+        Ok((Self { memory, len, home: Arc::downgrade(idle), element: PhantomData }, used))
     }
 
     fn bytes(len: usize) -> usize {
@@ -121,8 +121,8 @@ impl<T: Element> Buffer<T> {
 
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if let Some(pool) = self.pool.upgrade() {
-            pool.give(std::mem::replace(&mut self.memory, Memory::Lines(Box::default())));
+        if let Some(idle) = self.home.upgrade() {
+            idle.give(std::mem::replace(&mut self.memory, Memory::Lines(Box::default())));
         }
     }
 }

@@ -13,10 +13,10 @@ mod adam;
 mod buffer;
 mod dora;
 mod gemm;
+mod idle;
 mod linear;
 mod lora;
 mod pointwise;
-mod pool;
 mod scratch;
 mod simd;
 mod verbs;
@@ -24,7 +24,7 @@ mod verbs;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
-use pool::Pool;
+use idle::Idle;
 use scratch::Scratch;
 use simd::Unit;
 pub use simd::VectorUnit;
@@ -46,8 +46,8 @@ use crate::op::{
 pub struct Cpu<E: Float> {
     engine: Engine,
     verbs: &'static Verbs<E>,
-    memory: Arc<Pool>,
-    threads: Option<Arc<rayon::ThreadPool>>,
+    pool: Option<Arc<rayon::ThreadPool>>,
+    idle: Arc<Idle>,
 }
 
 /// What computes: a vector unit, and memory to work in.
@@ -68,7 +68,7 @@ impl<E: Float> Cpu<E> {
             Err(_) => VectorUnit::best(),
         };
         let engine = Engine { unit: Unit::new(unit)?, scratch: Arc::default() };
-        Ok(Self { engine, verbs: Verbs::of()?, memory: Arc::default(), threads: None })
+        Ok(Self { engine, verbs: Verbs::of()?, pool: None, idle: Arc::default() })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
@@ -80,9 +80,9 @@ impl<E: Float> Cpu<E> {
     /// With `threads` threads of its own. Errors: [`Error::Value`] for none, [`Error::Device`] if they cannot be started.
     pub fn with_threads(self, threads: usize) -> Result<Self> {
         Error::unless(threads > 0, "cpu", "threads", threads, "at least 1")?;
-        let threads = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        let threads = threads.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
-        Ok(Self { threads: Some(Arc::new(threads)), ..self })
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
+        Ok(Self { pool: Some(Arc::new(pool)), ..self })
     }
 
     /// The vector unit in use.
@@ -92,14 +92,14 @@ impl<E: Float> Cpu<E> {
 
     /// How many threads share the work.
     pub fn threads(&self) -> usize {
-        self.threads.as_ref().map_or_else(rayon::current_num_threads, |threads| threads.current_num_threads())
+        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
     /// Runs a verb, whose parallel iterators then use this backend's threads.
     fn run<Request: Send>(&self, verb: fn(&Engine, Request) -> Result<()>, op: Checked<Request>) -> Result<()> {
         let work = || verb(&self.engine, op.into_inner());
-        match &self.threads {
-            Some(threads) => threads.install(work),
+        match &self.pool {
+            Some(pool) => pool.install(work),
             None => work(),
         }
     }
@@ -114,15 +114,15 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros_of(&self.memory, len)
+        Buffer::zeros_of(&self.idle, len)
     }
 
     fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::unwritten(&self.memory, len)
+        Buffer::unwritten(&self.idle, len)
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = Buffer::unwritten(&self.memory, host.len())?;
+        let mut buffer = Buffer::unwritten(&self.idle, host.len())?;
         buffer.copy_from_slice(host);
         Ok(buffer)
     }

@@ -14,10 +14,10 @@ const SPARE: usize = 256 << 20;
 /// At most [`SPARE`] bytes lie idle, or as many as are in use: so a loop finds all that it gave back, and a model that is dropped
 /// goes back to the system.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<Idle>);
+pub(super) struct Idle(Mutex<Kept>);
 
 #[derive(Default)]
-struct Idle {
+struct Kept {
     /// What came back last is last, and likely still in a cache.
     memory: VecDeque<Memory>,
     bytes: usize,
@@ -25,12 +25,12 @@ struct Idle {
     lent: usize,
 }
 
-impl Pool {
+impl Idle {
     /// Memory of this size, and whether somebody has used it before. `None` if there is no room.
     pub(super) fn take(&self, bytes: usize) -> Option<(Memory, bool)> {
-        let idle = self.lock().take(bytes);
-        let used = idle.is_some();
-        let memory = match idle {
+        let there = self.lock().take(bytes);
+        let used = there.is_some();
+        let memory = match there {
             Some(memory) => memory,
             None => Memory::zeros(bytes)?,
         };
@@ -48,21 +48,21 @@ impl Pool {
 
     /// What has been idle the longest, if too much is.
     fn surplus(&self) -> Option<Memory> {
-        let mut idle = self.lock();
-        if idle.bytes <= SPARE.max(idle.lent) {
+        let mut kept = self.lock();
+        if kept.bytes <= SPARE.max(kept.lent) {
             return None;
         }
-        let oldest = idle.memory.pop_front()?;
-        idle.bytes -= oldest.len();
+        let oldest = kept.memory.pop_front()?;
+        kept.bytes -= oldest.len();
         Some(oldest)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Idle> {
+    fn lock(&self) -> MutexGuard<'_, Kept> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Idle {
+impl Kept {
     fn take(&mut self, bytes: usize) -> Option<Memory> {
         let at = self.memory.iter().rposition(|memory| memory.fits(bytes))?;
         let memory = self.memory.remove(at)?;
@@ -81,36 +81,36 @@ impl Idle {
 mod tests {
     use super::*;
 
-    fn take(pool: &Pool, bytes: usize) -> (Memory, bool) {
-        pool.take(bytes).unwrap()
+    fn take(idle: &Idle, bytes: usize) -> (Memory, bool) {
+        idle.take(bytes).unwrap()
     }
 
     #[test]
     fn what_came_back_is_lent_again_to_who_asks_for_as_much() {
-        let pool = Pool::default();
-        let (first, used) = take(&pool, 1000);
+        let idle = Idle::default();
+        let (first, used) = take(&idle, 1000);
         let place = first.bytes().as_ptr();
         assert!(!used);
-        pool.give(first);
-        assert!(!take(&pool, 2000).1 && !take(&pool, 100).1);
-        let (again, used) = take(&pool, 1001); // as many cache lines
+        idle.give(first);
+        assert!(!take(&idle, 2000).1 && !take(&idle, 100).1);
+        let (again, used) = take(&idle, 1001); // as many cache lines
         assert!(used && again.bytes().as_ptr() == place);
-        assert!(!take(&pool, 1000).1, "it is lent to one at a time");
+        assert!(!take(&idle, 1000).1, "it is lent to one at a time");
     }
 
     #[test]
     fn no_more_lies_idle_than_is_in_use_or_spare() {
-        let pool = Pool::default();
-        let model: Vec<_> = (0..10).map(|i| take(&pool, SPARE / 2 + 64 * i).0).collect();
+        let idle = Idle::default();
+        let model: Vec<_> = (0..10).map(|i| take(&idle, SPARE / 2 + 64 * i).0).collect();
         let sizes: Vec<usize> = model.iter().map(Memory::len).collect();
         for (given, memory) in model.into_iter().enumerate() {
-            pool.give(memory);
-            let idle = pool.lock();
-            assert_eq!(idle.lent, sizes[given + 1..].iter().sum());
-            assert_eq!(idle.bytes, idle.memory.iter().map(Memory::len).sum());
-            assert!(idle.bytes <= SPARE.max(idle.lent) && (given > 4 || idle.memory.len() == given + 1));
+            idle.give(memory);
+            let kept = idle.lock();
+            assert_eq!(kept.lent, sizes[given + 1..].iter().sum());
+            assert_eq!(kept.bytes, kept.memory.iter().map(Memory::len).sum());
+            assert!(kept.bytes <= SPARE.max(kept.lent) && (given > 4 || kept.memory.len() == given + 1));
         }
-        assert_eq!(pool.lock().memory.len(), 1, "two are more than may be spare");
-        assert!(take(&pool, sizes[9]).1, "and it is the one that came back last");
+        assert_eq!(idle.lock().memory.len(), 1, "two are more than may be spare");
+        assert!(take(&idle, sizes[9]).1, "and it is the one that came back last");
     }
 }

@@ -313,7 +313,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
 /// A list of the same memory for what borrows another model: the standard library keeps an allocation that fits.
 fn emptied<'n, B: Backend>(nodes: Vec<Node<'_, B>>) -> Vec<Node<'n, B>> {
-    nodes.into_iter().filter_map(|_| None).collect()
+    nodes.into_iter().map_while(|_| None).collect()
 }
 
 /// `bias + scale·lora_bias`, if there is a bias of the update; the sum of products that it is, with one row and a depth of one.

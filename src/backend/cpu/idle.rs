@@ -106,8 +106,8 @@ mod tests {
         for (given, memory) in model.into_iter().enumerate() {
             idle.give(memory);
             let kept = idle.lock();
-            assert_eq!(kept.lent, sizes[given + 1..].iter().sum());
-            assert_eq!(kept.bytes, kept.memory.iter().map(Memory::len).sum());
+            assert_eq!(kept.lent, sizes[given + 1..].iter().sum::<usize>());
+            assert_eq!(kept.bytes, kept.memory.iter().map(Memory::len).sum::<usize>());
             assert!(kept.bytes <= SPARE.max(kept.lent) && (given > 4 || kept.memory.len() == given + 1));
         }
         assert_eq!(idle.lock().memory.len(), 1, "two are more than may be spare");

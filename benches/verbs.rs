@@ -9,7 +9,7 @@ mod shapes;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use lowrank::autograd::Tape;
+use lowrank::autograd::{Gradients, Tape};
 use lowrank::nn::{Adam, Mlp};
 use lowrank::op::{
     self, AdamRate, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding, WeightGrad,
@@ -181,14 +181,15 @@ fn mnist_step<B: Backend>(c: &mut Criterion, backend: &B, name: &str) {
     let labels: Vec<u32> = (0..10).collect();
     let mut group = c.benchmark_group("mnist_step");
     group.throughput(Throughput::Bytes(2_807_010 * 32));
+    let mut gradients = Gradients::default();
     group.bench_function(format!("{name}/{}/10", B::Elem::DTYPE), |bench| {
         bench.iter(|| {
-            let mut tape = Tape::new(backend);
+            let mut tape = Tape::reusing(backend, std::mem::take(&mut gradients));
             let x = tape.input(Tensor::from_slice(backend, (10, 784), &images).expect("x"));
             let logits = model.forward(&mut tape, x, None).expect("forward");
             let labels = Labels::new(backend, 10, &labels).expect("labels");
             let loss = tape.cross_entropy(logits, &labels).expect("loss");
-            let gradients = tape.backward().expect("backward");
+            gradients = tape.backward().expect("backward");
             adam.step(backend, model.params_mut(), &gradients).expect("adam");
             loss.to_vec(backend).expect("loss")
         })

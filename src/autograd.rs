@@ -17,6 +17,9 @@
 //! assert!(gradients.get(&weight).is_some());
 //! # Ok::<(), lowrank::Error>(())
 //! ```
+//!
+//! A loop works in the same memory again and again: a tape takes over the lists of a step that is done
+//! ([`reusing`](Tape::reusing), [`reset`](Tape::reset)), and the backend lends again what tensors gave back.
 
 mod flow;
 mod gradients;
@@ -32,7 +35,6 @@ use crate::op::{
     Add, CrossEntropy, Dropout, DropoutForward, Labels, LinearForward, LoraForward, LoraMerge, Magnitude, Relu, Rounding,
 };
 use crate::tensor::Tensor;
-use flow::Flow;
 
 /// A tensor that an optimizer may update.
 #[derive(Debug)]
@@ -123,14 +125,46 @@ pub struct Tape<'m, B: Backend> {
     id: u64,
     backend: &'m B,
     nodes: Vec<Node<'m, B>>,
-    values: Vec<Tensor<B>>,
-    seeds: Vec<(Var, Tensor<B>)>,
+    /// The values, what losses sent to them, and where the gradients of parameters will be filed.
+    gradients: Gradients<B>,
 }
 
 impl<'m, B: Backend> Tape<'m, B> {
     /// An empty tape for one step.
     pub fn new(backend: &'m B) -> Self {
-        Self { id: new_id(), backend, nodes: Vec::new(), values: Vec::new(), seeds: Vec::new() }
+        Self::reusing(backend, Gradients::default())
+    }
+
+    /// An empty tape in the memory of a step that is done: a loop of such steps allocates nothing after the first few.
+    ///
+    /// ```
+    /// # use lowrank::{Cpu, Tensor, autograd::{Gradients, Tape}, nn::{Adam, Mlp}, op::Labels, random::Rng};
+    /// # let cpu = Cpu::<f32>::new()?;
+    /// # let (mut model, mut adam) = (Mlp::new(&cpu, &[3, 2], &mut Rng::new(0))?, Adam::new(1e-3)?);
+    /// let mut gradients = Gradients::default();
+    /// for _ in 0..3 {
+    ///     let mut tape = Tape::reusing(&cpu, gradients);
+    ///     let x = tape.input(Tensor::from_slice(&cpu, (1, 3), &[1.0, 2.0, 3.0])?);
+    ///     let logits = model.forward(&mut tape, x, None)?;
+    ///     tape.cross_entropy(logits, &Labels::new(&cpu, 2, &[1])?)?;
+    ///     gradients = tape.backward()?;
+    ///     adam.step(&cpu, model.params_mut(), &gradients)?;
+    /// }
+    /// # Ok::<(), lowrank::Error>(())
+    /// ```
+    pub fn reusing(backend: &'m B, gradients: Gradients<B>) -> Self {
+        let mut tape = Self { id: new_id(), backend, nodes: Vec::new(), gradients };
+        tape.nodes = std::mem::take(&mut tape.gradients.nodes);
+        tape.reset();
+        tape
+    }
+
+    /// Forgets what was computed, so that the next step can work in its memory; values of before are those of another tape. For
+    /// loops without a gradient, such as decoding.
+    pub fn reset(&mut self) {
+        self.id = new_id();
+        self.nodes.clear();
+        self.gradients.clear();
     }
 
     /// The backend it computes on.
@@ -145,8 +179,8 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// A value computed on this tape.
     pub fn value(&self, var: Var) -> Result<&Tensor<B>> {
-        let known = self.values.get(var.index).filter(|_| var.tape == self.id);
-        known.ok_or(Error::Value { verb: "tape", name: "value", got: "of another tape".into(), want: "of this one" })
+        let known = self.gradients.values.get(var.index).filter(|_| var.tape == self.id);
+        known.ok_or_else(|| Error::Value { verb: "tape", name: "value", got: "of another tape".into(), want: "of this one" })
     }
 
     fn is_wanted(&self, var: Var) -> bool {
@@ -155,7 +189,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `y = x·Wᵀ + bias`
     pub fn linear(&mut self, x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>>) -> Result<Var> {
-        let mut y = Tensor::zeros(self.backend, (self.value(x)?.rows(), w.tensor.rows()))?;
+        let mut y = Tensor::unwritten(self.backend, (self.value(x)?.rows(), w.tensor.rows()))?;
         let bias_tensor = bias.map(|bias| &bias.tensor);
         LinearForward { x: self.value(x)?, w: &w.tensor, bias: bias_tensor, y: &mut y }.run(self.backend)?;
         let wanted = self.is_wanted(x) || w.trainable || bias.is_some_and(|bias| bias.trainable);
@@ -166,8 +200,8 @@ impl<'m, B: Backend> Tape<'m, B> {
     pub fn lora_linear(&mut self, x: Var, layer: LoraParams<'m, B>) -> Result<Var> {
         let LoraParams { w, bias, a, b, lora_bias, scale, dropout } = &layer;
         let m = self.value(x)?.rows();
-        let mut h = Tensor::zeros(self.backend, (m, a.tensor.rows()))?;
-        let mut y = Tensor::zeros(self.backend, (m, b.tensor.rows()))?;
+        let mut h = Tensor::unwritten(self.backend, (m, a.tensor.rows()))?;
+        let mut y = Tensor::unwritten(self.backend, (m, b.tensor.rows()))?;
         let sum = bias_sum(self.backend, *bias, *lora_bias, *scale)?;
         LoraForward {
             x: self.value(x)?,
@@ -194,7 +228,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         norm: Tensor<B, f32>,
         bias: Option<&'m Param<B>>,
     ) -> Result<Var> {
-        let mut y = Tensor::zeros(self.backend, self.value(z)?.shape())?;
+        let mut y = Tensor::unwritten(self.backend, self.value(z)?.shape())?;
         let bias_tensor = bias.map(|bias| &bias.tensor);
         let magnitude_tensor = &magnitude.tensor;
         Magnitude { z: self.value(z)?, magnitude: magnitude_tensor, norm: &norm, bias: bias_tensor, y: &mut y }
@@ -205,7 +239,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `y = max(x, 0)`
     pub fn relu(&mut self, x: Var) -> Result<Var> {
-        let mut y = Tensor::zeros(self.backend, self.value(x)?.shape())?;
+        let mut y = Tensor::unwritten(self.backend, self.value(x)?.shape())?;
         Relu { x: self.value(x)?, y: &mut y }.run(self.backend)?;
         let wanted = self.is_wanted(x);
         Ok(self.push(Op::Relu { x }, wanted, y))
@@ -213,7 +247,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `y = drop(x)`
     pub fn dropout(&mut self, x: Var, dropout: Dropout) -> Result<Var> {
-        let mut y = Tensor::zeros(self.backend, self.value(x)?.shape())?;
+        let mut y = Tensor::unwritten(self.backend, self.value(x)?.shape())?;
         DropoutForward { x: self.value(x)?, dropout, y: &mut y }.run(self.backend)?;
         let wanted = self.is_wanted(x);
         Ok(self.push(Op::Dropout { x, dropout }, wanted, y))
@@ -238,10 +272,10 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. What [`backward`](Self::backward) differentiates.
     pub fn cross_entropy(&mut self, logits: Var, labels: &Labels<B>) -> Result<Tensor<B, f32>> {
-        let mut loss = Tensor::zeros(self.backend, (1, 1))?;
-        let mut dlogits = Tensor::zeros(self.backend, self.value(logits)?.shape())?;
+        let mut loss = Tensor::unwritten(self.backend, (1, 1))?;
+        let mut dlogits = Tensor::unwritten(self.backend, self.value(logits)?.shape())?;
         CrossEntropy { logits: self.value(logits)?, labels, loss: &mut loss, dlogits: &mut dlogits }.run(self.backend)?;
-        self.seeds.push((logits, dlogits));
+        self.gradients.meet(self.backend, logits, dlogits)?;
         Ok(loss)
     }
 
@@ -251,33 +285,35 @@ impl<'m, B: Backend> Tape<'m, B> {
         if got != want {
             return Err(Error::Shape { verb: "seed", name: "gradient", got, want });
         }
-        self.seeds.push((var, gradient));
-        Ok(())
+        self.gradients.meet(self.backend, var, gradient)
     }
 
     /// The gradients of the sum of all losses, for every trainable parameter.
     ///
     /// Errors: [`Error::Value`] if a trainable parameter was used twice; those of the verbs.
     pub fn backward(self) -> Result<Gradients<B>> {
-        let Tape { id, backend, nodes, values, seeds } = self;
-        let mut flow = Flow { backend, grads: values.iter().map(|_| None).collect() };
-        let mut gradients = Gradients::of(values);
-        for (var, gradient) in seeds {
-            flow.meet(var, gradient)?;
-        }
+        let Tape { id, backend, nodes, mut gradients } = self;
         for (index, node) in nodes.iter().enumerate().rev() {
-            if let (true, Some(dy)) = (node.wanted, flow.grads[index].take()) {
-                flow.through(&nodes, Var { tape: id, index }, dy, &mut gradients)?;
+            if let (true, Some(dy)) = (node.wanted, gradients.arrived[index].take()) {
+                flow::through(backend, &nodes, Var { tape: id, index }, dy, &mut gradients)?;
             }
         }
+        gradients.arrived.clear();
+        gradients.nodes = emptied(nodes);
         Ok(gradients)
     }
 
     fn push(&mut self, op: Op<'m, B>, wanted: bool, value: Tensor<B>) -> Var {
         self.nodes.push(Node { op, wanted });
-        self.values.push(value);
-        Var { tape: self.id, index: self.values.len() - 1 }
+        self.gradients.values.push(value);
+        self.gradients.arrived.push(None);
+        Var { tape: self.id, index: self.gradients.values.len() - 1 }
     }
+}
+
+/// A list of the same memory for what borrows another model: the standard library keeps an allocation that fits.
+fn emptied<'n, B: Backend>(nodes: Vec<Node<'_, B>>) -> Vec<Node<'n, B>> {
+    nodes.into_iter().map_while(|_| None).collect()
 }
 
 /// `bias + scale·lora_bias`, if there is a bias of the update; the sum of products that it is, with one row and a depth of one.

@@ -48,6 +48,12 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         Ok(Self { shape, buffer: backend.zeros(shape.elements()?)? })
     }
 
+    /// Whatever the memory holds: for what a verb overwrites.
+    pub(crate) fn unwritten(backend: &B, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        Ok(Self { shape, buffer: backend.unwritten(shape.elements()?)? })
+    }
+
     /// A copy of `host`, row by row. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn from_slice(backend: &B, shape: impl Into<Shape>, host: &[T]) -> Result<Self> {
         let shape = shape.into();
@@ -68,6 +74,14 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         let mut host = vec![T::default(); B::buffer_len(&self.buffer)];
         backend.download(&self.buffer, &mut host)?;
         Ok(host)
+    }
+
+    /// Copies the elements to `host`, row by row; waits until everything that writes them is done.
+    ///
+    /// Errors: [`Error::Value`] if the length of `host` is not `rows · cols`.
+    pub fn copy_to_slice(&self, backend: &B, host: &mut [T]) -> Result<()> {
+        Error::unless(host.len() == self.shape.elements()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        backend.download(&self.buffer, host)
     }
 
     /// Overwrites the elements with those of `host`. Errors: [`Error::Value`] if its length is not `rows · cols`.

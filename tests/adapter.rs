@@ -235,7 +235,7 @@ fn loading_replaces_the_adapters_there_were() {
     let mut other = adapted(&cpu, [None, Some(LoraConfig::new(3, 4.0)), Some(LoraConfig::new(1, 1.0))]);
     adapter::load(&cpu, &mut other, folder.path()).unwrap();
     assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
-    let trainable: Vec<bool> = other.params_mut().iter().map(|param| param.trainable).collect();
+    let trainable: Vec<bool> = other.params_mut().map(|param| param.trainable).collect();
     assert_eq!(trainable, [false, false, true, true, false, false, false, false], "the base is frozen");
 }
 

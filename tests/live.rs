@@ -151,7 +151,7 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
     }
     assert_eq!(outputs(backend, &model), merged);
     let weight = (11, 13).into();
-    assert!(model.params_mut().iter().all(|param| param.tensor.shape() != weight), "a merged weight is not handed out");
+    assert!(model.params_mut().all(|param| param.tensor.shape() != weight), "a merged weight is not handed out");
 }
 
 fn deleting_the_last_adapter_leaves_the_plain_model<B: Backend<Elem = f32>>(backend: &B) {
@@ -182,7 +182,7 @@ fn biases_and_whole_layers_go_when_the_adapter_goes<B: Backend<Elem = f32>>(back
     assert!(matches!(model.layer("linear2").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Bias(_))));
     assert!(matches!(model.layer("linear3").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Whole(_))));
     assert_eq!(model.parameter_report().trainable, 2 * (13 + 11) + 11 + 9 + 7 * 9 + 7);
-    for param in model.params_mut().into_iter().filter(|param| param.trainable) {
+    for param in model.params_mut().filter(|param| param.trainable) {
         let shifted: Vec<f32> = param.tensor.to_vec(backend).unwrap().into_iter().map(|x| x + 0.25).collect();
         param.tensor.copy_from_slice(backend, &shifted).unwrap();
     }

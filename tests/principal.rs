@@ -52,7 +52,7 @@ fn the_model_computes_what_it_did_and_the_weights_come_back<B: Backend<Elem = f3
 fn what_was_learned_is_saved_as_a_plain_adapter<B: Backend<Elem = f32>>(backend: &B) {
     for part in [Principal::Pissa, Principal::Olora] {
         let mut model = begun(backend, part);
-        for param in model.params_mut().into_iter().filter(|param| param.trainable) {
+        for param in model.params_mut().filter(|param| param.trainable) {
             let moved: Vec<f32> = param.tensor.to_vec(backend).unwrap().into_iter().map(|x| 1.1 * x + 0.01).collect();
             param.tensor.copy_from_slice(backend, &moved).unwrap();
         }

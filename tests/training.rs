@@ -195,7 +195,7 @@ fn gradients<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, rows: std::ops
 }
 
 fn all_params<B: Backend<Elem = f32>>(backend: &B, model: &mut Mlp<B>) -> Vec<(Vec<f32>, bool)> {
-    model.params_mut().into_iter().map(|param| (down(backend, &param.tensor), param.trainable)).collect()
+    model.params_mut().map(|param| (down(backend, &param.tensor), param.trainable)).collect()
 }
 
 /// The first step of Adam moves every number by the learning rate.
@@ -246,7 +246,7 @@ fn clipping_scales_all_gradients_to_the_norm<B: Backend<Elem = f32>>(backend: &B
     let mut model = model(backend, &LoraConfig { modules_to_save: vec!["linear2".into()], ..LoraConfig::new(2, 2.0) });
     let mut grads = gradients(backend, &model, 0..4);
     let squares = |grads: &Gradients<B>, model: &mut Mlp<B>| -> f64 {
-        let each = model.params_mut().into_iter().filter_map(|param| grads.get(param).map(|g| dense(backend, g)));
+        let each = model.params_mut().filter_map(|param| grads.get(param).map(|g| dense(backend, g)));
         each.flatten().map(|g| f64::from(g).powi(2)).sum::<f64>().sqrt()
     };
     let norm = squares(&grads, &mut model);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use lowrank::autograd::Tape;
+use lowrank::autograd::{Gradients, Tape};
 use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
 use lowrank::nn::{Adam, DEFAULT, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
@@ -168,8 +168,10 @@ fn train<B: Backend>(
     (phase, watch): (&'static str, &mut dyn FnMut(&Progress)),
 ) -> Result<Phase> {
     let (mut adam, mut losses, began) = (Adam::new(lr)?, Vec::with_capacity(batches.len()), Instant::now());
+    let mut gradients = Gradients::default(); // of the step before: the next works in their memory
     for group in batches.chunks(READ) {
-        let unread = group.iter().map(|rows| step(backend, mlp, &mut adam, split, rows)).collect::<Result<Vec<_>>>()?;
+        let unread =
+            group.iter().map(|rows| step(backend, mlp, (&mut adam, &mut gradients), split, rows)).collect::<Result<Vec<_>>>()?;
         for loss in unread {
             losses.extend(loss.to_vec(backend)?);
         }
@@ -184,14 +186,20 @@ fn train<B: Backend>(
 }
 
 /// The loss before the step, still on the device.
-fn step<B: Backend>(backend: &B, mlp: &mut Mlp<B>, adam: &mut Adam<B>, split: &Split, rows: &[usize]) -> Result<Tensor<B, f32>> {
+fn step<B: Backend>(
+    backend: &B,
+    mlp: &mut Mlp<B>,
+    (adam, gradients): (&mut Adam<B>, &mut Gradients<B>),
+    split: &Split,
+    rows: &[usize],
+) -> Result<Tensor<B, f32>> {
     let (x, labels) = split.batch(backend, rows)?;
-    let mut tape = Tape::new(backend);
+    let mut tape = Tape::reusing(backend, std::mem::take(gradients));
     let x = tape.input(x);
     let logits = mlp.forward(&mut tape, x, None)?;
     let loss = tape.cross_entropy(logits, &labels)?;
-    let gradients = tape.backward()?;
-    adam.step(backend, mlp.params_mut(), &gradients)?;
+    *gradients = tape.backward()?;
+    adam.step(backend, mlp.params_mut(), gradients)?;
     Ok(loss)
 }
 

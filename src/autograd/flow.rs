@@ -4,116 +4,106 @@ use super::gradients::{Gradient, Gradients};
 use super::{LoraParams, Node, Op, Param, Var, signed};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::op::{Accumulate, Add, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
+use crate::op::{Accumulate, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
 use crate::tensor::Tensor;
 
-/// The gradients of values on their way back. Every `Var` in a node is of the same tape: the tape's methods saw to it.
-pub(super) struct Flow<'m, B: Backend> {
-    pub(super) backend: &'m B,
-    pub(super) grads: Vec<Option<Tensor<B>>>,
-}
-
-impl<B: Backend> Flow<'_, B> {
-    /// The derivative of every op: from `dy`, the gradients of what it read.
-    pub(super) fn through(&mut self, nodes: &[Node<'_, B>], y: Var, dy: Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
-        let backend = self.backend;
-        let values = &gradients.values;
-        let new_dx =
-            |x: Var| if nodes[x.index].wanted { Tensor::zeros(backend, values[x.index].shape()).map(Some) } else { Ok(None) };
-        match &nodes[y.index].op {
-            Op::Input => {}
-            Op::Relu { x } => {
-                let mut dx = Tensor::zeros(backend, dy.shape())?;
-                ReluBackward { y: &values[y.index], dy: &dy, dx: &mut dx }.run(backend)?;
-                self.meet(*x, dx)?;
-            }
-            Op::Linear { x, w, bias } => {
-                let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
-                let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
-                let backward = LinearBackward { x: &values[x.index], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
-                backward.run(backend)?;
-                gradients.file(*bias, dbias.map(Gradient::Dense))?;
-                gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
-                dx.map_or(Ok(()), |dx| self.meet(*x, dx))?;
-            }
-            Op::Lora { x, layer: LoraParams { w, bias, a, b, lora_bias, scale, dropout }, h } => {
-                let mut dx = new_dx(*x)?;
-                let mut dbias = new_grad(backend, bias.filter(|bias| bias.trainable).or(*lora_bias))?;
-                let mut da = Tensor::zeros(backend, a.tensor.shape())?;
-                let mut db = Tensor::zeros(backend, b.tensor.shape())?;
-                let backward = LoraBackward {
-                    x: &values[x.index],
-                    w: w.map(|w| &w.tensor),
-                    a: &a.tensor,
-                    b: &b.tensor,
-                    h,
-                    dy: &dy,
-                    scale: *scale,
-                    dropout: *dropout,
-                    da: &mut da,
-                    db: &mut db,
-                    dbias: dbias.as_mut(),
-                    dx: dx.as_mut(),
-                };
-                backward.run(backend)?;
-                if let (Some(x), Some(mut y)) = (&dbias, new_grad(backend, *lora_bias)?) {
-                    Accumulate { x, scale: *scale, y: &mut y }.run(backend)?;
-                    gradients.file(*lora_bias, Some(Gradient::Dense(y)))?;
-                }
-                gradients.file(bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
-                gradients.file(Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
-                gradients.file(Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
-                gradients.file(*w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
-                dx.map_or(Ok(()), |dx| self.meet(*x, dx))?;
-            }
-            Op::Magnitude { z, magnitude, norm, bias } => {
-                let (mut dz, mut dmagnitude) = (new_dx(*z)?, new_grad(backend, Some(magnitude))?);
-                let mut dbias = new_grad(backend, *bias)?;
-                let backward = MagnitudeBackward {
-                    z: &values[z.index],
-                    magnitude: &magnitude.tensor,
-                    norm,
-                    dy: &dy,
-                    dz: dz.as_mut(),
-                    dmagnitude: dmagnitude.as_mut(),
-                    dbias: dbias.as_mut(),
-                };
-                backward.run(backend)?;
-                gradients.file(Some(magnitude), dmagnitude.map(Gradient::Dense))?;
-                gradients.file(*bias, dbias.map(Gradient::Dense))?;
-                dz.map_or(Ok(()), |dz| self.meet(*z, dz))?;
-            }
-            Op::Dropout { x, dropout } => {
-                let mut dx = Tensor::zeros(backend, dy.shape())?;
-                DropoutForward { x: &dy, dropout: *dropout, y: &mut dx }.run(backend)?;
-                self.meet(*x, dx)?;
-            }
-            Op::Sum { x, y, minus } => {
-                if nodes[y.index].wanted {
-                    self.meet(*y, signed(backend, &dy, *minus)?)?;
-                }
-                if nodes[x.index].wanted {
-                    self.meet(*x, dy)?;
-                }
-            }
+/// The derivative of every op: from `dy`, the gradients of what it read. Every `Var` in a node is of the same tape, whose methods
+/// saw to it.
+pub(super) fn through<B: Backend>(
+    backend: &B,
+    nodes: &[Node<'_, B>],
+    y: Var,
+    dy: Tensor<B>,
+    gradients: &mut Gradients<B>,
+) -> Result<()> {
+    let values = &gradients.values;
+    let new_dx = |x: Var| {
+        let wanted = nodes[x.index].wanted;
+        wanted.then(|| Tensor::unwritten(backend, values[x.index].shape())).transpose()
+    };
+    match &nodes[y.index].op {
+        Op::Input => {}
+        Op::Relu { x } => {
+            let mut dx = Tensor::unwritten(backend, dy.shape())?;
+            ReluBackward { y: &values[y.index], dy: &dy, dx: &mut dx }.run(backend)?;
+            gradients.meet(backend, *x, dx)?;
         }
-        Ok(())
-    }
-
-    /// Adds a gradient to what has already arrived at a value.
-    pub(super) fn meet(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
-        match &mut self.grads[var.index] {
-            Some(sum) => Add { x: &gradient, y: sum }.run(self.backend),
-            empty => {
-                *empty = Some(gradient);
-                Ok(())
+        Op::Linear { x, w, bias } => {
+            let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
+            let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
+            let backward = LinearBackward { x: &values[x.index], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
+            backward.run(backend)?;
+            gradients.file(*bias, dbias.map(Gradient::Dense))?;
+            gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
+            dx.map_or(Ok(()), |dx| gradients.meet(backend, *x, dx))?;
+        }
+        Op::Lora { x, layer: LoraParams { w, bias, a, b, lora_bias, scale, dropout }, h } => {
+            let mut dx = new_dx(*x)?;
+            let mut dbias = new_grad(backend, bias.filter(|bias| bias.trainable).or(*lora_bias))?;
+            let mut da = Tensor::unwritten(backend, a.tensor.shape())?;
+            let mut db = Tensor::unwritten(backend, b.tensor.shape())?;
+            let backward = LoraBackward {
+                x: &values[x.index],
+                w: w.map(|w| &w.tensor),
+                a: &a.tensor,
+                b: &b.tensor,
+                h,
+                dy: &dy,
+                scale: *scale,
+                dropout: *dropout,
+                da: &mut da,
+                db: &mut db,
+                dbias: dbias.as_mut(),
+                dx: dx.as_mut(),
+            };
+            backward.run(backend)?;
+            if let (Some(x), Some(lora_bias)) = (&dbias, lora_bias.filter(|lora_bias| lora_bias.trainable)) {
+                let mut y = Tensor::zeros(backend, x.shape())?;
+                Accumulate { x, scale: *scale, y: &mut y }.run(backend)?;
+                gradients.file(Some(lora_bias), Some(Gradient::Dense(y)))?;
+            }
+            gradients.file(bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
+            gradients.file(Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
+            gradients.file(Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
+            gradients.file(*w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
+            dx.map_or(Ok(()), |dx| gradients.meet(backend, *x, dx))?;
+        }
+        Op::Magnitude { z, magnitude, norm, bias } => {
+            let (mut dz, mut dmagnitude) = (new_dx(*z)?, new_grad(backend, Some(magnitude))?);
+            let mut dbias = new_grad(backend, *bias)?;
+            let backward = MagnitudeBackward {
+                z: &values[z.index],
+                magnitude: &magnitude.tensor,
+                norm,
+                dy: &dy,
+                dz: dz.as_mut(),
+                dmagnitude: dmagnitude.as_mut(),
+                dbias: dbias.as_mut(),
+            };
+            backward.run(backend)?;
+            gradients.file(Some(magnitude), dmagnitude.map(Gradient::Dense))?;
+            gradients.file(*bias, dbias.map(Gradient::Dense))?;
+            dz.map_or(Ok(()), |dz| gradients.meet(backend, *z, dz))?;
+        }
+        Op::Dropout { x, dropout } => {
+            let mut dx = Tensor::unwritten(backend, dy.shape())?;
+            DropoutForward { x: &dy, dropout: *dropout, y: &mut dx }.run(backend)?;
+            gradients.meet(backend, *x, dx)?;
+        }
+        Op::Sum { x, y, minus } => {
+            if nodes[y.index].wanted {
+                gradients.meet(backend, *y, signed(backend, &dy, *minus)?)?;
+            }
+            if nodes[x.index].wanted {
+                gradients.meet(backend, *x, dy)?;
             }
         }
     }
+    Ok(())
 }
 
 /// Room for the gradient of a parameter, if it is there and trainable.
 fn new_grad<B: Backend>(backend: &B, param: Option<&Param<B>>) -> Result<Option<Tensor<B, f32>>> {
     let trainable = param.filter(|param| param.trainable);
-    trainable.map(|param| Tensor::zeros(backend, param.tensor.shape())).transpose()
+    trainable.map(|param| Tensor::unwritten(backend, param.tensor.shape())).transpose()
 }

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::{Param, Var};
+use super::{Node, Param, Var};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::op::{Accumulate, LinearBackward, WeightGrad};
+use crate::op::{Accumulate, Add, LinearBackward, WeightGrad};
 use crate::tensor::{Shape, Tensor};
 
 pub(super) enum Gradient<B: Backend> {
@@ -24,15 +24,25 @@ pub(super) enum Gradient<B: Backend> {
 /// clipping make matrices of such products.
 pub struct Gradients<B: Backend> {
     pub(super) values: Vec<Tensor<B>>,
-    of: HashMap<u64, Gradient<B>>,
+    pub(super) of: HashMap<u64, Gradient<B>>,
+    /// What has arrived at each value, on the way back.
+    pub(super) arrived: Vec<Option<Tensor<B>>>,
+    /// The tape's list, empty, for [the next](super::Tape::reusing).
+    pub(super) nodes: Vec<Node<'static, B>>,
+    /// Where a norm is made: the parameters in order, and the numbers of one.
+    order: Vec<u64>,
+    host: Vec<f32>,
+}
+
+impl<B: Backend> Default for Gradients<B> {
+    /// None.
+    fn default() -> Self {
+        let (values, of, arrived) = (Vec::new(), HashMap::new(), Vec::new());
+        Self { values, of, arrived, nodes: Vec::new(), order: Vec::new(), host: Vec::new() }
+    }
 }
 
 impl<B: Backend> Gradients<B> {
-    /// None yet, for a tape with these values.
-    pub(super) fn of(values: Vec<Tensor<B>>) -> Self {
-        Self { values, of: HashMap::new() }
-    }
-
     /// The gradient of a parameter; `None` if it was frozen or took no part.
     pub fn get(&self, param: &Param<B>) -> Option<WeightGrad<'_, B>> {
         self.of.get(&param.id).map(|gradient| match gradient {
@@ -89,12 +99,15 @@ impl<B: Backend> Gradients<B> {
     /// `√Σ g²` over all gradients: what [`clip`](Self::clip) compares.
     pub fn norm(&mut self, backend: &B) -> Result<f64> {
         self.make_dense(backend)?;
-        let mut of: Vec<_> = self.of.iter().collect();
-        of.sort_by_key(|(id, _)| **id); // the same order, hence the same bits, in every run
+        self.order.clear();
+        self.order.extend(self.of.keys());
+        self.order.sort_unstable(); // the same order, hence the same bits, in every run
         let mut sum = 0.0;
-        for (_, gradient) in of {
-            if let Gradient::Dense(gradient) = gradient {
-                sum += gradient.to_vec(backend)?.into_iter().map(|g| f64::from(g).powi(2)).sum::<f64>();
+        for id in &self.order {
+            if let Some(Gradient::Dense(gradient)) = self.of.get(id) {
+                self.host.resize(gradient.shape().elements()?, 0.0);
+                gradient.copy_to_slice(backend, &mut self.host)?;
+                sum += self.host.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>();
             }
         }
         Ok(sum.sqrt())
@@ -116,10 +129,28 @@ impl<B: Backend> Gradients<B> {
         Ok(norm)
     }
 
+    /// Forgets everything but how long the lists were.
+    pub(super) fn clear(&mut self) {
+        self.values.clear();
+        self.of.clear();
+        self.arrived.clear();
+    }
+
+    /// Adds a gradient to what has already arrived at a value.
+    pub(super) fn meet(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
+        match &mut self.arrived[var.index] {
+            Some(sum) => Add { x: &gradient, y: sum }.run(backend),
+            empty => {
+                *empty = Some(gradient);
+                Ok(())
+            }
+        }
+    }
+
     pub(super) fn file(&mut self, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
         let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
         let first = self.of.insert(param.id, gradient).is_none();
-        Error::unless(first, "backward", "param", format!("{} used twice", param.tensor.shape()), "used once on a tape")
+        Error::unless(first, "backward", "param", format_args!("{} used twice", param.tensor.shape()), "used once on a tape")
     }
 
     /// Makes the matrix of every gradient that is kept as a product.
@@ -128,8 +159,8 @@ impl<B: Backend> Gradients<B> {
             let Gradient::Factored { dy, x } = gradient else { continue };
             let x = &self.values[x.index];
             let shape = Shape::from((dy.cols(), x.cols()));
-            let mut dw = Tensor::zeros(backend, shape)?;
-            let w = &Tensor::zeros(backend, shape)?; // gives the verb its sizes: without `dx` nobody reads it
+            let mut dw = Tensor::unwritten(backend, shape)?;
+            let w = &Tensor::unwritten(backend, shape)?; // gives the verb its sizes: without `dx` nobody reads it
             LinearBackward { x, w, dy, dx: None, dw: Some(&mut dw), dbias: None }.run(backend)?;
             *gradient = Gradient::Dense(dw);
         }

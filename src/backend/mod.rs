@@ -29,8 +29,11 @@ pub enum Passes {
 /// may be zero. A verb may return before the device is done; [`download`](Self::download) and
 /// [`synchronize`](Self::synchronize) wait. The same request on the same device gives the same bits.
 ///
+/// Memory that is dropped is kept for who asks for as much, within bounds: the steps of a training or decoding loop find what those
+/// before them gave back. What a step works in does not outlive the backend, and so a backend borrows nothing (`'static`).
+///
 /// Callers build a request and [`run`](LoraForward::run) it; they need not call the verbs here.
-pub trait Backend: Sized {
+pub trait Backend: Sized + 'static {
     /// How weights and activations are stored. `Cpu<f32>` and `Cpu<bf16>` are two backends.
     type Elem: Float;
     /// Memory for elements `T` on this device.
@@ -41,6 +44,10 @@ pub trait Backend: Sized {
 
     /// Memory for `len` elements, all zero. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
+    /// Memory for `len` elements, whatever is in it: for what a verb overwrites.
+    fn unwritten<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
+        self.zeros(len)
+    }
     /// New memory with a copy of `host`.
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
     /// Overwrites a buffer with as many elements from the host.

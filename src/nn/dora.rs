@@ -22,7 +22,7 @@ pub(super) fn row_norms<B: Backend>(backend: &B, base: &Linear<B>, adapter: &Ada
 
 /// `‖W + scaling·B·A‖` by rows
 fn norm<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>) -> Result<Tensor<B, f32>> {
-    let mut norm = Tensor::zeros(backend, (1, w.rows()))?;
+    let mut norm = Tensor::unwritten(backend, (1, w.rows()))?;
     let (a, b, scale) = (&adapter.a.tensor, &adapter.b.tensor, adapter.scaling());
     LoraRowNorm { w, a, b, scale, norm: &mut norm }.run(backend)?;
     Ok(norm)

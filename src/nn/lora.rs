@@ -32,21 +32,23 @@ impl<B: Backend> Tuned<B> {
     }
 
     /// Its parameters.
-    pub fn params(&self) -> Vec<&Param<B>> {
-        match self {
-            Tuned::Lora(adapter) => adapter.params().collect(),
-            Tuned::Bias(bias) => vec![bias],
-            Tuned::Whole(linear) => linear.params().collect(),
-        }
+    pub fn params(&self) -> impl Iterator<Item = &Param<B>> {
+        let (adapter, bias, whole) = match self {
+            Tuned::Lora(adapter) => (Some(adapter), None, None),
+            Tuned::Bias(bias) => (None, Some(bias), None),
+            Tuned::Whole(linear) => (None, None, Some(linear)),
+        };
+        adapter.into_iter().flat_map(Adapter::params).chain(bias).chain(whole.into_iter().flat_map(Linear::params))
     }
 
     /// Its parameters.
-    pub fn params_mut(&mut self) -> Vec<&mut Param<B>> {
-        match self {
-            Tuned::Lora(adapter) => adapter.params_mut().collect(),
-            Tuned::Bias(bias) => vec![bias],
-            Tuned::Whole(linear) => linear.params_mut().collect(),
-        }
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
+        let (adapter, bias, whole) = match self {
+            Tuned::Lora(adapter) => (Some(adapter), None, None),
+            Tuned::Bias(bias) => (None, Some(bias), None),
+            Tuned::Whole(linear) => (None, None, Some(linear)),
+        };
+        adapter.into_iter().flat_map(Adapter::params_mut).chain(bias).chain(whole.into_iter().flat_map(Linear::params_mut))
     }
 
     /// What it has in place of the layer's bias.
@@ -58,12 +60,20 @@ impl<B: Backend> Tuned<B> {
         }
     }
 
+    /// What takes the layer's place, if it does.
+    fn whole(&self) -> Option<&Linear<B>> {
+        match self {
+            Tuned::Whole(linear) => Some(linear),
+            Tuned::Lora(_) | Tuned::Bias(_) => None,
+        }
+    }
+
     fn is_whole(&self) -> bool {
-        matches!(self, Tuned::Whole(_))
+        self.whole().is_some()
     }
 
     fn set_trainable(&mut self, trainable: bool) {
-        self.params_mut().into_iter().for_each(|param| param.trainable = trainable);
+        self.params_mut().for_each(|param| param.trainable = trainable);
     }
 
     /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias in place of none.
@@ -288,15 +298,11 @@ impl<B: Backend> LoraLinear<B> {
         seed: Option<u64>,
         active: &[S],
     ) -> Result<Var> {
-        let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
-        let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
-        let merged = self.merged().filter_map(|name| self.part(name)).filter(|part| part.is_whole());
-        let parts: Vec<&Tuned<B>> = free.chain(merged).collect();
-        let whole = parts.iter().find_map(|part| if let Tuned::Whole(linear) = part { Some(linear) } else { None });
-        let base = whole.unwrap_or(&self.base);
-        let bias = parts.iter().find_map(|part| part.bias()).or(base.bias());
+        let parts = || self.taking_part(active);
+        let base = parts().find_map(Tuned::whole).unwrap_or(&self.base);
+        let bias = parts().find_map(Tuned::bias).or(base.bias());
         let mut y = None;
-        for (place, adapter) in parts.iter().filter_map(|part| part.adapter()).enumerate() {
+        for (place, adapter) in parts().filter_map(Tuned::adapter).enumerate() {
             // Each has a mask of its own; the seeds of layers and steps differ in their lower bits.
             let seed = seed.filter(|_| adapter.config.dropout > 0.0).map(|seed| seed ^ ((place as u64) << 48));
             let dropout = seed.map(|seed| Dropout::new(adapter.config.dropout, seed)).transpose()?;
@@ -311,6 +317,14 @@ impl<B: Backend> LoraLinear<B> {
             y = Some(y.map_or(Ok(update), |y| tape.add(y, update))?);
         }
         y.map_or_else(|| tape.linear(x, base.weight(), bias), Ok)
+    }
+
+    /// What has a say in the output: those of the active ones that are not merged, and one that takes the layer's place, merged or not.
+    fn taking_part<'m, S: AsRef<str>>(&'m self, active: &[S]) -> impl Iterator<Item = &'m Tuned<B>> {
+        let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
+        let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
+        let merged = self.merged().filter_map(|name| self.part(name)).filter(|part| part.is_whole());
+        free.chain(merged)
     }
 
     /// Makes room for a larger rank in the adapter of this name, if it is there.

@@ -101,15 +101,14 @@ impl<B: Backend> Mlp<B> {
     }
 
     /// Every parameter that a gradient may be found for: the base model's, then, layer by layer, the adapters'.
-    pub fn params_mut(&mut self) -> Vec<&mut Param<B>> {
-        let mut params = Vec::new();
-        for (_, layer) in &mut self.layers {
-            match layer {
-                Layer::Linear(linear) => params.extend(linear.params_mut()),
-                Layer::Lora(lora) => params.extend(lora.params_mut()),
-            }
-        }
-        params
+    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
+        self.layers.iter_mut().flat_map(|(_, layer)| {
+            let (linear, lora) = match layer {
+                Layer::Linear(linear) => (Some(linear), None),
+                Layer::Lora(lora) => (None, Some(lora)),
+            };
+            linear.into_iter().flat_map(Linear::params_mut).chain(lora.into_iter().flat_map(LoraLinear::params_mut))
+        })
     }
 
     /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.

@@ -83,10 +83,10 @@ fn of<B: Backend>(name: &str, lora: &LoraLinear<B>) -> LayerStatus {
         name: name.into(),
         active: lora.active().iter().any(|active| active == name),
         merged: lora.merged().any(|merged| merged == name),
-        trainable: part.params().iter().any(|param| param.trainable),
+        trainable: part.params().any(|param| param.trainable),
         rank: part.adapter().map(|adapter| adapter.config().rank),
         scaling: part.adapter().map(|adapter| adapter.scaling()),
-        parameters: part.params().into_iter().map(Param::count).sum(),
+        parameters: part.params().map(Param::count).sum(),
     };
     LayerStatus { name: name.into(), enabled: lora.is_enabled(), adapters: lora.parts().map(adapter).collect() }
 }

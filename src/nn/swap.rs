@@ -72,10 +72,10 @@ fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B
     if let (Tuned::Lora(there), Some(Tuned::Lora(new))) = (&mut *there, new) {
         return overwrite_adapter(backend, there, new);
     }
-    let params = there.params_mut();
+    let mut params = there.params_mut();
     match new {
-        Some(new) => params.into_iter().zip(new.params()).try_for_each(|(there, new)| write(backend, there, &new.tensor)),
-        None => params.into_iter().try_for_each(|there| {
+        Some(new) => params.zip(new.params()).try_for_each(|(there, new)| write(backend, there, &new.tensor)),
+        None => params.try_for_each(|there| {
             let zeros = vec![B::Elem::default(); there.count()];
             there.tensor.copy_from_slice(backend, &zeros)
         }),

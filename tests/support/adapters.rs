@@ -79,7 +79,7 @@ type State<E> = (Vec<E>, Vec<(u64, bool)>, Vec<Option<LoraConfig>>);
 pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
     let configs = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).map(|adapter| adapter.config().clone())).collect();
     let outputs = outputs(backend, model);
-    (outputs, model.params_mut().into_iter().map(|param| (param.id(), param.trainable)).collect(), configs)
+    (outputs, model.params_mut().map(|param| (param.id(), param.trainable)).collect(), configs)
 }
 
 /// The bits of the base weights and biases.

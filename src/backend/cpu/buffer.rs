@@ -5,28 +5,33 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Weak};
 
 use bytemuck::{Pod, Zeroable};
 
 use super::gemm::Packed;
+use super::idle::Idle;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
 /// One cache line. A boxed slice of them is memory aligned to 64 bytes, without a line of unsafe code.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(super) struct Line([u8; 64]);
 
-/// Elements in host memory, aligned to 64 bytes.
+/// Elements in host memory, aligned to 64 bytes. The memory goes back to where it came from when the buffer is dropped.
 pub struct Buffer<T: Element> {
     memory: Memory,
     len: usize,
+    /// Where the memory goes back to; where that is gone, to the system.
+    home: Weak<Idle>,
     element: PhantomData<T>,
     /// The same numbers as panels, until they are written.
     packed: Option<Box<Packed>>,
 }
 
-enum Memory {
+/// Bytes in whole cache lines.
+pub(super) enum Memory {
     Lines(Box<[Line]>),
     #[cfg(target_os = "linux")]
     Pages(memmap2::MmapMut),
@@ -38,7 +43,8 @@ const LARGE: usize = 4 << 20;
 
 impl Memory {
     /// All zeros; `None` if there is no room.
-    fn zeros(bytes: usize) -> Option<Self> {
+    pub(super) fn zeros(bytes: usize) -> Option<Self> {
+        let bytes = bytes.checked_next_multiple_of(size_of::<Line>())?;
         #[cfg(target_os = "linux")]
         if bytes >= LARGE {
             let pages = memmap2::MmapMut::map_anon(bytes).ok()?;
@@ -46,10 +52,20 @@ impl Memory {
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Some(Self::Pages(pages));
         }
-        bytemuck::try_zeroed_slice_box(bytes.div_ceil(64)).ok().map(Self::Lines)
+        bytemuck::try_zeroed_slice_box(bytes / size_of::<Line>()).ok().map(Self::Lines)
     }
 
-    fn bytes(&self) -> &[u8] {
+    /// How many bytes it has.
+    pub(super) fn len(&self) -> usize {
+        self.bytes().len()
+    }
+
+    /// Whether it has as many bytes, in whole lines.
+    pub(super) fn fits(&self, bytes: usize) -> bool {
+        bytes.checked_next_multiple_of(size_of::<Line>()) == Some(self.len())
+    }
+
+    pub(super) fn bytes(&self) -> &[u8] {
         match self {
             Self::Lines(lines) => bytemuck::cast_slice(lines),
             #[cfg(target_os = "linux")]
@@ -67,11 +83,34 @@ impl Memory {
 }
 
 impl<T: Element> Buffer<T> {
-    /// All zeros.
-    pub(crate) fn zeros(len: usize) -> Result<Self> {
-        let bytes = len.saturating_mul(size_of::<T>());
-        let memory = Memory::zeros(bytes).ok_or(Error::OutOfMemory { backend: "cpu", bytes })?;
-        Ok(Self { memory, len, element: PhantomData, packed: None })
+    /// All zeros, of the system's memory.
+    pub(super) fn zeros(len: usize) -> Result<Self> {
+        let memory = Memory::zeros(Self::bytes(len)).ok_or(Self::no_room(len))?;
+        Ok(Self { memory, len, home: Weak::new(), element: PhantomData, packed: None })
+    }
+
+    /// All zeros, in memory that was idle if there is such.
+    pub(super) fn zeros_of(idle: &Arc<Idle>, len: usize) -> Result<Self> {
+        let (mut buffer, used) = Self::take(idle, len)?;
+        if used {
+            buffer.memory.bytes_mut().fill(0);
+        }
+        Ok(buffer)
+    }
+
+    /// The same, whatever is in it, for who overwrites all of it. Debug builds make it NaN.
+    pub(super) fn unwritten(idle: &Arc<Idle>, len: usize) -> Result<Self> {
+        let (mut buffer, _) = Self::take(idle, len)?;
+        if cfg!(debug_assertions) {
+            buffer.memory.bytes_mut().fill(0xff);
+        }
+        Ok(buffer)
+    }
+
+    /// Memory, and whether somebody has used it before.
+    fn take(idle: &Arc<Idle>, len: usize) -> Result<(Self, bool)> {
+        let (memory, used) = idle.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
+        Ok((Self { memory, len, home: Arc::downgrade(idle), element: PhantomData, packed: None }, used))
     }
 
     /// What is kept of it as panels.
@@ -82,6 +121,22 @@ impl<T: Element> Buffer<T> {
     /// Keeps panels of it, until it is written.
     pub(super) fn keep(&mut self, packed: Packed) {
         self.packed = Some(Box::new(packed));
+    }
+
+    fn bytes(len: usize) -> usize {
+        len.saturating_mul(size_of::<T>())
+    }
+
+    fn no_room(len: usize) -> Error {
+        Error::OutOfMemory { backend: "cpu", bytes: Self::bytes(len) }
+    }
+}
+
+impl<T: Element> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        if let Some(idle) = self.home.upgrade() {
+            idle.give(std::mem::replace(&mut self.memory, Memory::Lines(Box::default())));
+        }
     }
 }
 

@@ -13,6 +13,7 @@ mod adam;
 mod buffer;
 mod dora;
 mod gemm;
+mod idle;
 mod linear;
 mod lora;
 mod pointwise;
@@ -23,6 +24,7 @@ mod verbs;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
+use idle::Idle;
 use scratch::Scratch;
 use simd::Unit;
 pub use simd::VectorUnit;
@@ -39,12 +41,14 @@ use crate::tensor::Tensor;
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
-/// Clones share the threads.
+/// Clones share the threads, and the memory: what a dropped tensor lay in is kept for the next of its size, at most as much as is
+/// in use, or 256 MiB.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
     engine: Engine,
     verbs: &'static Verbs<E>,
     pool: Option<Arc<rayon::ThreadPool>>,
+    idle: Arc<Idle>,
 }
 
 /// What computes: a vector unit, and memory to work in.
@@ -65,7 +69,7 @@ impl<E: Float> Cpu<E> {
             Err(_) => VectorUnit::best(),
         };
         let engine = Engine { unit: Unit::new(unit)?, scratch: Arc::default() };
-        Ok(Self { engine, verbs: Verbs::of()?, pool: None })
+        Ok(Self { engine, verbs: Verbs::of()?, pool: None, idle: Arc::default() })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
@@ -111,11 +115,15 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros(len)
+        Buffer::zeros_of(&self.idle, len)
+    }
+
+    fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::unwritten(&self.idle, len)
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = Buffer::zeros(host.len())?;
+        let mut buffer = Buffer::unwritten(&self.idle, host.len())?;
         buffer.copy_from_slice(host);
         Ok(buffer)
     }

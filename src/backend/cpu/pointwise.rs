@@ -10,6 +10,8 @@ use crate::op::{Accumulate, Add, CrossEntropy, Dropout, DropoutForward, Relu, Re
 
 /// Elements a task takes: enough to outweigh handing it over.
 pub(super) const CHUNK: usize = 1 << 14;
+/// Columns of a row that are worth coming for: 512 bytes of `f32`, and their sums stay in the first cache.
+const RUN: usize = 8 * LANES;
 
 /// `y = max(x, 0)`
 pub(super) fn relu<E: Float>(engine: &Engine, op: Relu<'_, Cpu<E>>) -> Result<()> {
@@ -127,8 +129,11 @@ impl<F: Float, T: Float> Kernel for ConvertChunk<'_, F, T> {
 /// `dbias[j] = Σ_i dy[i][j]`, row after row
 pub(super) fn column_sums<E: Float>(unit: Unit, dy: &[E], dbias: &mut [f32]) {
     let cols = dbias.len();
-    let task = |(chunk, sums): (usize, &mut [f32])| unit.run(ColumnSums { dy, cols, first: chunk * CHUNK, sums });
-    dbias.par_chunks_mut(CHUNK).enumerate().for_each(task);
+    // What a task reads of a row is a run of cache lines; how many do not matter to the bits, each column is a sum of its own.
+    let rows = dy.len() / cols.max(1);
+    let width = (4 * CHUNK / rows.max(1)).next_multiple_of(LANES).max(RUN);
+    let task = |(chunk, sums): (usize, &mut [f32])| unit.run(ColumnSums { dy, cols, first: chunk * width, sums });
+    dbias.par_chunks_mut(width).enumerate().for_each(task);
 }
 
 struct ColumnSums<'a, E> {

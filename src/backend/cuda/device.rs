@@ -6,7 +6,7 @@ use crate::error::Result;
 /// Memory, and launches of the kernels in [`ptx`](super::ptx).
 ///
 /// Calls may return before the device is done; it does what it is asked in that order, and [`read`](Self::read) waits.
-pub trait Device {
+pub trait Device: 'static {
     /// An allocation; dropping it frees it, once the launches that use it are done.
     type Memory;
 

@@ -7,7 +7,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use lowrank::autograd::{Gradients, Tape};
@@ -93,6 +93,22 @@ impl Iterator for &mut Steps {
     }
 }
 
+/// Each of two threads steals a task of the other's: rayon allocates a little when a thread does so for the first time, which on a
+/// busy machine may be long after the loop has warmed up.
+fn meet() {
+    let (first, second) = (AtomicBool::new(false), AtomicBool::new(false));
+    let wait = |met: &AtomicBool| {
+        while !met.load(Ordering::Acquire) {
+            std::thread::yield_now()
+        }
+    };
+    let steal = || {
+        first.store(true, Ordering::Release);
+        rayon::join(|| wait(&second), || second.store(true, Ordering::Release));
+    };
+    rayon::join(|| wait(&first), steal);
+}
+
 /// Runs a loop on one thread and on two: after the first steps it allocates nothing and maps no memory.
 fn assert_steady(what: &str, steps: usize, run: impl Fn(&mut Steps) -> Result<()> + Sync) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -101,7 +117,9 @@ fn assert_steady(what: &str, steps: usize, run: impl Fn(&mut Steps) -> Result<()
         let number = POOL.fetch_add(1, Ordering::Relaxed) + 1;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(move |_| MEMBER_OF.set(number));
         let mut counts = Steps { next: 0, last: WARM_UP + steps, allocations: 0, faults: 0 };
-        pool.build().unwrap().install(|| run(&mut counts)).unwrap();
+        let pool = pool.build().unwrap();
+        pool.install(|| (1..threads).for_each(|_| meet()));
+        pool.install(|| run(&mut counts)).unwrap();
         let Steps { allocations, faults, .. } = counts;
         println!("{what}: {allocations} allocations, {faults} page faults in {steps} steps on {threads} threads");
         assert_eq!(allocations, 0, "{what}: allocations in {steps} steps on {threads} threads");

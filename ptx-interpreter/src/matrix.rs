@@ -1,7 +1,7 @@
 //! Matrix fragments: which element of a matrix which register of which lane holds.
 
 use crate::WARP;
-use crate::decode::Half;
+use crate::op::Half;
 use crate::float;
 
 /// Lane of an 8×8 matrix of 16-bit elements that holds (row, col), and which half of its register.

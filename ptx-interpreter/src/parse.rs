@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use crate::decode::{Instruction, decode};
+use crate::decode::decode;
+use crate::op::Instruction;
 use crate::fault::ParseError;
 
 /// A PTX file: its kernels by name.

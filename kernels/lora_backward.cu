@@ -12,6 +12,7 @@ struct DyMemory {
 // parts are 16 times dh and 16 times dB, 8 MiB, which mostly stay in the L2 cache.
 KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, float* dh, float* db, float* dbias,
                          int m, int n, int r, int rows_a_share) {
+    let_next_begin();
     __shared__ __align__(16) DyMemory memory;
     Place place(m, n, r, rows_a_share);
     int col = place.first_col + int(threadIdx.x);
@@ -59,6 +60,8 @@ KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, f
 // dA = dhᵀ·drop(x), one part for every share of the rows
 KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned key1, unsigned threshold, float keep_scale,
                          float* da, int m, int k, int r, int rows_a_share) {
+    let_next_begin();
+    wait_for_launch_before();
     __shared__ __align__(16) Band band;
     Place place(m, k, r, rows_a_share);
     Dropout dropout{key0, key1, threshold, keep_scale};
@@ -82,6 +85,8 @@ KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned ke
 // to = Σ parts, in their order; for three outputs, an element a thread
 KERNEL(lora_backward_sum)(const float* parts0, const float* parts1, const float* parts2, float* to0, float* to1, float* to2,
                           size_t len0, size_t len1, size_t len2, int count0, int count1, int count2) {
+    let_next_begin();
+    wait_for_launch_before();
     size_t i = element();
     bool second = i >= len0, third = second && i - len0 >= len1;
     i -= third ? len0 + len1 : second ? len0 : 0;
@@ -99,6 +104,7 @@ KERNEL(lora_backward_sum)(const float* parts0, const float* parts1, const float*
 // dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums. Without W only the update.
 KERNEL(lora_backward_dx)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
                          unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+    wait_for_launch_before();
     Dropout dropout{key0, key1, threshold, keep_scale};
     Tile tile(m, k);
     tile.add(rows(dh, m, r), columns(a, k, r));

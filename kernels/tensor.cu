@@ -12,6 +12,7 @@ KERNEL(linear_backward_dw_tensor)(const E* x, const E* dy, float* dw, int m, int
 // y = x·Wᵀ + bias + scale·h·Bᵀ; without W only the update
 KERNEL(lora_forward_y_tensor)(const E* x, const E* w, const E* bias, const E* b, const float* h, float scale, E* y,
                               int m, int k, int n, int r) {
+    wait_for_launch_before();
     WideTile tile(m, n);
     tile.add_update(rows(h, m, r), rows(b, n, r));
     tile.scale(scale);
@@ -22,6 +23,7 @@ KERNEL(lora_forward_y_tensor)(const E* x, const E* w, const E* bias, const E* b,
 // dx = dy·W + drop(dh·A); without W only the update
 KERNEL(lora_backward_dx_tensor)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
                                 unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+    wait_for_launch_before();
     Dropout dropout{key0, key1, threshold, keep_scale};
     WideTile tile(m, k);
     tile.add_update(rows(dh, m, r), columns(a, k, r));

@@ -254,6 +254,12 @@ fn every_wait_is_needed_and_missed() {
     assert_caught(WAIT_FOR_PRODUCTS, &noticed, early);
 }
 
+/// For the launch before: it may still be writing h, or dh.
+#[test]
+fn every_wait_for_a_launch_is_needed_and_missed() {
+    assert_caught("griddepcontrol.wait", &["too early"], |_| String::new());
+}
+
 #[test]
 fn every_fence_is_needed_and_missed() {
     let removed = |_: &str| String::new();

@@ -66,7 +66,7 @@ fn every_kernel_ships_for_every_element_type() {
 fn ptx_names_no_machine() {
     for module in MODULES {
         let ptx = compiler::shipped(&kernels(), module).unwrap();
-        let comments = ptx.lines().filter(|line| line.contains("//")).count();
+        let comments = ptx.lines().filter(|line| line.contains("//") && !line.contains("//@ griddepcontrol")).count();
         assert!(comments == 1 && !ptx.contains(".file"), "{}", module.name);
     }
 }

@@ -1,5 +1,6 @@
 #include "band.cuh"
 #include "engine.cuh"
+#include "narrow_down.cuh"
 
 struct DyMemory {
     Band band;
@@ -111,4 +112,45 @@ KERNEL(lora_backward_dx)(const E* w, const E* a, const E* dy, const float* dh, u
     if (threshold > 0) tile.change([&](int i, int j, float sum) { return sum * dropout.factor(at(i, j, k)); });
     if (w) tile.add(rows(dy, m, n), columns(w, k, n));
     tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
+}
+
+constexpr int SMALL = 16;  // a rank up to which A comes early, and dh and A to shared memory
+
+// dx = dy·W + drop(dh·A) for few rows; without W only the update. It reads n·k + r·k elements from memory once for every 16 rows,
+// later ones from the L2 cache, and in each of the k/32 blocks m·n from there. dh is needed last: it is made while W passes by.
+KERNEL(lora_backward_dx_narrow)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
+                                unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+    __shared__ float made[ROWS][SMALL], across[SMALL][STRIP];
+    NarrowDown tile(dy, w, m, k, n);
+    bool small = r <= SMALL;
+    if (small) {
+#pragma unroll
+        for (int part = 0; part < SMALL * STRIP / THREADS; ++part) {
+            int d = int((part * THREADS + threadIdx.x) / STRIP), j = int((part * THREADS + threadIdx.x) % STRIP);
+            across[d][j] = element_or_zero(&a[at(d, tile.first_col + j, k)], d < r && tile.first_col + j < k);
+        }
+    }
+    tile.multiply_all();
+    wait_for_launch_before();
+    if (small) {
+        int row = tile.first_row + int(threadIdx.x / SMALL), rank = int(threadIdx.x % SMALL);
+        made[threadIdx.x / SMALL][rank] = row < m && rank < r ? dh[at(row, rank, r)] : 0.0f;
+        __syncthreads();
+    }
+    Dropout dropout{key0, key1, threshold, keep_scale};
+#pragma unroll 1
+    for (unsigned e = threadIdx.x; e < ROWS * STRIP; e += THREADS) {
+        int i = tile.first_row + int(e / STRIP), j = tile.first_col + int(e % STRIP);
+        if (i >= m || j >= k) continue;
+        float update = 0.0f;
+        if (small) {
+#pragma unroll 4
+            for (int d = 0; d < SMALL; ++d) update += made[e / STRIP][d] * across[d][e % STRIP];
+        } else {
+#pragma unroll 4
+            for (int d = 0; d < r; ++d) update += dh[at(i, d, r)] * widen(a[at(d, j, k)]);
+        }
+        float sum = tile.sum(int(e / STRIP), int(e % STRIP)) + dropout.factor(at(i, j, k)) * update;
+        store(&dx[at(i, j, k)], sum);
+    }
 }

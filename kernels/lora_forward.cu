@@ -31,7 +31,7 @@ KERNEL(lora_forward_h_narrow)(const E* x, const E* a, unsigned key0, unsigned ke
     let_next_begin();
     unsigned across = unsigned(r - 1) / RANKS + 1;
     int first_row = int(blockIdx.x / across) * ROWS, first_col = int(blockIdx.x % across) * RANKS;
-    Narrow<H_TILES, 1> tile{x, m, k, first_row};
+    Narrow<H_TILES, 1> tile(x, m, k, first_row);
 #pragma unroll
     for (int t = 0; t < H_TILES; ++t) {
         int j = first_col + t * GROUP + tile.group();
@@ -68,7 +68,7 @@ KERNEL(lora_forward_y_narrow)(const E* x, const E* w, const E* bias, const E* a,
     __shared__ float made[ROWS][RANKS], up[W_ROWS][RANKS + 1];
     unsigned down = unsigned(m - 1) / ROWS + 1;
     int first_row = int(blockIdx.x % down) * ROWS, first_col = int(blockIdx.x / down) * W_ROWS;
-    Narrow<W_TILES + A_TILES, STEPS> tile{x, m, k, first_row};
+    Narrow<W_TILES + A_TILES, STEPS> tile(x, m, k, first_row);
 #pragma unroll
     for (int t = 0; t < W_TILES + A_TILES; ++t) {
         int j = t * GROUP + tile.group(), row = t < W_TILES ? first_col + j : j - W_ROWS;

@@ -15,15 +15,16 @@ use support::oracle::Lora;
 use support::passes::{backward, forward};
 use support::suite::lora_is_exact_at;
 
-/// Both sides of every edge of the 128×128 tile, of its depth of 32 and of the stages that are fetched ahead.
-fn tensor_shapes() -> Vec<Dims> {
-    let shapes = [(127, 8, 128, 3), (128, 40, 136, 16), (129, 64, 8, 17), (1, 104, 120, 1), (16, 32, 264, 5), (33, 96, 16, 8)];
+/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of the stages that are fetched ahead; more rows than
+/// the narrow engine takes.
+fn wide_shapes() -> Vec<Dims> {
+    let shapes = [(127, 8, 128, 3), (128, 40, 136, 16), (129, 64, 8, 17), (65, 104, 120, 1), (80, 32, 264, 5), (97, 96, 16, 8)];
     shapes.into_iter().map(|(m, k, n, r)| Dims { m, k, n, r }).collect()
 }
 
-fn tensor_cores_are_exact_on_whole_numbers<E: Float>() {
-    let backend = Emulator::backend::<E>();
-    for (seed, dims) in tensor_shapes().into_iter().enumerate() {
+fn wide_products_are_exact_on_whole_numbers<E: Float>() {
+    let backend = Cuda::<E, _>::on(Emulator::with_one_multiprocessor(E::DTYPE));
+    for (seed, dims) in wide_shapes().into_iter().enumerate() {
         let layer = whole(dims, seed as u64);
         let want = layer.run();
         assert_exact(&format!("{dims:?} y"), &forward(&backend, &layer, None).unwrap().1, &want.y);
@@ -44,13 +45,26 @@ fn tensor_cores_are_exact_on_whole_numbers<E: Float>() {
     }
 }
 
-/// Both sides of every edge of the narrow engine (16 rows, 32 or 16 columns of y, 16 of h, 256 or 128 of the depth), of where it
-/// ends (64 rows, rank 16), of bands (256 columns, 16 rows, rank 16) and of merging (128 rows, 32 to 256 columns, rank 16).
+/// So which of them a GPU uses changes nothing.
+#[test]
+fn tiles_of_64_and_of_128_give_the_same_bits_in_f32() {
+    let (wide, small) = (Emulator::with_one_multiprocessor(DType::F32), Emulator::new(DType::F32));
+    let [wide, small] = [wide, small].map(Cuda::<f32, _>::on);
+    for dims in [Dims { m: 70, k: 68, n: 96, r: 18 }, Dims { m: 127, k: 12, n: 60, r: 3 }] {
+        let layer = random::<f32>(dims, 0.7, 3);
+        assert_eq!(forward(&wide, &layer, None).unwrap(), forward(&small, &layer, None).unwrap(), "{dims:?}");
+        assert_eq!(backward(&wide, &layer, None).unwrap(), backward(&small, &layer, None).unwrap(), "{dims:?}");
+    }
+}
+
+/// Both sides of every edge of the narrow engine (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for dx
+/// 128), of where it ends (64 rows, rank 16), of bands (256 columns, 16 rows, rank 16) and of merging (128 rows, 32 to 256 columns, rank 16).
 fn narrow_shapes() -> Vec<Dims> {
     let few_rows = [(1, 8, 1, 1), (15, 256, 31, 16), (16, 264, 32, 15), (17, 248, 33, 17), (64, 40, 32, 16), (65, 40, 33, 16)];
+    let back = [(1, 24, 120, 16), (15, 32, 128, 3), (17, 40, 136, 17), (64, 8, 264, 1), (65, 40, 8, 16)];
     let bands = [(17, 257, 255, 17), (33, 255, 257, 16), (16, 256, 256, 33), (2, 520, 65, 8), (3, 8, 0, 2), (0, 8, 3, 2)];
     let merges = [(1, 264, 127, 16), (1, 32, 129, 17), (1, 31, 128, 33), (1, 33, 129, 1)];
-    let all = [&few_rows[..], &bands, &merges].concat();
+    let all = [&few_rows[..], &back, &bands, &merges].concat();
     all.into_iter().map(|(m, k, n, r)| Dims { m, k, n, r }).collect()
 }
 
@@ -63,6 +77,8 @@ fn narrow_products_are_exact_on_whole_numbers<E: Float>() {
         let ((h, y), want) = (forward(&backend, &layer, Some(halves)).unwrap(), layer.run());
         assert_exact(&format!("{dims:?} h with dropout"), &h, &want.h);
         assert_exact(&format!("{dims:?} y with dropout"), &y, &want.y);
+        let (.., dx) = backward(&backend, &layer, Some(halves)).unwrap();
+        assert_exact(&format!("{dims:?} dx with dropout"), &dx, &want.dx);
     }
 }
 
@@ -102,27 +118,44 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
 }
 
 #[test]
-fn tensor_cores_are_exact_on_whole_numbers_f16() {
-    tensor_cores_are_exact_on_whole_numbers::<f16>();
+fn wide_products_are_exact_on_whole_numbers_f32() {
+    wide_products_are_exact_on_whole_numbers::<f32>();
 }
 
 #[test]
-fn tensor_cores_are_exact_on_whole_numbers_bf16() {
-    tensor_cores_are_exact_on_whole_numbers::<bf16>();
+fn wide_products_are_exact_on_whole_numbers_f16() {
+    wide_products_are_exact_on_whole_numbers::<f16>();
 }
 
 #[test]
-fn tensor_cores_round_within_bounds_and_drop_what_the_mask_says() {
-    let backend = Emulator::backend::<bf16>();
-    for (seed, dims) in tensor_shapes().into_iter().enumerate() {
+fn wide_products_are_exact_on_whole_numbers_bf16() {
+    wide_products_are_exact_on_whole_numbers::<bf16>();
+}
+
+fn products_round_within_bounds_and_drop_what_the_mask_says<E: Float>(shapes: &[Dims]) {
+    let backend = Cuda::<E, _>::on(Emulator::with_one_multiprocessor(E::DTYPE));
+    for (seed, &dims) in shapes.iter().enumerate() {
         let dropout = Dropout::new(0.3, seed as u64).unwrap();
-        let layer = Lora { mask: mask(dropout, dims.m, dims.k), ..random::<bf16>(dims, 0.7, seed as u64) };
+        let layer = Lora { mask: mask(dropout, dims.m, dims.k), ..random::<E>(dims, 0.7, seed as u64) };
         let (_, y) = forward(&backend, &layer, Some(dropout)).unwrap();
         let (.., dx) = backward(&backend, &layer, Some(dropout)).unwrap();
         let (want, size) = (layer.run(), layer.magnitudes().run());
         assert_within(&format!("{dims:?} y"), &y, &want.y, &size.y, dims.k + dims.r + 4);
         assert_within(&format!("{dims:?} dx"), &dx, &want.dx, &size.dx, dims.n + dims.r + 5);
     }
+}
+
+#[test]
+fn wide_products_round_within_bounds_and_drop_what_the_mask_says() {
+    products_round_within_bounds_and_drop_what_the_mask_says::<f32>(&wide_shapes());
+    products_round_within_bounds_and_drop_what_the_mask_says::<bf16>(&wide_shapes());
+}
+
+#[test]
+fn narrow_products_round_within_bounds_and_drop_what_the_mask_says() {
+    let shapes = [Dims { m: 3, k: 264, n: 200, r: 16 }, Dims { m: 33, k: 40, n: 264, r: 17 }];
+    products_round_within_bounds_and_drop_what_the_mask_says::<f32>(&shapes);
+    products_round_within_bounds_and_drop_what_the_mask_says::<bf16>(&shapes);
 }
 
 /// What a verb asks of the device.

@@ -3,7 +3,7 @@
 
 mod support;
 
-use lowrank::bf16;
+use lowrank::{Float, bf16};
 use support::data::Dims;
 use support::mutants::{Pass, Verdict, assert_faults, verdicts};
 
@@ -41,10 +41,17 @@ const TALL: Dims = Dims { m: 4300, k: 8, n: 8, r: 2 };
 fn every_barrier_is_needed_and_missed() {
     let (removed, reasons) = (["bar.sync \t0;", ""], ["race", "nothing wrote", "asynchronous copy"]);
     assert_faults::<f32>("lora_forward_y", removed, Pass::Forward, QUARTERS[0], &reasons);
-    assert_faults::<bf16>("lora_backward_dx_tensor", removed, Pass::Backward, ALIGNED, &reasons);
+    assert_faults::<bf16>("lora_backward_dx_wide", removed, Pass::Backward, ALIGNED, &reasons);
     let few_rows = Dims { m: 5, k: 64, n: 40, r: 9 };
     assert_faults::<bf16>("lora_forward_y_narrow", removed, Pass::Forward, few_rows, &reasons);
     assert_faults::<f32>("lora_forward_h_narrow", removed, Pass::Forward, few_rows, &reasons);
+    for dims in [few_rows, Dims { m: 17, k: 72, n: 264, r: 17 }] {
+        assert_faults::<f32>("lora_backward_dx_narrow", removed, Pass::Backward, dims, &reasons);
+        assert_faults::<bf16>("lora_backward_dx_narrow", removed, Pass::Backward, dims, &reasons);
+    }
+    let wide = Dims { m: 70, k: 68, n: 72, r: 18 };
+    assert_faults::<f32>("lora_forward_y_wide", removed, Pass::Forward, wide, &reasons);
+    assert_faults::<f32>("lora_backward_dx_wide", removed, Pass::Backward, wide, &reasons);
     for kernel in ["lora_backward_dy", "lora_backward_da"] {
         assert_faults::<f32>(kernel, removed, Pass::Backward, TALL, &reasons);
     }
@@ -74,25 +81,51 @@ fn every_bound_that_is_off_by_one_is_caught() {
 #[test]
 fn a_copy_that_is_not_waited_for_is_caught() {
     let early = ["cp.async.wait_group 1;", "cp.async.wait_group 2;"];
-    assert_faults::<bf16>("lora_forward_y_tensor", early, Pass::Forward, ALIGNED, &["asynchronous copy"]);
+    assert_faults::<bf16>("lora_forward_y_wide", early, Pass::Forward, ALIGNED, &["asynchronous copy"]);
+    assert_faults::<f32>("lora_forward_y_wide", early, Pass::Forward, ALIGNED, &["asynchronous copy"]);
+    assert_faults::<f32>("lora_backward_dx_wide", early, Pass::Backward, ALIGNED, &["asynchronous copy"]);
 }
 
 #[test]
 fn a_wrong_address_is_caught() {
     // Fragments with rows and columns exchanged; copies of 16 bytes from one element further.
     let (rows, columns) = ("x4.shared.b16 {", "x4.trans.shared.b16 {");
-    let exchanged = verdicts::<bf16>("lora_forward_y_tensor", rows, columns, Pass::Forward, &[ALIGNED]);
+    let exchanged = verdicts::<bf16>("lora_forward_y_wide", rows, columns, Pass::Forward, &[ALIGNED]);
     assert!(exchanged.iter().all(|verdict| *verdict == Verdict::WrongResult), "{exchanged:?}");
     let further = ["], 16, %r", "+2], 16, %r"];
-    assert_faults::<bf16>("lora_backward_dx_tensor", further, Pass::Backward, ALIGNED, &["misaligned"]);
+    assert_faults::<bf16>("lora_backward_dx_wide", further, Pass::Backward, ALIGNED, &["misaligned"]);
+}
+
+/// Asserts that every mutant is noticed, whether with a fault or by its result.
+fn assert_noticed<E: Float>(kernel: &str, [from, to]: [&str; 2], pass: Pass, shapes: &[Dims]) {
+    let verdicts = verdicts::<E>(kernel, from, to, pass, shapes);
+    assert!(verdicts.iter().all(|verdict| *verdict != Verdict::Survives), "{kernel}: `{to}` for `{from}`: {verdicts:?}");
 }
 
 #[test]
 fn products_of_the_wrong_part_are_caught() {
-    // A product of some tile that is left out, in steps of the depth that come in pairs; a load with its guard the wrong way round.
-    let few_rows = [1000, 520].map(|k| Dims { m: 13, k, n: 40, r: 12 });
-    for [from, to] in [["mma.sync.aligned", "// "], ["@has ld.global.nc", "@!has ld.global.nc"]] {
-        let verdicts = verdicts::<bf16>("lora_forward_y_narrow", from, to, Pass::Forward, &few_rows);
-        assert!(verdicts.iter().all(|verdict| *verdict != Verdict::Survives), "`{to}` for `{from}`: {verdicts:?}");
+    // A product of some tile that is left out, in steps of the depth that come in pairs or fours; a load with its guard the wrong way
+    // round; for dx also elements of neighbouring columns that are exchanged.
+    let few_rows = [1000, 520].map(|depth| Dims { m: 13, k: depth, n: 40, r: 12 });
+    let back = [520, 128].map(|depth| Dims { m: 13, k: 40, n: depth, r: 12 });
+    let (product, guard) = (["mma.sync.aligned", "// "], ["@has ld.global.nc", "@!has ld.global.nc"]);
+    for change in [product, guard] {
+        assert_noticed::<bf16>("lora_forward_y_narrow", change, Pass::Forward, &few_rows);
+        assert_noticed::<bf16>("lora_backward_dx_narrow", change, Pass::Backward, &back);
     }
+    assert_noticed::<f32>("lora_backward_dx_narrow", guard, Pass::Backward, &back);
+    assert_noticed::<f32>("lora_forward_h_narrow", guard, Pass::Forward, &few_rows);
+    for exchanged in [["30258;", "21520;"], ["21520;", "30258;"]] {
+        assert_noticed::<bf16>("lora_backward_dx_narrow", exchanged, Pass::Backward, &back[1..]);
+    }
+}
+
+#[test]
+fn products_that_are_left_out_are_caught() {
+    let left_out = ["fma.rn.f32", "// "];
+    let few_rows = Dims { m: 16, k: 40, n: 264, r: 16 };
+    assert_noticed::<f32>("lora_backward_dx_narrow", left_out, Pass::Backward, &[few_rows, Dims { r: 17, ..few_rows }]);
+    assert_noticed::<f32>("lora_forward_y_wide", left_out, Pass::Forward, &[Dims { m: 97, k: 32, n: 128, r: 3 }]);
+    assert_noticed::<f32>("lora_backward_dy", left_out, Pass::Backward, &[Dims { m: 33, k: 8, n: 256, r: 16 }]);
+    assert_noticed::<f32>("lora_backward_da", left_out, Pass::Backward, &[Dims { m: 33, k: 256, n: 8, r: 16 }]);
 }

@@ -49,11 +49,11 @@ fn overlapping_launches_are_exact_on_whole_numbers_bf16() {
 const WAITS: [(DType, &str, Pass, Dims); 7] = [
     (DType::F32, "lora_forward_y", Pass::Forward, SHAPES[2]),
     (DType::F32, "lora_forward_y_narrow", Pass::Forward, SHAPES[0]),
-    (DType::BF16, "lora_forward_y_tensor", Pass::Forward, SHAPES[3]),
+    (DType::BF16, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::F32, "lora_backward_sum", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_da", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_dx", Pass::Backward, SHAPES[2]),
-    (DType::BF16, "lora_backward_dx_tensor", Pass::Backward, SHAPES[3]),
+    (DType::BF16, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
 ];
 const WAIT: &str = "//@ griddepcontrol.wait;";
 

@@ -21,7 +21,7 @@ fn entries(module: compiler::Module) -> Vec<String> {
     let dtypes = [DType::F32, DType::F16, DType::BF16];
     let dtype = dtypes.into_iter().find(|dtype| dtype.to_string() == module.element).unwrap();
     let stems: Vec<_> = match module.target {
-        Target::Every => plan::kernels(dtype).collect(),
+        Target::Every => plan::KERNELS.to_vec(),
         Target::Hopper => hopper::kernels().collect(),
     };
     stems.into_iter().map(|stem| format!("{stem}_{dtype}")).collect()

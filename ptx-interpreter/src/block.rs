@@ -6,11 +6,11 @@ use crate::WARP;
 use crate::access::Copies;
 use crate::barrier::Barriers;
 use crate::bulk::{Load, Stores};
-use crate::op::{Address, Half, Instruction, Op, Operand, Shuffle};
 use crate::fault::Kind;
 use crate::launch::Context;
 use crate::matrix;
 use crate::memory::Memory;
+use crate::op::{Address, Half, Instruction, Op, Operand, Shuffle};
 use crate::scalar::{Function, Row};
 use crate::shadow::Moment;
 use crate::warp::{Registers, Wait, Warp, lanes};
@@ -273,7 +273,6 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
         }
         Ok(())
     }
-
 }
 
 fn scalar(registers: &mut Registers<'_>, active: u32, f: Function, to: u32, from: &[Operand; 4]) {

@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 
 use crate::WARP;
 use crate::block::{Cluster, Step};
-use crate::op::{Address, Op, Operand};
 use crate::fault::Kind;
 use crate::launch::{Arg, Tiles};
+use crate::op::{Address, Op, Operand};
 use crate::product::swizzle;
 use crate::shadow::Moment;
 use crate::warp::lanes;

@@ -89,13 +89,7 @@ impl Launch {
     /// The same as a programmatic dependent launch: launches with the number `pending` and larger ones may not have ended when it
     /// begins. Until a thread has executed `griddepcontrol.wait` it must not read what they wrote, nor write anything; and a block
     /// none of whose threads waits would let its own dependents begin too early.
-    pub fn run_after(
-        self,
-        pending: Option<u32>,
-        module: &Module,
-        kernel: &str,
-        args: &mut [Arg<'_>],
-    ) -> Result<Report, Fault> {
+    pub fn run_after(self, pending: Option<u32>, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
         let fault = |reason: String| Fault { kernel: kernel.into(), line: 0, block: 0, thread: 0, kind: Kind::BadLaunch(reason) };
         let kernel = module.kernel(kernel).ok_or_else(|| fault("there is no such kernel".into()))?;
         self.fits(kernel).map_err(fault)?;

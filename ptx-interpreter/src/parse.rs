@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use crate::decode::decode;
-use crate::op::Instruction;
 use crate::fault::ParseError;
+use crate::op::Instruction;
 
 /// A PTX file: its kernels by name.
 pub struct Module {

@@ -32,6 +32,12 @@ impl Emulator {
         Self { module, hopper: None, gpu, dtype, pending: Cell::default() }
     }
 
+    /// Of one multiprocessor: no output is too small for wide tiles.
+    pub fn with_one_multiprocessor(dtype: DType) -> Self {
+        let emulator = Self::new(dtype);
+        Self { gpu: Gpu { multiprocessors: 1, ..emulator.gpu }, ..emulator }
+    }
+
     /// As a Hopper GPU, of four multiprocessors: two clusters, and fewer than the larger shapes have tiles.
     pub fn hopper(dtype: DType) -> Self {
         static MODULES: [OnceLock<[Module; 2]>; 3] = [const { OnceLock::new() }; 3];
@@ -51,9 +57,9 @@ impl Emulator {
         Self { gpu: Gpu { capability: (major, minor), ..self.gpu }, ..self }
     }
 
-    /// With other PTX.
+    /// With other PTX, on one multiprocessor.
     pub fn with_ptx(dtype: DType, ptx: &str) -> Self {
-        Self { module: Ptx::Changed(parse(dtype, ptx)), ..Self::new(dtype) }
+        Self { module: Ptx::Changed(parse(dtype, ptx)), ..Self::with_one_multiprocessor(dtype) }
     }
 
     /// As a GPU that came after Hopper, with other PTX.

@@ -11,7 +11,7 @@ use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
-use super::plan::{Plan, kernels};
+use super::plan::{KERNELS, Plan};
 use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -64,7 +64,8 @@ impl Driver {
         let overlaps = hopper_or_later && version()? >= OVERLAPS_IN_GRAPHS;
         let ptx = if hopper_or_later { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
         let module = load(stream.context(), &ptx)?;
-        let mut functions: HashMap<_, _> = kernels(dtype).map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
+        let mut functions: HashMap<_, _> =
+            KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
             let module = load(stream.context(), ptx)?;
             for kernel in hopper::kernels() {

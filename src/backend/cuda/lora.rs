@@ -3,7 +3,7 @@
 use super::device::{Arg, Device};
 use super::hopper;
 use super::linear::sizes;
-use super::plan::{self, bands, pointwise, product, size};
+use super::plan::{self, bands, pointwise, size};
 use super::{Chain, Cuda, memory_mut, read, read_if, write};
 use crate::element::Float;
 use crate::error::Result;
@@ -13,7 +13,7 @@ use crate::tensor::Shape;
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`: one launch, or two that overlap
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_, Cuda<E, D>>) -> Result<()> {
     let ([m, k, n], r) = (sizes(op.x, op.b)?, size(op.a.rows())?);
-    let plan = plan::forward(E::DTYPE, [m, k, n], r, op.dropout.is_some())?;
+    let plan = plan::forward(cuda.device.gpu(), E::DTYPE, [m, k, n], r, op.dropout.is_some())?;
     let mut chain = cuda.chain();
     if let Some(to_h) = plan.h {
         let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
@@ -32,7 +32,7 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<'_, Cuda<E, D>>) -> Result<()> {
     let ([m, k, n], r) = (sizes(op.x, op.b)?, size(op.a.rows())?);
     let (from_dy, from_x) = (bands("lora_backward_dy", [m, n], r)?, bands("lora_backward_da", [m, k], r)?);
-    let to_dx = product(E::DTYPE, "lora_backward_dx", [m, k], [n, k])?;
+    let to_dx = plan::backward_dx(cuda.device.gpu(), E::DTYPE, [m, k, n])?;
     let mut dh = cuda.scratch(op.x.rows(), op.a.rows())?.memory;
     let mut of_dh = Parts::new(cuda, [m, r], from_dy.bands)?;
     let mut of_db = Parts::new(cuda, [n, r], from_dy.shares)?;

@@ -46,13 +46,17 @@ fn overlapping_launches_are_exact_on_whole_numbers_bf16() {
 }
 
 /// A kernel that waits, and a layer that launches it second or later.
-const WAITS: [(DType, &str, Pass, Dims); 7] = [
+const WAITS: [(DType, &str, Pass, Dims); 11] = [
     (DType::F32, "lora_forward_y", Pass::Forward, SHAPES[2]),
     (DType::F32, "lora_forward_y_narrow", Pass::Forward, SHAPES[0]),
+    (DType::F32, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::BF16, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::F32, "lora_backward_sum", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_da", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_dx", Pass::Backward, SHAPES[2]),
+    (DType::F32, "lora_backward_dx_narrow", Pass::Backward, SHAPES[0]),
+    (DType::BF16, "lora_backward_dx_narrow", Pass::Backward, SHAPES[1]),
+    (DType::F32, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
     (DType::BF16, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
 ];
 const WAIT: &str = "//@ griddepcontrol.wait;";

@@ -44,17 +44,15 @@ impl Emulator {
         let of_any_gpu = || parse(dtype, &cuda::from_hopper_on(cuda::ptx(dtype)));
         let of_hopper = || parse(dtype, cuda::hopper_ptx(dtype).unwrap_or_default());
         let [module, hopper] = MODULES[dtype as usize].get_or_init(|| [of_any_gpu(), of_hopper()]);
-        let emulator = Self { module: Ptx::Shipped(module), hopper: Some(Ptx::Shipped(hopper)), ..Self::new(dtype) };
-        emulator.with_capability(9, 0)
+        let emulator = Self::new(dtype);
+        let gpu = Gpu { capability: (9, 0), ..emulator.gpu };
+        Self { module: Ptx::Shipped(module), hopper: Some(Ptx::Shipped(hopper)), gpu, ..emulator }
     }
 
-    /// As a GPU that came after Hopper: launches overlap, but it runs no kernels for Hopper.
+    /// As a GPU that came after Hopper, of one multiprocessor: launches overlap, but it runs no kernels for Hopper.
     pub fn younger(dtype: DType) -> Self {
-        Self { hopper: None, ..Self::hopper(dtype) }.with_capability(10, 0)
-    }
-
-    fn with_capability(self, major: u32, minor: u32) -> Self {
-        Self { gpu: Gpu { capability: (major, minor), ..self.gpu }, ..self }
+        let emulator = Self::hopper(dtype);
+        Self { hopper: None, gpu: Gpu { capability: (10, 0), multiprocessors: 1 }, ..emulator }
     }
 
     /// With other PTX, on one multiprocessor.

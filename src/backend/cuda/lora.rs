@@ -87,8 +87,11 @@ impl<M> Parts<M> {
     }
 }
 
+/// Parts and their output; None: it has none.
+type Output<'a, M> = (&'a Parts<M>, Option<&'a mut M>);
+
 /// Adds up what lies in parts, if anything does, in one launch.
-fn add_parts<D: Device>(chain: &mut Chain<'_, D>, outputs: [(&Parts<D::Memory>, Option<&mut D::Memory>); 3]) -> Result<()> {
+fn add_parts<D: Device>(chain: &mut Chain<'_, D>, outputs: [Output<'_, D::Memory>; 3]) -> Result<()> {
     let (lens, counts) = (outputs.each_ref().map(|(parts, _)| parts.len), outputs.each_ref().map(|(parts, _)| parts.count));
     let plan = pointwise("lora_backward_sum", Shape { rows: lens.iter().sum::<u64>() as usize, cols: 1 })?;
     let parts = outputs.each_ref().map(|(parts, _)| parts.memory.as_ref().map_or(Arg::Null, Arg::Read));

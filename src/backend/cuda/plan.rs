@@ -44,7 +44,7 @@ pub const BLOCKS: u32 = 264;
 /// A kernel, and how its work is spread over the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Which of [`kernels`]; the symbol is this and the element type, such as `lora_merge_bf16`.
+    /// Which of [`KERNELS`]; the symbol is this and the element type, such as `lora_merge_bf16`.
     pub kernel: &'static str,
     /// Blocks; 0 if there is nothing to do.
     pub grid: u32,

@@ -114,7 +114,7 @@ fn products_of_the_wrong_part_are_caught() {
     assert_noticed::<f32>("lora_backward_dx_narrow", guard, Pass::Backward, &back);
     assert_noticed::<f32>("lora_forward_h_narrow", guard, Pass::Forward, &few_rows);
     for exchanged in [["30258;", "21520;"], ["21520;", "30258;"]] {
-        assert_noticed::<bf16>("lora_backward_dx_narrow", exchanged, Pass::Backward, &back[1..]);
+        assert_noticed::<bf16>("lora_backward_dx_narrow", exchanged, Pass::Backward, &back);
     }
 }
 

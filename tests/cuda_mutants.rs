@@ -45,8 +45,10 @@ fn every_barrier_is_needed_and_missed() {
     let few_rows = Dims { m: 5, k: 64, n: 40, r: 9 };
     assert_faults::<bf16>("lora_forward_y_narrow", removed, Pass::Forward, few_rows, &reasons);
     assert_faults::<f32>("lora_forward_h_narrow", removed, Pass::Forward, few_rows, &reasons);
-    assert_faults::<f32>("lora_backward_dx_narrow", removed, Pass::Backward, few_rows, &reasons);
-    assert_faults::<bf16>("lora_backward_dx_narrow", removed, Pass::Backward, few_rows, &reasons);
+    // Its sums are waited for at a barrier of their own, or at that for dh, which only small ranks have.
+    let ranks = [few_rows, Dims { r: 17, ..few_rows }];
+    assert_noticed::<f32>("lora_backward_dx_narrow", removed, Pass::Backward, &ranks);
+    assert_noticed::<bf16>("lora_backward_dx_narrow", removed, Pass::Backward, &ranks);
     let wide = Dims { m: 70, k: 68, n: 72, r: 18 };
     assert_faults::<f32>("lora_forward_y_wide", removed, Pass::Forward, wide, &reasons);
     assert_faults::<f32>("lora_backward_dx_wide", removed, Pass::Backward, wide, &reasons);

@@ -1,4 +1,4 @@
-//! Launches of a verb that overlap, as they do from Hopper on: the kernels wait before they touch what the launch before may be using.
+//! Launches of a verb that overlap, as they do from Hopper on: kernels wait before they touch what the launch before may be using.
 #![cfg(feature = "cuda")]
 
 mod support;

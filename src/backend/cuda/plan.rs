@@ -32,8 +32,8 @@ pub const NORMS: u32 = 4;
 /// The largest size: kernels count in `int`, round up to whole tiles, and fetch ahead.
 pub const MAX_SIZE: u32 = (1 << 31) - 2 * WIDE;
 
-/// Up to so many rows `y` and `dx` are made by the narrow engine. It reads `W` once for every 16 rows, three times of four from the L2 cache:
-/// 64 rows of a bf16 layer of 4096² are 4·33.5 MB, 25 µs at 5.5 TB/s. The tiles of 128×128 are 32 there, on 132 multiprocessors,
+/// Up to so many rows `y` and `dx` are made by the narrow engine. It reads `W` once for every 16 rows, three times of four from the
+/// L2 cache: 64 rows of a bf16 layer of 4096² are 4·33.5 MB, 25 µs at 5.5 TB/s. The tiles of 128×128 are 32 there, on 132 multiprocessors,
 /// and each walks through 32 KiB of `W` and `x` for every 64 of depth: 64 steps of about 1 µs. At 128 rows the two come out even.
 /// A guess until it is measured.
 pub const FEW_ROWS: u32 = 64;

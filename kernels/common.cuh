@@ -14,6 +14,19 @@ constexpr int BLOCKS = 2;
 constexpr int WARP = 32;
 constexpr int WARPS = THREADS / WARP;
 
+// From Hopper on a launch of a verb may begin before the one before it has ended (programmatic dependent launch): its blocks come
+// as soon as all blocks of that one have called `let_next_begin` or ended. `wait_for_launch_before` returns when that one has ended
+// and what it wrote is there; since that one waited too, this holds for all launches of the verb before. What no launch of the verb
+// writes (x, W, A, B, dy) may be read before; nothing may be written before. Older GPUs know neither instruction: to them they are
+// comments, `//@` in the PTX that ships, and `cuda::from_hopper_on` makes instructions of these.
+#if __CUDA_ARCH__ >= 900
+#define FROM_HOPPER_ON ""
+#else
+#define FROM_HOPPER_ON "//@ "
+#endif
+__device__ inline void let_next_begin() { asm volatile(FROM_HOPPER_ON "griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_launch_before() { asm volatile(FROM_HOPPER_ON "griddepcontrol.wait;" ::: "memory"); }
+
 // Divided before they become signed: then dividing is shifting.
 __device__ inline int lane() { return int(threadIdx.x % WARP); }
 __device__ inline int warp() { return int(threadIdx.x / WARP); }

@@ -255,6 +255,7 @@ __device__ void add_up(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap&
     unsigned chunk_parity = 0;
     int chunks = (update.lhs.depth + THIN - 1) / THIN, half = int(threadIdx.x) / GROUP - 1;
     bool speaks = threadIdx.x % WARP == 0;  // for its warp, which has read what may be written over
+    wait_for_launch_before();               // for lhs of the update; the first panels come meanwhile
     tiles.each([&](int first_row, int first_col) {
         GroupSums<COLS, ALONG> sums{shared, half, first_row, first_col, {}};
         float lhs[THIN / 8][4];

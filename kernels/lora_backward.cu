@@ -1,5 +1,6 @@
 #include "band.cuh"
 #include "engine.cuh"
+#include "narrow_down.cuh"
 
 struct DyMemory {
     Band band;
@@ -12,6 +13,7 @@ struct DyMemory {
 // parts are 16 times dh and 16 times dB, 8 MiB, which mostly stay in the L2 cache.
 KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, float* dh, float* db, float* dbias,
                          int m, int n, int r, int rows_a_share) {
+    let_next_begin();
     __shared__ __align__(16) DyMemory memory;
     Place place(m, n, r, rows_a_share);
     int col = place.first_col + int(threadIdx.x);
@@ -59,6 +61,8 @@ KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, f
 // dA = dhᵀ·drop(x), one part for every share of the rows
 KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned key1, unsigned threshold, float keep_scale,
                          float* da, int m, int k, int r, int rows_a_share) {
+    let_next_begin();
+    wait_for_launch_before();
     __shared__ __align__(16) Band band;
     Place place(m, k, r, rows_a_share);
     Dropout dropout{key0, key1, threshold, keep_scale};
@@ -82,6 +86,8 @@ KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned ke
 // to = Σ parts, in their order; for three outputs, an element a thread
 KERNEL(lora_backward_sum)(const float* parts0, const float* parts1, const float* parts2, float* to0, float* to1, float* to2,
                           size_t len0, size_t len1, size_t len2, int count0, int count1, int count2) {
+    let_next_begin();
+    wait_for_launch_before();
     size_t i = element();
     bool second = i >= len0, third = second && i - len0 >= len1;
     i -= third ? len0 + len1 : second ? len0 : 0;
@@ -99,10 +105,52 @@ KERNEL(lora_backward_sum)(const float* parts0, const float* parts1, const float*
 // dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums. Without W only the update.
 KERNEL(lora_backward_dx)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
                          unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+    wait_for_launch_before();
     Dropout dropout{key0, key1, threshold, keep_scale};
     Tile tile(m, k);
     tile.add(rows(dh, m, r), columns(a, k, r));
     if (threshold > 0) tile.change([&](int i, int j, float sum) { return sum * dropout.factor(at(i, j, k)); });
     if (w) tile.add(rows(dy, m, n), columns(w, k, n));
     tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
+}
+
+constexpr int SMALL = 16;  // a rank up to which A comes early, and dh and A to shared memory
+
+// dx = dy·W + drop(dh·A) for few rows; without W only the update. It reads n·k + r·k elements from memory once for every 16 rows,
+// later ones from the L2 cache, and in each of the k/32 blocks m·n from there. dh is needed last: it is made while W passes by.
+KERNEL(lora_backward_dx_narrow)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
+                                unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+    __shared__ float made[ROWS][SMALL], across[SMALL][STRIP];
+    NarrowDown tile(dy, w, m, k, n);
+    bool small = r <= SMALL;
+    if (small) {
+#pragma unroll
+        for (int part = 0; part < SMALL * STRIP / THREADS; ++part) {
+            int d = int((part * THREADS + threadIdx.x) / STRIP), j = int((part * THREADS + threadIdx.x) % STRIP);
+            across[d][j] = element_or_zero(&a[at(d, tile.first_col + j, k)], d < r && tile.first_col + j < k);
+        }
+    }
+    tile.multiply_all();
+    wait_for_launch_before();
+    if (small) {
+        int row = tile.first_row + int(threadIdx.x / SMALL), rank = int(threadIdx.x % SMALL);
+        made[threadIdx.x / SMALL][rank] = row < m && rank < r ? dh[at(row, rank, r)] : 0.0f;
+        __syncthreads();
+    }
+    Dropout dropout{key0, key1, threshold, keep_scale};
+#pragma unroll 1
+    for (unsigned e = threadIdx.x; e < ROWS * STRIP; e += THREADS) {
+        int i = tile.first_row + int(e / STRIP), j = tile.first_col + int(e % STRIP);
+        if (i >= m || j >= k) continue;
+        float update = 0.0f;
+        if (small) {
+#pragma unroll 4
+            for (int d = 0; d < SMALL; ++d) update += made[e / STRIP][d] * across[d][e % STRIP];
+        } else {
+#pragma unroll 4
+            for (int d = 0; d < r; ++d) update += dh[at(i, d, r)] * widen(a[at(d, j, k)]);
+        }
+        float sum = tile.sum(int(e / STRIP), int(e % STRIP)) + dropout.factor(at(i, j, k)) * update;
+        store(&dx[at(i, j, k)], sum);
+    }
 }

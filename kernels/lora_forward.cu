@@ -4,6 +4,7 @@
 // h = drop(x)·Aᵀ, for any shape
 KERNEL(lora_forward_h)(const E* x, const E* a, unsigned key0, unsigned key1, unsigned threshold, float keep_scale, float* h,
                        int m, int k, int r) {
+    let_next_begin();
     Tile tile(m, r);
     tile.add(drop(rows(x, m, k), {key0, key1, threshold, keep_scale}), rows(a, r, k));
     tile.each([&](int i, int j, float sum) { h[at(i, j, r)] = sum; });
@@ -12,6 +13,7 @@ KERNEL(lora_forward_h)(const E* x, const E* a, unsigned key0, unsigned key1, uns
 // y = x·Wᵀ + bias + scale·h·Bᵀ, for any shape; without W only the update
 KERNEL(lora_forward_y)(const E* x, const E* w, const E* bias, const E* b, const float* h, float scale, E* y,
                        int m, int k, int n, int r) {
+    wait_for_launch_before();
     Tile tile(m, n);
     tile.add(rows(h, m, r), rows(b, n, r));
     tile.scale(scale);
@@ -26,9 +28,10 @@ constexpr int H_TILES = RANKS / GROUP;
 // Blocks are numbered along the rows of h. In f32 nothing is dropped here: each lane would need the mask of 16 rows.
 KERNEL(lora_forward_h_narrow)(const E* x, const E* a, unsigned key0, unsigned key1, unsigned threshold, float keep_scale,
                               float* h, int m, int k, int r) {
+    let_next_begin();
     unsigned across = unsigned(r - 1) / RANKS + 1;
     int first_row = int(blockIdx.x / across) * ROWS, first_col = int(blockIdx.x % across) * RANKS;
-    Narrow<H_TILES, 1> tile{x, m, k, first_row};
+    Narrow<H_TILES, 1> tile(x, m, k, first_row);
 #pragma unroll
     for (int t = 0; t < H_TILES; ++t) {
         int j = first_col + t * GROUP + tile.group();
@@ -65,14 +68,14 @@ KERNEL(lora_forward_y_narrow)(const E* x, const E* w, const E* bias, const E* a,
     __shared__ float made[ROWS][RANKS], up[W_ROWS][RANKS + 1];
     unsigned down = unsigned(m - 1) / ROWS + 1;
     int first_row = int(blockIdx.x % down) * ROWS, first_col = int(blockIdx.x / down) * W_ROWS;
-    Narrow<W_TILES + A_TILES, STEPS> tile{x, m, k, first_row};
+    Narrow<W_TILES + A_TILES, STEPS> tile(x, m, k, first_row);
 #pragma unroll
     for (int t = 0; t < W_TILES + A_TILES; ++t) {
         int j = t * GROUP + tile.group(), row = t < W_TILES ? first_col + j : j - W_ROWS;
         const E* matrix = t < W_TILES ? w : a;
         tile.line[t] = matrix && row < (t < W_TILES ? n : r) ? &matrix[at(row, 0, k)] : nullptr;
     }
-    // What the update needs is on its way while W passes by. Zeros beyond the rank.
+    // B is on its way while W passes by. Zeros beyond the rank.
     bool makes_h = A_TILES > 0 && a, small = r <= RANKS;
     int rank = int(threadIdx.x % RANKS), row = first_row + int(threadIdx.x / RANKS);
     if (small) {
@@ -81,15 +84,17 @@ KERNEL(lora_forward_y_narrow)(const E* x, const E* w, const E* bias, const E* a,
             int j = int((part * THREADS + threadIdx.x) / RANKS);
             up[j][rank] = element_or_zero(&b[at(first_col + j, rank, r)], first_col + j < n && rank < r);
         }
-        if (!makes_h) made[threadIdx.x / RANKS][rank] = row < m && rank < r ? h[at(row, rank, r)] : 0.0f;
     }
     tile.multiply_all([](uint4&, int, int) {});
     if (makes_h) {
         float sum = tile.sum(int(threadIdx.x / RANKS), W_ROWS + rank);
         made[threadIdx.x / RANKS][rank] = sum;
         if (first_col == 0 && row < m && rank < r) h[at(row, rank, r)] = sum;
-        __syncthreads();
+    } else {
+        wait_for_launch_before();  // h is made while W passes by
+        if (small) made[threadIdx.x / RANKS][rank] = row < m && rank < r ? h[at(row, rank, r)] : 0.0f;
     }
+    __syncthreads();
 #pragma unroll 1
     for (unsigned e = threadIdx.x; e < ROWS * W_ROWS; e += THREADS) {
         int i = first_row + int(e / W_ROWS), j = first_col + int(e % W_ROWS);

@@ -11,6 +11,4 @@
 #include "lora_row_norm.cu"
 #include "magnitude.cu"
 #include "relu.cu"
-#ifdef TENSOR
-#include "tensor.cu"
-#endif
+#include "wide.cu"

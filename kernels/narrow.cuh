@@ -19,22 +19,39 @@ constexpr int PARTS = WARPS;                      // of the depth, that end in s
 constexpr int PARTS = WARPS * QUARTERS;
 #endif
 
-// AT_ONCE: steps whose loads are on their way together.
-template <int TILES, int AT_ONCE>
-struct Narrow {
-    static constexpr int COLS = TILES * GROUP;
-    using Memory = float[PARTS][ROWS][COLS];  // 8·16·48 or 32·16·16 floats: 24 or 32 KiB
-
-    const E* x;
-    int m, depth, first_row;
-    const E* line[TILES];  // of M: this lane's row of each tile; null if there is none
+// The sums of all parts of the depth, in shared memory.
+template <int COLS>
+struct PartSums {
+    using Memory = float[PARTS][ROWS][COLS];  // up to 8·16·48 or 32·16·16 floats: 24 or 32 KiB
 
     __device__ static Memory& memory() {
         __shared__ Memory memory;
         return memory;
     }
+
+    // Sum (i, j): what the parts made, in their order.
+    __device__ static float sum(int i, int j) {
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int part = 0; part < PARTS; ++part) sum += memory()[part][i][j];
+        return sum;
+    }
+
     __device__ static int group() { return int(threadIdx.x % WARP / QUARTERS); }
     __device__ static int quarter() { return int(threadIdx.x % QUARTERS); }
+};
+
+// AT_ONCE: steps whose loads are on their way together.
+template <int TILES, int AT_ONCE>
+struct Narrow : PartSums<TILES * GROUP> {
+    using Sums = PartSums<TILES * GROUP>;
+    using Sums::group, Sums::memory, Sums::quarter;
+
+    const E* x;
+    int m, depth, first_row;
+    const E* line[TILES];  // of M: this lane's row of each tile; null if there is none
+
+    __device__ Narrow(const E* x, int m, int depth, int first_row) : x(x), m(m), depth(depth), first_row(first_row) {}
 
     // The sums, in shared memory; `masked(chunk, i, d)` changes what is read of x.
     template <class F>
@@ -55,14 +72,6 @@ struct Narrow {
         }
         place(sum);
         __syncthreads();
-    }
-
-    // Sum (i, j): what the parts made, in their order.
-    __device__ static float sum(int i, int j) {
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int part = 0; part < PARTS; ++part) sum += memory()[part][i][j];
-        return sum;
     }
 
   private:

@@ -116,10 +116,12 @@ pub(crate) fn compile(nvcc: &Path, kernels: &Path, module: Module, scratch: &Pat
 /// Without comments and blank lines, and with names that do not change when something else does: labels are `$L3` and not
 /// `$L__BB12_3`, which counts the entries before, and shared memory of an entry is not named by its parameters. The version of PTX
 /// is the oldest that will do: so drivers older than the compiler load it too. ptxas refuses what is newer than the version says.
+/// What begins with `//@` stays: instructions that GPUs from Hopper on know (kernels/common.cuh).
 fn tidy(ptx: &str, version: &str) -> String {
     let mut entry = String::new();
     let mut tidy_line = |line: &str| {
-        let line = line.split("//").next().unwrap_or_default().trim_end();
+        let comment = if line.trim_start().starts_with("//@") { None } else { line.find("//") };
+        let line = line[..comment.unwrap_or(line.len())].trim_end();
         if let Some((_, name)) = line.split_once(".entry ") {
             entry = name.trim_end_matches('(').to_owned();
         }

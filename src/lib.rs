@@ -11,7 +11,7 @@
 //! Where to begin:
 //! - [`op`]: a request a verb, for those who link the kernels. The letters `m k n r` are explained there.
 //! - [`nn`] on [`autograd`]: layers with adapters, Adam, a tape; enough to train a small network.
-//! - [`adapter`]: the folders that PEFT reads and writes.
+//! - `adapter` (feature `adapter`, there by default): the folders that PEFT reads and writes.
 //! - `checkpoint` (feature `checkpoint`): merging into models on disk, and the program `lowrank` (feature `cli`).
 //! - `examples/mnist_lora`: all of it in one run.
 //!

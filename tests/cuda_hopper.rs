@@ -14,9 +14,9 @@ use support::oracle::Lora;
 
 /// Both sides of the edges of tiles of 128 rows and of 128 or 256 columns, of stages 64 deep and of rings of them, of chunks of
 /// 16 ranks; more chunks than steps; more tiles than multiprocessors; more rows than a band. The last four have wide tiles in one
-/// of the passes, the last but one with a block of a cluster that lies outside. Only `dx` of the one row is made by these kernels.
+/// of the passes, the last but one with a block of a cluster that lies outside.
 const SHAPES: [Dims; 11] = [
-    Dims { m: 1, k: 8, n: 8, r: 1 },
+    Dims { m: 65, k: 8, n: 8, r: 1 },
     Dims { m: 127, k: 56, n: 136, r: 17 },
     Dims { m: 128, k: 64, n: 128, r: 16 },
     Dims { m: 129, k: 72, n: 120, r: 15 },
@@ -183,12 +183,14 @@ enum Pass {
     Base,
 }
 
-/// What became of a mutant: None if nothing was noticed.
-fn verdict(ptx: &str, pass: Pass) -> Option<String> {
-    // Two wide tiles one after the other for the only cluster, of one more step and chunk than there are stages and than one.
-    let (k, n) = if pass == Pass::Backward { (504, 136) } else { (136, 504) };
-    let dims = Dims { m: 130, k, n, r: 17 };
-    let backend = Cuda::<bf16, _>::on(Emulator::with_hopper_ptx(lowrank::DType::BF16, ptx, 2));
+/// What became of a mutant of that kernel: None if nothing was noticed.
+fn verdict(ptx: &str, pass: Pass, name: &str) -> Option<String> {
+    // Two tiles one after the other for the only cluster, of one more step and chunk than there are stages and than one. Narrow
+    // tiles are what a single multiprocessor is given; they have two more stages.
+    let (cols, depth, multiprocessors) = if name.ends_with("_128") { (136, 264, 1) } else { (504, 136, 2) };
+    let (k, n) = if pass == Pass::Backward { (cols, depth) } else { (depth, cols) };
+    let dims = Dims { m: if multiprocessors == 1 { 100 } else { 130 }, k, n, r: 17 };
+    let backend = Cuda::<bf16, _>::on(Emulator::with_hopper_ptx(lowrank::DType::BF16, ptx, multiprocessors));
     let layer = whole(dims, 1);
     let (got, want) = match pass {
         Pass::Forward => (forward(&backend, &layer), layer.run().y),
@@ -205,18 +207,25 @@ fn verdict(ptx: &str, pass: Pass) -> Option<String> {
 
 const FORWARD: (Pass, &str) = (Pass::Forward, "lora_forward_y_hopper_256");
 const BACKWARD: (Pass, &str) = (Pass::Backward, "lora_backward_dx_hopper_256");
+const FORWARD_128: (Pass, &str) = (Pass::Forward, "lora_forward_y_hopper_128");
+const BACKWARD_128: (Pass, &str) = (Pass::Backward, "lora_backward_dx_hopper_128");
+/// Those of whose statements mutants are made.
+const KERNELS: [(Pass, &str); 4] = [FORWARD, BACKWARD, FORWARD_128, BACKWARD_128];
 
 /// Waits for products. The last of them is noticed only at rank 0: with an update it is for nothing, since its last chunk was waited
 /// for. So mutants of these alone run without an update too.
 const WAIT_FOR_PRODUCTS: &str = "wgmma.wait_group";
 
-/// Asserts that every mutant of both directions is noticed, in one of the ways that `reasons` names.
+/// Asserts that every mutant of both directions and both widths is noticed, in one of the ways that `reasons` names.
 fn assert_caught(opcode: &str, reasons: &[&str], change: impl Fn(&str) -> String) {
-    for (pass, name) in [FORWARD, BACKWARD] {
+    for (pass, name) in KERNELS {
+        if opcode.contains("cluster") && !kernel(name)[1].contains(opcode) {
+            continue; // narrow tiles are in no clusters
+        }
         for (nth, mutant) in mutants(name, opcode, &change).iter().enumerate() {
             let also_at_rank_0 = opcode == WAIT_FOR_PRODUCTS && pass == Pass::Forward;
-            let at_rank_0 = || also_at_rank_0.then(|| verdict(mutant, Pass::Base)).flatten();
-            let verdict = verdict(mutant, pass).or_else(at_rank_0);
+            let at_rank_0 = || also_at_rank_0.then(|| verdict(mutant, Pass::Base, name)).flatten();
+            let verdict = verdict(mutant, pass, name).or_else(at_rank_0);
             let named = verdict.as_ref().is_some_and(|verdict| reasons.iter().any(|reason| verdict.contains(reason)));
             assert!(named, "{name}: `{opcode}` {nth} changed: {verdict:?}");
         }
@@ -225,8 +234,8 @@ fn assert_caught(opcode: &str, reasons: &[&str], change: impl Fn(&str) -> String
 
 #[test]
 fn the_kernel_that_mutants_are_made_of_is_right() {
-    for (pass, name) in [FORWARD, BACKWARD, (Pass::Base, FORWARD.1)] {
-        assert_eq!(verdict(&kernel(name).concat(), pass), None);
+    for (pass, name) in KERNELS.into_iter().chain([(Pass::Base, FORWARD.1), (Pass::Base, FORWARD_128.1)]) {
+        assert_eq!(verdict(&kernel(name).concat(), pass, name), None, "{name}");
     }
 }
 
@@ -246,12 +255,22 @@ fn every_wait_is_needed_and_missed() {
         let (head, parity) = wait.trim_end_matches(';').rsplit_once(", ").unwrap();
         format!(".reg .b32 other; xor.b32 other, {parity}, 1; {head}, other;")
     });
-    assert_caught("bar.sync", &["race", "nothing wrote"], |_| String::new());
+}
+
+#[test]
+fn every_meeting_is_needed_and_missed() {
+    assert_caught("bar.sync", &["race", "nothing wrote", "was made by", "was not made"], |_| String::new());
     assert_caught("barrier.cluster.arrive", &["waits for ever"], |_| String::new());
     assert_caught("cp.async.bulk.wait_group", &["race", "wrong result", "returns before"], |_| String::new());
     let early = |wait: &str| wait.replace(" 1;", " 2;").replace(" 0;", " 1;");
     let noticed = ["race", "asynchronous copy", "touched before", "wrong result", "no wgmma.fence"];
     assert_caught(WAIT_FOR_PRODUCTS, &noticed, early);
+}
+
+/// For the launch before: it may still be writing h, or dh.
+#[test]
+fn every_wait_for_a_launch_is_needed_and_missed() {
+    assert_caught("griddepcontrol.wait", &["too early"], |_| String::new());
 }
 
 #[test]
@@ -273,7 +292,7 @@ fn descriptors(text: &str) -> BTreeSet<u64> {
 #[test]
 fn wrong_layouts_give_wrong_results() {
     let noticed = ["wrong result", "race", "nothing wrote", "asynchronous copy", "outside", "no proxy fence"];
-    for (pass, name) in [FORWARD, BACKWARD] {
+    for (pass, name) in KERNELS {
         let [head, text] = kernel(name);
         for right in descriptors(text) {
             let (leap, stride) = (right >> 16 & 0x3fff, right >> 32 & 0x3fff);
@@ -282,7 +301,7 @@ fn wrong_layouts_give_wrong_results() {
             let leap = (leap > 0).then(|| right ^ (leap ^ (leap - 64)) << 16);
             for wrong in strides.into_iter().chain(leap).chain([right ^ 3 << 62]) {
                 let changed = text.replace(&(right as i64).to_string(), &(wrong as i64).to_string());
-                let verdict = verdict(&[head, &changed].concat(), pass);
+                let verdict = verdict(&[head, &changed].concat(), pass, name);
                 let named = verdict.as_ref().is_some_and(|verdict| noticed.iter().any(|reason| verdict.contains(reason)));
                 assert!(named, "{name}: {wrong:#x} for {right:#x}: {verdict:?}");
             }

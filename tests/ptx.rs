@@ -21,7 +21,7 @@ fn entries(module: compiler::Module) -> Vec<String> {
     let dtypes = [DType::F32, DType::F16, DType::BF16];
     let dtype = dtypes.into_iter().find(|dtype| dtype.to_string() == module.element).unwrap();
     let stems: Vec<_> = match module.target {
-        Target::Every => plan::kernels(dtype).collect(),
+        Target::Every => plan::KERNELS.to_vec(),
         Target::Hopper => hopper::kernels().collect(),
     };
     stems.into_iter().map(|stem| format!("{stem}_{dtype}")).collect()
@@ -66,7 +66,7 @@ fn every_kernel_ships_for_every_element_type() {
 fn ptx_names_no_machine() {
     for module in MODULES {
         let ptx = compiler::shipped(&kernels(), module).unwrap();
-        let comments = ptx.lines().filter(|line| line.contains("//")).count();
+        let comments = ptx.lines().filter(|line| line.contains("//") && !line.contains("//@ griddepcontrol")).count();
         assert!(comments == 1 && !ptx.contains(".file"), "{}", module.name);
     }
 }

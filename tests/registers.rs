@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use compiler::{MODULES, Module, Target, fnv1a, shipped};
+use lowrank::cuda::from_hopper_on;
 
 fn kernels() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
@@ -83,8 +84,8 @@ fn assemble(ptxas: &Path, targets: impl Fn(Module) -> &'static [&'static str]) -
     for (module, text) in modules() {
         let name = module.name;
         let ptx = scratch.path().join(format!("{name}.ptx"));
-        fs::write(&ptx, &text).unwrap();
         for target in targets(module) {
+            fs::write(&ptx, if *target == "sm_80" { text.clone() } else { from_hopper_on(&text) }).unwrap();
             let cubin = scratch.path().join("out.cubin");
             let output = Command::new(ptxas).args(["-v", "-arch", target]).arg(&ptx).arg("-o").arg(cubin).output().unwrap();
             let report = String::from_utf8_lossy(&output.stderr);

@@ -18,6 +18,7 @@ The rows of --json are those of `cargo run -p rivals-cuda`; the time is eager's,
 """
 
 import argparse
+import csv
 import json
 import statistics
 import time
@@ -34,7 +35,10 @@ except ImportError:
 
 SCALE = 2.0
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-SHAPES = {"decode": (1, 4096), "decode16": (16, 4096), "decode64": (64, 4096), "large": (4096, 4096), "huge": (8192, 8192)}
+HERE = Path(__file__).resolve().parent
+TABLE = next(path for path in (HERE / "shapes.csv", HERE.parent / "shapes" / "shapes.csv") if path.exists())
+with TABLE.open() as file:  # rows, and both sides of the layer
+    SHAPES = {row["name"]: (int(row["m"]), int(row["k"])) for row in csv.DictReader(file) if row["on"] != "cpu"}
 ON_A_CPU = {"decode": (1, 1024), "decode16": (16, 1024), "large": (256, 1024)}
 ENOUGH = 256 << 20  # bytes of weights: several times the L2 cache of any GPU
 

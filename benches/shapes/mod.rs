@@ -13,7 +13,7 @@ pub const RANKS: [usize; 4] = [1, 8, 16, 64];
 #[allow(missing_docs, reason = "the letters are the crate's")]
 pub struct Shape {
     /// The MNIST model's layers at batch 10; one token through a 7B model's square layer; a cube; 512 tokens through that
-    /// layer and through its MLP.
+    /// layer and through its MLP. Big GPUs are asked for other numbers of tokens through that layer, and for a larger one.
     pub name: &'static str,
     pub m: usize,
     pub k: usize,
@@ -22,21 +22,33 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Every row of the table.
+    /// What is measured on a CPU, and on a GPU that anyone has.
     pub fn all() -> Vec<Self> {
-        include_str!("shapes.csv").lines().skip(1).map(Self::parse).collect()
+        Self::on(&["cpu", "both"])
+    }
+
+    /// What is measured on a GPU of a data centre.
+    pub fn on_big_gpus() -> Vec<Self> {
+        Self::on(&["gpu", "both"])
     }
 
     /// The row of that name.
     pub fn named(name: &str) -> Option<Self> {
-        Self::all().into_iter().find(|shape| shape.name == name)
+        Self::on(&["cpu", "gpu", "both"]).into_iter().find(|shape| shape.name == name)
     }
 
-    fn parse(line: &'static str) -> Self {
-        let (name, sizes) = line.split_once(',').expect("name,m,k,n,rank");
-        let sizes: Vec<usize> = sizes.split(',').map(|size| size.parse().expect("a whole number")).collect();
-        let [m, k, n, r] = sizes[..] else { panic!("{line}: want name,m,k,n,rank") };
-        Self { name, m, k, n, r }
+    fn on(devices: &[&str]) -> Vec<Self> {
+        let rows = include_str!("shapes.csv").lines().skip(1).map(Self::parse);
+        rows.filter(|(_, on)| devices.contains(on)).map(|(shape, _)| shape).collect()
+    }
+
+    /// A row, and what it is measured on.
+    fn parse(line: &'static str) -> (Self, &'static str) {
+        let cells: Vec<&str> = line.split(',').collect();
+        let [name, sizes @ .., on] = &cells[..] else { panic!("{line}: want name,m,k,n,rank,on") };
+        let sizes: Vec<usize> = sizes.iter().map(|size| size.parse().expect("a whole number")).collect();
+        let [m, k, n, r] = sizes[..] else { panic!("{line}: want name,m,k,n,rank,on") };
+        (Self { name, m, k, n, r }, on)
     }
 
     /// With another rank.

@@ -7,9 +7,9 @@ use std::collections::VecDeque;
 
 use crate::WARP;
 use crate::block::{Cluster, Step};
-use crate::decode::{Address, Op, Operand};
 use crate::fault::Kind;
 use crate::launch::{Arg, Tiles};
+use crate::op::{Address, Op, Operand};
 use crate::product::swizzle;
 use crate::shadow::Moment;
 use crate::warp::lanes;
@@ -114,7 +114,10 @@ impl Cluster<'_, '_, '_> {
                 let (at, source) = place(tiles, corner, to, i);
                 let value = match (source, &self.context.args[arg]) {
                     (None, _) => 0,
-                    (Some(source), Arg::ReadTiles(global, _)) => global.memory.peek(source, 16)?,
+                    (Some(source), Arg::ReadTiles(global, _)) => {
+                        global.memory.unless_pending(source, 16, self.pending(warp, lane))?;
+                        global.memory.peek(source, 16)?
+                    }
                     (Some(_), _) => return Err(Kind::Misuse("loads from a tensor that is written".into())),
                 };
                 self.rooms[room].memory.depart(at, 16, now)?;
@@ -151,11 +154,14 @@ impl Cluster<'_, '_, '_> {
     }
 
     fn copy_out(&mut self, warp: usize, lane: usize, Store { arg, corner, from }: Store) -> Result<(), Kind> {
-        let room = self.place.rank(warp);
+        let (room, early) = (self.place.rank(warp), self.pending(warp, lane).is_some());
         let now = self.place.moment(&self.warps[warp], warp, lane);
         let Arg::WriteTiles(global, tiles) = &mut self.context.args[arg] else { return Err(Kind::ReadOnly) };
         for i in 0..u64::from(tiles.tile[0]) * LINE / 16 {
             let (at, Some(to)) = place(*tiles, corner, from, i) else { continue };
+            if early {
+                return Err(Kind::WritesEarly { at: to });
+            }
             let value = self.rooms[room].memory.read(at, 16, Moment { bulk: true, ..now })?;
             global.memory.write(to, 16, value, now)?;
         }

@@ -89,6 +89,16 @@ pub enum Kind {
         /// Where in shared memory, in bytes.
         at: u64,
     },
+    /// A read of what the launch before wrote, and may be writing still: no `griddepcontrol.wait` of this thread came before.
+    ReadsEarly {
+        /// Where in global memory, in bytes.
+        at: u64,
+    },
+    /// A write that the launch before may not expect yet: no `griddepcontrol.wait` of this thread came before.
+    WritesEarly {
+        /// Where in global memory, in bytes.
+        at: u64,
+    },
     /// No thread can go on.
     Deadlock {
         /// What this one waits for.
@@ -156,6 +166,8 @@ impl fmt::Display for Kind {
                 write!(f, "race on {at:#x} of {space} memory with {other} of block {other_block}")
             }
             Self::Unpublished { at } => write!(f, "no proxy fence since threads wrote {at:#x} of shared memory"),
+            Self::ReadsEarly { at } => write!(f, "reads {at:#x} of global memory too early: the launch before may be writing it"),
+            Self::WritesEarly { at } => write!(f, "writes {at:#x} of global memory too early: the launch before may be using it"),
             Self::Deadlock { barrier, waiting } => {
                 let threads: Vec<_> = waiting.iter().map(|(block, thread)| format!("{block}:{thread}")).collect();
                 write!(f, "waits for ever at {barrier}; warps that wait (block:thread): {}", threads.join(" "))

@@ -55,6 +55,8 @@ pub struct Tiles {
 pub struct Report {
     /// Instructions that warps executed.
     pub instructions: u64,
+    /// Its number: later launches have larger ones.
+    pub number: u32,
 }
 
 /// An argument in memory starts at its number, from 1, times this.
@@ -71,6 +73,8 @@ pub(crate) struct Context<'l, 'm> {
     pub(crate) kernel: &'l Kernel,
     pub(crate) launch: Launch,
     pub(crate) number: u32,
+    /// The first of the launches that may not have ended when this one begins.
+    pub(crate) pending: Option<u32>,
     pub(crate) params: Memory,
     pub(crate) args: &'l mut [Arg<'m>],
     pub(crate) budget: u64,
@@ -79,6 +83,13 @@ pub(crate) struct Context<'l, 'm> {
 impl Launch {
     /// Runs a kernel to its end. Errors: the first [`Fault`]; what was written before stays.
     pub fn run(self, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
+        self.run_after(None, module, kernel, args)
+    }
+
+    /// The same as a programmatic dependent launch: launches with the number `pending` and larger ones may not have ended when it
+    /// begins. Until a thread has executed `griddepcontrol.wait` it must not read what they wrote, nor write anything; and a block
+    /// none of whose threads waits would let its own dependents begin too early.
+    pub fn run_after(self, pending: Option<u32>, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
         let fault = |reason: String| Fault { kernel: kernel.into(), line: 0, block: 0, thread: 0, kind: Kind::BadLaunch(reason) };
         let kernel = module.kernel(kernel).ok_or_else(|| fault("there is no such kernel".into()))?;
         self.fits(kernel).map_err(fault)?;
@@ -89,8 +100,8 @@ impl Launch {
             }
         }
         let number = LAUNCHES.fetch_add(1, Ordering::Relaxed);
-        let mut context = Context { kernel, launch: self, number, params, args, budget: 0 };
-        let mut report = Report::default();
+        let mut context = Context { kernel, launch: self, number, pending, params, args, budget: 0 };
+        let mut report = Report { number, ..Report::default() };
         for first in (0..self.grid).step_by(kernel.cluster as usize) {
             context.budget = BUDGET;
             Cluster::new(&mut context, first).run()?;

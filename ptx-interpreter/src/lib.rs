@@ -1,9 +1,10 @@
 //! Runs NVIDIA PTX on the CPU, and reports what a GPU would let pass.
 //!
 //! ```text
-//! parse    text → statements → Kernel: resolved names, decoded instructions      parse.rs  decode.rs  scalar.rs
+//! parse    text → statements → Kernel: resolved names, decoded instructions      parse.rs  decode.rs  op.rs  scalar.rs
 //! launch   arguments → parameter bytes; clusters of blocks one after another     launch.rs
 //! block    what an instruction does to a cluster, whose warps run in turn        block.rs  schedule.rs  barrier.rs
+//! access   loads, stores, asynchronous copies                                    access.rs
 //! warp     groups of lanes that share a program counter; the hindmost goes first warp.rs
 //! bulk     boxes of tensors on their way: TMA                                    bulk.rs
 //! product  of a warp (mma) and of a warpgroup (wgmma), and the layouts they need matrix.rs  product.rs
@@ -17,6 +18,9 @@
 //! that it waits at is named. What is asynchronous happens as late as it may: `cp.async` stores nothing until it is waited for, a
 //! box lands when every warp waits, and a product of a warpgroup reads and adds up when it is waited for, its sums being NaN till
 //! then.
+//!
+//! A launch that may begin before the one before has ended ([`Launch::run_after`]) is run after it all the same, and whatever it
+//! touches before its `griddepcontrol.wait` and should not is reported.
 //!
 //! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), grids in 2-D, tensors
 //! other than matrices of 16-bit elements in lines of 128 bytes, and which registers `setmaxnreg` moves. The lanes of a warp are
@@ -48,6 +52,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod access;
 mod barrier;
 mod block;
 mod bulk;
@@ -57,6 +62,7 @@ mod float;
 mod launch;
 mod matrix;
 mod memory;
+mod op;
 mod parse;
 mod product;
 mod scalar;

@@ -1,8 +1,8 @@
 //! Matrix fragments: which element of a matrix which register of which lane holds.
 
 use crate::WARP;
-use crate::decode::Half;
 use crate::float;
+use crate::op::Half;
 
 /// Lane of an 8×8 matrix of 16-bit elements that holds (row, col), and which half of its register.
 pub(crate) fn holder(row: usize, col: usize) -> (usize, usize) {

@@ -1,5 +1,7 @@
 //! Memory that knows which of its bytes were written.
 
+use std::ops::Range;
+
 use crate::fault::{Kind, Space};
 use crate::shadow::{Moment, Other, Shadow};
 
@@ -58,6 +60,12 @@ impl Memory {
     pub(crate) fn peek(&self, at: u64, width: usize) -> Result<u128, Kind> {
         let place = self.readable(at, width)?;
         Ok(number(&self.bytes[place..place + width]))
+    }
+
+    /// `Err` if a launch wrote there that may not have ended: one of those numbers.
+    pub(crate) fn unless_pending(&self, at: u64, width: usize, pending: Option<Range<u32>>) -> Result<(), Kind> {
+        let Some((shadow, pending)) = self.shadow.as_ref().zip(pending) else { return Ok(()) };
+        if shadow.was_written_by(at as usize, width, &pending) { Err(Kind::ReadsEarly { at }) } else { Ok(()) }
     }
 
     fn readable(&self, at: u64, width: usize) -> Result<usize, Kind> {

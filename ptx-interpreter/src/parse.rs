@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
-use crate::decode::{Instruction, decode};
+use crate::decode::decode;
 use crate::fault::ParseError;
+use crate::op::Instruction;
 
 /// A PTX file: its kernels by name.
 pub struct Module {

@@ -5,10 +5,10 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::WARP;
 use crate::block::{Cluster, Step, whole_warp};
-use crate::decode::{Half, Op};
 use crate::fault::Kind;
 use crate::float;
 use crate::matrix::widen;
+use crate::op::{Half, Op};
 use crate::scalar::Row;
 use crate::shadow::Moment;
 

@@ -138,7 +138,7 @@ fn moves(stem: &str, ty: &str) -> Option<Function> {
         ("mov", "u32" | "s32" | "b32" | "f32") => one!(u32 => u32, |a| a),
         ("mov", "u64" | "s64" | "b64" | "f64") => one!(u64 => u64, |a| a),
         ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared" | "cvta.param", "u64") => one!(u64 => u64, |a| a),
-        // The place of an address in a block of the cluster: `WINDOW` in block.rs.
+        // The place of an address in a block of the cluster: `WINDOW` in access.rs.
         ("mapa.shared::cluster", "u32") => two!(u32 => u32, |a, block| (block + 1) << 24 | a & 0xff_ffff),
         ("selp", "b16" | "u16" | "s16") => select!(u16),
         ("selp", "b32" | "u32" | "s32" | "f32") => select!(u32),

@@ -38,6 +38,9 @@ impl Cluster<'_, '_, '_> {
         if !self.loads.is_empty() {
             return Err(self.fault(0, last, (0, fault("returns while a load is on its way"))));
         }
+        if self.context.pending.is_some() && self.warps.iter().all(|warp| warp.waited == 0) {
+            return Err(self.fault(0, last, (0, fault("returns without having waited for the launch before"))));
+        }
         let Some(thread) = self.stores.iter().position(|stores| !stores.is_empty()) else { return Ok(()) };
         Err(self.fault(thread / WARP, last, (thread % WARP, fault("returns before what it stores was read"))))
     }

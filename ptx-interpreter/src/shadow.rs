@@ -3,6 +3,8 @@
 //! Every warp has a time of its own. What it hands on, at a barrier, is the times up to which it has seen each other one: a
 //! vector clock. An access is ordered after another if the clock of who makes it has reached that one's time.
 
+use std::ops::Range;
+
 /// Bytes that share a record. No element of the kernels is smaller.
 const CELL: usize = 2;
 
@@ -259,6 +261,11 @@ impl Shadow {
 
     fn cells(&mut self, at: usize, width: usize) -> &mut [Record] {
         &mut self.0[at / CELL..(at + width).div_ceil(CELL)]
+    }
+
+    /// Whether one of those launches was the last to write there.
+    pub(crate) fn was_written_by(&self, at: usize, width: usize, launches: &Range<u32>) -> bool {
+        self.0[at / CELL..(at + width).div_ceil(CELL)].iter().any(|record| launches.contains(&record.wrote.launch))
     }
 
     /// Notes a read. `Err`: who wrote there at the same time.

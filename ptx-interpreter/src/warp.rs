@@ -1,7 +1,7 @@
 //! A warp: 32 lanes, in groups that share a program counter, and their registers.
 
 use crate::WARP;
-use crate::decode::{Operand, Special};
+use crate::op::{Operand, Special};
 use crate::product::Products;
 use crate::scalar::Row;
 use crate::shadow::Clocks;
@@ -37,6 +37,8 @@ pub(crate) struct Warp {
     /// What was written before came before the last `wgmma.fence`.
     pub(crate) fenced: u64,
     pub(crate) arrived_in_cluster: bool,
+    /// The lanes that have waited for the launch before.
+    pub(crate) waited: u32,
 }
 
 impl Warp {
@@ -44,7 +46,7 @@ impl Warp {
     pub(crate) fn new(lanes: usize) -> Self {
         let groups = vec![Group { at: 0, lanes: u32::MAX >> (WARP - lanes), waits: None }];
         let (clocks, products) = Default::default();
-        Self { groups, time: 0, converged: 0, clocks, products, fenced: 0, arrived_in_cluster: false }
+        Self { groups, time: 0, converged: 0, clocks, products, fenced: 0, arrived_in_cluster: false, waited: 0 }
     }
 
     /// Takes out the group that is furthest behind of those that wait for nothing.

@@ -155,3 +155,33 @@ fn ptx_that_is_not_understood_names_its_line() {
         assert_eq!(error(body).line, 3, "{body}");
     }
 }
+
+/// A launch that writes `data`, and one with that body that may begin before it has ended.
+fn overlapping(body: &str) -> Result<(), Fault> {
+    let head = ".reg .b32 %r<4>; .reg .b64 %rd<4>; ld.param.u64 %rd0, [data]; ld.param.u64 %rd1, [other];";
+    let text = format!(
+        ".visible .entry first(.param .u64 data, .param .u64 other) {{ {head}
+            griddepcontrol.launch_dependents; st.global.u32 [%rd0], 1; ret; }}
+        .visible .entry second(.param .u64 data, .param .u64 other) {{ {head}
+            {body} ret; }}"
+    );
+    let module = Module::parse(&text).unwrap_or_else(|error| panic!("{error}"));
+    let (mut data, mut other) = (Global::from_bytes(&[0; 8]), Global::from_bytes(&[0; 8]));
+    let one = Launch { grid: 1, block: 1, shared: 0 };
+    let first = one.run(&module, "first", &mut [Arg::Write(&mut data), Arg::Read(&other)])?;
+    one.run_after(Some(first.number), &module, "second", &mut [Arg::Read(&data), Arg::Write(&mut other)])?;
+    Ok(())
+}
+
+#[test]
+fn what_the_launch_before_wrote_is_read_after_waiting_for_it() {
+    let (read, wait, write) = ("ld.global.u32 %r0, [%rd0];", "griddepcontrol.wait;", "st.global.u32 [%rd1], 2;");
+    overlapping(&[wait, read, write].concat()).unwrap();
+    // The rest of the same memory, and other memory, was written by nobody since.
+    overlapping(&["ld.global.u32 %r0, [%rd0+4]; ld.global.u32 %r1, [%rd1];", wait, write].concat()).unwrap();
+    let fault = |parts: &[&str]| overlapping(&parts.concat()).unwrap_err();
+    let early = fault(&[read, wait, write]);
+    assert_eq!((early.kernel.as_str(), early.line, early.thread, early.kind), ("second", 4, 0, Kind::ReadsEarly { at: 0 }));
+    assert_eq!(fault(&[write, wait, read]).kind, Kind::WritesEarly { at: 0 });
+    assert!(matches!(fault(&[";"]).kind, Kind::Misuse(_)), "nobody waits");
+}

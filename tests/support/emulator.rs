@@ -1,5 +1,6 @@
 //! A CUDA device without a GPU: the same host code and the PTX that ships, on an interpreter that watches every access.
 
+use std::cell::Cell;
 use std::sync::OnceLock;
 
 use lowrank::cuda::{self, Arg, Cuda, Device, Gpu, Launch, Tiles};
@@ -9,10 +10,12 @@ use ptx_interpreter::{Fault, Global, Module};
 /// Runs the kernels of one module.
 pub struct Emulator {
     module: Ptx,
-    /// The kernels for Hopper alone; None: it is another GPU.
+    /// The kernels for Hopper alone.
     hopper: Option<Ptx>,
-    multiprocessors: u32,
+    gpu: Gpu,
     dtype: DType,
+    /// The first of the launches that the next one may overlap.
+    pending: Cell<Option<u32>>,
 }
 
 enum Ptx {
@@ -25,25 +28,47 @@ impl Emulator {
     pub fn new(dtype: DType) -> Self {
         static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
         let module = Ptx::Shipped(MODULES[dtype as usize].get_or_init(|| parse(dtype, cuda::ptx(dtype))));
-        Self { module, hopper: None, multiprocessors: 4, dtype }
+        let gpu = Gpu { capability: (8, 0), multiprocessors: 4 };
+        Self { module, hopper: None, gpu, dtype, pending: Cell::default() }
+    }
+
+    /// Of one multiprocessor: no output is too small for wide tiles.
+    pub fn with_one_multiprocessor(dtype: DType) -> Self {
+        let emulator = Self::new(dtype);
+        Self { gpu: Gpu { multiprocessors: 1, ..emulator.gpu }, ..emulator }
     }
 
     /// As a Hopper GPU, of four multiprocessors: two clusters, and fewer than the larger shapes have tiles.
     pub fn hopper(dtype: DType) -> Self {
-        static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
-        let ptx = cuda::hopper_ptx(dtype).expect("16-bit elements");
-        let hopper = Some(Ptx::Shipped(MODULES[dtype as usize].get_or_init(|| parse(dtype, ptx))));
-        Self { hopper, ..Self::new(dtype) }
+        static MODULES: [OnceLock<[Module; 2]>; 3] = [const { OnceLock::new() }; 3];
+        let of_any_gpu = || parse(dtype, &cuda::from_hopper_on(cuda::ptx(dtype)));
+        let of_hopper = || parse(dtype, cuda::hopper_ptx(dtype).unwrap_or_default());
+        let [module, hopper] = MODULES[dtype as usize].get_or_init(|| [of_any_gpu(), of_hopper()]);
+        let emulator = Self::new(dtype);
+        let gpu = Gpu { capability: (9, 0), ..emulator.gpu };
+        Self { module: Ptx::Shipped(module), hopper: Some(Ptx::Shipped(hopper)), gpu, ..emulator }
     }
 
-    /// With other PTX.
+    /// As a GPU that came after Hopper, of one multiprocessor: launches overlap, but it runs no kernels for Hopper.
+    pub fn younger(dtype: DType) -> Self {
+        let emulator = Self::hopper(dtype);
+        Self { hopper: None, gpu: Gpu { capability: (10, 0), multiprocessors: 1 }, ..emulator }
+    }
+
+    /// With other PTX, on one multiprocessor.
     pub fn with_ptx(dtype: DType, ptx: &str) -> Self {
-        Self { module: Ptx::Changed(parse(dtype, ptx)), hopper: None, multiprocessors: 4, dtype }
+        Self { module: Ptx::Changed(parse(dtype, ptx)), ..Self::with_one_multiprocessor(dtype) }
+    }
+
+    /// As a GPU that came after Hopper, with other PTX.
+    pub fn younger_with_ptx(dtype: DType, ptx: &str) -> Self {
+        Self { module: Ptx::Changed(parse(dtype, &cuda::from_hopper_on(ptx))), ..Self::younger(dtype) }
     }
 
     /// As a Hopper GPU of so many multiprocessors, with other PTX for Hopper.
     pub fn with_hopper_ptx(dtype: DType, ptx: &str, multiprocessors: u32) -> Self {
-        Self { hopper: Some(Ptx::Changed(parse(dtype, ptx))), multiprocessors, ..Self::new(dtype) }
+        let emulator = Self::hopper(dtype);
+        Self { hopper: Some(Ptx::Changed(parse(dtype, ptx))), gpu: Gpu { multiprocessors, ..emulator.gpu }, ..emulator }
     }
 
     /// A backend on it.
@@ -89,7 +114,7 @@ impl Device for Emulator {
     }
 
     fn gpu(&self) -> Gpu {
-        Gpu { capability: if self.hopper.is_some() { (9, 0) } else { (8, 0) }, multiprocessors: self.multiprocessors }
+        self.gpu
     }
 
     fn alloc(&self, bytes: usize) -> Result<Global> {
@@ -113,11 +138,13 @@ impl Device for Emulator {
     }
 
     fn launch(&self, launch: Launch<'_, Global>) -> Result<()> {
-        let plan = launch.plan();
+        let (plan, overlaps) = (launch.plan(), launch.overlaps() && self.gpu.capability >= (9, 0));
         let mut args: Vec<_> = launch.into_args().into_iter().map(argument).collect();
         let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
         let kernel = format!("{}_{}", plan.kernel, self.dtype);
-        launch.run(self.module(&kernel), &kernel, &mut args).map_err(failed)?;
+        let pending = self.pending.get().filter(|_| overlaps);
+        let report = launch.run_after(pending, self.module(&kernel), &kernel, &mut args).map_err(failed)?;
+        self.pending.set(Some(pending.unwrap_or(report.number)));
         Ok(())
     }
 

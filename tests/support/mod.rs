@@ -11,7 +11,10 @@ pub mod data;
 pub mod devices;
 #[cfg(feature = "cuda")]
 pub mod emulator;
+#[cfg(feature = "cuda")]
+pub mod mutants;
 pub mod oracle;
+pub mod passes;
 pub mod suite;
 
 /// Whether `LOWRANK_REQUIRE`, a list with commas, asks for this backend: its absence then fails the tests.

@@ -11,21 +11,12 @@ use lowrank::{Cuda, DType, Float, Tensor, bf16, f16};
 
 use crate::blas::{Blas, Operand};
 use crate::measure::Call;
+use crate::shapes::Shape;
 
 /// What the update is multiplied with.
 const SCALE: f32 = 2.0;
 /// Weights of all layers together: several times the L2 cache of any GPU.
 const ENOUGH: usize = 256 << 20;
-
-/// `m` rows, `k` inputs, `n` outputs, rank `r`.
-#[derive(Clone, Copy)]
-pub struct Shape {
-    pub name: &'static str,
-    pub m: usize,
-    pub k: usize,
-    pub n: usize,
-    pub r: usize,
-}
 
 /// Multiplications and additions.
 pub fn flop(verb: &str, Shape { m, k, n, r, .. }: Shape) -> f64 {

@@ -7,6 +7,8 @@
 mod blas;
 mod layers;
 mod measure;
+#[path = "../../../benches/shapes/mod.rs"]
+mod shapes;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -18,8 +20,9 @@ use lowrank::{Cuda, DType, Float, bf16};
 use serde_json::{Map, Value, json};
 
 use blas::{Blas, Operand};
-use layers::{Layers, Shape};
+use layers::Layers;
 use measure::{Call, medians};
+use shapes::Shape;
 
 /// lowrank's verbs on a GPU beside the same verbs composed of cuBLAS's products.
 #[derive(Parser)]
@@ -61,15 +64,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The shapes of the bars: decoding, and two squares; products in f32 take eight times as long, so one square is enough there.
-fn shapes(dtype: DType, r: usize) -> Vec<Shape> {
-    let shape = |name, m, side| Shape { name, m, k: side, n: side, r };
-    let mut shapes =
-        vec![shape("decode", 1, 4096), shape("decode16", 16, 4096), shape("decode64", 64, 4096), shape("large", 4096, 4096)];
-    if dtype != DType::F32 {
-        shapes.push(shape("huge", 8192, 8192));
-    }
-    shapes
+/// The shapes of the table; in f32, where products take eight times as long, without the largest.
+fn shapes(dtype: DType, r: usize) -> impl Iterator<Item = Shape> {
+    let fits = move |shape: &Shape| dtype != DType::F32 || shape.name != "huge";
+    Shape::on_big_gpus().into_iter().filter(fits).map(move |shape| shape.with_rank(r))
 }
 
 fn measure<E: Float>(stream: &Arc<CudaStream>, r: usize, args: &Args, rows: &mut Vec<Value>) -> Result<(), Box<dyn Error>> {

@@ -91,11 +91,18 @@ impl<M> From<f32> for Arg<'_, M> {
 pub struct Launch<'a, M> {
     plan: Plan,
     args: Vec<Arg<'a, M>>,
+    overlaps: bool,
 }
 
 impl<'a, M> Launch<'a, M> {
-    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, M>>) -> Self {
-        Self { plan, args }
+    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, M>>, overlaps: bool) -> Self {
+        Self { plan, args, overlaps }
+    }
+
+    /// Whether it may begin before the launch before it has ended, on GPUs from Hopper on: that one belongs to the same verb, and
+    /// nothing was asked of the device between them. The kernel itself waits where it needs what that one wrote.
+    pub fn overlaps(&self) -> bool {
+        self.overlaps
     }
 
     /// The kernel and its grid.

@@ -6,18 +6,20 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUresult, cuModuleLoadDataEx};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, LaunchConfig, PushKernelArg};
-use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr, SyncOnDrop};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result};
+use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
-use super::plan::kernels;
-use super::{NAME, hopper, hopper_ptx, ptx};
+use super::plan::{KERNELS, Plan};
+use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
 /// Bytes of shared memory that a block may ask for on Hopper.
 const MOST_SHARED: i32 = 227 << 10;
+/// The first version of the driver in whose graphs launches may overlap: CUDA 12.3.
+const OVERLAPS_IN_GRAPHS: i32 = 12030;
 
 /// A stream of a GPU, and the kernels of one element type, loaded there.
 ///
@@ -26,6 +28,8 @@ pub struct Driver {
     stream: Arc<CudaStream>,
     kernels: HashMap<&'static str, CudaFunction>,
     gpu: Gpu,
+    /// Whether launches of a verb may.
+    overlaps: bool,
 }
 
 impl Driver {
@@ -56,8 +60,12 @@ impl Driver {
         let multiprocessors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
         let multiprocessors = multiprocessors.map_err(|error| failed("multiprocessors", error))? as u32;
         let gpu = Gpu { capability: (major as u32, minor as u32), multiprocessors };
-        let module = load(stream.context(), ptx(dtype))?;
-        let mut functions: HashMap<_, _> = kernels(dtype).map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
+        let hopper_or_later = gpu.capability >= (9, 0);
+        let overlaps = hopper_or_later && version()? >= OVERLAPS_IN_GRAPHS;
+        let ptx = if hopper_or_later { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
+        let module = load(stream.context(), &ptx)?;
+        let mut functions: HashMap<_, _> =
+            KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
             let module = load(stream.context(), ptx)?;
             for kernel in hopper::kernels() {
@@ -67,7 +75,7 @@ impl Driver {
                 functions.insert(stem, function);
             }
         }
-        Ok(Self { kernels: functions, gpu, stream })
+        Ok(Self { kernels: functions, gpu, overlaps, stream })
     }
 }
 
@@ -108,27 +116,13 @@ impl Device for Driver {
     }
 
     fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()> {
-        let plan = launch.plan();
+        let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
         let mut args = launch.into_args();
         self.own(plan.kernel, &args)?;
         let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
-        let mut builder = self.stream.launch_builder(&self.kernels[plan.kernel]);
-        for operand in &mut operands {
-            match operand {
-                Operand::Mapped { map, .. } => builder.arg(&*map),
-                Operand::Plain(Arg::U32(value)) => builder.arg(&*value),
-                Operand::Plain(Arg::U64(value)) => builder.arg(&*value),
-                Operand::Plain(Arg::F32(value)) => builder.arg(&*value),
-                Operand::Plain(Arg::Read(memory)) => builder.arg(*memory),
-                Operand::Plain(Arg::Write(memory)) => builder.arg(&mut **memory),
-                Operand::Plain(Arg::Null | Arg::ReadTiles(..) | Arg::WriteTiles(..)) => builder.arg(&0u64),
-            };
-        }
-        let config = LaunchConfig { grid_dim: (plan.grid, 1, 1), block_dim: (plan.block, 1, 1), shared_mem_bytes: plan.shared };
-        // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
-        // beside it say, and kernels touch nothing outside those shapes (the interpreter in the tests watches every access).
-        unsafe { builder.launch(config) }.map_err(|error| failed(plan.kernel, error))?;
-        Ok(())
+        let mut params: Vec<_> = operands.iter_mut().map(|operand| operand.value.address()).collect();
+        let started = if overlaps { self.start_overlapping(plan, &mut params) } else { self.start(plan, &mut params) };
+        started.map_err(|error| failed(plan.kernel, error))
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -155,45 +149,114 @@ impl Driver {
     }
 }
 
-/// A tensor map, as a parameter of a kernel.
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct Map(sys::CUtensorMap);
-
-// SAFETY: plain bytes that kernels take by value.
-unsafe impl DeviceRepr for Map {}
-
-/// An argument on its way into a launch.
-enum Operand<'s, 'a> {
-    Plain(&'s mut Arg<'a, CudaSlice<u8>>),
-    /// Its map, and cudarc's note that the memory behind it is used, which it makes when it is dropped: after the launch.
-    Mapped {
-        map: Map,
-        _used: SyncOnDrop<'s>,
-    },
+/// An argument on its way into a launch: its bytes, and cudarc's note that the memory behind it is used, which it makes when it is
+/// dropped: after the launch.
+struct Operand<'s> {
+    value: Value,
+    _used: Option<SyncOnDrop<'s>>,
 }
 
-impl Driver {
-    fn operand<'s, 'a>(&'s self, arg: &'s mut Arg<'a, CudaSlice<u8>>) -> Result<Operand<'s, 'a>> {
-        let (tiles, (address, used)) = match arg {
-            Arg::ReadTiles(memory, tiles) => (*tiles, memory.device_ptr(&self.stream)),
-            Arg::WriteTiles(memory, tiles) => (*tiles, memory.device_ptr_mut(&self.stream)),
-            arg => return Ok(Operand::Plain(arg)),
-        };
-        Ok(Operand::Mapped { map: encode(address, tiles)?, _used: used })
+enum Value {
+    U32(u32),
+    U64(u64),
+    F32(f32),
+    Map(sys::CUtensorMap),
+}
+
+impl Value {
+    /// Where the driver finds it.
+    fn address(&mut self) -> *mut c_void {
+        match self {
+            Self::U32(value) => std::ptr::from_mut(value).cast(),
+            Self::U64(value) => std::ptr::from_mut(value).cast(),
+            Self::F32(value) => std::ptr::from_mut(value).cast(),
+            Self::Map(map) => std::ptr::from_mut(map).cast(),
+        }
     }
 }
 
+impl Driver {
+    fn operand<'s>(&'s self, arg: &'s mut Arg<'_, CudaSlice<u8>>) -> Result<Operand<'s>> {
+        let (value, used) = match arg {
+            Arg::U32(value) => (Value::U32(*value), None),
+            Arg::U64(value) => (Value::U64(*value), None),
+            Arg::F32(value) => (Value::F32(*value), None),
+            Arg::Null => (Value::U64(0), None),
+            Arg::Read(memory) => {
+                let (address, used) = memory.device_ptr(&self.stream);
+                (Value::U64(address), Some(used))
+            }
+            Arg::Write(memory) => {
+                let (address, used) = memory.device_ptr_mut(&self.stream);
+                (Value::U64(address), Some(used))
+            }
+            Arg::ReadTiles(memory, tiles) => {
+                let (address, used) = memory.device_ptr(&self.stream);
+                (Value::Map(encode(address, *tiles)?), Some(used))
+            }
+            Arg::WriteTiles(memory, tiles) => {
+                let (address, used) = memory.device_ptr_mut(&self.stream);
+                (Value::Map(encode(address, *tiles)?), Some(used))
+            }
+        };
+        Ok(Operand { value, _used: used })
+    }
+
+    /// Launches a kernel once everything before has ended.
+    fn start(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
+        self.stream.context().bind_to_thread()?;
+        let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
+        // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
+        // beside it say, and kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The
+        // addresses are of values that live until the call returns.
+        unsafe { result::launch_kernel(function, (plan.grid, 1, 1), (plan.block, 1, 1), plan.shared, stream, params) }
+    }
+
+    /// The same as a programmatic dependent launch: its blocks may come before the launch before it has ended.
+    fn start_overlapping(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
+        self.stream.context().bind_to_thread()?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: plan.grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: plan.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: plan.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        let function = self.kernels[plan.kernel].cu_function();
+        // SAFETY: as in `start`; and until it has waited for the launch before, no kernel reads what launches of its verb write, or
+        // writes anything (the interpreter watches that too).
+        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
+    }
+}
+
+/// The version of CUDA that the driver is for, 1000 times the first number and 10 times the second.
+fn version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: the number is ours to write.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|error| failed("driver version", error))?;
+    Ok(version)
+}
+
 /// Has the driver make a tensor map.
-fn encode(address: sys::CUdeviceptr, tiles: Tiles) -> Result<Map> {
+fn encode(address: sys::CUdeviceptr, tiles: Tiles) -> Result<sys::CUtensorMap> {
     let Tiles { rows, cols, tile: [down, across] } = tiles;
     let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
-    let mut map = Map(sys::CUtensorMap { opaque: [0; 16] });
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
     // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
     // Nothing reads through the address here.
     let made = unsafe {
         sys::cuTensorMapEncodeTiled(
-            &mut map.0,
+            &mut map,
             sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16, // only moved
             2,
             address as *mut c_void,
@@ -234,7 +297,7 @@ fn probe() -> Result<()> {
 }
 
 /// Compiles PTX for the GPU at hand.
-fn load(context: &Arc<CudaContext>, ptx: &'static str) -> Result<Arc<CudaModule>> {
+fn load(context: &Arc<CudaContext>, ptx: &str) -> Result<Arc<CudaModule>> {
     context.load_module(Ptx::from_src(ptx)).map_err(|error| {
         let log = compiler_log(ptx).unwrap_or_default();
         Error::Device { backend: NAME, reason: format!("cannot load the kernels: {}; {log}", describe(error)) }

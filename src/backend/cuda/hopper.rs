@@ -19,8 +19,8 @@ const CHUNK: u32 = 8;
 
 /// The kernels for tensor cores of any GPU, each with those that take its place: in tiles of 256 and of 128 columns.
 const KERNELS: [(&str, [&str; 2]); 2] = [
-    ("lora_backward_dx_tensor", ["lora_backward_dx_hopper_256", "lora_backward_dx_hopper_128"]),
-    ("lora_forward_y_tensor", ["lora_forward_y_hopper_256", "lora_forward_y_hopper_128"]),
+    ("lora_backward_dx_wide", ["lora_backward_dx_hopper_256", "lora_backward_dx_hopper_128"]),
+    ("lora_forward_y_wide", ["lora_forward_y_hopper_256", "lora_forward_y_hopper_128"]),
 ];
 
 /// Every kernel of [`hopper_ptx`](super::hopper_ptx), for each of its element types.
@@ -119,7 +119,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_cluster_has_a_tile_and_no_multiprocessor_waits(rows in 1..100_000u32, cols in 1..12_500u32, depth in 1..1000u32) {
-            let product = product(H100, "lora_forward_y_tensor", [rows, 8 * cols], 8 * depth).unwrap();
+            let product = product(H100, "lora_forward_y_wide", [rows, 8 * cols], 8 * depth).unwrap();
             let Product { plan, cols: width, cluster, .. } = product;
             let clusters = u64::from(rows.div_ceil(128 * cluster)) * u64::from((8 * cols).div_ceil(width));
             prop_assert_eq!(u64::from(plan.grid), (clusters * u64::from(cluster)).min(132));
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn only_hopper_takes_products_for_tensor_cores_with_whole_rows() {
-        let take = |gpu, sizes, depth| product(gpu, "lora_forward_y_tensor", sizes, depth).map(|product| product.plan);
+        let take = |gpu, sizes, depth| product(gpu, "lora_forward_y_wide", sizes, depth).map(|product| product.plan);
         let plan = |kernel, grid, shared| Some(Plan { kernel, grid, block: 384, shared });
         assert_eq!(take(H100, [4096, 4096], 4096), plan("lora_forward_y_hopper_256", 132, 225 << 10));
         assert_eq!(take(H100, [1, 8], 8), plan("lora_forward_y_hopper_128", 1, 201 << 10));

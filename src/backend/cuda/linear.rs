@@ -13,7 +13,7 @@ use crate::tensor::Tensor;
 /// `y = x·Wᵀ + bias`: a layer whose update has rank 0
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<'_, Cuda<E, D>>) -> Result<()> {
     let [m, k, n] = sizes(op.x, op.w)?;
-    let plan = plan::forward(E::DTYPE, [m, k, n], 0, false)?;
+    let plan = plan::forward(cuda.device.gpu(), E::DTYPE, [m, k, n], 0, false)?;
     let update = std::iter::repeat_with(|| Arg::Null).take(if plan.narrow { 3 } else { 2 });
     let (to_y, [x, w, y]) = hopper::instead(cuda, plan.y, op.x, Some(op.w), op.y)?;
     let rest = [Arg::F32(1.0), y, m.into(), k.into(), n.into(), Arg::U32(0)];
@@ -24,14 +24,14 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackward<'_, Cuda<E, D>>) -> Result<()> {
     let [m, k, n] = sizes(op.x, op.w)?;
     if let Some(dx) = op.dx {
-        let plan = product(E::DTYPE, "lora_backward_dx", [m, k], [n, k])?;
+        let plan = plan::backward_dx(cuda.device.gpu(), E::DTYPE, [m, k, n])?;
         let (to_dx, [dy, w, dx]) = hopper::instead(cuda, plan, op.dy, Some(op.w), dx)?;
         let operands = [w, Arg::Null, dy, Arg::Null].into_iter().chain(dropout(None));
         cuda.launch(to_dx, operands.chain([dx]).chain([m, k, n, 0].map(Arg::U32)).collect())?;
     }
     if let Some(dw) = op.dw {
         let operands = [read(op.x), read(op.dy), write(dw)];
-        let plan = product(E::DTYPE, "linear_backward_dw", [n, k], [n, k])?;
+        let plan = product(cuda.device.gpu(), E::DTYPE, "linear_backward_dw", [n, k], [n, k])?;
         cuda.launch(plan, operands.into_iter().chain([m, k, n].map(Arg::U32)).collect())?;
     }
     dbias(cuda, op.dy, op.dbias)

@@ -90,6 +90,12 @@ pub fn hopper_ptx(dtype: DType) -> Option<&'static str> {
     }
 }
 
+/// PTX as GPUs from Hopper on run it: with the instructions by which launches of a verb overlap, which are comments to those before.
+pub fn from_hopper_on(ptx: &str) -> String {
+    let newer = ptx.replacen(".version 7.1", ".version 7.8", 1).replacen(".target sm_80", ".target sm_90", 1);
+    newer.replace("//@ ", "")
+}
+
 /// A GPU as a backend whose weights and activations are stored as `E`.
 pub struct Cuda<E: Float, D: Device = Driver> {
     device: D,
@@ -147,13 +153,34 @@ impl<E: Float, D: Device> Cuda<E, D> {
 
     /// Runs a kernel, unless its grid is empty.
     fn launch(&self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
-        if plan.grid == 0 { Ok(()) } else { self.device.launch(Launch::new(plan, args)) }
+        self.chain().launch(plan, args)
+    }
+
+    /// Several launches of one verb, with nothing between them: what they need is allocated before, and freed after.
+    fn chain(&self) -> Chain<'_, D> {
+        Chain { device: &self.device, begun: false }
     }
 
     /// Memory for what lives during one verb; nothing is written there. It goes back in the order of the stream.
     fn scratch(&self, rows: usize, cols: usize) -> Result<Buffer<D::Memory, f32>> {
         let len = Shape { rows, cols }.elements()?;
         Ok(Buffer { memory: self.device.alloc(4 * len)?, len, element: PhantomData })
+    }
+}
+
+/// Launches of one verb. Each but the first may overlap the one before it.
+struct Chain<'c, D> {
+    device: &'c D,
+    begun: bool,
+}
+
+impl<D: Device> Chain<'_, D> {
+    /// Runs a kernel, unless its grid is empty.
+    fn launch(&mut self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
+        if plan.grid == 0 {
+            return Ok(());
+        }
+        self.device.launch(Launch::new(plan, args, std::mem::replace(&mut self.begun, true)))
     }
 }
 

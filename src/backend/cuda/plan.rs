@@ -1,5 +1,6 @@
 //! Sizes → which kernel, and how many blocks. Pure arithmetic; a size that kernels cannot count to stops here.
 
+use super::device::Gpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Shape;
@@ -8,7 +9,7 @@ use crate::tensor::Shape;
 pub const THREADS: u32 = 256;
 /// Rows, and columns, of the output that a block of the engine makes: `TILE` in engine.cuh.
 pub const TILE: u32 = 64;
-/// The same of the engine for tensor cores: `WIDE` in tensor.cuh.
+/// The same of the wide engine: `WIDE` in wide.cuh.
 pub const WIDE: u32 = 128;
 /// Rows of `x` that a block of the narrow engine takes: `ROWS` in narrow.cuh.
 pub const ROWS: u32 = 16;
@@ -31,8 +32,8 @@ pub const NORMS: u32 = 4;
 /// The largest size: kernels count in `int`, round up to whole tiles, and fetch ahead.
 pub const MAX_SIZE: u32 = (1 << 31) - 2 * WIDE;
 
-/// Up to so many rows `y` is made by the narrow engine. It reads `W` once for every 16 rows, three times of four from the L2 cache:
-/// 64 rows of a bf16 layer of 4096² are 4·33.5 MB, 25 µs at 5.5 TB/s. The tiles of 128×128 are 32 there, on 132 multiprocessors,
+/// Up to so many rows `y` and `dx` are made by the narrow engine. It reads `W` once for every 16 rows, three times of four from the
+/// L2 cache: 64 rows of a bf16 layer of 4096² are 4·33.5 MB, 25 µs at 5.5 TB/s. The tiles of 128×128 are 32 there, on 132 multiprocessors,
 /// and each walks through 32 KiB of `W` and `x` for every 64 of depth: 64 steps of about 1 µs. At 128 rows the two come out even.
 /// A guess until it is measured.
 pub const FEW_ROWS: u32 = 64;
@@ -43,7 +44,7 @@ pub const BLOCKS: u32 = 264;
 /// A kernel, and how its work is spread over the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Which of [`kernels`]; the symbol is this and the element type, such as `lora_merge_bf16`.
+    /// Which of [`KERNELS`]; the symbol is this and the element type, such as `lora_merge_bf16`.
     pub kernel: &'static str,
     /// Blocks; 0 if there is nothing to do.
     pub grid: u32,
@@ -53,8 +54,8 @@ pub struct Plan {
     pub shared: u32,
 }
 
-/// The kernels that every element type has.
-const KERNELS: [&str; 24] = [
+/// Every kernel, for each element type. A device looks each of them up once, when it is opened.
+pub const KERNELS: [&str; 28] = [
     "accumulate",
     "adam_dense",
     "adam_factored",
@@ -64,14 +65,18 @@ const KERNELS: [&str; 24] = [
     "dropout_forward",
     "linear_backward_dbias",
     "linear_backward_dw",
+    "linear_backward_dw_wide",
     "lora_backward_da",
     "lora_backward_dx",
+    "lora_backward_dx_narrow",
+    "lora_backward_dx_wide",
     "lora_backward_dy",
     "lora_backward_sum",
     "lora_forward_h",
     "lora_forward_h_narrow",
     "lora_forward_y",
     "lora_forward_y_narrow",
+    "lora_forward_y_wide",
     "lora_merge",
     "lora_merge_wide",
     "lora_row_norm",
@@ -80,15 +85,6 @@ const KERNELS: [&str; 24] = [
     "relu",
     "relu_backward",
 ];
-
-/// Those that 16-bit elements have besides: the big products on tensor cores, with the same parameters.
-const TENSOR_KERNELS: [&str; 3] = ["linear_backward_dw_tensor", "lora_backward_dx_tensor", "lora_forward_y_tensor"];
-
-/// Every kernel for an element type. A device looks each of them up once, when it is opened.
-pub fn kernels(dtype: DType) -> impl Iterator<Item = &'static str> {
-    let has_16_bits = dtype.size() == 2;
-    KERNELS.into_iter().chain(TENSOR_KERNELS.into_iter().filter(move |_| has_16_bits))
-}
 
 /// A size as kernels take it. Errors: [`Error::TooLarge`] beyond [`MAX_SIZE`].
 pub fn size(n: usize) -> Result<u32> {
@@ -101,12 +97,15 @@ pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
     tiles_of(TILE, kernel, rows, cols)
 }
 
-/// The same for a big product. It goes to the tensor cores if the elements have 16 bits and the lines of both operands, which
-/// are as long as `lines` says, start at multiples of 16 bytes.
-pub fn product(dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
-    let twin = TENSOR_KERNELS.into_iter().find(|name| name.strip_suffix("_tensor") == Some(kernel));
+/// The same for a big product, by the wide engine if there is one and the lines of both operands, which are as long as `lines`
+/// says, start at multiples of 16 bytes. In f32, where it has no tensor cores to use, also only if its tiles are as many as
+/// multiprocessors; there both engines give the same bits.
+pub fn product(gpu: Gpu, dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
+    let twin = KERNELS.into_iter().find(|name| name.strip_suffix("_wide") == Some(kernel));
+    let aligned = lines.iter().all(|line| line.is_multiple_of(chunk(dtype)));
+    let count = u64::from(rows.div_ceil(WIDE)) * u64::from(cols.div_ceil(WIDE));
     match twin {
-        Some(twin) if dtype.size() == 2 && lines.iter().all(|line| line.is_multiple_of(chunk(dtype))) => {
+        Some(twin) if aligned && (dtype.size() == 2 || count >= u64::from(gpu.multiprocessors)) => {
             tiles_of(WIDE, twin, rows, cols)
         }
         _ => tiles(kernel, rows, cols),
@@ -149,7 +148,7 @@ pub struct Forward {
 }
 
 /// `y` of `m` rows, `k` inputs and `n` outputs, and `h` of rank `r`; a layer without an update has rank 0.
-pub fn forward(dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool) -> Result<Forward> {
+pub fn forward(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool) -> Result<Forward> {
     let aligned = k.is_multiple_of(chunk(dtype));
     let has_16_bits = dtype.size() == 2;
     let narrow = aligned && m <= FEW_ROWS;
@@ -161,10 +160,24 @@ pub fn forward(dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool) -> Resu
         true => Some(tiles("lora_forward_h", m, r)?),
     };
     let y = match narrow {
-        true => blocks_of("lora_forward_y_narrow", [m, n], [ROWS, if has_16_bits { 32 } else { 16 }])?,
-        false => product(dtype, "lora_forward_y", [m, n], [k, k])?,
+        true => blocks_of("lora_forward_y_narrow", [m, n], [ROWS, strip(dtype)])?,
+        false => product(gpu, dtype, "lora_forward_y", [m, n], [k, k])?,
     };
     Ok(Forward { h, y, narrow })
+}
+
+/// `dx` of `m` rows, `k` inputs and `n` outputs.
+pub fn backward_dx(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3]) -> Result<Plan> {
+    let aligned = [n, k].iter().all(|line| line.is_multiple_of(chunk(dtype)));
+    match aligned && m <= FEW_ROWS {
+        true => blocks_of("lora_backward_dx_narrow", [m, k], [ROWS, strip(dtype)]),
+        false => product(gpu, dtype, "lora_backward_dx", [m, k], [n, k]),
+    }
+}
+
+/// Columns of `y` or `dx` that a block of the narrow engine makes: `W_ROWS` in lora_forward.cu, `STRIP` in narrow_down.cuh.
+fn strip(dtype: DType) -> u32 {
+    64 / dtype.size() as u32
 }
 
 /// A launch of the band engine over a matrix: its columns cut into bands, its rows into shares.
@@ -218,6 +231,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const H100: Gpu = Gpu { capability: (9, 0), multiprocessors: 132 };
+
     proptest! {
         #[test]
         fn tiles_cover_the_output_and_no_more(rows in 0..100_000u32, cols in 0..100_000u32) {
@@ -243,13 +258,23 @@ mod tests {
         #[test]
         fn every_output_has_one_block(m in 0..5000u32, k in 0..5000u32, n in 0..5000u32, r in 0..70u32, dropout: bool) {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
-                let Forward { h, y, narrow } = forward(dtype, [m, k, n], r, dropout).unwrap();
+                let Forward { h, y, narrow } = forward(H100, dtype, [m, k, n], r, dropout).unwrap();
                 let [tall, wide] = match y.kernel {
                     "lora_forward_y" => [TILE, TILE],
-                    "lora_forward_y_tensor" => [WIDE, WIDE],
+                    "lora_forward_y_wide" => [WIDE, WIDE],
                     _ => [ROWS, 64 / dtype.size() as u32],
                 };
                 prop_assert_eq!(y.grid, m.div_ceil(tall) * n.div_ceil(wide));
+                let dx = backward_dx(H100, dtype, [m, k, n]).unwrap();
+                let [tall, wide] = match dx.kernel {
+                    "lora_backward_dx" => [TILE, TILE],
+                    "lora_backward_dx_wide" => [WIDE, WIDE],
+                    _ => [ROWS, 64 / dtype.size() as u32],
+                };
+                prop_assert_eq!(dx.grid, m.div_ceil(tall) * k.div_ceil(wide));
+                // What moves 16 bytes has lines of whole ones, and wide tiles in f32 leave no multiprocessor without work.
+                prop_assert!(dx.kernel == "lora_backward_dx" || k % chunk(dtype) == 0 && n % chunk(dtype) == 0);
+                prop_assert!(dtype != DType::F32 || dx.kernel != "lora_backward_dx_wide" || dx.grid >= 132);
                 prop_assert_eq!(narrow, y.kernel == "lora_forward_y_narrow");
                 // What moves 16 bytes has lines of whole ones.
                 prop_assert!(!narrow || (k % chunk(dtype) == 0 && m <= FEW_ROWS));
@@ -277,28 +302,34 @@ mod tests {
     }
 
     #[test]
-    fn tensor_cores_get_16_bit_products_with_aligned_lines() {
-        let kernel = |dtype, lines| product(dtype, "lora_forward_y", [129, 1], lines).unwrap();
+    fn big_products_with_aligned_lines_go_to_the_wide_engine() {
+        let kernel = |dtype, sizes, lines| product(H100, dtype, "lora_forward_y", sizes, lines).unwrap();
+        let plan = |kernel, grid| Plan { kernel, grid, block: 256, shared: 0 };
         for dtype in [DType::F16, DType::BF16] {
-            assert_eq!(kernel(dtype, [8, 4096]), Plan { kernel: "lora_forward_y_tensor", grid: 2, block: 256, shared: 0 });
-            assert_eq!(kernel(dtype, [8, 12]), Plan { kernel: "lora_forward_y", grid: 3, block: 256, shared: 0 });
+            assert_eq!(kernel(dtype, [129, 1], [8, 4096]), plan("lora_forward_y_wide", 2));
+            assert_eq!(kernel(dtype, [129, 1], [8, 12]), plan("lora_forward_y", 3));
         }
-        assert_eq!(kernel(DType::F32, [8, 8]).kernel, "lora_forward_y");
-        assert_eq!(product(DType::F16, "lora_merge", [1, 1], [8, 8]).unwrap().kernel, "lora_merge");
-        for twin in TENSOR_KERNELS {
-            assert!(KERNELS.contains(&twin.strip_suffix("_tensor").unwrap()), "{twin}");
-        }
+        // 132 tiles, and 121: in f32 as many as multiprocessors, or smaller ones.
+        assert_eq!(kernel(DType::F32, [1408, 1536], [8, 12]), plan("lora_forward_y_wide", 132));
+        assert_eq!(kernel(DType::F32, [1408, 1408], [8, 12]), plan("lora_forward_y", 484));
+        assert_eq!(kernel(DType::F32, [4096, 4096], [8, 6]), plan("lora_forward_y", 4096));
+        assert_eq!(product(H100, DType::F16, "adam_factored", [1, 1], [8, 8]).unwrap().kernel, "adam_factored");
     }
 
     #[test]
     fn a_layer_of_few_rows_is_one_launch() {
-        let layer = |dtype, m, r, dropout| forward(dtype, [m, 4096, 4096], r, dropout).unwrap();
+        let layer = |dtype, m, r, dropout| forward(H100, dtype, [m, 4096, 4096], r, dropout).unwrap();
         let narrow = |grid| Plan { kernel: "lora_forward_y_narrow", grid, block: 256, shared: 0 };
         for m in [1, 16] {
             assert_eq!(layer(DType::BF16, m, 16, false), Forward { h: None, y: narrow(128), narrow: true });
         }
         assert_eq!(layer(DType::F16, FEW_ROWS, 1, false), Forward { h: None, y: narrow(512), narrow: true });
-        assert_eq!(layer(DType::F16, FEW_ROWS + 1, 1, false).y.kernel, "lora_forward_y_tensor");
+        assert_eq!(layer(DType::F16, FEW_ROWS + 1, 1, false).y.kernel, "lora_forward_y_wide");
+        // dx likewise; its blocks are a strip of 64 bytes wide.
+        let dx = |dtype, m| backward_dx(H100, dtype, [m, 4096, 4096]).unwrap();
+        assert_eq!(dx(DType::BF16, 1), Plan { kernel: "lora_backward_dx_narrow", grid: 128, block: 256, shared: 0 });
+        assert_eq!(dx(DType::F32, FEW_ROWS), Plan { kernel: "lora_backward_dx_narrow", grid: 1024, block: 256, shared: 0 });
+        assert_eq!(dx(DType::F16, FEW_ROWS + 1).kernel, "lora_backward_dx_wide");
         // Two for what y's kernel cannot make.
         let h = |dtype, r, dropout| layer(dtype, 1, r, dropout).h.map(|plan| (plan.kernel, plan.grid));
         assert_eq!(h(DType::BF16, 17, false), Some(("lora_forward_h_narrow", 2)));

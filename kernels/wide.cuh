@@ -1,15 +1,23 @@
-// The engine for tensor cores: one tile of `Σ lhs·rhs` for 16-bit operands whose lines start at multiples of 16 bytes.
+// The wide engine: one tile of `Σ lhs·rhs`, 128×128, for operands whose lines start at multiples of 16 bytes.
 //
 //     for step in 0..depth/DEEP        panels come to shared memory by cp.async, STAGES - 1 steps ahead
-//         for d in 0..DEEP by 16       each warp: fragments by ldmatrix, onto its 32×64 sums by mma m16n8k16
+//         16 bits: for d by 16         each warp: fragments by ldmatrix, onto its 32×64 sums by mma m16n8k16
+//         f32: for d by 4              each thread: 4 of depth of 8 elements of lhs times 8 of rhs, onto its 8×8 sums
+//
+// In f32 a multiprocessor multiplies 128 times a clock, and gets 128 bytes of shared memory. 4 of depth are 64 K products of a block,
+// 512 clocks. Its threads read 64 KiB for them, as long if nobody shared; but a warp is 4×8 threads, of whose reads 12 KiB differ: 96
+// clocks. 256 of the 290 instructions multiply, so 88 % of the peak is the most. Two blocks share a multiprocessor: 128 registers and
+// 48 KiB each; while one waits at its barrier the other goes on.
 //
 // The low-rank update joins the same sums, in f32 and by plain multiplications: h keeps its accuracy.
 #pragma once
 #include "engine.cuh"
+#ifdef TENSOR
 #include "mma.cuh"
+#endif
 
-constexpr int WIDE = 128;  // rows, and columns, that a block makes: 4×2 warps of 32×64
-constexpr int DEEP = 32;   // of both operands in one stage
+constexpr int WIDE = 128;  // rows, and columns, that a block makes: 4×2 warps of 32×64, or 16×16 threads with 8×8 sums
+constexpr int DEEP = 64 / sizeof(E);  // of both operands in one stage: lines of 64 bytes
 constexpr int STAGES = 3;  // of 16 KiB: the 48 KiB that a block has without asking
 constexpr int UPDATE = 16; // of the update's depth in shared memory, where the stages are later
 
@@ -35,6 +43,7 @@ __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" :
 template <int PENDING>
 __device__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
+#ifdef TENSOR
 // Four 8×8 matrices; lane 8·j + i names row i of matrix j.
 template <bool TRANSPOSED>
 __device__ void load_matrices(unsigned (&to)[4], const E* row) {
@@ -46,8 +55,10 @@ __device__ void load_matrices(unsigned (&to)[4], const E* row) {
                      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// Where 8 elements of a panel lie: neighbours in depth (Rows), or in row (Columns). Chunks of a line are permuted, so that the
-// eight lines that one ldmatrix reads lie in different banks.
+#endif
+
+// Where a chunk of 16 bytes of a panel lies, that (row, d) is in: neighbours in depth (Rows), or in row (Columns). Chunks of a line
+// are permuted, so that the eight lines that one ldmatrix reads, or eight lanes, lie in different banks.
 template <class View>
 __device__ unsigned place(unsigned row, unsigned d) {
     if constexpr (View::DEPTH_IS_CONTIGUOUS)
@@ -73,7 +84,11 @@ __device__ void fetch(E* panel, View view, int first_row, int first_d) {
 // what comes next: it ends with a barrier.
 struct WideTile {
     int rows, cols, first_row, first_col;
+#ifdef TENSOR
     float sum[2][8][4] = {};  // 2×8 products of 16×8; in each: two neighbours, and two in the row that is 8 further
+#else
+    float sum[2][4][8] = {};  // both halves of the rows; rows and columns 16 apart
+#endif
 
     __device__ WideTile(int rows, int cols) : rows(rows), cols(cols) {
         unsigned across = unsigned(cols - 1) / WIDE + 1;
@@ -127,7 +142,7 @@ struct WideTile {
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
                     place_each(i, [&](int row, int col, float& sum) {
-                        sum += update.lhs[d][unsigned(row) / 16 * 32 + i * 16 + unsigned(row) % 16] * update.rhs[d][col];
+                        sum += update.lhs[d][row_of(i, row)] * update.rhs[d][col];
                     });
             }
             __syncthreads();
@@ -157,9 +172,6 @@ struct WideTile {
     }
 
   private:
-    __device__ static int warp_row() { return int(threadIdx.x / WARP / 2 * 32); }
-    __device__ static int warp_col() { return int(threadIdx.x / WARP % 2 * 64); }
-
     // Calls f(i, j, sum) for half i of the sums. They pass through shared memory: there a loop can walk over them, neighbouring
     // threads have neighbouring columns, and what f does exists once.
     template <class F>
@@ -169,7 +181,7 @@ struct WideTile {
         __syncthreads();
 #pragma unroll 1
         for (unsigned e = threadIdx.x; e < WIDE / 2 * WIDE; e += THREADS) {
-            int row = first_row + int(e / WIDE / 16 * 32 + i * 16 + e / WIDE % 16), col = first_col + int(e % WIDE);
+            int row = first_row + row_of(i, e / WIDE), col = first_col + int(e % WIDE);
             if (row < rows && col < cols) f(row, col, half[e / WIDE][e % WIDE]);
         }
     }
@@ -181,7 +193,14 @@ struct WideTile {
         else place_each(1, f);
     }
 
-    // Calls f(row, col, sum) for every sum of half i: 16 of each warp's 32 rows.
+#ifdef TENSOR
+    __device__ static int warp_row() { return int(threadIdx.x / WARP / 2 * 32); }
+    __device__ static int warp_col() { return int(threadIdx.x / WARP % 2 * 64); }
+
+    // The row of the tile that is row `row` of half i: the halves are 16 of each warp's 32 rows.
+    __device__ static int row_of(int i, unsigned row) { return int(row / 16 * 32 + i * 16 + row % 16); }
+
+    // Calls f(row, col, sum) for every sum of half i.
     template <class F>
     __device__ void place_each(int i, F f) {
 #pragma unroll
@@ -227,4 +246,53 @@ struct WideTile {
         else
             load_matrices<true>(to, &panel[place<View>(row, d + line)]);
     }
+#else
+    // A warp is 4×8 threads, a block 4×2 warps.
+    __device__ static int thread_row() { return warp() / 2 * 4 + lane() / 8; }
+    __device__ static int thread_col() { return warp() % 2 * 8 + lane() % 8; }
+
+    // The row of the tile that is row `row` of half i: the halves are above each other.
+    __device__ static int row_of(int i, unsigned row) { return int(i * (WIDE / 2) + row); }
+
+    // Calls f(row, col, sum) for every sum of half i.
+    template <class F>
+    __device__ void place_each(int i, F f) {
+#pragma unroll
+        for (int a = 0; a < 4; ++a) {
+#pragma unroll
+            for (int b = 0; b < 8; ++b) f(thread_row() + a * 16, thread_col() + b * 16, sum[i][a][b]);
+        }
+    }
+
+    // Neighbouring lanes have neighbouring columns, so that eight of them read from different banks.
+    template <class Lhs, class Rhs>
+    __device__ void add_stage(const Stage& stage) {
+#pragma unroll 1
+        for (int d = 0; d < DEEP; d += 4) {
+            float4 right[8];
+#pragma unroll
+            for (int b = 0; b < 8; ++b) right[b] = load<Rhs>(stage.rhs, thread_col() + b * 16, d);
+#pragma unroll
+            for (int a = 0; a < 8; ++a) {
+                float4 left = load<Lhs>(stage.lhs, thread_row() + a * 16, d);
+#pragma unroll
+                for (int b = 0; b < 8; ++b) {
+                    float& sum = this->sum[a / 4][a % 4][b];
+                    sum += left.x * right[b].x;
+                    sum += left.y * right[b].y;
+                    sum += left.z * right[b].z;
+                    sum += left.w * right[b].w;
+                }
+            }
+        }
+    }
+
+    // Depths d to d + 3 of a row of a panel.
+    template <class View>
+    __device__ static float4 load(const E* panel, int row, int d) {
+        if constexpr (View::DEPTH_IS_CONTIGUOUS) return *reinterpret_cast<const float4*>(&panel[place<View>(row, d)]);
+        auto get = [&](int d) { return panel[place<View>(row, d) + unsigned(row) % CHUNK]; };
+        return make_float4(get(d), get(d + 1), get(d + 2), get(d + 3));
+    }
+#endif
 };

@@ -1,17 +1,19 @@
-#include "tensor.cuh"
+#include "wide.cuh"
 
-// The big products on tensor cores, for 16-bit elements; the plan chooses them where lines start at multiples of 16 bytes.
+// The big products; the plan chooses them where lines start at multiples of 16 bytes, in f32 also only for outputs with a tile
+// for every multiprocessor.
 
 // dW = dyᵀ·x
-KERNEL(linear_backward_dw_tensor)(const E* x, const E* dy, float* dw, int m, int k, int n) {
+KERNEL(linear_backward_dw_wide)(const E* x, const E* dy, float* dw, int m, int k, int n) {
     WideTile tile(n, k);
     tile.add(columns(dy, n, m), columns(x, k, m));
     tile.each([&](int i, int j, float sum) { dw[at(i, j, k)] = sum; });
 }
 
 // y = x·Wᵀ + bias + scale·h·Bᵀ; without W only the update
-KERNEL(lora_forward_y_tensor)(const E* x, const E* w, const E* bias, const E* b, const float* h, float scale, E* y,
+KERNEL(lora_forward_y_wide)(const E* x, const E* w, const E* bias, const E* b, const float* h, float scale, E* y,
                               int m, int k, int n, int r) {
+    wait_for_launch_before();
     WideTile tile(m, n);
     tile.add_update(rows(h, m, r), rows(b, n, r));
     tile.scale(scale);
@@ -20,8 +22,9 @@ KERNEL(lora_forward_y_tensor)(const E* x, const E* w, const E* bias, const E* b,
 }
 
 // dx = dy·W + drop(dh·A); without W only the update
-KERNEL(lora_backward_dx_tensor)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
+KERNEL(lora_backward_dx_wide)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
                                 unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+    wait_for_launch_before();
     Dropout dropout{key0, key1, threshold, keep_scale};
     WideTile tile(m, k);
     tile.add_update(rows(dh, m, r), columns(a, k, r));

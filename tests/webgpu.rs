@@ -268,6 +268,34 @@ fn another_device_on_the_same_adapter_gives_the_same_bits() {
     assert_eq!(merged(&gpu), merged(&WebGpu::new().unwrap()));
 }
 
+/// A file of pipelines is written when asked and when the device goes; a damaged one is replaced, and the numbers are the same.
+#[test]
+fn pipelines_wait_in_a_file_for_the_next_run() {
+    or_return!(shared_f32());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pipelines");
+    let open = || adapter("webgpu-pipelines", || WebGpu::<f32>::with_pipelines(&path));
+    let written = || std::fs::read(&path).unwrap();
+    let gpu = or_return!(open());
+    gpu.save_pipelines().unwrap();
+    assert!(!path.exists(), "nothing was compiled");
+    check::add_is_exact(&gpu);
+    gpu.save_pipelines().unwrap();
+    let first = written();
+    drop(gpu);
+    assert_eq!(written(), first, "nothing was compiled since");
+    for damaged in [&first[..first.len() - 1], b"", b"something else"] {
+        std::fs::write(&path, damaged).unwrap();
+        let gpu = open().unwrap();
+        check::add_is_exact(&gpu);
+        assert_eq!(written(), damaged);
+        drop(gpu);
+        assert_eq!(written()[..8], first[..8]);
+    }
+    let error = WebGpu::<f32>::with_pipelines(folder.path()).unwrap_err();
+    assert!(matches!(error, Error::File { .. }), "{error}");
+}
+
 #[test]
 fn errors_say_what_is_wrong() {
     let nobody = WebGpu::<f32>::with_adapter("no such adapter").unwrap_err().to_string();

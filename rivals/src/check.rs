@@ -105,22 +105,26 @@ fn cut<B: Backend>(layer: &Layer<B>, rows: &[usize], inputs: &[usize], outputs: 
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "products"))]
 mod tests {
     use super::*;
-    use crate::rivals::{Rivals, contenders};
+    use crate::race::{Others, contenders};
+    use crate::rivals::Products;
     use crate::shapes::{RANKS, Shape};
     use lowrank::{Cpu, bf16, f16};
 
     const VERBS: [Verb; 4] = [Verb::LinearForward, Verb::LoraForward, Verb::LoraForwardBackward, Verb::LoraMerge];
 
-    fn everyone_is_right<B: Rivals>(backend: B) {
+    fn everyone_is_right<B: Backend + Clone + 'static>(backend: B)
+    where
+        Products: Others<B>,
+    {
         for (m, k, n) in [(1, 33, 70), (10, 300, 40), (65, 20, 17)] {
             for r in RANKS {
                 let layer = Layer::new(backend.clone(), Shape { name: "odd", m, k, n, r }).unwrap();
                 for verb in VERBS {
                     let expected = Expected::of(verb, &layer);
-                    for contender in &mut contenders(&layer, verb).unwrap() {
+                    for contender in &mut contenders(&Products, &layer, verb).unwrap() {
                         contender.run(&layer);
                         if contender.verb() != verb {
                             continue;

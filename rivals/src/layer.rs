@@ -95,7 +95,7 @@ pub struct Outputs {
     pub w: Vec<f32>,
 }
 
-/// Whoever computes the verbs. Outputs are allocated when it is made, never in a run.
+/// Whoever computes the verbs. Outputs are allocated when it is made and not in a run, if the library lets its users do so.
 pub trait Contender<B: Backend> {
     /// As the table's head and the rows of JSON call it.
     fn name(&self) -> &'static str;

@@ -2,8 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use crate::rivals::Rivals;
-
 /// How long to measure.
 #[derive(Clone, Copy)]
 pub struct Effort {
@@ -23,17 +21,20 @@ impl Effort {
 /// A sample is at least this long, so that the clock and a thread that wakes up late do not count.
 const SAMPLE: Duration = Duration::from_millis(2);
 
+/// Seconds that work takes until it is done.
+pub type Clock<'a> = dyn Fn(&mut dyn FnMut()) -> f64 + 'a;
+
 /// Median seconds a run, of each. Every round runs everyone once, and begins with another one.
-pub fn medians<B: Rivals>(backend: &B, runs: &mut [Box<dyn FnMut() + '_>], effort: Effort) -> Vec<f64> {
+pub fn medians(clock: &Clock<'_>, runs: &mut [Box<dyn FnMut() + '_>], effort: Effort) -> Vec<f64> {
     let repeats: Vec<u32> =
-        runs.iter_mut().map(|run| (SAMPLE.as_secs_f64() / timed(backend, run, 1)).clamp(1.0, 10_000.0) as u32).collect();
+        runs.iter_mut().map(|run| (SAMPLE.as_secs_f64() / timed(clock, run, 1)).clamp(1.0, 10_000.0) as u32).collect();
     let mut samples = vec![Vec::new(); runs.len()];
     let began = Instant::now();
     let mut round = 0;
     while round < effort.rounds || began.elapsed() < effort.time {
         for turn in 0..runs.len() {
             let who = (turn + round) % runs.len();
-            samples[who].push(timed(backend, &mut runs[who], repeats[who]));
+            samples[who].push(timed(clock, &mut runs[who], repeats[who]));
         }
         round += 1;
     }
@@ -41,8 +42,8 @@ pub fn medians<B: Rivals>(backend: &B, runs: &mut [Box<dyn FnMut() + '_>], effor
 }
 
 /// Seconds a run.
-fn timed<B: Rivals>(backend: &B, run: &mut dyn FnMut(), repeats: u32) -> f64 {
-    let seconds = backend.seconds(&mut || (0..repeats).for_each(|_| run()));
+fn timed(clock: &Clock<'_>, run: &mut dyn FnMut(), repeats: u32) -> f64 {
+    let seconds = clock(&mut || (0..repeats).for_each(|_| run()));
     (seconds / f64::from(repeats)).max(1e-9)
 }
 

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use crate::layer::Verb;
+use crate::options::Options;
 use crate::peaks::{Peaks, Share};
+use crate::race::OWN;
 use crate::shapes::Shape;
 
 /// One verb on one layer: everyone's time.
@@ -77,30 +79,48 @@ impl Beside {
     }
 }
 
-/// Prints rows as they come.
-pub struct Table {
-    /// Who is compared.
+/// Prints rows as they come, and keeps them.
+pub struct Report {
+    /// Who is compared: the columns.
     rivals: Vec<String>,
+    beside: Beside,
+    json: Option<PathBuf>,
+    rows: Vec<Row>,
 }
 
-impl Table {
-    const RIVALS: [&str; 7] = ["gemm", "faer", "rten-gemm", "matrixmultiply", "naive", "unfused", "plain"];
+impl Report {
     const LEGEND: &str =
         "time: lowrank's, a run; of peak: of what bounds it, as measured above; the others: their time over lowrank's
-naive: a shader with a thread an output; unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter";
+unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter";
 
-    /// Prints the head.
-    pub fn new(beside: &Beside) -> Self {
-        let rivals: Vec<String> = Self::RIVALS.map(str::to_owned).into_iter().chain(beside.names()).collect();
-        println!("\n{}\n", Self::LEGEND);
+    /// Prints the head: those of `others`, and of our own, that the options want; `legend` has what to know of them.
+    /// Errors: options that name nobody, files that cannot be read.
+    pub fn new(options: &Options, others: &[&'static str], legend: &str) -> Result<Self, Box<dyn Error>> {
+        let beside = Beside::read(&options.beside)?;
+        let own: Vec<String> = options.chosen(&[others, &OWN].concat())?.into_iter().map(str::to_owned).collect();
+        let rivals: Vec<String> = own.into_iter().chain(beside.names()).collect();
+        println!("\n{}\n{legend}\n", Self::LEGEND);
         let head = ["verb", "", "shape", "r", "threads", "time", "of peak"].map(str::to_owned);
         let cells: Vec<String> = head.into_iter().chain(rivals.iter().cloned()).collect();
         line(&cells, ' ');
         line(&vec![String::new(); cells.len()], '-');
-        Self { rivals }
+        Ok(Self { rivals, beside, json: options.json.clone(), rows: Vec::new() })
     }
 
-    pub fn print(&self, row: &Row) {
+    pub fn add(&mut self, mut row: Row) {
+        self.beside.add_to(&mut row);
+        self.print(&row);
+        self.rows.push(row);
+    }
+
+    /// Writes the file that the options name.
+    pub fn finish(self) -> Result<(), Box<dyn Error>> {
+        let Some(path) = self.json else { return Ok(()) };
+        let rows: Vec<_> = self.rows.iter().map(Row::json).collect();
+        Ok(std::fs::write(path, serde_json::to_string_pretty(&rows)? + "\n")?)
+    }
+
+    fn print(&self, row: &Row) {
         let Shape { name, m, k, n, r } = row.shape;
         let share = format!("{:.0} % {}", 100.0 * row.share.share, row.share.peak);
         let shape = format!("{name} {m}x{k}x{n}");

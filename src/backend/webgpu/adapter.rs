@@ -1,5 +1,8 @@
 //! Which adapter, and a device on it with all that the adapter has.
 
+use std::path::PathBuf;
+
+use super::cache::{self, Cache};
 use super::clock;
 use super::dispatch::Gpu;
 use crate::error::{Error, Result};
@@ -11,27 +14,50 @@ const WELCOME: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features:
 const MATRICES: wgpu::Features =
     wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SUBGROUP).union(wgpu::Features::SHADER_F16);
 
-/// Whether the environment asks for cooperative matrices.
-pub(super) fn asked_for_matrices() -> bool {
-    std::env::var("LOWRANK_COOPERATIVE_MATRICES").is_ok_and(|asked| asked == "1")
+/// What is to be opened.
+pub(super) struct Wanted {
+    /// The adapter with this number, or the first with this in its name; else the best.
+    pub(super) adapter: Option<String>,
+    /// Cooperative matrices.
+    pub(super) matrices: bool,
+    /// Where compiled pipelines are kept.
+    pub(super) pipelines: Option<PathBuf>,
 }
 
-/// Opens the adapter with this number or name, or the best one; with cooperative matrices, if they are wanted.
-pub(super) fn open(name: Option<&str>, matrices: bool) -> Result<Gpu> {
-    let adapter = choose(adapters(), name)?;
+impl Wanted {
+    /// What the environment asks for.
+    pub(super) fn by_environment() -> Self {
+        Self {
+            adapter: std::env::var("LOWRANK_ADAPTER").ok(),
+            matrices: std::env::var("LOWRANK_COOPERATIVE_MATRICES").is_ok_and(|asked| asked == "1"),
+            pipelines: std::env::var_os("LOWRANK_PIPELINES").filter(|path| !path.is_empty()).map(PathBuf::from),
+        }
+    }
+}
+
+/// Opens a device with all that is wanted, and what else makes launches faster.
+pub(super) fn open(wanted: Wanted) -> Result<Gpu> {
+    let adapter = choose(adapters(), wanted.adapter.as_deref())?;
     let info = adapter.get_info();
-    let matrix = if matrices { matrix_of(&adapter)? } else { 0 };
-    let features = adapter.features() & if matrices { WELCOME | MATRICES } else { WELCOME };
+    let matrix = if wanted.matrices { matrix_of(&adapter)? } else { 0 };
+    let mut features = adapter.features() & if wanted.matrices { WELCOME | MATRICES } else { WELCOME };
+    if wanted.pipelines.is_some() {
+        if !adapter.features().contains(cache::NEEDS) {
+            return Err(unavailable(format!("{} on {} lets nobody keep its pipelines", info.name, info.backend)));
+        }
+        features |= cache::NEEDS;
+    }
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("lowrank"),
         required_features: features,
         required_limits: adapter.limits(),
-        experimental_features: if matrices { experiments() } else { wgpu::ExperimentalFeatures::disabled() },
+        experimental_features: if wanted.matrices { experiments() } else { wgpu::ExperimentalFeatures::disabled() },
         ..Default::default()
     };
     let opened = pollster::block_on(adapter.request_device(&descriptor));
     let (device, queue) = opened.map_err(|error| unavailable(format!("{}: {error}", info.name)))?;
-    let gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend), matrix);
+    let mut gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend), matrix);
+    gpu.cache = wanted.pipelines.map(|path| Cache::open(&gpu, path)).transpose()?;
     let lost = gpu.lost.clone();
     gpu.device.set_device_lost_callback(move |_, reason| drop(lost.set(format!("the device is lost: {reason}"))));
     Ok(gpu)

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 
+use super::cache::Cache;
 use super::memory::{Pool, lock};
 use super::shader::Kernel;
 use crate::element::DType;
@@ -29,6 +30,8 @@ pub(super) struct Gpu {
     pub(super) matrix: u32,
     pub(super) pool: Mutex<Pool>,
     pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
+    /// Where they are kept from one run to the next, if they are.
+    pub(super) cache: Option<Cache>,
     pub(super) batch: Mutex<Batch>,
     uniforms: wgpu::Buffer,
     uploads: wgpu::Buffer,
@@ -112,8 +115,8 @@ impl Gpu {
         };
         let uniforms = buffer("uniforms", BATCH * slot, wgpu::BufferUsages::UNIFORM);
         let uploads = buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC);
-        let (lost, pool, pipelines, batch, submissions) = Default::default();
-        Self { device, queue, name, lost, matrix, pool, pipelines, batch, uniforms, uploads, submissions }
+        let (lost, pool, pipelines, cache, batch, submissions) = Default::default();
+        Self { device, queue, name, lost, matrix, pool, pipelines, cache, batch, uniforms, uploads, submissions }
     }
 
     /// How many times something was handed to the device.
@@ -253,13 +256,14 @@ impl Gpu {
         });
         let compilation_options =
             wgpu::PipelineCompilationOptions { zero_initialize_workgroup_memory: false, ..Default::default() };
+        self.cache.iter().for_each(Cache::grow);
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&pipeline_layout),
             module: &module,
             entry_point: label,
             compilation_options,
-            cache: None,
+            cache: self.cache.as_ref().map(|cache| &cache.raw),
         });
         Pipeline { pipeline, layout }
     }

@@ -7,6 +7,7 @@
 //!   └─ plan.rs           sizes and limits → tiles and pieces; pure
 //!   └─ shader.rs         the text of a kernel, out of shaders/*.wgsl
 //!   └─ dispatch.rs       pipelines made once, launches recorded, many submitted together
+//!   └─ cache.rs          compiled pipelines in a file, for the next run
 //! adapter.rs memory.rs   which adapter; its buffers
 //! clock.rs               how long the device takes
 //! ```
@@ -15,6 +16,7 @@
 //! atomics, and the same request on the same adapter gives the same bits.
 
 mod adapter;
+mod cache;
 mod clock;
 mod dispatch;
 mod dora;
@@ -28,8 +30,10 @@ mod sum;
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::path::Path;
 use std::sync::Arc;
 
+use adapter::Wanted;
 use dispatch::{Command, Gpu, Launch};
 pub use memory::Buffer;
 pub use plan::Limits;
@@ -72,15 +76,12 @@ impl<E: Float> WebGpu<E> {
     /// `LOWRANK_ADAPTER` asks for another, by its number or a part of its name; `WGPU_BACKEND` for `vulkan`, `metal` or
     /// `dx12`. Errors: [`Error::Unavailable`] if there is no adapter, or not that one, or it does not compute in `E`.
     pub fn new() -> Result<Self> {
-        match std::env::var("LOWRANK_ADAPTER") {
-            Ok(name) => Self::with_adapter(&name),
-            Err(_) => Self::from_gpu(adapter::open(None, adapter::asked_for_matrices())?),
-        }
+        Self::open(Wanted::by_environment())
     }
 
     /// The adapter with this number, or the first with this in its name. Errors: as [`new`](Self::new).
     pub fn with_adapter(name: &str) -> Result<Self> {
-        Self::from_gpu(adapter::open(Some(name), adapter::asked_for_matrices())?)
+        Self::open(Wanted { adapter: Some(name.into()), ..Wanted::by_environment() })
     }
 
     /// As [`new`](Self::new), with cooperative matrices: what tensor cores are to WGSL. Large products of f16 are made in them, and
@@ -90,8 +91,30 @@ impl<E: Float> WebGpu<E> {
     /// been run on software Vulkan alone; so they are there for who asks. `LOWRANK_COOPERATIVE_MATRICES=1` asks wherever an adapter
     /// is opened. Errors: as [`new`](Self::new); [`Error::Unavailable`] if the adapter has none.
     pub fn with_cooperative_matrices() -> Result<Self> {
-        let name = std::env::var("LOWRANK_ADAPTER").ok();
-        Self::from_gpu(adapter::open(name.as_deref(), true)?)
+        Self::open(Wanted { matrices: true, ..Wanted::by_environment() })
+    }
+
+    /// As [`new`](Self::new), with a file in which compiled pipelines wait for the next run. `LOWRANK_PIPELINES=FILE` asks for it
+    /// wherever an adapter is opened.
+    ///
+    /// A file that is not there, damaged, or of another adapter or driver is not used, and replaced. It is written by
+    /// [`save_pipelines`](Self::save_pipelines) and when the last clone is dropped, whole or not at all. Drivers trust what is in
+    /// it: **keep it where nobody else may write.** Most desktop drivers keep pipelines themselves; this is for those that do not.
+    ///
+    /// Errors: as [`new`](Self::new); [`Error::Unavailable`] where wgpu keeps none (on Metal and DX12); [`Error::File`] if the file
+    /// is there and cannot be read.
+    pub fn with_pipelines(file: &Path) -> Result<Self> {
+        Self::open(Wanted { pipelines: Some(file.into()), ..Wanted::by_environment() })
+    }
+
+    /// Writes the pipelines compiled so far into the file that they wait in for the next run, if there is one and it lacks any.
+    /// Errors: [`Error::File`]; [`Error::Device`] if the driver does not give them.
+    pub fn save_pipelines(&self) -> Result<()> {
+        self.gpu.cache.as_ref().map_or(Ok(()), |cache| cache.save())
+    }
+
+    fn open(wanted: Wanted) -> Result<Self> {
+        Self::from_gpu(adapter::open(wanted)?)
     }
 
     /// A device that the program already has. Errors: [`Error::Unavailable`] if it was not made with what `E` needs.

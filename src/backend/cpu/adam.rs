@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::few::{FEW, few, together};
 use super::gemm::{Init, Output, interleave, sum_of_products};
 use super::linear::{matrix, product};
 use super::simd::{Kernel, LANES, Lanes, Simd};
@@ -10,8 +11,6 @@ use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Adam, AdamRate, WeightGrad};
 
-/// Elements a task takes of a dense gradient.
-const CHUNK: usize = 1 << 14;
 /// Rows of weights a task takes of a factored one.
 const ROWS: usize = 16;
 /// Rows updated side by side, so that each vector of `x` is loaded once for all of them.
@@ -31,7 +30,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
             let x = x.as_chunks().0;
             let rows = (ROWS * k).max(1);
             let chunks = m.par_chunks_mut(rows).zip(v.par_chunks_mut(rows)).zip(w.par_chunks_mut(rows)).enumerate();
-            chunks.for_each(|(chunk, ((m, v), w))| {
+            chunks.with_min_len(together(few(n, k, batch))).for_each(|(chunk, ((m, v), w))| {
                 engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, m, v, w });
             });
         }
@@ -46,9 +45,9 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
 }
 
 fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], m: &mut [f32], v: &mut [f32], w: &mut [E]) {
-    let chunks = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK)).zip(w.par_chunks_mut(CHUNK));
+    let chunks = m.par_chunks_mut(FEW).zip(v.par_chunks_mut(FEW)).zip(w.par_chunks_mut(FEW));
     let task = |(((m, v), w), g)| engine.unit.run(Dense { rate, g, m, v, w });
-    chunks.zip(g.par_chunks(CHUNK)).for_each(task);
+    chunks.zip(g.par_chunks(FEW)).for_each(task);
 }
 
 /// The scalars of a step in every lane.

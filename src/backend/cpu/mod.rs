@@ -12,6 +12,7 @@
 mod adam;
 mod buffer;
 mod dora;
+mod few;
 mod gemm;
 mod idle;
 mod linear;
@@ -24,6 +25,7 @@ mod verbs;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
+use few::Request;
 use idle::Idle;
 use scratch::Scratch;
 use simd::Unit;
@@ -96,12 +98,18 @@ impl<E: Float> Cpu<E> {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
-    /// Runs a verb, whose parallel iterators then use this backend's threads.
-    fn run<Request: Send>(&self, verb: fn(&Engine, Request) -> Result<()>, op: Checked<Request>) -> Result<()> {
+    /// Runs a verb, whose parallel iterators then use this backend's threads; here, if it is little work.
+    fn run<R: Request>(&self, verb: fn(&Engine, R) -> Result<()>, op: Checked<R>) -> Result<()> {
+        let few = op.is_few();
         let work = || verb(&self.engine, op.into_inner());
+        if few { work() } else { self.on_threads(work) }
+    }
+
+    /// Handed over once, where each loop would be by itself.
+    fn on_threads(&self, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
         match &self.pool {
             Some(pool) => pool.install(work),
-            None => work(),
+            None => rayon::scope(|_| work()),
         }
     }
 }
@@ -149,11 +157,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
-        let mut pack = || (self.verbs.pack)(&self.engine, w, passes == Passes::ForwardAndBackward);
-        match &self.pool {
-            Some(pool) => pool.install(pack),
-            None => pack(),
-        }
+        self.on_threads(|| (self.verbs.pack)(&self.engine, w, passes == Passes::ForwardAndBackward))
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::few::FEW;
 use super::simd::{Kernel, LANES, Simd, Unit};
 use super::{Cpu, Engine};
 use crate::element::Float;
@@ -9,7 +10,7 @@ use crate::error::Result;
 use crate::op::{Accumulate, Add, CrossEntropy, Dropout, DropoutForward, Relu, ReluBackward, round_by_chance, rounding_words};
 
 /// Elements a task takes: enough to outweigh handing it over.
-pub(super) const CHUNK: usize = 1 << 14;
+pub(super) const CHUNK: usize = FEW;
 /// Columns of a row that are worth coming for: 512 bytes of `f32`, and their sums stay in the first cache.
 const RUN: usize = 8 * LANES;
 
@@ -131,7 +132,7 @@ pub(super) fn column_sums<E: Float>(unit: Unit, dy: &[E], dbias: &mut [f32]) {
     let cols = dbias.len();
     // What a task reads of a row is a run of cache lines; how many do not matter to the bits, each column is a sum of its own.
     let rows = dy.len() / cols.max(1);
-    let width = (4 * CHUNK / rows.max(1)).next_multiple_of(LANES).max(RUN);
+    let width = (2 * CHUNK / rows.max(1)).next_multiple_of(LANES).max(RUN);
     let task = |(chunk, sums): (usize, &mut [f32])| unit.run(ColumnSums { dy, cols, first: chunk * width, sums });
     dbias.par_chunks_mut(width).enumerate().for_each(task);
 }

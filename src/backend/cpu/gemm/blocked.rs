@@ -122,7 +122,7 @@ fn strips<E: Float, O: Float, M: Micro>(
     let blocks = if O::DTYPE == DType::F32 || depth.total() <= deepest { 0 } else { down.longest() * across.longest() };
     let len = (across.longest() * deepest * size_of::<M::Number>()).div_ceil(size_of::<f32>());
     engine.scratch.reserve(threads.min(down.count() * across.count()), len + blocks)?;
-    out.for_each_block(down, across, |block| {
+    out.for_each_block(down, across, depth.total(), |block| {
         let mut memory = engine.scratch.take(len + blocks)?;
         let (right, sums) = memory.split_at_mut(len);
         engine.unit.run(Strip { block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, nr });

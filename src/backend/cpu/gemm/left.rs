@@ -5,6 +5,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::Engine;
+use super::super::few::{FEW, together};
 use super::super::scratch::Taken;
 use super::super::simd::Unit;
 use super::Product;
@@ -54,7 +55,8 @@ impl<'e, M: Micro> Left<'e, M> {
             let (stride, begins) = (mr * block.len(), mr * (depth.start - block.start));
             let panels = &mut self.numbers.as_mut::<M::Number>()[self.panels * mr * block.start..];
             let panels = &mut panels[..self.panels.min(there) * stride];
-            panels.par_chunks_mut(GROUP * stride).enumerate().for_each(|(group, to)| {
+            let together = together(panels.len() <= FEW);
+            panels.par_chunks_mut(GROUP * stride).enumerate().with_min_len(together).for_each(|(group, to)| {
                 let (first, depth) = (first + group * GROUP * mr, depth.clone());
                 unit.run(Panels { micro, side: Side::Left, terms, depth, first, width: mr, stride, to: &mut to[begins..] });
             });

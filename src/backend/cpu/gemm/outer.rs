@@ -57,7 +57,7 @@ impl Outer<'_> {
         let (out, rhs, scale) = (self.out.reborrow(), self.rhs, self.scale);
         let down = Parts::new(out.rows(), 1, STEPS, rayon::current_num_threads());
         let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
-        out.for_each_block(down, across, |block| {
+        out.for_each_block(down, across, rows.len(), |block| {
             engine.unit.run(Task { block, left, rows: rows.clone(), rhs, scale });
             Ok(())
         })

@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::super::few::{few, together};
 use crate::error::Result;
 
 /// The matrix to write.
@@ -48,16 +49,19 @@ impl<'a, O> Output<'a, O> {
 }
 
 impl<O: Send> Output<'_, O> {
-    /// Calls `task` once for each block where a part of the rows meets a part of the columns, on as many threads as there are.
+    /// Calls `task` once for each block where a part of the rows meets a part of the columns, on as many threads as there are,
+    /// or on this one if products so deep are little work.
     pub(super) fn for_each_block(
         self,
         down: Parts,
         across: Parts,
+        depth: usize,
         task: impl Fn(Block<'_, O>) -> Result<()> + Sync,
     ) -> Result<()> {
         assert!(down.len == self.rows && across.len == self.cols);
         let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.cols);
-        (0..down.parts * across.parts).into_par_iter().try_for_each(|i| {
+        let blocks = (0..down.parts * across.parts).into_par_iter();
+        blocks.with_min_len(together(few(self.rows, self.cols, depth))).try_for_each(|i| {
             let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));
             if rows.is_empty() || cols.is_empty() {
                 return Ok(());
@@ -182,7 +186,7 @@ mod tests {
         fn blocks_cover_the_output_once(rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9) {
             let mut data = vec![0u32; rows * cols];
             let (down, across) = (Parts::new(rows, 2, height, 1), Parts::new(cols, 3, width, 2));
-            Output::new(&mut data, rows, cols).for_each_block(down, across, |mut block| {
+            Output::new(&mut data, rows, cols).for_each_block(down, across, rows, |mut block| {
                 for i in 0..block.rows.len() {
                     let (row, first) = (block.rows.start + i, block.cols.start);
                     for (j, to) in block.line(i).iter_mut().enumerate() {

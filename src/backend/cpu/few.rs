@@ -1,0 +1,115 @@
+//! Work so little that one thread has done it before another is awake: it stays on the thread that asks.
+//!
+//! Handing a verb to a pool and waiting for it takes 10 to 20 µs, as long as a product of 10×1000→20.
+
+use super::Cpu;
+use crate::element::Float;
+use crate::op::{
+    Accumulate, Adam, Add, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge,
+    LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward, Rounding, WeightGrad,
+};
+use crate::tensor::Tensor;
+
+/// Elements that one thread passes over in 10 µs; 128 KiB of `f32`.
+pub(super) const FEW: usize = 1 << 15;
+/// Multiply-adds that one thread makes in as long.
+const MULTIPLY_ADDS: usize = 16 * FEW;
+
+/// Whether a product `m×k` by `k×n` is little work.
+pub(super) fn few(m: usize, n: usize, k: usize) -> bool {
+    [m, n, k, m * n, n * k, k * m].iter().all(|&elements| elements <= FEW) && m * n * k <= MULTIPLY_ADDS
+}
+
+/// How many tasks of a loop stay together at least: all, if they are little work.
+pub(super) fn together(few: bool) -> usize {
+    if few { usize::MAX } else { 1 }
+}
+
+/// What a verb is asked for.
+pub(super) trait Request: Send {
+    /// Whether it is little work, in none of its loops enough for two.
+    fn is_few(&self) -> bool {
+        false
+    }
+}
+
+/// The products of a layer, and those of its adapter.
+fn layer<E: Float>(x: &Tensor<Cpu<E>>, outputs: usize, rank: usize) -> bool {
+    let (m, k) = (x.rows(), x.cols());
+    few(m, outputs, k) && few(m, rank, k) && few(m, outputs, rank)
+}
+
+impl<E: Float> Request for LinearForward<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        layer(self.x, self.w.rows(), 0)
+    }
+}
+
+impl<E: Float> Request for LinearBackward<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        layer(self.x, self.w.rows(), 0)
+    }
+}
+
+impl<E: Float> Request for LoraForward<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.dropout.is_none() && layer(self.x, self.b.rows(), self.b.cols())
+    }
+}
+
+impl<E: Float> Request for LoraBackward<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.dropout.is_none() && layer(self.x, self.b.rows(), self.b.cols())
+    }
+}
+
+impl<E: Float> Request for LoraMerge<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.rounding == Rounding::Nearest && few(self.b.rows(), self.a.cols(), self.b.cols())
+    }
+}
+
+impl<E: Float> Request for Adam<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        match self.grad {
+            WeightGrad::Dense(g) => g.buffer().len() <= FEW,
+            WeightGrad::Factored { dy, x } => few(dy.cols(), x.cols(), x.rows()),
+        }
+    }
+}
+
+impl<E: Float> Request for Relu<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.x.buffer().len() <= FEW
+    }
+}
+
+impl<E: Float> Request for ReluBackward<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.y.buffer().len() <= FEW
+    }
+}
+
+impl<E: Float> Request for Add<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.x.buffer().len() <= FEW
+    }
+}
+
+impl<E: Float> Request for Accumulate<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        self.x.buffer().len() <= FEW
+    }
+}
+
+/// Its loop is one thread's in any case.
+impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        true
+    }
+}
+
+impl<E: Float> Request for DropoutForward<'_, Cpu<E>> {}
+impl<E: Float> Request for LoraRowNorm<'_, Cpu<E>> {}
+impl<E: Float> Request for Magnitude<'_, Cpu<E>> {}
+impl<E: Float> Request for MagnitudeBackward<'_, Cpu<E>> {}

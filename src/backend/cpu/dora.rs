@@ -84,8 +84,10 @@ impl<E: Float> RowNorms<'_, E> {
                 squares[q] = s.mul_add(weight, weight, squares[q]);
             }
         }
-        for q in 0..R {
-            self.norm[row + q] = s.sum(squares[q]).sqrt();
+        let mut all = [s.splat(0.0); SIDE_BY_SIDE];
+        all[..R].copy_from_slice(&squares);
+        for (norm, sum) in self.norm[row..row + R].iter_mut().zip(s.sums(all)) {
+            *norm = sum.sqrt();
         }
     }
 }

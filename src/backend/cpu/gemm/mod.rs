@@ -10,9 +10,12 @@
 
 mod blocked;
 mod depth;
+mod dots;
 mod kept;
 mod left;
+mod lines;
 mod micro;
+mod narrow;
 mod outer;
 mod output;
 mod pack;
@@ -277,20 +280,33 @@ pub(super) fn low_rank<E: Float, O: Float>(
 
 /// `out = scale·lhsᵀ·rhs`
 pub(super) fn outer_product<E: Float>(engine: &Engine, lhs: Factor<'_, E>, outer: Outer<'_>) -> Result<()> {
+    if lhs.rows() <= SKINNY_ROWS && outer.rhs.cols <= SKINNY_ROWS && !lhs.transposed() {
+        return narrow::outer(engine, lhs, outer);
+    }
     blocked::run_outer(engine, lhs, outer)
 }
 
 /// `line = init + sums`, rounded: the one place where a tile meets the edge of the output. `line` begins at column `col`.
 #[inline(always)]
 fn finish<S: Simd, E: Float, O: Float>(s: S, sums: &[Lanes<f32>], init: Init<'_, E>, col: usize, line: &mut [O]) {
-    for (v, (to, sum)) in line.chunks_mut(LANES).zip(sums).enumerate() {
+    let (whole, rest) = line.as_chunks_mut::<LANES>();
+    for (v, (to, sum)) in whole.iter_mut().zip(sums).enumerate() {
         let sum = s.load(sum);
         let value = match init {
             Init::Zero => sum,
             Init::Row(row) => s.add(sum, s.widen_at(&row[col..], v)),
-            Init::Output => s.add(sum, s.widen_at(to, 0)),
+            Init::Output => s.add(sum, s.widen(to)),
         };
-        s.narrow_to(value, to);
+        s.narrow(value, to);
+    }
+    if !rest.is_empty() {
+        let sum = s.load(&sums[whole.len()]);
+        let value = match init {
+            Init::Zero => sum,
+            Init::Row(row) => s.add(sum, s.widen_at(&row[col..], whole.len())),
+            Init::Output => s.add(sum, s.widen_at(rest, 0)),
+        };
+        s.narrow_to(value, rest);
     }
 }
 
@@ -298,7 +314,7 @@ fn finish<S: Simd, E: Float, O: Float>(s: S, sums: &[Lanes<f32>], init: Init<'_,
 pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<Taken<'e>> {
     let mut to = engine.scratch.take(lines.rows * lines.cols.next_multiple_of(LANES))?;
     if !to.is_empty() {
-        engine.unit.run(pack::Interleave { lines, width: lines.rows, to: to.as_chunks_mut().0 });
+        engine.unit.run(pack::Interleave { lines, first: 0, width: lines.rows, to: to.as_chunks_mut().0 });
     }
     Ok(to)
 }

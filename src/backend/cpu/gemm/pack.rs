@@ -145,12 +145,14 @@ fn turn<S: Simd, T: Float>(
     }
 }
 
-/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `i`; what is missing is
+/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `first + i`; what is missing is
 /// zeros.
 ///
 /// Lines a few KiB long and read side by side would meet in the same few sets of the cache.
 pub(super) struct Interleave<'a, T> {
     pub(super) lines: Matrix<'a, T>,
+    /// Which line is the first.
+    pub(super) first: usize,
     pub(super) width: usize,
     pub(super) to: &'a mut [Lanes<f32>],
 }
@@ -162,7 +164,8 @@ impl<T: Float> Kernel for Interleave<'_, T> {
     fn run<S: Simd>(self, s: S) {
         for (v, to) in self.to.chunks_exact_mut(self.width).enumerate() {
             for (i, to) in to.iter_mut().enumerate() {
-                let vector = if i < self.lines.rows { s.widen_at(self.lines.run(i), v) } else { s.splat(0.0) };
+                let line = self.first + i;
+                let vector = if line < self.lines.rows { s.widen_at(self.lines.run(line), v) } else { s.splat(0.0) };
                 s.store(vector, to);
             }
         }

@@ -142,19 +142,17 @@ pub(crate) trait Simd: Copy + Send + Sync {
         to.copy_from_slice(&lanes[..to.len()]);
     }
 
-    /// The sum of the lanes, as a tree: halves, quarters, …
+    /// The sums of the lanes of each, in the order in which shuffles make four at once: the even and the odd lanes of every four,
+    /// then fours that lie eight apart.
     #[inline(always)]
-    fn sum(self, value: Self::V) -> f32 {
-        let mut lanes = [0.0; LANES];
-        self.store(value, &mut lanes);
-        let mut half = LANES / 2;
-        while half > 0 {
-            for i in 0..half {
-                lanes[i] += lanes[i + half];
-            }
-            half /= 2;
+    fn sums(self, values: [Self::V; 4]) -> [f32; 4] {
+        let (mut lanes, mut sums) = ([0.0; LANES], [0.0; 4]);
+        for i in 0..4 {
+            self.store(values[i], &mut lanes);
+            let four = |q: usize| (lanes[q] + lanes[q + 2]) + (lanes[q + 1] + lanes[q + 3]);
+            sums[i] = (four(0) + four(8)) + (four(4) + four(12));
         }
-        lanes[0]
+        sums
     }
 }
 

@@ -133,8 +133,14 @@ impl Simd for Avx512 {
         intrinsics!(_mm512_maskz_mov_ps(!_mm512_fpclass_ps_mask::<SUBNORMAL>(a), a))
     }
     #[inline(always)]
-    fn sum(self, value: Self::V) -> f32 {
-        intrinsics!(sum8(_mm256_add_ps(_mm512_castps512_ps256(value), _mm512_extractf32x8_ps::<1>(value))))
+    fn sums(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
+        intrinsics!({
+            let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+            let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            let (even, odd) = unpack_pairs(ab, cd);
+            let fours = _mm512_add_ps(even, odd);
+            add_halves(_mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps::<1>(fours)))
+        })
     }
     /// Pairs, fours, then whole quarters change places: 64 shuffles for 256 numbers.
     #[inline(always)]
@@ -188,10 +194,22 @@ fn prefetch<T>(from: &[T], ahead: usize) {
 /// The sum of eight lanes, as a tree: halves, quarters, pairs.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sum8(value: __m256) -> f32 {
-    let four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+fn add_halves(value: __m256) -> [f32; 4] {
+    let sums = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps::<1>(value));
+    let mut to = [0.0; 4];
+    // SAFETY: the array has room for four numbers.
+    unsafe { _mm_storeu_ps(to.as_mut_ptr(), sums) };
+    to
+}
+
+/// The sums of every four lanes of each.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fours(a: __m256, b: __m256, c: __m256, d: __m256) -> __m256 {
+    let ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    let cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    let even = _mm256_shuffle_ps::<0b01_00_01_00>(ab, cd);
+    _mm256_add_ps(even, _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd))
 }
 
 /// The same on the lower and the upper eight lanes.
@@ -320,8 +338,11 @@ impl Simd for Avx2 {
         [self.flush8(a[0]), self.flush8(a[1])]
     }
     #[inline(always)]
-    fn sum(self, value: Self::V) -> f32 {
-        intrinsics!(sum8(_mm256_add_ps(value[0], value[1])))
+    fn sums(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
+        intrinsics!({
+            let low = fours(a[0], b[0], c[0], d[0]);
+            add_halves(_mm256_add_ps(low, fours(a[1], b[1], c[1], d[1])))
+        })
     }
     /// Four blocks of eight by eight.
     #[inline(always)]

@@ -1,0 +1,116 @@
+//! Dot products: few lines on the left, interleaved in groups that stay in L1, with many lines of weights read once.
+
+use super::super::simd::{LANES, Lanes, Simd};
+use super::Matrix;
+use super::skinny::Sums;
+use crate::element::Float;
+
+/// Lines of weights read side by side.
+const ACROSS: usize = 4;
+/// Numbers of the left side that stay in L1 (20 KiB) while dot products are made with them.
+const STAYS: usize = 5 * 1024;
+
+/// Lines of the left side in a group: 5·4 sums + 4 weights leave room in 32 registers.
+pub(super) fn together<S: Simd>(rows: usize) -> usize {
+    match S::REGISTERS {
+        _ if rows <= 1 => 1,
+        32.. => 5,
+        _ => 2,
+    }
+}
+
+impl Sums<'_> {
+    /// `sums += scale·left·rhs`, `rhs` contiguous along the depth
+    #[inline(always)]
+    pub(super) fn add_dots<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+        match together::<S>(self.height) {
+            _ if rhs.rows == 0 => {}
+            _ if rhs.rows < LANES => self.add_short_dots(s, scale, left, rhs),
+            1 => self.add_long_dots::<S, R, 1>(s, scale, left, rhs),
+            2 => self.add_long_dots::<S, R, 2>(s, scale, left, rhs),
+            _ => self.add_long_dots::<S, R, 5>(s, scale, left, rhs),
+        }
+    }
+
+    /// Those of X lines with `ACROSS` at a time: X·ACROSS sums for X + ACROSS loads. A stretch of the left side stays in L1 while
+    /// the right side goes by.
+    #[inline(always)]
+    fn add_long_dots<S: Simd, R: Float, const X: usize>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+        let (vectors, groups) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X));
+        let left: &[[Lanes<f32>; X]] = left.as_chunks().0;
+        let stretch = (STAYS / (groups * X)).div_ceil(LANES);
+        for start in (0..vectors).step_by(stretch) {
+            let end = vectors.min(start + stretch);
+            let depth = start * LANES..rhs.rows.min(end * LANES);
+            for j in (0..self.width).step_by(ACROSS) {
+                // At the edge the last line is taken again; what it gives lies beyond the width, where nobody looks.
+                let line = |w: usize| &rhs.run(self.first + (j + w).min(self.width - 1))[depth.clone()];
+                let right: [&[R]; ACROSS] = std::array::from_fn(line);
+                for group in 0..groups {
+                    let dots = dots(s, &left[group * vectors..][start..end], right);
+                    for x in 0..X.min(self.height - group * X) {
+                        let sums = &mut self.lanes[(group * X + x) * self.vectors + j / LANES];
+                        for (sum, dot) in sums[j % LANES..][..ACROSS].iter_mut().zip(s.sums(dots[x])) {
+                            *sum += scale * dot;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Those too short for vectors, as the ones over the rank of an adapter often are: sixteen lines of weights are turned
+    /// instead.
+    #[inline(always)]
+    fn add_short_dots<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
+        let mut turned = [[0.0; LANES]; LANES];
+        for v in 0..self.vectors {
+            for j in 0..LANES.min(self.width - v * LANES) {
+                for (turned, weight) in turned.iter_mut().zip(rhs.run(self.first + v * LANES + j)) {
+                    turned[j] = weight.to_f32();
+                }
+            }
+            for (i, left) in left[..self.height].iter().enumerate() {
+                let to = &mut self.lanes[i * self.vectors + v];
+                let mut sum = s.load(to);
+                for (number, weights) in left.iter().zip(&turned[..rhs.rows]) {
+                    sum = s.mul_add(s.splat(scale * number), s.load(weights), sum);
+                }
+                s.store(sum, to);
+            }
+        }
+    }
+}
+
+/// The products of X lines with `ACROSS`, of which only the lanes remain to be summed.
+#[inline(always)]
+fn dots<S: Simd, R: Float, const X: usize>(s: S, left: &[[Lanes<f32>; X]], right: [&[R]; ACROSS]) -> [[S::V; ACROSS]; X] {
+    let mut sums = [[s.splat(0.0); ACROSS]; X];
+    let mut weights = [s.splat(0.0); ACROSS];
+    // Slices that are known to be as long: no index is looked at in the loop.
+    let (left, rest) = left.split_at(right[0].len() / LANES);
+    let lanes = right.map(|line| &line.as_chunks::<LANES>().0[..left.len()]);
+    for (v, left) in left.iter().enumerate() {
+        for w in 0..ACROSS {
+            weights[w] = s.widen(&lanes[w][v]);
+        }
+        add(s, left, &weights, &mut sums);
+    }
+    if let [rest] = rest {
+        for w in 0..ACROSS {
+            weights[w] = s.widen_at(right[w], left.len());
+        }
+        add(s, rest, &weights, &mut sums);
+    }
+    sums
+}
+
+#[inline(always)]
+fn add<S: Simd, const X: usize>(s: S, left: &[Lanes<f32>; X], weights: &[S::V; ACROSS], sums: &mut [[S::V; ACROSS]; X]) {
+    for x in 0..X {
+        let number = s.load(&left[x]);
+        for w in 0..ACROSS {
+            sums[x][w] = s.mul_add(number, weights[w], sums[x][w]);
+        }
+    }
+}

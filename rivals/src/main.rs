@@ -8,8 +8,8 @@ use std::error::Error;
 
 use clap::{Parser, ValueEnum};
 #[cfg(feature = "webgpu")]
-use lowrank::WebGpu;
-use lowrank::{Backend, Cpu, Float, Result, bf16, f16};
+use lowrank::{Backend, WebGpu};
+use lowrank::{Cpu, Float, Result, bf16, f16};
 
 use rivals::options::{Dtype, Options};
 use rivals::peaks::Peaks;

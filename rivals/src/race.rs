@@ -32,15 +32,22 @@ pub trait Others<B: Backend> {
     }
 }
 
-/// Columns of every table: lowrank's own verbs, the adapter as layers of its own; and its base layer without the adapter.
-pub const OWN: [&str; 2] = ["unfused", "plain"];
+/// Columns of every table: lowrank's own verbs, the adapter as layers of its own; its base layer without the adapter; and its verb
+/// with the frozen weight kept packed.
+pub const OWN: [&str; 3] = ["unfused", "plain", "packed"];
+
+/// Rows of a layer whose weights the CPU never packs.
+const FEW_ROWS: usize = 24;
 
 /// Everyone, for one verb on one layer.
-pub fn contenders<B: Backend + Clone + 'static>(others: &impl Others<B>, layer: &Layer<B>, verb: Verb) -> Result<Contenders<B>> {
+pub fn contenders<B: Backend + Clone + 'static, O: Others<B>>(others: &O, layer: &Layer<B>, verb: Verb) -> Result<Contenders<B>> {
     let mut all: Contenders<B> = vec![Box::new(Ours::new("lowrank", layer, verb)?)];
     all.extend(others.contenders(layer, verb)?);
     if matches!(verb, Verb::LoraForward | Verb::LoraForwardBackward) {
         all.push(Box::new(Unfused::new(layer, verb)?));
+        if O::BACKEND == "cpu" && layer.shape.m > FEW_ROWS {
+            all.push(Box::new(Ours::packed("packed", layer, verb)?));
+        }
     }
     if verb == Verb::LoraForward {
         all.push(Box::new(Ours::new("plain", layer, Verb::LinearForward)?)); // what the adapter costs

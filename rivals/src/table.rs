@@ -91,7 +91,8 @@ pub struct Report {
 impl Report {
     const LEGEND: &str =
         "time: lowrank's, a run; of peak: of what bounds it, as measured above; the others: their time over lowrank's
-unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter";
+unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter; packed: \
+     the verb with the frozen weight kept packed";
 
     /// Prints the head: those of `others`, and of our own, that the options want; `legend` has what to know of them.
     /// Errors: options that name nobody, files that cannot be read.

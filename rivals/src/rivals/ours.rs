@@ -1,7 +1,7 @@
 //! lowrank's own verbs.
 
 use lowrank::op::{LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding};
-use lowrank::{Backend, Result, Tensor};
+use lowrank::{Backend, Passes, Result, Tensor};
 
 use crate::layer::{Contender, Layer, Outputs, SCALE, Verb, widened};
 
@@ -13,7 +13,9 @@ pub struct Ours<B: Backend> {
     da: Tensor<B, f32>,
     db: Tensor<B, f32>,
     dx: Tensor<B>,
+    /// What merging adds to, or what is kept packed; else empty.
     w: Tensor<B>,
+    packed: bool,
     /// Merging and unmerging take turns, so that the weights stay as large as they are.
     scale: f32,
 }
@@ -28,7 +30,15 @@ impl<B: Backend> Ours<B> {
         };
         let (h, y, dx) = (Tensor::zeros(backend, (m, r))?, Tensor::zeros(backend, (m, n))?, Tensor::zeros(backend, (m, k))?);
         let (da, db) = (Tensor::zeros(backend, (r, k))?, Tensor::zeros(backend, (n, r))?);
-        Ok(Self { name, verb, h, y, da, db, dx, w, scale: SCALE })
+        Ok(Self { name, verb, h, y, da, db, dx, w, packed: false, scale: SCALE })
+    }
+
+    /// With the frozen weight kept packed.
+    pub fn packed(name: &'static str, layer: &Layer<B>, verb: Verb) -> Result<Self> {
+        let mut w = Tensor::from_slice(&layer.backend, layer.w.shape(), &layer.w.to_vec(&layer.backend)?)?;
+        let backward = verb == Verb::LoraForwardBackward;
+        layer.backend.keep_packed(&mut w, if backward { Passes::ForwardAndBackward } else { Passes::Forward })?;
+        Ok(Self { w, packed: true, ..Self::new(name, layer, verb)? })
     }
 
     fn linear_forward(&mut self, Layer { backend, x, w, .. }: &Layer<B>) -> Result<()> {
@@ -36,11 +46,13 @@ impl<B: Backend> Ours<B> {
     }
 
     fn lora_forward(&mut self, Layer { backend, x, w, a, b, .. }: &Layer<B>) -> Result<()> {
+        let w = if self.packed { &self.w } else { w };
         let (h, y) = (&mut self.h, &mut self.y);
         LoraForward { x, w: Some(w), bias: None, a, b, scale: SCALE, dropout: None, h, y }.run(backend)
     }
 
     fn lora_backward(&mut self, Layer { backend, x, w, a, b, dy, .. }: &Layer<B>) -> Result<()> {
+        let w = if self.packed { &self.w } else { w };
         let (h, da, db, dx) = (&self.h, &mut self.da, &mut self.db, Some(&mut self.dx));
         LoraBackward { x, w: Some(w), a, b, h, dy, scale: SCALE, dropout: None, da, db, dbias: None, dx }.run(backend)
     }
@@ -74,6 +86,7 @@ impl<B: Backend> Contender<B> for Ours<B> {
     fn outputs(&self, Layer { backend, .. }: &Layer<B>) -> Outputs {
         let host = |tensor: &Tensor<B>| widened(&tensor.to_vec(backend).expect("memory"));
         let [da, db] = [&self.da, &self.db].map(|tensor| tensor.to_vec(backend).expect("memory"));
-        Outputs { y: host(&self.y), da, db, dx: host(&self.dx), w: host(&self.w) }
+        let w = if self.packed { Vec::new() } else { host(&self.w) };
+        Outputs { y: host(&self.y), da, db, dx: host(&self.dx), w }
     }
 }

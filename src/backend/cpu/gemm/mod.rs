@@ -6,7 +6,8 @@
 //! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed;
 //! - [`shallow`]: an update of what is there by a product of little depth, which is merging.
 //!
-//! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway.
+//! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway; and
+//! [`narrow`]: what few rows do with a matrix as narrow as the rank.
 
 mod blocked;
 mod depth;

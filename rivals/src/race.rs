@@ -6,9 +6,9 @@ use lowrank::{Backend, Float, Result};
 
 use crate::check::Expected;
 use crate::layer::{Contender, Layer, Verb};
-use crate::measure::medians;
+use crate::measure::rounds;
 use crate::options::Options;
-use crate::peaks::Peaks;
+use crate::peaks::{Peaks, Share};
 use crate::rivals::{ours::Ours, unfused::Unfused};
 use crate::table::{Report, Row};
 
@@ -99,11 +99,13 @@ fn race_once<B: Backend + Clone + 'static, O: Others<B>>(
     for contender in &mut contenders {
         runs.push(Box::new(|| contender.run(layer)));
     }
-    let seconds = medians(&|work| others.seconds(&layer.backend, work), &mut runs, options.effort());
-    drop(runs);
     let (shape, elem) = (layer.shape, size_of::<B::Elem>());
     let bytes = verb.elements(shape) * elem as f64;
-    let share = peaks.share(verb.flop(shape), bytes, verb == Verb::LoraMerge, elem == 2, seconds[0]);
-    let seconds = names.into_iter().zip(seconds).collect();
-    Ok(Row { verb, backend: O::BACKEND, dtype: B::Elem::DTYPE.to_string(), shape, threads: peaks.threads, share, seconds })
+    let bound = peaks.bound(verb.flop(shape), bytes, verb == Verb::LoraMerge, elem == 2);
+    let clock = |work: &mut dyn FnMut()| others.seconds(&layer.backend, work);
+    let (timed, share) = rounds(&clock, &mut runs, &|| bound.seconds(peaks), options.effort());
+    drop(runs);
+    let share = Share { peak: bound.peak.name(), share };
+    let timed = names.into_iter().zip(timed).collect();
+    Ok(Row { verb, backend: O::BACKEND, dtype: B::Elem::DTYPE.to_string(), shape, threads: peaks.threads, share, timed })
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Map, Value, json};
 
 use crate::layer::Verb;
+use crate::measure::Timed;
 use crate::options::Options;
 use crate::peaks::{Peaks, Share};
 use crate::race::OWN;
@@ -20,17 +21,19 @@ pub struct Row {
     /// Of the CPU.
     pub threads: Option<usize>,
     pub share: Share,
-    /// Seconds of each; ours first.
-    pub seconds: Vec<(String, f64)>,
+    /// Each; ours first.
+    pub timed: Vec<(String, Timed)>,
 }
 
 impl Row {
     fn ours(&self) -> f64 {
-        self.seconds[0].1
+        self.timed[0].1.seconds
     }
 
     pub fn json(&self) -> Value {
-        let rivals: Map<String, Value> = self.seconds[1..].iter().map(|(name, seconds)| (name.clone(), json!(seconds))).collect();
+        let of_rivals = |number: fn(&Timed) -> f64| -> Map<String, Value> {
+            self.timed[1..].iter().map(|(name, timed)| (name.clone(), json!(number(timed)))).collect()
+        };
         json!({
             "verb": self.verb.to_string(),
             "backend": self.backend,
@@ -41,7 +44,8 @@ impl Row {
             "seconds": self.ours(),
             "peak_share": self.share.share,
             "peak": self.share.peak,
-            "rivals": rivals,
+            "rivals": of_rivals(|timed| timed.seconds),
+            "ratios": of_rivals(|timed| timed.ratio),
         })
     }
 }
@@ -66,7 +70,7 @@ impl Beside {
         let same = |theirs: &&Value| ["verb", "dtype", "shape", "rank", "threads"].iter().all(|key| theirs[key] == ours[key]);
         for theirs in self.0.iter().filter(same) {
             if let (Some(name), Some(seconds)) = (theirs["backend"].as_str(), theirs["seconds"].as_f64()) {
-                row.seconds.push((name.to_owned(), seconds));
+                row.timed.push((name.to_owned(), Timed { seconds, ratio: seconds / row.ours() }));
             }
         }
     }
@@ -90,7 +94,8 @@ pub struct Report {
 
 impl Report {
     const LEGEND: &str =
-        "time: lowrank's, a run; of peak: of what bounds it, as measured above; the others: their time over lowrank's
+        "time: lowrank's, a run; of peak: of what bounds it; multiply-adds as they are right before a run, memory as above
+others: their time over lowrank's, the median of the rounds' ratios
 unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's base layer without the adapter; packed: \
      the verb with the frozen weight kept packed";
 
@@ -134,8 +139,8 @@ unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's
         ];
         cells.extend([time(row.ours()), share]);
         cells.extend(self.rivals.iter().map(|rival| {
-            let found = row.seconds[1..].iter().find(|(name, _)| name == rival);
-            found.map_or(String::new(), |(_, theirs)| format!("{:.2}×", theirs / row.ours()))
+            let found = row.timed[1..].iter().find(|(name, _)| name == rival);
+            found.map_or(String::new(), |(_, theirs)| format!("{:.2}×", theirs.ratio))
         }));
         line(&cells, ' ');
     }

@@ -5,7 +5,7 @@ pub use tiles::flop_rate;
 
 /// No CPU but x86-64 has it, and asking another kernel for permission is not written.
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub fn flop_rate(_threads: usize) -> Option<f64> {
+pub fn flop_rate(_tries: usize, _threads: usize) -> Option<f64> {
     None
 }
 
@@ -44,14 +44,14 @@ mod tiles {
     }
 
     /// FLOP/s, if this CPU has AMX and the kernel allows it.
-    pub fn flop_rate(threads: usize) -> Option<f64> {
+    pub fn flop_rate(tries: usize, threads: usize) -> Option<f64> {
         let amx = Amx::new()?;
         let steps = 50_000;
         let work = |_| {
             products(amx, steps);
             (steps * SUMS * FLOP) as f64
         };
-        Some(best_rate(100, threads, work))
+        Some(best_rate(tries, threads, work))
     }
 
     /// Eight tiles of 16 rows of 64 bytes, as `ldtilecfg` reads it.

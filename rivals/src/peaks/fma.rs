@@ -9,10 +9,10 @@ use super::best_rate;
 const CHAINS: usize = 12;
 
 /// FLOP/s of the widest unit this CPU has.
-pub fn flop_rate(threads: usize) -> f64 {
+pub fn flop_rate(tries: usize, threads: usize) -> f64 {
     let (lanes, run) = widest();
     let steps = 400_000u32; // about a millisecond: short enough to be left alone by other programs
-    best_rate(100, threads, |_| {
+    best_rate(tries, threads, |_| {
         black_box(run(black_box(steps)));
         2.0 * f64::from(steps) * (CHAINS * lanes) as f64
     })

@@ -9,6 +9,10 @@ mod webgpu;
 use std::sync::Barrier;
 use std::time::Instant;
 
+/// Tries of a peak, of about a millisecond each; and of what the machine has of it right now.
+const TRIES: usize = 100;
+const FEW_TRIES: usize = 3;
+
 /// Units a second, all threads together.
 #[derive(Clone, Copy, Debug)]
 pub struct Peaks {
@@ -24,6 +28,32 @@ pub struct Peaks {
     pub copy: f64,
 }
 
+/// What there is a peak of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Peak {
+    Fma,
+    Amx,
+    Read,
+    Copy,
+}
+
+impl Peak {
+    pub fn name(self) -> &'static str {
+        match self {
+            Peak::Fma => "FMA",
+            Peak::Amx => "AMX",
+            Peak::Read => "read",
+            Peak::Copy => "copy",
+        }
+    }
+}
+
+/// What a verb needs most of: so much of it, in units of the peak.
+pub struct Bound {
+    pub peak: Peak,
+    work: f64,
+}
+
 /// What bounds a verb, and how close it came.
 pub struct Share {
     pub peak: &'static str,
@@ -32,20 +62,43 @@ pub struct Share {
 
 impl Peaks {
     pub fn measure(threads: usize) -> Self {
-        let amx = amx::flop_rate(threads);
-        let (fma, [read, copy]) = (fma::flop_rate(threads), memory::rates(threads));
+        let amx = amx::flop_rate(TRIES, threads);
+        let (fma, [read, copy]) = (fma::flop_rate(TRIES, threads), memory::rates(threads));
         Self { threads: Some(threads), fma, amx, read, copy }
     }
 
-    /// The share of whichever peak takes longer for that much work.
-    pub fn share(&self, flop: f64, bytes: f64, writes: bool, narrow: bool, seconds: f64) -> Share {
-        let compute = match self.amx {
-            Some(amx) if narrow => ("AMX", flop / amx),
-            _ => ("FMA", flop / self.fma),
-        };
-        let memory = if writes { ("copy", bytes / self.copy) } else { ("read", bytes / self.read) };
-        let (peak, least) = if compute.1 >= memory.1 { compute } else { memory };
-        Share { peak, share: least / seconds }
+    /// Whichever peak takes longer for that much work.
+    pub fn bound(&self, flop: f64, bytes: f64, writes: bool, narrow: bool) -> Bound {
+        let compute = Bound { peak: if narrow && self.amx.is_some() { Peak::Amx } else { Peak::Fma }, work: flop };
+        let memory = Bound { peak: if writes { Peak::Copy } else { Peak::Read }, work: bytes };
+        let best = |bound: &Bound| bound.work / self.best(bound.peak);
+        if best(&compute) >= best(&memory) { compute } else { memory }
+    }
+
+    fn best(&self, peak: Peak) -> f64 {
+        match peak {
+            Peak::Fma => self.fma,
+            Peak::Amx => self.amx.expect("a bound is a peak that is there"),
+            Peak::Read => self.read,
+            Peak::Copy => self.copy,
+        }
+    }
+
+    /// As the machine is at this moment: another tenant of the core takes half of its ports for minutes at a time. The memory's
+    /// rates are not asked again: that would empty the caches before a run.
+    fn now(&self, peak: Peak) -> f64 {
+        match (peak, self.threads) {
+            (Peak::Fma, Some(threads)) => fma::flop_rate(FEW_TRIES, threads),
+            (Peak::Amx, Some(threads)) => amx::flop_rate(FEW_TRIES, threads).unwrap_or(f64::NAN),
+            _ => self.best(peak),
+        }
+    }
+}
+
+impl Bound {
+    /// How long that takes at least, as the machine is at this moment.
+    pub fn seconds(&self, peaks: &Peaks) -> f64 {
+        self.work / peaks.now(self.peak)
     }
 }
 

@@ -78,29 +78,18 @@ impl<E: Float> Request for Adam<'_, Cpu<E>> {
     }
 }
 
-impl<E: Float> Request for Relu<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
-        self.x.buffer().len() <= FEW
-    }
+/// One pass over a tensor.
+macro_rules! one_pass {
+    ($($request:ident over $tensor:ident),*) => {$(
+        impl<E: Float> Request for $request<'_, Cpu<E>> {
+            fn is_few(&self) -> bool {
+                self.$tensor.buffer().len() <= FEW
+            }
+        }
+    )*};
 }
 
-impl<E: Float> Request for ReluBackward<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
-        self.y.buffer().len() <= FEW
-    }
-}
-
-impl<E: Float> Request for Add<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
-        self.x.buffer().len() <= FEW
-    }
-}
-
-impl<E: Float> Request for Accumulate<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
-        self.x.buffer().len() <= FEW
-    }
-}
+one_pass!(Relu over x, ReluBackward over y, Add over x, Accumulate over x);
 
 /// Its loop is one thread's in any case.
 impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {

@@ -5,9 +5,14 @@
 fn rounded(value: f32, half: bool) -> f32 {
   if (!half) { return value; }
   let size = abs(value);
-  // Below 2⁻¹⁴ the steps of f16 are 2⁻²⁴, which are those of f32 around 0.75.
-  if (size < 0.00006103515625) { return (value + 0.75) - 0.75; }
   let bits = bitcast<u32>(value);
+  // Below 2⁻¹⁴ the numbers are whole multiples of 2⁻²⁴. Compilers may reassociate sums, so these are of integers.
+  if (size < 0.00006103515625) {
+    let cut = min(126u - ((bits >> 23u) & 0xffu), 25u);
+    let parts = (bits & 0x7fffffu) | 0x800000u;
+    let nearest = (parts + (1u << (cut - 1u)) - 1u + ((parts >> cut) & 1u)) >> cut;
+    return bitcast<f32>((bits & 0x80000000u) | bitcast<u32>(f32(nearest) * 0.000000059604644775390625));
+  }
   if (size >= 65520.0) { return bitcast<f32>((bits & 0x80000000u) | 0x7f800000u); }
   if (size < 65520.0) { return bitcast<f32>((bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u); }
   return value; // NaN

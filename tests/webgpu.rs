@@ -244,7 +244,7 @@ fn a_training_step_is_one_submission() {
 #[test]
 fn uploads_keep_their_order() {
     let gpu = or_return!(shared_f32());
-    for len in [3, 70_000, 200_000, 300_000] {
+    for len in [3, 70_000, 200_000, 300_000, 17_000_001] {
         let (ones, twos) = (vec![1.0f32; len], vec![2.0; len]);
         let (mut x, mut y) = (Tensor::from_slice(&gpu, (1, len), &ones).unwrap(), Tensor::zeros(&gpu, (1, len)).unwrap());
         Add { x: &x, y: &mut y }.run(&gpu).unwrap();
@@ -305,6 +305,41 @@ fn errors_say_what_is_wrong() {
     assert_eq!(none.to_string(), "webgpu is unavailable: WGSL has no bf16");
     let huge = Tensor::<_, f32>::zeros(&gpu, (1 << 20, 1 << 20)).unwrap_err();
     assert!(matches!(huge, Error::TooLarge { .. }), "{huge}");
+}
+
+/// What is recorded together fails together, and nobody is handed numbers that were never written.
+#[test]
+fn a_submission_that_fails_is_every_later_error() {
+    or_return!(shared_f32());
+    let gpu = WebGpu::<f32>::new().unwrap();
+    let x = Tensor::from_slice(&gpu, (3, 3), &[1.0f32; 9]).unwrap();
+    let mut y = Tensor::zeros(&gpu, (3, 3)).unwrap();
+    let raw = gpu.upload(&[1.0f32; 64]).unwrap();
+    Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+    gpu.record(move |encoder| encoder.copy_buffer_to_buffer(raw.raw(), 1, raw.raw(), 128, 4)); // 1 is no multiple of 4
+    for _ in 0..2 {
+        let error = y.to_vec(&gpu).unwrap_err();
+        assert!(matches!(error, Error::Device { .. }), "{error}");
+    }
+}
+
+/// Products of two f16 have 22 bits, of which f16 holds fewer and fewer below 2⁻¹⁴: every tie, both signs, down to 0.
+#[test]
+fn what_is_tiny_in_f16_is_rounded_to_nearest_even() {
+    let gpu = or_return!(shared_f16());
+    let numbers = |exponents: std::ops::RangeInclusive<i32>| -> Vec<f16> {
+        let parts = [1024, 1025, 1026, 1027, 1279, 1280, 1281, 1535, 1536, 1537, 2046, 2047];
+        let number = |exponent: i32, parts: i32| parts as f32 * f32::exp2((exponent - 10) as f32);
+        exponents
+            .flat_map(|e| parts.map(|parts| f16::from_f32(if e % 2 == 0 { number(e, parts) } else { -number(e, parts) })))
+            .collect()
+    };
+    let (x, w) = (numbers(-13..=-1), numbers(-14..=-1));
+    let [columns, rows] = [&x, &w].map(|side| Tensor::from_slice(&gpu, (side.len(), 1), side).unwrap());
+    let mut y = unwritten(&gpu, x.len(), w.len());
+    LinearForward { x: &columns, w: &rows, bias: None, y: &mut y }.run(&gpu).unwrap();
+    let want: Vec<f16> = x.iter().flat_map(|x| w.iter().map(|w| f16::from_f32(x.to_f32() * w.to_f32()))).collect();
+    assert_eq!(y.to_vec(&gpu).unwrap(), want);
 }
 
 #[test]

@@ -56,7 +56,7 @@ pub(super) fn open(wanted: Wanted) -> Result<Gpu> {
     };
     let opened = pollster::block_on(adapter.request_device(&descriptor));
     let (device, queue) = opened.map_err(|error| unavailable(format!("{}: {error}", info.name)))?;
-    let mut gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend), matrix);
+    let mut gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend), matrix)?;
     gpu.cache = wanted.pipelines.map(|path| Cache::open(&gpu, path)).transpose()?;
     let lost = gpu.lost.clone();
     gpu.device.set_device_lost_callback(move |_, reason| drop(lost.set(format!("the device is lost: {reason}"))));

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 
@@ -13,10 +14,15 @@ use crate::error::{Error, Result};
 
 /// Launches that are recorded before they are submitted: enough for a training step, and the uniforms stay small.
 const BATCH: u64 = 256;
+/// Multiply-adds that are recorded before they are submitted: those of half a product of 4096³, some 0.1 s of a slow GPU. Systems
+/// take a device that is busy with one submission for seconds to be lost.
+const WORK: u64 = 1 << 35;
 /// Bytes of uniforms that a launch may have.
 const UNIFORMS: u64 = 256;
 /// Bytes from the host that are recorded before they are submitted: a batch of images, its labels. More goes by itself.
 const UPLOADS: u64 = 1 << 20;
+/// Of what goes by itself, the bytes that are submitted together: the driver holds a copy of them until they are on the device.
+const CHUNK: usize = 32 << 20;
 
 /// A device, its queue, and what is made once for them. All clones and elements of a [`WebGpu`](super::WebGpu) share one.
 pub(super) struct Gpu {
@@ -50,6 +56,7 @@ pub(super) struct Batch {
     pub(super) commands: Vec<Command>,
     uniforms: Vec<u8>,
     uploads: Vec<u8>,
+    work: u64,
 }
 
 pub(super) enum Command {
@@ -104,19 +111,25 @@ pub(super) struct Launch<'a> {
     pub(super) uniforms: &'a [u8],
     pub(super) operands: &'a [Slice<'a>],
     pub(super) grid: [u32; 2],
+    /// Multiply-adds, or elements: about as long as it takes.
+    pub(super) work: u64,
 }
 
 impl Gpu {
-    pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String, matrix: u32) -> Self {
+    /// Errors: the device has no memory for uniforms, or is lost.
+    pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String, matrix: u32) -> Result<Self> {
         let slot = u64::from(device.limits().min_uniform_buffer_offset_alignment).max(UNIFORMS);
         let buffer = |label, size, usage| {
             let usage = usage | wgpu::BufferUsages::COPY_DST;
             device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
         };
-        let uniforms = buffer("uniforms", BATCH * slot, wgpu::BufferUsages::UNIFORM);
-        let uploads = buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC);
+        let both = || {
+            let uniforms = buffer("uniforms", BATCH * slot, wgpu::BufferUsages::UNIFORM);
+            (uniforms, buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC))
+        };
+        let (uniforms, uploads) = guarded(&device, BATCH * slot + UPLOADS, both)?;
         let (lost, pool, pipelines, cache, batch, submissions) = Default::default();
-        Self { device, queue, name, lost, matrix, pool, pipelines, cache, batch, uniforms, uploads, submissions }
+        Ok(Self { device, queue, name, lost, matrix, pool, pipelines, cache, batch, uniforms, uploads, submissions })
     }
 
     /// How many times something was handed to the device.
@@ -129,19 +142,15 @@ impl Gpu {
         self.lost.get().map_or(Ok(()), |reason| Err(failed(reason)))
     }
 
-    /// What the driver says about `work`. Without this, its errors would end the program.
+    /// What the driver says about `work`.
     pub(super) fn guarded<T>(&self, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
         self.is_there()?;
-        let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation];
-        let [memory, internal, validation] = filters.map(|filter| self.device.push_error_scope(filter));
-        let value = work();
-        let [validation, internal] = [validation, internal].map(|scope| pollster::block_on(scope.pop()));
-        let memory = pollster::block_on(memory.pop());
-        match (memory, validation.or(internal)) {
-            (Some(_), _) => Err(Error::OutOfMemory { backend: "webgpu", bytes: bytes as usize }),
-            (None, Some(error)) => Err(failed(error)),
-            (None, None) => Ok(value),
-        }
+        guarded(&self.device, bytes, work)
+    }
+
+    /// Every error from now on.
+    fn lose(&self, error: &Error) {
+        self.lost.get_or_init(|| error.to_string());
     }
 
     pub(super) fn create_buffer(&self, usage: wgpu::BufferUsages, size: u64) -> Result<wgpu::Buffer> {
@@ -159,7 +168,9 @@ impl Gpu {
         batch.uniforms.extend_from_slice(launch.uniforms);
         batch.uniforms.resize(offset + (self.uniforms.size() / BATCH) as usize, 0);
         batch.commands.push(Command::Launch { pipeline, operands, uniforms: offset as u32, grid: launch.grid });
-        if batch.uniforms.len() as u64 == self.uniforms.size() { self.submit(&mut batch, None).map(drop) } else { Ok(()) }
+        batch.work += launch.work;
+        let full = batch.uniforms.len() as u64 == self.uniforms.size() || batch.work >= WORK;
+        if full { self.submit(&mut batch, None).map(drop) } else { Ok(()) }
     }
 
     /// Records that a buffer is to be all zeros.
@@ -185,7 +196,14 @@ impl Gpu {
         if !batch.commands.is_empty() {
             self.submit(&mut batch, None)?;
         }
-        self.guarded(len, || self.queue.write_buffer(buffer, offset, bytes))
+        let mut before = None;
+        for (chunk, at) in bytes.chunks(CHUNK).zip((offset..).step_by(CHUNK)) {
+            self.guarded(chunk.len() as u64, || self.queue.write_buffer(buffer, at, chunk))?;
+            if let Some(before) = before.replace(self.submit(&mut batch, None)?) {
+                self.wait(before)?;
+            }
+        }
+        Ok(())
     }
 
     /// Copies a buffer into host memory, after everything recorded so far, by way of a buffer that the host can see.
@@ -210,15 +228,26 @@ impl Gpu {
 
     fn wait(&self, submitted: wgpu::SubmissionIndex) -> Result<()> {
         let wait = wgpu::PollType::Wait { submission_index: Some(submitted), timeout: None };
-        self.guarded(0, || self.device.poll(wait))?.map_err(failed)?;
+        // A device that is lost while somebody waits makes wgpu panic, in code that holds nothing of ours.
+        let polled = self.guarded(0, || catch_unwind(AssertUnwindSafe(|| self.device.poll(wait))))?;
+        match polled {
+            Ok(polled) => polled.map(drop).map_err(failed)?,
+            Err(_) => self.lose(&failed("the device was lost while it was waited for")),
+        }
         self.is_there()
     }
 
-    /// Hands what is recorded to the device, and a copy to come last.
+    /// Hands what is recorded to the device, and a copy to come last. If that fails, what everybody recorded is gone, and nobody may
+    /// read what is not there: the device is as good as lost.
     fn submit(&self, batch: &mut Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
-        let Batch { commands, uniforms, uploads } = std::mem::take(batch);
+        let submitted = self.submit_all(std::mem::take(batch), copy);
+        submitted.inspect_err(|error| self.lose(error))
+    }
+
+    fn submit_all(&self, batch: Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
+        let Batch { commands, uniforms, uploads, .. } = batch;
         self.submissions.fetch_add(1, Ordering::Relaxed);
-        self.guarded(0, || {
+        self.guarded((uniforms.len() + uploads.len()) as u64, || {
             if !uniforms.is_empty() {
                 self.queue.write_buffer(&self.uniforms, 0, &uniforms);
             }
@@ -289,6 +318,20 @@ impl Gpu {
         let entries: Vec<_> = slices.map(|(slice, binding)| slice.entry(binding)).collect();
         let group = wgpu::BindGroupDescriptor { label: None, layout, entries: &entries };
         self.guarded(0, || self.device.create_bind_group(&group))
+    }
+}
+
+/// What the driver says about `work`. Without this, its errors would end the program.
+fn guarded<T>(device: &wgpu::Device, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
+    let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation];
+    let [memory, internal, validation] = filters.map(|filter| device.push_error_scope(filter));
+    let value = work();
+    let [validation, internal] = [validation, internal].map(|scope| pollster::block_on(scope.pop()));
+    let memory = pollster::block_on(memory.pop());
+    match (memory, validation.or(internal)) {
+        (Some(_), _) => Err(Error::OutOfMemory { backend: "webgpu", bytes: bytes as usize }),
+        (None, Some(error)) => Err(failed(error)),
+        (None, None) => Ok(value),
     }
 }
 

@@ -80,9 +80,10 @@ impl<E: Float> WebGpu<E> {
                 ends: u32::from(part.end == sums.len()),
                 unused: [0; 3],
             };
-            let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [slice(sums, &part), Slice::all(norm.raw())]);
+            let (uniforms, work) = (bytemuck::bytes_of(&uniforms), part.len() as u64);
+            let operands = [slice(sums, &part), Slice::all(norm.raw())];
             let grid = [(rows as u32).min(self.limits.groups), 1];
-            self.launch(Launch { kernel: Kernel::LoraRowNorm, uniforms, operands: &operands, grid })?;
+            self.launch(Launch { kernel: Kernel::LoraRowNorm, uniforms, operands: &operands, grid, work })?;
         }
         Ok(())
     }
@@ -121,7 +122,7 @@ impl<E: Float> WebGpu<E> {
             let bias = Slice::all(bias.map_or(self.one.raw(), |bias| bias.buffer().raw()));
             let operands = [slice(x, &part), magnitude, norm, bias, slice(y, &part)];
             let (uniforms, grid) = (bytemuck::bytes_of(&uniforms), [self.groups(part.len()), 1]);
-            self.launch(Launch { kernel: Kernel::Magnitude, uniforms, operands: &operands, grid })
+            self.launch(Launch { kernel: Kernel::Magnitude, uniforms, operands: &operands, grid, work: part.len() as u64 })
         })
     }
 
@@ -154,7 +155,13 @@ impl<E: Float> WebGpu<E> {
             };
             let operands = [slice(z, &part), Slice::all(norm), slice(dy, &part), Slice::all(dmagnitude)];
             let (uniforms, grid) = (bytemuck::bytes_of(&uniforms), [self.groups(n), 1]);
-            self.launch(Launch { kernel: Kernel::MagnitudeBackward, uniforms, operands: &operands, grid })?;
+            self.launch(Launch {
+                kernel: Kernel::MagnitudeBackward,
+                uniforms,
+                operands: &operands,
+                grid,
+                work: part.len() as u64,
+            })?;
         }
         Ok(())
     }

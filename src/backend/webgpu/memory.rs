@@ -116,9 +116,22 @@ impl Memory {
         let used = idle.is_some();
         let raw = match idle {
             Some(raw) => raw,
-            None => gpu.create_buffer(usage, size)?,
+            None => Self::create(gpu, usage, size)?,
         };
         Ok((Self { gpu: gpu.clone(), raw }, used))
+    }
+
+    /// Where the driver has no memory left, the pool may: the driver gets that back once nothing recorded needs it.
+    fn create(gpu: &Gpu, usage: wgpu::BufferUsages, size: u64) -> Result<wgpu::Buffer> {
+        let refused = match gpu.create_buffer(usage, size) {
+            Err(refused @ Error::OutOfMemory { .. }) => refused,
+            other => return other,
+        };
+        if lock(&gpu.pool).forget() == 0 {
+            return Err(refused);
+        }
+        gpu.synchronize()?;
+        gpu.create_buffer(usage, size)
     }
 }
 
@@ -142,6 +155,12 @@ impl Pool {
         let buffer = self.idle.get_mut(&(usage, size))?.pop()?;
         self.bytes -= size;
         Some(buffer)
+    }
+
+    /// Lends none of them again. Returns their bytes.
+    fn forget(&mut self) -> u64 {
+        self.idle.clear();
+        std::mem::take(&mut self.bytes)
     }
 
     fn give(&mut self, buffer: wgpu::Buffer) {

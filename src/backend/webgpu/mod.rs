@@ -48,8 +48,8 @@ use crate::op::{
 
 /// A GPU as a backend whose weights and activations are stored as `E`: `f32`, or `f16` where the adapter has it.
 ///
-/// Verbs are recorded and submitted together; [`download`](Backend::download) and [`synchronize`](Backend::synchronize)
-/// submit and wait. Clones share the device and its memory.
+/// Verbs are recorded and submitted together, at the latest when they are some 0.1 s of work for a slow GPU;
+/// [`download`](Backend::download) and [`synchronize`](Backend::synchronize) submit and wait. Clones share the device and its memory.
 pub struct WebGpu<E: Float> {
     gpu: Arc<Gpu>,
     limits: Limits,
@@ -89,7 +89,8 @@ impl<E: Float> WebGpu<E> {
     ///
     /// They are an experiment of wgpu's, whose drivers may have bugs that nothing here can catch, and this crate's use of them has
     /// been run on software Vulkan alone; so they are there for who asks. `LOWRANK_COOPERATIVE_MATRICES=1` asks wherever an adapter
-    /// is opened. Errors: as [`new`](Self::new); [`Error::Unavailable`] if the adapter has none.
+    /// is opened. Errors: as [`new`](Self::new); [`Error::Unavailable`] if the adapter has none, or none that can be used: the width
+    /// of its subgroups must be one number, which it is not on Metal, for one.
     pub fn with_cooperative_matrices() -> Result<Self> {
         Self::open(Wanted { matrices: true, ..Wanted::by_environment() })
     }
@@ -120,7 +121,7 @@ impl<E: Float> WebGpu<E> {
     /// A device that the program already has. Errors: [`Error::Unavailable`] if it was not made with what `E` needs.
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         let name = device.adapter_info().name;
-        Self::from_gpu(Gpu::new(device, queue, name, 0))
+        Self::from_gpu(Gpu::new(device, queue, name, 0)?)
     }
 
     fn from_gpu(gpu: Gpu) -> Result<Self> {
@@ -132,6 +133,9 @@ impl<E: Float> WebGpu<E> {
             DType::BF16 => return unavailable("WGSL has no bf16"),
         }
         let limits = memory::limits_of(&gpu);
+        if gpu.matrix > 0 && !limits.plans_matrices() {
+            return unavailable(&format!("{}: no tile is made of its cooperative matrices; its subgroups vary, say", gpu.name));
+        }
         let gpu = Arc::new(gpu);
         let one = Buffer::unwritten(&gpu, 1)?;
         one.write(&[1.0])?;
@@ -161,8 +165,9 @@ impl<E: Float> WebGpu<E> {
 
     /// Puts the caller's own commands behind the verbs recorded so far, and before those to come.
     ///
-    /// They see the contents of this backend's buffers ([`Buffer::raw`]) as those verbs leave them. Errors of wgpu are the
-    /// device's: they come with whatever is submitted with these commands.
+    /// They see the contents of this backend's buffers ([`Buffer::raw`]) as those verbs leave them, and must not call this backend.
+    /// They are submitted together with verbs, so an error of theirs takes those along: from then on everything is
+    /// [`Error::Device`], with its reason.
     pub fn record(&self, commands: impl Fn(&mut wgpu::CommandEncoder) + Send + 'static) {
         memory::lock(&self.gpu.batch).commands.push(Command::Record(Box::new(commands)));
     }
@@ -192,6 +197,10 @@ impl<E: Float> Backend for WebGpu<E> {
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         Buffer::zeros(&self.gpu, len)
+    }
+
+    fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        Buffer::unwritten(&self.gpu, len)
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {

@@ -72,6 +72,13 @@ pub(super) struct Matrices {
     pub(super) each: u32,
 }
 
+impl Limits {
+    /// Whether there is a product that is made in cooperative matrices.
+    pub(super) fn plans_matrices(self) -> bool {
+        Matrices::new(Matrices::TILE.rows as usize, Matrices::TILE.cols as usize, self).is_some()
+    }
+}
+
 impl Matrices {
     /// The tile of all of them, with an invocation for every 4×4 sums.
     pub(super) const TILE: Tile = Tile { rows: 64, cols: 64, depth: 16, slices: 1, wide: false };

@@ -74,7 +74,8 @@ impl<E: Float> WebGpu<E> {
         self.parts(x.len()).try_for_each(|part| {
             let uniforms = AccumulateUniforms { len: part.len() as u32, scale: op.scale, unused: [0; 2] };
             let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [slice(x, &part), slice(y, &part)]);
-            self.launch(Launch { kernel: Kernel::Accumulate, uniforms, operands: &operands, grid: [self.groups(part.len()), 1] })
+            let (grid, work) = ([self.groups(part.len()), 1], part.len() as u64);
+            self.launch(Launch { kernel: Kernel::Accumulate, uniforms, operands: &operands, grid, work })
         })
     }
 
@@ -104,7 +105,13 @@ impl<E: Float> WebGpu<E> {
             let operands = [slice(x, &part), slice(y, &part)];
             let grid = [self.groups(part.len().div_ceil(4)), 1];
             let uniforms = bytemuck::bytes_of(&uniforms);
-            self.launch(Launch { kernel: Kernel::Dropout(T::DTYPE, U::DTYPE), uniforms, operands: &operands, grid })?;
+            self.launch(Launch {
+                kernel: Kernel::Dropout(T::DTYPE, U::DTYPE),
+                uniforms,
+                operands: &operands,
+                grid,
+                work: part.len() as u64,
+            })?;
         }
         Ok(())
     }
@@ -132,10 +139,16 @@ impl<E: Float> WebGpu<E> {
             let operands = [slice(logits, &part), Slice::all(labels.raw()), Slice::all(losses.raw()), slice(dlogits, &part)];
             let grid = [(rows as u32).min(self.limits.groups), 1];
             let uniforms = bytemuck::bytes_of(&uniforms);
-            self.launch(Launch { kernel: Kernel::CrossEntropy, uniforms, operands: &operands, grid })?;
+            self.launch(Launch { kernel: Kernel::CrossEntropy, uniforms, operands: &operands, grid, work: part.len() as u64 })?;
         }
         let (len, operands): (Len, _) = ([m as u32, 0, 0, 0], [Slice::all(losses.raw()), Slice::all(op.loss.buffer().raw())]);
-        self.launch(Launch { kernel: Kernel::Mean, uniforms: bytemuck::bytes_of(&len), operands: &operands, grid: [1, 1] })
+        self.launch(Launch {
+            kernel: Kernel::Mean,
+            uniforms: bytemuck::bytes_of(&len),
+            operands: &operands,
+            grid: [1, 1],
+            work: m as u64,
+        })
     }
 
     /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
@@ -152,7 +165,8 @@ impl<E: Float> WebGpu<E> {
     fn elementwise<'a>(&self, kernel: Kernel, len: usize, operands: impl Fn(Range<usize>) -> Vec<Slice<'a>>) -> Result<()> {
         self.parts(len).try_for_each(|part| {
             let (count, grid): (Len, _) = ([part.len() as u32, 0, 0, 0], [self.groups(part.len()), 1]);
-            self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&count), operands: &operands(part), grid })
+            let work = part.len() as u64;
+            self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&count), operands: &operands(part), grid, work })
         })
     }
 

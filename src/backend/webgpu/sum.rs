@@ -347,7 +347,8 @@ impl<E: Float> WebGpu<E> {
             ..Zeroable::zeroed()
         };
         let grid = way.grid(sizes[0] as usize, sizes[1] as usize);
-        self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid })
+        let work = sizes[0] as u64 * sizes[1] as u64 * (sizes[2] as u64 + sizes[3] as u64 + 1);
+        self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid, work })
     }
 
     /// Adds the part of a matrix that a piece touches to the operands of a launch, and says where in it its elements lie.

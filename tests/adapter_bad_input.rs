@@ -224,6 +224,27 @@ fn settings_outside_their_range_are_named() {
     deep.write(CONFIG_FILE, &[0xff; 10]).refused(&[CONFIG_FILE]);
 }
 
+#[test]
+fn a_file_that_was_cut_short_is_said_to_be_with_both_lengths() {
+    let folder = Folder::new();
+    let whole = read(folder.0.path(), TENSORS_FILE);
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap());
+    for (cut, want) in [
+        (0, "at least 8".into()),
+        (7, "at least 8".into()),
+        (40, format!("at least {header}")),
+        (whole.len() - 1, whole.len().to_string()),
+    ] {
+        folder.write(TENSORS_FILE, &whole[..cut]).refused(&[TENSORS_FILE, &format!("is truncated: {cut} bytes, want {want}")]);
+    }
+    let more = [&whole[..], &[0]].concat();
+    folder.write(TENSORS_FILE, &more).refused(&[&format!(
+        "is {} bytes, want {}: more than its tensors",
+        more.len(),
+        whole.len()
+    )]);
+}
+
 /// Header sizes that promise more than there is, or more than there can be.
 #[test]
 fn absurd_headers_are_refused() {

@@ -192,6 +192,19 @@ proptest! {
 }
 
 #[test]
+fn a_checkpoint_that_was_cut_short_is_said_to_be_with_both_lengths() {
+    let folder = tempfile::tempdir().unwrap();
+    let [base, ..] = paths(folder.path());
+    model(&base, DType::F32, [6, 5], &numbers(30, 1.0, 1));
+    let whole = fs::read(&base).unwrap();
+    for (cut, want) in [(0, "at least 8".to_string()), (7, "at least 8".into()), (whole.len() - 4, whole.len().to_string())] {
+        fs::write(&base, &whole[..cut]).unwrap();
+        let error = Checkpoint::open(&base).unwrap_err().to_string();
+        assert!(error.contains(&format!("base.safetensors: is truncated: {cut} bytes, want {want}")), "{error}");
+    }
+}
+
+#[test]
 fn a_residue_of_something_else_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let [base, merged, back, residue] = paths(folder.path());

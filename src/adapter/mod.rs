@@ -54,6 +54,8 @@ pub use folder::{Factors, Folder};
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::begin_with;
+#[cfg(feature = "checkpoint")]
+pub(crate) use tensors::damage;
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;

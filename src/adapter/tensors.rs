@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize as to_safetensors};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView, serialize as to_safetensors};
+use serde_json::{Map, Value};
 
 use super::TENSORS_FILE;
 use crate::element::{DType, Float, bf16, f16};
@@ -33,7 +34,7 @@ pub(super) fn key(layer: &str, factor: &str) -> String {
 /// Reads the bytes of a safetensors file. Errors: [`Error::File`] for anything but `f32`, `f16` and `bf16` tensors, each
 /// under one name, that fill the file.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(error.to_string()))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(damage(bytes, &error)))?;
     let mut tensors = HostTensors::new();
     for (name, view) in file.iter() {
         let (dtype, values) = widen(view.dtype(), view.data()).ok_or_else(|| {
@@ -45,6 +46,32 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
         }
     }
     Ok(tensors)
+}
+
+/// What is wrong with a safetensors file: cut short, as by a download that broke off, or what its reader says.
+pub(crate) fn damage(file: &[u8], error: &SafeTensorError) -> String {
+    let got = file.len() as u64;
+    match error {
+        SafeTensorError::HeaderTooSmall | SafeTensorError::InvalidHeaderLength => {
+            let header = file.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
+            format!("is truncated: {got} bytes, want at least {}", header.saturating_add(8))
+        }
+        SafeTensorError::MetadataIncompleteBuffer => match end(file) {
+            Some(want) if want > got => format!("is truncated: {got} bytes, want {want}"),
+            Some(want) => format!("is {got} bytes, want {want}: more than its tensors"),
+            None => error.to_string(),
+        },
+        other => other.to_string(),
+    }
+}
+
+/// Where the last tensor of a file ends, by its header.
+fn end(file: &[u8]) -> Option<u64> {
+    let (&length, rest) = file.split_first_chunk()?;
+    let length = u64::from_le_bytes(length);
+    let header: Map<String, Value> = serde_json::from_slice(rest.get(..usize::try_from(length).ok()?)?).ok()?;
+    let ends = header.values().filter_map(|info| info.get("data_offsets")?.get(1)?.as_u64());
+    ends.max().unwrap_or(0).checked_add(8 + length)
 }
 
 /// The bytes of a file with these tensors, each in the element type it has. Errors: [`Error::File`] for a number that is more

@@ -96,6 +96,40 @@ fn tensors_that_do_not_fit_are_named_with_both_shapes() {
     folder.tensors(&extra("base_model.model.linear1.lora_A.weight")).refused(&[a, "twice"]);
 }
 
+/// The settings and the tensors agree with each other, and not with the model.
+#[test]
+fn a_layer_that_the_model_lacks_is_named_beside_those_it_has() {
+    let folder = Folder::new();
+    folder.set("target_modules", json!(["linear1", "linear9"]));
+    let other =
+        [GOOD[0], GOOD[1], ("linear9.lora_A.weight", Dtype::F32, &[2, 11][..]), ("linear9.lora_B.weight", Dtype::F32, &[9, 2])];
+    folder.tensors(&other).refused(&[
+        TENSORS_FILE,
+        "is for `linear9`, which the model does not have",
+        "linear1, linear2, linear3",
+    ]);
+    folder.set("modules_to_save", json!(["head"]));
+    let saved = [GOOD[0], GOOD[1], ("head.weight", Dtype::F32, &[2, 11])];
+    folder.tensors(&saved).refused(&["`head.weight` is for `head`, which the model does not have"]);
+}
+
+/// What PEFT writes for embeddings: an update of one, and the whole of one whose vocabulary was resized.
+#[test]
+fn embeddings_are_refused_as_what_they_are() {
+    let folder = Folder::new();
+    let with = |extra: &[(&'static str, Dtype, &'static [usize])]| [&GOOD[..], extra].concat();
+    let update = with(&[("wte.lora_embedding_A", Dtype::F32, &[2, 5]), ("wte.lora_embedding_B", Dtype::F32, &[4, 2])]);
+    let whole = with(&[("base_model.model.wte.weight", Dtype::F32, &[5, 4])]);
+    for (tensors, words) in
+        [(update, ["update of the embedding `wte`", "not supported"]), (whole, ["the whole of `wte`", "not supported"])]
+    {
+        folder.tensors(&tensors).refused(&words);
+        let error = adapter::Folder::read(folder.0.path()).unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { path, .. } if path.ends_with(TENSORS_FILE)), "{error}");
+        words.iter().for_each(|word| assert!(error.to_string().contains(word), "{error}: no {word}"));
+    }
+}
+
 /// Settings that need tensors of their own: the file lacks them, or has them in another shape.
 #[test]
 fn what_goes_with_the_factors_is_named_where_it_is_missing_or_does_not_fit() {

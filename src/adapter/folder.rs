@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::extra::{Extra, Role, role};
+use super::extra::{Extra, Role, role, unknown};
 use super::matrix::HostMatrix;
 use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
 use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, publish};
@@ -185,7 +185,7 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
     let mut extras = BTreeMap::new();
     for (name, tensor) in tensors {
         let Some((role, target)) = role(config, &name) else {
-            return Err(refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes")));
+            return Err(unknown(&name));
         };
         extras.insert(name, Extra { role, target, tensor });
     }

@@ -10,14 +10,16 @@
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
 
 use super::config::{AdapterConfig, Asked};
+use super::extra::{role, unknown};
+use super::folder::module_of;
 #[cfg(feature = "svd")]
 use super::principal::plain;
 use super::tensors::{self, HostTensor, HostTensors, spell};
-use super::{CONFIG_FILE, HostMatrix, Principal, fields};
+use super::{HostMatrix, Principal, fields};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{Adapter, Bias, Linear, LoraConfig, Mlp, Tuned};
 use crate::tensor::{Shape, Tensor};
 
@@ -47,9 +49,23 @@ pub(super) fn read<B: Backend>(
         return Err(fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
     }
     match file.tensors.keys().next() {
-        Some(name) => Err(tensors::refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))),
+        Some(name) => Err(left(model, config, name)),
         None => Ok(parts),
     }
+}
+
+/// Why a tensor that no layer took is refused.
+fn left<B: Backend>(model: &Mlp<B>, config: &AdapterConfig, name: &str) -> Error {
+    let factor = name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"));
+    let factor = factor.filter(|module| config.lora_config(module).is_some()).map(String::from);
+    let Some(layer) = factor.or_else(|| role(config, name).map(|(_, target)| module_of(&target).into())) else {
+        return unknown(name);
+    };
+    let known: Vec<&str> = model.layers().map(|(name, _)| name).collect();
+    tensors::refused(match known.contains(&layer.as_str()) {
+        true => format!("`{name}` has no place in the model's layer `{layer}`"),
+        false => format!("`{name}` is for `{layer}`, which the model does not have; its layers are {}", known.join(", ")),
+    })
 }
 
 /// The tensors of an adapter of a model, under their names in a file.

@@ -251,8 +251,12 @@ fn settings_outside_their_range_are_named() {
     both.set("use_dora", json!(true)).set("lora_bias", json!(true)).refused(&["use_dora", "lora_bias"]);
     let regex = Folder::new();
     regex.set("target_modules", json!("linear.")).set("layers_to_transform", json!(0)).refused(&["layers_to_transform", "list"]);
-    let huge = Folder::new().set("lora_alpha", json!(1e300)).load().unwrap_err();
-    assert!(matches!(huge, Error::Value { name: "alpha", .. }), "{huge}");
+    let huge = Folder::new();
+    huge.set("lora_alpha", json!(1e300)).refused(&[CONFIG_FILE, "`lora_alpha` of `linear1` is 1e300", "f32"]);
+    let error = adapter::Folder::read(huge.0.path()).unwrap_err().to_string();
+    assert!(error.contains(CONFIG_FILE) && error.contains("`lora_alpha` of `linear1` is 1e300"), "{error}");
+    let odd = Folder::new();
+    odd.set("r", json!(3)).set("init_lora_weights", json!("orthogonal")).refused(&[CONFIG_FILE, "rank", "orthogonal"]);
     let deep = Folder::new();
     deep.write(CONFIG_FILE, &b"[".repeat(100_000)).refused(&[CONFIG_FILE]);
     deep.write(CONFIG_FILE, &[0xff; 10]).refused(&[CONFIG_FILE]);

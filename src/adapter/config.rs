@@ -110,6 +110,19 @@ impl AdapterConfig {
         })
     }
 
+    /// Errors: [`Error::File`] for settings of a layer that are fine by themselves and cannot be computed with: a scaling that `f32`
+    /// does not hold, an odd rank that begins orthogonal.
+    pub(super) fn check(&self, layer: &str, asked: &LoraConfig) -> Result<()> {
+        if !asked.scaling.of(asked.alpha, asked.rank).is_finite() {
+            let alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
+            return Err(refused(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
+        }
+        asked.check().map_err(|error| match error {
+            Error::Value { name, got, want, .. } => refused(format!("`{name}` of `{layer}` is {got}, want {want}")),
+            other => other,
+        })
+    }
+
     /// Which part of each weight the adapter began with, if any.
     pub fn began_with(&self) -> Option<Principal> {
         match self.begins {

@@ -221,7 +221,7 @@ pub(crate) fn module_of(tensor: &str) -> &str {
 fn told(config: &AdapterConfig, name: &str) -> Result<(usize, f32)> {
     let told = config.lora_config(name);
     let told = told.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
-    told.check()?;
+    config.check(name, &told)?;
     Ok((told.rank, told.scaling.of(told.alpha, told.rank)))
 }
 

@@ -122,9 +122,11 @@ fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
 /// Freezes a model and gives it the adapter of a folder as its only one, `default`. The config is for [`save_with`].
 ///
 /// The numbers are rounded to the model's element type. An adapter that began with a part of the weights (`pissa`, `olora`) loads
-/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay. Errors: [`Error::File`] for a file that is missing, damaged or does
-/// not fit the model; [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for
-/// a setting outside its range, or a model that holds a merged adapter. The model is not changed then.
+/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay.
+///
+/// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and a setting outside its range;
+/// [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for a model that holds a merged
+/// adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     model.unload()?;

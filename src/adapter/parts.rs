@@ -34,7 +34,10 @@ pub(super) fn read<B: Backend>(
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
         let part = match config.asks(layer) {
-            Some(Asked::Lora(asked)) => Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?),
+            Some(Asked::Lora(asked)) => {
+                config.check(layer, &asked)?;
+                Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?)
+            }
             Some(Asked::Whole) => Tuned::Whole(file.whole(layer, there.base())?),
             Some(Asked::Bias) => match there.base().bias() {
                 Some(bias) => Tuned::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
@@ -111,7 +114,6 @@ struct File<'b, B> {
 
 impl<B: Backend> File<'_, B> {
     fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig, part: Option<Principal>) -> Result<Adapter<B>> {
-        config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
         let names = [tensors::key(layer, "lora_A"), tensors::key(layer, "lora_B")];
         let factors = [self.matrix(&names[0], (config.rank, k).into())?, self.matrix(&names[1], (n, config.rank).into())?];

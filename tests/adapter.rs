@@ -128,15 +128,16 @@ fn a_new_config_has_the_keys_and_defaults_of_peft() {
 #[test]
 fn unknown_keys_and_the_order_of_keys_are_kept_when_the_model_changes() {
     let theirs =
-        br#"{"peft_type": "LORA", "zeta": {"b": [1, 2.50], "a": null}, "r": 2, "target_modules": ["linear1"], "alpha": 0}"#;
+        br#"{"peft_type": "LORA", "zeta": 2.50, "r": 2, "target_modules": ["linear1"], "auto_mapping": {"b": [1, 2.50], "a": null}, "alpha": 0}"#;
     let cpu = cpu::<f32>();
     let model = adapted(&cpu, [None, Some(LoraConfig::new(5, 2.5)), None]);
     let folder = tempfile::tempdir().unwrap();
     adapter::save_with(&cpu, &model, &AdapterConfig::from_json(theirs).unwrap(), folder.path()).unwrap();
     let document = document(folder.path());
     let keys: Vec<&str> = document.keys().map(String::as_str).collect();
-    assert_eq!(keys[..5], ["peft_type", "zeta", "r", "target_modules", "alpha"]);
-    assert_eq!(document["zeta"].to_string(), r#"{"b":[1,2.5],"a":null}"#);
+    assert_eq!(keys[..6], ["peft_type", "zeta", "r", "target_modules", "auto_mapping", "alpha"]);
+    assert_eq!(document["zeta"].to_string(), "2.5");
+    assert_eq!(document["auto_mapping"].to_string(), r#"{"b":[1,2.5],"a":null}"#);
     assert_eq!((&document["r"], &document["lora_alpha"]), (&json!(5), &json!(2.5)));
     let mut other = net(&cpu);
     adapter::load(&cpu, &mut other, folder.path()).unwrap();

@@ -196,6 +196,17 @@ fn every_setting_that_is_not_honoured_is_named() {
     }
 }
 
+/// What a version to come may ask for is refused; what is off, or is no switch, is not.
+#[test]
+fn unknown_keys_that_switch_something_on_are_named() {
+    for value in [json!(true), json!([1]), json!({"a": 1})] {
+        Folder::new().set("use_new_trick", value).refused(&[CONFIG_FILE, "`use_new_trick` is", "no such setting"]);
+    }
+    for value in [Value::Null, json!(false), json!([]), json!({}), json!(0.1), json!("yes")] {
+        Folder::new().set("use_new_trick", value).load().unwrap();
+    }
+}
+
 /// The settings are fine; what they ask for takes a decomposition.
 #[cfg(not(feature = "svd"))]
 #[test]

@@ -12,7 +12,8 @@ use crate::nn::{Adapter, Bias, DEFAULT, Layer, LoraConfig, Mlp, Scaling, Tuned};
 
 /// The settings in an `adapter_config.json`.
 ///
-/// It remembers the file as it was: keys that this crate does not know, and the order of all, are written again.
+/// It remembers the file as it was: keys that this crate does not know, and the order of all, are written again. An unknown key that
+/// switches something on (`true`, a list, an object) is refused.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     document: Map<String, Value>,

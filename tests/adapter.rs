@@ -5,9 +5,10 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, TENSORS_FILE};
-use lowrank::nn::{Bias, DEFAULT, Init, LoraConfig, Mlp, Scaling};
-use lowrank::{Backend, Error, Float, bf16, f16};
+use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Folder, TENSORS_FILE};
+use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Scaling, Targets};
+use lowrank::random::Rng;
+use lowrank::{Backend, Error, Float, Tensor, bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 use support::adapters::{SIZES, adapted, base_bits, batch, cpu, document, net, outputs, read, state, trained};
@@ -272,6 +273,71 @@ fn adapters_for_peft_to_check() {
         let case = support::cases::read(&folder).unwrap();
         assert!(case.failures(&case.run(&cpu).unwrap()).is_empty(), "{name}");
     }
+}
+
+/// What a folder gives a layer of one's own is what loading gives a model's layer of that name, all that goes with it included.
+#[test]
+fn a_layer_of_ones_own_has_the_adapter_that_a_model_would_load() {
+    let cpu = cpu::<f32>();
+    for (kind, configs) in all_kinds() {
+        let folder = tempfile::tempdir().unwrap();
+        adapter::save(&cpu, &adapted(&cpu, configs), folder.path()).unwrap();
+        let mut model = net(&cpu);
+        adapter::load(&cpu, &mut model, folder.path()).unwrap();
+        let theirs = Folder::read(folder.path()).unwrap();
+        for (layer, linear) in net(&cpu).layers() {
+            let want = model.layer(layer).unwrap().adapter(DEFAULT);
+            let got = theirs.adapter(&cpu, layer, linear.base());
+            let Some(want) = want else {
+                assert!(matches!(got, Err(Error::NoSuchLayer { .. })), "{kind} {layer}");
+                continue;
+            };
+            let got = got.unwrap();
+            assert_eq!(got.config(), want.config(), "{kind} {layer}");
+            let numbers = |adapter: &Adapter<_>| -> Vec<Vec<f32>> {
+                adapter.params().map(|param| param.tensor.to_vec(&cpu).unwrap()).collect()
+            };
+            assert_eq!(numbers(&got), numbers(want), "{kind} {layer}");
+        }
+    }
+}
+
+#[test]
+fn a_layer_of_ones_own_that_does_not_fit_the_folder_is_refused() {
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let biased = LoraConfig { bias: Bias::LoraOnly, ..usual() };
+    adapter::save(&cpu, &adapted(&cpu, all(&biased)), folder.path()).unwrap();
+    let folder = Folder::read(folder.path()).unwrap();
+    let zeros = |shape| Tensor::zeros(&cpu, shape).unwrap();
+    let refused = |name, shape| {
+        let layer = Linear::from_tensors(zeros(shape), None).unwrap();
+        folder.adapter(&cpu, name, &layer).err().unwrap().to_string()
+    };
+    assert_eq!(refused("q_proj", (11, 13)), "no layer is named `q_proj`; the layers are linear1, linear2, linear3");
+    assert!(refused("linear1", (11, 12)).contains("`linear1.lora_A.weight` is 3×13, want 3×12"));
+    assert!(refused("linear1", (11, 13)).contains("`linear1.base_layer.bias` has no place in layer `linear1`"), "no bias there");
+}
+
+/// A perceptron whose layers have the names that a folder has for them.
+#[test]
+fn a_model_of_named_layers_loads_a_folder_of_those_names() {
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let named = |names: [&str; 2]| {
+        let linear = |(name, (k, n)): (&str, _)| (name.to_string(), Linear::new(&cpu, k, n, &mut Rng::new(3)).unwrap());
+        Mlp::from_named_layers(names.into_iter().zip([(5, 4), (4, 3)]).map(linear).collect())
+    };
+    let mut model = named(["mlp.up_proj", "mlp.down_proj"]).unwrap();
+    model
+        .add_adapters(&cpu, Targets::Names(&["mlp.down_proj"]), &LoraConfig { init: Init::NonZero, ..usual() }, &mut Rng::new(1))
+        .unwrap();
+    adapter::save(&cpu, &model, folder.path()).unwrap();
+    let mut other = named(["mlp.up_proj", "mlp.down_proj"]).unwrap();
+    adapter::load(&cpu, &mut other, folder.path()).unwrap();
+    let outputs = |model: &Mlp<_>| model.predict(&cpu, Tensor::from_slice(&cpu, (1, 5), &[1.0f32; 5]).unwrap()).unwrap();
+    assert_eq!(outputs(&model), outputs(&other));
+    assert_ne!(outputs(&model), outputs(&named(["a", "b"]).unwrap()));
+    let twice = named(["up", "up"]).err().unwrap().to_string();
+    assert!(twice.contains("two of the name `up`"), "{twice}");
 }
 
 /// Two adapters in one folder, the second in a sub-folder of its name: each, and their sum.

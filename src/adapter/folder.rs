@@ -8,10 +8,12 @@ use serde_json::{Map, Value, json};
 use super::extra::{Extra, Role, role, unknown};
 use super::matrix::HostMatrix;
 use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, publish};
+use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, parts, publish};
+use crate::backend::Backend;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::file;
+use crate::nn::{Adapter, Linear};
 
 /// Settings that put more into a folder than factors, or make more of them than `scaling·B·A`.
 const MORE_THAN_FACTORS: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
@@ -138,6 +140,34 @@ impl Folder {
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
+    /// The update of a layer of one's own, on a device: factors `r×k` and `n×r`, and the bias of the update, the magnitudes and the
+    /// layer's new bias where the settings ask for them. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
+    /// [`insert`](crate::nn::LoraLinear::insert).
+    ///
+    /// `module` is the name that the layer has in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a
+    /// weight `n×k`. An adapter that began with a part of the weight comes as the plain one of twice the rank, see
+    /// [`Principal`](super::Principal). Layers that the folder holds whole are in [`extras`](Self::extras).
+    ///
+    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the layer
+    /// or hold more than the backend's element type can; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
+    pub fn adapter<B: Backend>(&self, backend: &B, module: &str, base: &Linear<B>) -> Result<Adapter<B>> {
+        let factors = self.modules.get(module).ok_or_else(|| self.lacks(module))?;
+        let asked = self.config.lora_config(module).ok_or_else(|| self.lacks(module))?;
+        let beside = ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"].map(|end| format!("{module}.{end}"));
+        let beside = beside.into_iter().filter_map(|name| Some((name.clone(), self.extras.get(&name)?.tensor.clone())));
+        let tensors = stored(module, factors).into_iter().chain(beside).collect();
+        parts::adapter((backend, tensors), (module, base), asked, self.config.began_with())
+    }
+
+    fn lacks(&self, module: &str) -> Error {
+        const SHOWN: usize = 8;
+        let mut known: Vec<&str> = self.modules.keys().take(SHOWN).map(String::as_str).collect();
+        if self.modules.len() > SHOWN {
+            known.push("…");
+        }
+        Error::NoSuchLayer { name: module.into(), known: known.join(", ") }
+    }
+
     /// How many numbers it holds.
     pub fn parameters(&self) -> usize {
         let extras: usize = self.extras.values().map(|extra| extra.tensor.values.len()).sum();
@@ -148,16 +178,19 @@ impl Folder {
     ///
     /// Errors: [`Error::File`], also for a number that the stored element type cannot hold.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let factor = |name: &str, which, matrix: &HostMatrix, dtype| {
-            let (shape, values) = (vec![matrix.rows(), matrix.cols()], matrix.values().to_vec());
-            (key(name, which), HostTensor { shape, dtype, values })
-        };
-        let factors = self.modules.iter().flat_map(|(name, Factors { a, b, dtype, .. })| {
-            [factor(name, "lora_A", a, *dtype), factor(name, "lora_B", b, *dtype)]
-        });
+        let factors = self.modules.iter().flat_map(|(name, factors)| stored(name, factors));
         let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
         publish(&[(dir.into(), &self.config, factors.chain(extras).collect())])
     }
+}
+
+/// The factors of a module, as the tensors of a file.
+fn stored(name: &str, Factors { a, b, dtype, .. }: &Factors) -> [(String, HostTensor); 2] {
+    let tensor = |matrix: &HostMatrix| {
+        let (shape, values) = (vec![matrix.rows(), matrix.cols()], matrix.values().to_vec());
+        HostTensor { shape, dtype: *dtype, values }
+    };
+    [(key(name, "lora_A"), tensor(a)), (key(name, "lora_B"), tensor(b))]
 }
 
 /// The factors of a module, out of the tensors, if they are of the rank that the settings tell.

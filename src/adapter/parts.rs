@@ -57,6 +57,21 @@ pub(super) fn read<B: Backend>(
     }
 }
 
+/// The update of a layer, out of its tensors: every one that is needed, and no other.
+pub(super) fn adapter<B: Backend>(
+    (backend, tensors): (&B, HostTensors),
+    (layer, base): (&str, &Linear<B>),
+    asked: LoraConfig,
+    part: Option<Principal>,
+) -> Result<Adapter<B>> {
+    let mut file = File { backend, tensors };
+    let adapter = file.adapter(layer, base, asked, part)?;
+    match file.tensors.keys().next() {
+        Some(name) => Err(tensors::refused(format!("`{name}` has no place in layer `{layer}`"))),
+        None => Ok(adapter),
+    }
+}
+
 /// Why a tensor that no layer took is refused.
 fn left<B: Backend>(model: &Mlp<B>, config: &AdapterConfig, name: &str) -> Error {
     let factor = name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"));
@@ -66,7 +81,7 @@ fn left<B: Backend>(model: &Mlp<B>, config: &AdapterConfig, name: &str) -> Error
     };
     let known: Vec<&str> = model.layers().map(|(name, _)| name).collect();
     tensors::refused(match known.contains(&layer.as_str()) {
-        true => format!("`{name}` has no place in the model's layer `{layer}`"),
+        true => format!("`{name}` has no place in layer `{layer}`"),
         false => format!("`{name}` is for `{layer}`, which the model does not have; its layers are {}", known.join(", ")),
     })
 }

@@ -2,13 +2,14 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Folder, TENSORS_FILE};
+use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Factors, Folder, HostMatrix, TENSORS_FILE};
 use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::random::Rng;
-use lowrank::{Backend, Error, Float, Tensor, bf16, f16};
+use lowrank::{Backend, DType, Error, Float, Tensor, bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 use support::adapters::{SIZES, adapted, base_bits, batch, cpu, document, net, outputs, read, state, trained};
@@ -316,6 +317,52 @@ fn a_layer_of_ones_own_that_does_not_fit_the_folder_is_refused() {
     assert_eq!(refused("q_proj", (11, 13)), "no layer is named `q_proj`; the layers are linear1, linear2, linear3");
     assert!(refused("linear1", (11, 12)).contains("`linear1.lora_A.weight` is 3×13, want 3×12"));
     assert!(refused("linear1", (11, 13)).contains("`linear1.base_layer.bias` has no place in layer `linear1`"), "no bias there");
+}
+
+/// Scalings that are those of the settings to the bit: none, negative, in no decimal, beside other ranks, at the ends of `f32`.
+#[test]
+fn an_adapter_of_ones_own_keeps_its_scalings() {
+    let kinds: [&[(usize, f32)]; 7] = [
+        &[(2, 2.0)],
+        &[(2, 1.0), (4, 1.0)],
+        &[(3, 0.1), (3, 0.1), (5, 0.1)],
+        &[(3, 0.1), (3, -7.3), (5, 1.0 / 3.0), (1, 0.0)],
+        &[(7, f32::MAX), (7, f32::MIN_POSITIVE), (6, f32::from_bits(1))],
+        &[(49, 1.1754945e-38), (13, 16777217.0), (64, 0.125)],
+        &[(2, -0.5), (4, 2.0)],
+    ];
+    for modules in kinds {
+        let factors = |&(r, scaling): &(usize, f32)| {
+            let zeros = |rows, cols| HostMatrix::new((rows, cols), vec![0.0; rows * cols]).unwrap();
+            Factors { a: zeros(r, 3), b: zeros(4, r), scaling, dtype: DType::F32 }
+        };
+        let modules: BTreeMap<String, Factors> =
+            modules.iter().enumerate().map(|(at, module)| (format!("h.{at}.q_proj"), factors(module))).collect();
+        let folder = tempfile::tempdir().unwrap();
+        Folder::new(None, modules.clone()).unwrap().write(folder.path()).unwrap();
+        assert_eq!(Folder::read(folder.path()).unwrap().modules(), &modules, "{}", document(folder.path())["alpha_pattern"]);
+        // As PEFT reads it: f64, divided and then rounded.
+        let document = document(folder.path());
+        for (name, module) in &modules {
+            let told = |pattern: &str, usual: &str| document[pattern].get(name).unwrap_or(&document[usual]).as_f64().unwrap();
+            let (alpha, rank) = (told("alpha_pattern", "lora_alpha"), told("rank_pattern", "r"));
+            assert_eq!(((alpha / rank) as f32, rank as usize), (module.scaling, module.rank()), "{name}");
+        }
+    }
+    let one = |scaling| Factors {
+        a: HostMatrix::new((1, 1), vec![1.0]).unwrap(),
+        b: HostMatrix::new((1, 1), vec![1.0]).unwrap(),
+        scaling,
+        dtype: DType::F32,
+    };
+    for scaling in [f32::NAN, f32::INFINITY] {
+        let error = Folder::new(None, BTreeMap::from([("q".to_string(), one(scaling))])).unwrap_err().to_string();
+        assert!(error.contains("`q` of scaling") && error.contains("finite"), "{error}");
+    }
+    // `a.q` ends as `q` does, and PEFT's patterns go by the end of a name.
+    let alike = BTreeMap::from([("a.q".to_string(), one(1.0)), ("q".to_string(), one(2.0)), ("z".to_string(), one(3.0))]);
+    let error = Folder::new(None, alike).unwrap_err().to_string();
+    assert!(error.contains("`a.q` of rank 1, scaling 1, want told from others by its name"), "{error}");
 }
 
 /// A perceptron whose layers have the names that a folder has for them.

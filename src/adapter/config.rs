@@ -290,7 +290,7 @@ fn first_match<T: Copy>(pattern: &[(Regex, T)], layer: &str) -> Option<T> {
 }
 
 /// `8`, not `8.0`, where it is whole: PEFT's alphas mostly are.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     let whole = value as i64;
     if whole as f64 == value { json!(whole) } else { json!(value) }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::config::number;
 use super::extra::{Extra, Role, role, unknown};
 use super::matrix::HostMatrix;
 use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
@@ -80,19 +81,28 @@ impl Folder {
         Ok(Self { config, modules, extras })
     }
 
-    /// Modules whose scaling is 1, under settings that say so: `lora_alpha = r`. All else is as `template` has it, or PEFT's
-    /// default. Errors: [`Error::Value`] for no module, for factors that do not fit, or for names that no settings tell apart.
+    /// Modules under settings that say their ranks and scalings: `lora_alpha = scaling·r`, and `rank_pattern` and `alpha_pattern` for
+    /// those that differ from the first of the greatest rank. All else is as `template` has it, or PEFT's default.
+    ///
+    /// Errors: [`Error::Value`] for no module, for factors that do not fit, a scaling that is not finite, or names that no settings
+    /// tell apart.
     pub fn new(template: Option<&AdapterConfig>, modules: BTreeMap<String, Factors>) -> Result<Self> {
         let r = modules.values().map(Factors::rank).max().unwrap_or(0);
         unless(r > 0, format!("{} modules of rank {r}", modules.len()), "at least one module, of rank 1 or more")?;
-        let ranks: Map<String, Value> =
-            modules.iter().filter(|(_, m)| m.rank() != r).map(|(name, m)| (name.clone(), json!(m.rank()))).collect();
+        for (name, Factors { scaling, .. }) in &modules {
+            unless(scaling.is_finite(), format!("`{name}` of scaling {scaling}"), "of finite scalings")?;
+        }
+        let usual = modules.values().find(|m| m.rank() == r).map_or(Value::Null, lora_alpha);
+        let others = |setting: fn(&Factors) -> Value, usual: &Value| -> Map<String, Value> {
+            let settings = modules.iter().map(|(name, m)| (name.clone(), setting(m)));
+            settings.filter(|(_, setting)| setting != usual).collect()
+        };
         let settings = [
-            ("alpha_pattern", json!(ranks)),
+            ("alpha_pattern", json!(others(lora_alpha, &usual))),
             ("init_lora_weights", json!(true)),
-            ("lora_alpha", json!(r)),
+            ("rank_pattern", json!(others(|m| json!(m.rank()), &json!(r)))),
+            ("lora_alpha", usual),
             ("r", json!(r)),
-            ("rank_pattern", json!(ranks)),
             ("target_modules", modules.keys().cloned().collect()),
             ("use_rslora", json!(false)),
         ];
@@ -103,8 +113,8 @@ impl Folder {
         for (name, Factors { a, b, scaling, .. }) in &modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
             let (rank, told) = told(&config, name)?;
-            let tells = rank == a.rows() && told == 1.0 && *scaling == 1.0;
-            unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "scaling 1, and a name of its own")?;
+            let tells = rank == a.rows() && told == *scaling;
+            unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
         }
         Ok(Self { config, modules, extras: BTreeMap::new() })
     }
@@ -248,6 +258,11 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
 /// The module that a weight or a bias belongs to.
 pub(crate) fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+/// `scaling·r`: a number of `f64`, so that dividing it by r once more gives the scaling to the bit, in PEFT as here.
+fn lora_alpha(module: &Factors) -> Value {
+    number(f64::from(module.scaling) * module.rank() as f64)
 }
 
 /// The rank and the scaling that the settings tell of a module.

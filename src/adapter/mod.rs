@@ -28,7 +28,7 @@
 //! # let temporary = tempfile::tempdir().unwrap();
 //! # let dir = temporary.path();
 //! # let (a, b) = (HostMatrix::new((2, 8), vec![0.5; 16])?, HostMatrix::new((4, 2), vec![0.25; 8])?);
-//! # let factors = Factors { a, b, scaling: 1.0, dtype: DType::F32 };
+//! # let factors = Factors { a, b, scaling: 2.0, dtype: DType::F32 };
 //! # Folder::new(None, [("model.layers.0.self_attn.q_proj".to_string(), factors)].into())?.write(dir)?;
 //! let cpu = Cpu::<f32>::new()?;
 //! let q_proj = Linear::new(&cpu, 8, 4, &mut Rng::new(0))?; // of your model, 8 inputs and 4 outputs
@@ -37,7 +37,7 @@
 //! let adapter = folder.adapter(&cpu, "model.layers.0.self_attn.q_proj", &q_proj)?;
 //! let mut q_proj = LoraLinear::new(q_proj, adapter)?; // forward() on a tape, merge(), unmerge()
 //! q_proj.merge(&cpu)?;
-//! # assert_eq!(q_proj.adapter(lowrank::nn::DEFAULT).unwrap().scaling(), 1.0);
+//! # assert_eq!(q_proj.adapter(lowrank::nn::DEFAULT).unwrap().scaling(), 2.0);
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Factors, Folder, HostMatrix, TENSORS_FILE};
+use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Factors, Folder, HostMatrix, TENSORS_FILE, TargetModules};
 use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, DType, Error, Float, Tensor, bf16, f16};
@@ -144,6 +144,37 @@ fn unknown_keys_and_the_order_of_keys_are_kept_when_the_model_changes() {
     let mut other = net(&cpu);
     adapter::load(&cpu, &mut other, folder.path()).unwrap();
     assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
+}
+
+/// What a config says is told, set, and kept when a loaded one is saved again.
+#[test]
+fn a_config_tells_its_settings_and_the_model_it_is_for() {
+    let read = |targets: Value| {
+        let config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 2.5, "target_modules": targets});
+        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap()
+    };
+    let config = read(json!(["q_proj", "v_proj"]));
+    assert_eq!((config.r(), config.lora_alpha()), (4, 2.5));
+    assert_eq!((config.base_model_name_or_path(), config.task_type()), (None, None));
+    assert_eq!(config.target_modules(), TargetModules::Names(&["q_proj".into(), "v_proj".into()]));
+    assert_eq!(read(json!(".*_proj")).target_modules(), TargetModules::Matching(".*_proj"));
+    assert_eq!(read(json!("all-linear")).target_modules(), TargetModules::AllLinear);
+
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let model = adapted(&cpu, all(&usual()));
+    let config = AdapterConfig::of(&model).unwrap().with_base_model_name_or_path("org/model").with_task_type("CAUSAL_LM");
+    assert_eq!((config.r(), config.lora_alpha()), (3, 7.0));
+    adapter::save_with(&cpu, &model, &config, folder.path()).unwrap();
+    for _ in 0..2 {
+        let mut other = net(&cpu);
+        let loaded = adapter::load(&cpu, &mut other, folder.path()).unwrap();
+        assert_eq!((loaded.base_model_name_or_path(), loaded.task_type()), (Some("org/model"), Some("CAUSAL_LM")));
+        other.add_adapters(&cpu, Targets::All, &LoraConfig::new(5, 1.0), &mut Rng::new(1)).unwrap();
+        adapter::save_with(&cpu, &other, &loaded, folder.path()).unwrap(); // even of a model that is another by now
+    }
+    let mine = Folder::read(folder.path()).unwrap();
+    let again = Folder::new(Some(mine.config()), mine.modules().clone()).unwrap();
+    assert_eq!(again.config().base_model_name_or_path(), Some("org/model"));
 }
 
 /// How the factors began is of no matter where the weights stayed: the file keeps what it says.

@@ -67,7 +67,7 @@ pub use combine::{CombinationType, Combine, MajoritySign, combine};
 pub(crate) use compress::inside;
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
-pub use config::{AdapterConfig, Asked};
+pub use config::{AdapterConfig, Asked, TargetModules};
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
 pub use extra::{Extra, Role};
@@ -93,7 +93,8 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// Writes every adapter of a model as PEFT 0.21 would: `default` to the folder itself, each other to a sub-folder of its name.
-/// All files whole or none; folders that are not there are made.
+/// All files whole or none; folders that are not there are made. What a model does not know, such as `base_model_name_or_path`, is at
+/// PEFT's default: [`save_with`] writes it.
 ///
 /// PEFT has no raw alpha: it is written as the `lora_alpha` that comes to the same scaling. Errors: [`Error::Value`] for a model
 /// without adapters, or an adapter whose layers differ in what a config has once for all; [`Error::File`].
@@ -113,6 +114,21 @@ pub fn save_as<B: Backend>(backend: &B, model: &Mlp<B>, name: &str, dir: &Path) 
 
 /// Writes the adapter `default`, with the keys of a config that came from elsewhere. What says something else than the model is set
 /// anew. Errors: those of [`save`].
+///
+/// ```
+/// # use lowrank::nn::{LoraConfig, Mlp, Targets};
+/// # use lowrank::{Cpu, adapter, adapter::AdapterConfig, random::Rng};
+/// # let (cpu, mut rng, temporary) = (Cpu::<f32>::new()?, Rng::new(0), tempfile::tempdir().unwrap());
+/// # let dir = temporary.path();
+/// # let mut model = Mlp::new(&cpu, &[4, 3], &mut rng)?;
+/// # model.add_adapters(&cpu, Targets::All, &LoraConfig::new(2, 4.0), &mut rng)?;
+/// let config = AdapterConfig::of(&model)?.with_base_model_name_or_path("org/model").with_task_type("CAUSAL_LM");
+/// adapter::save_with(&cpu, &model, &config, dir)?;
+///
+/// let loaded = adapter::load(&cpu, &mut model, dir)?; // keep it, and save with it
+/// assert_eq!(loaded.base_model_name_or_path(), Some("org/model"));
+/// # Ok::<(), lowrank::Error>(())
+/// ```
 pub fn save_with<B: Backend>(backend: &B, model: &Mlp<B>, config: &AdapterConfig, dir: &Path) -> Result<()> {
     write(backend, model, &[(DEFAULT, config.updated(model)?)], dir)
 }

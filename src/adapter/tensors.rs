@@ -6,8 +6,10 @@ use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView, seria
 use serde_json::{Map, Value};
 
 use super::TENSORS_FILE;
+use crate::backend::Backend;
 use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// What PEFT puts before the name of a module; files without it are read as well.
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -21,6 +23,27 @@ pub struct HostTensor {
     pub dtype: DType,
     /// The elements, row by row.
     pub values: Vec<f32>,
+}
+
+impl HostTensor {
+    /// The same numbers on a device, rounded to its element type: a matrix as it is, a vector of length n as `1×n`.
+    ///
+    /// Errors: [`Error::Value`] for any other number of dimensions, for a number that is more than the element type can hold, and
+    /// unless there are as many as the shape says.
+    pub fn to_device<B: Backend>(&self, backend: &B) -> Result<Tensor<B>> {
+        let shape = match self.shape[..] {
+            [n] => (1, n),
+            [rows, cols] => (rows, cols),
+            _ => return Err(unfit("shape", spell(&self.shape), "one or two dimensions")),
+        };
+        let over = |value: f32| unfit("values", value.to_string(), "what the element type can hold");
+        let values = self.values.iter().map(|&value| narrowed::<B::Elem>(value).ok_or_else(|| over(value)));
+        Tensor::from_slice(backend, shape, &values.collect::<Result<Vec<_>>>()?)
+    }
+}
+
+fn unfit(name: &'static str, got: String, want: &'static str) -> Error {
+    Error::Value { verb: "to_device", name, got, want }
 }
 
 /// Tensors by name, without PEFT's prefix: `linear1.lora_A.weight`.
@@ -120,12 +143,14 @@ fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
 
 /// Rounded to the element type of a backend. Errors: [`Error::File`] where a finite number becomes infinite.
 pub(super) fn narrow<E: Float>(name: &str, values: &[f32]) -> Result<Vec<E>> {
-    let narrow = |&value: &f32| {
-        let narrowed = E::from_f32(value);
-        let fits = narrowed.to_f32().is_finite() || !value.is_finite();
-        if fits { Ok(narrowed) } else { Err(refused(format!("`{name}` holds {value}, more than {} can", E::DTYPE))) }
-    };
-    values.iter().map(narrow).collect()
+    let over = |value: f32| refused(format!("`{name}` holds {value}, more than {} can", E::DTYPE));
+    values.iter().map(|&value| narrowed(value).ok_or_else(|| over(value))).collect()
+}
+
+/// Rounded, unless a finite number would become infinite.
+fn narrowed<E: Float>(value: f32) -> Option<E> {
+    let narrowed = E::from_f32(value);
+    (narrowed.to_f32().is_finite() || !value.is_finite()).then_some(narrowed)
 }
 
 /// `7×9`

@@ -118,6 +118,9 @@ fn unmerging_restores_within_rounding_or_bit_for_bit() {
     assert_eq!(read("back.safetensors"), read("base.safetensors"));
     assert_ne!(read("merged.safetensors"), read("base.safetensors"));
     same(&read("near.safetensors"), &read("base.safetensors"), 1e-6, "unmerged");
+    desk.good("unmerge --merged merged.safetensors --adapter adapter --out same.safetensors");
+    assert_eq!(read("same.safetensors"), read("near.safetensors"));
+    assert!(desk.good("unmerge --help").contains("--merged"));
 }
 
 /// Lengths of rows, biases, whole modules: what a merged tensor does not tell, the residue has; without it, that is said.

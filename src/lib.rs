@@ -8,6 +8,26 @@
 //! `webgpu`), PTX through cudarc (feature `cuda`). A low-rank update is more depth of the same sum of products, so the adapter
 //! rides along in the product that the base layer needs anyway, and no backend makes a matrix of the weight's size.
 //!
+//! ```
+//! use lowrank::nn::{Adapter, Linear, LoraConfig, LoraLinear};
+//! use lowrank::{Cpu, Tensor, autograd::Tape, random::Rng};
+//!
+//! let (cpu, mut rng) = (Cpu::<f32>::new()?, Rng::new(0));
+//! let base = Linear::new(&cpu, 3, 4, &mut rng)?; // 3 inputs, 4 outputs
+//! let adapter = Adapter::new(&cpu, &base, LoraConfig::new(2, 4.0), &mut rng)?; // rank 2, alpha 4
+//! let mut layer = LoraLinear::new(base, adapter)?;
+//!
+//! let mut tape = Tape::new(&cpu);
+//! let x = tape.input(Tensor::from_slice(&cpu, (1, 3), &[1.0, 2.0, 3.0])?);
+//! let y = layer.forward(&mut tape, x, None)?;
+//! assert_eq!(tape.value(y)?.to_vec(&cpu)?.len(), 4);
+//! drop(tape); // it borrows the layer
+//!
+//! layer.merge(&cpu)?; // W += scaling·B·A
+//! layer.unmerge(&cpu)?; // and every bit is back
+//! # Ok::<(), lowrank::Error>(())
+//! ```
+//!
 //! Where to begin:
 //! - [`op`]: a request a verb, for those who link the kernels. The letters `m k n r` are explained there.
 //! - [`nn`] on [`autograd`]: layers with adapters, Adam, a tape; enough to train a small network.

@@ -2,12 +2,14 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, TENSORS_FILE};
-use lowrank::nn::{Bias, DEFAULT, Init, LoraConfig, Mlp, Scaling};
-use lowrank::{Backend, Error, Float, bf16, f16};
+use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Factors, Folder, HostMatrix, TENSORS_FILE, TargetModules};
+use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Scaling, Targets};
+use lowrank::random::Rng;
+use lowrank::{Backend, DType, Error, Float, Tensor, bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 use support::adapters::{SIZES, adapted, base_bits, batch, cpu, document, net, outputs, read, state, trained};
@@ -128,19 +130,51 @@ fn a_new_config_has_the_keys_and_defaults_of_peft() {
 #[test]
 fn unknown_keys_and_the_order_of_keys_are_kept_when_the_model_changes() {
     let theirs =
-        br#"{"peft_type": "LORA", "zeta": {"b": [1, 2.50], "a": null}, "r": 2, "target_modules": ["linear1"], "alpha": 0}"#;
+        br#"{"peft_type": "LORA", "zeta": 2.50, "r": 2, "target_modules": ["linear1"], "auto_mapping": {"b": [1, 2.50], "a": null}, "alpha": 0}"#;
     let cpu = cpu::<f32>();
     let model = adapted(&cpu, [None, Some(LoraConfig::new(5, 2.5)), None]);
     let folder = tempfile::tempdir().unwrap();
     adapter::save_with(&cpu, &model, &AdapterConfig::from_json(theirs).unwrap(), folder.path()).unwrap();
     let document = document(folder.path());
     let keys: Vec<&str> = document.keys().map(String::as_str).collect();
-    assert_eq!(keys[..5], ["peft_type", "zeta", "r", "target_modules", "alpha"]);
-    assert_eq!(document["zeta"].to_string(), r#"{"b":[1,2.5],"a":null}"#);
+    assert_eq!(keys[..6], ["peft_type", "zeta", "r", "target_modules", "auto_mapping", "alpha"]);
+    assert_eq!(document["zeta"].to_string(), "2.5");
+    assert_eq!(document["auto_mapping"].to_string(), r#"{"b":[1,2.5],"a":null}"#);
     assert_eq!((&document["r"], &document["lora_alpha"]), (&json!(5), &json!(2.5)));
     let mut other = net(&cpu);
     adapter::load(&cpu, &mut other, folder.path()).unwrap();
     assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
+}
+
+/// What a config says is told, set, and kept when a loaded one is saved again.
+#[test]
+fn a_config_tells_its_settings_and_the_model_it_is_for() {
+    let read = |targets: Value| {
+        let config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 2.5, "target_modules": targets});
+        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap()
+    };
+    let config = read(json!(["q_proj", "v_proj"]));
+    assert_eq!((config.r(), config.lora_alpha()), (4, 2.5));
+    assert_eq!((config.base_model_name_or_path(), config.task_type()), (None, None));
+    assert_eq!(config.target_modules(), TargetModules::Names(&["q_proj".into(), "v_proj".into()]));
+    assert_eq!(read(json!(".*_proj")).target_modules(), TargetModules::Matching(".*_proj"));
+    assert_eq!(read(json!("all-linear")).target_modules(), TargetModules::AllLinear);
+
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let model = adapted(&cpu, all(&usual()));
+    let config = AdapterConfig::of(&model).unwrap().with_base_model_name_or_path("org/model").with_task_type("CAUSAL_LM");
+    assert_eq!((config.r(), config.lora_alpha()), (3, 7.0));
+    adapter::save_with(&cpu, &model, &config, folder.path()).unwrap();
+    for _ in 0..2 {
+        let mut other = net(&cpu);
+        let loaded = adapter::load(&cpu, &mut other, folder.path()).unwrap();
+        assert_eq!((loaded.base_model_name_or_path(), loaded.task_type()), (Some("org/model"), Some("CAUSAL_LM")));
+        other.add_adapters(&cpu, Targets::All, &LoraConfig::new(5, 1.0), &mut Rng::new(1)).unwrap();
+        adapter::save_with(&cpu, &other, &loaded, folder.path()).unwrap(); // even of a model that is another by now
+    }
+    let mine = Folder::read(folder.path()).unwrap();
+    let again = Folder::new(Some(mine.config()), mine.modules().clone()).unwrap();
+    assert_eq!(again.config().base_model_name_or_path(), Some("org/model"));
 }
 
 /// How the factors began is of no matter where the weights stayed: the file keeps what it says.
@@ -271,6 +305,117 @@ fn adapters_for_peft_to_check() {
         let case = support::cases::read(&folder).unwrap();
         assert!(case.failures(&case.run(&cpu).unwrap()).is_empty(), "{name}");
     }
+}
+
+/// What a folder gives a layer of one's own is what loading gives a model's layer of that name, all that goes with it included.
+#[test]
+fn a_layer_of_ones_own_has_the_adapter_that_a_model_would_load() {
+    let cpu = cpu::<f32>();
+    for (kind, configs) in all_kinds() {
+        let folder = tempfile::tempdir().unwrap();
+        adapter::save(&cpu, &adapted(&cpu, configs), folder.path()).unwrap();
+        let mut model = net(&cpu);
+        adapter::load(&cpu, &mut model, folder.path()).unwrap();
+        let theirs = Folder::read(folder.path()).unwrap();
+        for (layer, linear) in net(&cpu).layers() {
+            let want = model.layer(layer).unwrap().adapter(DEFAULT);
+            let got = theirs.adapter(&cpu, layer, linear.base());
+            let Some(want) = want else {
+                assert!(matches!(got, Err(Error::NoSuchLayer { .. })), "{kind} {layer}");
+                continue;
+            };
+            let got = got.unwrap();
+            assert_eq!(got.config(), want.config(), "{kind} {layer}");
+            let numbers = |adapter: &Adapter<_>| -> Vec<Vec<f32>> {
+                adapter.params().map(|param| param.tensor.to_vec(&cpu).unwrap()).collect()
+            };
+            assert_eq!(numbers(&got), numbers(want), "{kind} {layer}");
+        }
+    }
+}
+
+#[test]
+fn a_layer_of_ones_own_that_does_not_fit_the_folder_is_refused() {
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let biased = LoraConfig { bias: Bias::LoraOnly, ..usual() };
+    adapter::save(&cpu, &adapted(&cpu, all(&biased)), folder.path()).unwrap();
+    let folder = Folder::read(folder.path()).unwrap();
+    let zeros = |shape| Tensor::zeros(&cpu, shape).unwrap();
+    let refused = |name, shape| {
+        let layer = Linear::from_tensors(zeros(shape), None).unwrap();
+        folder.adapter(&cpu, name, &layer).err().unwrap().to_string()
+    };
+    assert_eq!(refused("q_proj", (11, 13)), "no layer is named `q_proj`; the layers are linear1, linear2, linear3");
+    assert!(refused("linear1", (11, 12)).contains("`linear1.lora_A.weight` is 3×13, want 3×12"));
+    assert!(refused("linear1", (11, 13)).contains("`linear1.base_layer.bias` has no place in layer `linear1`"), "no bias there");
+}
+
+/// Scalings that are those of the settings to the bit: none, negative, in no decimal, beside other ranks, at the ends of `f32`.
+#[test]
+fn an_adapter_of_ones_own_keeps_its_scalings() {
+    let kinds: [&[(usize, f32)]; 7] = [
+        &[(2, 2.0)],
+        &[(2, 1.0), (4, 1.0)],
+        &[(3, 0.1), (3, 0.1), (5, 0.1)],
+        &[(3, 0.1), (3, -7.3), (5, 1.0 / 3.0), (1, 0.0)],
+        &[(7, f32::MAX), (7, f32::MIN_POSITIVE), (6, f32::from_bits(1))],
+        &[(49, 1.1754945e-38), (13, 16777217.0), (64, 0.125)],
+        &[(2, -0.5), (4, 2.0)],
+    ];
+    for modules in kinds {
+        let factors = |&(r, scaling): &(usize, f32)| {
+            let zeros = |rows, cols| HostMatrix::new((rows, cols), vec![0.0; rows * cols]).unwrap();
+            Factors { a: zeros(r, 3), b: zeros(4, r), scaling, dtype: DType::F32 }
+        };
+        let modules: BTreeMap<String, Factors> =
+            modules.iter().enumerate().map(|(at, module)| (format!("h.{at}.q_proj"), factors(module))).collect();
+        let folder = tempfile::tempdir().unwrap();
+        Folder::new(None, modules.clone()).unwrap().write(folder.path()).unwrap();
+        assert_eq!(Folder::read(folder.path()).unwrap().modules(), &modules, "{}", document(folder.path())["alpha_pattern"]);
+        // As PEFT reads it: f64, divided and then rounded.
+        let document = document(folder.path());
+        for (name, module) in &modules {
+            let told = |pattern: &str, usual: &str| document[pattern].get(name).unwrap_or(&document[usual]).as_f64().unwrap();
+            let (alpha, rank) = (told("alpha_pattern", "lora_alpha"), told("rank_pattern", "r"));
+            assert_eq!(((alpha / rank) as f32, rank as usize), (module.scaling, module.rank()), "{name}");
+        }
+    }
+    let one = |scaling| Factors {
+        a: HostMatrix::new((1, 1), vec![1.0]).unwrap(),
+        b: HostMatrix::new((1, 1), vec![1.0]).unwrap(),
+        scaling,
+        dtype: DType::F32,
+    };
+    for scaling in [f32::NAN, f32::INFINITY] {
+        let error = Folder::new(None, BTreeMap::from([("q".to_string(), one(scaling))])).unwrap_err().to_string();
+        assert!(error.contains("`q` of scaling") && error.contains("finite"), "{error}");
+    }
+    // `a.q` ends as `q` does, and PEFT's patterns go by the end of a name.
+    let alike = BTreeMap::from([("a.q".to_string(), one(1.0)), ("q".to_string(), one(2.0)), ("z".to_string(), one(3.0))]);
+    let error = Folder::new(None, alike).unwrap_err().to_string();
+    assert!(error.contains("`a.q` of rank 1, scaling 1, want told from others by its name"), "{error}");
+}
+
+/// A perceptron whose layers have the names that a folder has for them.
+#[test]
+fn a_model_of_named_layers_loads_a_folder_of_those_names() {
+    let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
+    let named = |names: [&str; 2]| {
+        let linear = |(name, (k, n)): (&str, _)| (name.to_string(), Linear::new(&cpu, k, n, &mut Rng::new(3)).unwrap());
+        Mlp::from_named_layers(names.into_iter().zip([(5, 4), (4, 3)]).map(linear).collect())
+    };
+    let mut model = named(["mlp.up_proj", "mlp.down_proj"]).unwrap();
+    model
+        .add_adapters(&cpu, Targets::Names(&["mlp.down_proj"]), &LoraConfig { init: Init::NonZero, ..usual() }, &mut Rng::new(1))
+        .unwrap();
+    adapter::save(&cpu, &model, folder.path()).unwrap();
+    let mut other = named(["mlp.up_proj", "mlp.down_proj"]).unwrap();
+    adapter::load(&cpu, &mut other, folder.path()).unwrap();
+    let outputs = |model: &Mlp<_>| model.predict(&cpu, Tensor::from_slice(&cpu, (1, 5), &[1.0f32; 5]).unwrap()).unwrap();
+    assert_eq!(outputs(&model), outputs(&other));
+    assert_ne!(outputs(&model), outputs(&named(["a", "b"]).unwrap()));
+    let twice = named(["up", "up"]).err().unwrap().to_string();
+    assert!(twice.contains("two of the name `up`"), "{twice}");
 }
 
 /// Two adapters in one folder, the second in a sub-folder of its name: each, and their sum.

@@ -96,6 +96,40 @@ fn tensors_that_do_not_fit_are_named_with_both_shapes() {
     folder.tensors(&extra("base_model.model.linear1.lora_A.weight")).refused(&[a, "twice"]);
 }
 
+/// The settings and the tensors agree with each other, and not with the model.
+#[test]
+fn a_layer_that_the_model_lacks_is_named_beside_those_it_has() {
+    let folder = Folder::new();
+    folder.set("target_modules", json!(["linear1", "linear9"]));
+    let other =
+        [GOOD[0], GOOD[1], ("linear9.lora_A.weight", Dtype::F32, &[2, 11][..]), ("linear9.lora_B.weight", Dtype::F32, &[9, 2])];
+    folder.tensors(&other).refused(&[
+        TENSORS_FILE,
+        "is for `linear9`, which the model does not have",
+        "linear1, linear2, linear3",
+    ]);
+    folder.set("modules_to_save", json!(["head"]));
+    let saved = [GOOD[0], GOOD[1], ("head.weight", Dtype::F32, &[2, 11])];
+    folder.tensors(&saved).refused(&["`head.weight` is for `head`, which the model does not have"]);
+}
+
+/// What PEFT writes for embeddings: an update of one, and the whole of one whose vocabulary was resized.
+#[test]
+fn embeddings_are_refused_as_what_they_are() {
+    let folder = Folder::new();
+    let with = |extra: &[(&'static str, Dtype, &'static [usize])]| [&GOOD[..], extra].concat();
+    let update = with(&[("wte.lora_embedding_A", Dtype::F32, &[2, 5]), ("wte.lora_embedding_B", Dtype::F32, &[4, 2])]);
+    let whole = with(&[("base_model.model.wte.weight", Dtype::F32, &[5, 4])]);
+    for (tensors, words) in
+        [(update, ["update of the embedding `wte`", "not supported"]), (whole, ["the whole of `wte`", "not supported"])]
+    {
+        folder.tensors(&tensors).refused(&words);
+        let error = adapter::Folder::read(folder.0.path()).unwrap_err();
+        assert!(matches!(&error, Error::Unsupported { path, .. } if path.ends_with(TENSORS_FILE)), "{error}");
+        words.iter().for_each(|word| assert!(error.to_string().contains(word), "{error}: no {word}"));
+    }
+}
+
 /// Settings that need tensors of their own: the file lacks them, or has them in another shape.
 #[test]
 fn what_goes_with_the_factors_is_named_where_it_is_missing_or_does_not_fit() {
@@ -162,6 +196,17 @@ fn every_setting_that_is_not_honoured_is_named() {
     }
 }
 
+/// What a version to come may ask for is refused; what is off, or is no switch, is not.
+#[test]
+fn unknown_keys_that_switch_something_on_are_named() {
+    for value in [json!(true), json!([1]), json!({"a": 1})] {
+        Folder::new().set("use_new_trick", value).refused(&[CONFIG_FILE, "`use_new_trick` is", "no such setting"]);
+    }
+    for value in [Value::Null, json!(false), json!([]), json!({}), json!(0.1), json!("yes")] {
+        Folder::new().set("use_new_trick", value).load().unwrap();
+    }
+}
+
 /// The settings are fine; what they ask for takes a decomposition.
 #[cfg(not(feature = "svd"))]
 #[test]
@@ -217,11 +262,36 @@ fn settings_outside_their_range_are_named() {
     both.set("use_dora", json!(true)).set("lora_bias", json!(true)).refused(&["use_dora", "lora_bias"]);
     let regex = Folder::new();
     regex.set("target_modules", json!("linear.")).set("layers_to_transform", json!(0)).refused(&["layers_to_transform", "list"]);
-    let huge = Folder::new().set("lora_alpha", json!(1e300)).load().unwrap_err();
-    assert!(matches!(huge, Error::Value { name: "alpha", .. }), "{huge}");
+    let huge = Folder::new();
+    huge.set("lora_alpha", json!(1e300)).refused(&[CONFIG_FILE, "`lora_alpha` of `linear1` is 1e300", "f32"]);
+    let error = adapter::Folder::read(huge.0.path()).unwrap_err().to_string();
+    assert!(error.contains(CONFIG_FILE) && error.contains("`lora_alpha` of `linear1` is 1e300"), "{error}");
+    let odd = Folder::new();
+    odd.set("r", json!(3)).set("init_lora_weights", json!("orthogonal")).refused(&[CONFIG_FILE, "rank", "orthogonal"]);
     let deep = Folder::new();
     deep.write(CONFIG_FILE, &b"[".repeat(100_000)).refused(&[CONFIG_FILE]);
     deep.write(CONFIG_FILE, &[0xff; 10]).refused(&[CONFIG_FILE]);
+}
+
+#[test]
+fn a_file_that_was_cut_short_is_said_to_be_with_both_lengths() {
+    let folder = Folder::new();
+    let whole = read(folder.0.path(), TENSORS_FILE);
+    let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap());
+    for (cut, want) in [
+        (0, "at least 8".into()),
+        (7, "at least 8".into()),
+        (40, format!("at least {header}")),
+        (whole.len() - 1, whole.len().to_string()),
+    ] {
+        folder.write(TENSORS_FILE, &whole[..cut]).refused(&[TENSORS_FILE, &format!("is truncated: {cut} bytes, want {want}")]);
+    }
+    let more = [&whole[..], &[0]].concat();
+    folder.write(TENSORS_FILE, &more).refused(&[&format!(
+        "is {} bytes, want {}: more than its tensors",
+        more.len(),
+        whole.len()
+    )]);
 }
 
 /// Header sizes that promise more than there is, or more than there can be.

@@ -1,4 +1,4 @@
-//! The crate as others link it: a crate of its own, with default features off.
+//! The crate as others have it: what is packed, and a crate of its own that links it with default features off.
 
 use std::path::Path;
 use std::process::Command;
@@ -42,4 +42,21 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
     for optional in ["safetensors", "flate2", "wgpu", "cudarc"] {
         assert!(!lock.contains(&format!("name = \"{optional}\"")), "{optional} came along");
     }
+}
+
+#[test]
+fn what_the_readme_links_to_is_packed_and_no_other_readme() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.args(["package", "--list", "--allow-dirty", "--offline", "--package", "lowrank"]).current_dir(root);
+    let output = cargo.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let listed = String::from_utf8(output.stdout).unwrap();
+    let packed: Vec<&str> = listed.lines().collect();
+    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
+    let links = readme.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    let files: Vec<&str> = links.filter(|link| !link.starts_with('#') && !link.contains("://")).collect();
+    assert!(files.contains(&"ARCHITECTURE.md"), "{files:?}");
+    files.iter().for_each(|file| assert!(packed.contains(file), "{file} is not packed: {packed:?}"));
+    assert_eq!(packed.iter().filter(|file| file.ends_with("README.md")).count(), 1, "{packed:?}");
 }

@@ -6,10 +6,11 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{Factors, Folder, HostMatrix};
+use lowrank::adapter::{Factors, Folder, HostMatrix, HostTensor};
 use lowrank::checkpoint::{self, Checkpoint, Merge};
+use lowrank::nn::Linear;
 use lowrank::random::Rng;
-use lowrank::{DType, Error, bf16, f16};
+use lowrank::{Cpu, DType, Error, bf16, f16};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -137,6 +138,40 @@ proptest! {
     }
 }
 
+/// A tensor is read as it was stored, from a file or from shards, and refused by name where it is not there or no float.
+#[test]
+fn tensors_are_read_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let [base, ..] = paths(folder.path());
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let w = numbers(30, 1.0, 1);
+        model(&base, dtype, [6, 5], &w);
+        let checkpoint = Checkpoint::open(&base).unwrap();
+        let weight = checkpoint.tensor("layer.weight").unwrap();
+        assert_eq!((&weight.shape[..], weight.dtype), (&[6, 5][..], dtype));
+        assert_eq!(stored(dtype, &weight.values), stored(dtype, &w), "{dtype}");
+        let cpu = Cpu::<bf16>::new().unwrap();
+        let [weight, bias] = ["layer.weight", "layer.bias"].map(|name| checkpoint.tensor(name).unwrap().to_device(&cpu).unwrap());
+        let linear = Linear::from_tensors(weight, Some(bias)).unwrap();
+        assert_eq!(linear.weight().tensor.shape(), (6, 5).into());
+        for (name, words) in [("ids", "base.safetensors: `ids` holds I64, want F32"), ("layer.w", "has no tensor `layer.w`")] {
+            let error = checkpoint.tensor(name).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
+    let cpu = Cpu::<f16>::new().unwrap();
+    let tensor = |shape: &[usize], value| HostTensor { shape: shape.into(), dtype: DType::F32, values: vec![value; 8] };
+    for (tensor, words) in [
+        (tensor(&[2, 2, 2], 1.0), "`shape` is 2×2×2, want one or two dimensions"),
+        (tensor(&[8], 1e6), "`values` is 1000000"),
+        (tensor(&[3, 3], 1.0), "elements"),
+    ] {
+        let error = tensor.to_device(&cpu).unwrap_err();
+        assert!(matches!(error, Error::Value { .. }) && error.to_string().contains(words), "{error}");
+    }
+    assert!(tensor(&[8], f32::INFINITY).to_device(&cpu).is_ok(), "what is not finite stays so");
+}
+
 /// What a damaged file may still be: read as something else, never beyond its end, and either refused or written whole.
 fn damaged(bytes: &[u8]) {
     let folder = tempfile::tempdir().unwrap();
@@ -188,6 +223,19 @@ proptest! {
         damaged(&bytes);
         let header = [&(bytes.len() as u64).to_le_bytes(), &bytes[..], &[0; 16]].concat();
         damaged(&header);
+    }
+}
+
+#[test]
+fn a_checkpoint_that_was_cut_short_is_said_to_be_with_both_lengths() {
+    let folder = tempfile::tempdir().unwrap();
+    let [base, ..] = paths(folder.path());
+    model(&base, DType::F32, [6, 5], &numbers(30, 1.0, 1));
+    let whole = fs::read(&base).unwrap();
+    for (cut, want) in [(0, "at least 8".to_string()), (7, "at least 8".into()), (whole.len() - 4, whole.len().to_string())] {
+        fs::write(&base, &whole[..cut]).unwrap();
+        let error = Checkpoint::open(&base).unwrap_err().to_string();
+        assert!(error.contains(&format!("base.safetensors: is truncated: {cut} bytes, want {want}")), "{error}");
     }
 }
 

@@ -118,6 +118,9 @@ fn unmerging_restores_within_rounding_or_bit_for_bit() {
     assert_eq!(read("back.safetensors"), read("base.safetensors"));
     assert_ne!(read("merged.safetensors"), read("base.safetensors"));
     same(&read("near.safetensors"), &read("base.safetensors"), 1e-6, "unmerged");
+    desk.good("unmerge --merged merged.safetensors --adapter adapter --out same.safetensors");
+    assert_eq!(read("same.safetensors"), read("near.safetensors"));
+    assert!(desk.good("unmerge --help").contains("--merged"));
 }
 
 /// Lengths of rows, biases, whole modules: what a merged tensor does not tell, the residue has; without it, that is said.
@@ -202,6 +205,32 @@ fn shard(desk: &Desk, folder: &str) {
     fs::write(desk.path(folder).join("model.safetensors.index.json"), index.to_string()).unwrap();
     fs::write(desk.path(folder).join("config.json"), "{}").unwrap();
     fs::write(desk.path(folder).join("pytorch_model.bin"), "not copied").unwrap();
+}
+
+/// The copied config.json says how the weights are stored now, and all else that it said; without `--dtype` it is the same bytes.
+#[test]
+fn a_copied_config_names_the_type_that_was_asked_for() {
+    let desk = Desk::new();
+    desk.case("peft_plain");
+    shard(&desk, "base");
+    let theirs = r#"{"torch_dtype":"float32","eps":1e-05,"text_config":{"dtype":"float32","vocab":5},
+        "quantization_config":{"dtype":"float32"},"dtype":"auto","a":null}"#;
+    fs::write(desk.path("base/config.json"), theirs).unwrap();
+    let config = |folder: &str| fs::read_to_string(desk.path(folder).join("config.json")).unwrap();
+    desk.good("merge --base base --adapter adapter --out same");
+    assert_eq!(config("same"), theirs);
+    desk.good("convert base --dtype f32 --out wide");
+    assert_eq!(config("wide"), theirs);
+    desk.good("merge --base base --adapter adapter --out merged --dtype bf16");
+    desk.good("convert base --dtype f16 --out half");
+    for (folder, name) in [("merged", "bfloat16"), ("half", "float16")] {
+        let mut want: Value = serde_json::from_str(theirs).unwrap();
+        (want["torch_dtype"], want["text_config"]["dtype"]) = (json!(name), json!(name));
+        assert_eq!(config(folder), format!("{want:#}\n"), "{folder}"); // the order of keys as well
+    }
+    fs::write(desk.path("base/config.json"), "no JSON").unwrap();
+    desk.good("convert base --dtype f16 --out other");
+    assert_eq!(config("other"), "no JSON");
 }
 
 #[test]

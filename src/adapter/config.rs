@@ -5,14 +5,15 @@ use serde_json::{Map, Value, json};
 
 use super::Principal;
 use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused};
-use super::modules::Selection;
+use super::modules::{Modules, Selection};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::nn::{Adapter, Bias, DEFAULT, Layer, LoraConfig, Mlp, Scaling, Tuned};
 
 /// The settings in an `adapter_config.json`.
 ///
-/// It remembers the file as it was: keys that this crate does not know, and the order of all, are written again.
+/// It remembers the file as it was: keys that this crate does not know, and the order of all, are written again. An unknown key that
+/// switches something on (`true`, a list, an object) is refused.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     document: Map<String, Value>,
@@ -28,6 +29,17 @@ pub struct AdapterConfig {
     lora_bias: bool,
     use_dora: bool,
     fan_in_fan_out: bool,
+}
+
+/// Which layers get an update: `target_modules`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetModules<'c> {
+    /// `all-linear`: all of them.
+    AllLinear,
+    /// Those whose names are these, or end with a dot and one of these.
+    Names(&'c [String]),
+    /// Those whose whole name is matched by this regular expression.
+    Matching(&'c str),
 }
 
 /// What a config asks for a layer.
@@ -108,6 +120,62 @@ impl AdapterConfig {
             bias: self.bias,
             modules_to_save: self.selection.saved.iter().map(|saved| saved.name.clone()).collect(),
         })
+    }
+
+    /// Errors: [`Error::File`] for settings of a layer that are fine by themselves and cannot be computed with: a scaling that `f32`
+    /// does not hold, an odd rank that begins orthogonal.
+    pub(super) fn check(&self, layer: &str, asked: &LoraConfig) -> Result<()> {
+        if !asked.scaling.of(asked.alpha, asked.rank).is_finite() {
+            let alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
+            return Err(refused(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
+        }
+        asked.check().map_err(|error| match error {
+            Error::Value { name, got, want, .. } => refused(format!("`{name}` of `{layer}` is {got}, want {want}")),
+            other => other,
+        })
+    }
+
+    /// `r`: the rank of modules that [`lora_config`](Self::lora_config) tells no other of.
+    pub fn r(&self) -> usize {
+        self.r
+    }
+
+    /// `lora_alpha`: that of modules that [`lora_config`](Self::lora_config) tells no other of.
+    pub fn lora_alpha(&self) -> f64 {
+        self.lora_alpha
+    }
+
+    /// `target_modules`
+    pub fn target_modules(&self) -> TargetModules<'_> {
+        match (&self.selection.targets, self.get("target_modules")) {
+            (Modules::Names(names), _) => TargetModules::Names(names),
+            (Modules::Matching(_), Some(Value::String(pattern))) => TargetModules::Matching(pattern),
+            _ => TargetModules::AllLinear,
+        }
+    }
+
+    /// `base_model_name_or_path`: which model it is for, where that is known.
+    pub fn base_model_name_or_path(&self) -> Option<&str> {
+        self.get("base_model_name_or_path").and_then(Value::as_str)
+    }
+
+    /// `task_type`, such as `CAUSAL_LM`, where it is known.
+    pub fn task_type(&self) -> Option<&str> {
+        self.get("task_type").and_then(Value::as_str)
+    }
+
+    /// The same config for the model of this name, which [`save_with`](super::save_with) writes.
+    #[must_use]
+    pub fn with_base_model_name_or_path(mut self, name: &str) -> Self {
+        self.document.insert("base_model_name_or_path".into(), json!(name));
+        self
+    }
+
+    /// The same config for a task of this type, by PEFT's names, such as `CAUSAL_LM`.
+    #[must_use]
+    pub fn with_task_type(mut self, task_type: &str) -> Self {
+        self.document.insert("task_type".into(), json!(task_type));
+        self
     }
 
     /// Which part of each weight the adapter began with, if any.
@@ -276,7 +344,7 @@ fn first_match<T: Copy>(pattern: &[(Regex, T)], layer: &str) -> Option<T> {
 }
 
 /// `8`, not `8.0`, where it is whole: PEFT's alphas mostly are.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     let whole = value as i64;
     if whole as f64 == value { json!(whole) } else { json!(value) }
 }

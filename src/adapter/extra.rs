@@ -1,7 +1,9 @@
 //! What a folder may hold beside the factors: lengths of rows, biases, layers kept whole.
 
-use super::HostTensor;
 use super::config::{AdapterConfig, Asked};
+use super::tensors::refused;
+use super::{CONFIG_FILE, HostTensor, TENSORS_FILE};
+use crate::error::Error;
 use crate::nn::Bias;
 
 /// A tensor of a folder that is no factor.
@@ -42,4 +44,19 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
     let whole = above.clone().any(|above| config.asks(above) == Some(Asked::Whole));
     let bias = name.strip_suffix(".bias").is_some_and(|module| config.asks(module) == Some(Asked::Bias));
     (whole || bias).then(|| (Role::Instead, name.into()))
+}
+
+/// Why a tensor that the settings do not know of is refused. PEFT writes two kinds of them that this crate does not honour.
+pub(super) fn unknown(name: &str) -> Error {
+    let unsupported = |field, value| Error::Unsupported { path: TENSORS_FILE.into(), field, value };
+    match name.rsplit_once('.') {
+        Some((module, "lora_embedding_A" | "lora_embedding_B")) => {
+            unsupported("lora_embedding_A", format!("for an update of the embedding `{module}`"))
+        }
+        Some((module, "weight")) if !module.ends_with(".lora_A") && !module.ends_with(".lora_B") => {
+            let module = module.strip_suffix(".base_layer").unwrap_or(module);
+            unsupported("weight", format!("the whole of `{module}`, not named in `modules_to_save` (a resized vocabulary?)"))
+        }
+        _ => refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes")),
+    }
 }

@@ -45,6 +45,20 @@ impl Fields<'_> {
             UNSUPPORTED.iter().find_map(|&field| self.0.get(field).filter(|value| is_set(value)).map(|value| (field, value)));
         match set {
             Some((field, value)) => Err(unsupported(field, value)),
+            None => self.refuse_unknown(),
+        }
+    }
+
+    /// Keys of versions to come, and of other programs. PEFT switches what it adds by a flag, a list or an object, off by default:
+    /// one that is on changes what an adapter computes. Numbers and texts only say how, or tell of the training, and are kept.
+    fn refuse_unknown(&self) -> Result<()> {
+        let known = peft_defaults();
+        let on = |value: &Value| is_set(value) && !value.is_number() && !value.is_string();
+        match self.0.iter().find(|(key, value)| !known.contains_key(*key) && on(value)) {
+            Some((key, value)) => {
+                let (key, value) = (brief(key), brief(&value.to_string()));
+                Err(refused(format!("`{key}` is {value}, and no such setting is known")))
+            }
             None => Ok(()),
         }
     }

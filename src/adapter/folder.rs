@@ -5,13 +5,16 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::extra::{Extra, Role, role};
+use super::config::number;
+use super::extra::{Extra, Role, role, unknown};
 use super::matrix::HostMatrix;
 use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, publish};
+use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, parts, publish};
+use crate::backend::Backend;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::file;
+use crate::nn::{Adapter, Linear};
 
 /// Settings that put more into a folder than factors, or make more of them than `scaling·B·A`.
 const MORE_THAN_FACTORS: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
@@ -78,19 +81,28 @@ impl Folder {
         Ok(Self { config, modules, extras })
     }
 
-    /// Modules whose scaling is 1, under settings that say so: `lora_alpha = r`. All else is as `template` has it, or PEFT's
-    /// default. Errors: [`Error::Value`] for no module, for factors that do not fit, or for names that no settings tell apart.
+    /// Modules under settings that say their ranks and scalings: `lora_alpha = scaling·r`, and `rank_pattern` and `alpha_pattern` for
+    /// those that differ from the first of the greatest rank. All else is as `template` has it, or PEFT's default.
+    ///
+    /// Errors: [`Error::Value`] for no module, for factors that do not fit, a scaling that is not finite, or names that no settings
+    /// tell apart.
     pub fn new(template: Option<&AdapterConfig>, modules: BTreeMap<String, Factors>) -> Result<Self> {
         let r = modules.values().map(Factors::rank).max().unwrap_or(0);
         unless(r > 0, format!("{} modules of rank {r}", modules.len()), "at least one module, of rank 1 or more")?;
-        let ranks: Map<String, Value> =
-            modules.iter().filter(|(_, m)| m.rank() != r).map(|(name, m)| (name.clone(), json!(m.rank()))).collect();
+        for (name, Factors { scaling, .. }) in &modules {
+            unless(scaling.is_finite(), format!("`{name}` of scaling {scaling}"), "of finite scalings")?;
+        }
+        let usual = modules.values().find(|m| m.rank() == r).map_or(Value::Null, lora_alpha);
+        let others = |setting: fn(&Factors) -> Value, usual: &Value| -> Map<String, Value> {
+            let settings = modules.iter().map(|(name, m)| (name.clone(), setting(m)));
+            settings.filter(|(_, setting)| setting != usual).collect()
+        };
         let settings = [
-            ("alpha_pattern", json!(ranks)),
+            ("alpha_pattern", json!(others(lora_alpha, &usual))),
             ("init_lora_weights", json!(true)),
-            ("lora_alpha", json!(r)),
+            ("rank_pattern", json!(others(|m| json!(m.rank()), &json!(r)))),
+            ("lora_alpha", usual),
             ("r", json!(r)),
-            ("rank_pattern", json!(ranks)),
             ("target_modules", modules.keys().cloned().collect()),
             ("use_rslora", json!(false)),
         ];
@@ -101,8 +113,8 @@ impl Folder {
         for (name, Factors { a, b, scaling, .. }) in &modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
             let (rank, told) = told(&config, name)?;
-            let tells = rank == a.rows() && told == 1.0 && *scaling == 1.0;
-            unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "scaling 1, and a name of its own")?;
+            let tells = rank == a.rows() && told == *scaling;
+            unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
         }
         Ok(Self { config, modules, extras: BTreeMap::new() })
     }
@@ -138,6 +150,34 @@ impl Folder {
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
+    /// The update of a layer of one's own, on a device: factors `r×k` and `n×r`, and the bias of the update, the magnitudes and the
+    /// layer's new bias where the settings ask for them. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
+    /// [`insert`](crate::nn::LoraLinear::insert).
+    ///
+    /// `module` is the name that the layer has in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a
+    /// weight `n×k`. An adapter that began with a part of the weight comes as the plain one of twice the rank, see
+    /// [`Principal`](super::Principal). Layers that the folder holds whole are in [`extras`](Self::extras).
+    ///
+    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the layer
+    /// or hold more than the backend's element type can; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
+    pub fn adapter<B: Backend>(&self, backend: &B, module: &str, base: &Linear<B>) -> Result<Adapter<B>> {
+        let factors = self.modules.get(module).ok_or_else(|| self.lacks(module))?;
+        let asked = self.config.lora_config(module).ok_or_else(|| self.lacks(module))?;
+        let beside = ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"].map(|end| format!("{module}.{end}"));
+        let beside = beside.into_iter().filter_map(|name| Some((name.clone(), self.extras.get(&name)?.tensor.clone())));
+        let tensors = stored(module, factors).into_iter().chain(beside).collect();
+        parts::adapter((backend, tensors), (module, base), asked, self.config.began_with())
+    }
+
+    fn lacks(&self, module: &str) -> Error {
+        const SHOWN: usize = 8;
+        let mut known: Vec<&str> = self.modules.keys().take(SHOWN).map(String::as_str).collect();
+        if self.modules.len() > SHOWN {
+            known.push("…");
+        }
+        Error::NoSuchLayer { name: module.into(), known: known.join(", ") }
+    }
+
     /// How many numbers it holds.
     pub fn parameters(&self) -> usize {
         let extras: usize = self.extras.values().map(|extra| extra.tensor.values.len()).sum();
@@ -148,16 +188,19 @@ impl Folder {
     ///
     /// Errors: [`Error::File`], also for a number that the stored element type cannot hold.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let factor = |name: &str, which, matrix: &HostMatrix, dtype| {
-            let (shape, values) = (vec![matrix.rows(), matrix.cols()], matrix.values().to_vec());
-            (key(name, which), HostTensor { shape, dtype, values })
-        };
-        let factors = self.modules.iter().flat_map(|(name, Factors { a, b, dtype, .. })| {
-            [factor(name, "lora_A", a, *dtype), factor(name, "lora_B", b, *dtype)]
-        });
+        let factors = self.modules.iter().flat_map(|(name, factors)| stored(name, factors));
         let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
         publish(&[(dir.into(), &self.config, factors.chain(extras).collect())])
     }
+}
+
+/// The factors of a module, as the tensors of a file.
+fn stored(name: &str, Factors { a, b, dtype, .. }: &Factors) -> [(String, HostTensor); 2] {
+    let tensor = |matrix: &HostMatrix| {
+        let (shape, values) = (vec![matrix.rows(), matrix.cols()], matrix.values().to_vec());
+        HostTensor { shape, dtype: *dtype, values }
+    };
+    [(key(name, "lora_A"), tensor(a)), (key(name, "lora_B"), tensor(b))]
 }
 
 /// The factors of a module, out of the tensors, if they are of the rank that the settings tell.
@@ -185,7 +228,7 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
     let mut extras = BTreeMap::new();
     for (name, tensor) in tensors {
         let Some((role, target)) = role(config, &name) else {
-            return Err(refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes")));
+            return Err(unknown(&name));
         };
         extras.insert(name, Extra { role, target, tensor });
     }
@@ -217,11 +260,16 @@ pub(crate) fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
 }
 
+/// `scaling·r`: a number of `f64`, so that dividing it by r once more gives the scaling to the bit, in PEFT as here.
+fn lora_alpha(module: &Factors) -> Value {
+    number(f64::from(module.scaling) * module.rank() as f64)
+}
+
 /// The rank and the scaling that the settings tell of a module.
 fn told(config: &AdapterConfig, name: &str) -> Result<(usize, f32)> {
     let told = config.lora_config(name);
     let told = told.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
-    told.check()?;
+    config.check(name, &told)?;
     Ok((told.rank, told.scaling.of(told.alpha, told.rank)))
 }
 

@@ -16,6 +16,30 @@
 //! assert_eq!(model.parameter_report(), other.parameter_report());
 //! # Ok::<(), lowrank::Error>(())
 //! ```
+//!
+//! On layers of one's own, by the names that the folder has for them:
+//!
+//! ```
+//! use lowrank::adapter::Folder;
+//! use lowrank::nn::{Linear, LoraLinear};
+//! use lowrank::{Cpu, random::Rng};
+//!
+//! # use lowrank::{DType, adapter::{Factors, HostMatrix}};
+//! # let temporary = tempfile::tempdir().unwrap();
+//! # let dir = temporary.path();
+//! # let (a, b) = (HostMatrix::new((2, 8), vec![0.5; 16])?, HostMatrix::new((4, 2), vec![0.25; 8])?);
+//! # let factors = Factors { a, b, scaling: 2.0, dtype: DType::F32 };
+//! # Folder::new(None, [("model.layers.0.self_attn.q_proj".to_string(), factors)].into())?.write(dir)?;
+//! let cpu = Cpu::<f32>::new()?;
+//! let q_proj = Linear::new(&cpu, 8, 4, &mut Rng::new(0))?; // of your model, 8 inputs and 4 outputs
+//!
+//! let folder = Folder::read(dir)?; // as PEFT wrote it
+//! let adapter = folder.adapter(&cpu, "model.layers.0.self_attn.q_proj", &q_proj)?;
+//! let mut q_proj = LoraLinear::new(q_proj, adapter)?; // forward() on a tape, merge(), unmerge()
+//! q_proj.merge(&cpu)?;
+//! # assert_eq!(q_proj.adapter(lowrank::nn::DEFAULT).unwrap().scaling(), 2.0);
+//! # Ok::<(), lowrank::Error>(())
+//! ```
 
 mod combine;
 #[cfg(feature = "svd")]
@@ -43,7 +67,7 @@ pub use combine::{CombinationType, Combine, MajoritySign, combine};
 pub(crate) use compress::inside;
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
-pub use config::{AdapterConfig, Asked};
+pub use config::{AdapterConfig, Asked, TargetModules};
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
 pub use extra::{Extra, Role};
@@ -54,6 +78,8 @@ pub use folder::{Factors, Folder};
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::begin_with;
+#[cfg(feature = "checkpoint")]
+pub(crate) use tensors::damage;
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
 
 use crate::backend::Backend;
@@ -67,7 +93,8 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// Writes every adapter of a model as PEFT 0.21 would: `default` to the folder itself, each other to a sub-folder of its name.
-/// All files whole or none; folders that are not there are made.
+/// All files whole or none; folders that are not there are made. What a model does not know, such as `base_model_name_or_path`, is at
+/// PEFT's default: [`save_with`] writes it.
 ///
 /// PEFT has no raw alpha: it is written as the `lora_alpha` that comes to the same scaling. Errors: [`Error::Value`] for a model
 /// without adapters, or an adapter whose layers differ in what a config has once for all; [`Error::File`].
@@ -87,6 +114,21 @@ pub fn save_as<B: Backend>(backend: &B, model: &Mlp<B>, name: &str, dir: &Path) 
 
 /// Writes the adapter `default`, with the keys of a config that came from elsewhere. What says something else than the model is set
 /// anew. Errors: those of [`save`].
+///
+/// ```
+/// # use lowrank::nn::{LoraConfig, Mlp, Targets};
+/// # use lowrank::{Cpu, adapter, adapter::AdapterConfig, random::Rng};
+/// # let (cpu, mut rng, temporary) = (Cpu::<f32>::new()?, Rng::new(0), tempfile::tempdir().unwrap());
+/// # let dir = temporary.path();
+/// # let mut model = Mlp::new(&cpu, &[4, 3], &mut rng)?;
+/// # model.add_adapters(&cpu, Targets::All, &LoraConfig::new(2, 4.0), &mut rng)?;
+/// let config = AdapterConfig::of(&model)?.with_base_model_name_or_path("org/model").with_task_type("CAUSAL_LM");
+/// adapter::save_with(&cpu, &model, &config, dir)?;
+///
+/// let loaded = adapter::load(&cpu, &mut model, dir)?; // keep it, and save with it
+/// assert_eq!(loaded.base_model_name_or_path(), Some("org/model"));
+/// # Ok::<(), lowrank::Error>(())
+/// ```
 pub fn save_with<B: Backend>(backend: &B, model: &Mlp<B>, config: &AdapterConfig, dir: &Path) -> Result<()> {
     write(backend, model, &[(DEFAULT, config.updated(model)?)], dir)
 }
@@ -120,9 +162,11 @@ fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
 /// Freezes a model and gives it the adapter of a folder as its only one, `default`. The config is for [`save_with`].
 ///
 /// The numbers are rounded to the model's element type. An adapter that began with a part of the weights (`pissa`, `olora`) loads
-/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay. Errors: [`Error::File`] for a file that is missing, damaged or does
-/// not fit the model; [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for
-/// a setting outside its range, or a model that holds a merged adapter. The model is not changed then.
+/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay.
+///
+/// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and a setting outside its range;
+/// [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for a model that holds a merged
+/// adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     model.unload()?;

@@ -10,14 +10,16 @@
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
 
 use super::config::{AdapterConfig, Asked};
+use super::extra::{role, unknown};
+use super::folder::module_of;
 #[cfg(feature = "svd")]
 use super::principal::plain;
 use super::tensors::{self, HostTensor, HostTensors, spell};
-use super::{CONFIG_FILE, HostMatrix, Principal, fields};
+use super::{HostMatrix, Principal, fields};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::{Adapter, Bias, Linear, LoraConfig, Mlp, Tuned};
 use crate::tensor::{Shape, Tensor};
 
@@ -32,7 +34,10 @@ pub(super) fn read<B: Backend>(
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
         let part = match config.asks(layer) {
-            Some(Asked::Lora(asked)) => Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?),
+            Some(Asked::Lora(asked)) => {
+                config.check(layer, &asked)?;
+                Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?)
+            }
             Some(Asked::Whole) => Tuned::Whole(file.whole(layer, there.base())?),
             Some(Asked::Bias) => match there.base().bias() {
                 Some(bias) => Tuned::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
@@ -47,9 +52,38 @@ pub(super) fn read<B: Backend>(
         return Err(fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
     }
     match file.tensors.keys().next() {
-        Some(name) => Err(tensors::refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))),
+        Some(name) => Err(left(model, config, name)),
         None => Ok(parts),
     }
+}
+
+/// The update of a layer, out of its tensors: every one that is needed, and no other.
+pub(super) fn adapter<B: Backend>(
+    (backend, tensors): (&B, HostTensors),
+    (layer, base): (&str, &Linear<B>),
+    asked: LoraConfig,
+    part: Option<Principal>,
+) -> Result<Adapter<B>> {
+    let mut file = File { backend, tensors };
+    let adapter = file.adapter(layer, base, asked, part)?;
+    match file.tensors.keys().next() {
+        Some(name) => Err(tensors::refused(format!("`{name}` has no place in layer `{layer}`"))),
+        None => Ok(adapter),
+    }
+}
+
+/// Why a tensor that no layer took is refused.
+fn left<B: Backend>(model: &Mlp<B>, config: &AdapterConfig, name: &str) -> Error {
+    let factor = name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"));
+    let factor = factor.filter(|module| config.lora_config(module).is_some()).map(String::from);
+    let Some(layer) = factor.or_else(|| role(config, name).map(|(_, target)| module_of(&target).into())) else {
+        return unknown(name);
+    };
+    let known: Vec<&str> = model.layers().map(|(name, _)| name).collect();
+    tensors::refused(match known.contains(&layer.as_str()) {
+        true => format!("`{name}` has no place in layer `{layer}`"),
+        false => format!("`{name}` is for `{layer}`, which the model does not have; its layers are {}", known.join(", ")),
+    })
 }
 
 /// The tensors of an adapter of a model, under their names in a file.
@@ -95,7 +129,6 @@ struct File<'b, B> {
 
 impl<B: Backend> File<'_, B> {
     fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig, part: Option<Principal>) -> Result<Adapter<B>> {
-        config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
         let names = [tensors::key(layer, "lora_A"), tensors::key(layer, "lora_B")];
         let factors = [self.matrix(&names[0], (config.rank, k).into())?, self.matrix(&names[1], (n, config.rank).into())?];

@@ -2,11 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize as to_safetensors};
+use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView, serialize as to_safetensors};
+use serde_json::{Map, Value};
 
 use super::TENSORS_FILE;
+use crate::backend::Backend;
 use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
+use crate::tensor::Tensor;
 
 /// What PEFT puts before the name of a module; files without it are read as well.
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -22,6 +25,27 @@ pub struct HostTensor {
     pub values: Vec<f32>,
 }
 
+impl HostTensor {
+    /// The same numbers on a device, rounded to its element type: a matrix as it is, a vector of length n as `1×n`.
+    ///
+    /// Errors: [`Error::Value`] for any other number of dimensions, for a number that is more than the element type can hold, and
+    /// unless there are as many as the shape says.
+    pub fn to_device<B: Backend>(&self, backend: &B) -> Result<Tensor<B>> {
+        let shape = match self.shape[..] {
+            [n] => (1, n),
+            [rows, cols] => (rows, cols),
+            _ => return Err(unfit("shape", spell(&self.shape), "one or two dimensions")),
+        };
+        let over = |value: f32| unfit("values", value.to_string(), "what the element type can hold");
+        let values = self.values.iter().map(|&value| narrowed::<B::Elem>(value).ok_or_else(|| over(value)));
+        Tensor::from_slice(backend, shape, &values.collect::<Result<Vec<_>>>()?)
+    }
+}
+
+fn unfit(name: &'static str, got: String, want: &'static str) -> Error {
+    Error::Value { verb: "to_device", name, got, want }
+}
+
 /// Tensors by name, without PEFT's prefix: `linear1.lora_A.weight`.
 pub type HostTensors = BTreeMap<String, HostTensor>;
 
@@ -33,7 +57,7 @@ pub(super) fn key(layer: &str, factor: &str) -> String {
 /// Reads the bytes of a safetensors file. Errors: [`Error::File`] for anything but `f32`, `f16` and `bf16` tensors, each
 /// under one name, that fill the file.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(error.to_string()))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(damage(bytes, &error)))?;
     let mut tensors = HostTensors::new();
     for (name, view) in file.iter() {
         let (dtype, values) = widen(view.dtype(), view.data()).ok_or_else(|| {
@@ -45,6 +69,32 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
         }
     }
     Ok(tensors)
+}
+
+/// What is wrong with a safetensors file: cut short, as by a download that broke off, or what its reader says.
+pub(crate) fn damage(file: &[u8], error: &SafeTensorError) -> String {
+    let got = file.len() as u64;
+    match error {
+        SafeTensorError::HeaderTooSmall | SafeTensorError::InvalidHeaderLength => {
+            let header = file.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
+            format!("is truncated: {got} bytes, want at least {}", header.saturating_add(8))
+        }
+        SafeTensorError::MetadataIncompleteBuffer => match end(file) {
+            Some(want) if want > got => format!("is truncated: {got} bytes, want {want}"),
+            Some(want) => format!("is {got} bytes, want {want}: more than its tensors"),
+            None => error.to_string(),
+        },
+        other => other.to_string(),
+    }
+}
+
+/// Where the last tensor of a file ends, by its header.
+fn end(file: &[u8]) -> Option<u64> {
+    let (&length, rest) = file.split_first_chunk()?;
+    let length = u64::from_le_bytes(length);
+    let header: Map<String, Value> = serde_json::from_slice(rest.get(..usize::try_from(length).ok()?)?).ok()?;
+    let ends = header.values().filter_map(|info| info.get("data_offsets")?.get(1)?.as_u64());
+    ends.max().unwrap_or(0).checked_add(8 + length)
 }
 
 /// The bytes of a file with these tensors, each in the element type it has. Errors: [`Error::File`] for a number that is more
@@ -93,12 +143,14 @@ fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
 
 /// Rounded to the element type of a backend. Errors: [`Error::File`] where a finite number becomes infinite.
 pub(super) fn narrow<E: Float>(name: &str, values: &[f32]) -> Result<Vec<E>> {
-    let narrow = |&value: &f32| {
-        let narrowed = E::from_f32(value);
-        let fits = narrowed.to_f32().is_finite() || !value.is_finite();
-        if fits { Ok(narrowed) } else { Err(refused(format!("`{name}` holds {value}, more than {} can", E::DTYPE))) }
-    };
-    values.iter().map(narrow).collect()
+    let over = |value: f32| refused(format!("`{name}` holds {value}, more than {} can", E::DTYPE));
+    values.iter().map(|&value| narrowed(value).ok_or_else(|| over(value))).collect()
+}
+
+/// Rounded, unless a finite number would become infinite.
+fn narrowed<E: Float>(value: f32) -> Option<E> {
+    let narrowed = E::from_f32(value);
+    (narrowed.to_f32().is_finite() || !value.is_finite()).then_some(narrowed)
 }
 
 /// `7×9`

@@ -10,7 +10,8 @@ use super::{Checkpoint, Shard, Watch};
 use crate::element::DType;
 use crate::error::Result;
 
-/// Writes a checkpoint whose `f32`, `f16` and `bf16` tensors are of this type, rounded to nearest; all others stay as they are.
+/// Writes a checkpoint whose `f32`, `f16` and `bf16` tensors are of this type, rounded to nearest; all others stay as they are. A
+/// `config.json` that is copied along names the new type.
 ///
 /// Errors: [`File`](crate::Error::File), also if a number is more than the type can hold; [`Interrupted`](crate::Error::Interrupted).
 pub fn convert(base: &Checkpoint, dtype: DType, out: &Path, mut watch: Watch<'_>) -> Result<()> {
@@ -23,6 +24,10 @@ pub(super) struct Convert(pub(super) Option<DType>);
 impl Edit for Convert {
     fn dtype(&self, entry: &Entry) -> Dtype {
         self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, spelled)
+    }
+
+    fn asked(&self) -> Option<DType> {
+        self.0
     }
 
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()> {

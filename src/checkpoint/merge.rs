@@ -30,7 +30,7 @@ pub struct Merge<'m> {
     pub adapter: &'m Folder,
     /// The new checkpoint: a file if `base` was opened as one, else a folder that is not there yet.
     pub out: &'m Path,
-    /// The element type of all float tensors of the new checkpoint; as in `base` by default.
+    /// The element type of all float tensors of the new checkpoint, which its `config.json` names as well; as in `base` by default.
     pub dtype: Option<DType>,
     /// A file for what rounding would keep [`unmerge`] from restoring.
     pub keep_residue: Option<&'m Path>,
@@ -133,6 +133,10 @@ impl<'r> Updates<'r> {
 impl Edit for Updates<'_> {
     fn dtype(&self, entry: &Entry) -> Dtype {
         self.convert.dtype(entry)
+    }
+
+    fn asked(&self) -> Option<DType> {
+        self.convert.0
     }
 
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()> {

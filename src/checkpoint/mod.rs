@@ -11,6 +11,25 @@
 //!
 //! Memory stays near one piece of a tensor, whatever the size of the model. Every verb takes a `watch`, which is told how many
 //! more bytes are done and may break off: then nothing was written.
+//!
+//! The weights of a layer, read onto a device:
+//!
+//! ```
+//! use lowrank::{Cpu, checkpoint::Checkpoint, nn::Linear};
+//! # use safetensors::tensor::{Dtype, TensorView, serialize};
+//! # let (temporary, zeros) = (tempfile::tempdir().unwrap(), [0; 48]);
+//! # let path = &temporary.path().join("model.safetensors");
+//! # let weight = TensorView::new(Dtype::F32, vec![4, 3], &zeros).unwrap();
+//! # let bias = TensorView::new(Dtype::F32, vec![4], &zeros[..16]).unwrap();
+//! # std::fs::write(path, serialize([("fc1.weight", weight), ("fc1.bias", bias)], None).unwrap()).unwrap();
+//!
+//! let (cpu, model) = (Cpu::<f32>::new()?, Checkpoint::open(path)?);
+//! let weight = model.tensor("fc1.weight")?.to_device(&cpu)?; // n×k
+//! let bias = model.tensor("fc1.bias")?.to_device(&cpu)?; // 1×n
+//! let fc1 = Linear::from_tensors(weight, Some(bias))?;
+//! # assert_eq!(fc1.weight().tensor.shape(), (4, 3).into());
+//! # Ok::<(), lowrank::Error>(())
+//! ```
 
 mod change;
 mod convert;
@@ -38,6 +57,7 @@ use memmap2::Mmap;
 pub use merge::{Merge, merge, unmerge};
 pub use safetensors::tensor::Dtype;
 
+use crate::adapter::HostTensor;
 use crate::error::{Error, Result};
 use crate::file::{self, failed};
 use header::Header;
@@ -120,6 +140,20 @@ impl Checkpoint {
         self.entries().map(|entry| entry.bytes as u64).sum()
     }
 
+    /// A tensor by name, read whole: its shape, how it is stored, and its numbers as `f32`, which holds every `f16` and `bf16`.
+    ///
+    /// A weight is `n×k`, as a [`Linear`](crate::nn::Linear) has it; see [`HostTensor::to_device`]. Errors: [`Error::File`] for a
+    /// name that the checkpoint does not have, and for a tensor of another element type than these three.
+    pub fn tensor(&self, name: &str) -> Result<HostTensor> {
+        let found = self.find(name).ok_or_else(|| refused(&self.path, format!("has no tensor `{name}`")))?;
+        let (shard, entry) = found;
+        let other = || shard.refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", entry.dtype));
+        let dtype = entry.float().ok_or_else(other)?;
+        let mut values = vec![0.0; entry.elements()];
+        number::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
+        Ok(HostTensor { shape: entry.shape.clone(), dtype, values })
+    }
+
     /// A tensor by name, and the file it lies in.
     pub(crate) fn find(&self, name: &str) -> Option<(&Shard, &Entry)> {
         let &(shard, entry) = self.places.get(name)?;
@@ -132,9 +166,6 @@ impl Shard {
         let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
         let (length, file) = opened.map_err(|error| failed(path, &error))?;
         let length = usize::try_from(length).map_err(|_| refused(path, "is too large for this machine".into()))?;
-        if length < 8 {
-            return Err(refused(path, "is too short for a safetensors file".into()));
-        }
         let whole = map::map(&file, 0, length).map_err(|error| failed(path, &error))?;
         let header = Header::parse(path, &whole)?;
         Ok(Self { path: path.into(), file, header })

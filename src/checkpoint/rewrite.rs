@@ -18,6 +18,8 @@ const PIECE: usize = 4 << 20;
 pub(super) trait Edit {
     /// The type that its elements will have.
     fn dtype(&self, entry: &Entry) -> Dtype;
+    /// The type that every float tensor is asked to have, if one was.
+    fn asked(&self) -> Option<DType>;
     /// Writes its new bytes, as many as its shape and [`dtype`](Self::dtype) say.
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()>;
 }
@@ -103,7 +105,7 @@ pub(super) fn rewrite(base: &Checkpoint, out: &Path, edit: &mut impl Edit, watch
         let name = index.file_name().unwrap_or_default();
         file::write_whole(&staged.inside().join(name), &index_of(index, total)?)?;
     }
-    copy_companions(folder, staged.inside())?;
+    copy_companions(folder, staged.inside(), edit.asked())?;
     Ok(StagedCheckpoint::Folder(staged))
 }
 

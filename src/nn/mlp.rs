@@ -90,6 +90,20 @@ impl<B: Backend> Mlp<B> {
         Ok(Self { layers: layers.into_iter().enumerate().map(name).collect() })
     }
 
+    /// From layers that fit one another, first to last, by names of one's own: those that a PEFT folder has for them, say.
+    ///
+    /// Errors: as [`from_layers`](Self::from_layers), and [`Error::Value`] for a name that comes twice.
+    pub fn from_named_layers(layers: Vec<(String, Linear<B>)>) -> Result<Self> {
+        let (names, layers): (Vec<String>, Vec<Linear<B>>) = layers.into_iter().unzip();
+        let mut model = Self::from_layers(layers)?;
+        for (at, name) in names.into_iter().enumerate() {
+            let new = model.layers[..at].iter().all(|(known, _)| *known != name);
+            Error::unless(new, "mlp", "layers", format!("two of the name `{name}`"), "a name of its own for each")?;
+            model.layers[at].0 = name;
+        }
+        Ok(model)
+    }
+
     /// The layers by name, first to last.
     pub fn layers(&self) -> impl Iterator<Item = (&str, &Layer<B>)> {
         self.layers.iter().map(|(name, layer)| (name.as_str(), layer))

@@ -11,8 +11,8 @@ use crate::progress::watched;
 /// Take a merged adapter out of a checkpoint
 #[derive(clap::Args)]
 pub(crate) struct Unmerge {
-    /// The merged model
-    #[arg(long, value_name = "PATH")]
+    /// The merged model, which the adapter is taken out of: a .safetensors file, an index of shards, or a folder
+    #[arg(long, visible_alias = "merged", value_name = "PATH")]
     base: PathBuf,
     /// The adapter that was merged into it
     #[arg(long, value_name = "DIR")]

@@ -14,6 +14,7 @@ use support::oracle::Mat;
 on_every_backend!(
     every_part_of_an_adapter_gets_its_gradient,
     lora_plus_gives_b_and_biases_a_larger_learning_rate,
+    a_parameter_that_joins_late_begins_with_its_first_step,
     batches_add_up_to_the_gradient_of_all_rows,
     clipping_scales_all_gradients_to_the_norm,
     what_is_not_active_or_is_merged_is_not_trained,
@@ -218,6 +219,34 @@ fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(b
     }
     adam.loraplus_lr_ratio = f32::NAN;
     assert!(adam.step(backend, model.params_mut(), &grads).is_err());
+}
+
+/// Counted with those that were there before, its first step would be several times the learning rate.
+fn a_parameter_that_joins_late_begins_with_its_first_step<B: Backend<Elem = f32>>(backend: &B) {
+    let mut model = model(backend, &LoraConfig::new(2, 2.0));
+    let other = LoraConfig { init: Init::NonZero, ..LoraConfig::new(1, 1.0) };
+    model.add_adapter(backend, "other", Targets::All, &other, &mut Rng::new(6)).unwrap();
+    let mut adam = Adam::new(1e-3).unwrap();
+    let step = |model: &mut Mlp<B>, adam: &mut Adam<B>| {
+        let grads = gradients(backend, model, 0..4);
+        adam.step(backend, model.params_mut(), &grads).unwrap();
+    };
+    let moved = |model: &mut Mlp<B>, adam: &mut Adam<B>, name: &str| {
+        let b = |model: &Mlp<B>| down(backend, &model.layer("linear2").unwrap().adapter(name).unwrap().b().tensor);
+        let was = b(model);
+        step(model, adam);
+        was.iter().zip(b(model)).map(|(was, is)| (was - is).abs()).fold(0.0, f32::max)
+    };
+    (0..100).for_each(|_| step(&mut model, &mut adam));
+    model.set_active(&["other"]).unwrap();
+    let other = moved(&mut model, &mut adam, "other");
+    model.set_active(&[DEFAULT]).unwrap();
+    model.reserve_rank(backend, DEFAULT, 5).unwrap(); // A and B are new parameters
+    let new = moved(&mut model, &mut adam, DEFAULT);
+    for moved in [other, new] {
+        assert!((moved - 1e-3).abs() <= 1e-7, "moved by {moved}, want the learning rate");
+    }
+    assert_eq!(adam.steps(), 102);
 }
 
 fn batches_add_up_to_the_gradient_of_all_rows<B: Backend<Elem = f32>>(backend: &B) {

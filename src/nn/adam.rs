@@ -10,6 +10,9 @@ use crate::op::{self, AdamRate};
 use crate::tensor::Tensor;
 
 /// Adam (D. P. Kingma and J. Ba, 2015), as PyTorch computes it: one fused pass over each parameter and its moments.
+///
+/// Steps are counted by parameter, as PyTorch counts them: one that joins later, such as another adapter that is made active, begins
+/// with its own first step.
 #[derive(Debug)]
 pub struct Adam<B: Backend> {
     /// The learning rate.
@@ -22,12 +25,14 @@ pub struct Adam<B: Backend> {
     pub eps: f32,
     /// LoRA+: how many times the learning rate of `A` that of `B` is, and of biases and magnitudes. 1 unless set; 16 is usual.
     pub loraplus_lr_ratio: f32,
-    t: u64,
+    steps: u64,
     moments: HashMap<u64, Moments<B>>,
 }
 
 #[derive(Debug)]
 struct Moments<B: Backend> {
+    /// How many steps the parameter has made.
+    t: u64,
     m: Tensor<B, f32>,
     v: Tensor<B, f32>,
 }
@@ -37,13 +42,13 @@ impl<B: Backend> Adam<B> {
     /// and not negative.
     pub fn new(lr: f32) -> Result<Self> {
         let (beta1, beta2, eps, loraplus_lr_ratio) = (0.9, 0.999, 1e-8, 1.0);
-        let adam = Self { lr, beta1, beta2, eps, loraplus_lr_ratio, t: 0, moments: HashMap::new() };
-        adam.rates(1).map(|_| adam)
+        let adam = Self { lr, beta1, beta2, eps, loraplus_lr_ratio, steps: 0, moments: HashMap::new() };
+        adam.check().map(|()| adam)
     }
 
-    /// How many steps were made.
+    /// How often [`step`](Self::step) was called. A parameter that joined later has made fewer steps.
     pub fn steps(&self) -> u64 {
-        self.t
+        self.steps
     }
 
     /// Updates each trainable parameter that has a gradient. Errors: those of the verb `adam`; the scalars are checked before
@@ -57,25 +62,32 @@ impl<B: Backend> Adam<B> {
     where
         B: 'p,
     {
-        let (usual, plus) = self.rates(self.t + 1)?;
-        self.t += 1;
+        self.check()?;
+        self.steps += 1;
         for param in params {
             let Some(grad) = gradients.get(param).filter(|_| param.trainable) else { continue };
-            let (shape, rate) = (param.tensor.shape(), if param.plus { plus } else { usual });
-            let Moments { m, v } = match self.moments.entry(param.id()) {
+            let (shape, made) = (param.tensor.shape(), self.moments.get(&param.id()).map_or(0, |moments| moments.t));
+            let rate = self.rate(param.plus, made + 1)?;
+            let Moments { t, m, v } = match self.moments.entry(param.id()) {
                 Entry::Occupied(there) => there.into_mut(),
                 Entry::Vacant(new) => {
-                    new.insert(Moments { m: Tensor::zeros(backend, shape)?, v: Tensor::zeros(backend, shape)? })
+                    new.insert(Moments { t: 0, m: Tensor::zeros(backend, shape)?, v: Tensor::zeros(backend, shape)? })
                 }
             };
             op::Adam { grad, rate, m, v, w: &mut param.tensor }.run(backend)?;
+            *t = made + 1;
         }
         Ok(())
     }
 
-    /// The scalars of a step: the usual ones, and those for what LoRA+ speeds up.
-    fn rates(&self, t: u64) -> Result<(AdamRate, AdamRate)> {
-        let rate = |lr| AdamRate::new(lr, self.beta1, self.beta2, self.eps, t);
-        Ok((rate(self.lr)?, rate(self.lr * self.loraplus_lr_ratio)?))
+    /// The scalars of step `t` of a parameter: the usual ones, or those for what LoRA+ speeds up.
+    fn rate(&self, plus: bool, t: u64) -> Result<AdamRate> {
+        let lr = if plus { self.lr * self.loraplus_lr_ratio } else { self.lr };
+        AdamRate::new(lr, self.beta1, self.beta2, self.eps, t)
+    }
+
+    /// Errors: [`Error::Value`](crate::Error::Value) for scalars that no step can take.
+    fn check(&self) -> Result<()> {
+        self.rate(false, 1).and(self.rate(true, 1)).map(|_| ())
     }
 }

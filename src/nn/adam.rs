@@ -13,6 +13,10 @@ use crate::tensor::Tensor;
 ///
 /// Steps are counted by parameter, as PyTorch counts them: one that joins later, such as another adapter that is made active, begins
 /// with its own first step.
+///
+/// Moments are `f32`, parameters are of the backend's element type, and so are the adapters over 16-bit weights: PEFT makes those `f32`
+/// unless told otherwise (`autocast_adapter_dtype`). A step of less than 1/512 of a number in bf16, or 1/4096 in f16, is lost to
+/// rounding: at a learning rate of 1e-4 a number above 0.06 does not move in bf16. For small learning rates train over `f32`.
 #[derive(Debug)]
 pub struct Adam<B: Backend> {
     /// The learning rate.

@@ -122,8 +122,15 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
     let before = outputs(backend, &model);
     let unknown = model.set_active(&["a", "z"]).unwrap_err();
     assert_eq!(unknown.to_string(), "no adapter is named `z`; the adapters are a, c, b");
-    for name in ["", "a.b", "a/b", "..", "a\\b"] {
-        assert!(model.insert_adapter(name, Vec::new()).is_err(), "{name}");
+    for name in ["", "a.b", "a/b", "..", "../evil", "a\\b", "a\0"] {
+        let part = || trained(backend, [Some(config(1, 1.0)), None, None], 24);
+        let layer = model.layers_mut().next().and_then(|(_, layer)| layer.lora_mut()).unwrap();
+        let alone = layer.insert(name, part().remove(0).1, false).unwrap_err();
+        for error in
+            [alone, model.insert_adapter(name, part()).unwrap_err(), net(backend).insert_adapter(name, part()).unwrap_err()]
+        {
+            assert_eq!(error.to_string(), format!("adapter: `name` is {name}, want a name without dots and slashes"));
+        }
     }
     assert!(model.delete_adapter("z").is_err() && model.set_scale("z", 1.0).is_err() && model.set_scale("a", f32::NAN).is_err());
     let bias = LoraConfig { bias: Bias::All, ..config(1, 1.0) };

@@ -1,7 +1,6 @@
 //! What users do with the adapters of a model, by name.
 
 use super::adapter::copy;
-use super::lora::check_name;
 use super::{Adapter, Bias, DEFAULT, Layer, LoraConfig, LoraLinear, Mlp, Targets, Tuned};
 use crate::autograd::Param;
 use crate::backend::Backend;
@@ -76,11 +75,10 @@ impl<B: Backend> Mlp<B> {
     }
 
     fn insert_as(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>, activate: bool) -> Result<()> {
-        check_name(name)?;
         let enabled = self.loras().all(LoraLinear::is_enabled);
         for (layer, part) in &parts {
             match self.layer(layer)? {
-                Layer::Linear(linear) => part.fits(linear)?,
+                Layer::Linear(linear) => part.check(name, linear)?,
                 Layer::Lora(lora) => lora.check_insert(name, part, activate)?,
             }
         }

@@ -76,8 +76,14 @@ impl<B: Backend> Tuned<B> {
         self.params_mut().for_each(|param| param.trainable = trainable);
     }
 
+    /// What every insertion passes. Errors: [`Error::Value`] for a name that no adapter can have; those of `fits`.
+    pub(super) fn check(&self, name: &str, base: &Linear<B>) -> Result<()> {
+        check_name(name)?;
+        self.fits(base)
+    }
+
     /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias in place of none.
-    pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
+    fn fits(&self, base: &Linear<B>) -> Result<()> {
         let same = |name, got: Shape, want: Shape| {
             if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
         };
@@ -182,7 +188,8 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable.
     ///
-    /// Errors: [`Error::Shape`]; [`Error::Value`] while an adapter is merged, or for active ones that exclude each other.
+    /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
+    /// exclude each other.
     pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
         self.check_insert(name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
@@ -199,7 +206,7 @@ impl<B: Backend> LoraLinear<B> {
     /// The errors of [`insert`](Self::insert).
     pub(super) fn check_insert(&self, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
         self.unmerged("insert")?;
-        part.fits(&self.base)?;
+        part.check(name, &self.base)?;
         let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
         together("insert", others.chain([part]))
     }
@@ -354,7 +361,7 @@ fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item =
 }
 
 /// Errors: [`Error::Value`] for what PEFT cannot call an adapter, or a folder cannot be called.
-pub(super) fn check_name(name: &str) -> Result<()> {
+fn check_name(name: &str) -> Result<()> {
     let fine = !name.is_empty() && !name.contains(['.', '/', '\\', '\0']);
     Error::unless(fine, "adapter", "name", name, "a name without dots and slashes")
 }

@@ -242,6 +242,10 @@ fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
     let odd = begin(Init::Orthogonal, 3).unwrap_err();
     assert_eq!(odd.to_string(), "lora: `rank` is 3, want even, to begin orthogonal");
     assert!(begin(Init::Gaussian { std: f32::NAN }, 3).is_err());
+    for init in [Init::KaimingUniform, Init::NonZero, Init::Orthogonal] {
+        let error = begin(init, 1 << 50).unwrap_err();
+        assert!(matches!(error, Error::TooLarge { .. } | Error::OutOfMemory { .. }), "{error}");
+    }
 
     let mut model = net(backend);
     let dora = LoraConfig { use_dora: true, ..config(2, 4.0) };
@@ -279,6 +283,11 @@ fn a_swap_writes_into_the_tensors_that_are_there() {
     assert_eq!(places(&model), before, "nothing was allocated");
 
     let (got, bits) = (outputs(&cpu, &model), base_bits(&cpu, &model));
+    for rank in [usize::MAX, 1 << 60, 1 << 50] {
+        let error = model.reserve_rank(&cpu, "a", rank).unwrap_err();
+        assert!(matches!(error, Error::TooLarge { .. } | Error::OutOfMemory { .. }), "{rank}: {error}");
+    }
+    assert_eq!(places(&model), before, "a refused reserve_rank changed the model");
     let refused =
         |model: &mut Mlp<_>, configs| model.swap_adapter(&cpu, "a", trained(&cpu, configs, 33)).unwrap_err().to_string();
     assert!(refused(&mut model, all(&config(7, 2.0))).contains("`rank` is 7"));

@@ -1,5 +1,6 @@
 //! The update of one layer: `scaling·B·A`, and what may go with it.
 
+use super::init::room_for;
 use super::{Linear, LoraConfig, dora};
 use crate::autograd::Param;
 use crate::backend::Backend;
@@ -130,19 +131,19 @@ impl<B: Backend> Adapter<B> {
         Ok([a.into_iter().take(rank * k).collect(), b])
     }
 
-    /// Makes room for a larger rank; the update stays what it is. Does nothing if there is as much.
-    pub(super) fn reserve(&mut self, backend: &B, rank: usize) -> Result<()> {
+    /// `A` and `B` with room for a larger rank, of the same update; `None` if there is as much. New parameters: an optimizer's moments
+    /// have the old shape. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub(super) fn roomier(&self, backend: &B, rank: usize) -> Result<Option<[Param<B>; 2]>> {
         if rank <= self.room() {
-            return Ok(());
+            return Ok(None);
         }
         let (n, k) = (self.b.tensor.rows(), self.a.tensor.cols());
         let [a, b] = self.trimmed(backend)?;
-        let a = Tensor::from_slice(backend, (rank, k), &padded(&a, (self.config.rank, k), (rank, k)))?;
-        let b = Tensor::from_slice(backend, (n, rank), &padded(&b, (n, self.config.rank), (n, rank)))?;
-        let (was_a, was_b) = (self.a.trainable, self.b.trainable);
-        (self.a, self.b) = (Param::new(a), Param::plus(b)); // new ones: an optimizer's moments have the old shape
-        (self.a.trainable, self.b.trainable) = (was_a, was_b);
-        Ok(())
+        let a = Tensor::from_slice(backend, (rank, k), &padded(&a, (self.config.rank, k), (rank, k))?)?;
+        let b = Tensor::from_slice(backend, (n, rank), &padded(&b, (n, self.config.rank), (n, rank))?)?;
+        let (mut a, mut b) = (Param::new(a), Param::plus(b));
+        (a.trainable, b.trainable) = (self.a.trainable, self.b.trainable);
+        Ok(Some([a, b]))
     }
 
     /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] where its settings ask for what is not
@@ -167,14 +168,16 @@ fn fits(name: &'static str, got: Shape, want: impl Into<Shape>) -> Result<()> {
     if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
 }
 
-/// The same matrix with zeros to the right and below.
-pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), (to_rows, to_cols): (usize, usize)) -> Vec<E> {
-    let mut padded = vec![E::default(); to_rows * to_cols];
+/// The same matrix with zeros to the right and below. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), to: (usize, usize)) -> Result<Vec<E>> {
+    let to = Shape::from(to);
+    let mut padded = room_for(to)?;
+    padded.resize(to.elements()?, E::default());
     if cols > 0 {
         let rows = matrix.chunks_exact(cols).take(rows);
-        padded.chunks_exact_mut(to_cols).zip(rows).for_each(|(to, from)| to[..cols].copy_from_slice(from));
+        padded.chunks_exact_mut(to.cols).zip(rows).for_each(|(to, from)| to[..cols].copy_from_slice(from));
     }
-    padded
+    Ok(padded)
 }
 
 /// A tensor of its own with the same numbers.

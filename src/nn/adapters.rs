@@ -168,11 +168,21 @@ impl<B: Backend> Mlp<B> {
     /// Makes room for a larger rank in an adapter, so that [`swap_adapter`](Self::swap_adapter) can put others of up to that rank in
     /// its place. What it computes stays the same.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged.
+    /// Its `A` and `B` are new parameters then, unless there was as much room.
+    ///
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged; [`Error::TooLarge`], [`Error::OutOfMemory`]. Nothing is
+    /// changed then.
     pub fn reserve_rank(&mut self, backend: &B, name: &str, rank: usize) -> Result<()> {
         self.known(&[name])?;
         self.unmerged("reserve_rank")?;
-        self.loras_mut().try_for_each(|lora| lora.reserve(backend, name, rank))
+        let roomier = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.roomier(backend, rank));
+        let factors = self.loras().map(roomier).collect::<Result<Vec<_>>>()?;
+        for (lora, factors) in self.loras_mut().zip(factors) {
+            if let (Some(Tuned::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
+                [adapter.a, adapter.b] = factors;
+            }
+        }
+        Ok(())
     }
 
     /// The layers that an adapter adds an update to, and the updates.

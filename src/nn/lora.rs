@@ -334,15 +334,6 @@ impl<B: Backend> LoraLinear<B> {
         free.chain(merged)
     }
 
-    /// Makes room for a larger rank in the adapter of this name, if it is there.
-    pub(super) fn reserve(&mut self, backend: &B, name: &str, rank: usize) -> Result<()> {
-        self.unmerged("reserve_rank")?;
-        match self.parts.iter_mut().find(|(known, _)| known == name) {
-            Some((_, Tuned::Lora(adapter))) => adapter.reserve(backend, rank),
-            _ => Ok(()),
-        }
-    }
-
     /// What an adapter does here, to be overwritten; only while nothing is merged.
     pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut Tuned<B>> {
         let part = self.parts.iter_mut().find(|(known, _)| known == name).map(|(_, part)| part);

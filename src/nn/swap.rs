@@ -85,8 +85,8 @@ fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B
 fn overwrite_adapter<B: Backend>(backend: &B, there: &mut Adapter<B>, new: &Adapter<B>) -> Result<()> {
     let [a, b] = new.trimmed(backend)?;
     let ((n, k), rank, room) = ((there.b.tensor.rows(), there.a.tensor.cols()), new.config.rank, there.room());
-    there.a.tensor.copy_from_slice(backend, &padded(&a, (rank, k), (room, k)))?;
-    there.b.tensor.copy_from_slice(backend, &padded(&b, (n, rank), (n, room)))?;
+    there.a.tensor.copy_from_slice(backend, &padded(&a, (rank, k), (room, k))?)?;
+    there.b.tensor.copy_from_slice(backend, &padded(&b, (n, rank), (n, room))?)?;
     for (there, new) in there.params_mut().zip(new.params()).skip(2) {
         write(backend, there, &new.tensor)?; // what goes with A and B
     }

@@ -2,7 +2,9 @@
 
 mod support;
 
-use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Kept, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{
+    Adapter, Bias, DEFAULT, Init, Kept, LayerStatus, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned,
+};
 use lowrank::op::Rounding;
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Float, Tensor, bf16, f16};
@@ -16,6 +18,7 @@ on_every_backend!(
     the_active_adapters_are_added_up,
     status_and_counts_say_what_is_there,
     names_are_checked_and_nothing_changes_on_error,
+    an_adapter_of_the_same_name_is_replaced_as_a_whole,
     deleting_the_last_adapter_leaves_the_plain_model,
     biases_and_whole_layers_go_when_the_adapter_goes,
     a_whole_layer_stands_alone,
@@ -159,6 +162,49 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
     assert_eq!(outputs(backend, &model), merged);
     let weight = (11, 13).into();
     assert!(model.params_mut().all(|param| param.tensor.shape() != weight), "a merged weight is not handed out");
+}
+
+fn an_adapter_of_the_same_name_is_replaced_as_a_whole<B: Backend<Elem = f32>>(backend: &B) {
+    let rng = &mut Rng::new(25);
+    let wide = LoraConfig { bias: Bias::All, ..config(2, 3.0) };
+    let add = |model: &mut Mlp<B>, rng: &mut Rng| {
+        model.add_adapters(backend, Targets::Names(&["linear2"]), &config(1, 3.0), rng).unwrap();
+    };
+    let set = |model: &mut Mlp<B>, _: &mut Rng| {
+        let parts = trained(backend, [None, Some(config(1, 3.0)), None], 26).into_iter();
+        let adapters =
+            parts.filter_map(|(layer, part)| if let Tuned::Lora(adapter) = part { Some((layer, adapter)) } else { None });
+        model.set_adapters(adapters.collect()).unwrap();
+    };
+    let insert = |model: &mut Mlp<B>, _: &mut Rng| {
+        model.insert_adapter(DEFAULT, trained(backend, [None, Some(config(1, 3.0)), None], 26)).unwrap();
+    };
+    for replace in [&add as &dyn Fn(&mut Mlp<B>, &mut Rng), &set, &insert] {
+        let mut model = net(backend);
+        model.add_adapters(backend, Targets::Names(&["linear1", "linear2"]), &wide, rng).unwrap(); // a bias in linear3
+        model.insert_adapter("other", trained(backend, [Some(config(3, 3.0)), None, None], 27)).unwrap();
+        replace(&mut model, rng);
+        let layers = model.status();
+        let ranks = |layer: &LayerStatus| layer.adapters.iter().map(|a| (a.name.clone(), a.rank)).collect::<Vec<_>>();
+        let want = [("linear1", "other", 3), ("linear2", DEFAULT, 1)];
+        let want = want.map(|(layer, name, rank)| (layer.to_string(), vec![(name.to_string(), Some(rank))]));
+        assert_eq!(layers.iter().map(|layer| (layer.name.clone(), ranks(layer))).collect::<Vec<_>>(), want);
+        assert_eq!(model.active_adapters(), [DEFAULT]);
+        assert_eq!(model.parameter_report().trainable, 11 + 9, "what is left frozen stays frozen");
+    }
+}
+
+/// Refused where the old one is merged, in layers that the new one does not name as well.
+#[test]
+fn a_merged_adapter_is_not_replaced() {
+    let cpu = cpu::<f32>();
+    let mut model = net(&cpu);
+    model.insert_adapter("a", trained(&cpu, [Some(config(2, 3.0)), None, None], 28)).unwrap();
+    model.merge_adapters(&cpu).unwrap();
+    let before = (model.status(), outputs(&cpu, &model));
+    let new = trained(&cpu, [None, Some(config(2, 3.0)), None], 29);
+    assert!(matches!(model.insert_adapter("a", new), Err(Error::Value { name: "adapter", .. })));
+    assert_eq!((model.status(), outputs(&cpu, &model)), before);
 }
 
 fn deleting_the_last_adapter_leaves_the_plain_model<B: Backend<Elem = f32>>(backend: &B) {

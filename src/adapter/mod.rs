@@ -136,10 +136,8 @@ pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<A
 /// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
 pub fn load_as<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
-    let layers: Vec<String> = parts.iter().map(|(layer, _)| layer.clone()).collect();
     model.unmerged("load_as")?;
     model.insert_adapter(name, parts)?;
-    model.keep_adapter_in(name, &layers)?;
     Ok(config)
 }
 

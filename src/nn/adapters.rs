@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 
 impl<B: Backend> Mlp<B> {
-    /// Freezes the model and puts a new adapter beside each target, [`DEFAULT`] by name; a layer that has one gets a new one.
+    /// Freezes the model and puts a new adapter beside each target, [`DEFAULT`] by name, in place of one of that name.
     ///
     /// Errors: [`Error::NoSuchLayer`], [`Error::Value`]. Nothing is changed then.
     pub fn add_adapters(&mut self, backend: &B, targets: Targets<'_>, config: &LoraConfig, rng: &mut Rng) -> Result<()> {
@@ -16,7 +16,7 @@ impl<B: Backend> Mlp<B> {
     }
 
     /// Freezes the model and puts a new adapter of this name beside each target. The first of a model is active; others wait for
-    /// [`set_active`](Self::set_active).
+    /// [`set_active`](Self::set_active). One of the same name is replaced as a whole, in layers that are no targets as well.
     ///
     /// Errors: [`Error::NoSuchLayer`] for a target or a module to save, [`Error::Value`]. Nothing is changed then.
     pub fn add_adapter(
@@ -49,7 +49,7 @@ impl<B: Backend> Mlp<B> {
         self.insert_adapter(name, parts)
     }
 
-    /// Freezes the model and puts these adapters beside the layers they name, [`DEFAULT`] by name.
+    /// Freezes the model and puts these updates beside the layers they name: the adapter [`DEFAULT`], in place of one of that name.
     ///
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`], [`Error::Value`] for a layer that holds a merged adapter. Nothing is
     /// changed then.
@@ -57,8 +57,8 @@ impl<B: Backend> Mlp<B> {
         self.insert_adapter(DEFAULT, adapters.into_iter().map(|(layer, adapter)| (layer, Tuned::Lora(adapter))).collect())
     }
 
-    /// Freezes the model and gives it an adapter: what it does to the layers it names. What it did there before is replaced. It is
-    /// active if it was, or if no other is.
+    /// Freezes the model and gives it an adapter: what it does to the layers it names. One of the same name is replaced as a whole:
+    /// it goes from the layers that the new one does not name. The new one is active if that was, or if no other is.
     ///
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, for a layer that holds a
     /// merged adapter, and for two active adapters that each bring a bias or a whole layer. Nothing is changed then.
@@ -82,7 +82,10 @@ impl<B: Backend> Mlp<B> {
                 Layer::Lora(lora) => lora.check_insert(name, part, activate)?,
             }
         }
+        self.loras().filter(|lora| lora.part(name).is_some()).try_for_each(|lora| lora.unmerged("insert_adapter"))?;
         self.freeze();
+        let layers: Vec<String> = parts.iter().map(|(layer, _)| layer.clone()).collect();
+        self.keep_in(&layers, name)?;
         for (layer, part) in parts {
             let Some(at) = self.layers.iter().position(|(known, _)| *known == layer) else { continue };
             if let (_, Layer::Lora(lora)) = &mut self.layers[at] {
@@ -102,13 +105,18 @@ impl<B: Backend> Mlp<B> {
     pub fn delete_adapter(&mut self, name: &str) -> Result<()> {
         self.known(&[name])?;
         self.unmerged("delete_adapter")?;
-        self.loras_mut().try_for_each(|lora| lora.remove(name))?;
-        let bare = |layer: Layer<B>| match layer {
-            Layer::Lora(lora) if lora.parts.is_empty() => Layer::Linear(lora.into_base()),
-            other => other,
+        self.keep_in(&[], name)
+    }
+
+    /// Takes an adapter away from all layers but these. A layer that has no other is a plain one again, and stays frozen.
+    fn keep_in(&mut self, layers: &[String], name: &str) -> Result<()> {
+        let others = self.layers.iter_mut().filter(|(layer, _)| !layers.contains(layer));
+        others.filter_map(|(_, there)| there.lora_mut()).try_for_each(|lora| lora.remove(name))?;
+        let bare = |(name, layer)| match layer {
+            Layer::Lora(lora) if lora.parts.is_empty() => (name, Layer::Linear(lora.into_base())),
+            other => (name, other),
         };
-        let layers = std::mem::take(&mut self.layers).into_iter();
-        self.layers = layers.map(|(name, layer)| (name, bare(layer))).collect();
+        self.layers = std::mem::take(&mut self.layers).into_iter().map(bare).collect();
         Ok(())
     }
 
@@ -197,17 +205,6 @@ impl<B: Backend> Mlp<B> {
         if let Some((_, Tuned::Lora(adapter))) = there.and_then(|lora| lora.parts.iter_mut().find(|(known, _)| known == name)) {
             adapter.a.tensor.copy_from_slice(backend, a)?;
             adapter.b.tensor.copy_from_slice(backend, b)?;
-        }
-        Ok(())
-    }
-
-    /// Takes an adapter away from all layers but these.
-    #[cfg(feature = "adapter")]
-    pub(crate) fn keep_adapter_in(&mut self, name: &str, layers: &[String]) -> Result<()> {
-        for (layer, there) in &mut self.layers {
-            if let (Some(lora), false) = (there.lora_mut(), layers.contains(layer)) {
-                lora.remove(name)?;
-            }
         }
         Ok(())
     }

@@ -186,7 +186,8 @@ impl<B: Backend> LoraLinear<B> {
         base.chain(free.flat_map(|(_, part)| part.params_mut()))
     }
 
-    /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable.
+    /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable. What an adapter of that
+    /// name does to other layers of a model stays: [`Mlp::insert_adapter`](super::Mlp::insert_adapter) replaces it as a whole.
     ///
     /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
     /// exclude each other.

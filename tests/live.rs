@@ -321,11 +321,14 @@ fn a_swap_writes_into_the_tensors_that_are_there() {
             32,
         )
     };
-    model.swap_adapter(&cpu, "a", new()).unwrap();
+    model.set_scale("a", 0.5).unwrap();
+    model.swap_adapter(&cpu, "a", new()).unwrap(); // brings its own scaling
     let mut fresh = net(&cpu);
     fresh.insert_adapter("a", new()).unwrap();
     let want = outputs(&cpu, &fresh).iter().map(|&y| y.into()).collect();
     assert_near("swapped", &outputs(&cpu, &model), &Mat::from_vec(5, 7, want));
+    let scalings = |model: &Mlp<_>, at: usize| model.status()[at].adapters[0].scaling;
+    assert_eq!([0, 2].map(|at| scalings(&model, at)), [Some(2.0 / 6.0), Some(2.0)]);
     assert_eq!(places(&model), before, "nothing was allocated");
 
     let (got, bits) = (outputs(&cpu, &model), base_bits(&cpu, &model));

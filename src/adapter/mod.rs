@@ -142,7 +142,9 @@ pub fn load_as<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Pa
 }
 
 /// Writes the adapter of a folder over the numbers and settings of one that is there, without a new allocation: see
-/// [`Mlp::swap_adapter`]. Errors: those of [`load`] and of [`Mlp::swap_adapter`]. The model is not changed then.
+/// [`Mlp::swap_adapter`], also for what becomes of the scale and of an optimizer's moments.
+///
+/// Errors: those of [`load`] and of [`Mlp::swap_adapter`]. The model is not changed then.
 pub fn swap<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     model.swap_adapter(backend, name, parts)?;

@@ -9,7 +9,11 @@ use crate::tensor::{Shape, Tensor};
 
 impl<B: Backend> Mlp<B> {
     /// Writes another adapter's numbers and settings over those of an adapter that is there, PEFT's "hotswap". Its tensors stay
-    /// where they are: a smaller rank is filled up with zeros, and a layer that the new one does not adapt adds nothing.
+    /// where they are: a smaller rank is filled up with zeros, and a layer that the new one does not adapt adds nothing. It brings its
+    /// own scaling: what [`set_scale`](Self::set_scale) said of the old one is forgotten.
+    ///
+    /// The parameters stay as well, and [`Adam`](super::Adam) has the moments of the old numbers under them: who trains on begins
+    /// with a new one.
     ///
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old one does not change; [`Error::Value`] for a
     /// rank without [room](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two has, and while an
@@ -69,6 +73,9 @@ fn shapes(name: &'static str, got: impl Into<Shape>, want: impl Into<Shape>) -> 
 }
 
 fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
+    if let Tuned::Lora(there) = there {
+        there.strength = 1.0;
+    }
     if let (Tuned::Lora(there), Some(Tuned::Lora(new))) = (&mut *there, new) {
         return overwrite_adapter(backend, there, new);
     }

@@ -40,8 +40,8 @@ use crate::tensor::Tensor;
 #[derive(Debug)]
 pub struct Param<B: Backend> {
     id: u64,
-    /// The numbers.
-    pub tensor: Tensor<B>,
+    /// The numbers. Who holds a parameter relies on its shape: [`set_tensor`](Self::set_tensor) keeps it.
+    pub(crate) tensor: Tensor<B>,
     /// Whether the backward pass computes its gradient. A frozen parameter is `false`.
     pub trainable: bool,
     /// Whether LoRA+ gives it the larger learning rate: `B`, biases and magnitudes.
@@ -57,6 +57,27 @@ impl<B: Backend> Param<B> {
     /// A trainable parameter that LoRA+ gives the larger learning rate.
     pub(crate) fn plus(tensor: Tensor<B>) -> Self {
         Self { plus: true, ..Self::new(tensor) }
+    }
+
+    /// The numbers.
+    pub fn tensor(&self) -> &Tensor<B> {
+        &self.tensor
+    }
+
+    /// Puts other numbers in the place of those that are there. Errors: [`Error::Shape`] for a tensor of another shape.
+    pub fn set_tensor(&mut self, tensor: Tensor<B>) -> Result<()> {
+        let (got, want) = (tensor.shape(), self.tensor.shape());
+        if got != want {
+            return Err(Error::Shape { verb: "set_tensor", name: "tensor", got, want });
+        }
+        self.tensor = tensor;
+        Ok(())
+    }
+
+    /// Overwrites the numbers with those of `host`, row by row; nothing is allocated. Errors: [`Error::Value`] if there are more or
+    /// fewer.
+    pub fn copy_from_slice(&mut self, backend: &B, host: &[B::Elem]) -> Result<()> {
+        self.tensor.copy_from_slice(backend, host)
     }
 
     /// How many numbers it holds.

@@ -61,17 +61,17 @@ fn oracle<B: Backend>(backend: &B, model: &Mlp<B>, active: &[&str]) -> Mat {
     let mut x = mat(backend, &batch(backend));
     for (i, (_, layer)) in model.layers().enumerate() {
         let x_in = if i > 0 { x.map(|x| x.max(0.0)) } else { x };
-        let (w, bias) = (mat(backend, &layer.base().weight().tensor), mat(backend, &layer.base().bias().unwrap().tensor));
+        let (w, bias) = (mat(backend, layer.base().weight().tensor()), mat(backend, layer.base().bias().unwrap().tensor()));
         let base = &x_in * &w.t();
         let mut y = base.plus_row(&bias);
         for adapter in active.iter().filter_map(|name| layer.adapter(name)) {
-            let (a, b) = (mat(backend, &adapter.a().tensor), mat(backend, &adapter.b().tensor));
+            let (a, b) = (mat(backend, adapter.a().tensor()), mat(backend, adapter.b().tensor()));
             let update = &(&b * &a) * f64::from(adapter.scaling());
             let Some(magnitude) = adapter.magnitude() else {
                 y = &y + &(&x_in * &update.t());
                 continue;
             };
-            let (merged, magnitude) = (&w + &update, mat(backend, &magnitude.tensor));
+            let (merged, magnitude) = (&w + &update, mat(backend, magnitude.tensor()));
             let norm = |i: usize| (0..merged.cols).map(|j| merged.at(i, j).powi(2)).sum::<f64>().sqrt();
             let decomposed = Mat::new(w.rows, w.cols, |i, j| magnitude.at(0, i) / norm(i) * merged.at(i, j));
             y = &(&y + &(&x_in * &decomposed.t())) + &(&base * -1.0);
@@ -161,7 +161,7 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
     }
     assert_eq!(outputs(backend, &model), merged);
     let weight = (11, 13).into();
-    assert!(model.params_mut().all(|param| param.tensor.shape() != weight), "a merged weight is not handed out");
+    assert!(model.params_mut().all(|param| param.tensor().shape() != weight), "a merged weight is not handed out");
 }
 
 fn an_adapter_of_the_same_name_is_replaced_as_a_whole<B: Backend<Elem = f32>>(backend: &B) {
@@ -236,8 +236,8 @@ fn biases_and_whole_layers_go_when_the_adapter_goes<B: Backend<Elem = f32>>(back
     assert!(matches!(model.layer("linear3").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Whole(_))));
     assert_eq!(model.parameter_report().trainable, 2 * (13 + 11) + 11 + 9 + 7 * 9 + 7);
     for param in model.params_mut().filter(|param| param.trainable) {
-        let shifted: Vec<f32> = param.tensor.to_vec(backend).unwrap().into_iter().map(|x| x + 0.25).collect();
-        param.tensor.copy_from_slice(backend, &shifted).unwrap();
+        let shifted: Vec<f32> = param.tensor().to_vec(backend).unwrap().into_iter().map(|x| x + 0.25).collect();
+        param.copy_from_slice(backend, &shifted).unwrap();
     }
     assert_ne!(outputs(backend, &model), base);
     model.set_adapters_enabled(false).unwrap();
@@ -276,7 +276,7 @@ fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
         let config = LoraConfig { init, ..config(rank, 4.0) };
         model.add_adapters(backend, Targets::Names(&["linear1"]), &config, &mut Rng::new(3)).map(|()| {
             let adapter = model.layer("linear1").unwrap().adapter(DEFAULT).unwrap();
-            (mat(backend, &adapter.a().tensor), mat(backend, &adapter.b().tensor))
+            (mat(backend, adapter.a().tensor()), mat(backend, adapter.b().tensor()))
         })
     };
     let (a, b) = begin(Init::NonZero, 4).unwrap();
@@ -305,7 +305,7 @@ fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
 fn a_swap_writes_into_the_tensors_that_are_there() {
     let cpu = cpu::<f32>();
     let places = |model: &Mlp<Cpu<f32>>| -> Vec<*const f32> {
-        model.adapters("a").flat_map(|(_, a)| a.params()).map(|param| param.tensor.buffer().as_ptr()).collect()
+        model.adapters("a").flat_map(|(_, a)| a.params()).map(|param| param.tensor().buffer().as_ptr()).collect()
     };
     let mut model = net(&cpu);
     model.insert_adapter("a", trained(&cpu, all(&config(3, 7.0)), 31)).unwrap();
@@ -555,6 +555,6 @@ fn cost<E: Float>(ratio: f64) -> (f64, f64) {
 fn weights_stored_the_other_way_round_are_turned_once<B: Backend<Elem = f32>>(backend: &B) {
     let weight = Tensor::from_slice(backend, (2, 3), &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
     let linear = Linear::from_fan_in_fan_out(backend, &weight, None).unwrap();
-    assert_eq!(linear.weight().tensor.to_vec(backend).unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
-    assert_eq!(linear.weight().tensor.shape(), (3, 2).into());
+    assert_eq!(linear.weight().tensor().to_vec(backend).unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    assert_eq!(linear.weight().tensor().shape(), (3, 2).into());
 }

@@ -196,7 +196,7 @@ fn gradients<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, rows: std::ops
 }
 
 fn all_params<B: Backend<Elem = f32>>(backend: &B, model: &mut Mlp<B>) -> Vec<(Vec<f32>, bool)> {
-    model.params_mut().map(|param| (down(backend, &param.tensor), param.trainable)).collect()
+    model.params_mut().map(|param| (down(backend, param.tensor()), param.trainable)).collect()
 }
 
 /// The first step of Adam moves every number by the learning rate.
@@ -232,7 +232,7 @@ fn a_parameter_that_joins_late_begins_with_its_first_step<B: Backend<Elem = f32>
         adam.step(backend, model.params_mut(), &grads).unwrap();
     };
     let moved = |model: &mut Mlp<B>, adam: &mut Adam<B>, name: &str| {
-        let b = |model: &Mlp<B>| down(backend, &model.layer("linear2").unwrap().adapter(name).unwrap().b().tensor);
+        let b = |model: &Mlp<B>| down(backend, model.layer("linear2").unwrap().adapter(name).unwrap().b().tensor());
         let was = b(model);
         step(model, adam);
         was.iter().zip(b(model)).map(|(was, is)| (was - is).abs()).fold(0.0, f32::max)
@@ -263,7 +263,7 @@ fn batches_add_up_to_the_gradient_of_all_rows<B: Backend<Elem = f32>>(backend: &
             continue;
         };
         let want = dense(backend, want).into_iter().map(f64::from).collect();
-        let error = relative_error(&dense(backend, got), &Mat::from_vec(param.tensor.rows(), param.tensor.cols(), want));
+        let error = relative_error(&dense(backend, got), &Mat::from_vec(param.tensor().rows(), param.tensor().cols(), want));
         assert!(error <= CLOSE, "off by {error:e}");
         seen += 1;
     }

@@ -267,13 +267,13 @@ fn worst(errors: &[usize; DIGITS]) -> u8 {
 /// The weight and the bias of every layer.
 fn weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
     let params = mlp.layers().flat_map(|(_, layer)| layer.base().params());
-    params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+    params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
 }
 
 /// A and B of every layer that has an adapter.
 fn adapter_weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
     let params = mlp.adapters(DEFAULT).flat_map(|(_, adapter)| adapter.params());
-    params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+    params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
 }
 
 /// Whether the numbers have the same bits: unlike `==`, this tells 0 from -0.
@@ -288,8 +288,8 @@ pub fn same_bits(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
 fn copy<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Mlp<B>> {
     let copy = |tensor: &Tensor<B>| Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?);
     let linear = |layer: &Linear<B>| {
-        let bias = layer.bias().map(|bias| copy(&bias.tensor)).transpose()?;
-        Linear::from_tensors(copy(&layer.weight().tensor)?, bias)
+        let bias = layer.bias().map(|bias| copy(bias.tensor())).transpose()?;
+        Linear::from_tensors(copy(layer.weight().tensor())?, bias)
     };
     Mlp::from_layers(mlp.layers().map(|(_, layer)| linear(layer.base())).collect::<Result<_>>()?)
 }

@@ -125,6 +125,7 @@ impl<B: Backend> Adapter<B> {
 
     /// `A` and `B` without the room beyond the rank.
     pub(crate) fn trimmed(&self, backend: &B) -> Result<[Vec<B::Elem>; 2]> {
+        self.has_rank()?;
         let (a, b) = (self.a.tensor.to_vec(backend)?, self.b.tensor.to_vec(backend)?);
         let (rank, room, k) = (self.config.rank, self.room(), self.a.tensor.cols());
         let b = b.chunks_exact(room).flat_map(|row| row.iter().take(rank).copied()).collect();
@@ -146,13 +147,20 @@ impl<B: Backend> Adapter<B> {
         Ok(Some([a, b]))
     }
 
+    /// Errors: [`Error::Shape`] unless the factors have the rank of the settings, or more, and both the same.
+    fn has_rank(&self) -> Result<()> {
+        let (a, b, rank) = (self.a.tensor.shape(), self.b.tensor.shape(), self.config.rank);
+        fits("a", a, (a.rows.max(rank), a.cols))?;
+        fits("b", b, (b.rows, a.rows))
+    }
+
     /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] where its settings ask for what is not
     /// there.
     pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
         let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
         let row =
             |name, param: &Option<Param<B>>| param.as_ref().map_or(Ok(()), |param| fits(name, param.tensor.shape(), (1, n)));
-        fits("a", self.a.tensor.shape(), (self.room(), k))?;
+        fits("a", self.a.tensor.shape(), (self.room().max(self.config.rank), k))?;
         fits("b", self.b.tensor.shape(), (n, self.room()))?;
         row("lora_bias", &self.lora_bias)?;
         row("magnitude", &self.magnitude)?;

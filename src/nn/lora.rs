@@ -83,7 +83,7 @@ impl<B: Backend> Tuned<B> {
     }
 
     /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias in place of none.
-    fn fits(&self, base: &Linear<B>) -> Result<()> {
+    pub(crate) fn fits(&self, base: &Linear<B>) -> Result<()> {
         let same = |name, got: Shape, want: Shape| {
             if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
         };

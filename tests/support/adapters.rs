@@ -85,7 +85,7 @@ pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
 /// The bits of the base weights and biases.
 pub fn base_bits<B: Backend>(backend: &B, model: &Mlp<B>) -> Vec<Vec<u8>> {
     let params = model.layers().flat_map(|(_, layer)| layer.base().params());
-    params.map(|param| bytemuck::cast_slice(&param.tensor.to_vec(backend).unwrap()).to_vec()).collect()
+    params.map(|param| bytemuck::cast_slice(&param.tensor().to_vec(backend).unwrap()).to_vec()).collect()
 }
 
 pub fn read(folder: &Path, file: &str) -> Vec<u8> {

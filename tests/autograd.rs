@@ -2,12 +2,14 @@
 
 mod support;
 
+use std::fmt::Debug;
+
 use approx::assert_abs_diff_eq;
-use lowrank::autograd::{LoraParams, Param, Tape};
-use lowrank::nn::{Adam, DEFAULT, Init, LoraConfig, Mlp, Scaling, Targets};
+use lowrank::autograd::{Gradients, LoraParams, Param, Tape};
+use lowrank::nn::{Adam, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Cpu, Tensor};
+use lowrank::{Backend, Cpu, Tensor, VectorUnit};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, mask, random, up};
@@ -186,6 +188,24 @@ fn a_value_of_another_tape_is_refused() {
     assert_eq!(error.to_string(), "tape: `value` is of another tape, want of this one");
     assert!(two.relu(x).is_err() && two.value(x).is_err() && two.seed(x, input()).is_err());
     assert!(one.value(x).is_ok());
+}
+
+/// So that they stand in a struct that derives it, and a `Result` of them has `unwrap_err`.
+#[test]
+fn everything_that_is_held_can_be_debugged() {
+    fn held<B: Backend + Debug>() {
+        fn debug<T: Debug>() {}
+        debug::<(B, Tensor<B>, Param<B>, Gradients<B>, Labels<B>)>();
+        debug::<(Linear<B>, Adapter<B>, Tuned<B>, LoraLinear<B>, Layer<B>, Mlp<B>, Adam<B>)>();
+    }
+    held::<Cpu<f32>>();
+    #[cfg(feature = "webgpu")]
+    held::<lowrank::WebGpu<f32>>();
+    #[cfg(feature = "cuda")]
+    held::<lowrank::Cuda<f32>>();
+    let cpu = cpu().with_unit(VectorUnit::Scalar).unwrap().with_threads(2).unwrap();
+    assert_eq!(format!("{cpu:?}"), "Cpu<f32>(scalar, 2 threads)");
+    assert_eq!(Mlp::new(&cpu, &[3], &mut Rng::new(1)).unwrap_err().to_string(), "mlp: `layers` is 0, want at least 1");
 }
 
 #[test]

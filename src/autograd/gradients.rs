@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt;
 
 use super::{Node, Param, Var};
 use crate::backend::Backend;
@@ -39,6 +40,12 @@ impl<B: Backend> Default for Gradients<B> {
     fn default() -> Self {
         let (values, of, arrived) = (Vec::new(), HashMap::new(), Vec::new());
         Self { values, of, arrived, nodes: Vec::new(), order: Vec::new(), host: Vec::new() }
+    }
+}
+
+impl<B: Backend> fmt::Debug for Gradients<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gradients(of {} parameters)", self.len())
     }
 }
 

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{Shape, Tensor};
 
 /// One class a row. Exists only with every label below `classes`.
+#[derive(Debug)]
 pub struct Labels<B: Backend> {
     classes: usize,
     tensor: Tensor<B, u32>,

@@ -311,9 +311,12 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// The gradients of the sum of all losses, for every trainable parameter.
     ///
-    /// Errors: [`Error::Value`] if a trainable parameter was used twice; those of the verbs.
+    /// Errors: [`Error::Value`] without a loss and without a [`seed`](Self::seed), or if a trainable parameter was used twice; those of
+    /// the verbs.
     pub fn backward(self) -> Result<Gradients<B>> {
         let Tape { id, backend, nodes, mut gradients } = self;
+        let begins = gradients.arrived.iter().any(Option::is_some);
+        Error::unless(begins, "backward", "loss", "missing", "a cross_entropy or a seed on the tape")?;
         for (index, node) in nodes.iter().enumerate().rev() {
             if let (true, Some(dy)) = (node.wanted, gradients.arrived[index].take()) {
                 flow::through(backend, &nodes, Var { tape: id, index }, dy, &mut gradients)?;

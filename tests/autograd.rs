@@ -177,6 +177,29 @@ fn learning_rates_and_settings_are_checked_before_anything_moves() {
     assert!(model.layers().all(|(_, layer)| layer.lora().is_none()));
 }
 
+/// What would do nothing, though somebody asked for it.
+#[test]
+fn asking_for_nothing_is_an_error() {
+    let (cpu, mut rng) = (cpu(), Rng::new(1));
+    let mut model = Mlp::new(&cpu, &[2, 2, 2], &mut rng).unwrap();
+    let config = LoraConfig::new(1, 1.0);
+    let none = model.add_adapters(&cpu, Targets::Names(&[]), &config, &mut rng).unwrap_err();
+    assert_eq!(none.to_string(), "add_adapter: `targets` is none, want at least one layer");
+    let none = model.insert_adapter("a", Vec::new()).unwrap_err();
+    assert_eq!(none.to_string(), "insert_adapter: `parts` is none, want at least one");
+    assert!(model.set_adapters(Vec::new()).is_err());
+    let config = LoraConfig { modules_to_save: vec!["linear2".into(), "head".into()], ..config };
+    let unknown = model.add_adapters(&cpu, Targets::All, &config, &mut rng).unwrap_err();
+    assert_eq!(unknown.to_string(), "no layer is named `head`; the layers are linear1, linear2");
+    assert!(model.layers().all(|(_, layer)| layer.lora().is_none() && layer.base().weight().trainable));
+
+    let mut tape = Tape::new(&cpu);
+    let x = tape.input(Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0]).unwrap());
+    model.forward(&mut tape, x, None).unwrap();
+    let error = tape.backward().unwrap_err();
+    assert_eq!(error.to_string(), "backward: `loss` is missing, want a cross_entropy or a seed on the tape");
+}
+
 #[test]
 fn a_value_of_another_tape_is_refused() {
     let (cpu, mut rng) = (cpu(), Rng::new(1));

@@ -18,7 +18,8 @@ impl<B: Backend> Mlp<B> {
     /// Freezes the model and puts a new adapter of this name beside each target. The first of a model is active; others wait for
     /// [`set_active`](Self::set_active). One of the same name is replaced as a whole, in layers that are no targets as well.
     ///
-    /// Errors: [`Error::NoSuchLayer`] for a target or a module to save, [`Error::Value`]. Nothing is changed then.
+    /// Errors: [`Error::NoSuchLayer`] for a target or a module to save, [`Error::Value`] for settings out of range, no target, or what
+    /// [`insert_adapter`](Self::insert_adapter) refuses. Nothing is changed then.
     pub fn add_adapter(
         &mut self,
         backend: &B,
@@ -29,8 +30,10 @@ impl<B: Backend> Mlp<B> {
     ) -> Result<()> {
         let targets = self.resolve(targets)?;
         let saved = |layer: &str| config.modules_to_save.iter().any(|end| layer.ends_with(end.as_str()));
-        if let (Some(end), false) = (config.modules_to_save.first(), self.layers.iter().any(|(layer, _)| saved(layer))) {
-            self.layer(end)?; // says which layers there are
+        for end in &config.modules_to_save {
+            if !self.layers.iter().any(|(layer, _)| layer.ends_with(end.as_str())) {
+                self.layer(end)?; // says which layers there are
+            }
         }
         let mut parts = Vec::new();
         for (layer, there) in self.layers() {
@@ -51,8 +54,8 @@ impl<B: Backend> Mlp<B> {
 
     /// Freezes the model and puts these updates beside the layers they name: the adapter [`DEFAULT`], in place of one of that name.
     ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`], [`Error::Value`] for a layer that holds a merged adapter. Nothing is
-    /// changed then.
+    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for none, and for a layer that holds a merged adapter. Nothing
+    /// is changed then.
     pub fn set_adapters(&mut self, adapters: Vec<(String, Adapter<B>)>) -> Result<()> {
         self.insert_adapter(DEFAULT, adapters.into_iter().map(|(layer, adapter)| (layer, Tuned::Lora(adapter))).collect())
     }
@@ -60,7 +63,7 @@ impl<B: Backend> Mlp<B> {
     /// Freezes the model and gives it an adapter: what it does to the layers it names. One of the same name is replaced as a whole:
     /// it goes from the layers that the new one does not name. The new one is active if that was, or if no other is.
     ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, for a layer that holds a
+    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for no part, a name with a dot or a slash, a layer that holds a
     /// merged adapter, and for two active adapters that each bring a bias or a whole layer. Nothing is changed then.
     pub fn insert_adapter(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
         let active = self.active_adapters();
@@ -75,6 +78,7 @@ impl<B: Backend> Mlp<B> {
     }
 
     fn insert_as(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>, activate: bool) -> Result<()> {
+        Error::unless(!parts.is_empty(), "insert_adapter", "parts", "none", "at least one")?;
         let enabled = self.loras().all(LoraLinear::is_enabled);
         for (layer, part) in &parts {
             match self.layer(layer)? {
@@ -101,7 +105,10 @@ impl<B: Backend> Mlp<B> {
         Ok(())
     }
 
-    /// Takes an adapter away; the layers it had stay frozen. Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged.
+    /// Takes an adapter away; the layers it had stay frozen. If it was active, no other becomes so (PEFT picks one): without another
+    /// active one the model is the base model, until [`set_active`](Self::set_active).
+    ///
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged.
     pub fn delete_adapter(&mut self, name: &str) -> Result<()> {
         self.known(&[name])?;
         self.unmerged("delete_adapter")?;
@@ -223,6 +230,8 @@ impl<B: Backend> Mlp<B> {
     }
 
     fn resolve(&self, targets: Targets<'_>) -> Result<Vec<String>> {
+        let none = matches!(targets, Targets::Names([]));
+        Error::unless(!none, "add_adapter", "targets", "none", "at least one layer")?;
         match targets {
             Targets::All => Ok(self.layers.iter().map(|(name, _)| name.clone()).collect()),
             Targets::Names(names) => names.iter().map(|name| self.layer(name).map(|_| name.to_string())).collect(),

@@ -201,7 +201,12 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// A value computed on this tape.
     pub fn value(&self, var: Var) -> Result<&Tensor<B>> {
         let known = self.gradients.values.get(var.index).filter(|_| var.tape == self.id);
-        known.ok_or_else(|| Error::Value { verb: "tape", name: "value", got: "of another tape".into(), want: "of this one" })
+        known.ok_or_else(|| Error::Value {
+            verb: "tape",
+            name: "value",
+            got: "of another tape".into(),
+            want: "of this one".into(),
+        })
     }
 
     fn is_wanted(&self, var: Var) -> bool {

@@ -9,7 +9,7 @@ use lowrank::autograd::{Gradients, LoraParams, Param, Tape};
 use lowrank::nn::{Adam, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Backend, Cpu, Tensor, VectorUnit};
+use lowrank::{Backend, Cpu, Error, Tensor, VectorUnit};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, mask, random, up};
@@ -232,7 +232,23 @@ fn everything_that_is_held_can_be_debugged() {
 }
 
 #[test]
+fn an_input_that_does_not_fit_is_named_with_the_layer() {
+    let (cpu, rng) = (cpu(), &mut Rng::new(1));
+    let mut model = Mlp::new(&cpu, &[4, 8, 3], rng).unwrap();
+    let wrong = || Tensor::zeros(&cpu, (2, 5)).unwrap();
+    let error = model.predict(&cpu, wrong()).unwrap_err();
+    assert_eq!(error.to_string(), "linear_forward: `x` is 2×5, want 2×4, in `linear1`");
+    assert!(matches!(error, Error::InLayer { error, .. } if matches!(*error, Error::Shape { name: "x", .. })));
+    model.add_adapters(&cpu, Targets::All, &LoraConfig::new(2, 4.0), rng).unwrap();
+    let error = model.predict(&cpu, wrong()).unwrap_err();
+    assert_eq!(error.to_string(), "lora_forward: `x` is 2×5, want 2×4, in `linear1`");
+    // The rows of each adapter are a batch.
+    let error = model.predict_mixed(&cpu, &wrong(), &[None, Some(DEFAULT)]).unwrap_err();
+    assert_eq!(error.to_string(), "linear_forward: `x` is 1×5, want 1×4, in `linear1`");
+}
+
+#[test]
 fn a_model_that_no_memory_holds_is_an_error() {
     let error = Mlp::new(&cpu(), &[1 << 30, 1 << 20], &mut Rng::new(1)).err().unwrap();
-    assert!(matches!(error, lowrank::Error::OutOfMemory { .. }), "{error}");
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }

@@ -26,6 +26,13 @@ fn a_parameter_keeps_its_shape<B: Backend<Elem = f32>>(backend: &B) {
     assert_eq!((param.tensor().to_vec(backend).unwrap(), param.id()), (vec![4.0; 6], id));
 }
 
+fn without_layer(error: Error) -> Error {
+    match error {
+        Error::InLayer { error, .. } => *error,
+        other => other,
+    }
+}
+
 /// Who holds a parameter can still put another one in its place: an error that names it, wherever it is used.
 #[test]
 fn a_parameter_of_another_shape_in_the_place_of_one_is_named() {
@@ -38,7 +45,7 @@ fn a_parameter_of_another_shape_in_the_place_of_one_is_named() {
             let there = model.params_mut().filter(|param| param.trainable).nth(at).unwrap();
             *there = Param::new(Tensor::zeros(&cpu, shape).unwrap());
             let refused = [
-                model.merge_adapters(&cpu).unwrap_err(),
+                without_layer(model.merge_adapters(&cpu).unwrap_err()),
                 model.swap_adapter(&cpu, DEFAULT, trained(&cpu, all(&dora), 3)).unwrap_err(),
                 adapter::save(&cpu, &model, folder.path()).unwrap_err(),
                 adapter::save_as(&cpu, &model, DEFAULT, folder.path()).unwrap_err(),

@@ -178,7 +178,7 @@ fn train<B: Backend>(
         let loss = losses[losses.len() - group.len()..].iter().sum::<f32>() / group.len() as f32;
         if !loss.is_finite() {
             let got = format!("{loss} after {} steps", losses.len());
-            return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate" });
+            return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate".into() });
         }
         watch(&Progress { phase, step: losses.len(), steps: batches.len(), loss, seconds: began.elapsed().as_secs_f64() });
     }
@@ -208,7 +208,7 @@ fn shown(split: &Split, digit: u8) -> Result<Vec<usize>> {
     let rows = split.of_digit(digit);
     if rows.is_empty() {
         let got = format!("{digit}, which no training image shows");
-        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there" });
+        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there".into() });
     }
     Ok(rows)
 }

@@ -214,7 +214,7 @@ fn new_bias<B: Backend>(backend: &B, base: Option<&Param<B>>, part: &Tuned<B>) -
     };
     let Some((update, scale)) = update else { return own.map(|own| own.tensor.to_vec(backend)).transpose() };
     let Some(base) = own.or(base) else {
-        return Err(Error::Value { verb: "merge", name: "bias", got: "missing".into(), want: "there, for a `lora_bias`" });
+        return Err(Error::Value { verb: "merge", name: "bias", got: "missing".into(), want: "there, for a `lora_bias`".into() });
     };
     let (base, update) = (base.tensor.to_vec(backend)?, update.tensor.to_vec(backend)?);
     let sum = |(base, update): (B::Elem, B::Elem)| B::Elem::from_f32(base.to_f32() + scale * update.to_f32());

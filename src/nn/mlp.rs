@@ -112,6 +112,8 @@ impl<B: Backend> Mlp<B> {
     }
 
     /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.
+    ///
+    /// Errors: [`Error::InLayer`] for an `x` that does not fit, those of the tape.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
         self.forward_with(tape, x, seed, LoraLinear::forward)
     }
@@ -124,16 +126,18 @@ impl<B: Backend> Mlp<B> {
         seed: Option<u64>,
         lora: impl Fn(&'m LoraLinear<B>, &mut Tape<'m, B>, Var, Option<u64>) -> Result<Var>,
     ) -> Result<Var> {
+        tape.value(x)?;
         let mut value = x;
-        for (i, (_, layer)) in self.layers.iter().enumerate() {
+        for (i, (name, layer)) in self.layers.iter().enumerate() {
             if i > 0 {
                 value = tape.relu(value)?;
             }
             let seed = seed.map(|seed| seed.wrapping_mul(self.layers.len() as u64).wrapping_add(i as u64));
-            value = match layer {
-                Layer::Linear(linear) => linear.forward(tape, value)?,
-                Layer::Lora(layer) => lora(layer, tape, value, seed)?,
+            let made = match layer {
+                Layer::Linear(linear) => linear.forward(tape, value),
+                Layer::Lora(layer) => lora(layer, tape, value, seed),
             };
+            value = made.map_err(|error| error.in_layer(name))?;
         }
         Ok(value)
     }

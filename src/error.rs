@@ -57,20 +57,20 @@ pub enum Error {
     },
 
     /// A name that the model does not have.
-    #[error("no layer is named `{name}`; the layers are {known}")]
+    #[error("no layer is named `{name}`; {}", there_are("layers", known))]
     NoSuchLayer {
         /// The name asked for.
         name: String,
-        /// The names there are.
+        /// The names there are; empty if there are none.
         known: String,
     },
 
     /// A name that none of the model's adapters has.
-    #[error("no adapter is named `{name}`; the adapters are {known}")]
+    #[error("no adapter is named `{name}`; {}", there_are("adapters", known))]
     NoSuchAdapter {
         /// The name asked for.
         name: String,
-        /// The names there are.
+        /// The names there are; empty if there are none.
         known: String,
     },
 
@@ -148,4 +148,9 @@ impl Error {
             other => other,
         }
     }
+}
+
+/// What there is instead of what was asked for.
+fn there_are(what: &str, known: &str) -> String {
+    if known.is_empty() { "there are none".into() } else { format!("the {what} are {known}") }
 }

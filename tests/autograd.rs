@@ -145,7 +145,7 @@ fn adapters_switch_merge_and_are_refused_by_name() {
     let merged = model.predict(&cpu, x()).unwrap();
     assert_abs_diff_eq!(merged[..], on[..], epsilon = 1e-5);
     let refused = model.set_adapters_enabled(false).unwrap_err();
-    assert_eq!(refused.to_string(), "set_enabled: `adapter` is merged into the weight, want unmerged first");
+    assert_eq!(refused.to_string(), "set_adapters_enabled: `adapter` is `default`, merged into the weight, want unmerged first");
     model.unmerge_adapters(&cpu).unwrap();
     assert_abs_diff_eq!(model.predict(&cpu, x()).unwrap()[..], on[..], epsilon = 1e-5);
 }
@@ -160,7 +160,7 @@ fn a_parameter_used_twice_is_an_error() {
     let twice = tape.linear(once, &w, None).unwrap();
     tape.seed(twice, Tensor::from_slice(&cpu, (1, 2), &[1.0, 1.0]).unwrap()).unwrap();
     let error = tape.backward().err().unwrap();
-    assert_eq!(error.to_string(), "backward: `param` is 2×2 used twice, want used once on a tape");
+    assert_eq!(error.to_string(), "backward: `w` is a parameter of 2×2 that was used twice, want used once on a tape");
 }
 
 #[test]
@@ -173,7 +173,9 @@ fn learning_rates_and_settings_are_checked_before_anything_moves() {
     {
         assert!(model.add_adapters(&cpu, Targets::All, &config, &mut rng).is_err(), "{config:?}");
     }
-    assert!(Mlp::new(&cpu, &[3], &mut rng).is_err());
+    let dropout = LoraConfig { dropout: 1.5, ..LoraConfig::new(1, 1.0) }.check().unwrap_err();
+    assert_eq!(dropout.to_string(), "lora: `lora_dropout` is 1.5, want at least 0 and below 1");
+    assert!(Mlp::new(&cpu, &[3], &mut rng).is_err() && Mlp::<Cpu<f32>>::from_layers(Vec::new()).is_err());
     assert!(model.layers().all(|(_, layer)| layer.lora().is_none()));
 }
 
@@ -228,7 +230,7 @@ fn everything_that_is_held_can_be_debugged() {
     held::<lowrank::Cuda<f32>>();
     let cpu = cpu().with_unit(VectorUnit::Scalar).unwrap().with_threads(2).unwrap();
     assert_eq!(format!("{cpu:?}"), "Cpu<f32>(scalar, 2 threads)");
-    assert_eq!(Mlp::new(&cpu, &[3], &mut Rng::new(1)).unwrap_err().to_string(), "mlp: `layers` is 0, want at least 1");
+    assert_eq!(Mlp::new(&cpu, &[3], &mut Rng::new(1)).unwrap_err().to_string(), "mlp: `sizes` is [3], want at least two");
 }
 
 #[test]

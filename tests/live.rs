@@ -135,6 +135,7 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
             assert_eq!(error.to_string(), format!("adapter: `name` is {name}, want a name without dots and slashes"));
         }
     }
+    assert_eq!(net(backend).set_scale("z", 1.0).unwrap_err().to_string(), "no adapter is named `z`; there are none");
     assert!(model.delete_adapter("z").is_err() && model.set_scale("z", 1.0).is_err() && model.set_scale("a", f32::NAN).is_err());
     let bias = LoraConfig { bias: Bias::All, ..config(1, 1.0) };
     for name in ["d", "e"] {
@@ -156,8 +157,10 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
         model.reserve_rank(backend, "a", 9).unwrap_err(),
         model.insert_adapter("f", trained(backend, all(&config(1, 1.0)), 1)).unwrap_err(),
     ];
-    for error in refused {
-        assert!(error.to_string().ends_with("is merged into the weight, want unmerged first"), "{error}");
+    let verbs = ["set_active", "delete_adapter", "set_scale", "unload", "set_adapters_enabled", "reserve_rank", "insert_adapter"];
+    for (error, verb) in refused.into_iter().zip(verbs) {
+        let want = format!("{verb}: `adapter` is `a`, merged into the weight, want unmerged first");
+        assert_eq!(error.to_string(), want);
     }
     assert_eq!(outputs(backend, &model), merged);
     let weight = (11, 13).into();

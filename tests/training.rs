@@ -217,8 +217,13 @@ fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(b
     for (at, (moved, want)) in moved.iter().zip(want.iter().cycle()).enumerate() {
         assert!((moved - want).abs() <= 1e-4 * want, "parameter {at} moved by {moved}, want {want}");
     }
-    adam.loraplus_lr_ratio = f32::NAN;
-    assert!(adam.step(backend, model.params_mut(), &grads).is_err());
+    let before = all_params(backend, &mut model);
+    for ratio in [f32::NAN, -1.0, f32::INFINITY] {
+        adam.loraplus_lr_ratio = ratio;
+        let error = adam.step(backend, model.params_mut(), &grads).unwrap_err();
+        assert!(matches!(error, Error::Value { name: "loraplus_lr_ratio", .. }), "{error}");
+    }
+    assert_eq!((all_params(backend, &mut model), adam.steps()), (before, 1));
 }
 
 /// Counted with those that were there before, its first step would be several times the learning rate.

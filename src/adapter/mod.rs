@@ -125,6 +125,7 @@ fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
 /// a setting outside its range, or a model that holds a merged adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
+    model.unmerged("load")?;
     model.unload()?;
     model.insert_adapter(DEFAULT, parts)?; // cannot fail: each part is for a layer there is, and fits it
     Ok(config)

@@ -154,10 +154,13 @@ impl<B: Backend> Gradients<B> {
         }
     }
 
-    pub(super) fn file(&mut self, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+    /// Files the gradient of a parameter, if there is one. Errors: [`Error::Value`], in the words of the layer that the parameter is
+    /// of, if there is one already.
+    pub(super) fn file(&mut self, name: &'static str, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
         let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
         let first = self.of.insert(param.id, gradient).is_none();
-        Error::unless(first, "backward", "param", format_args!("{} used twice", param.tensor.shape()), "used once on a tape")
+        let got = format_args!("a parameter of {} that was used twice", param.tensor.shape());
+        Error::unless(first, "backward", name, got, "used once on a tape")
     }
 
     /// Makes the matrix of every gradient that is kept as a product.

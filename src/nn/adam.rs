@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 
 use crate::autograd::{Gradients, Param};
 use crate::backend::Backend;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::op::{self, AdamRate};
 use crate::tensor::Tensor;
 
@@ -42,7 +42,7 @@ struct Moments<B: Backend> {
 }
 
 impl<B: Backend> Adam<B> {
-    /// PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`](crate::Error::Value) unless `lr` is finite
+    /// PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`] unless `lr` is finite
     /// and not negative.
     pub fn new(lr: f32) -> Result<Self> {
         let (beta1, beta2, eps, loraplus_lr_ratio) = (0.9, 0.999, 1e-8, 1.0);
@@ -90,8 +90,11 @@ impl<B: Backend> Adam<B> {
         AdamRate::new(lr, self.beta1, self.beta2, self.eps, t)
     }
 
-    /// Errors: [`Error::Value`](crate::Error::Value) for scalars that no step can take.
+    /// Errors: [`Error::Value`] for scalars that no step can take.
     fn check(&self) -> Result<()> {
-        self.rate(false, 1).and(self.rate(true, 1)).map(|_| ())
+        self.rate(false, 1)?;
+        let (ratio, plus) = (self.loraplus_lr_ratio, self.lr * self.loraplus_lr_ratio);
+        let fine = ratio >= 0.0 && plus.is_finite();
+        Error::unless(fine, "adam", "loraplus_lr_ratio", ratio, "not negative, and finite times `lr`")
     }
 }

@@ -49,7 +49,7 @@ impl<B: Backend> Mlp<B> {
             };
             parts.push((layer.to_string(), part));
         }
-        self.insert_adapter(name, parts)
+        self.insert_as("add_adapter", name, parts, self.would_be_active(name))
     }
 
     /// Freezes the model and puts these updates beside the layers they name: the adapter [`DEFAULT`], in place of one of that name.
@@ -57,7 +57,8 @@ impl<B: Backend> Mlp<B> {
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for none, and for a layer that holds a merged adapter. Nothing
     /// is changed then.
     pub fn set_adapters(&mut self, adapters: Vec<(String, Adapter<B>)>) -> Result<()> {
-        self.insert_adapter(DEFAULT, adapters.into_iter().map(|(layer, adapter)| (layer, Tuned::Lora(adapter))).collect())
+        let parts = adapters.into_iter().map(|(layer, adapter)| (layer, Tuned::Lora(adapter))).collect();
+        self.insert_as("set_adapters", DEFAULT, parts, self.would_be_active(DEFAULT))
     }
 
     /// Freezes the model and gives it an adapter: what it does to the layers it names. One of the same name is replaced as a whole:
@@ -66,27 +67,31 @@ impl<B: Backend> Mlp<B> {
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for no part, a name with a dot or a slash, a layer that holds a
     /// merged adapter, and for two active adapters that each bring a bias or a whole layer. Nothing is changed then.
     pub fn insert_adapter(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
+        self.insert_as("insert_adapter", name, parts, self.would_be_active(name))
+    }
+
+    /// Whether an adapter of this name is active once it is inserted.
+    fn would_be_active(&self, name: &str) -> bool {
         let active = self.active_adapters();
-        let activate = active.is_empty() || active.contains(&name);
-        self.insert_as(name, parts, activate)
+        active.is_empty() || active.contains(&name)
     }
 
     /// [`insert_adapter`](Self::insert_adapter) of one that is not active.
     #[cfg(feature = "svd")]
     pub(crate) fn insert_waiting(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
-        self.insert_as(name, parts, false)
+        self.insert_as("begin_with", name, parts, false)
     }
 
-    fn insert_as(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>, activate: bool) -> Result<()> {
-        Error::unless(!parts.is_empty(), "insert_adapter", "parts", "none", "at least one")?;
+    fn insert_as(&mut self, verb: &'static str, name: &str, parts: Vec<(String, Tuned<B>)>, activate: bool) -> Result<()> {
+        Error::unless(!parts.is_empty(), verb, "parts", "none", "at least one")?;
         let enabled = self.loras().all(LoraLinear::is_enabled);
         for (layer, part) in &parts {
             match self.layer(layer)? {
                 Layer::Linear(linear) => part.check(name, linear)?,
-                Layer::Lora(lora) => lora.check_insert(name, part, activate)?,
+                Layer::Lora(lora) => lora.check_insert(verb, name, part, activate)?,
             }
         }
-        self.loras().filter(|lora| lora.part(name).is_some()).try_for_each(|lora| lora.unmerged("insert_adapter"))?;
+        self.loras().filter(|lora| lora.part(name).is_some()).try_for_each(|lora| lora.unmerged(verb))?;
         self.freeze();
         let layers: Vec<String> = parts.iter().map(|(layer, _)| layer.clone()).collect();
         self.keep_in(&layers, name)?;
@@ -167,7 +172,7 @@ impl<B: Backend> Mlp<B> {
 
     /// Switches the adapters on or off. Errors: [`Error::Value`] while one is merged.
     pub fn set_adapters_enabled(&mut self, enabled: bool) -> Result<()> {
-        self.unmerged("set_enabled")?;
+        self.unmerged("set_adapters_enabled")?;
         self.loras_mut().try_for_each(|lora| lora.set_enabled(enabled))
     }
 

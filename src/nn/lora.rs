@@ -192,7 +192,7 @@ impl<B: Backend> LoraLinear<B> {
     /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
     /// exclude each other.
     pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
-        self.check_insert(name, &part, active)?;
+        self.check_insert("insert", name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
             Some((_, there)) => *there = part,
             None => self.parts.push((name.into(), part)),
@@ -204,12 +204,12 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// The errors of [`insert`](Self::insert).
-    pub(super) fn check_insert(&self, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
-        self.unmerged("insert")?;
+    /// The errors of [`insert`](Self::insert), said of what was called.
+    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
+        self.unmerged(verb)?;
         part.check(name, &self.base)?;
         let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
-        together("insert", others.chain([part]))
+        together(verb, others.chain([part]))
     }
 
     /// Takes an adapter away, if it is there. Errors: [`Error::Value`] while one is merged.
@@ -288,7 +288,8 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     pub(super) fn unmerged(&self, verb: &'static str) -> Result<()> {
-        Error::unless(self.merged.is_empty(), verb, "adapter", "merged into the weight", "unmerged first")
+        let Some(merged) = self.merged.last() else { return Ok(()) };
+        Error::unless(false, verb, "adapter", format_args!("`{}`, merged into the weight", merged.name()), "unmerged first")
     }
 
     /// The base layer, and what the active adapters add that is not merged; the base layer alone while they are off.

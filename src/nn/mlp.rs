@@ -73,11 +73,12 @@ impl<B: Backend> Mlp<B> {
     /// Layers `linear1`, `linear2`, … for sizes such as `[784, 1000, 2000, 10]`. Errors: [`Error::Value`] for fewer than two
     /// sizes.
     pub fn new(backend: &B, sizes: &[usize], rng: &mut Rng) -> Result<Self> {
+        Error::unless(sizes.len() >= 2, "mlp", "sizes", format_args!("{sizes:?}"), "at least two")?;
         let layers = sizes.windows(2).map(|pair| Linear::new(backend, pair[0], pair[1], rng)).collect::<Result<_>>()?;
         Self::from_layers(layers)
     }
 
-    /// From layers that fit one another; they are called `linear1`, `linear2`, …
+    /// From layers that fit one another; they are called `linear1`, `linear2`, … Errors: [`Error::Value`] for none, [`Error::Shape`].
     pub fn from_layers(layers: Vec<Linear<B>>) -> Result<Self> {
         Error::unless(!layers.is_empty(), "mlp", "layers", layers.len(), "at least 1")?;
         for pair in layers.windows(2) {
@@ -112,6 +113,10 @@ impl<B: Backend> Mlp<B> {
     }
 
     /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.
+    ///
+    /// A model goes over a tape once: rows that belong to one step are one batch. A second time is fine without a gradient; else
+    /// [`Tape::backward`] refuses the parameters that were used twice. For several batches a step there is
+    /// [`Gradients::add`](crate::autograd::Gradients::add).
     ///
     /// Errors: [`Error::InLayer`] for an `x` that does not fit, those of the tape.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {

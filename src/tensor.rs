@@ -90,6 +90,13 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         backend.write(&mut self.buffer, host)
     }
 
+    /// A tensor of its own with the same bits; they go through host memory.
+    ///
+    /// Errors: [`Error::OutOfMemory`], [`Error::Device`].
+    pub fn try_clone(&self, backend: &B) -> Result<Self> {
+        Self::from_slice(backend, self.shape, &self.to_vec(backend)?)
+    }
+
     /// Rows × columns.
     pub fn shape(&self) -> Shape {
         self.shape

@@ -203,6 +203,23 @@ fn asking_for_nothing_is_an_error() {
 }
 
 #[test]
+fn a_clone_has_the_same_bits_and_memory_of_its_own() {
+    let cpu = cpu();
+    let mut tensor = Tensor::from_slice(&cpu, (2, 2), &[0.0, -0.0, f32::MIN_POSITIVE / 8.0, f32::NAN]).unwrap();
+    let clone = tensor.try_clone(&cpu).unwrap();
+    tensor.copy_from_slice(&cpu, &[1.0; 4]).unwrap();
+    let bits: Vec<u32> = down(&cpu, &clone).into_iter().map(f32::to_bits).collect();
+    assert_eq!(bits, [0.0, -0.0, f32::MIN_POSITIVE / 8.0, f32::NAN].map(f32::to_bits));
+    assert_eq!(clone.shape(), (2, 2).into());
+    let linear = Linear::new(&cpu, 3, 2, &mut Rng::new(1)).unwrap();
+    let same = linear.try_clone(&cpu).unwrap();
+    for (one, two) in linear.params().zip(same.params()) {
+        assert_eq!(down(&cpu, one.tensor()), down(&cpu, two.tensor()));
+        assert_ne!(one.id(), two.id());
+    }
+}
+
+#[test]
 fn a_value_of_another_tape_is_refused() {
     let (cpu, mut rng) = (cpu(), Rng::new(1));
     let model = Mlp::new(&cpu, &[2, 2], &mut rng).unwrap();

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use lowrank::autograd::{Gradients, Tape};
 use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
-use lowrank::nn::{Adam, DEFAULT, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::nn::{Adam, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 
@@ -286,10 +286,5 @@ pub fn same_bits(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
 
 /// A model with the same base weights and no adapters.
 fn copy<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Mlp<B>> {
-    let copy = |tensor: &Tensor<B>| Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?);
-    let linear = |layer: &Linear<B>| {
-        let bias = layer.bias().map(|bias| copy(bias.tensor())).transpose()?;
-        Linear::from_tensors(copy(layer.weight().tensor())?, bias)
-    };
-    Mlp::from_layers(mlp.layers().map(|(_, layer)| linear(layer.base())).collect::<Result<_>>()?)
+    Mlp::from_layers(mlp.layers().map(|(_, layer)| layer.base().try_clone(backend)).collect::<Result<_>>()?)
 }

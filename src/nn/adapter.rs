@@ -38,7 +38,7 @@ impl<B: Backend> Adapter<B> {
             adapter.magnitude = Some(Param::plus(dora::row_norms(backend, base, &adapter)?));
         }
         if adapter.config.bias != super::Bias::None {
-            adapter.bias = base.bias().map(|bias| copy(backend, &bias.tensor).map(Param::plus)).transpose()?;
+            adapter.bias = base.bias().map(|bias| bias.tensor.try_clone(backend).map(Param::plus)).transpose()?;
         }
         Ok(adapter)
     }
@@ -186,9 +186,4 @@ pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), to: (
         padded.chunks_exact_mut(to.cols).zip(rows).for_each(|(to, from)| to[..cols].copy_from_slice(from));
     }
     Ok(padded)
-}
-
-/// A tensor of its own with the same numbers.
-pub(super) fn copy<B: Backend>(backend: &B, tensor: &Tensor<B>) -> Result<Tensor<B>> {
-    Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?)
 }

@@ -1,6 +1,5 @@
 //! What users do with the adapters of a model, by name.
 
-use super::adapter::copy;
 use super::{Adapter, Bias, DEFAULT, Layer, LoraConfig, LoraLinear, Mlp, Targets, Tuned};
 use crate::autograd::Param;
 use crate::backend::Backend;
@@ -39,11 +38,11 @@ impl<B: Backend> Mlp<B> {
         for (layer, there) in self.layers() {
             let base = there.base();
             let part = if saved(layer) {
-                Tuned::Whole(base.copy(backend)?)
+                Tuned::Whole(base.try_clone(backend)?)
             } else if targets.iter().any(|target| target == layer) {
                 Tuned::Lora(Adapter::new(backend, base, config.clone(), rng)?)
             } else if let (Bias::All, Some(bias)) = (config.bias, base.bias()) {
-                Tuned::Bias(Param::plus(copy(backend, &bias.tensor)?))
+                Tuned::Bias(Param::plus(bias.tensor.try_clone(backend)?))
             } else {
                 continue;
             };

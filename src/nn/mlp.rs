@@ -147,7 +147,8 @@ impl<B: Backend> Mlp<B> {
         Ok(value)
     }
 
-    /// Logits without a gradient: `m×k` in, `m×n` out, in host memory.
+    /// Logits without a gradient: `m×k` in, `m×n` out, in host memory. Takes `x`, as a tape does; who needs it again has
+    /// [`Tensor::try_clone`].
     pub fn predict(&self, backend: &B, x: Tensor<B>) -> Result<Vec<B::Elem>> {
         let mut tape = Tape::new(backend);
         let x = tape.input(x);

@@ -163,6 +163,7 @@ impl<B: Backend> Mlp<B> {
     ///
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged, or for two that each bring a bias or a whole layer.
     /// Nothing is changed then.
+    #[doc(alias = "set_adapter")]
     pub fn set_active(&mut self, names: &[&str]) -> Result<()> {
         self.known(names)?;
         self.loras().try_for_each(|lora| lora.can_activate(names))?;

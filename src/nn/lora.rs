@@ -229,6 +229,7 @@ impl<B: Backend> LoraLinear<B> {
     ///
     /// Errors: [`Error::Value`] while an adapter is merged, or for two that each have a bias in place of the layer's, or one that
     /// takes the layer's place beside another.
+    #[doc(alias = "set_adapter")]
     pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
         self.can_activate(names)?;
         self.active.clear();

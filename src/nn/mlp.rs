@@ -59,7 +59,8 @@ impl<B: Backend> Layer<B> {
 pub enum Targets<'a> {
     /// Every linear layer.
     All,
-    /// Those with these names.
+    /// Those with these names, in full: `linear1`, and an error for a name that no layer has. PEFT's list picks also each layer whose
+    /// name ends in a dot and one of these, and its pattern each whose whole name matches; in a folder they are read so here as well.
     Names(&'a [&'a str]),
 }
 

@@ -2,9 +2,7 @@
 
 mod support;
 
-use lowrank::nn::{
-    Adapter, Bias, DEFAULT, Init, Kept, LayerStatus, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned,
-};
+use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Kept, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned};
 use lowrank::op::Rounding;
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Float, Tensor, bf16, f16};
@@ -18,7 +16,6 @@ on_every_backend!(
     the_active_adapters_are_added_up,
     status_and_counts_say_what_is_there,
     names_are_checked_and_nothing_changes_on_error,
-    an_adapter_of_the_same_name_is_replaced_as_a_whole,
     deleting_the_last_adapter_leaves_the_plain_model,
     biases_and_whole_layers_go_when_the_adapter_goes,
     a_whole_layer_stands_alone,
@@ -167,49 +164,6 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
     assert!(model.params_mut().all(|param| param.tensor().shape() != weight), "a merged weight is not handed out");
 }
 
-fn an_adapter_of_the_same_name_is_replaced_as_a_whole<B: Backend<Elem = f32>>(backend: &B) {
-    let rng = &mut Rng::new(25);
-    let wide = LoraConfig { bias: Bias::All, ..config(2, 3.0) };
-    let add = |model: &mut Mlp<B>, rng: &mut Rng| {
-        model.add_adapters(backend, Targets::Names(&["linear2"]), &config(1, 3.0), rng).unwrap();
-    };
-    let set = |model: &mut Mlp<B>, _: &mut Rng| {
-        let parts = trained(backend, [None, Some(config(1, 3.0)), None], 26).into_iter();
-        let adapters =
-            parts.filter_map(|(layer, part)| if let Tuned::Lora(adapter) = part { Some((layer, adapter)) } else { None });
-        model.set_adapters(adapters.collect()).unwrap();
-    };
-    let insert = |model: &mut Mlp<B>, _: &mut Rng| {
-        model.insert_adapter(DEFAULT, trained(backend, [None, Some(config(1, 3.0)), None], 26)).unwrap();
-    };
-    for replace in [&add as &dyn Fn(&mut Mlp<B>, &mut Rng), &set, &insert] {
-        let mut model = net(backend);
-        model.add_adapters(backend, Targets::Names(&["linear1", "linear2"]), &wide, rng).unwrap(); // a bias in linear3
-        model.insert_adapter("other", trained(backend, [Some(config(3, 3.0)), None, None], 27)).unwrap();
-        replace(&mut model, rng);
-        let layers = model.status();
-        let ranks = |layer: &LayerStatus| layer.adapters.iter().map(|a| (a.name.clone(), a.rank)).collect::<Vec<_>>();
-        let want = [("linear1", "other", 3), ("linear2", DEFAULT, 1)];
-        let want = want.map(|(layer, name, rank)| (layer.to_string(), vec![(name.to_string(), Some(rank))]));
-        assert_eq!(layers.iter().map(|layer| (layer.name.clone(), ranks(layer))).collect::<Vec<_>>(), want);
-        assert_eq!(model.active_adapters(), [DEFAULT]);
-        assert_eq!(model.parameter_report().trainable, 11 + 9, "what is left frozen stays frozen");
-    }
-}
-
-/// Refused where the old one is merged, in layers that the new one does not name as well.
-#[test]
-fn a_merged_adapter_is_not_replaced() {
-    let cpu = cpu::<f32>();
-    let mut model = net(&cpu);
-    model.insert_adapter("a", trained(&cpu, [Some(config(2, 3.0)), None, None], 28)).unwrap();
-    model.merge_adapters(&cpu).unwrap();
-    let before = (model.status(), outputs(&cpu, &model));
-    let new = trained(&cpu, [None, Some(config(2, 3.0)), None], 29);
-    assert!(matches!(model.insert_adapter("a", new), Err(Error::Value { name: "adapter", .. })));
-    assert_eq!((model.status(), outputs(&cpu, &model)), before);
-}
-
 fn deleting_the_last_adapter_leaves_the_plain_model<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = several(backend);
     for name in ["a", "b", "c"] {
@@ -302,57 +256,6 @@ fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
     assert_near("a new DoRA", &outputs(backend, &model), &oracle(backend, &net(backend), &[]));
     let both = LoraConfig { lora_bias: true, ..dora };
     assert!(model.add_adapters(backend, Targets::All, &both, &mut Rng::new(3)).is_err());
-}
-
-#[test]
-fn a_swap_writes_into_the_tensors_that_are_there() {
-    let cpu = cpu::<f32>();
-    let places = |model: &Mlp<Cpu<f32>>| -> Vec<*const f32> {
-        model.adapters("a").flat_map(|(_, a)| a.params()).map(|param| param.tensor().buffer().as_ptr()).collect()
-    };
-    let mut model = net(&cpu);
-    model.insert_adapter("a", trained(&cpu, all(&config(3, 7.0)), 31)).unwrap();
-    let small = outputs(&cpu, &model);
-    model.reserve_rank(&cpu, "a", 6).unwrap();
-    assert_near("padded", &outputs(&cpu, &model), &Mat::from_vec(5, 7, small.iter().map(|&y| y.into()).collect()));
-    let before = places(&model);
-
-    let new = || {
-        trained(
-            &cpu,
-            [Some(config(6, 2.0)), None, Some(LoraConfig { scaling: Scaling::AlphaOverSqrtRank, ..config(1, 2.0) })],
-            32,
-        )
-    };
-    model.set_scale("a", 0.5).unwrap();
-    model.swap_adapter(&cpu, "a", new()).unwrap(); // brings its own scaling
-    let mut fresh = net(&cpu);
-    fresh.insert_adapter("a", new()).unwrap();
-    let want = outputs(&cpu, &fresh).iter().map(|&y| y.into()).collect();
-    assert_near("swapped", &outputs(&cpu, &model), &Mat::from_vec(5, 7, want));
-    let scalings = |model: &Mlp<_>, at: usize| model.status()[at].adapters[0].scaling;
-    assert_eq!([0, 2].map(|at| scalings(&model, at)), [Some(2.0 / 6.0), Some(2.0)]);
-    assert_eq!(places(&model), before, "nothing was allocated");
-
-    let (got, bits) = (outputs(&cpu, &model), base_bits(&cpu, &model));
-    for rank in [usize::MAX, 1 << 60, 1 << 50] {
-        let error = model.reserve_rank(&cpu, "a", rank).unwrap_err();
-        assert!(matches!(error, Error::TooLarge { .. } | Error::OutOfMemory { .. }), "{rank}: {error}");
-    }
-    assert_eq!(places(&model), before, "a refused reserve_rank changed the model");
-    let refused =
-        |model: &mut Mlp<_>, configs| model.swap_adapter(&cpu, "a", trained(&cpu, configs, 33)).unwrap_err().to_string();
-    assert!(refused(&mut model, all(&config(7, 2.0))).contains("`rank` is 7"));
-    assert!(refused(&mut model, all(&LoraConfig { use_dora: true, ..config(2, 2.0) })).contains("magnitude"));
-    let extra = LoraConfig { bias: Bias::All, ..config(2, 2.0) };
-    assert!(refused(&mut model, [Some(extra.clone()), Some(extra.clone()), Some(extra)]).contains("bias"));
-    let mut narrow = net(&cpu);
-    narrow.insert_adapter("a", trained(&cpu, [Some(config(2, 2.0)), None, None], 34)).unwrap();
-    assert!(matches!(narrow.swap_adapter(&cpu, "a", new()), Err(Error::NoSuchLayer { .. })));
-    model.merge_adapters(&cpu).unwrap();
-    assert!(refused(&mut model, all(&config(1, 2.0))).contains("merged"));
-    model.unmerge_adapters(&cpu).unwrap();
-    assert_eq!((outputs(&cpu, &model), base_bits(&cpu, &model)), (got, bits));
 }
 
 fn rows_go_through_the_adapters_they_name<B: Backend<Elem = f32>>(backend: &B) {

@@ -40,8 +40,8 @@ use crate::tensor::Tensor;
 #[derive(Debug)]
 pub struct Param<B: Backend> {
     id: u64,
-    /// The numbers.
-    pub tensor: Tensor<B>,
+    /// The numbers. Who holds a parameter relies on its shape: [`set_tensor`](Self::set_tensor) keeps it.
+    pub(crate) tensor: Tensor<B>,
     /// Whether the backward pass computes its gradient. A frozen parameter is `false`.
     pub trainable: bool,
     /// Whether LoRA+ gives it the larger learning rate: `B`, biases and magnitudes.
@@ -57,6 +57,27 @@ impl<B: Backend> Param<B> {
     /// A trainable parameter that LoRA+ gives the larger learning rate.
     pub(crate) fn plus(tensor: Tensor<B>) -> Self {
         Self { plus: true, ..Self::new(tensor) }
+    }
+
+    /// The numbers.
+    pub fn tensor(&self) -> &Tensor<B> {
+        &self.tensor
+    }
+
+    /// Puts other numbers in the place of those that are there. Errors: [`Error::Shape`] for a tensor of another shape.
+    pub fn set_tensor(&mut self, tensor: Tensor<B>) -> Result<()> {
+        let (got, want) = (tensor.shape(), self.tensor.shape());
+        if got != want {
+            return Err(Error::Shape { verb: "set_tensor", name: "tensor", got, want });
+        }
+        self.tensor = tensor;
+        Ok(())
+    }
+
+    /// Overwrites the numbers with those of `host`, row by row; nothing is allocated. Errors: [`Error::Value`] if there are more or
+    /// fewer.
+    pub fn copy_from_slice(&mut self, backend: &B, host: &[B::Elem]) -> Result<()> {
+        self.tensor.copy_from_slice(backend, host)
     }
 
     /// How many numbers it holds.
@@ -180,7 +201,12 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// A value computed on this tape.
     pub fn value(&self, var: Var) -> Result<&Tensor<B>> {
         let known = self.gradients.values.get(var.index).filter(|_| var.tape == self.id);
-        known.ok_or_else(|| Error::Value { verb: "tape", name: "value", got: "of another tape".into(), want: "of this one" })
+        known.ok_or_else(|| Error::Value {
+            verb: "tape",
+            name: "value",
+            got: "of another tape".into(),
+            want: "of this one".into(),
+        })
     }
 
     fn is_wanted(&self, var: Var) -> bool {
@@ -290,9 +316,12 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// The gradients of the sum of all losses, for every trainable parameter.
     ///
-    /// Errors: [`Error::Value`] if a trainable parameter was used twice; those of the verbs.
+    /// Errors: [`Error::Value`] without a loss and without a [`seed`](Self::seed), or if a trainable parameter was used twice; those of
+    /// the verbs.
     pub fn backward(self) -> Result<Gradients<B>> {
         let Tape { id, backend, nodes, mut gradients } = self;
+        let begins = gradients.arrived.iter().any(Option::is_some);
+        Error::unless(begins, "backward", "loss", "missing", "a cross_entropy or a seed on the tape")?;
         for (index, node) in nodes.iter().enumerate().rev() {
             if let (true, Some(dy)) = (node.wanted, gradients.arrived[index].take()) {
                 flow::through(backend, &nodes, Var { tape: id, index }, dy, &mut gradients)?;

@@ -1,5 +1,6 @@
 //! What can go wrong, in the caller's words.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 use crate::tensor::Shape;
@@ -34,7 +35,16 @@ pub enum Error {
         /// What it is.
         got: String,
         /// What it may be.
-        want: &'static str,
+        want: Cow<'static, str>,
+    },
+
+    /// A layer of a model was asked for something that does not fit it.
+    #[error("{error}, in `{layer}`")]
+    InLayer {
+        /// The layer.
+        layer: String,
+        /// What does not fit: [`Error::Shape`] or [`Error::Value`].
+        error: Box<Error>,
     },
 
     /// A number of elements does not fit the address space, or not what a device can hold in one piece.
@@ -47,20 +57,20 @@ pub enum Error {
     },
 
     /// A name that the model does not have.
-    #[error("no layer is named `{name}`; the layers are {known}")]
+    #[error("no layer is named `{name}`; {}", there_are("layers", known))]
     NoSuchLayer {
         /// The name asked for.
         name: String,
-        /// The names there are.
+        /// The names there are; empty if there are none.
         known: String,
     },
 
     /// A name that none of the model's adapters has.
-    #[error("no adapter is named `{name}`; the adapters are {known}")]
+    #[error("no adapter is named `{name}`; {}", there_are("adapters", known))]
     NoSuchAdapter {
         /// The name asked for.
         name: String,
-        /// The names there are.
+        /// The names there are; empty if there are none.
         known: String,
     },
 
@@ -128,6 +138,19 @@ impl Error {
         if holds {
             return Ok(());
         }
-        Err(Self::Value { verb, name, got: got.to_string(), want })
+        Err(Self::Value { verb, name, got: got.to_string(), want: want.into() })
     }
+
+    /// The same error, with the name of the layer if it speaks of an operand.
+    pub(crate) fn in_layer(self, layer: &str) -> Self {
+        match self {
+            Self::Shape { .. } | Self::Value { .. } => Self::InLayer { layer: layer.into(), error: Box::new(self) },
+            other => other,
+        }
+    }
+}
+
+/// What there is instead of what was asked for.
+fn there_are(what: &str, known: &str) -> String {
+    if known.is_empty() { "there are none".into() } else { format!("the {what} are {known}") }
 }

@@ -97,7 +97,7 @@ impl Labels {
             None => Ok(Self(labels)),
             Some(at) => {
                 let got = format!("{} at {at}", labels[at]);
-                Err(Error::Value { verb: "mnist", name: "labels", got, want: "digits from 0 to 9" })
+                Err(Error::Value { verb: "mnist", name: "labels", got, want: "digits from 0 to 9".into() })
             }
         }
     }

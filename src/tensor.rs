@@ -57,7 +57,7 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     /// A copy of `host`, row by row. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn from_slice(backend: &B, shape: impl Into<Shape>, host: &[T]) -> Result<Self> {
         let shape = shape.into();
-        Error::unless(host.len() == shape.elements()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        holds("host", host.len(), shape)?;
         Ok(Self { shape, buffer: backend.upload(host)? })
     }
 
@@ -65,7 +65,7 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     pub fn from_buffer(shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
         let shape = shape.into();
         let len = B::buffer_len(&buffer);
-        Error::unless(len == shape.elements()?, "tensor", "buffer", len, "rows · cols elements")?;
+        holds("buffer", len, shape)?;
         Ok(Self { shape, buffer })
     }
 
@@ -80,14 +80,21 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     ///
     /// Errors: [`Error::Value`] if the length of `host` is not `rows · cols`.
     pub fn copy_to_slice(&self, backend: &B, host: &mut [T]) -> Result<()> {
-        Error::unless(host.len() == self.shape.elements()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        holds("host", host.len(), self.shape)?;
         backend.download(&self.buffer, host)
     }
 
     /// Overwrites the elements with those of `host`. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn copy_from_slice(&mut self, backend: &B, host: &[T]) -> Result<()> {
-        Error::unless(host.len() == self.shape.elements()?, "tensor", "host", host.len(), "rows · cols elements")?;
+        holds("host", host.len(), self.shape)?;
         backend.write(&mut self.buffer, host)
+    }
+
+    /// A tensor of its own with the same bits; they go through host memory.
+    ///
+    /// Errors: [`Error::OutOfMemory`], [`Error::Device`].
+    pub fn try_clone(&self, backend: &B) -> Result<Self> {
+        Self::from_slice(backend, self.shape, &self.to_vec(backend)?)
     }
 
     /// Rows × columns.
@@ -114,6 +121,15 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     pub(crate) fn buffer_mut(&mut self) -> &mut B::Buffer<T> {
         &mut self.buffer
     }
+}
+
+/// Errors: [`Error::Value`] unless there are as many elements as the shape has.
+fn holds(name: &'static str, len: usize, shape: Shape) -> Result<()> {
+    let want = shape.elements()?;
+    if len == want {
+        return Ok(());
+    }
+    Err(Error::Value { verb: "tensor", name, got: format!("{len} elements"), want: format!("{want}, for {shape}").into() })
 }
 
 impl<B: Backend, T: Element> fmt::Debug for Tensor<B, T> {

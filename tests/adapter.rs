@@ -467,7 +467,7 @@ fn write_expected(folder: &Path, tensors: &[Named]) {
 fn base<B: Backend>(backend: &B, model: &Mlp<B>, what: &str) -> Vec<(String, Vec<usize>, Vec<B::Elem>)> {
     let mut tensors = Vec::new();
     for (name, layer) in model.layers() {
-        let (weight, bias) = (&layer.base().weight().tensor, &layer.base().bias().unwrap().tensor);
+        let (weight, bias) = (layer.base().weight().tensor(), layer.base().bias().unwrap().tensor());
         let shape = vec![weight.rows(), weight.cols()];
         tensors.push((format!("{what}.{name}.weight"), shape, weight.to_vec(backend).unwrap()));
         tensors.push((format!("{what}.{name}.bias"), vec![bias.cols()], bias.to_vec(backend).unwrap()));

@@ -2,12 +2,14 @@
 
 mod support;
 
+use std::fmt::Debug;
+
 use approx::assert_abs_diff_eq;
-use lowrank::autograd::{LoraParams, Param, Tape};
-use lowrank::nn::{Adam, DEFAULT, Init, LoraConfig, Mlp, Scaling, Targets};
+use lowrank::autograd::{Gradients, LoraParams, Param, Tape};
+use lowrank::nn::{Adam, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Cpu, Tensor};
+use lowrank::{Backend, Cpu, Error, Tensor, VectorUnit};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, mask, random, up};
@@ -91,7 +93,7 @@ fn frozen_parameters_get_no_gradient_and_do_not_move() {
     let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(2, 4.0) };
     model.add_adapters(&cpu, Targets::Names(&["linear2"]), &config, &mut rng).unwrap();
     let weights = |model: &Mlp<Cpu<f32>>| -> Vec<Vec<f32>> {
-        model.layers().flat_map(|(_, layer)| layer.base().params()).map(|param| down(&cpu, &param.tensor)).collect()
+        model.layers().flat_map(|(_, layer)| layer.base().params()).map(|param| down(&cpu, param.tensor())).collect()
     };
     let before = weights(&model);
     let mut adam = Adam::new(0.1).unwrap();
@@ -106,7 +108,7 @@ fn frozen_parameters_get_no_gradient_and_do_not_move() {
     }
     assert_eq!(weights(&model), before);
     let (_, adapter) = model.adapters(DEFAULT).next().unwrap();
-    assert!(down(&cpu, &adapter.b().tensor).iter().any(|&b| b != 0.0), "B did not move");
+    assert!(down(&cpu, adapter.b().tensor()).iter().any(|&b| b != 0.0), "B did not move");
     let report = model.parameter_report();
     assert_eq!((report.original, report.introduced), (6 * 8 + 8 + 8 * 3 + 3, 2 * (8 + 3)));
 }
@@ -129,8 +131,8 @@ fn adapters_switch_merge_and_are_refused_by_name() {
         let lora = layer.lora_mut().unwrap();
         assert_eq!(lora.adapter(DEFAULT).unwrap().scaling(), 1.5);
         let b = lora.params_mut().last().unwrap();
-        let host: Vec<f32> = (0..b.tensor.rows() * b.tensor.cols()).map(|e| (e as f32).sin()).collect();
-        b.tensor.copy_from_slice(&cpu, &host).unwrap();
+        let host: Vec<f32> = (0..b.count()).map(|e| (e as f32).sin()).collect();
+        b.copy_from_slice(&cpu, &host).unwrap();
     }
     let on = model.predict(&cpu, x()).unwrap();
     assert_ne!(on, base);
@@ -143,7 +145,7 @@ fn adapters_switch_merge_and_are_refused_by_name() {
     let merged = model.predict(&cpu, x()).unwrap();
     assert_abs_diff_eq!(merged[..], on[..], epsilon = 1e-5);
     let refused = model.set_adapters_enabled(false).unwrap_err();
-    assert_eq!(refused.to_string(), "set_enabled: `adapter` is merged into the weight, want unmerged first");
+    assert_eq!(refused.to_string(), "set_adapters_enabled: `adapter` is `default`, merged into the weight, want unmerged first");
     model.unmerge_adapters(&cpu).unwrap();
     assert_abs_diff_eq!(model.predict(&cpu, x()).unwrap()[..], on[..], epsilon = 1e-5);
 }
@@ -158,7 +160,7 @@ fn a_parameter_used_twice_is_an_error() {
     let twice = tape.linear(once, &w, None).unwrap();
     tape.seed(twice, Tensor::from_slice(&cpu, (1, 2), &[1.0, 1.0]).unwrap()).unwrap();
     let error = tape.backward().err().unwrap();
-    assert_eq!(error.to_string(), "backward: `param` is 2×2 used twice, want used once on a tape");
+    assert_eq!(error.to_string(), "backward: `w` is a parameter of 2×2 that was used twice, want used once on a tape");
 }
 
 #[test]
@@ -171,8 +173,50 @@ fn learning_rates_and_settings_are_checked_before_anything_moves() {
     {
         assert!(model.add_adapters(&cpu, Targets::All, &config, &mut rng).is_err(), "{config:?}");
     }
-    assert!(Mlp::new(&cpu, &[3], &mut rng).is_err());
+    let dropout = LoraConfig { dropout: 1.5, ..LoraConfig::new(1, 1.0) }.check().unwrap_err();
+    assert_eq!(dropout.to_string(), "lora: `lora_dropout` is 1.5, want at least 0 and below 1");
+    assert!(Mlp::new(&cpu, &[3], &mut rng).is_err() && Mlp::<Cpu<f32>>::from_layers(Vec::new()).is_err());
     assert!(model.layers().all(|(_, layer)| layer.lora().is_none()));
+}
+
+/// What would do nothing, though somebody asked for it.
+#[test]
+fn asking_for_nothing_is_an_error() {
+    let (cpu, mut rng) = (cpu(), Rng::new(1));
+    let mut model = Mlp::new(&cpu, &[2, 2, 2], &mut rng).unwrap();
+    let config = LoraConfig::new(1, 1.0);
+    let none = model.add_adapters(&cpu, Targets::Names(&[]), &config, &mut rng).unwrap_err();
+    assert_eq!(none.to_string(), "add_adapter: `targets` is none, want at least one layer");
+    let none = model.insert_adapter("a", Vec::new()).unwrap_err();
+    assert_eq!(none.to_string(), "insert_adapter: `parts` is none, want at least one");
+    assert!(model.set_adapters(Vec::new()).is_err());
+    let config = LoraConfig { modules_to_save: vec!["linear2".into(), "head".into()], ..config };
+    let unknown = model.add_adapters(&cpu, Targets::All, &config, &mut rng).unwrap_err();
+    assert_eq!(unknown.to_string(), "no layer is named `head`; the layers are linear1, linear2");
+    assert!(model.layers().all(|(_, layer)| layer.lora().is_none() && layer.base().weight().trainable));
+
+    let mut tape = Tape::new(&cpu);
+    let x = tape.input(Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0]).unwrap());
+    model.forward(&mut tape, x, None).unwrap();
+    let error = tape.backward().unwrap_err();
+    assert_eq!(error.to_string(), "backward: `loss` is missing, want a cross_entropy or a seed on the tape");
+}
+
+#[test]
+fn a_clone_has_the_same_bits_and_memory_of_its_own() {
+    let cpu = cpu();
+    let mut tensor = Tensor::from_slice(&cpu, (2, 2), &[0.0, -0.0, f32::MIN_POSITIVE / 8.0, f32::NAN]).unwrap();
+    let clone = tensor.try_clone(&cpu).unwrap();
+    tensor.copy_from_slice(&cpu, &[1.0; 4]).unwrap();
+    let bits: Vec<u32> = down(&cpu, &clone).into_iter().map(f32::to_bits).collect();
+    assert_eq!(bits, [0.0, -0.0, f32::MIN_POSITIVE / 8.0, f32::NAN].map(f32::to_bits));
+    assert_eq!(clone.shape(), (2, 2).into());
+    let linear = Linear::new(&cpu, 3, 2, &mut Rng::new(1)).unwrap();
+    let same = linear.try_clone(&cpu).unwrap();
+    for (one, two) in linear.params().zip(same.params()) {
+        assert_eq!(down(&cpu, one.tensor()), down(&cpu, two.tensor()));
+        assert_ne!(one.id(), two.id());
+    }
 }
 
 #[test]
@@ -188,8 +232,42 @@ fn a_value_of_another_tape_is_refused() {
     assert!(one.value(x).is_ok());
 }
 
+/// So that they stand in a struct that derives it, and a `Result` of them has `unwrap_err`.
+#[test]
+fn everything_that_is_held_can_be_debugged() {
+    fn held<B: Backend + Debug>() {
+        fn debug<T: Debug>() {}
+        debug::<(B, Tensor<B>, Param<B>, Gradients<B>, Labels<B>)>();
+        debug::<(Linear<B>, Adapter<B>, Tuned<B>, LoraLinear<B>, Layer<B>, Mlp<B>, Adam<B>)>();
+    }
+    held::<Cpu<f32>>();
+    #[cfg(feature = "webgpu")]
+    held::<lowrank::WebGpu<f32>>();
+    #[cfg(feature = "cuda")]
+    held::<lowrank::Cuda<f32>>();
+    let cpu = cpu().with_unit(VectorUnit::Scalar).unwrap().with_threads(2).unwrap();
+    assert_eq!(format!("{cpu:?}"), "Cpu<f32>(scalar, 2 threads)");
+    assert_eq!(Mlp::new(&cpu, &[3], &mut Rng::new(1)).unwrap_err().to_string(), "mlp: `sizes` is [3], want at least two");
+}
+
+#[test]
+fn an_input_that_does_not_fit_is_named_with_the_layer() {
+    let (cpu, rng) = (cpu(), &mut Rng::new(1));
+    let mut model = Mlp::new(&cpu, &[4, 8, 3], rng).unwrap();
+    let wrong = || Tensor::zeros(&cpu, (2, 5)).unwrap();
+    let error = model.predict(&cpu, wrong()).unwrap_err();
+    assert_eq!(error.to_string(), "linear_forward: `x` is 2×5, want 2×4, in `linear1`");
+    assert!(matches!(error, Error::InLayer { error, .. } if matches!(*error, Error::Shape { name: "x", .. })));
+    model.add_adapters(&cpu, Targets::All, &LoraConfig::new(2, 4.0), rng).unwrap();
+    let error = model.predict(&cpu, wrong()).unwrap_err();
+    assert_eq!(error.to_string(), "lora_forward: `x` is 2×5, want 2×4, in `linear1`");
+    // The rows of each adapter are a batch.
+    let error = model.predict_mixed(&cpu, &wrong(), &[None, Some(DEFAULT)]).unwrap_err();
+    assert_eq!(error.to_string(), "linear_forward: `x` is 1×5, want 1×4, in `linear1`");
+}
+
 #[test]
 fn a_model_that_no_memory_holds_is_an_error() {
     let error = Mlp::new(&cpu(), &[1 << 30, 1 << 20], &mut Rng::new(1)).err().unwrap();
-    assert!(matches!(error, lowrank::Error::OutOfMemory { .. }), "{error}");
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }

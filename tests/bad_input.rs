@@ -29,6 +29,7 @@ fn forward_with(wrong: &str, shape: (usize, usize), scale: f32) -> Result<(), Er
 fn a_wrong_shape_is_named_with_the_shape_it_should_have() {
     assert!(forward_with("", (0, 0), 1.0).is_ok());
     let message = |wrong, shape| forward_with(wrong, shape, 1.0).unwrap_err().to_string();
+    assert_eq!(message("x", (2, 5)), "lora_forward: `x` is 2×5, want 2×3");
     assert_eq!(message("b", (3, 4)), "lora_forward: `b` is 3×4, want 4×3");
     assert_eq!(message("w", (4, 2)), "lora_forward: `w` is 4×2, want 4×3");
     assert_eq!(message("bias", (4, 1)), "lora_forward: `bias` is 4×1, want 1×4");
@@ -67,6 +68,34 @@ fn a_wrong_shape_of_a_decomposed_layer_is_named() {
     assert_eq!(message("dz", (4, 2)), "magnitude_backward: `dz` is 4×2, want 2×4");
     assert_eq!(message("dmagnitude", (4, 1)), "magnitude_backward: `dmagnitude` is 4×1, want 1×4");
     assert_eq!(message("dbias", (1, 1)), "magnitude_backward: `dbias` is 1×1, want 1×4");
+}
+
+#[test]
+fn an_input_that_is_not_for_the_weight_is_named() {
+    let (x, w, dy, mut y) = (zeros(2, 5), zeros(4, 3), zeros(2, 4), zeros(2, 4));
+    let error = LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu()).unwrap_err();
+    assert_eq!(error.to_string(), "linear_forward: `x` is 2×5, want 2×3");
+    let error = LinearBackward { x: &x, w: &w, dy: &dy, dx: None, dw: None, dbias: None }.run(&cpu()).unwrap_err();
+    assert_eq!(error.to_string(), "linear_backward: `x` is 2×5, want 2×3");
+    let (a, b, h) = (zeros(1, 3), zeros(4, 1), zeros(2, 1));
+    let (mut da, mut db) = (zeros(1, 3), zeros(4, 1));
+    for w in [Some(&w), None] {
+        let backward = LoraBackward {
+            x: &x,
+            w,
+            a: &a,
+            b: &b,
+            h: &h,
+            dy: &dy,
+            scale: 1.0,
+            dropout: None,
+            da: &mut da,
+            db: &mut db,
+            dbias: None,
+            dx: None,
+        };
+        assert_eq!(backward.run(&cpu()).unwrap_err().to_string(), "lora_backward: `x` is 2×5, want 2×3");
+    }
 }
 
 /// Without a base weight, `b` says how many outputs there are.
@@ -116,7 +145,8 @@ fn sizes_that_no_machine_has_are_refused() {
         assert!(matches!(T::zeros(&cpu(), shape), Err(Error::TooLarge { .. })));
     }
     assert!(matches!(T::zeros(&cpu(), (1 << 50, 1)), Err(Error::OutOfMemory { .. })));
-    assert!(T::from_slice(&cpu(), (2, 2), &[1.0; 3]).is_err());
+    let error = T::from_slice(&cpu(), (2, 3), &[1.0; 5]).unwrap_err();
+    assert_eq!(error.to_string(), "tensor: `host` is 5 elements, want 6, for 2×3");
     assert!(zeros(2, 2).copy_from_slice(&cpu(), &[1.0; 5]).is_err());
 }
 

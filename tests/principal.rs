@@ -38,8 +38,8 @@ fn the_model_computes_what_it_did_and_the_weights_come_back<B: Backend<Elem = f3
         let mut model = begun(backend, part);
         assert!(near(&outputs(backend, &model), &base), "{part:?}");
         let (_, layer) = model.layers().next().unwrap();
-        let (w, was) = (layer.base().weight().tensor.to_vec(backend).unwrap(), net(backend));
-        let was = was.layers().next().unwrap().1.base().weight().tensor.to_vec(backend).unwrap();
+        let (w, was) = (layer.base().weight().tensor().to_vec(backend).unwrap(), net(backend));
+        let was = was.layers().next().unwrap().1.base().weight().tensor().to_vec(backend).unwrap();
         let square = |w: &[f32]| w.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
         assert!(square(&w) < 0.9 * square(&was), "{part:?}: the principal part is out of the weight");
         assert!(layer.adapter(DEFAULT).unwrap().a().trainable && !layer.adapter("start").unwrap().a().trainable);
@@ -53,8 +53,8 @@ fn what_was_learned_is_saved_as_a_plain_adapter<B: Backend<Elem = f32>>(backend:
     for part in [Principal::Pissa, Principal::Olora] {
         let mut model = begun(backend, part);
         for param in model.params_mut().filter(|param| param.trainable) {
-            let moved: Vec<f32> = param.tensor.to_vec(backend).unwrap().into_iter().map(|x| 1.1 * x + 0.01).collect();
-            param.tensor.copy_from_slice(backend, &moved).unwrap();
+            let moved: Vec<f32> = param.tensor().to_vec(backend).unwrap().into_iter().map(|x| 1.1 * x + 0.01).collect();
+            param.copy_from_slice(backend, &moved).unwrap();
         }
         let dir = tempfile::tempdir().unwrap();
         adapter::save(backend, &model, dir.path()).unwrap();

@@ -14,6 +14,7 @@ use support::oracle::Mat;
 on_every_backend!(
     every_part_of_an_adapter_gets_its_gradient,
     lora_plus_gives_b_and_biases_a_larger_learning_rate,
+    a_parameter_that_joins_late_begins_with_its_first_step,
     batches_add_up_to_the_gradient_of_all_rows,
     clipping_scales_all_gradients_to_the_norm,
     what_is_not_active_or_is_merged_is_not_trained,
@@ -195,7 +196,7 @@ fn gradients<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, rows: std::ops
 }
 
 fn all_params<B: Backend<Elem = f32>>(backend: &B, model: &mut Mlp<B>) -> Vec<(Vec<f32>, bool)> {
-    model.params_mut().map(|param| (down(backend, &param.tensor), param.trainable)).collect()
+    model.params_mut().map(|param| (down(backend, param.tensor()), param.trainable)).collect()
 }
 
 /// The first step of Adam moves every number by the learning rate.
@@ -216,8 +217,41 @@ fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(b
     for (at, (moved, want)) in moved.iter().zip(want.iter().cycle()).enumerate() {
         assert!((moved - want).abs() <= 1e-4 * want, "parameter {at} moved by {moved}, want {want}");
     }
-    adam.loraplus_lr_ratio = f32::NAN;
-    assert!(adam.step(backend, model.params_mut(), &grads).is_err());
+    let before = all_params(backend, &mut model);
+    for ratio in [f32::NAN, -1.0, f32::INFINITY] {
+        adam.loraplus_lr_ratio = ratio;
+        let error = adam.step(backend, model.params_mut(), &grads).unwrap_err();
+        assert!(matches!(error, Error::Value { name: "loraplus_lr_ratio", .. }), "{error}");
+    }
+    assert_eq!((all_params(backend, &mut model), adam.steps()), (before, 1));
+}
+
+/// Counted with those that were there before, its first step would be several times the learning rate.
+fn a_parameter_that_joins_late_begins_with_its_first_step<B: Backend<Elem = f32>>(backend: &B) {
+    let mut model = model(backend, &LoraConfig::new(2, 2.0));
+    let other = LoraConfig { init: Init::NonZero, ..LoraConfig::new(1, 1.0) };
+    model.add_adapter(backend, "other", Targets::All, &other, &mut Rng::new(6)).unwrap();
+    let mut adam = Adam::new(1e-3).unwrap();
+    let step = |model: &mut Mlp<B>, adam: &mut Adam<B>| {
+        let grads = gradients(backend, model, 0..4);
+        adam.step(backend, model.params_mut(), &grads).unwrap();
+    };
+    let moved = |model: &mut Mlp<B>, adam: &mut Adam<B>, name: &str| {
+        let b = |model: &Mlp<B>| down(backend, model.layer("linear2").unwrap().adapter(name).unwrap().b().tensor());
+        let was = b(model);
+        step(model, adam);
+        was.iter().zip(b(model)).map(|(was, is)| (was - is).abs()).fold(0.0, f32::max)
+    };
+    (0..100).for_each(|_| step(&mut model, &mut adam));
+    model.set_active(&["other"]).unwrap();
+    let other = moved(&mut model, &mut adam, "other");
+    model.set_active(&[DEFAULT]).unwrap();
+    model.reserve_rank(backend, DEFAULT, 5).unwrap(); // A and B are new parameters
+    let new = moved(&mut model, &mut adam, DEFAULT);
+    for moved in [other, new] {
+        assert!((moved - 1e-3).abs() <= 1e-7, "moved by {moved}, want the learning rate");
+    }
+    assert_eq!(adam.steps(), 102);
 }
 
 fn batches_add_up_to_the_gradient_of_all_rows<B: Backend<Elem = f32>>(backend: &B) {
@@ -234,7 +268,7 @@ fn batches_add_up_to_the_gradient_of_all_rows<B: Backend<Elem = f32>>(backend: &
             continue;
         };
         let want = dense(backend, want).into_iter().map(f64::from).collect();
-        let error = relative_error(&dense(backend, got), &Mat::from_vec(param.tensor.rows(), param.tensor.cols(), want));
+        let error = relative_error(&dense(backend, got), &Mat::from_vec(param.tensor().rows(), param.tensor().cols(), want));
         assert!(error <= CLOSE, "off by {error:e}");
         seen += 1;
     }

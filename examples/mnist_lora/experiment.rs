@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use lowrank::autograd::{Gradients, Tape};
 use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
-use lowrank::nn::{Adam, DEFAULT, Init, Linear, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::nn::{Adam, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 
@@ -178,7 +178,7 @@ fn train<B: Backend>(
         let loss = losses[losses.len() - group.len()..].iter().sum::<f32>() / group.len() as f32;
         if !loss.is_finite() {
             let got = format!("{loss} after {} steps", losses.len());
-            return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate" });
+            return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate".into() });
         }
         watch(&Progress { phase, step: losses.len(), steps: batches.len(), loss, seconds: began.elapsed().as_secs_f64() });
     }
@@ -208,7 +208,7 @@ fn shown(split: &Split, digit: u8) -> Result<Vec<usize>> {
     let rows = split.of_digit(digit);
     if rows.is_empty() {
         let got = format!("{digit}, which no training image shows");
-        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there" });
+        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there".into() });
     }
     Ok(rows)
 }
@@ -267,13 +267,13 @@ fn worst(errors: &[usize; DIGITS]) -> u8 {
 /// The weight and the bias of every layer.
 fn weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
     let params = mlp.layers().flat_map(|(_, layer)| layer.base().params());
-    params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+    params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
 }
 
 /// A and B of every layer that has an adapter.
 fn adapter_weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
     let params = mlp.adapters(DEFAULT).flat_map(|(_, adapter)| adapter.params());
-    params.map(|param| Ok(param.tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+    params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
 }
 
 /// Whether the numbers have the same bits: unlike `==`, this tells 0 from -0.
@@ -286,10 +286,5 @@ pub fn same_bits(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
 
 /// A model with the same base weights and no adapters.
 fn copy<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Mlp<B>> {
-    let copy = |tensor: &Tensor<B>| Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?);
-    let linear = |layer: &Linear<B>| {
-        let bias = layer.bias().map(|bias| copy(&bias.tensor)).transpose()?;
-        Linear::from_tensors(copy(&layer.weight().tensor)?, bias)
-    };
-    Mlp::from_layers(mlp.layers().map(|(_, layer)| linear(layer.base())).collect::<Result<_>>()?)
+    Mlp::from_layers(mlp.layers().map(|(_, layer)| layer.base().try_clone(backend)).collect::<Result<_>>()?)
 }

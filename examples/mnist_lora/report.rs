@@ -29,7 +29,7 @@ fn checks(outcome: &Outcome) -> [(&'static str, &'static str, bool); 4] {
 pub fn verdict(outcome: &Outcome) -> Result<()> {
     match checks(outcome).into_iter().find(|(.., holds)| !holds) {
         None => Ok(()),
-        Some((name, ..)) => Err(Error::Value { verb: "mnist_lora", name, got: "false".into(), want: "true" }),
+        Some((name, ..)) => Err(Error::Value { verb: "mnist_lora", name, got: "false".into(), want: "true".into() }),
     }
 }
 

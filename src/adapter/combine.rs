@@ -314,5 +314,5 @@ fn rounded(name: &str, matrix: HostMatrix) -> Result<HostMatrix> {
 }
 
 fn refused(name: &'static str, got: &str, want: &'static str) -> Error {
-    Error::Value { verb: VERB, name, got: got.into(), want }
+    Error::Value { verb: VERB, name, got: got.into(), want: want.into() }
 }

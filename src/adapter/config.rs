@@ -355,5 +355,5 @@ fn shortest(value: f32) -> f64 {
 }
 
 fn unsaid(got: String, want: &'static str) -> Error {
-    Error::Value { verb: "save", name: "model", got, want }
+    Error::Value { verb: "save", name: "model", got, want: want.into() }
 }

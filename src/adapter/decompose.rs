@@ -86,7 +86,8 @@ impl Svd {
     }
 
     pub(super) fn decompose(matrix: &Mat<f64>) -> Result<Self> {
-        let not_converged = |_| Error::Value { verb: "svd", name: "matrix", got: "one without".into(), want: "convergence" };
+        let not_converged =
+            |_| Error::Value { verb: "svd", name: "matrix", got: "one without".into(), want: "convergence".into() };
         let svd = FaerSvd::new_thin(matrix.as_ref()).map_err(not_converged)?;
         let s: Vec<f64> = svd.S().column_vector().iter().copied().collect();
         let energy = s.iter().map(|s| s * s).sum();

@@ -169,6 +169,7 @@ fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
 /// adapter. The model is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
+    model.unmerged("load")?;
     model.unload()?;
     model.insert_adapter(DEFAULT, parts)?; // cannot fail: each part is for a layer there is, and fits it
     Ok(config)
@@ -180,15 +181,15 @@ pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<A
 /// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
 pub fn load_as<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
-    let layers: Vec<String> = parts.iter().map(|(layer, _)| layer.clone()).collect();
     model.unmerged("load_as")?;
     model.insert_adapter(name, parts)?;
-    model.keep_adapter_in(name, &layers)?;
     Ok(config)
 }
 
 /// Writes the adapter of a folder over the numbers and settings of one that is there, without a new allocation: see
-/// [`Mlp::swap_adapter`]. Errors: those of [`load`] and of [`Mlp::swap_adapter`]. The model is not changed then.
+/// [`Mlp::swap_adapter`], also for what becomes of the scale and of an optimizer's moments.
+///
+/// Errors: those of [`load`] and of [`Mlp::swap_adapter`]. The model is not changed then.
 pub fn swap<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     model.swap_adapter(backend, name, parts)?;

@@ -95,8 +95,9 @@ pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Resu
             tensors.insert(format!("{layer}.{end}"), HostTensor { shape, dtype: B::Elem::DTYPE, values });
         };
         let row = |param: &Param<B>| Ok((vec![param.tensor.cols()], param.tensor.to_vec(backend)?));
-        let mut rows = Vec::new();
-        match there.lora().and_then(|lora| lora.part(name)) {
+        let (mut rows, part) = (Vec::new(), there.lora().and_then(|lora| lora.part(name)));
+        part.map_or(Ok(()), |part| part.fits(there.base()))?; // who holds its parameters can put others in their place
+        match part {
             Some(Tuned::Lora(adapter)) => {
                 let (rank, [a, b]) = (adapter.config().rank, adapter.trimmed(backend)?);
                 push("lora_A.weight", vec![rank, adapter.a().tensor.cols()], a);

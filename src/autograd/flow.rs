@@ -33,8 +33,8 @@ pub(super) fn through<B: Backend>(
             let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
             let backward = LinearBackward { x: &values[x.index], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
             backward.run(backend)?;
-            gradients.file(*bias, dbias.map(Gradient::Dense))?;
-            gradients.file(Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
+            gradients.file("bias", *bias, dbias.map(Gradient::Dense))?;
+            gradients.file("w", Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.meet(backend, *x, dx))?;
         }
         Op::Lora { x, layer: LoraParams { w, bias, a, b, lora_bias, scale, dropout }, h } => {
@@ -60,12 +60,12 @@ pub(super) fn through<B: Backend>(
             if let (Some(x), Some(lora_bias)) = (&dbias, lora_bias.filter(|lora_bias| lora_bias.trainable)) {
                 let mut y = Tensor::zeros(backend, x.shape())?;
                 Accumulate { x, scale: *scale, y: &mut y }.run(backend)?;
-                gradients.file(Some(lora_bias), Some(Gradient::Dense(y)))?;
+                gradients.file("lora_bias", Some(lora_bias), Some(Gradient::Dense(y)))?;
             }
-            gradients.file(bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
-            gradients.file(Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
-            gradients.file(Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
-            gradients.file(*w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
+            gradients.file("bias", bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
+            gradients.file("a", Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
+            gradients.file("b", Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
+            gradients.file("w", *w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.meet(backend, *x, dx))?;
         }
         Op::Magnitude { z, magnitude, norm, bias } => {
@@ -81,8 +81,8 @@ pub(super) fn through<B: Backend>(
                 dbias: dbias.as_mut(),
             };
             backward.run(backend)?;
-            gradients.file(Some(magnitude), dmagnitude.map(Gradient::Dense))?;
-            gradients.file(*bias, dbias.map(Gradient::Dense))?;
+            gradients.file("magnitude", Some(magnitude), dmagnitude.map(Gradient::Dense))?;
+            gradients.file("bias", *bias, dbias.map(Gradient::Dense))?;
             dz.map_or(Ok(()), |dz| gradients.meet(backend, *z, dz))?;
         }
         Op::Dropout { x, dropout } => {

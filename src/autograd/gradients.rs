@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::fmt;
 
 use super::{Node, Param, Var};
 use crate::backend::Backend;
@@ -39,6 +40,12 @@ impl<B: Backend> Default for Gradients<B> {
     fn default() -> Self {
         let (values, of, arrived) = (Vec::new(), HashMap::new(), Vec::new());
         Self { values, of, arrived, nodes: Vec::new(), order: Vec::new(), host: Vec::new() }
+    }
+}
+
+impl<B: Backend> fmt::Debug for Gradients<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Gradients(of {} parameters)", self.len())
     }
 }
 
@@ -147,10 +154,13 @@ impl<B: Backend> Gradients<B> {
         }
     }
 
-    pub(super) fn file(&mut self, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+    /// Files the gradient of a parameter, if there is one. Errors: [`Error::Value`], in the words of the layer that the parameter is
+    /// of, if there is one already.
+    pub(super) fn file(&mut self, name: &'static str, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
         let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
         let first = self.of.insert(param.id, gradient).is_none();
-        Error::unless(first, "backward", "param", format_args!("{} used twice", param.tensor.shape()), "used once on a tape")
+        let got = format_args!("a parameter of {} that was used twice", param.tensor.shape());
+        Error::unless(first, "backward", name, got, "used once on a tape")
     }
 
     /// Makes the matrix of every gradient that is kept as a product.

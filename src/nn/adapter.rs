@@ -1,5 +1,6 @@
 //! The update of one layer: `scaling·B·A`, and what may go with it.
 
+use super::init::room_for;
 use super::{Linear, LoraConfig, dora};
 use crate::autograd::Param;
 use crate::backend::Backend;
@@ -37,7 +38,7 @@ impl<B: Backend> Adapter<B> {
             adapter.magnitude = Some(Param::plus(dora::row_norms(backend, base, &adapter)?));
         }
         if adapter.config.bias != super::Bias::None {
-            adapter.bias = base.bias().map(|bias| copy(backend, &bias.tensor).map(Param::plus)).transpose()?;
+            adapter.bias = base.bias().map(|bias| bias.tensor.try_clone(backend).map(Param::plus)).transpose()?;
         }
         Ok(adapter)
     }
@@ -102,7 +103,7 @@ impl<B: Backend> Adapter<B> {
         &self.config
     }
 
-    /// What the update is multiplied with: `strength` times what alpha and the rank make.
+    /// What the update is multiplied with: what alpha and the rank make, times what [`Mlp::set_scale`](super::Mlp::set_scale) says.
     pub fn scaling(&self) -> f32 {
         self.strength * self.config.scaling.of(self.config.alpha, self.config.rank)
     }
@@ -124,25 +125,33 @@ impl<B: Backend> Adapter<B> {
 
     /// `A` and `B` without the room beyond the rank.
     pub(crate) fn trimmed(&self, backend: &B) -> Result<[Vec<B::Elem>; 2]> {
+        self.has_rank()?;
         let (a, b) = (self.a.tensor.to_vec(backend)?, self.b.tensor.to_vec(backend)?);
         let (rank, room, k) = (self.config.rank, self.room(), self.a.tensor.cols());
         let b = b.chunks_exact(room).flat_map(|row| row.iter().take(rank).copied()).collect();
         Ok([a.into_iter().take(rank * k).collect(), b])
     }
 
-    /// Makes room for a larger rank; the update stays what it is. Does nothing if there is as much.
-    pub(super) fn reserve(&mut self, backend: &B, rank: usize) -> Result<()> {
+    /// `A` and `B` with room for a larger rank, of the same update; `None` if there is as much. New parameters: an optimizer's moments
+    /// have the old shape. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub(super) fn roomier(&self, backend: &B, rank: usize) -> Result<Option<[Param<B>; 2]>> {
         if rank <= self.room() {
-            return Ok(());
+            return Ok(None);
         }
         let (n, k) = (self.b.tensor.rows(), self.a.tensor.cols());
         let [a, b] = self.trimmed(backend)?;
-        let a = Tensor::from_slice(backend, (rank, k), &padded(&a, (self.config.rank, k), (rank, k)))?;
-        let b = Tensor::from_slice(backend, (n, rank), &padded(&b, (n, self.config.rank), (n, rank)))?;
-        let (was_a, was_b) = (self.a.trainable, self.b.trainable);
-        (self.a, self.b) = (Param::new(a), Param::plus(b)); // new ones: an optimizer's moments have the old shape
-        (self.a.trainable, self.b.trainable) = (was_a, was_b);
-        Ok(())
+        let a = Tensor::from_slice(backend, (rank, k), &padded(&a, (self.config.rank, k), (rank, k))?)?;
+        let b = Tensor::from_slice(backend, (n, rank), &padded(&b, (n, self.config.rank), (n, rank))?)?;
+        let (mut a, mut b) = (Param::new(a), Param::plus(b));
+        (a.trainable, b.trainable) = (self.a.trainable, self.b.trainable);
+        Ok(Some([a, b]))
+    }
+
+    /// Errors: [`Error::Shape`] unless the factors have the rank of the settings, or more, and both the same.
+    fn has_rank(&self) -> Result<()> {
+        let (a, b, rank) = (self.a.tensor.shape(), self.b.tensor.shape(), self.config.rank);
+        fits("a", a, (a.rows.max(rank), a.cols))?;
+        fits("b", b, (b.rows, a.rows))
     }
 
     /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] where its settings ask for what is not
@@ -151,7 +160,7 @@ impl<B: Backend> Adapter<B> {
         let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
         let row =
             |name, param: &Option<Param<B>>| param.as_ref().map_or(Ok(()), |param| fits(name, param.tensor.shape(), (1, n)));
-        fits("a", self.a.tensor.shape(), (self.room(), k))?;
+        fits("a", self.a.tensor.shape(), (self.room().max(self.config.rank), k))?;
         fits("b", self.b.tensor.shape(), (n, self.room()))?;
         row("lora_bias", &self.lora_bias)?;
         row("magnitude", &self.magnitude)?;
@@ -167,17 +176,14 @@ fn fits(name: &'static str, got: Shape, want: impl Into<Shape>) -> Result<()> {
     if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
 }
 
-/// The same matrix with zeros to the right and below.
-pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), (to_rows, to_cols): (usize, usize)) -> Vec<E> {
-    let mut padded = vec![E::default(); to_rows * to_cols];
+/// The same matrix with zeros to the right and below. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), to: (usize, usize)) -> Result<Vec<E>> {
+    let to = Shape::from(to);
+    let mut padded = room_for(to)?;
+    padded.resize(to.elements()?, E::default());
     if cols > 0 {
         let rows = matrix.chunks_exact(cols).take(rows);
-        padded.chunks_exact_mut(to_cols).zip(rows).for_each(|(to, from)| to[..cols].copy_from_slice(from));
+        padded.chunks_exact_mut(to.cols).zip(rows).for_each(|(to, from)| to[..cols].copy_from_slice(from));
     }
-    padded
-}
-
-/// A tensor of its own with the same numbers.
-pub(super) fn copy<B: Backend>(backend: &B, tensor: &Tensor<B>) -> Result<Tensor<B>> {
-    Tensor::from_slice(backend, tensor.shape(), &tensor.to_vec(backend)?)
+    Ok(padded)
 }

@@ -2,7 +2,6 @@
 
 use super::Init;
 use crate::error::{Error, Result};
-use crate::op::Dropout;
 
 /// How `scaling` comes from alpha and the rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,7 +83,8 @@ impl LoraConfig {
         Error::unless(self.rank > 0, "lora", "rank", self.rank, "at least 1")?;
         Error::unless(self.alpha.is_finite(), "lora", "alpha", self.alpha, "a finite number")?;
         Error::unless(!(self.use_dora && self.lora_bias), "lora", "lora_bias", "set beside `use_dora`", "one of the two")?;
-        Dropout::new(self.dropout, 0)?;
+        let dropout = (0.0..1.0).contains(&self.dropout);
+        Error::unless(dropout, "lora", "lora_dropout", self.dropout, "at least 0 and below 1")?;
         self.init.check(self.rank)
     }
 }

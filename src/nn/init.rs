@@ -58,6 +58,9 @@ impl Init {
             }
             Init::NonZero => Ok((self.tensor(backend, (r, k), rng)?, self.tensor(backend, (n, r), rng)?)),
             Init::Orthogonal => {
+                for shape in [(r, r), (r, k), (n, r)] {
+                    Shape::from(shape).elements()?; // what is made on the way there fits, or it is not begun
+                }
                 let basis = orthonormal_rows(r, rng);
                 let mut combine = |first: usize| {
                     let weights: Vec<f64> = (0..r / 2).map(|_| rng.gaussian() / 10.0).collect();
@@ -77,11 +80,17 @@ impl Init {
 
 /// A matrix, element by element, row by row.
 fn filled<B: Backend>(backend: &B, shape: Shape, mut at: impl FnMut(usize, usize) -> f64) -> Result<Tensor<B>> {
-    let (mut host, len) = (Vec::<B::Elem>::new(), shape.elements()?);
-    let bytes = len * size_of::<B::Elem>();
-    host.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { backend: "host", bytes })?;
-    host.extend((0..len).map(|e| B::Elem::from_f32(at(e / shape.cols, e % shape.cols) as f32)));
+    let mut host = room_for(shape)?;
+    host.extend((0..shape.elements()?).map(|e| B::Elem::from_f32(at(e / shape.cols, e % shape.cols) as f32)));
     Tensor::from_slice(backend, shape, &host)
+}
+
+/// Host memory for as many elements. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+pub(super) fn room_for<E: Float>(shape: Shape) -> Result<Vec<E>> {
+    let (mut host, len) = (Vec::new(), shape.elements()?);
+    let no_room = |_| Error::OutOfMemory { backend: "host", bytes: len * size_of::<E>() };
+    host.try_reserve_exact(len).map_err(no_room)?;
+    Ok(host)
 }
 
 /// `r` random directions at right angles to one another: each new one loses its part along those before it, twice, because the

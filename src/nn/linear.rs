@@ -1,7 +1,6 @@
 //! `y = x·Wᵀ + bias`
 
 use super::Init;
-use super::adapter::copy;
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::{Backend, Passes};
 use crate::element::Float;
@@ -70,10 +69,10 @@ impl<B: Backend> Linear<B> {
         backend.keep_packed(&mut self.weight.tensor, passes)
     }
 
-    /// A layer of its own with the same numbers.
-    pub(super) fn copy(&self, backend: &B) -> Result<Self> {
-        let bias = self.bias.as_ref().map(|bias| copy(backend, &bias.tensor)).transpose()?;
-        Self::from_tensors(copy(backend, &self.weight.tensor)?, bias)
+    /// A layer of its own with the same numbers, trainable. Errors: those of [`Tensor::try_clone`].
+    pub fn try_clone(&self, backend: &B) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| bias.tensor.try_clone(backend)).transpose()?;
+        Self::from_tensors(self.weight.tensor.try_clone(backend)?, bias)
     }
 
     /// The weight, then the bias.

@@ -76,8 +76,14 @@ impl<B: Backend> Tuned<B> {
         self.params_mut().for_each(|param| param.trainable = trainable);
     }
 
+    /// What every insertion passes. Errors: [`Error::Value`] for a name that no adapter can have; those of `fits`.
+    pub(super) fn check(&self, name: &str, base: &Linear<B>) -> Result<()> {
+        check_name(name)?;
+        self.fits(base)
+    }
+
     /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias in place of none.
-    pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
+    pub(crate) fn fits(&self, base: &Linear<B>) -> Result<()> {
         let same = |name, got: Shape, want: Shape| {
             if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
         };
@@ -180,11 +186,13 @@ impl<B: Backend> LoraLinear<B> {
         base.chain(free.flat_map(|(_, part)| part.params_mut()))
     }
 
-    /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable.
+    /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable. What an adapter of that
+    /// name does to other layers of a model stays: [`Mlp::insert_adapter`](super::Mlp::insert_adapter) replaces it as a whole.
     ///
-    /// Errors: [`Error::Shape`]; [`Error::Value`] while an adapter is merged, or for active ones that exclude each other.
+    /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
+    /// exclude each other.
     pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
-        self.check_insert(name, &part, active)?;
+        self.check_insert("insert", name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
             Some((_, there)) => *there = part,
             None => self.parts.push((name.into(), part)),
@@ -196,12 +204,12 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// The errors of [`insert`](Self::insert).
-    pub(super) fn check_insert(&self, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
-        self.unmerged("insert")?;
-        part.fits(&self.base)?;
+    /// The errors of [`insert`](Self::insert), said of what was called.
+    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
+        self.unmerged(verb)?;
+        part.check(name, &self.base)?;
         let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
-        together("insert", others.chain([part]))
+        together(verb, others.chain([part]))
     }
 
     /// Takes an adapter away, if it is there. Errors: [`Error::Value`] while one is merged.
@@ -221,6 +229,7 @@ impl<B: Backend> LoraLinear<B> {
     ///
     /// Errors: [`Error::Value`] while an adapter is merged, or for two that each have a bias in place of the layer's, or one that
     /// takes the layer's place beside another.
+    #[doc(alias = "set_adapter")]
     pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
         self.can_activate(names)?;
         self.active.clear();
@@ -280,7 +289,8 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     pub(super) fn unmerged(&self, verb: &'static str) -> Result<()> {
-        Error::unless(self.merged.is_empty(), verb, "adapter", "merged into the weight", "unmerged first")
+        let Some(merged) = self.merged.last() else { return Ok(()) };
+        Error::unless(false, verb, "adapter", format_args!("`{}`, merged into the weight", merged.name()), "unmerged first")
     }
 
     /// The base layer, and what the active adapters add that is not merged; the base layer alone while they are off.
@@ -327,15 +337,6 @@ impl<B: Backend> LoraLinear<B> {
         free.chain(merged)
     }
 
-    /// Makes room for a larger rank in the adapter of this name, if it is there.
-    pub(super) fn reserve(&mut self, backend: &B, name: &str, rank: usize) -> Result<()> {
-        self.unmerged("reserve_rank")?;
-        match self.parts.iter_mut().find(|(known, _)| known == name) {
-            Some((_, Tuned::Lora(adapter))) => adapter.reserve(backend, rank),
-            _ => Ok(()),
-        }
-    }
-
     /// What an adapter does here, to be overwritten; only while nothing is merged.
     pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut Tuned<B>> {
         let part = self.parts.iter_mut().find(|(known, _)| known == name).map(|(_, part)| part);
@@ -354,7 +355,7 @@ fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item =
 }
 
 /// Errors: [`Error::Value`] for what PEFT cannot call an adapter, or a folder cannot be called.
-pub(super) fn check_name(name: &str) -> Result<()> {
+fn check_name(name: &str) -> Result<()> {
     let fine = !name.is_empty() && !name.contains(['.', '/', '\\', '\0']);
     Error::unless(fine, "adapter", "name", name, "a name without dots and slashes")
 }

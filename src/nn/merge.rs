@@ -63,8 +63,11 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Merges these adapters, in this order, on top of those that are merged. A name that this layer does not have is passed over.
     ///
-    /// One that takes the layer's place does so from then on; the weight stays. Errors: [`Error::Value`] while adapters are off, for a bias of the update where the layer has no bias, and, if the merge is
-    /// to be safe, for numbers that are not finite. Nothing is changed then.
+    /// One that takes the layer's place does so from then on; the weight stays.
+    ///
+    /// Errors: [`Error::Value`] while adapters are off, for a bias of the update where the layer has no bias, and, if the merge is to be
+    /// safe, for numbers that are not finite; [`Error::Shape`] for a parameter that another one has taken the place of. Nothing is
+    /// changed then.
     pub fn merge_as<S: AsRef<str>>(&mut self, backend: &B, names: &[S], how: Merge) -> Result<()> {
         Error::unless(self.is_enabled(), "merge", "adapter", "switched off", "switched on first")?;
         let before = self.merged.len();
@@ -113,6 +116,7 @@ impl<B: Backend> LoraLinear<B> {
     fn push(&mut self, backend: &B, name: &str, how: Merge) -> Result<()> {
         let part = self.parts.iter().find(|(known, _)| known == name).map(|(_, part)| part);
         let Some(part) = part.filter(|_| !self.merged.iter().any(|merged| merged.name == name)) else { return Ok(()) };
+        part.fits(&self.base)?; // who holds its parameters can put others in their place
         let stands_alone = match part {
             Tuned::Whole(_) => self.merged.is_empty(),
             Tuned::Lora(_) | Tuned::Bias(_) => true,
@@ -210,7 +214,7 @@ fn new_bias<B: Backend>(backend: &B, base: Option<&Param<B>>, part: &Tuned<B>) -
     };
     let Some((update, scale)) = update else { return own.map(|own| own.tensor.to_vec(backend)).transpose() };
     let Some(base) = own.or(base) else {
-        return Err(Error::Value { verb: "merge", name: "bias", got: "missing".into(), want: "there, for a `lora_bias`" });
+        return Err(Error::Value { verb: "merge", name: "bias", got: "missing".into(), want: "there, for a `lora_bias`".into() });
     };
     let (base, update) = (base.tensor.to_vec(backend)?, update.tensor.to_vec(backend)?);
     let sum = |(base, update): (B::Elem, B::Elem)| B::Elem::from_f32(base.to_f32() + scale * update.to_f32());

@@ -2,7 +2,7 @@
 
 use super::{Kept, Layer, Merge, Mlp};
 use crate::backend::Backend;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 impl<B: Backend> Mlp<B> {
     /// Merges the active adapters into the weights, safely, rounding to the nearest. What is merged already stays merged once.
@@ -15,8 +15,9 @@ impl<B: Backend> Mlp<B> {
 
     /// Merges these adapters, active or not, in this order, on top of those that are merged.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while adapters are off, for a bias of the update where a layer has no bias,
-    /// and, if the merge is to be safe, for a layer in which numbers would not be finite. Nothing is changed then.
+    /// Errors: [`NoSuchAdapter`](crate::Error::NoSuchAdapter); [`InLayer`](crate::Error::InLayer) while adapters are off, for a bias of
+    /// the update where a layer has no bias, and, if the merge is to be safe, for numbers that would not be finite. Nothing is changed
+    /// then.
     pub fn merge_as(&mut self, backend: &B, names: &[&str], how: Merge) -> Result<()> {
         self.known(names)?;
         self.merge_all(backend, names, how)
@@ -26,7 +27,7 @@ impl<B: Backend> Mlp<B> {
         let before: Vec<usize> = self.loras().map(|lora| lora.merged().count()).collect();
         let failed = self.layers.iter_mut().find_map(|(layer, there)| {
             let merged = there.lora_mut().map_or(Ok(()), |lora| lora.merge_as(backend, names, how));
-            merged.err().map(|error| in_layer(error, layer))
+            merged.err().map(|error| error.in_layer(layer))
         });
         let Some(error) = failed else { return Ok(()) };
         for (lora, before) in self.loras_mut().zip(before) {
@@ -42,7 +43,7 @@ impl<B: Backend> Mlp<B> {
 
     /// Takes one merged adapter out of the weights, which then are what they would be had only the others been merged.
     ///
-    /// Errors: [`Error::NoSuchAdapter`].
+    /// Errors: [`NoSuchAdapter`](crate::Error::NoSuchAdapter).
     pub fn unmerge_adapter(&mut self, backend: &B, name: &str) -> Result<()> {
         self.known(&[name])?;
         self.loras_mut().try_for_each(|lora| lora.unmerge_one(backend, name))
@@ -66,15 +67,5 @@ impl<B: Backend> Mlp<B> {
     pub fn kept(&self) -> Kept {
         let sum = |sum: Kept, kept: Kept| Kept { weights: sum.weights + kept.weights, bytes: sum.bytes + kept.bytes };
         self.loras().map(|lora| lora.kept()).fold(Kept::default(), sum)
-    }
-}
-
-/// The same error, with the name of the layer.
-fn in_layer(error: Error, layer: &str) -> Error {
-    match error {
-        Error::Value { verb: verb @ "merge", name, got, want } => {
-            Error::Value { verb, name, got: format!("{got}, in `{layer}`"), want }
-        }
-        other => other,
     }
 }

@@ -59,7 +59,8 @@ impl<B: Backend> Layer<B> {
 pub enum Targets<'a> {
     /// Every linear layer.
     All,
-    /// Those with these names.
+    /// Those with these names, in full: `linear1`, and an error for a name that no layer has. PEFT's list picks also each layer whose
+    /// name ends in a dot and one of these, and its pattern each whose whole name matches; in a folder they are read so here as well.
     Names(&'a [&'a str]),
 }
 
@@ -73,11 +74,12 @@ impl<B: Backend> Mlp<B> {
     /// Layers `linear1`, `linear2`, … for sizes such as `[784, 1000, 2000, 10]`. Errors: [`Error::Value`] for fewer than two
     /// sizes.
     pub fn new(backend: &B, sizes: &[usize], rng: &mut Rng) -> Result<Self> {
+        Error::unless(sizes.len() >= 2, "mlp", "sizes", format_args!("{sizes:?}"), "at least two")?;
         let layers = sizes.windows(2).map(|pair| Linear::new(backend, pair[0], pair[1], rng)).collect::<Result<_>>()?;
         Self::from_layers(layers)
     }
 
-    /// From layers that fit one another; they are called `linear1`, `linear2`, …
+    /// From layers that fit one another; they are called `linear1`, `linear2`, … Errors: [`Error::Value`] for none, [`Error::Shape`].
     pub fn from_layers(layers: Vec<Linear<B>>) -> Result<Self> {
         Error::unless(!layers.is_empty(), "mlp", "layers", layers.len(), "at least 1")?;
         for pair in layers.windows(2) {
@@ -126,6 +128,12 @@ impl<B: Backend> Mlp<B> {
     }
 
     /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.
+    ///
+    /// A model goes over a tape once: rows that belong to one step are one batch. A second time is fine without a gradient; else
+    /// [`Tape::backward`] refuses the parameters that were used twice. For several batches a step there is
+    /// [`Gradients::add`](crate::autograd::Gradients::add).
+    ///
+    /// Errors: [`Error::InLayer`] for an `x` that does not fit, those of the tape.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
         self.forward_with(tape, x, seed, LoraLinear::forward)
     }
@@ -138,21 +146,24 @@ impl<B: Backend> Mlp<B> {
         seed: Option<u64>,
         lora: impl Fn(&'m LoraLinear<B>, &mut Tape<'m, B>, Var, Option<u64>) -> Result<Var>,
     ) -> Result<Var> {
+        tape.value(x)?;
         let mut value = x;
-        for (i, (_, layer)) in self.layers.iter().enumerate() {
+        for (i, (name, layer)) in self.layers.iter().enumerate() {
             if i > 0 {
                 value = tape.relu(value)?;
             }
             let seed = seed.map(|seed| seed.wrapping_mul(self.layers.len() as u64).wrapping_add(i as u64));
-            value = match layer {
-                Layer::Linear(linear) => linear.forward(tape, value)?,
-                Layer::Lora(layer) => lora(layer, tape, value, seed)?,
+            let made = match layer {
+                Layer::Linear(linear) => linear.forward(tape, value),
+                Layer::Lora(layer) => lora(layer, tape, value, seed),
             };
+            value = made.map_err(|error| error.in_layer(name))?;
         }
         Ok(value)
     }
 
-    /// Logits without a gradient: `m×k` in, `m×n` out, in host memory.
+    /// Logits without a gradient: `m×k` in, `m×n` out, in host memory. Takes `x`, as a tape does; who needs it again has
+    /// [`Tensor::try_clone`].
     pub fn predict(&self, backend: &B, x: Tensor<B>) -> Result<Vec<B::Elem>> {
         let mut tape = Tape::new(backend);
         let x = tape.input(x);

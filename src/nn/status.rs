@@ -5,6 +5,7 @@ use crate::autograd::Param;
 use crate::backend::Backend;
 
 /// How many parameters there are, how many the adapters add, and how many may be trained.
+#[doc(alias = "print_trainable_parameters")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParameterReport {
     /// Weights and biases of the model without adapters.
@@ -16,7 +17,8 @@ pub struct ParameterReport {
 }
 
 impl ParameterReport {
-    /// What the adapters add, in per cent of the model.
+    /// What the adapters add, in per cent of the model without them. PEFT's `trainable%` is another number: what may be trained, in
+    /// per cent of all, `100 · trainable / (original + introduced)`.
     pub fn percent(self) -> f64 {
         100.0 * self.introduced as f64 / self.original.max(1) as f64
     }
@@ -54,12 +56,14 @@ pub struct AdapterStatus {
 
 impl<B: Backend> Mlp<B> {
     /// The layers that have adapters, first to last, and those.
+    #[doc(alias = "get_layer_status")]
     pub fn status(&self) -> Vec<LayerStatus> {
         let layers = self.layers().filter_map(|(name, layer)| Some((name, layer.lora()?)));
         layers.map(|(name, lora)| of(name, lora)).collect()
     }
 
     /// How many parameters there are, how many the adapters add, and how many may be trained.
+    #[doc(alias = "print_trainable_parameters")]
     pub fn parameter_report(&self) -> ParameterReport {
         let added = |layer: &'_ Layer<B>| -> usize {
             let parts = layer.lora().into_iter().flat_map(|lora| lora.parts());

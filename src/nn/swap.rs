@@ -1,32 +1,40 @@
 //! One adapter put in the place of another on a live model: numbers are written, nothing is allocated.
 
 use super::adapter::padded;
-use super::{Adapter, Mlp, Tuned};
+use super::{Adapter, LoraLinear, Mlp, Tuned};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::Tensor;
 
 impl<B: Backend> Mlp<B> {
     /// Writes another adapter's numbers and settings over those of an adapter that is there, PEFT's "hotswap". Its tensors stay
-    /// where they are: a smaller rank is filled up with zeros, and a layer that the new one does not adapt adds nothing.
+    /// where they are: a smaller rank is filled up with zeros, and a layer that the new one does not adapt adds nothing. It brings its
+    /// own scaling: what [`set_scale`](Self::set_scale) said of the old one is forgotten.
+    ///
+    /// The parameters stay as well, and [`Adam`](super::Adam) has the moments of the old numbers under them: who trains on begins
+    /// with a new one.
     ///
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old one does not change; [`Error::Value`] for a
     /// rank without [room](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two has, and while an
-    /// adapter is merged. Nothing is changed then.
+    /// adapter is merged; [`Error::Shape`]. Nothing is changed then.
     pub fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
         self.known(&[name])?;
         self.unmerged("swap_adapter")?;
-        let here: Vec<(&str, &Tuned<B>)> =
-            self.layers().filter_map(|(layer, there)| Some((layer, there.lora()?.part(name)?))).collect();
-        for (layer, _) in &parts {
-            if !here.iter().any(|(known, _)| known == layer) {
-                let known: Vec<&str> = here.iter().map(|(known, _)| *known).collect();
-                return Err(Error::NoSuchLayer { name: layer.clone(), known: known.join(", ") });
-            }
+        let here: Vec<(&str, &LoraLinear<B>)> = self
+            .layers()
+            .filter_map(|(layer, there)| Some((layer, there.lora().filter(|lora| lora.part(name).is_some())?)))
+            .collect();
+        if let Some((layer, _)) = parts.iter().find(|(layer, _)| !here.iter().any(|(known, _)| known == layer)) {
+            let known: Vec<&str> = here.iter().map(|(known, _)| *known).collect();
+            return Err(Error::NoSuchLayer { name: layer.clone(), known: known.join(", ") });
         }
         let new = |layer: &str| parts.iter().find(|(known, _)| known == layer).map(|(_, part)| part);
-        here.into_iter().try_for_each(|(layer, part)| check(part, new(layer)))?;
+        for (layer, lora) in here {
+            let (there, new) = (lora.part(name), new(layer));
+            there.into_iter().chain(new).try_for_each(|part| part.fits(lora.base()))?;
+            there.map_or(Ok(()), |there| check(there, new))?;
+        }
         for (layer, there) in &mut self.layers {
             if let Some(part) = there.lora_mut().and_then(|lora| lora.part_mut(name)) {
                 overwrite(backend, part, new(layer))?;
@@ -36,7 +44,7 @@ impl<B: Backend> Mlp<B> {
     }
 }
 
-/// Errors: [`Error::Value`] unless the one has the tensors for what the other has.
+/// Errors: [`Error::Value`] unless the one, which fits its layer, has the tensors for what the other has, which fits it as well.
 fn check<B: Backend>(there: &Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
     let same = |holds, name| Error::unless(holds, "swap_adapter", name, "in one of the two adapters", "in both or neither");
     match (there, new) {
@@ -44,31 +52,23 @@ fn check<B: Backend>(there: &Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
             same(there.magnitude.is_some() == new.magnitude.is_some(), "magnitude")?;
             same(there.lora_bias.is_some() == new.lora_bias.is_some(), "lora_bias")?;
             same(there.bias.is_some() == new.bias.is_some(), "bias")?;
-            let (got, want) = ((new.config.rank, new.a.tensor.cols()), (there.room(), there.a.tensor.cols()));
-            Error::unless(got.0 <= want.0, "swap_adapter", "rank", got.0, "no larger than the room, see reserve_rank")?;
-            shapes("a", (got.0, got.1), (got.0, want.1))?;
-            shapes("b", (new.b.tensor.rows(), got.0), (there.b.tensor.rows(), got.0))
+            let (rank, room) = (new.config.rank, there.room());
+            Error::unless(rank <= room, "swap_adapter", "rank", rank, "no larger than the room, see reserve_rank")
         }
         (Tuned::Lora(there), None) => {
             same(there.magnitude.is_none(), "magnitude")?;
             same(there.bias.is_none(), "bias")
         }
-        (Tuned::Bias(there), Some(Tuned::Bias(new))) => shapes_of("bias", new, there),
-        (Tuned::Whole(there), Some(Tuned::Whole(new))) => shapes_of("weight", new.weight(), there.weight()),
+        (Tuned::Bias(_), Some(Tuned::Bias(_))) => Ok(()),
+        (Tuned::Whole(there), Some(Tuned::Whole(new))) => same(there.bias().is_some() == new.bias().is_some(), "bias"),
         _ => same(false, "layer"),
     }
 }
 
-fn shapes_of<B: Backend>(name: &'static str, got: &Param<B>, want: &Param<B>) -> Result<()> {
-    shapes(name, got.tensor.shape(), want.tensor.shape())
-}
-
-fn shapes(name: &'static str, got: impl Into<Shape>, want: impl Into<Shape>) -> Result<()> {
-    let (got, want) = (got.into(), want.into());
-    if got == want { Ok(()) } else { Err(Error::Shape { verb: "swap_adapter", name, got, want }) }
-}
-
 fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
+    if let Tuned::Lora(there) = there {
+        there.strength = 1.0;
+    }
     if let (Tuned::Lora(there), Some(Tuned::Lora(new))) = (&mut *there, new) {
         return overwrite_adapter(backend, there, new);
     }
@@ -85,8 +85,8 @@ fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B
 fn overwrite_adapter<B: Backend>(backend: &B, there: &mut Adapter<B>, new: &Adapter<B>) -> Result<()> {
     let [a, b] = new.trimmed(backend)?;
     let ((n, k), rank, room) = ((there.b.tensor.rows(), there.a.tensor.cols()), new.config.rank, there.room());
-    there.a.tensor.copy_from_slice(backend, &padded(&a, (rank, k), (room, k)))?;
-    there.b.tensor.copy_from_slice(backend, &padded(&b, (n, rank), (n, room)))?;
+    there.a.tensor.copy_from_slice(backend, &padded(&a, (rank, k), (room, k))?)?;
+    there.b.tensor.copy_from_slice(backend, &padded(&b, (n, rank), (n, room))?)?;
     for (there, new) in there.params_mut().zip(new.params()).skip(2) {
         write(backend, there, &new.tensor)?; // what goes with A and B
     }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{Shape, Tensor};
 
 /// One class a row. Exists only with every label below `classes`.
+#[derive(Debug)]
 pub struct Labels<B: Backend> {
     classes: usize,
     tensor: Tensor<B, u32>,
@@ -16,7 +17,7 @@ impl<B: Backend> Labels<B> {
     pub fn new(backend: &B, classes: usize, labels: &[u32]) -> Result<Self> {
         if let Some((row, wrong)) = labels.iter().enumerate().find(|&(_, &label)| label as usize >= classes) {
             let got = format!("{wrong} in row {row} of {classes} classes");
-            return Err(Error::Value { verb: "cross_entropy", name: "labels", got, want: "below the number of classes" });
+            return Err(Error::Value { verb: "cross_entropy", name: "labels", got, want: "below the number of classes".into() });
         }
         Ok(Self { classes, tensor: Tensor::from_slice(backend, (labels.len(), 1), labels)? })
     }

@@ -22,8 +22,8 @@ impl<B: Backend> LinearForward<'_, B> {
 
     /// Compares the shapes.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k, n) = (self.x.rows(), self.x.cols(), self.w.rows());
-        fits(Self::VERB, "w", (n, k), self.w.shape())?;
+        let (m, k, n) = (self.x.rows(), self.w.cols(), self.w.rows());
+        fits(Self::VERB, "x", (m, k), self.x.shape())?;
         if let Some(bias) = self.bias {
             fits(Self::VERB, "bias", (1, n), bias.shape())?;
         }
@@ -61,8 +61,8 @@ impl<B: Backend> LinearBackward<'_, B> {
 
     /// Compares the shapes.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k, n) = (self.x.rows(), self.x.cols(), self.w.rows());
-        fits(Self::VERB, "w", (n, k), self.w.shape())?;
+        let (m, k, n) = (self.x.rows(), self.w.cols(), self.w.rows());
+        fits(Self::VERB, "x", (m, k), self.x.shape())?;
         fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
         if let Some(dx) = &self.dx {
             fits(Self::VERB, "dx", (m, k), dx.shape())?;

@@ -1,6 +1,6 @@
 //! `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 
-use super::{Checked, Dropout, finite, fits, rank_of};
+use super::{Checked, Dropout, finite, fits, inputs_of, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -36,9 +36,10 @@ impl<B: Backend> LoraForward<'_, B> {
 
     /// Compares the shapes; `scale` must be finite and the rank at least 1.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k) = (self.x.rows(), self.x.cols());
+        let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(Tensor::shape), self.a.shape()));
         let n = self.w.map_or(self.b.rows(), Tensor::rows);
         let r = rank_of(Self::VERB, self.a.shape())?;
+        fits(Self::VERB, "x", (m, k), self.x.shape())?;
         if let Some(w) = self.w {
             fits(Self::VERB, "w", (n, k), w.shape())?;
         }

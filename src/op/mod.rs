@@ -74,6 +74,11 @@ fn finite(verb: &'static str, name: &'static str, value: f32) -> Result<()> {
     Error::unless(value.is_finite(), verb, name, value, "a finite number")
 }
 
+/// How many inputs a layer has, as two of the three operands have it, so that the odd one out is the one that is named.
+fn inputs_of(x: Shape, w: Option<Shape>, a: Shape) -> usize {
+    w.filter(|w| w.cols != a.cols).map_or(a.cols, |_| x.cols)
+}
+
 fn rank_of(verb: &'static str, a: Shape) -> Result<usize> {
     Error::unless(a.rows > 0, verb, "rank", a.rows, "at least 1")?;
     Ok(a.rows)

@@ -21,11 +21,13 @@ pub fn net<B: Backend>(backend: &B) -> Mlp<B> {
     Mlp::new(backend, &SIZES, &mut Rng::new(7)).unwrap()
 }
 
-/// The same with a trained adapter, as far as numbers tell, beside layers 1, 2 and 3 where there is a config.
+/// The same with a trained adapter, as far as numbers tell, beside layers 1, 2 and 3 where there is a config; plain without any.
 pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp<B> {
     let mut model = net(backend);
     let parts = trained(backend, configs, 11);
-    model.insert_adapter(DEFAULT, parts).unwrap();
+    if !parts.is_empty() {
+        model.insert_adapter(DEFAULT, parts).unwrap();
+    }
     model
 }
 
@@ -85,7 +87,7 @@ pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
 /// The bits of the base weights and biases.
 pub fn base_bits<B: Backend>(backend: &B, model: &Mlp<B>) -> Vec<Vec<u8>> {
     let params = model.layers().flat_map(|(_, layer)| layer.base().params());
-    params.map(|param| bytemuck::cast_slice(&param.tensor.to_vec(backend).unwrap()).to_vec()).collect()
+    params.map(|param| bytemuck::cast_slice(&param.tensor().to_vec(backend).unwrap()).to_vec()).collect()
 }
 
 pub fn read(folder: &Path, file: &str) -> Vec<u8> {

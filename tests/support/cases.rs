@@ -223,8 +223,8 @@ fn mlp_trace<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f32, ada
     }
     let mut outputs = Outputs::from([("losses".to_string(), losses)]);
     for (layer, (_, adapter)) in model.adapters(DEFAULT).enumerate() {
-        outputs.insert(format!("layer.{layer}.lora_a"), down(backend, &adapter.a().tensor));
-        outputs.insert(format!("layer.{layer}.lora_b"), down(backend, &adapter.b().tensor));
+        outputs.insert(format!("layer.{layer}.lora_a"), down(backend, adapter.a().tensor()));
+        outputs.insert(format!("layer.{layer}.lora_b"), down(backend, adapter.b().tensor()));
     }
     Ok(outputs)
 }
@@ -284,8 +284,8 @@ pub fn base_net<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats) -> Outcome<M
 fn base<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, what: &str) -> Outputs {
     let mut outputs = Outputs::new();
     for (name, layer) in model.layers() {
-        outputs.insert(format!("{what}.{name}.weight"), down(backend, &layer.base().weight().tensor));
-        let bias = layer.base().bias().map(|bias| down(backend, &bias.tensor));
+        outputs.insert(format!("{what}.{name}.weight"), down(backend, layer.base().weight().tensor()));
+        let bias = layer.base().bias().map(|bias| down(backend, bias.tensor()));
         outputs.extend(bias.map(|bias| (format!("{what}.{name}.bias"), bias)));
     }
     outputs

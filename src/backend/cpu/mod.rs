@@ -22,6 +22,7 @@ mod scratch;
 mod simd;
 mod verbs;
 
+use std::fmt;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
@@ -58,6 +59,12 @@ pub struct Cpu<E: Float> {
 struct Engine {
     unit: Unit,
     scratch: Arc<Scratch>,
+}
+
+impl<E: Float> fmt::Debug for Cpu<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cpu<{}>({}, {} threads)", E::DTYPE, self.unit().name(), self.threads())
+    }
 }
 
 impl<E: Float> Cpu<E> {

@@ -51,6 +51,7 @@ mod lora;
 pub mod plan;
 mod pointwise;
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -113,6 +114,12 @@ impl<M, T> Buffer<M, T> {
     /// The memory itself; with a [`Driver`], a slice of cudarc's.
     pub fn memory(&self) -> &M {
         &self.memory
+    }
+}
+
+impl<E: Float, D: Device> fmt::Debug for Cuda<E, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cuda<{}>({})", E::DTYPE, self.device.name())
     }
 }
 

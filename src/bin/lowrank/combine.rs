@@ -41,7 +41,7 @@ impl Combine {
         let weights = if self.weights.is_empty() { vec![1.0; folders.len()] } else { self.weights };
         if weights.len() != folders.len() {
             let got = format!("{} numbers", weights.len());
-            return Err(Error::Value { verb: "combine", name: "weights", got, want: "one for each adapter" });
+            return Err(Error::Value { verb: "combine", name: "weights", got, want: "one for each adapter".into() });
         }
         let parts: Vec<(&Folder, f64)> = folders.iter().zip(weights).collect();
         let how = adapter::Combine {

@@ -206,7 +206,7 @@ impl VectorUnit {
         const NAMES: [&str; UNITS.len()] = ["amx", "avx512-bf16", "avx512", "avx2", "neon", "scalar", "amx-emulated"];
         let found = NAMES.iter().position(|&known| known == name).map(|i| UNITS[i]);
         let want = "amx, avx512-bf16, avx512, avx2, neon, scalar or amx-emulated";
-        found.ok_or_else(|| Error::Value { verb: "cpu", name: "unit", got: name.into(), want })
+        found.ok_or_else(|| Error::Value { verb: "cpu", name: "unit", got: name.into(), want: want.into() })
     }
 
     /// As reports write it.

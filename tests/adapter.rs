@@ -327,7 +327,7 @@ fn a_layer_of_ones_own_has_the_adapter_that_a_model_would_load() {
             let got = got.unwrap();
             assert_eq!(got.config(), want.config(), "{kind} {layer}");
             let numbers = |adapter: &Adapter<_>| -> Vec<Vec<f32>> {
-                adapter.params().map(|param| param.tensor.to_vec(&cpu).unwrap()).collect()
+                adapter.params().map(|param| param.tensor().to_vec(&cpu).unwrap()).collect()
             };
             assert_eq!(numbers(&got), numbers(want), "{kind} {layer}");
         }

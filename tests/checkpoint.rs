@@ -153,7 +153,7 @@ fn tensors_are_read_by_name() {
         let cpu = Cpu::<bf16>::new().unwrap();
         let [weight, bias] = ["layer.weight", "layer.bias"].map(|name| checkpoint.tensor(name).unwrap().to_device(&cpu).unwrap());
         let linear = Linear::from_tensors(weight, Some(bias)).unwrap();
-        assert_eq!(linear.weight().tensor.shape(), (6, 5).into());
+        assert_eq!(linear.weight().tensor().shape(), (6, 5).into());
         for (name, words) in [("ids", "base.safetensors: `ids` holds I64, want F32"), ("layer.w", "has no tensor `layer.w`")] {
             let error = checkpoint.tensor(name).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");

@@ -43,7 +43,7 @@ impl HostTensor {
 }
 
 fn unfit(name: &'static str, got: String, want: &'static str) -> Error {
-    Error::Value { verb: "to_device", name, got, want }
+    Error::Value { verb: "to_device", name, got, want: want.into() }
 }
 
 /// Tensors by name, without PEFT's prefix: `linear1.lora_A.weight`.

@@ -4,7 +4,7 @@
 mod measured;
 mod support;
 
-use lowrank::{Backend, Cpu, Float, Passes, VectorUnit, bf16, f16};
+use lowrank::{Backend, Cpu, Float, Passes, Tensor, VectorUnit, bf16, f16};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, random, shapes, unwritten, up};
@@ -136,6 +136,26 @@ fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
     assert_eq!(results[0], results[1]);
 }
 
+/// A tensor with a side of 0 has no elements, however long the other is: no loop may count along it.
+#[test]
+fn beside_a_side_of_zero_the_other_costs_nothing() {
+    use lowrank::op::{Adam, AdamRate, LinearBackward, LinearForward, WeightGrad};
+    let cpu = Cpu::<bf16>::new().unwrap().with_unit(VectorUnit::AmxEmulated).unwrap();
+    for long in [1 << 40, isize::MAX as usize / 8] {
+        for (m, k, n) in [(long, 0, 0), (0, long, 0), (0, 0, long)] {
+            let (x, mut w, dy): (Tensor<Cpu<bf16>>, _, _) = (unwritten(&cpu, m, k), unwritten(&cpu, n, k), unwritten(&cpu, m, n));
+            let (mut y, mut dx, mut dw) = (unwritten(&cpu, m, n), unwritten(&cpu, m, k), unwritten(&cpu, n, k));
+            cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
+            LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+            let (dx, dw) = (Some(&mut dx), Some(&mut dw));
+            LinearBackward { x: &x, w: &w, dy: &dy, dx, dw, dbias: None }.run(&cpu).unwrap();
+            let (mut first, mut second) = (unwritten(&cpu, n, k), unwritten(&cpu, n, k));
+            let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap(), WeightGrad::Factored { dy: &dy, x: &x });
+            Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
+        }
+    }
+}
+
 /// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.
 #[test]
 fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
@@ -145,7 +165,7 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
         let Dims { m, k, n, r } = dims;
         let layer = random::<f32>(dims, 1.5, 3);
         let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up(&cpu, mat));
-        let b = lowrank::Tensor::zeros(&cpu, (n, r)).unwrap();
+        let b = Tensor::zeros(&cpu, (n, r)).unwrap();
         let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
         let bias = None;
         LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }

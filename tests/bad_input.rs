@@ -112,7 +112,7 @@ fn a_label_outside_the_classes_is_named_with_its_row() {
 
 #[test]
 fn sizes_that_no_machine_has_are_refused() {
-    for shape in [(usize::MAX, 2), (1 << 40, 1 << 40)] {
+    for shape in [(usize::MAX, 2), (1 << 40, 1 << 40), (0, usize::MAX), (isize::MAX as usize / 8 + 1, 0)] {
         assert!(matches!(T::zeros(&cpu(), shape), Err(Error::TooLarge { .. })));
     }
     assert!(matches!(T::zeros(&cpu(), (1 << 50, 1)), Err(Error::OutOfMemory { .. })));

@@ -23,6 +23,9 @@ const BATCH: usize = 64;
 pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()> {
     let (rate, n, k) = (op.rate, op.w.rows(), op.w.cols());
     let (m, v, w) = (op.m.buffer_mut(), op.v.buffer_mut(), op.w.buffer_mut());
+    if w.is_empty() {
+        return Ok(()); // whose other side may be any number
+    }
     match op.grad {
         WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), m, v, w),
         WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {

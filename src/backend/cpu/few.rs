@@ -17,7 +17,8 @@ const MULTIPLY_ADDS: usize = 16 * FEW;
 
 /// Whether a product `m×k` by `k×n` is little work.
 pub(super) fn few(m: usize, n: usize, k: usize) -> bool {
-    [m, n, k, m * n, n * k, k * m].iter().all(|&elements| elements <= FEW) && m * n * k <= MULTIPLY_ADDS
+    let most = m.max(n).max(k).max(m.saturating_mul(n)).max(n.saturating_mul(k)).max(k.saturating_mul(m));
+    most <= FEW && m * n * k <= MULTIPLY_ADDS
 }
 
 /// How many tasks of a loop stay together at least: all, if they are little work.

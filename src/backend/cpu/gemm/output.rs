@@ -31,6 +31,10 @@ impl<'a, O> Output<'a, O> {
         self.cols
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.data.is_empty()
+    }
+
     /// Row by row.
     pub(super) fn data(&mut self) -> &mut [O] {
         self.data

@@ -8,6 +8,7 @@ use lowrank::{Backend, Cpu, Float, Passes, Tensor, VectorUnit, bf16, f16};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, random, shapes, unwritten, up};
+use support::oracle::{Lora, Mat};
 use support::suite;
 
 suite!(cpu_f32, lowrank::Cpu::<f32>::new().unwrap());
@@ -174,6 +175,51 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
         LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
         assert!(k > 0 && down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
     }
+}
+
+/// What a number is, if it is not one to count with.
+fn kind(number: f64) -> &'static str {
+    match number {
+        _ if number.is_nan() => "NaN",
+        f64::INFINITY => "∞",
+        f64::NEG_INFINITY => "-∞",
+        _ => "finite",
+    }
+}
+
+/// One number of one operand is NaN or infinite: every output is what the formula makes of that, on every unit.
+fn what_is_not_finite_goes_where_it_must<E: Float>(cpu: &Cpu<E>) {
+    let spoil: [fn(&mut Lora, f64); 5] = [
+        |layer, number| layer.x.data[7] = number,
+        |layer, number| layer.w.data[7] = number,
+        |layer, number| layer.a.data[7] = number,
+        |layer, number| layer.b.data[7] = number,
+        |layer, number| layer.dy.data[7] = number,
+    ];
+    for (m, k, n, r) in [(1, 20, 18, 2), (9, 18, 20, 3), (40, 35, 50, 4), (40, 20, 18, 140)] {
+        let dims = Dims { m, k, n, r };
+        for (operand, spoil) in spoil.iter().enumerate() {
+            for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let mut layer = random::<E>(dims, 0.5, 4);
+                spoil(&mut layer, number);
+                let (got, want) = (suite::run_lora(cpu, &layer, None), layer.run());
+                let same =
+                    |got: &[E], want: &Mat| got.iter().map(|x| kind(x.to_f32().into())).eq(want.data.iter().map(|&x| kind(x)));
+                let wide = |got: &[f32], want: &Mat| got.iter().map(|&x| kind(x.into())).eq(want.data.iter().map(|&x| kind(x)));
+                let inputs = [wide(&got.h, &want.h), same(&got.y, &want.y), same(&got.dx, &want.dx)];
+                let parameters = [wide(&got.da, &want.da), wide(&got.db, &want.db), wide(&got.dbias, &want.dbias)];
+                let unit = cpu.unit().name();
+                assert!(inputs == [true; 3], "{unit} {dims:?} {number} in operand {operand}: h, y, dx {inputs:?}");
+                assert!(parameters == [true; 3], "{unit} {dims:?} {number} in operand {operand}: da, db, dbias {parameters:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_goes_where_it_must_on_every_unit() {
+    on_every_unit(what_is_not_finite_goes_where_it_must::<f32>);
+    on_every_unit(what_is_not_finite_goes_where_it_must::<bf16>);
 }
 
 /// Work is split over blocks of the output, never along a sum.

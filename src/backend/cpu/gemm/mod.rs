@@ -267,7 +267,9 @@ pub(super) fn low_rank<E: Float, O: Float>(
         return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
     }
     if plan(out.rows(), &[op.narrowed(), op.base()]) == Plan::Blocked {
-        if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16()) {
+        if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16())
+            && pairs::may_repeat(&op.b)
+        {
             let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
             return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut wide) {
                 (Some(outer), Some(wide)) => outer.pack_and_add(engine, lhs, wide, rows),

@@ -36,7 +36,7 @@ impl<'a> Sum<'a> {
         let update = match rest {
             [] => None,
             [Product { scale, lhs: Factor::Wide(h), rhs: Factor::Stored(rhs) }] if !h.transposed => {
-                Some((*scale, *h, rhs.as_bf16()?))
+                Some((*scale, *h, rhs.as_bf16().filter(may_repeat)?))
             }
             _ => return None,
         };
@@ -180,8 +180,15 @@ fn pair_up(lines: Matrix<'_, bf16>, first: usize, steps: Range<usize>, to: &mut 
 /// How many `bf16` an `f32` is the sum of: three times 8 significant bits are 24.
 const PIECES: usize = 3;
 
+/// Whether a product with this right side may be made in pieces. Where a number of `h` has fewer significant bits some of its
+/// pieces are 0, and 0 times ∞ would make NaN of what is infinite.
+pub(super) fn may_repeat(rhs: &Matrix<'_, bf16>) -> bool {
+    rhs.data.iter().fold(true, |finite, number| finite & number.is_finite())
+}
+
 /// `scale·h·rhs` with `h` in `f32` as a product of `bf16`: `h` in three pieces side by side, times `rhs` three times over. The
-/// products are exact, so the sum is rounded as that of `f32` is. (`E` is `bf16`: the nest is written for any.)
+/// products are exact, so the sum is rounded as that of `f32` is. (`E` is `bf16`: the nest is written for any.) What is infinite
+/// in `h` is all in the first piece, and what is in `rhs` is not for here: [`may_repeat`].
 pub(super) struct Split<'e> {
     pieces: Taken<'e>,
     repeated: Taken<'e>,

@@ -4,7 +4,7 @@
 mod measured;
 mod support;
 
-use lowrank::{Backend, Cpu, Float, Passes, Tensor, VectorUnit, bf16, f16};
+use lowrank::{Backend, Cpu, DType, Float, Passes, Tensor, VectorUnit, bf16, f16};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, random, shapes, unwritten, up};
@@ -237,16 +237,50 @@ fn the_number_of_threads_does_not_change_a_bit() {
     }
 }
 
+/// What relu and a step of Adam, with both kinds of gradient, make of numbers of which some are 0, -0 or nearly 0.
+fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
+    use lowrank::op::{Adam, AdamRate, Relu, WeightGrad};
+    let thinned = |mat: &Mat| {
+        let numbers = mat.data.iter().enumerate().map(|(at, &x)| [x, 0.0, -0.0, x * 1e-38, -x * 1e-40][at % 5]);
+        Mat::from_vec(mat.rows, mat.cols, numbers.collect())
+    };
+    let (n, k) = (layer.w.rows, layer.w.cols);
+    let (w, dy, x): (Tensor<Cpu<E>>, Tensor<_>, Tensor<_>) =
+        (up(cpu, &thinned(&layer.w)), up(cpu, &layer.dy), up(cpu, &thinned(&layer.x)));
+    let (grad, rate) = (up(cpu, &thinned(&layer.w)), AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
+    let mut bits = Vec::new();
+    for grad in [WeightGrad::Dense(&grad), WeightGrad::Factored { dy: &dy, x: &x }] {
+        let (mut m, mut v) = (up(cpu, &thinned(&layer.w)), up(cpu, &thinned(&layer.w.abs()).abs()));
+        let (mut stepped, mut y) = (up(cpu, &layer.w), unwritten(cpu, n, k));
+        Adam { grad, rate, m: &mut m, v: &mut v, w: &mut stepped }.run(cpu).unwrap();
+        Relu { x: &w, y: &mut y }.run(cpu).unwrap();
+        let stored = [down(cpu, &stepped), down(cpu, &y)].concat();
+        bits.extend([down(cpu, &m), down(cpu, &v)].concat().into_iter().map(f32::to_bits));
+        bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));
+    }
+    bits
+}
+
 /// The lanes of every unit are the same sixteen, so sums are made in the same order.
-#[test]
-fn units_with_fused_multiply_add_agree_bit_for_bit() {
-    let fused = VectorUnit::available().into_iter().filter(|&unit| unit != VectorUnit::Scalar);
-    let cpus: Vec<_> = fused.map(|unit| Cpu::<f32>::new().unwrap().with_unit(unit).unwrap()).collect();
+fn fused_units_agree<E: Float>() {
+    let fused = VectorUnit::available().into_iter().filter(|unit| {
+        use VectorUnit::{Avx2, Avx512, Neon};
+        E::DTYPE != DType::BF16 && *unit != VectorUnit::Scalar || [Avx512, Avx2, Neon].contains(unit)
+    });
+    let cpus: Vec<_> = fused.map(|unit| Cpu::<E>::new().unwrap().with_unit(unit).unwrap()).collect();
     for dims in shapes() {
-        let layer = random::<f32>(dims, 1.5, 2);
-        let runs: Vec<_> = cpus.iter().map(|cpu| suite::run_lora(cpu, &layer, None)).collect();
+        let layer = random::<E>(dims, 1.5, 2);
+        let run = |cpu| [suite::run_lora(cpu, &layer, None).bits(), bits_of_one_pass(cpu, &layer)];
+        let runs: Vec<_> = cpus.iter().map(run).collect();
         assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{dims:?}");
     }
+}
+
+#[test]
+fn units_with_fused_multiply_add_agree_bit_for_bit() {
+    fused_units_agree::<f32>();
+    fused_units_agree::<f16>();
+    fused_units_agree::<bf16>();
 }
 
 /// The tile that tests use where there is no AMX is the one that AMX makes. Only a CPU that has it can tell.

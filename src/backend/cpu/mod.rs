@@ -43,21 +43,23 @@ use crate::tensor::Tensor;
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
-/// Clones share the threads, and the memory: what a dropped tensor lay in is kept for the next of its size, at most as much as is
-/// in use, or 256 MiB.
+/// Clones share the threads, and the memory: what a dropped tensor or a verb's work lay in is kept for the next of its size, at
+/// most as much as is in use, or 256 MiB; where the system has no room, it gets that back.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
-    engine: Engine,
+    unit: Unit,
     verbs: &'static Verbs<E>,
     pool: Option<Arc<rayon::ThreadPool>>,
     idle: Arc<Idle>,
+    scratch: Arc<Scratch>,
 }
 
 /// What computes: a vector unit, and memory to work in.
-#[derive(Clone)]
-struct Engine {
+#[derive(Clone, Copy)]
+struct Engine<'c> {
     unit: Unit,
-    scratch: Arc<Scratch>,
+    idle: &'c Arc<Idle>,
+    scratch: &'c Scratch,
 }
 
 impl<E: Float> Cpu<E> {
@@ -70,13 +72,14 @@ impl<E: Float> Cpu<E> {
             Ok(name) => VectorUnit::from_name(&name)?,
             Err(_) => VectorUnit::best(),
         };
-        let engine = Engine { unit: Unit::new(unit)?, scratch: Arc::default() };
-        Ok(Self { engine, verbs: Verbs::of()?, pool: None, idle: Arc::default() })
+        let idle: Arc<Idle> = Arc::default();
+        let scratch = Arc::new(Scratch::new(idle.clone()));
+        Ok(Self { unit: Unit::new(unit)?, verbs: Verbs::of()?, pool: None, idle, scratch })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
     pub fn with_unit(mut self, unit: VectorUnit) -> Result<Self> {
-        self.engine.unit = Unit::new(unit)?;
+        self.unit = Unit::new(unit)?;
         Ok(self)
     }
 
@@ -90,7 +93,7 @@ impl<E: Float> Cpu<E> {
 
     /// The vector unit in use.
     pub fn unit(&self) -> VectorUnit {
-        self.engine.unit.name()
+        self.unit.name()
     }
 
     /// How many threads share the work.
@@ -98,10 +101,14 @@ impl<E: Float> Cpu<E> {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
+    fn engine(&self) -> Engine<'_> {
+        Engine { unit: self.unit, idle: &self.idle, scratch: &self.scratch }
+    }
+
     /// Runs a verb, whose parallel iterators then use this backend's threads; here, if it is little work.
     fn run<R: Request>(&self, verb: fn(&Engine, R) -> Result<()>, op: Checked<R>) -> Result<()> {
         let few = op.is_few();
-        let work = || verb(&self.engine, op.into_inner());
+        let work = || verb(&self.engine(), op.into_inner());
         if few { work() } else { self.on_threads(work) }
     }
 
@@ -123,7 +130,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros_of(&self.idle, len)
+        Buffer::zeros(&self.idle, len)
     }
 
     fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
@@ -157,7 +164,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
-        self.on_threads(|| (self.verbs.pack)(&self.engine, w, passes == Passes::ForwardAndBackward))
+        self.on_threads(|| (self.verbs.pack)(&self.engine(), w, passes == Passes::ForwardAndBackward))
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

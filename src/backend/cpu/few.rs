@@ -21,11 +21,6 @@ pub(super) fn few(m: usize, n: usize, k: usize) -> bool {
     most <= FEW && m * n * k <= MULTIPLY_ADDS
 }
 
-/// How many tasks of a loop stay together at least: all, if they are little work.
-pub(super) fn together(few: bool) -> usize {
-    if few { usize::MAX } else { 1 }
-}
-
 /// What a verb is asked for.
 pub(super) trait Request: Send {
     /// Whether it is little work, in none of its loops enough for two.
@@ -70,6 +65,12 @@ impl<E: Float> Request for LoraMerge<'_, Cpu<E>> {
     }
 }
 
+impl<E: Float> Request for LoraRowNorm<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        few(self.b.rows(), self.a.cols(), self.b.cols())
+    }
+}
+
 impl<E: Float> Request for Adam<'_, Cpu<E>> {
     fn is_few(&self) -> bool {
         match self.grad {
@@ -90,7 +91,7 @@ macro_rules! one_pass {
     )*};
 }
 
-one_pass!(Relu over x, ReluBackward over y, Add over x, Accumulate over x);
+one_pass!(Relu over x, ReluBackward over y, Add over x, Accumulate over x, Magnitude over z, MagnitudeBackward over z);
 
 /// Its loop is one thread's in any case.
 impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {
@@ -100,6 +101,3 @@ impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {
 }
 
 impl<E: Float> Request for DropoutForward<'_, Cpu<E>> {}
-impl<E: Float> Request for LoraRowNorm<'_, Cpu<E>> {}
-impl<E: Float> Request for Magnitude<'_, Cpu<E>> {}
-impl<E: Float> Request for MagnitudeBackward<'_, Cpu<E>> {}

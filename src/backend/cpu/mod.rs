@@ -20,6 +20,7 @@ mod lora;
 mod pointwise;
 mod scratch;
 mod simd;
+mod tasks;
 mod verbs;
 
 use std::sync::Arc;
@@ -54,12 +55,13 @@ pub struct Cpu<E: Float> {
     scratch: Arc<Scratch>,
 }
 
-/// What computes: a vector unit, and memory to work in.
+/// What computes: a vector unit, memory to work in, and whether this thread does all of it.
 #[derive(Clone, Copy)]
 struct Engine<'c> {
     unit: Unit,
     idle: &'c Arc<Idle>,
     scratch: &'c Scratch,
+    alone: bool,
 }
 
 impl<E: Float> Cpu<E> {
@@ -101,15 +103,16 @@ impl<E: Float> Cpu<E> {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
-    fn engine(&self) -> Engine<'_> {
-        Engine { unit: self.unit, idle: &self.idle, scratch: &self.scratch }
+    fn engine(&self, alone: bool) -> Engine<'_> {
+        Engine { unit: self.unit, idle: &self.idle, scratch: &self.scratch, alone }
     }
 
-    /// Runs a verb, whose parallel iterators then use this backend's threads; here, if it is little work.
-    fn run<R: Request>(&self, verb: fn(&Engine, R) -> Result<()>, op: Checked<R>) -> Result<()> {
-        let few = op.is_few();
-        let work = || verb(&self.engine(), op.into_inner());
-        if few { work() } else { self.on_threads(work) }
+    /// Runs a verb, whose loops then use this backend's threads; if it is little work, here, and no loop uses another thread.
+    fn run<R: Request>(&self, verb: fn(&Engine<'_>, R) -> Result<()>, op: Checked<R>) -> Result<()> {
+        if op.is_few() {
+            return verb(&self.engine(true), op.into_inner());
+        }
+        self.on_threads(|| verb(&self.engine(false), op.into_inner()))
     }
 
     /// Handed over once, where each loop would be by itself.
@@ -164,7 +167,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
-        self.on_threads(|| (self.verbs.pack)(&self.engine(), w, passes == Passes::ForwardAndBackward))
+        self.on_threads(|| (self.verbs.pack)(&self.engine(false), w, passes == Passes::ForwardAndBackward))
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -56,7 +56,7 @@ pub(super) fn run<E: Float, O: Float, M: Micro>(
     let depth = Depth::of::<E, M>(terms);
     let mut left = Left::new(engine, micro, out.rows(), depth)?;
     for rows in chunks(out.rows()) {
-        left.pack(engine.unit, terms, rows.start, 0..depth.total());
+        left.pack(engine, terms, rows.start, 0..depth.total());
         strips(engine, &left, out.rows_of(rows), init, terms)?;
     }
     Ok(())
@@ -80,7 +80,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
     let deep = Depth::new::<M>(base.depth(), split.as_ref().map_or(r, Split::depth));
     let mut left = Left::new(engine, micro, m, deep)?;
     for rows in chunks(m) {
-        left.pack(engine.unit, &[base], rows.start, 0..deep.second());
+        left.pack(engine, &[base], rows.start, 0..deep.second());
         beside(&left, rows.clone())?;
         strips(engine, &left, h.rows_of(rows.clone()), Init::Zero, &[to_h])?;
         if scale != 1.0 {
@@ -90,7 +90,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
             None => op.update(h.data(), m),
             Some(split) => split.update(op.b_scale, h.data(), rows.clone()),
         };
-        left.pack(engine.unit, &[base, update], rows.start, deep.second()..deep.total());
+        left.pack(engine, &[base, update], rows.start, deep.second()..deep.total());
         strips(engine, &left, out.rows_of(rows), init, &[base, update])?;
     }
     Ok(())
@@ -113,7 +113,7 @@ fn strips<E: Float, O: Float, M: Micro>(
     let depth = Depth::of::<E, M>(terms);
     let deepest = depth.longest();
     let (_, nr) = left.micro.shape(engine.unit, out.cols());
-    let threads = rayon::current_num_threads();
+    let threads = engine.threads();
     // A shallow product is as wide as L2 allows: its rows are read and written in long runs.
     let near = NEAR / size_of::<M::Number>() / deepest.max(1);
     let across = Parts::new(out.cols(), nr, near, threads);
@@ -122,7 +122,7 @@ fn strips<E: Float, O: Float, M: Micro>(
     let blocks = if O::DTYPE == DType::F32 || depth.total() <= deepest { 0 } else { down.longest() * across.longest() };
     let len = (across.longest() * deepest * size_of::<M::Number>()).div_ceil(size_of::<f32>());
     engine.scratch.reserve(threads.min(down.count() * across.count()), len + blocks)?;
-    out.for_each_block(down, across, depth.total(), |block| {
+    out.for_each_block(engine, down, across, depth.total(), |block| {
         let mut memory = engine.scratch.take(len + blocks)?;
         let (right, sums) = memory.split_at_mut(len);
         engine.unit.run(Strip { block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, nr });

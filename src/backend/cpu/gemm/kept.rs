@@ -66,7 +66,7 @@ impl Kept {
         for block in depth.blocks() {
             let stride = nr * block.len();
             let panels = &mut stored[cols * block.start..][..cols * block.len()];
-            panels.par_chunks_mut(GROUP * stride).enumerate().try_for_each(|(group, kept)| {
+            engine.try_each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, kept)| {
                 let (first, depth) = (group * GROUP * nr, block.clone());
                 let pack = |to| engine.unit.run(Panels { micro, side: Side::Right, terms, depth, first, width: nr, stride, to });
                 if same::<E, M::Number>() {

@@ -48,16 +48,16 @@ impl Outer<'_> {
         rows: Range<usize>,
     ) -> Result<()> {
         let term = Product { scale: 1.0, lhs, rhs: lhs }; // only its left side is read
-        left.pack(engine.unit, &[term], rows.start, 0..lhs.cols());
+        left.pack(engine, &[term], rows.start, 0..lhs.cols());
         self.add(engine, left, rows)
     }
 
     /// Adds what these rows of `lhs`, packed in `left`, give; the first of them begin the sum.
     pub(super) fn add(&mut self, engine: &Engine, left: &Left<'_, Fma>, rows: Range<usize>) -> Result<()> {
         let (out, rhs, scale) = (self.out.reborrow(), self.rhs, self.scale);
-        let down = Parts::new(out.rows(), 1, STEPS, rayon::current_num_threads());
+        let down = Parts::new(out.rows(), 1, STEPS, engine.threads());
         let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
-        out.for_each_block(down, across, rows.len(), |block| {
+        out.for_each_block(engine, down, across, rows.len(), |block| {
             engine.unit.run(Task { block, left, rows: rows.clone(), rhs, scale });
             Ok(())
         })

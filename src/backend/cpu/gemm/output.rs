@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::few::{few, together};
+use super::super::Engine;
+use super::super::few::few;
 use crate::error::Result;
 
 /// The matrix to write.
@@ -57,6 +58,7 @@ impl<O: Send> Output<'_, O> {
     /// or on this one if products so deep are little work.
     pub(super) fn for_each_block(
         self,
+        engine: &Engine,
         down: Parts,
         across: Parts,
         depth: usize,
@@ -65,7 +67,7 @@ impl<O: Send> Output<'_, O> {
         assert!(down.len == self.rows && across.len == self.cols);
         let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.cols);
         let blocks = (0..down.parts * across.parts).into_par_iter();
-        blocks.with_min_len(together(few(self.rows, self.cols, depth))).try_for_each(|i| {
+        engine.alone_if(few(self.rows, self.cols, depth)).try_each(blocks, |i| {
             let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));
             if rows.is_empty() || cols.is_empty() {
                 return Ok(());
@@ -166,6 +168,7 @@ impl Parts {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::Cpu;
     use super::*;
     use proptest::prelude::*;
 
@@ -187,10 +190,13 @@ mod tests {
         }
 
         #[test]
-        fn blocks_cover_the_output_once(rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9) {
+        fn blocks_cover_the_output_once(
+            rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9, alone in any::<bool>(),
+        ) {
+            let cpu = Cpu::<f32>::new().unwrap();
             let mut data = vec![0u32; rows * cols];
             let (down, across) = (Parts::new(rows, 2, height, 1), Parts::new(cols, 3, width, 2));
-            Output::new(&mut data, rows, cols).for_each_block(down, across, rows, |mut block| {
+            Output::new(&mut data, rows, cols).for_each_block(&cpu.engine(alone), down, across, rows, |mut block| {
                 for i in 0..block.rows.len() {
                     let (row, first) = (block.rows.start + i, block.cols.start);
                     for (j, to) in block.line(i).iter_mut().enumerate() {

@@ -40,7 +40,7 @@ pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term:
     }
     let across = Parts::new(cols, WIDTH, NEAR / depth.max(1), 1);
     let down = Parts::new(out.rows(), 8, BAND, 1);
-    out.for_each_block(down, across, depth, |block| {
+    out.for_each_block(engine, down, across, depth, |block| {
         engine.unit.run(Task { block, lhs: term.lhs, depth, right: &right });
         Ok(())
     })

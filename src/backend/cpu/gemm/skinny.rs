@@ -44,7 +44,7 @@ pub(super) fn run<E: Float, O: Float>(
     let width = if dots { DOTS } else { WIDTH.min(SUMS / down.longest().min(out.rows()).max(1)) };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
-    out.for_each_block(down, across, depth, |block| {
+    out.for_each_block(engine, down, across, depth, |block| {
         engine.unit.run(Columns { block, init, terms, lefts: &lefts });
         Ok(())
     })

@@ -161,7 +161,7 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
         if self.sums.is_empty() {
             return depth_loop(s, &mut self.block, self.init, self.terms, self.left, self.right, self.nr);
         }
-        let (rows, cols) = (self.block.rows.clone(), self.block.cols.clone());
+        let (rows, cols) = (self.block.rows(), self.block.cols());
         let sums = &mut self.sums[..rows.len() * cols.len()];
         if let Init::Output = self.init {
             for (i, sums) in sums.chunks_exact_mut(cols.len()).enumerate() {
@@ -170,7 +170,7 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
         }
         let mut block = Block::over(sums, rows, cols);
         depth_loop(s, &mut block, self.init, self.terms, self.left, self.right, self.nr);
-        for i in 0..block.rows.len() {
+        for i in 0..block.rows().len() {
             ConvertChunk { from: block.line(i), to: self.block.line(i) }.run(s);
         }
     }
@@ -191,7 +191,7 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     let mut start = 0;
     loop {
         let within = depth.block(start);
-        let right = pack_right(s, terms, left.micro, &within, &block.cols, right, nr);
+        let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, nr);
         let init = if start == 0 { init } else { Init::Output };
         if (S::NV == 2 || !M::WIDE) && nr == 2 * LANES {
             tiles::<S, E, O, M, 2>(s, block, init, &within, left, right);
@@ -245,13 +245,13 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     left: &Left<'_, M>,
     right: Right<'_, M::Number>,
 ) {
-    let (micro, mr, nr, col) = (left.micro, left.mr, NV * LANES, block.cols.start);
-    let (height, width) = (block.rows.len(), block.cols.len());
+    let (micro, mr, nr, col) = (left.micro, left.mr, NV * LANES, block.cols().start);
+    let (height, width) = (block.rows().len(), block.cols().len());
     let mut tile = [[0.0; LANES]; MAX_TILE];
     // A shallow tile is done before its own lines of the output could come: ask for those of a later one.
     let ahead = if within.len() < SHORT { TILES_AHEAD * nr } else { 0 };
     for i in (0..height).step_by(mr) {
-        let left = left.panel((block.rows.start + i) / mr, within);
+        let left = left.panel((block.rows().start + i) / mr, within);
         for j in (0..width).step_by(nr) {
             let (rows, cols) = (i..height.min(i + mr), j..width.min(j + nr));
             for row in rows.clone() {

@@ -87,7 +87,7 @@ impl Kernel for Task<'_, '_> {
 impl Task<'_, '_> {
     #[inline(always)]
     fn sum<S: Simd, const MR: usize>(mut self, s: S) {
-        let (height, width) = (self.block.rows.len(), self.block.cols.len());
+        let (height, width) = (self.block.rows().len(), self.block.cols().len());
         let scale = s.splat(self.scale);
         for v in 0..width.div_ceil(LANES) {
             let mut sums = [[0.0; LANES]; STEPS];
@@ -96,9 +96,9 @@ impl Task<'_, '_> {
                 for i in 0..MR.min(self.rows.end - row) {
                     factors[i] = s.widen_at(self.rhs.run(row + i), v);
                 }
-                for within in self.left.blocks_within(self.block.rows.clone()) {
+                for within in self.left.blocks_within(self.block.rows()) {
                     let numbers = self.left.panel_part(panel, &within).as_chunks::<MR>().0;
-                    let sums = &mut sums[within.start - self.block.rows.start..];
+                    let sums = &mut sums[within.start - self.block.rows().start..];
                     for (numbers, sum) in numbers.iter().zip(sums) {
                         let mut total = s.load(sum);
                         for i in 0..MR {

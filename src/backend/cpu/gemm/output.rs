@@ -89,10 +89,8 @@ unsafe impl<O: Send> Sync for Corner<O> {}
 pub(super) struct Block<'a, O> {
     first: *mut O,
     stride: usize,
-    /// Which rows of the output it has.
-    pub(super) rows: Range<usize>,
-    /// Which columns.
-    pub(super) cols: Range<usize>,
+    rows: Range<usize>,
+    cols: Range<usize>,
     lent: PhantomData<&'a mut O>,
 }
 
@@ -109,6 +107,18 @@ impl<'a, O> Block<'a, O> {
         // SAFETY: the first element of the rectangle lies in memory.
         let first = unsafe { corner.0.add(rows.start * stride + cols.start) };
         Self { first, stride, rows, cols, lent: PhantomData }
+    }
+
+    /// Which rows of the output it has.
+    #[inline(always)]
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// Which columns.
+    #[inline(always)]
+    pub(super) fn cols(&self) -> Range<usize> {
+        self.cols.clone()
     }
 
     /// What it has of a row; `row` counts from the block's first.
@@ -197,8 +207,8 @@ mod tests {
             let mut data = vec![0u32; rows * cols];
             let (down, across) = (Parts::new(rows, 2, height, 1), Parts::new(cols, 3, width, 2));
             Output::new(&mut data, rows, cols).for_each_block(&cpu.engine(alone), down, across, rows, |mut block| {
-                for i in 0..block.rows.len() {
-                    let (row, first) = (block.rows.start + i, block.cols.start);
+                for i in 0..block.rows().len() {
+                    let (row, first) = (block.rows().start + i, block.cols().start);
                     for (j, to) in block.line(i).iter_mut().enumerate() {
                         *to += (row * cols + first + j + 1) as u32;
                     }

@@ -171,7 +171,8 @@ impl Parts {
     /// Part `i`: it begins where the one before it ends.
     pub(super) fn part(self, i: usize) -> Range<usize> {
         let units = self.len.div_ceil(self.unit);
-        let cut = |i: usize| (units * i / self.parts * self.unit).min(self.len);
+        let (each, more) = (units / self.parts, units % self.parts); // the first parts have one more
+        let cut = |i: usize| ((each * i + more.min(i)) * self.unit).min(self.len);
         cut(i)..cut(i + 1)
     }
 }

@@ -23,7 +23,10 @@ impl Engine<'_> {
     where
         I: IndexedParallelIterator,
     {
-        let Ok(()) = self.try_each(tasks, |item| Ok::<_, Infallible>(task(item)));
+        let Ok(()) = self.try_each(tasks, |item| {
+            task(item);
+            Ok::<_, Infallible>(())
+        });
     }
 
     /// Does each task, until one fails. Where this thread is alone rayon is asked nothing: its first question would start threads.

@@ -148,18 +148,16 @@ impl<E: Float, O: Float, M: Micro> Kernel for Strip<'_, '_, E, O, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let micro = self.left.micro;
-        micro.begin();
-        self.sum(s);
-        micro.end();
+        let ready = self.left.micro.begin();
+        self.sum(s, &ready);
     }
 }
 
 impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
     #[inline(always)]
-    fn sum<S: Simd>(mut self, s: S) {
+    fn sum<S: Simd>(mut self, s: S, ready: &M::Ready) {
         if self.sums.is_empty() {
-            return depth_loop(s, &mut self.block, self.init, self.terms, self.left, self.right, self.nr);
+            return depth_loop(s, &mut self.block, self.init, self.terms, (self.left, ready), self.right, self.nr);
         }
         let (rows, cols) = (self.block.rows(), self.block.cols());
         let sums = &mut self.sums[..rows.len() * cols.len()];
@@ -169,7 +167,7 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
             }
         }
         let mut block = Block::over(sums, rows, cols);
-        depth_loop(s, &mut block, self.init, self.terms, self.left, self.right, self.nr);
+        depth_loop(s, &mut block, self.init, self.terms, (self.left, ready), self.right, self.nr);
         for i in 0..block.rows().len() {
             ConvertChunk { from: block.line(i), to: self.block.line(i) }.run(s);
         }
@@ -183,7 +181,7 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     terms: &[Product<'_, E>],
-    left: &Left<'_, M>,
+    (left, ready): (&Left<'_, M>, &M::Ready),
     right: &mut [M::Number],
     nr: usize,
 ) {
@@ -194,9 +192,9 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
         let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, nr);
         let init = if start == 0 { init } else { Init::Output };
         if (S::NV == 2 || !M::WIDE) && nr == 2 * LANES {
-            tiles::<S, E, O, M, 2>(s, block, init, &within, left, right);
+            tiles::<S, E, O, M, 2>(s, ready, block, init, &within, left, right);
         } else {
-            tiles::<S, E, O, M, 1>(s, block, init, &within, left, right);
+            tiles::<S, E, O, M, 1>(s, ready, block, init, &within, left, right);
         }
         start = within.end;
         if start == depth.total() {
@@ -239,13 +237,14 @@ fn pack_right<'r, S: Simd, E: Float, M: Micro>(
 #[inline(always)]
 fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     s: S,
+    ready: &M::Ready,
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     within: &Range<usize>,
     left: &Left<'_, M>,
     right: Right<'_, M::Number>,
 ) {
-    let (micro, mr, nr, col) = (left.micro, left.mr, NV * LANES, block.cols().start);
+    let (mr, nr, col) = (left.mr, NV * LANES, block.cols().start);
     let (height, width) = (block.rows().len(), block.cols().len());
     let mut tile = [[0.0; LANES]; MAX_TILE];
     // A shallow tile is done before its own lines of the output could come: ask for those of a later one.
@@ -260,7 +259,7 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
                 }
             }
             let right = right.map(|(panels, steps)| &panels[j * steps..][..nr * steps]);
-            micro.tile::<S, NV>(s, left, right, &mut tile);
+            M::tile::<S, NV>(ready, s, left, right, &mut tile);
             for (row, sums) in rows.zip(tile.as_chunks::<NV>().0) {
                 let line = &mut block.line(row)[cols.clone()];
                 match line.as_chunks_mut().0.first_chunk_mut::<NV>() {

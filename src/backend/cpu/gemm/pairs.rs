@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::super::Engine;
 use super::super::scratch::Taken;
-use super::super::simd::pairs::{COLS, PairUnit, STEP};
+use super::super::simd::pairs::{COLS, PairUnit, Ready, STEP};
 use super::super::simd::{LANES, Lanes, Simd, Unit};
 use super::micro::Micro;
 use super::pack::{Part, Side};
@@ -59,6 +59,7 @@ impl<'a> Sum<'a> {
 
 impl Micro for Pairs {
     type Number = bf16;
+    type Ready = Ready;
     const STEP: usize = STEP;
     /// As many bytes as a block of `f32` has. Not measured: no CPU here has such a unit.
     const DEPTH: usize = 1024;
@@ -89,17 +90,13 @@ impl Micro for Pairs {
         }
     }
 
+    fn begin(self) -> Ready {
+        self.0.begin()
+    }
+
     #[inline(always)]
-    fn tile<S: Simd, const NV: usize>(self, _: S, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
-        self.0.tile(left, right, out);
-    }
-
-    fn begin(self) {
-        self.0.begin();
-    }
-
-    fn end(self) {
-        self.0.end();
+    fn tile<S: Simd, const NV: usize>(ready: &Ready, _: S, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+        ready.tile(left, right, out);
     }
 }
 

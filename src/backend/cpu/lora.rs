@@ -74,8 +74,8 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
     Ok(())
 }
 
-/// `dx = base + drop(update)`. The mask lies between the update and the sum: the masked update is made in `f32`, the rest is
-/// added to it, and `dx` is rounded once.
+/// `dx = base + drop(update)`. A mask lies between the update and the sum: the masked update is made in `f32`, the rest is added to
+/// it, and `dx` is rounded once.
 fn add_update<E: Float>(
     engine: &Engine,
     base: Option<Product<'_, E>>,
@@ -83,6 +83,9 @@ fn add_update<E: Float>(
     dropout: Option<Dropout>,
     dx: &mut Tensor<Cpu<E>>,
 ) -> Result<()> {
+    if let (None, None) = (base, dropout) {
+        return sum_of_products(engine, output(dx), Init::Zero, &[update]);
+    }
     let (m, k) = (dx.rows(), dx.cols());
     let mut sum = engine.scratch.take(m * k)?;
     sum_of_products(engine, Output::new(&mut sum, m, k), Init::Zero, &[update])?;

@@ -71,6 +71,24 @@ fn a_unit_that_is_not_there_is_refused_by_name() {
     assert!(Cpu::<f32>::new().unwrap().with_threads(0).is_err());
 }
 
+/// The variable is read in a process of its own: this test again.
+#[cfg(unix)]
+#[test]
+fn a_name_that_is_not_unicode_is_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    const NAME: &str = "LOWRANK_UNIT";
+    let bytes = std::ffi::OsStr::from_bytes(b"avx\xff");
+    if std::env::var_os(NAME).is_some_and(|name| name == bytes) {
+        let error = Cpu::<f32>::new().err().unwrap().to_string();
+        return assert!(error.starts_with("cpu: `unit` is avx\u{fffd}, want amx, "), "{error}");
+    }
+    let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+    again.env(NAME, bytes).args(["--exact", "a_name_that_is_not_unicode_is_refused"]);
+    let done = again.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success() && said.contains("1 passed"), "{said}");
+}
+
 /// Sizes on either side of every cut that the engine makes: rows of a chunk, rows that are not worth packing, columns of a
 /// strip, steps of a block of the depth, and how deep an adapter may be to share the last one.
 fn sizes_around_every_cut() -> Vec<Dims> {

@@ -65,14 +65,15 @@ struct Engine<'c> {
 }
 
 impl<E: Float> Cpu<E> {
-    /// The best vector unit of this CPU, on rayon's global threads.
+    /// The best vector unit of this CPU, on the threads of the rayon pool that a verb is called from; called from elsewhere, on
+    /// rayon's global ones.
     ///
-    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors: [`Error::Value`] if it names none,
-    /// [`Error::Unavailable`] if this CPU does not have it.
+    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors:
+    /// [`Error::Value`] if it names none, [`Error::Unavailable`] if this CPU does not have it.
     pub fn new() -> Result<Self> {
-        let unit = match std::env::var("LOWRANK_UNIT") {
-            Ok(name) => VectorUnit::from_name(&name)?,
-            Err(_) => VectorUnit::best(),
+        let unit = match std::env::var_os("LOWRANK_UNIT") {
+            Some(name) => VectorUnit::from_name(&name.to_string_lossy())?,
+            None => VectorUnit::best(),
         };
         let idle: Arc<Idle> = Arc::default();
         let scratch = Arc::new(Scratch::new(idle.clone()));

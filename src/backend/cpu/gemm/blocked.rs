@@ -17,7 +17,7 @@
 //!
 //! A term of the sum that is only r deep (`h·Bᵀ`) shares the last block with the end of the term before it: no second pass
 //! over the output. The depth is cut term by term ([`Depth`]), so the sum over the base weights is made in the same order with an
-//! adapter and without.
+//! adapter and without: `y` of a fresh adapter has the bits of the base layer's.
 
 use std::ops::Range;
 

@@ -26,6 +26,9 @@ fn on_every_unit<E: Float>(check: impl Fn(&Cpu<E>)) {
 fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::lora_is_exact_on_whole_numbers(cpu);
     suite::lora_rounds_within_bounds(cpu);
+    suite::lora_drops_what_the_mask_says(cpu);
+    suite::update_alone_is_exact_on_whole_numbers(cpu);
+    suite::dropout_drops_what_the_mask_says(cpu);
     suite::linear_is_exact_on_whole_numbers(cpu);
     suite::relu_and_its_derivative_are_exact(cpu);
     suite::add_is_exact(cpu);
@@ -90,13 +93,14 @@ fn a_name_that_is_not_unicode_is_refused() {
 }
 
 /// Sizes on either side of every cut that the engine makes: rows of a chunk, rows that are not worth packing, columns of a
-/// strip, steps of a block of the depth, and how deep an adapter may be to share the last one.
+/// strip, steps of a block of the depth, and how deep an adapter may be to share the last one; and tall layers of nothing.
 fn sizes_around_every_cut() -> Vec<Dims> {
     let rows = [16, 17, 24, 25, 1007, 1008, 1009, 1023].map(|m| Dims { m, k: 37, n: 21, r: 3 });
     let cols = [255, 256, 257, 513, 2100].map(|n| Dims { m: 30, k: 19, n, r: 17 });
     let depth = [511, 512, 513, 1024, 1025].map(|k| Dims { m: 29, k, n: 33, r: 2 });
     let ranks = [16, 32, 33, 128, 129, 513].map(|r| Dims { m: 43, k: 520, n: 35, r });
-    [&rows[..], &cols, &depth, &ranks].concat()
+    let empty = [(40, 0, 30, 3), (40, 30, 0, 3), (1010, 0, 5, 130)].map(|(m, k, n, r)| Dims { m, k, n, r });
+    [&rows[..], &cols, &depth, &ranks, &empty].concat()
 }
 
 #[test]
@@ -181,7 +185,7 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
     use lowrank::op::{LinearForward, LoraForward};
     let cpu = Cpu::<f32>::new().unwrap();
     for dims in sizes_around_every_cut() {
-        let Dims { m, k, n, r } = dims;
+        let Dims { m, n, r, .. } = dims;
         let layer = random::<f32>(dims, 1.5, 3);
         let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up(&cpu, mat));
         let b = Tensor::zeros(&cpu, (n, r)).unwrap();
@@ -191,7 +195,7 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
             .run(&cpu)
             .unwrap();
         LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
-        assert!(k > 0 && down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
+        assert!(down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
     }
 }
 
@@ -240,19 +244,47 @@ fn what_is_not_finite_goes_where_it_must_on_every_unit() {
     on_every_unit(what_is_not_finite_goes_where_it_must::<bf16>);
 }
 
+/// All bits of what the verbs put out whose loops are shared by threads.
+fn bits_of_every_loop<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
+    use lowrank::op::{Dropout, LoraMerge, LoraRowNorm, MagnitudeBackward, Rounding};
+    let (m, n, scale) = (layer.x.rows, layer.w.rows, 0.5);
+    let dropout = Dropout::new(0.25, 3).unwrap();
+    let mut bits = [None, Some(dropout)].map(|dropout| suite::run_lora(cpu, layer, dropout).bits()).concat();
+    bits.extend(bits_of_one_pass(cpu, layer));
+    let [mut w, a, b, dy] = [&layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up::<_, E>(cpu, mat));
+    let (mut norm, mut dmagnitude, mut dz) = (unwritten(cpu, 1, n), unwritten(cpu, 1, n), unwritten(cpu, m, n));
+    LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut norm }.run(cpu).unwrap();
+    let (magnitude, norm, dz_, dm) = (up(cpu, layer.bias.as_ref().unwrap()), &norm, Some(&mut dz), Some(&mut dmagnitude));
+    let backward = MagnitudeBackward { z: &dy, magnitude: &magnitude, norm, dy: &dy, dz: dz_, dmagnitude: dm, dbias: None };
+    backward.run(cpu).unwrap();
+    for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 3 }] {
+        LoraMerge { a: &a, b: &b, scale, rounding, w: &mut w }.run(cpu).unwrap();
+    }
+    let stored = [down(cpu, &w), down(cpu, &dz)].concat();
+    bits.extend([down(cpu, norm), down(cpu, &dmagnitude)].concat().into_iter().map(f32::to_bits));
+    bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));
+    bits
+}
+
 /// Work is split over blocks of the output, never along a sum.
+fn threads_change_no_bit<E: Float>(unit: VectorUnit, dims: impl IntoIterator<Item = Dims>) {
+    let with = |threads| Cpu::<E>::new().unwrap().with_unit(unit).unwrap().with_threads(threads).unwrap();
+    let cpus = [1, 2, 3, 7].map(with);
+    for dims in dims {
+        let layer = random::<E>(dims, 1.5, 2);
+        let [first, rest @ ..] = cpus.each_ref().map(|cpu| bits_of_every_loop(cpu, &layer));
+        assert!(rest.iter().all(|run| *run == first), "{dims:?} {} {}", unit.name(), E::DTYPE);
+    }
+}
+
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
-    let cpus = [1, 2, 3, 7].map(|threads| Cpu::<f32>::new().unwrap().with_threads(threads).unwrap());
-    let large =
-        [Dims { m: 10, k: 784, n: 1000, r: 1 }, Dims { m: 300, k: 800, n: 700, r: 16 }, Dims { m: 1, k: 900, n: 1100, r: 8 }];
-    for dims in shapes().into_iter().chain(large) {
-        let layer = random::<f32>(dims, 1.5, 2);
-        let runs = cpus.each_ref().map(|cpu| suite::run_lora(cpu, &layer, None));
-        for run in &runs[1..] {
-            assert!(*run == runs[0], "{dims:?}");
-        }
-    }
+    let large = [(10, 784, 1000, 1), (300, 800, 700, 16), (1, 900, 1100, 8)].map(|(m, k, n, r)| Dims { m, k, n, r });
+    threads_change_no_bit::<f32>(VectorUnit::best(), shapes().into_iter().chain(large));
+    let few = [(10, 300, 500, 4), (70, 400, 300, 16)].map(|(m, k, n, r)| Dims { m, k, n, r });
+    threads_change_no_bit::<f16>(VectorUnit::best(), few);
+    threads_change_no_bit::<bf16>(VectorUnit::best(), few);
+    threads_change_no_bit::<bf16>(VectorUnit::AmxEmulated, few);
 }
 
 /// What relu and a step of Adam, with both kinds of gradient, make of numbers of which some are 0, -0 or nearly 0.

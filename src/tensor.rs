@@ -16,9 +16,10 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// `rows × cols` as a number of elements, if that number can be addressed.
+    /// `rows × cols` as a number of elements, if that number and both sides can be addressed: one side may be 0, and the other is
+    /// still a number that is computed with.
     pub fn elements(self) -> Result<usize> {
-        let fits = self.rows.checked_mul(self.cols).filter(|&n| n <= isize::MAX as usize / 8);
+        let fits = self.rows.checked_mul(self.cols).filter(|&n| n.max(self.rows).max(self.cols) <= isize::MAX as usize / 8);
         fits.ok_or(Error::TooLarge { shape: self, limit: "this machine can address" })
     }
 }

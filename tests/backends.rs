@@ -4,10 +4,11 @@
 mod measured;
 mod support;
 
-use lowrank::{Backend, Cpu, Float, Passes, VectorUnit, bf16, f16};
+use lowrank::{Backend, Cpu, DType, Float, Passes, Tensor, VectorUnit, bf16, f16};
 
 use support::bounds::assert_within;
 use support::data::{Dims, down, random, shapes, unwritten, up};
+use support::oracle::{Lora, Mat};
 use support::suite;
 
 suite!(cpu_f32, lowrank::Cpu::<f32>::new().unwrap());
@@ -25,6 +26,9 @@ fn on_every_unit<E: Float>(check: impl Fn(&Cpu<E>)) {
 fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::lora_is_exact_on_whole_numbers(cpu);
     suite::lora_rounds_within_bounds(cpu);
+    suite::lora_drops_what_the_mask_says(cpu);
+    suite::update_alone_is_exact_on_whole_numbers(cpu);
+    suite::dropout_drops_what_the_mask_says(cpu);
     suite::linear_is_exact_on_whole_numbers(cpu);
     suite::relu_and_its_derivative_are_exact(cpu);
     suite::add_is_exact(cpu);
@@ -70,14 +74,33 @@ fn a_unit_that_is_not_there_is_refused_by_name() {
     assert!(Cpu::<f32>::new().unwrap().with_threads(0).is_err());
 }
 
+/// The variable is read in a process of its own: this test again.
+#[cfg(unix)]
+#[test]
+fn a_name_that_is_not_unicode_is_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    const NAME: &str = "LOWRANK_UNIT";
+    let bytes = std::ffi::OsStr::from_bytes(b"avx\xff");
+    if std::env::var_os(NAME).is_some_and(|name| name == bytes) {
+        let error = Cpu::<f32>::new().err().unwrap().to_string();
+        return assert!(error.starts_with("cpu: `unit` is avx\u{fffd}, want amx, "), "{error}");
+    }
+    let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+    again.env(NAME, bytes).args(["--exact", "a_name_that_is_not_unicode_is_refused"]);
+    let done = again.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success() && said.contains("1 passed"), "{said}");
+}
+
 /// Sizes on either side of every cut that the engine makes: rows of a chunk, rows that are not worth packing, columns of a
-/// strip, steps of a block of the depth, and how deep an adapter may be to share the last one.
+/// strip, steps of a block of the depth, and how deep an adapter may be to share the last one; and tall layers of nothing.
 fn sizes_around_every_cut() -> Vec<Dims> {
     let rows = [16, 17, 24, 25, 1007, 1008, 1009, 1023].map(|m| Dims { m, k: 37, n: 21, r: 3 });
     let cols = [255, 256, 257, 513, 2100].map(|n| Dims { m: 30, k: 19, n, r: 17 });
     let depth = [511, 512, 513, 1024, 1025].map(|k| Dims { m: 29, k, n: 33, r: 2 });
     let ranks = [16, 32, 33, 128, 129, 513].map(|r| Dims { m: 43, k: 520, n: 35, r });
-    [&rows[..], &cols, &depth, &ranks].concat()
+    let empty = [(40, 0, 30, 3), (40, 30, 0, 3), (1010, 0, 5, 130)].map(|(m, k, n, r)| Dims { m, k, n, r });
+    [&rows[..], &cols, &depth, &ranks, &empty].concat()
 }
 
 #[test]
@@ -136,51 +159,178 @@ fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
     assert_eq!(results[0], results[1]);
 }
 
+/// A tensor with a side of 0 has no elements, however long the other is: no loop may count along it.
+#[test]
+fn beside_a_side_of_zero_the_other_costs_nothing() {
+    use lowrank::op::{Adam, AdamRate, LinearBackward, LinearForward, WeightGrad};
+    let cpu = Cpu::<bf16>::new().unwrap().with_unit(VectorUnit::AmxEmulated).unwrap();
+    for long in [1 << 40, isize::MAX as usize / 8] {
+        for (m, k, n) in [(long, 0, 0), (0, long, 0), (0, 0, long)] {
+            let (x, mut w, dy): (Tensor<Cpu<bf16>>, _, _) = (unwritten(&cpu, m, k), unwritten(&cpu, n, k), unwritten(&cpu, m, n));
+            let (mut y, mut dx, mut dw) = (unwritten(&cpu, m, n), unwritten(&cpu, m, k), unwritten(&cpu, n, k));
+            cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
+            LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+            let (dx, dw) = (Some(&mut dx), Some(&mut dw));
+            LinearBackward { x: &x, w: &w, dy: &dy, dx, dw, dbias: None }.run(&cpu).unwrap();
+            let (mut first, mut second) = (unwritten(&cpu, n, k), unwritten(&cpu, n, k));
+            let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap(), WeightGrad::Factored { dy: &dy, x: &x });
+            Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
+        }
+    }
+}
+
 /// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.
 #[test]
 fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
     use lowrank::op::{LinearForward, LoraForward};
     let cpu = Cpu::<f32>::new().unwrap();
     for dims in sizes_around_every_cut() {
-        let Dims { m, k, n, r } = dims;
+        let Dims { m, n, r, .. } = dims;
         let layer = random::<f32>(dims, 1.5, 3);
         let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up(&cpu, mat));
-        let b = lowrank::Tensor::zeros(&cpu, (n, r)).unwrap();
+        let b = Tensor::zeros(&cpu, (n, r)).unwrap();
         let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
         let bias = None;
         LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }
             .run(&cpu)
             .unwrap();
         LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
-        assert!(k > 0 && down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
+        assert!(down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
     }
 }
 
-/// Work is split over blocks of the output, never along a sum.
-#[test]
-fn the_number_of_threads_does_not_change_a_bit() {
-    let cpus = [1, 2, 3, 7].map(|threads| Cpu::<f32>::new().unwrap().with_threads(threads).unwrap());
-    let large =
-        [Dims { m: 10, k: 784, n: 1000, r: 1 }, Dims { m: 300, k: 800, n: 700, r: 16 }, Dims { m: 1, k: 900, n: 1100, r: 8 }];
-    for dims in shapes().into_iter().chain(large) {
-        let layer = random::<f32>(dims, 1.5, 2);
-        let runs = cpus.each_ref().map(|cpu| suite::run_lora(cpu, &layer, None));
-        for run in &runs[1..] {
-            assert!(*run == runs[0], "{dims:?}");
+/// What a number is, if it is not one to count with.
+fn kind(number: f64) -> &'static str {
+    match number {
+        _ if number.is_nan() => "NaN",
+        f64::INFINITY => "∞",
+        f64::NEG_INFINITY => "-∞",
+        _ => "finite",
+    }
+}
+
+/// One number of one operand is NaN or infinite: every output is what the formula makes of that, on every unit.
+fn what_is_not_finite_goes_where_it_must<E: Float>(cpu: &Cpu<E>) {
+    let spoil: [fn(&mut Lora, f64); 5] = [
+        |layer, number| layer.x.data[7] = number,
+        |layer, number| layer.w.data[7] = number,
+        |layer, number| layer.a.data[7] = number,
+        |layer, number| layer.b.data[7] = number,
+        |layer, number| layer.dy.data[7] = number,
+    ];
+    for (m, k, n, r) in [(1, 20, 18, 2), (9, 18, 20, 3), (40, 35, 50, 4), (40, 20, 18, 140)] {
+        let dims = Dims { m, k, n, r };
+        for (operand, spoil) in spoil.iter().enumerate() {
+            for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let mut layer = random::<E>(dims, 0.5, 4);
+                spoil(&mut layer, number);
+                let (got, want) = (suite::run_lora(cpu, &layer, None), layer.run());
+                let same =
+                    |got: &[E], want: &Mat| got.iter().map(|x| kind(x.to_f32().into())).eq(want.data.iter().map(|&x| kind(x)));
+                let wide = |got: &[f32], want: &Mat| got.iter().map(|&x| kind(x.into())).eq(want.data.iter().map(|&x| kind(x)));
+                let inputs = [wide(&got.h, &want.h), same(&got.y, &want.y), same(&got.dx, &want.dx)];
+                let parameters = [wide(&got.da, &want.da), wide(&got.db, &want.db), wide(&got.dbias, &want.dbias)];
+                let unit = cpu.unit().name();
+                assert!(inputs == [true; 3], "{unit} {dims:?} {number} in operand {operand}: h, y, dx {inputs:?}");
+                assert!(parameters == [true; 3], "{unit} {dims:?} {number} in operand {operand}: da, db, dbias {parameters:?}");
+            }
         }
     }
 }
 
-/// The lanes of every unit are the same sixteen, so sums are made in the same order.
 #[test]
-fn units_with_fused_multiply_add_agree_bit_for_bit() {
-    let fused = VectorUnit::available().into_iter().filter(|&unit| unit != VectorUnit::Scalar);
-    let cpus: Vec<_> = fused.map(|unit| Cpu::<f32>::new().unwrap().with_unit(unit).unwrap()).collect();
+fn what_is_not_finite_goes_where_it_must_on_every_unit() {
+    on_every_unit(what_is_not_finite_goes_where_it_must::<f32>);
+    on_every_unit(what_is_not_finite_goes_where_it_must::<bf16>);
+}
+
+/// All bits of what the verbs put out whose loops are shared by threads.
+fn bits_of_every_loop<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
+    use lowrank::op::{Dropout, LoraMerge, LoraRowNorm, MagnitudeBackward, Rounding};
+    let (m, n, scale) = (layer.x.rows, layer.w.rows, 0.5);
+    let dropout = Dropout::new(0.25, 3).unwrap();
+    let mut bits = [None, Some(dropout)].map(|dropout| suite::run_lora(cpu, layer, dropout).bits()).concat();
+    bits.extend(bits_of_one_pass(cpu, layer));
+    let [mut w, a, b, dy] = [&layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up::<_, E>(cpu, mat));
+    let (mut norm, mut dmagnitude, mut dz) = (unwritten(cpu, 1, n), unwritten(cpu, 1, n), unwritten(cpu, m, n));
+    LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut norm }.run(cpu).unwrap();
+    let (magnitude, norm, dz_, dm) = (up(cpu, layer.bias.as_ref().unwrap()), &norm, Some(&mut dz), Some(&mut dmagnitude));
+    let backward = MagnitudeBackward { z: &dy, magnitude: &magnitude, norm, dy: &dy, dz: dz_, dmagnitude: dm, dbias: None };
+    backward.run(cpu).unwrap();
+    for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 3 }] {
+        LoraMerge { a: &a, b: &b, scale, rounding, w: &mut w }.run(cpu).unwrap();
+    }
+    let stored = [down(cpu, &w), down(cpu, &dz)].concat();
+    bits.extend([down(cpu, norm), down(cpu, &dmagnitude)].concat().into_iter().map(f32::to_bits));
+    bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));
+    bits
+}
+
+/// Work is split over blocks of the output, never along a sum.
+fn threads_change_no_bit<E: Float>(unit: VectorUnit, dims: impl IntoIterator<Item = Dims>) {
+    let with = |threads| Cpu::<E>::new().unwrap().with_unit(unit).unwrap().with_threads(threads).unwrap();
+    let cpus = [1, 2, 3, 7].map(with);
+    for dims in dims {
+        let layer = random::<E>(dims, 1.5, 2);
+        let [first, rest @ ..] = cpus.each_ref().map(|cpu| bits_of_every_loop(cpu, &layer));
+        assert!(rest.iter().all(|run| *run == first), "{dims:?} {} {}", unit.name(), E::DTYPE);
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let large = [(10, 784, 1000, 1), (300, 800, 700, 16), (1, 900, 1100, 8)].map(|(m, k, n, r)| Dims { m, k, n, r });
+    threads_change_no_bit::<f32>(VectorUnit::best(), shapes().into_iter().chain(large));
+    let few = [(10, 300, 500, 4), (70, 400, 300, 16)].map(|(m, k, n, r)| Dims { m, k, n, r });
+    threads_change_no_bit::<f16>(VectorUnit::best(), few);
+    threads_change_no_bit::<bf16>(VectorUnit::best(), few);
+    threads_change_no_bit::<bf16>(VectorUnit::AmxEmulated, few);
+}
+
+/// What relu and a step of Adam, with both kinds of gradient, make of numbers of which some are 0, -0 or nearly 0.
+fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
+    use lowrank::op::{Adam, AdamRate, Relu, WeightGrad};
+    let thinned = |mat: &Mat| {
+        let numbers = mat.data.iter().enumerate().map(|(at, &x)| [x, 0.0, -0.0, x * 1e-38, -x * 1e-40][at % 5]);
+        Mat::from_vec(mat.rows, mat.cols, numbers.collect())
+    };
+    let (n, k) = (layer.w.rows, layer.w.cols);
+    let (w, dy, x): (Tensor<Cpu<E>>, Tensor<_>, Tensor<_>) =
+        (up(cpu, &thinned(&layer.w)), up(cpu, &layer.dy), up(cpu, &thinned(&layer.x)));
+    let (grad, rate) = (up(cpu, &thinned(&layer.w)), AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
+    let mut bits = Vec::new();
+    for grad in [WeightGrad::Dense(&grad), WeightGrad::Factored { dy: &dy, x: &x }] {
+        let (mut m, mut v) = (up(cpu, &thinned(&layer.w)), up(cpu, &thinned(&layer.w.abs()).abs()));
+        let (mut stepped, mut y) = (up(cpu, &layer.w), unwritten(cpu, n, k));
+        Adam { grad, rate, m: &mut m, v: &mut v, w: &mut stepped }.run(cpu).unwrap();
+        Relu { x: &w, y: &mut y }.run(cpu).unwrap();
+        let stored = [down(cpu, &stepped), down(cpu, &y)].concat();
+        bits.extend([down(cpu, &m), down(cpu, &v)].concat().into_iter().map(f32::to_bits));
+        bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));
+    }
+    bits
+}
+
+/// The lanes of every unit are the same sixteen, so sums are made in the same order.
+fn fused_units_agree<E: Float>() {
+    let fused = VectorUnit::available().into_iter().filter(|unit| {
+        use VectorUnit::{Avx2, Avx512, Neon};
+        E::DTYPE != DType::BF16 && *unit != VectorUnit::Scalar || [Avx512, Avx2, Neon].contains(unit)
+    });
+    let cpus: Vec<_> = fused.map(|unit| Cpu::<E>::new().unwrap().with_unit(unit).unwrap()).collect();
     for dims in shapes() {
-        let layer = random::<f32>(dims, 1.5, 2);
-        let runs: Vec<_> = cpus.iter().map(|cpu| suite::run_lora(cpu, &layer, None)).collect();
+        let layer = random::<E>(dims, 1.5, 2);
+        let run = |cpu| [suite::run_lora(cpu, &layer, None).bits(), bits_of_one_pass(cpu, &layer)];
+        let runs: Vec<_> = cpus.iter().map(run).collect();
         assert!(runs.windows(2).all(|pair| pair[0] == pair[1]), "{dims:?}");
     }
+}
+
+#[test]
+fn units_with_fused_multiply_add_agree_bit_for_bit() {
+    fused_units_agree::<f32>();
+    fused_units_agree::<f16>();
+    fused_units_agree::<bf16>();
 }
 
 /// The tile that tests use where there is no AMX is the one that AMX makes. Only a CPU that has it can tell.

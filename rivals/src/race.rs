@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use lowrank::{Backend, Float, Result};
+use lowrank::{Backend, DType, Float, Result};
 
 use crate::check::Expected;
 use crate::layer::{Contender, Layer, Verb};
@@ -36,8 +36,8 @@ pub trait Others<B: Backend> {
 /// with the frozen weight kept packed.
 pub const OWN: [&str; 3] = ["unfused", "plain", "packed"];
 
-/// Rows of a layer whose weights the CPU never packs.
-const FEW_ROWS: usize = 24;
+/// The most rows for which the CPU packs no weights; with more it packs those of the forward pass.
+const FEW_ROWS: usize = 16;
 
 /// Everyone, for one verb on one layer.
 pub fn contenders<B: Backend + Clone + 'static, O: Others<B>>(others: &O, layer: &Layer<B>, verb: Verb) -> Result<Contenders<B>> {
@@ -101,7 +101,7 @@ fn race_once<B: Backend + Clone + 'static, O: Others<B>>(
     }
     let (shape, elem) = (layer.shape, size_of::<B::Elem>());
     let bytes = verb.elements(shape) * elem as f64;
-    let bound = peaks.bound(verb.flop(shape), bytes, verb == Verb::LoraMerge, elem == 2);
+    let bound = peaks.bound(verb.flop(shape), bytes, verb == Verb::LoraMerge, B::Elem::DTYPE == DType::BF16);
     let clock = |work: &mut dyn FnMut()| others.seconds(&layer.backend, work);
     let (timed, share) = rounds(&clock, &mut runs, &|| bound.seconds(peaks), options.effort());
     drop(runs);

@@ -26,7 +26,8 @@ impl<B: Backend> Relu<'_, B> {
     }
 }
 
-/// `dx = dy` where `y > 0`, else 0. It needs what relu put out, not what it took in.
+/// `dx = dy` where `y > 0`, else 0. It needs what relu put out, not what it took in. Where `y` is NaN `dx` is 0; PyTorch passes
+/// `dy` on there.
 pub struct ReluBackward<'t, B: Backend> {
     /// Any shape.
     pub y: &'t Tensor<B>,

@@ -55,6 +55,14 @@ pub struct Got<E> {
     pub dx: Vec<E>,
 }
 
+impl<E: Float> Got<E> {
+    /// All of it, bit for bit: -0 is not 0, and what is NaN is equal.
+    pub fn bits(&self) -> Vec<u32> {
+        let wide = [&self.h, &self.da, &self.db, &self.dbias].into_iter().flatten().map(|x| x.to_bits());
+        wide.chain(self.y.iter().chain(&self.dx).map(|x| x.to_f32().to_bits())).collect()
+    }
+}
+
 /// The forward and the backward pass of a layer.
 pub fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
     run_layer(backend, layer, dropout, true, None)

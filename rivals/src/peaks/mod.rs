@@ -67,9 +67,9 @@ impl Peaks {
         Self { threads: Some(threads), fma, amx, read, copy }
     }
 
-    /// Whichever peak takes longer for that much work.
-    pub fn bound(&self, flop: f64, bytes: f64, writes: bool, narrow: bool) -> Bound {
-        let compute = Bound { peak: if narrow && self.amx.is_some() { Peak::Amx } else { Peak::Fma }, work: flop };
+    /// Whichever peak takes longer for that much work; AMX is for `bf16` alone.
+    pub fn bound(&self, flop: f64, bytes: f64, writes: bool, bf16: bool) -> Bound {
+        let compute = Bound { peak: if bf16 && self.amx.is_some() { Peak::Amx } else { Peak::Fma }, work: flop };
         let memory = Bound { peak: if writes { Peak::Copy } else { Peak::Read }, work: bytes };
         let best = |bound: &Bound| bound.work / self.best(bound.peak);
         if best(&compute) >= best(&memory) { compute } else { memory }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::few::{FEW, few, together};
+use super::few::{FEW, few};
 use super::gemm::{Init, Output, interleave, sum_of_products};
 use super::linear::{matrix, product};
 use super::simd::{Kernel, LANES, Lanes, Simd};
@@ -23,6 +23,9 @@ const BATCH: usize = 64;
 pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()> {
     let (rate, n, k) = (op.rate, op.w.rows(), op.w.cols());
     let (m, v, w) = (op.m.buffer_mut(), op.v.buffer_mut(), op.w.buffer_mut());
+    if w.is_empty() {
+        return Ok(()); // whose other side may be any number
+    }
     match op.grad {
         WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), m, v, w),
         WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {
@@ -30,7 +33,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
             let x = x.as_chunks().0;
             let rows = (ROWS * k).max(1);
             let chunks = m.par_chunks_mut(rows).zip(v.par_chunks_mut(rows)).zip(w.par_chunks_mut(rows)).enumerate();
-            chunks.with_min_len(together(few(n, k, batch))).for_each(|(chunk, ((m, v), w))| {
+            engine.alone_if(few(n, k, batch)).each(chunks, |(chunk, ((m, v), w))| {
                 engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, m, v, w });
             });
         }
@@ -47,7 +50,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
 fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], m: &mut [f32], v: &mut [f32], w: &mut [E]) {
     let chunks = m.par_chunks_mut(FEW).zip(v.par_chunks_mut(FEW)).zip(w.par_chunks_mut(FEW));
     let task = |(((m, v), w), g)| engine.unit.run(Dense { rate, g, m, v, w });
-    chunks.zip(g.par_chunks(FEW)).for_each(task);
+    engine.each(chunks.zip(g.par_chunks(FEW)), task);
 }
 
 /// The scalars of a step in every lane.

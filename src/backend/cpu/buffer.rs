@@ -83,14 +83,8 @@ impl Memory {
 }
 
 impl<T: Element> Buffer<T> {
-    /// All zeros, of the system's memory.
-    pub(super) fn zeros(len: usize) -> Result<Self> {
-        let memory = Memory::zeros(Self::bytes(len)).ok_or(Self::no_room(len))?;
-        Ok(Self { memory, len, home: Weak::new(), element: PhantomData, packed: None })
-    }
-
     /// All zeros, in memory that was idle if there is such.
-    pub(super) fn zeros_of(idle: &Arc<Idle>, len: usize) -> Result<Self> {
+    pub(super) fn zeros(idle: &Arc<Idle>, len: usize) -> Result<Self> {
         let (mut buffer, used) = Self::take(idle, len)?;
         if used {
             buffer.memory.bytes_mut().fill(0);
@@ -166,14 +160,15 @@ mod tests {
 
     #[test]
     fn memory_of_any_size_is_zero_and_begins_on_a_cache_line() {
+        let idle = Arc::default();
         for len in [0, 1, 63, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20] {
-            let mut buffer = Buffer::<f32>::zeros(len).unwrap();
+            let mut buffer = Buffer::<f32>::zeros(&idle, len).unwrap();
             assert!(buffer.len() == len && buffer.iter().all(|&x| x == 0.0));
             assert!(len == 0 || (buffer.as_ptr() as usize).is_multiple_of(64));
             buffer.fill(1.0);
             assert_eq!(buffer.iter().filter(|&&x| x == 1.0).count(), len);
         }
         let bytes = usize::MAX / 2;
-        assert!(matches!(Buffer::<f32>::zeros(bytes), Err(Error::OutOfMemory { .. })));
+        assert!(matches!(Buffer::<f32>::zeros(&idle, bytes), Err(Error::OutOfMemory { .. })));
     }
 }

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::pointwise::{CHUNK, column_sums, convert};
 use super::scratch::Taken;
-use super::simd::{Kernel, LANES, Simd, Unit};
+use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
@@ -24,14 +24,14 @@ pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -
     let (a, b) = (wide(engine, op.a)?, wide(engine, op.b)?);
     let (w, a, b) = (&op.w.buffer()[..], &a[..], &b[..]);
     let task = |(task, norm)| engine.unit.run(RowNorms { w, a, b, scale, k, r, first: task * ROWS, norm });
-    op.norm.buffer_mut().par_chunks_mut(ROWS).enumerate().for_each(task);
+    engine.each(op.norm.buffer_mut().par_chunks_mut(ROWS).enumerate(), task);
     Ok(())
 }
 
 /// A tensor's numbers in `f32`.
 fn wide<'e, E: Float>(engine: &'e Engine, tensor: &Tensor<Cpu<E>>) -> Result<Taken<'e>> {
     let mut wide = engine.scratch.take(tensor.buffer().len())?;
-    convert(engine.unit, tensor.buffer(), &mut wide);
+    convert(engine, tensor.buffer(), &mut wide);
     Ok(wide)
 }
 
@@ -95,22 +95,22 @@ impl<E: Float> RowNorms<'_, E> {
 /// `y = (magnitude / norm)·z + bias`
 pub(super) fn magnitude<E: Float>(engine: &Engine, op: Magnitude<'_, Cpu<E>>) -> Result<()> {
     let factors = factors(engine, op.magnitude, op.norm)?;
-    scale_columns(engine.unit, &factors, op.bias.map(|bias| &bias.buffer()[..]), op.z.buffer(), op.y.buffer_mut());
+    scale_columns(engine, &factors, op.bias.map(|bias| &bias.buffer()[..]), op.z.buffer(), op.y.buffer_mut());
     Ok(())
 }
 
 /// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy`
 pub(super) fn magnitude_backward<E: Float>(engine: &Engine, op: MagnitudeBackward<'_, Cpu<E>>) -> Result<()> {
     if let Some(dz) = op.dz {
-        scale_columns(engine.unit, &factors(engine, op.magnitude, op.norm)?, None, op.dy.buffer(), dz.buffer_mut());
+        scale_columns(engine, &factors(engine, op.magnitude, op.norm)?, None, op.dy.buffer(), dz.buffer_mut());
     }
     if let Some(dmagnitude) = op.dmagnitude {
         let (dy, z, norm) = (&op.dy.buffer()[..], &op.z.buffer()[..], &op.norm.buffer()[..]);
         let task = |(task, sums)| engine.unit.run(ColumnDots { dy, z, norm, first: task * COLUMNS, sums });
-        dmagnitude.buffer_mut().par_chunks_mut(COLUMNS).enumerate().for_each(task);
+        engine.each(dmagnitude.buffer_mut().par_chunks_mut(COLUMNS).enumerate(), task);
     }
     if let Some(dbias) = op.dbias {
-        column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
+        column_sums(engine, op.dy.buffer(), dbias.buffer_mut());
     }
     Ok(())
 }
@@ -128,14 +128,14 @@ fn factors<'e, E: Float>(engine: &'e Engine, magnitude: &Tensor<Cpu<E>>, norm: &
 }
 
 /// `y = factor·x + bias`, column by column
-fn scale_columns<E: Float>(unit: Unit, factors: &[f32], bias: Option<&[E]>, x: &[E], y: &mut [E]) {
+fn scale_columns<E: Float>(engine: &Engine, factors: &[f32], bias: Option<&[E]>, x: &[E], y: &mut [E]) {
     let cols = factors.len();
     if cols == 0 {
         return;
     }
     let rows = (CHUNK / cols).max(1) * cols;
     let chunks = y.par_chunks_mut(rows).zip(x.par_chunks(rows));
-    chunks.for_each(|(y, x)| unit.run(ScaleColumns { factors, bias, x, y }));
+    engine.each(chunks, |(y, x)| engine.unit.run(ScaleColumns { factors, bias, x, y }));
 }
 
 struct ScaleColumns<'a, E> {

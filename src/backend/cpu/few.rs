@@ -17,12 +17,8 @@ const MULTIPLY_ADDS: usize = 16 * FEW;
 
 /// Whether a product `m×k` by `k×n` is little work.
 pub(super) fn few(m: usize, n: usize, k: usize) -> bool {
-    [m, n, k, m * n, n * k, k * m].iter().all(|&elements| elements <= FEW) && m * n * k <= MULTIPLY_ADDS
-}
-
-/// How many tasks of a loop stay together at least: all, if they are little work.
-pub(super) fn together(few: bool) -> usize {
-    if few { usize::MAX } else { 1 }
+    let most = m.max(n).max(k).max(m.saturating_mul(n)).max(n.saturating_mul(k)).max(k.saturating_mul(m));
+    most <= FEW && m * n * k <= MULTIPLY_ADDS
 }
 
 /// What a verb is asked for.
@@ -69,6 +65,12 @@ impl<E: Float> Request for LoraMerge<'_, Cpu<E>> {
     }
 }
 
+impl<E: Float> Request for LoraRowNorm<'_, Cpu<E>> {
+    fn is_few(&self) -> bool {
+        few(self.b.rows(), self.a.cols(), self.b.cols())
+    }
+}
+
 impl<E: Float> Request for Adam<'_, Cpu<E>> {
     fn is_few(&self) -> bool {
         match self.grad {
@@ -89,7 +91,7 @@ macro_rules! one_pass {
     )*};
 }
 
-one_pass!(Relu over x, ReluBackward over y, Add over x, Accumulate over x);
+one_pass!(Relu over x, ReluBackward over y, Add over x, Accumulate over x, Magnitude over z, MagnitudeBackward over z);
 
 /// Its loop is one thread's in any case.
 impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {
@@ -99,6 +101,3 @@ impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {
 }
 
 impl<E: Float> Request for DropoutForward<'_, Cpu<E>> {}
-impl<E: Float> Request for LoraRowNorm<'_, Cpu<E>> {}
-impl<E: Float> Request for Magnitude<'_, Cpu<E>> {}
-impl<E: Float> Request for MagnitudeBackward<'_, Cpu<E>> {}

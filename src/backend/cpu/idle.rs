@@ -32,10 +32,18 @@ impl Idle {
         let used = there.is_some();
         let memory = match there {
             Some(memory) => memory,
-            None => Memory::zeros(bytes)?,
+            None => self.fresh(bytes, Memory::zeros)?,
         };
         self.lock().lent += memory.len();
         Some((memory, used))
+    }
+
+    /// Memory of the system's. If it has no room, all that lies idle goes back to it, and it is asked once more.
+    fn fresh(&self, bytes: usize, of_system: impl Fn(usize) -> Option<Memory>) -> Option<Memory> {
+        of_system(bytes).or_else(|| {
+            drop(self.lock().shed());
+            of_system(bytes)
+        })
     }
 
     /// Takes memory back.
@@ -70,6 +78,12 @@ impl Kept {
         Some(memory)
     }
 
+    /// All that lies idle.
+    fn shed(&mut self) -> VecDeque<Memory> {
+        self.bytes = 0;
+        std::mem::take(&mut self.memory)
+    }
+
     fn give(&mut self, memory: Memory) {
         self.lent -= memory.len();
         self.bytes += memory.len();
@@ -96,6 +110,19 @@ mod tests {
         let (again, used) = take(&idle, 1001); // as many cache lines
         assert!(used && again.bytes().as_ptr() == place);
         assert!(!take(&idle, 1000).1, "it is lent to one at a time");
+    }
+
+    #[test]
+    fn what_lies_idle_goes_back_to_a_system_that_has_no_room() {
+        let idle = Idle::default();
+        let (one, two) = (take(&idle, 1000).0, take(&idle, 2000).0);
+        idle.give(one);
+        idle.give(two);
+        let full = |bytes| Memory::zeros(bytes).filter(|_| idle.lock().memory.is_empty());
+        assert_eq!(idle.fresh(640, full).map(|memory| memory.len()), Some(640));
+        assert_eq!(idle.lock().bytes, 0);
+        assert!(idle.fresh(640, |_| None).is_none());
+        assert!(!take(&idle, 1000).1);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LinearBackward<'_, Cpu<E>>
         sum_of_products(engine, output(dw), Init::Zero, &[product(dy.t(), matrix(op.x))])?;
     }
     if let Some(dbias) = op.dbias {
-        pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
+        pointwise::column_sums(engine, op.dy.buffer(), dbias.buffer_mut());
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
 fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: &Tensor<Cpu<E>>) -> Result<Option<Taken<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
     let mut dropped = engine.scratch.take(x.buffer().len())?;
-    pointwise::drop(dropout, x.buffer(), &mut dropped);
+    pointwise::drop(engine, dropout, x.buffer(), &mut dropped);
     Ok(Some(dropped))
 }
 
@@ -69,13 +69,13 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
     let to_da = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r).t()), rhs: seen(x, &dropped) };
     sum_of_products(engine, output(op.da), Init::Zero, &[to_da])?;
     if let Some(dbias) = op.dbias {
-        pointwise::column_sums(engine.unit, op.dy.buffer(), dbias.buffer_mut());
+        pointwise::column_sums(engine, op.dy.buffer(), dbias.buffer_mut());
     }
     Ok(())
 }
 
-/// `dx = base + drop(update)`. The mask lies between the update and the sum: the masked update is made in `f32`, the rest is
-/// added to it, and `dx` is rounded once.
+/// `dx = base + drop(update)`. A mask lies between the update and the sum: the masked update is made in `f32`, the rest is added to
+/// it, and `dx` is rounded once.
 fn add_update<E: Float>(
     engine: &Engine,
     base: Option<Product<'_, E>>,
@@ -83,16 +83,19 @@ fn add_update<E: Float>(
     dropout: Option<Dropout>,
     dx: &mut Tensor<Cpu<E>>,
 ) -> Result<()> {
+    if let (None, None) = (base, dropout) {
+        return sum_of_products(engine, output(dx), Init::Zero, &[update]);
+    }
     let (m, k) = (dx.rows(), dx.cols());
     let mut sum = engine.scratch.take(m * k)?;
     sum_of_products(engine, Output::new(&mut sum, m, k), Init::Zero, &[update])?;
     if let Some(dropout) = dropout {
-        pointwise::dropout(dropout, &mut sum);
+        pointwise::dropout(engine, dropout, &mut sum);
     }
     if let Some(base) = base {
         sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
     }
-    pointwise::convert(engine.unit, &sum, dx.buffer_mut());
+    pointwise::convert(engine, &sum, dx.buffer_mut());
     Ok(())
 }
 
@@ -116,11 +119,11 @@ fn merge_by_chance<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>, key: [u
     let mut sums = engine.scratch.take((rows * k).min(w.len()))?;
     for (band, w) in w.chunks_mut((rows * k).max(1)).enumerate() {
         let (height, sums) = (w.len() / k, &mut sums[..w.len()]);
-        pointwise::convert(engine.unit, w, sums);
+        pointwise::convert(engine, w, sums);
         let b = Matrix::new(&b[band * rows * r..][..height * r], height, r);
         let update = Product { scale: op.scale, ..product(b, a) };
         sum_of_products(engine, Output::new(sums, height, k), Init::Output, &[update])?;
-        pointwise::round(key, band * rows * k, sums, w);
+        pointwise::round(engine, key, band * rows * k, sums, w);
     }
     Ok(())
 }

@@ -20,6 +20,7 @@ mod lora;
 mod pointwise;
 mod scratch;
 mod simd;
+mod tasks;
 mod verbs;
 
 use std::fmt;
@@ -44,21 +45,24 @@ use crate::tensor::Tensor;
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
-/// Clones share the threads, and the memory: what a dropped tensor lay in is kept for the next of its size, at most as much as is
-/// in use, or 256 MiB.
+/// Clones share the threads, and the memory: what a dropped tensor or a verb's work lay in is kept for the next of its size, at
+/// most as much as is in use, or 256 MiB; where the system has no room, it gets that back.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
-    engine: Engine,
+    unit: Unit,
     verbs: &'static Verbs<E>,
     pool: Option<Arc<rayon::ThreadPool>>,
     idle: Arc<Idle>,
+    scratch: Arc<Scratch>,
 }
 
-/// What computes: a vector unit, and memory to work in.
-#[derive(Clone)]
-struct Engine {
+/// What computes: a vector unit, memory to work in, and whether this thread does all of it.
+#[derive(Clone, Copy)]
+struct Engine<'c> {
     unit: Unit,
-    scratch: Arc<Scratch>,
+    idle: &'c Arc<Idle>,
+    scratch: &'c Scratch,
+    alone: bool,
 }
 
 impl<E: Float> fmt::Debug for Cpu<E> {
@@ -68,22 +72,24 @@ impl<E: Float> fmt::Debug for Cpu<E> {
 }
 
 impl<E: Float> Cpu<E> {
-    /// The best vector unit of this CPU, on rayon's global threads.
+    /// The best vector unit of this CPU, on the threads of the rayon pool that a verb is called from; called from elsewhere, on
+    /// rayon's global ones.
     ///
-    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors: [`Error::Value`] if it names none,
-    /// [`Error::Unavailable`] if this CPU does not have it.
+    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors:
+    /// [`Error::Value`] if it names none, [`Error::Unavailable`] if this CPU does not have it.
     pub fn new() -> Result<Self> {
-        let unit = match std::env::var("LOWRANK_UNIT") {
-            Ok(name) => VectorUnit::from_name(&name)?,
-            Err(_) => VectorUnit::best(),
+        let unit = match std::env::var_os("LOWRANK_UNIT") {
+            Some(name) => VectorUnit::from_name(&name.to_string_lossy())?,
+            None => VectorUnit::best(),
         };
-        let engine = Engine { unit: Unit::new(unit)?, scratch: Arc::default() };
-        Ok(Self { engine, verbs: Verbs::of()?, pool: None, idle: Arc::default() })
+        let idle: Arc<Idle> = Arc::default();
+        let scratch = Arc::new(Scratch::new(idle.clone()));
+        Ok(Self { unit: Unit::new(unit)?, verbs: Verbs::of()?, pool: None, idle, scratch })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
     pub fn with_unit(mut self, unit: VectorUnit) -> Result<Self> {
-        self.engine.unit = Unit::new(unit)?;
+        self.unit = Unit::new(unit)?;
         Ok(self)
     }
 
@@ -97,7 +103,7 @@ impl<E: Float> Cpu<E> {
 
     /// The vector unit in use.
     pub fn unit(&self) -> VectorUnit {
-        self.engine.unit.name()
+        self.unit.name()
     }
 
     /// How many threads share the work.
@@ -105,11 +111,16 @@ impl<E: Float> Cpu<E> {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
-    /// Runs a verb, whose parallel iterators then use this backend's threads; here, if it is little work.
-    fn run<R: Request>(&self, verb: fn(&Engine, R) -> Result<()>, op: Checked<R>) -> Result<()> {
-        let few = op.is_few();
-        let work = || verb(&self.engine, op.into_inner());
-        if few { work() } else { self.on_threads(work) }
+    fn engine(&self, alone: bool) -> Engine<'_> {
+        Engine { unit: self.unit, idle: &self.idle, scratch: &self.scratch, alone }
+    }
+
+    /// Runs a verb, whose loops then use this backend's threads; if it is little work, here, and no loop uses another thread.
+    fn run<R: Request>(&self, verb: fn(&Engine<'_>, R) -> Result<()>, op: Checked<R>) -> Result<()> {
+        if op.is_few() {
+            return verb(&self.engine(true), op.into_inner());
+        }
+        self.on_threads(|| verb(&self.engine(false), op.into_inner()))
     }
 
     /// Handed over once, where each loop would be by itself.
@@ -130,7 +141,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros_of(&self.idle, len)
+        Buffer::zeros(&self.idle, len)
     }
 
     fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
@@ -164,7 +175,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
-        self.on_threads(|| (self.verbs.pack)(&self.engine, w, passes == Passes::ForwardAndBackward))
+        self.on_threads(|| (self.verbs.pack)(&self.engine(false), w, passes == Passes::ForwardAndBackward))
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::few::FEW;
-use super::simd::{Kernel, LANES, Simd, Unit};
+use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
@@ -17,7 +17,7 @@ const RUN: usize = 8 * LANES;
 /// `y = max(x, 0)`
 pub(super) fn relu<E: Float>(engine: &Engine, op: Relu<'_, Cpu<E>>) -> Result<()> {
     let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
-    chunks.for_each(|(y, x)| engine.unit.run(ReluChunk { x, y }));
+    engine.each(chunks, |(y, x)| engine.unit.run(ReluChunk { x, y }));
     Ok(())
 }
 
@@ -40,7 +40,7 @@ impl<E: Float> Kernel for ReluChunk<'_, E> {
 pub(super) fn relu_backward<E: Float>(engine: &Engine, op: ReluBackward<'_, Cpu<E>>) -> Result<()> {
     let (y, dy) = (op.y.buffer().par_chunks(CHUNK), op.dy.buffer().par_chunks(CHUNK));
     let chunks = op.dx.buffer_mut().par_chunks_mut(CHUNK).zip(y).zip(dy);
-    chunks.for_each(|((dx, y), dy)| engine.unit.run(ReluBackwardChunk { y, dy, dx }));
+    engine.each(chunks, |((dx, y), dy)| engine.unit.run(ReluBackwardChunk { y, dy, dx }));
     Ok(())
 }
 
@@ -63,7 +63,7 @@ impl<E: Float> Kernel for ReluBackwardChunk<'_, E> {
 /// `y += x`
 pub(super) fn add<E: Float>(engine: &Engine, op: Add<'_, Cpu<E>>) -> Result<()> {
     let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
-    chunks.for_each(|(y, x)| engine.unit.run(AddChunk { x, y }));
+    engine.each(chunks, |(y, x)| engine.unit.run(AddChunk { x, y }));
     Ok(())
 }
 
@@ -85,7 +85,7 @@ impl<E: Float> Kernel for AddChunk<'_, E> {
 /// `y += scale·x`, in `f32`
 pub(super) fn accumulate<E: Float>(engine: &Engine, op: Accumulate<'_, Cpu<E>>) -> Result<()> {
     let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
-    chunks.for_each(|(y, x)| engine.unit.run(AccumulateChunk { x, scale: op.scale, y }));
+    engine.each(chunks, |(y, x)| engine.unit.run(AccumulateChunk { x, scale: op.scale, y }));
     Ok(())
 }
 
@@ -107,9 +107,9 @@ impl Kernel for AccumulateChunk<'_> {
 }
 
 /// `to = from`, rounded once where `to` is narrower
-pub(super) fn convert<F: Float, T: Float>(unit: Unit, from: &[F], to: &mut [T]) {
+pub(super) fn convert<F: Float, T: Float>(engine: &Engine, from: &[F], to: &mut [T]) {
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
-    chunks.for_each(|(to, from)| unit.run(ConvertChunk { from, to }));
+    engine.each(chunks, |(to, from)| engine.unit.run(ConvertChunk { from, to }));
 }
 
 pub(super) struct ConvertChunk<'a, F, T> {
@@ -128,13 +128,13 @@ impl<F: Float, T: Float> Kernel for ConvertChunk<'_, F, T> {
 }
 
 /// `dbias[j] = Σ_i dy[i][j]`, row after row
-pub(super) fn column_sums<E: Float>(unit: Unit, dy: &[E], dbias: &mut [f32]) {
+pub(super) fn column_sums<E: Float>(engine: &Engine, dy: &[E], dbias: &mut [f32]) {
     let cols = dbias.len();
     // What a task reads of a row is a run of cache lines; how many do not matter to the bits, each column is a sum of its own.
     let rows = dy.len() / cols.max(1);
     let width = (2 * CHUNK / rows.max(1)).next_multiple_of(LANES).max(RUN);
-    let task = |(chunk, sums): (usize, &mut [f32])| unit.run(ColumnSums { dy, cols, first: chunk * width, sums });
-    dbias.par_chunks_mut(width).enumerate().for_each(task);
+    let task = |(chunk, sums): (usize, &mut [f32])| engine.unit.run(ColumnSums { dy, cols, first: chunk * width, sums });
+    engine.each(dbias.par_chunks_mut(width).enumerate(), task);
 }
 
 struct ColumnSums<'a, E> {
@@ -159,14 +159,15 @@ impl<E: Float> Kernel for ColumnSums<'_, E> {
 }
 
 /// `y = drop(x)`
-pub(super) fn dropout_forward<E: Float>(_: &Engine, op: DropoutForward<'_, Cpu<E>>) -> Result<()> {
-    drop(op.dropout, op.x.buffer(), op.y.buffer_mut());
+pub(super) fn dropout_forward<E: Float>(engine: &Engine, op: DropoutForward<'_, Cpu<E>>) -> Result<()> {
+    drop(engine, op.dropout, op.x.buffer(), op.y.buffer_mut());
     Ok(())
 }
 
 /// `to = drop(from)`
-pub(super) fn drop<F: Float, T: Float>(dropout: Dropout, from: &[F], to: &mut [T]) {
-    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (to, from))| {
+pub(super) fn drop<F: Float, T: Float>(engine: &Engine, dropout: Dropout, from: &[F], to: &mut [T]) {
+    let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate();
+    engine.each(chunks, |(chunk, (to, from))| {
         for (block, (to, from)) in to.chunks_mut(4).zip(from.chunks(4)).enumerate() {
             let factors = dropout.factors((chunk * CHUNK / 4 + block) as u64);
             for ((to, from), factor) in to.iter_mut().zip(from).zip(factors) {
@@ -177,8 +178,9 @@ pub(super) fn drop<F: Float, T: Float>(dropout: Dropout, from: &[F], to: &mut [T
 }
 
 /// `to = from`, rounded by chance; `first`, a multiple of 4, is the place of `to` in the whole matrix
-pub(super) fn round<E: Float>(key: [u32; 2], first: usize, from: &[f32], to: &mut [E]) {
-    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate().for_each(|(chunk, (to, from))| {
+pub(super) fn round<E: Float>(engine: &Engine, key: [u32; 2], first: usize, from: &[f32], to: &mut [E]) {
+    let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate();
+    engine.each(chunks, |(chunk, (to, from))| {
         for (block, (to, from)) in to.chunks_mut(4).zip(from.chunks(4)).enumerate() {
             let words = rounding_words(key, ((first + chunk * CHUNK) / 4 + block) as u64);
             for ((to, &from), word) in to.iter_mut().zip(from).zip(words) {
@@ -189,8 +191,8 @@ pub(super) fn round<E: Float>(key: [u32; 2], first: usize, from: &[f32], to: &mu
 }
 
 /// `numbers = drop(numbers)`
-pub(super) fn dropout(dropout: Dropout, numbers: &mut [f32]) {
-    numbers.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, numbers)| {
+pub(super) fn dropout(engine: &Engine, dropout: Dropout, numbers: &mut [f32]) {
+    engine.each(numbers.par_chunks_mut(CHUNK).enumerate(), |(chunk, numbers)| {
         for (block, numbers) in numbers.chunks_mut(4).enumerate() {
             let factors = dropout.factors((chunk * CHUNK / 4 + block) as u64);
             for (number, factor) in numbers.iter_mut().zip(factors) {

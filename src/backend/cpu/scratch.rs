@@ -1,18 +1,24 @@
 //! Memory for packed panels and partial sums, kept from one call to the next: fresh pages cost more than the packing.
 
 use std::ops::{Deref, DerefMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
+use super::idle::Idle;
 use crate::element::Element;
 use crate::error::Result;
 
 /// How many buffers are kept beside those of the tasks: a product takes its left side, a backward pass two more.
 const KEPT: usize = 4;
+/// The most numbers that a buffer kept here has (8 MiB): twice what any task asks for. A larger one lies idle with what tensors
+/// lay in, within the same bound; sizes that come but once do not pile up.
+const LARGEST: usize = 2 << 20;
 
 /// Buffers that are not in use.
-#[derive(Default)]
-pub(super) struct Scratch(Mutex<Free>);
+pub(super) struct Scratch {
+    idle: Arc<Idle>,
+    free: Mutex<Free>,
+}
 
 #[derive(Default)]
 struct Free {
@@ -23,13 +29,17 @@ struct Free {
 }
 
 impl Scratch {
+    /// Whose memory comes from there.
+    pub(super) fn new(idle: Arc<Idle>) -> Self {
+        Self { idle, free: Mutex::default() }
+    }
+
     /// `len` numbers, whatever they are. They come back when dropped.
     pub(super) fn take(&self, len: usize) -> Result<Taken<'_>> {
-        let free = &mut self.lock().buffers;
-        let fits = free.iter().position(|buffer| buffer.len() >= len);
-        let buffer = match fits {
-            Some(fits) => free.remove(fits),
-            None => Buffer::zeros(len)?,
+        let there = if len > LARGEST { None } else { self.lock().take(len) };
+        let buffer = match there {
+            Some(buffer) => buffer,
+            None => Buffer::unwritten(&self.idle, len)?,
         };
         Ok(Taken { scratch: self, buffer: Some(buffer), len })
     }
@@ -39,24 +49,32 @@ impl Scratch {
         self.take((len * size_of::<T>()).div_ceil(size_of::<f32>()))
     }
 
-    /// Sees to it that `tasks` tasks will find `len` numbers each: what can fail, fails before anything is written.
+    /// Sees to it that `tasks` tasks will find `len` numbers each, unless another verb takes them meanwhile: what can fail should
+    /// fail before anything is written.
     pub(super) fn reserve(&self, tasks: usize, len: usize) -> Result<()> {
+        debug_assert!(len <= LARGEST);
         let mut free = self.lock();
         free.tasks = free.tasks.max(tasks);
         let there = free.buffers.iter().filter(|buffer| buffer.len() >= len).count();
         for _ in there..tasks {
-            let new = Buffer::zeros(len)?;
+            let new = Buffer::unwritten(&self.idle, len)?;
             free.put_back(new);
         }
         Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, Free> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Free {
+    /// The smallest that is as long, if there is one.
+    fn take(&mut self, len: usize) -> Option<Buffer<f32>> {
+        let fits = self.buffers.iter().position(|buffer| buffer.len() >= len)?;
+        Some(self.buffers.remove(fits))
+    }
+
     fn put_back(&mut self, buffer: Buffer<f32>) {
         let at = self.buffers.partition_point(|smaller| smaller.len() <= buffer.len());
         self.buffers.insert(at, buffer);
@@ -98,7 +116,7 @@ impl DerefMut for Taken<'_> {
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        if let Some(buffer) = self.buffer.take() {
+        if let Some(buffer) = self.buffer.take().filter(|buffer| buffer.len() <= LARGEST) {
             self.scratch.lock().put_back(buffer);
         }
     }
@@ -110,7 +128,7 @@ mod tests {
 
     #[test]
     fn what_came_back_is_lent_again() {
-        let scratch = Scratch::default();
+        let scratch = Scratch::new(Arc::default());
         let first = scratch.take(100).unwrap().as_ptr();
         assert_eq!(scratch.take(50).unwrap().as_ptr(), first);
         let (one, two) = (scratch.take(50).unwrap(), scratch.take(50).unwrap());
@@ -120,5 +138,14 @@ mod tests {
             assert_eq!(scratch.take(1000 * len).unwrap().len(), 1000 * len);
         }
         assert!(scratch.lock().buffers.len() <= KEPT);
+    }
+
+    #[test]
+    fn a_large_one_lies_idle_with_what_tensors_lay_in() {
+        let scratch = Scratch::new(Arc::default());
+        drop(scratch.take(LARGEST + 1).unwrap());
+        assert!(scratch.lock().buffers.is_empty());
+        let bytes = (LARGEST + 1) * size_of::<f32>();
+        assert!(scratch.idle.take(bytes).is_some_and(|(_, used)| used));
     }
 }

@@ -17,7 +17,7 @@
 //!
 //! A term of the sum that is only r deep (`h·Bᵀ`) shares the last block with the end of the term before it: no second pass
 //! over the output. The depth is cut term by term ([`Depth`]), so the sum over the base weights is made in the same order with an
-//! adapter and without.
+//! adapter and without: `y` of a fresh adapter has the bits of the base layer's.
 
 use std::ops::Range;
 
@@ -56,7 +56,7 @@ pub(super) fn run<E: Float, O: Float, M: Micro>(
     let depth = Depth::of::<E, M>(terms);
     let mut left = Left::new(engine, micro, out.rows(), depth)?;
     for rows in chunks(out.rows()) {
-        left.pack(engine.unit, terms, rows.start, 0..depth.total());
+        left.pack(engine, terms, rows.start, 0..depth.total());
         strips(engine, &left, out.rows_of(rows), init, terms)?;
     }
     Ok(())
@@ -80,7 +80,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
     let deep = Depth::new::<M>(base.depth(), split.as_ref().map_or(r, Split::depth));
     let mut left = Left::new(engine, micro, m, deep)?;
     for rows in chunks(m) {
-        left.pack(engine.unit, &[base], rows.start, 0..deep.second());
+        left.pack(engine, &[base], rows.start, 0..deep.second());
         beside(&left, rows.clone())?;
         strips(engine, &left, h.rows_of(rows.clone()), Init::Zero, &[to_h])?;
         if scale != 1.0 {
@@ -90,7 +90,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
             None => op.update(h.data(), m),
             Some(split) => split.update(op.b_scale, h.data(), rows.clone()),
         };
-        left.pack(engine.unit, &[base, update], rows.start, deep.second()..deep.total());
+        left.pack(engine, &[base, update], rows.start, deep.second()..deep.total());
         strips(engine, &left, out.rows_of(rows), init, &[base, update])?;
     }
     Ok(())
@@ -113,7 +113,7 @@ fn strips<E: Float, O: Float, M: Micro>(
     let depth = Depth::of::<E, M>(terms);
     let deepest = depth.longest();
     let (_, nr) = left.micro.shape(engine.unit, out.cols());
-    let threads = rayon::current_num_threads();
+    let threads = engine.threads();
     // A shallow product is as wide as L2 allows: its rows are read and written in long runs.
     let near = NEAR / size_of::<M::Number>() / deepest.max(1);
     let across = Parts::new(out.cols(), nr, near, threads);
@@ -122,7 +122,7 @@ fn strips<E: Float, O: Float, M: Micro>(
     let blocks = if O::DTYPE == DType::F32 || depth.total() <= deepest { 0 } else { down.longest() * across.longest() };
     let len = (across.longest() * deepest * size_of::<M::Number>()).div_ceil(size_of::<f32>());
     engine.scratch.reserve(threads.min(down.count() * across.count()), len + blocks)?;
-    out.for_each_block(down, across, depth.total(), |block| {
+    out.for_each_block(engine, down, across, depth.total(), |block| {
         let mut memory = engine.scratch.take(len + blocks)?;
         let (right, sums) = memory.split_at_mut(len);
         engine.unit.run(Strip { block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, nr });
@@ -148,20 +148,18 @@ impl<E: Float, O: Float, M: Micro> Kernel for Strip<'_, '_, E, O, M> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let micro = self.left.micro;
-        micro.begin();
-        self.sum(s);
-        micro.end();
+        let ready = self.left.micro.begin();
+        self.sum(s, &ready);
     }
 }
 
 impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
     #[inline(always)]
-    fn sum<S: Simd>(mut self, s: S) {
+    fn sum<S: Simd>(mut self, s: S, ready: &M::Ready) {
         if self.sums.is_empty() {
-            return depth_loop(s, &mut self.block, self.init, self.terms, self.left, self.right, self.nr);
+            return depth_loop(s, &mut self.block, self.init, self.terms, (self.left, ready), self.right, self.nr);
         }
-        let (rows, cols) = (self.block.rows.clone(), self.block.cols.clone());
+        let (rows, cols) = (self.block.rows(), self.block.cols());
         let sums = &mut self.sums[..rows.len() * cols.len()];
         if let Init::Output = self.init {
             for (i, sums) in sums.chunks_exact_mut(cols.len()).enumerate() {
@@ -169,8 +167,8 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
             }
         }
         let mut block = Block::over(sums, rows, cols);
-        depth_loop(s, &mut block, self.init, self.terms, self.left, self.right, self.nr);
-        for i in 0..block.rows.len() {
+        depth_loop(s, &mut block, self.init, self.terms, (self.left, ready), self.right, self.nr);
+        for i in 0..block.rows().len() {
             ConvertChunk { from: block.line(i), to: self.block.line(i) }.run(s);
         }
     }
@@ -183,7 +181,7 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     terms: &[Product<'_, E>],
-    left: &Left<'_, M>,
+    (left, ready): (&Left<'_, M>, &M::Ready),
     right: &mut [M::Number],
     nr: usize,
 ) {
@@ -191,12 +189,12 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     let mut start = 0;
     loop {
         let within = depth.block(start);
-        let right = pack_right(s, terms, left.micro, &within, &block.cols, right, nr);
+        let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, nr);
         let init = if start == 0 { init } else { Init::Output };
         if (S::NV == 2 || !M::WIDE) && nr == 2 * LANES {
-            tiles::<S, E, O, M, 2>(s, block, init, &within, left, right);
+            tiles::<S, E, O, M, 2>(s, ready, block, init, &within, left, right);
         } else {
-            tiles::<S, E, O, M, 1>(s, block, init, &within, left, right);
+            tiles::<S, E, O, M, 1>(s, ready, block, init, &within, left, right);
         }
         start = within.end;
         if start == depth.total() {
@@ -239,19 +237,20 @@ fn pack_right<'r, S: Simd, E: Float, M: Micro>(
 #[inline(always)]
 fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     s: S,
+    ready: &M::Ready,
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     within: &Range<usize>,
     left: &Left<'_, M>,
     right: Right<'_, M::Number>,
 ) {
-    let (micro, mr, nr, col) = (left.micro, left.mr, NV * LANES, block.cols.start);
-    let (height, width) = (block.rows.len(), block.cols.len());
+    let (mr, nr, col) = (left.mr, NV * LANES, block.cols().start);
+    let (height, width) = (block.rows().len(), block.cols().len());
     let mut tile = [[0.0; LANES]; MAX_TILE];
     // A shallow tile is done before its own lines of the output could come: ask for those of a later one.
     let ahead = if within.len() < SHORT { TILES_AHEAD * nr } else { 0 };
     for i in (0..height).step_by(mr) {
-        let left = left.panel((block.rows.start + i) / mr, within);
+        let left = left.panel((block.rows().start + i) / mr, within);
         for j in (0..width).step_by(nr) {
             let (rows, cols) = (i..height.min(i + mr), j..width.min(j + nr));
             for row in rows.clone() {
@@ -260,7 +259,7 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
                 }
             }
             let right = right.map(|(panels, steps)| &panels[j * steps..][..nr * steps]);
-            micro.tile::<S, NV>(s, left, right, &mut tile);
+            M::tile::<S, NV>(ready, s, left, right, &mut tile);
             for (row, sums) in rows.zip(tile.as_chunks::<NV>().0) {
                 let line = &mut block.line(row)[cols.clone()];
                 match line.as_chunks_mut().0.first_chunk_mut::<NV>() {

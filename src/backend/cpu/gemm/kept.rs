@@ -54,16 +54,19 @@ impl Kept {
     }
 
     fn pack<E: Float, M: Micro>(engine: &Engine, micro: M, right: Matrix<'_, E>) -> Result<Self> {
+        if right.data.is_empty() {
+            return Ok(Self { numbers: Buffer::zeros(engine.idle, 0)?, nr: 0, step: 0 }); // its other side may be any number
+        }
         let (depth, (_, nr)) = (Depth::new::<M>(right.rows, 0), micro.shape(engine.unit, right.cols));
         let cols = right.cols.next_multiple_of(nr);
-        let mut numbers = Buffer::zeros((cols * depth.total() * size_of::<E>()).div_ceil(size_of::<f32>()))?;
+        let mut numbers = Buffer::zeros(engine.idle, (cols * depth.total() * size_of::<E>()).div_ceil(size_of::<f32>()))?;
         // The left side only says how deep the product is.
         let terms = &[Product { scale: 1.0, lhs: Factor::Stored(right.t()), rhs: Factor::Stored(right) }];
         let stored: &mut [E] = bytemuck::cast_slice_mut(&mut numbers);
         for block in depth.blocks() {
             let stride = nr * block.len();
             let panels = &mut stored[cols * block.start..][..cols * block.len()];
-            panels.par_chunks_mut(GROUP * stride).enumerate().try_for_each(|(group, kept)| {
+            engine.try_each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, kept)| {
                 let (first, depth) = (group * GROUP * nr, block.clone());
                 let pack = |to| engine.unit.run(Panels { micro, side: Side::Right, terms, depth, first, width: nr, stride, to });
                 if same::<E, M::Number>() {

@@ -5,9 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::Engine;
-use super::super::few::{FEW, together};
+use super::super::few::FEW;
 use super::super::scratch::Taken;
-use super::super::simd::Unit;
 use super::Product;
 use super::depth::Depth;
 use super::micro::Micro;
@@ -44,7 +43,7 @@ impl<'e, M: Micro> Left<'e, M> {
     }
 
     /// Packs the rows from `first` on, for some of the depth.
-    pub(super) fn pack<E: Float>(&mut self, unit: Unit, terms: &[Product<'_, E>], first: usize, within: Range<usize>) {
+    pub(super) fn pack<E: Float>(&mut self, engine: &Engine, terms: &[Product<'_, E>], first: usize, within: Range<usize>) {
         let (micro, mr, rows) = (self.micro, self.mr, terms.first().map_or(0, |term| term.lhs.rows()));
         let there = (rows - first).div_ceil(mr);
         for block in self.depth.blocks() {
@@ -55,10 +54,19 @@ impl<'e, M: Micro> Left<'e, M> {
             let (stride, begins) = (mr * block.len(), mr * (depth.start - block.start));
             let panels = &mut self.numbers.as_mut::<M::Number>()[self.panels * mr * block.start..];
             let panels = &mut panels[..self.panels.min(there) * stride];
-            let together = together(panels.len() <= FEW);
-            panels.par_chunks_mut(GROUP * stride).enumerate().with_min_len(together).for_each(|(group, to)| {
+            let few = panels.len() <= FEW;
+            engine.alone_if(few).each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, to)| {
                 let (first, depth) = (first + group * GROUP * mr, depth.clone());
-                unit.run(Panels { micro, side: Side::Left, terms, depth, first, width: mr, stride, to: &mut to[begins..] });
+                engine.unit.run(Panels {
+                    micro,
+                    side: Side::Left,
+                    terms,
+                    depth,
+                    first,
+                    width: mr,
+                    stride,
+                    to: &mut to[begins..],
+                });
             });
         }
     }

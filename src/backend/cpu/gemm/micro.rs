@@ -10,6 +10,8 @@ use crate::element::{Element, Float};
 pub(super) trait Micro: Copy + Send + Sync {
     /// What panels hold.
     type Number: Element;
+    /// What a thread holds while it makes tiles.
+    type Ready;
     /// Steps of the depth that lie together in a panel. Each term is as deep as a multiple of it; the rest is zeros.
     const STEP: usize;
     /// Whether panels hold `f32`, and so any factor.
@@ -23,13 +25,17 @@ pub(super) trait Micro: Copy + Send + Sync {
     /// What one term gives to neighbouring panels; see [`Part`].
     fn pack<S: Simd, T: Float>(self, s: S, side: Side, part: Part<'_, Self::Number>, lines: Matrix<'_, T>, scale: f32);
 
-    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`, `NV` vectors wide. The right panel comes in two pieces, one after the other.
-    fn tile<S: Simd, const NV: usize>(self, s: S, left: &[Self::Number], right: [&[Self::Number]; 2], out: &mut [Lanes<f32>]);
-
     /// Makes this thread ready for [`tile`](Self::tile).
-    fn begin(self) {}
-    /// Undoes [`begin`](Self::begin).
-    fn end(self) {}
+    fn begin(self) -> Self::Ready;
+
+    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`, `NV` vectors wide. The right panel comes in two pieces, one after the other.
+    fn tile<S: Simd, const NV: usize>(
+        ready: &Self::Ready,
+        s: S,
+        left: &[Self::Number],
+        right: [&[Self::Number]; 2],
+        out: &mut [Lanes<f32>],
+    );
 }
 
 /// The unit's multiply-adds, on panels of `f32`. Each step of the depth has `MR` numbers on the left, `NV` vectors on the right.
@@ -38,6 +44,7 @@ pub(super) struct Fma;
 
 impl Micro for Fma {
     type Number = f32;
+    type Ready = ();
     const STEP: usize = 1;
     const WIDE: bool = true;
     /// Adding a tile to the output costs about as much as 10 steps of depth.
@@ -54,7 +61,10 @@ impl Micro for Fma {
     }
 
     #[inline(always)]
-    fn tile<S: Simd, const NV: usize>(self, s: S, left: &[f32], right: [&[f32]; 2], out: &mut [Lanes<f32>]) {
+    fn begin(self) {}
+
+    #[inline(always)]
+    fn tile<S: Simd, const NV: usize>(_: &(), s: S, left: &[f32], right: [&[f32]; 2], out: &mut [Lanes<f32>]) {
         s.tile::<NV>(left, right, out);
     }
 }

@@ -236,6 +236,9 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         debug_assert_eq!((term.lhs.rows(), term.rhs.cols()), (out.rows(), out.cols()));
         debug_assert_eq!(term.lhs.cols(), term.rhs.rows());
     }
+    if out.is_empty() {
+        return Ok(()); // whose other side, or whose depth, may be any number
+    }
     if let (Init::Output, [term]) = (init, terms)
         && term.depth() <= shallow::DEPTH
     {
@@ -260,8 +263,13 @@ pub(super) fn low_rank<E: Float, O: Float>(
     mut outer: Option<Outer<'_>>,
 ) -> Result<()> {
     let lhs = Factor::Stored(op.lhs);
+    if h.is_empty() && out.is_empty() {
+        return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
+    }
     if plan(out.rows(), &[op.narrowed(), op.base()]) == Plan::Blocked {
-        if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16()) {
+        if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16())
+            && pairs::may_repeat(&op.b)
+        {
             let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
             return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut wide) {
                 (Some(outer), Some(wide)) => outer.pack_and_add(engine, lhs, wide, rows),
@@ -281,6 +289,9 @@ pub(super) fn low_rank<E: Float, O: Float>(
 
 /// `out = scale·lhsᵀ·rhs`
 pub(super) fn outer_product<E: Float>(engine: &Engine, lhs: Factor<'_, E>, outer: Outer<'_>) -> Result<()> {
+    if outer.out.is_empty() {
+        return Ok(());
+    }
     if lhs.rows() <= SKINNY_ROWS && outer.rhs.cols <= SKINNY_ROWS && !lhs.transposed() {
         return narrow::outer(engine, lhs, outer);
     }

@@ -48,16 +48,16 @@ impl Outer<'_> {
         rows: Range<usize>,
     ) -> Result<()> {
         let term = Product { scale: 1.0, lhs, rhs: lhs }; // only its left side is read
-        left.pack(engine.unit, &[term], rows.start, 0..lhs.cols());
+        left.pack(engine, &[term], rows.start, 0..lhs.cols());
         self.add(engine, left, rows)
     }
 
     /// Adds what these rows of `lhs`, packed in `left`, give; the first of them begin the sum.
     pub(super) fn add(&mut self, engine: &Engine, left: &Left<'_, Fma>, rows: Range<usize>) -> Result<()> {
         let (out, rhs, scale) = (self.out.reborrow(), self.rhs, self.scale);
-        let down = Parts::new(out.rows(), 1, STEPS, rayon::current_num_threads());
+        let down = Parts::new(out.rows(), 1, STEPS, engine.threads());
         let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
-        out.for_each_block(down, across, rows.len(), |block| {
+        out.for_each_block(engine, down, across, rows.len(), |block| {
             engine.unit.run(Task { block, left, rows: rows.clone(), rhs, scale });
             Ok(())
         })
@@ -87,7 +87,7 @@ impl Kernel for Task<'_, '_> {
 impl Task<'_, '_> {
     #[inline(always)]
     fn sum<S: Simd, const MR: usize>(mut self, s: S) {
-        let (height, width) = (self.block.rows.len(), self.block.cols.len());
+        let (height, width) = (self.block.rows().len(), self.block.cols().len());
         let scale = s.splat(self.scale);
         for v in 0..width.div_ceil(LANES) {
             let mut sums = [[0.0; LANES]; STEPS];
@@ -96,9 +96,9 @@ impl Task<'_, '_> {
                 for i in 0..MR.min(self.rows.end - row) {
                     factors[i] = s.widen_at(self.rhs.run(row + i), v);
                 }
-                for within in self.left.blocks_within(self.block.rows.clone()) {
+                for within in self.left.blocks_within(self.block.rows()) {
                     let numbers = self.left.panel_part(panel, &within).as_chunks::<MR>().0;
-                    let sums = &mut sums[within.start - self.block.rows.start..];
+                    let sums = &mut sums[within.start - self.block.rows().start..];
                     for (numbers, sum) in numbers.iter().zip(sums) {
                         let mut total = s.load(sum);
                         for i in 0..MR {

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::super::few::{few, together};
+use super::super::Engine;
+use super::super::few::few;
 use crate::error::Result;
 
 /// The matrix to write.
@@ -31,6 +32,10 @@ impl<'a, O> Output<'a, O> {
         self.cols
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.data.is_empty()
+    }
+
     /// Row by row.
     pub(super) fn data(&mut self) -> &mut [O] {
         self.data
@@ -53,6 +58,7 @@ impl<O: Send> Output<'_, O> {
     /// or on this one if products so deep are little work.
     pub(super) fn for_each_block(
         self,
+        engine: &Engine,
         down: Parts,
         across: Parts,
         depth: usize,
@@ -61,7 +67,7 @@ impl<O: Send> Output<'_, O> {
         assert!(down.len == self.rows && across.len == self.cols);
         let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.cols);
         let blocks = (0..down.parts * across.parts).into_par_iter();
-        blocks.with_min_len(together(few(self.rows, self.cols, depth))).try_for_each(|i| {
+        engine.alone_if(few(self.rows, self.cols, depth)).try_each(blocks, |i| {
             let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));
             if rows.is_empty() || cols.is_empty() {
                 return Ok(());
@@ -83,10 +89,8 @@ unsafe impl<O: Send> Sync for Corner<O> {}
 pub(super) struct Block<'a, O> {
     first: *mut O,
     stride: usize,
-    /// Which rows of the output it has.
-    pub(super) rows: Range<usize>,
-    /// Which columns.
-    pub(super) cols: Range<usize>,
+    rows: Range<usize>,
+    cols: Range<usize>,
     lent: PhantomData<&'a mut O>,
 }
 
@@ -103,6 +107,18 @@ impl<'a, O> Block<'a, O> {
         // SAFETY: the first element of the rectangle lies in memory.
         let first = unsafe { corner.0.add(rows.start * stride + cols.start) };
         Self { first, stride, rows, cols, lent: PhantomData }
+    }
+
+    /// Which rows of the output it has.
+    #[inline(always)]
+    pub(super) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// Which columns.
+    #[inline(always)]
+    pub(super) fn cols(&self) -> Range<usize> {
+        self.cols.clone()
     }
 
     /// What it has of a row; `row` counts from the block's first.
@@ -155,13 +171,15 @@ impl Parts {
     /// Part `i`: it begins where the one before it ends.
     pub(super) fn part(self, i: usize) -> Range<usize> {
         let units = self.len.div_ceil(self.unit);
-        let cut = |i: usize| (units * i / self.parts * self.unit).min(self.len);
+        let (each, more) = (units / self.parts, units % self.parts); // the first parts have one more
+        let cut = |i: usize| ((each * i + more.min(i)) * self.unit).min(self.len);
         cut(i)..cut(i + 1)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::Cpu;
     use super::*;
     use proptest::prelude::*;
 
@@ -183,12 +201,15 @@ mod tests {
         }
 
         #[test]
-        fn blocks_cover_the_output_once(rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9) {
+        fn blocks_cover_the_output_once(
+            rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9, alone in any::<bool>(),
+        ) {
+            let cpu = Cpu::<f32>::new().unwrap();
             let mut data = vec![0u32; rows * cols];
             let (down, across) = (Parts::new(rows, 2, height, 1), Parts::new(cols, 3, width, 2));
-            Output::new(&mut data, rows, cols).for_each_block(down, across, rows, |mut block| {
-                for i in 0..block.rows.len() {
-                    let (row, first) = (block.rows.start + i, block.cols.start);
+            Output::new(&mut data, rows, cols).for_each_block(&cpu.engine(alone), down, across, rows, |mut block| {
+                for i in 0..block.rows().len() {
+                    let (row, first) = (block.rows().start + i, block.cols().start);
                     for (j, to) in block.line(i).iter_mut().enumerate() {
                         *to += (row * cols + first + j + 1) as u32;
                     }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::super::Engine;
 use super::super::scratch::Taken;
-use super::super::simd::pairs::{COLS, PairUnit, STEP};
+use super::super::simd::pairs::{COLS, PairUnit, Ready, STEP};
 use super::super::simd::{LANES, Lanes, Simd, Unit};
 use super::micro::Micro;
 use super::pack::{Part, Side};
@@ -36,7 +36,7 @@ impl<'a> Sum<'a> {
         let update = match rest {
             [] => None,
             [Product { scale, lhs: Factor::Wide(h), rhs: Factor::Stored(rhs) }] if !h.transposed => {
-                Some((*scale, *h, rhs.as_bf16()?))
+                Some((*scale, *h, rhs.as_bf16().filter(may_repeat)?))
             }
             _ => return None,
         };
@@ -59,6 +59,7 @@ impl<'a> Sum<'a> {
 
 impl Micro for Pairs {
     type Number = bf16;
+    type Ready = Ready;
     const STEP: usize = STEP;
     /// As many bytes as a block of `f32` has. Not measured: no CPU here has such a unit.
     const DEPTH: usize = 1024;
@@ -89,17 +90,13 @@ impl Micro for Pairs {
         }
     }
 
+    fn begin(self) -> Ready {
+        self.0.begin()
+    }
+
     #[inline(always)]
-    fn tile<S: Simd, const NV: usize>(self, _: S, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
-        self.0.tile(left, right, out);
-    }
-
-    fn begin(self) {
-        self.0.begin();
-    }
-
-    fn end(self) {
-        self.0.end();
+    fn tile<S: Simd, const NV: usize>(ready: &Ready, _: S, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+        ready.tile(left, right, out);
     }
 }
 
@@ -180,8 +177,15 @@ fn pair_up(lines: Matrix<'_, bf16>, first: usize, steps: Range<usize>, to: &mut 
 /// How many `bf16` an `f32` is the sum of: three times 8 significant bits are 24.
 const PIECES: usize = 3;
 
+/// Whether a product with this right side may be made in pieces. Where a number of `h` has fewer significant bits some of its
+/// pieces are 0, and 0 times ∞ would make NaN of what is infinite.
+pub(super) fn may_repeat(rhs: &Matrix<'_, bf16>) -> bool {
+    rhs.data.iter().fold(true, |finite, number| finite & number.is_finite())
+}
+
 /// `scale·h·rhs` with `h` in `f32` as a product of `bf16`: `h` in three pieces side by side, times `rhs` three times over. The
-/// products are exact, so the sum is rounded as that of `f32` is. (`E` is `bf16`: the nest is written for any.)
+/// products are exact, so the sum is rounded as that of `f32` is. (`E` is `bf16`: the nest is written for any.) What is infinite
+/// in `h` is all in the first piece, and what is in `rhs` is not for here: [`may_repeat`].
 pub(super) struct Split<'e> {
     pieces: Taken<'e>,
     repeated: Taken<'e>,

@@ -40,7 +40,7 @@ pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term:
     }
     let across = Parts::new(cols, WIDTH, NEAR / depth.max(1), 1);
     let down = Parts::new(out.rows(), 8, BAND, 1);
-    out.for_each_block(down, across, depth, |block| {
+    out.for_each_block(engine, down, across, depth, |block| {
         engine.unit.run(Task { block, lhs: term.lhs, depth, right: &right });
         Ok(())
     })
@@ -58,7 +58,7 @@ impl<E: Float, O: Float> Kernel for Task<'_, '_, E, O> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let height = self.block.rows.len();
+        let height = self.block.rows().len();
         let mut row = 0;
         while S::REGISTERS >= 32 && row + 8 <= height {
             self.rows::<S, 8>(s, row);
@@ -78,11 +78,11 @@ impl<E: Float, O: Float> Task<'_, '_, E, O> {
     /// R rows of the block, from `row` on.
     #[inline(always)]
     fn rows<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
-        let (depth, first) = (self.depth, self.block.cols.start / WIDTH);
+        let (depth, first) = (self.depth, self.block.cols().start / WIDTH);
         let mut factors = [[0.0; R]; DEPTH];
         for (p, factors) in factors[..depth].iter_mut().enumerate() {
             for i in 0..R {
-                factors[i] = self.lhs.at(self.block.rows.start + row + i, p);
+                factors[i] = self.lhs.at(self.block.rows().start + row + i, p);
             }
         }
         let lines = self.block.lines::<R>(row);

@@ -44,7 +44,7 @@ pub(super) fn run<E: Float, O: Float>(
     let width = if dots { DOTS } else { WIDTH.min(SUMS / down.longest().min(out.rows()).max(1)) };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
-    out.for_each_block(down, across, depth, |block| {
+    out.for_each_block(engine, down, across, depth, |block| {
         engine.unit.run(Columns { block, init, terms, lefts: &lefts });
         Ok(())
     })
@@ -116,7 +116,7 @@ impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         // Dot products have fewer columns: what is not there need not be zeroed.
-        if self.block.rows.len() * self.block.cols.len().div_ceil(LANES) <= DOT_ROWS * DOTS / LANES {
+        if self.block.rows().len() * self.block.cols().len().div_ceil(LANES) <= DOT_ROWS * DOTS / LANES {
             self.sum(s, &mut [[0.0; LANES]; DOT_ROWS * DOTS / LANES]);
         } else {
             self.sum(s, &mut [[0.0; LANES]; SUMS / LANES]);
@@ -127,7 +127,7 @@ impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
 impl<E: Float, O: Float> Columns<'_, '_, E, O> {
     #[inline(always)]
     fn sum<S: Simd>(&mut self, s: S, lanes: &mut [Lanes<f32>]) {
-        let mut sums = Sums::new(lanes, self.block.rows.len(), self.block.cols.clone());
+        let mut sums = Sums::new(lanes, self.block.rows().len(), self.block.cols());
         for (term, left) in self.terms.iter().zip(self.lefts.iter().flatten()) {
             match term.rhs {
                 Factor::Stored(rhs) => sums.add_product(s, term.scale, left, rhs),
@@ -135,7 +135,7 @@ impl<E: Float, O: Float> Columns<'_, '_, E, O> {
             }
         }
         for (i, sums) in sums.lanes.chunks_exact(sums.vectors).enumerate() {
-            super::finish(s, sums, self.init, self.block.cols.start, self.block.line(i));
+            super::finish(s, sums, self.init, self.block.cols().start, self.block.line(i));
         }
     }
 }

@@ -3,6 +3,8 @@
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::sync::LazyLock;
 
 use super::pairs::{NV, STEP};
@@ -83,23 +85,40 @@ impl Amx {
     }
 
     /// Gives this thread its tiles.
-    pub(super) fn configure(self) {
-        // SAFETY: `self` proves that the instruction is there; the configuration is 64 bytes long.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly)) }
+    pub(super) fn begin(self) -> Tiles {
+        if HOLDERS.replace(HOLDERS.get() + 1) == 0 {
+            // SAFETY: `self` proves that the instruction is there; the configuration is 64 bytes long.
+            unsafe { asm!("ldtilecfg [{}]", in(reg) &CONFIG, options(nostack, readonly)) }
+        }
+        Tiles(PhantomData)
     }
+}
 
-    /// Takes them back.
-    pub(super) fn release(self) {
-        // SAFETY: `self` proves that the instruction is there.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+/// Proof that this thread has its tiles. It cannot leave the thread; with the last one they are given back: tiles in use make every
+/// switch of threads dearer.
+pub(crate) struct Tiles(PhantomData<*const ()>);
+
+thread_local! {
+    /// How many [`Tiles`] this thread holds.
+    static HOLDERS: Cell<usize> = const { Cell::new(0) };
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        if HOLDERS.replace(HOLDERS.get() - 1) == 1 {
+            // SAFETY: that there were tiles proves that the instruction is there; nobody on this thread holds them any more.
+            unsafe { asm!("tilerelease", options(nostack, nomem)) }
+        }
     }
+}
 
-    /// See [`PairUnit::tile`](super::pairs::PairUnit::tile). Two tiles of rows, two of columns, four of sums: each operand that is
+impl Tiles {
+    /// See [`Ready::tile`](super::pairs::Ready::tile). Two tiles of rows, two of columns, four of sums: each operand that is
     /// loaded is used twice. The whole depth is one block of assembly: the compiler knows nothing of tiles.
-    pub(super) fn tile(self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+    pub(super) fn tile(&self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
         let [first, second] = right.map(|right| right.len() / RIGHT);
         assert!(left.len() >= (first + second) * LEFT && out.len() >= 32 * NV);
-        // SAFETY: `self` proves that the instructions are there, and `configure` was called on this thread: a strip begins with it.
+        // SAFETY: `self` proves that the instructions are there, and that this thread's tiles are as the instructions want them.
         // A step reads 2 KiB of each panel, and the assertion says that so many steps are there; the sums are 32 rows of 128
         // bytes. Tiles are not registers that the compiler uses.
         unsafe {

@@ -19,7 +19,7 @@ impl Avx512Bf16 {
         (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")).then_some(Self(()))
     }
 
-    /// See [`PairUnit::tile`](super::pairs::PairUnit::tile).
+    /// See [`Ready::tile`](super::pairs::Ready::tile).
     pub(super) fn tile(self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
         // SAFETY: `self` proves that the CPU has the features.
         unsafe { tile(left, right, out) }

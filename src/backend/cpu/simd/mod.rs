@@ -59,12 +59,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn sqrt(self, a: Self::V) -> Self::V;
-    /// `a` where `a > 0` or `a` is NaN, else 0.
+    /// `a` where `a > 0` or `a` is NaN, else 0: +0, of -0 too.
     fn relu(self, a: Self::V) -> Self::V;
-    /// `a` where `gate > 0`, else 0.
+    /// `a` where `gate > 0`, else +0.
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V;
 
-    /// `a`, or 0 where `a` is subnormal.
+    /// `a`, or +0 where `a` is subnormal or -0.
     fn flush(self, a: Self::V) -> Self::V;
 
     /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
@@ -371,26 +371,29 @@ mod tests {
         }
     }
 
-    struct Flush<'a>(&'a mut Lanes<f32>);
+    struct Zeros<'a>(&'a mut Lanes<f32>, &'a mut Lanes<f32>);
 
-    impl Kernel for Flush<'_> {
+    impl Kernel for Zeros<'_> {
         type Out = ();
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
+            s.store(s.relu(s.load(self.0)), self.1);
             s.store(s.flush(s.load(self.0)), self.0);
         }
     }
 
     #[test]
-    fn every_unit_flushes_what_is_subnormal_and_nothing_else() {
-        let (least, inf) = (f32::MIN_POSITIVE, f32::INFINITY);
-        let tiny = f32::from_bits(1);
+    fn every_unit_flushes_what_is_subnormal_and_nothing_else_and_makes_the_same_zeros() {
+        let (least, inf, tiny) = (f32::MIN_POSITIVE, f32::INFINITY, f32::from_bits(1));
+        let from = [0.0, tiny, -tiny, least, -least, least / 2.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0, -0.0, -1e-30, 0.0, f32::NAN];
+        let want = [0.0, 0.0, 0.0, least, -least, 0.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0, 0.0, -1e-30, 0.0];
+        let bits = |numbers: &[f32]| numbers.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         for unit in VectorUnit::available() {
-            let mut lanes =
-                [0.0, tiny, -tiny, least, -least, least / 2.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0, 0.0, 0.0, 0.0, f32::NAN];
-            Unit::new(unit).unwrap().run(Flush(&mut lanes));
-            assert_eq!(lanes[..12], [0.0, 0.0, 0.0, least, -least, 0.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0], "{}", unit.name());
-            assert!(lanes[15].is_nan(), "{}", unit.name());
+            let (mut flushed, mut relu) = (from, [1.0; LANES]);
+            Unit::new(unit).unwrap().run(Zeros(&mut flushed, &mut relu));
+            assert_eq!(bits(&flushed[..15]), bits(&want), "flush, {}", unit.name());
+            assert_eq!(bits(&relu[..15]), bits(&from.map(|x| if x > 0.0 { x } else { 0.0 })[..15]), "relu, {}", unit.name());
+            assert!(flushed[15].is_nan() && relu[15].is_nan(), "{}", unit.name());
         }
     }
 }

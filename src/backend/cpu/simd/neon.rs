@@ -90,7 +90,7 @@ impl Simd for Neon {
     fn sqrt(self, a: Self::V) -> Self::V {
         quarters!(|i| vsqrtq_f32(a[i]))
     }
-    /// FMAX gives NaN when an operand is NaN.
+    /// FMAX gives NaN when an operand is NaN, and takes 0 for more than -0.
     #[inline(always)]
     fn relu(self, a: Self::V) -> Self::V {
         quarters!(|i| vmaxq_f32(a[i], vdupq_n_f32(0.0)))

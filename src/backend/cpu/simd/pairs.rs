@@ -8,7 +8,7 @@
 //! Sixteen rows of the one and sixteen columns of the other are each a tile of AMX, and lie in 1 KiB.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use super::amx::Amx;
+use super::amx::{Amx, Tiles};
 #[cfg(target_arch = "x86_64")]
 use super::dot::Avx512Bf16;
 use super::{LANES, Lanes};
@@ -46,30 +46,36 @@ impl PairUnit {
         }
     }
 
-    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`; the right panel comes in two pieces, one after the other.
-    pub(crate) fn tile(self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+    /// Makes this thread ready for products.
+    pub(crate) fn begin(self) -> Ready {
         match self {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx(amx) => amx.tile(left, right, out),
+            Self::Amx(amx) => Ready::Amx(amx.begin()),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(unit) => Ready::Avx512Bf16(unit),
+            Self::Emulated => Ready::Emulated,
+        }
+    }
+}
+
+/// A unit that this thread is ready to use.
+pub(crate) enum Ready {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx(Tiles),
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512Bf16),
+    Emulated,
+}
+
+impl Ready {
+    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`; the right panel comes in two pieces, one after the other.
+    pub(crate) fn tile(&self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(tiles) => tiles.tile(left, right, out),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(unit) => unit.tile(left, right, out),
             Self::Emulated => emulated(left, right, out),
-        }
-    }
-
-    /// Makes this thread ready for [`tile`](Self::tile).
-    pub(crate) fn begin(self) {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if let Self::Amx(amx) = self {
-            amx.configure();
-        }
-    }
-
-    /// Undoes [`begin`](Self::begin): tiles in use make every switch of threads dearer.
-    pub(crate) fn end(self) {
-        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if let Self::Amx(amx) = self {
-            amx.release();
         }
     }
 }

@@ -74,6 +74,6 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {
-        a.map(|x| if x.is_subnormal() { 0.0 } else { x })
+        a.map(|x| if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x })
     }
 }

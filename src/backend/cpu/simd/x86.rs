@@ -118,10 +118,10 @@ impl Simd for Avx512 {
     fn sqrt(self, a: Self::V) -> Self::V {
         intrinsics!(_mm512_sqrt_ps(a))
     }
-    /// `max` returns its second operand when one is NaN.
+    /// `max` would keep -0.
     #[inline(always)]
     fn relu(self, a: Self::V) -> Self::V {
-        intrinsics!(_mm512_max_ps(_mm512_setzero_ps(), a))
+        intrinsics!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(a, _mm512_setzero_ps()), a))
     }
     #[inline(always)]
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
@@ -129,8 +129,8 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {
-        const SUBNORMAL: i32 = 0x20;
-        intrinsics!(_mm512_maskz_mov_ps(!_mm512_fpclass_ps_mask::<SUBNORMAL>(a), a))
+        const SUBNORMAL_OR_NEGATIVE_ZERO: i32 = 0x24;
+        intrinsics!(_mm512_maskz_mov_ps(!_mm512_fpclass_ps_mask::<SUBNORMAL_OR_NEGATIVE_ZERO>(a), a))
     }
     #[inline(always)]
     fn sums(self, [a, b, c, d]: [Self::V; 4]) -> [f32; 4] {
@@ -324,9 +324,11 @@ impl Simd for Avx2 {
     fn sqrt(self, a: Self::V) -> Self::V {
         halves!(_mm256_sqrt_ps, a)
     }
+    /// `max` would keep -0.
     #[inline(always)]
     fn relu(self, a: Self::V) -> Self::V {
-        halves!(_mm256_max_ps, self.splat(0.0), a)
+        let open = halves!(_mm256_cmp_ps::<_CMP_NLE_UQ>, a, self.splat(0.0));
+        halves!(_mm256_and_ps, open, a)
     }
     #[inline(always)]
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {

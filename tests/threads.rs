@@ -1,0 +1,59 @@
+//! Which threads there are: those that the caller asked for, and no others. Linux tells how many a process has.
+#![cfg(target_os = "linux")]
+
+mod support;
+
+use lowrank::op::*;
+use lowrank::{Cpu, Float, Tensor, bf16};
+
+use support::data::{Dims, down, random, unwritten, up};
+use support::suite;
+
+fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// Each verb that may be little work, at this shape: both passes of the layer and of its base, the merge, the norms, Adam, and
+/// those of one pass. All bits of what they put out.
+fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
+    let (Dims { m, k, n, .. }, layer) = (dims, random::<E>(dims, 0.5, 7));
+    let mut bits = suite::run_lora(cpu, &layer, None).bits();
+    let (y, dx, dw, dbias) = suite::run_linear(cpu, &layer);
+    let [x, mut w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up::<_, E>(cpu, mat));
+    let mut norm: Tensor<_, f32> = unwritten(cpu, 1, n);
+    LoraRowNorm { w: &w, a: &a, b: &b, scale: 0.5, norm: &mut norm }.run(cpu).unwrap();
+    let (magnitude, mut scaled) = (up(cpu, layer.bias.as_ref().unwrap()), unwritten(cpu, m, n));
+    Magnitude { z: &dy, magnitude: &magnitude, norm: &norm, bias: None, y: &mut scaled }.run(cpu).unwrap();
+    let mut gated = unwritten(cpu, m, k);
+    ReluBackward { y: &x, dy: &x, dx: &mut gated }.run(cpu).unwrap();
+    Add { x: &x, y: &mut gated }.run(cpu).unwrap();
+    LoraMerge { a: &a, b: &b, scale: 0.5, rounding: Rounding::Nearest, w: &mut w }.run(cpu).unwrap();
+    let (mut first, mut second) = (up(cpu, &layer.w), up(cpu, &layer.w.abs()));
+    let (grad, rate) = (WeightGrad::Factored { dy: &dy, x: &x }, AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
+    Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(cpu).unwrap();
+    let stored = [y, dx, down(cpu, &scaled), down(cpu, &gated), down(cpu, &w)].concat();
+    bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));
+    bits.extend([dw, dbias, down(cpu, &norm), down(cpu, &first), down(cpu, &second)].concat().into_iter().map(f32::to_bits));
+    bits
+}
+
+/// One test, so that no other starts threads meanwhile.
+#[test]
+fn nothing_runs_on_threads_that_nobody_asked_for() {
+    let before = threads();
+    let little = Dims { m: 3, k: 40, n: 20, r: 2 };
+    let here = every_verb(&Cpu::<f32>::new().unwrap(), little);
+    assert_eq!(threads(), before, "little work starts no thread");
+
+    let [one, two] = [1, 2].map(|threads| Cpu::<f32>::new().unwrap().with_threads(threads).unwrap());
+    let half = Cpu::<bf16>::new().unwrap().with_threads(1).unwrap();
+    assert_eq!(threads(), before + 4);
+    assert!(here == every_verb(&one, little) && here == every_verb(&two, little));
+    // Shapes about where a verb, or a loop of it, is no longer little work.
+    for (m, k, n, r) in [(16, 256, 128, 4), (28, 292, 64, 4), (113, 289, 10, 1), (1, 784, 200, 4), (33, 128, 128, 32)] {
+        let dims = Dims { m, k, n, r };
+        assert!(every_verb(&one, dims) == every_verb(&two, dims), "{dims:?}");
+        every_verb(&half, dims);
+        assert_eq!(threads(), before + 4, "{dims:?}: a loop began on rayon's global threads");
+    }
+}

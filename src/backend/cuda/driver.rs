@@ -6,11 +6,12 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUresult, cuModuleLoadDataEx};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
+use super::memory::Memory;
 use super::plan::{KERNELS, Plan};
 use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
 use crate::element::DType;
@@ -80,8 +81,7 @@ impl Driver {
 }
 
 impl Device for Driver {
-    /// Never empty: the driver refuses allocations of nothing, so those of no bytes have one.
-    type Memory = CudaSlice<u8>;
+    type Memory = Memory;
 
     fn name(&self) -> String {
         self.stream.context().name().unwrap_or_else(describe)
@@ -91,31 +91,32 @@ impl Device for Driver {
         self.gpu
     }
 
-    fn alloc(&self, bytes: usize) -> Result<Self::Memory> {
+    fn alloc(&self, bytes: usize) -> Result<Memory> {
         // SAFETY: bytes need no initial value; every kernel writes its outputs before another reads them.
-        unsafe { self.stream.alloc(bytes.max(1)) }.map_err(|error| no_room(bytes, error))
+        let slice = unsafe { self.stream.alloc(bytes.max(1)) };
+        slice.map(Memory::new).map_err(|error| no_room(bytes, error))
     }
 
-    fn zeros(&self, bytes: usize) -> Result<Self::Memory> {
-        self.stream.alloc_zeros(bytes.max(1)).map_err(|error| no_room(bytes, error))
+    fn zeros(&self, bytes: usize) -> Result<Memory> {
+        self.stream.alloc_zeros(bytes.max(1)).map(Memory::new).map_err(|error| no_room(bytes, error))
     }
 
-    fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()> {
+    fn write(&self, memory: &mut Memory, host: &[u8]) -> Result<()> {
         if host.is_empty() {
             return Ok(());
         }
-        self.stream.memcpy_htod(host, memory).map_err(|error| failed("copy to the GPU", error))
+        self.stream.memcpy_htod(host, memory.slice_mut()).map_err(|error| failed("copy to the GPU", error))
     }
 
-    fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()> {
+    fn read(&self, memory: &Memory, host: &mut [u8]) -> Result<()> {
         if host.is_empty() {
             return self.synchronize();
         }
-        let copied = self.stream.memcpy_dtoh(&memory.slice(..host.len()), host);
+        let copied = self.stream.memcpy_dtoh(&memory.slice().slice(..host.len()), host);
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
     }
 
-    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()> {
+    fn launch(&self, launch: Launch<'_, Memory>) -> Result<()> {
         let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
         let mut args = launch.into_args();
         self.own(plan.kernel, &args)?;
@@ -132,11 +133,11 @@ impl Device for Driver {
 
 impl Driver {
     /// `Err` if an operand belongs to another GPU: its address would mean nothing here.
-    fn own(&self, kernel: &str, args: &[Arg<'_, CudaSlice<u8>>]) -> Result<()> {
+    fn own(&self, kernel: &str, args: &[Arg<'_, Memory>]) -> Result<()> {
         let here = self.stream.context();
-        let context = |arg: &Arg<'_, CudaSlice<u8>>| match arg {
-            Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(Arc::clone(memory.context())),
-            Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(Arc::clone(memory.context())),
+        let context = |arg: &Arg<'_, Memory>| match arg {
+            Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(Arc::clone(memory.slice().context())),
+            Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(Arc::clone(memory.slice().context())),
             _ => None,
         };
         match args.iter().filter_map(context).find(|context| context.cu_ctx() != here.cu_ctx()) {
@@ -176,26 +177,26 @@ impl Value {
 }
 
 impl Driver {
-    fn operand<'s>(&'s self, arg: &'s mut Arg<'_, CudaSlice<u8>>) -> Result<Operand<'s>> {
+    fn operand<'s>(&'s self, arg: &'s mut Arg<'_, Memory>) -> Result<Operand<'s>> {
         let (value, used) = match arg {
             Arg::U32(value) => (Value::U32(*value), None),
             Arg::U64(value) => (Value::U64(*value), None),
             Arg::F32(value) => (Value::F32(*value), None),
             Arg::Null => (Value::U64(0), None),
             Arg::Read(memory) => {
-                let (address, used) = memory.device_ptr(&self.stream);
+                let (address, used) = memory.slice().device_ptr(&self.stream);
                 (Value::U64(address), Some(used))
             }
             Arg::Write(memory) => {
-                let (address, used) = memory.device_ptr_mut(&self.stream);
+                let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
                 (Value::U64(address), Some(used))
             }
             Arg::ReadTiles(memory, tiles) => {
-                let (address, used) = memory.device_ptr(&self.stream);
+                let (address, used) = memory.slice().device_ptr(&self.stream);
                 (Value::Map(encode(address, *tiles)?), Some(used))
             }
             Arg::WriteTiles(memory, tiles) => {
-                let (address, used) = memory.device_ptr_mut(&self.stream);
+                let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
                 (Value::Map(encode(address, *tiles)?), Some(used))
             }
         };

@@ -5,6 +5,7 @@
 //!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
 //!             └─ driver.rs         one GPU, through NVIDIA's driver: the only unsafe door
+//!                  └─ memory.rs    what it allocates, freed on whichever thread drops it
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
 //! ```
 //!
@@ -48,6 +49,7 @@ mod driver;
 pub mod hopper;
 mod linear;
 mod lora;
+mod memory;
 pub mod plan;
 mod pointwise;
 
@@ -58,6 +60,7 @@ pub use cudarc;
 use cudarc::driver::CudaStream;
 pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
+pub use memory::Memory;
 
 use super::Backend;
 use crate::element::{DType, Element, Float};
@@ -110,7 +113,7 @@ pub struct Buffer<M, T> {
 }
 
 impl<M, T> Buffer<M, T> {
-    /// The memory itself; with a [`Driver`], a slice of cudarc's.
+    /// The memory itself; with a [`Driver`], [`Memory`] that is a slice of cudarc's.
     pub fn memory(&self) -> &M {
         &self.memory
     }

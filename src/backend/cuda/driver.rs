@@ -120,6 +120,7 @@ impl Device for Driver {
         let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
         let mut args = launch.into_args();
         self.own(plan.kernel, &args)?;
+        self.bind()?; // tensor maps are made for the context that is current
         let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut params: Vec<_> = operands.iter_mut().map(|operand| operand.value.address()).collect();
         let started = if overlaps { self.start_overlapping(plan, &mut params) } else { self.start(plan, &mut params) };
@@ -132,6 +133,11 @@ impl Device for Driver {
 }
 
 impl Driver {
+    /// Makes the context current on this thread. Errors: also what cudarc could not return earlier, such as when it waited.
+    fn bind(&self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(|error| failed("context", error))
+    }
+
     /// `Err` if an operand belongs to another GPU: its address would mean nothing here.
     fn own(&self, kernel: &str, args: &[Arg<'_, Memory>]) -> Result<()> {
         let here = self.stream.context();
@@ -205,7 +211,7 @@ impl Driver {
 
     /// Launches a kernel once everything before has ended.
     fn start(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
-        self.stream.context().bind_to_thread()?;
+        self.stream.context().bind_to_thread()?; // and what became of the waits for operands
         let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
         // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
         // beside it say, and kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The
@@ -215,7 +221,7 @@ impl Driver {
 
     /// The same as a programmatic dependent launch: its blocks may come before the launch before it has ended.
     fn start_overlapping(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
-        self.stream.context().bind_to_thread()?;
+        self.stream.context().bind_to_thread()?; // as in `start`
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],

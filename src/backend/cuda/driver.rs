@@ -305,9 +305,12 @@ fn probe() -> Result<()> {
 
 /// Compiles PTX for the GPU at hand.
 fn load(context: &Arc<CudaContext>, ptx: &str) -> Result<Arc<CudaModule>> {
-    context.load_module(Ptx::from_src(ptx)).map_err(|error| {
-        let log = compiler_log(ptx).unwrap_or_default();
-        Error::Device { backend: NAME, reason: format!("cannot load the kernels: {}; {log}", describe(error)) }
+    context.load_module(Ptx::from_src(ptx)).map_err(|error| match failed("cannot load the kernels", error) {
+        Error::Device { backend, reason } => {
+            let log = compiler_log(ptx).unwrap_or_default();
+            Error::Device { backend, reason: format!("{reason}; {log}") }
+        }
+        no_room => no_room,
     })
 }
 
@@ -331,13 +334,30 @@ fn describe(error: DriverError) -> String {
     }
 }
 
+/// What failed, in the driver's words; where it had no room, that.
 fn failed(what: &str, error: DriverError) -> Error {
-    Error::Device { backend: NAME, reason: format!("{what}: {}", describe(error)) }
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { backend: NAME, bytes: 0 },
+        _ => Error::Device { backend: NAME, reason: format!("{what}: {}", describe(error)) },
+    }
 }
 
+/// The same of an allocation of so many bytes.
 fn no_room(bytes: usize, error: DriverError) -> Error {
-    match error.0 {
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { backend: NAME, bytes },
-        _ => failed("allocate", error),
+    match failed("allocate", error) {
+        Error::OutOfMemory { backend, .. } => Error::OutOfMemory { backend, bytes },
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_room_is_an_error_of_its_own_whoever_wanted_it() {
+        let error = DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        assert_eq!(no_room(12, error).to_string(), "cuda: no memory for 12 bytes");
+        assert_eq!(failed("lora_merge", error).to_string(), "cuda: no memory for what it keeps itself");
     }
 }

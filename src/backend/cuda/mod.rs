@@ -167,7 +167,7 @@ impl<E: Float, D: Device> Cuda<E, D> {
     /// Memory for what lives during one verb; nothing is written there. It goes back in the order of the stream.
     fn scratch(&self, rows: usize, cols: usize) -> Result<Buffer<D::Memory, f32>> {
         let len = Shape { rows, cols }.elements()?;
-        Ok(Buffer { memory: self.device.alloc(4 * len)?, len, element: PhantomData })
+        Ok(Buffer { memory: self.device.alloc(bytes::<f32>(len)?)?, len, element: PhantomData })
     }
 }
 
@@ -212,6 +212,12 @@ fn write<E: Float, D: Device, T: Element>(tensor: &mut Tensor<Cuda<E, D>, T>) ->
     Arg::Write(&mut tensor.buffer_mut().memory)
 }
 
+/// Bytes of so many elements. Errors: [`Error::TooLarge`] if they cannot be addressed.
+fn bytes<T: Element>(len: usize) -> Result<usize> {
+    let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
+    bytes.ok_or(Error::TooLarge { shape: Shape { rows: len, cols: 1 }, limit: "this machine can address" })
+}
+
 fn as_long(verb: &'static str, host: usize, buffer: usize) -> Result<()> {
     Error::unless(host == buffer, verb, "host", host, "as many elements as the buffer")
 }
@@ -225,7 +231,7 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
-        Ok(Buffer { memory: self.device.zeros(len * size_of::<T>())?, len, element: PhantomData })
+        Ok(Buffer { memory: self.device.zeros(bytes::<T>(len)?)?, len, element: PhantomData })
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>> {

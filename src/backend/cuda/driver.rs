@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUresult, cuModuleLoadDataEx};
+use cudarc::driver::sys::cuModuleLoadDataEx;
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUmemPool_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
@@ -48,6 +49,9 @@ impl Driver {
             return Err(unavailable(format!("there is no GPU {ordinal}; the driver sees {count}")));
         }
         let context = CudaContext::new(ordinal).map_err(|error| unavailable(describe(error)))?;
+        if context.has_async_alloc() {
+            keep_memory(&context).map_err(|error| failed("memory pool", error))?;
+        }
         Self::from_stream(context.default_stream(), dtype)
     }
 
@@ -243,6 +247,19 @@ impl Driver {
         // SAFETY: as in `start`; and until it has waited for the launch before, no kernel reads what launches of its verb write, or
         // writes anything (the interpreter watches that too).
         unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
+    }
+}
+
+/// Has the default pool of a GPU keep what is freed for who allocates next. Who gave the GPU another pool sees to that one.
+///
+/// All of it: the driver counts what is in use with what is idle, so a bound below what a model takes would give everything back each
+/// time that somebody waits. So what lies idle and what is in use are together as much as ever was in use at once, and pieces between.
+fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    let (threshold, mut bytes) = (CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX);
+    // SAFETY: the device is the context's, and nobody can destroy its default pool; the value is the 64 bits that this attribute has.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, threshold, std::ptr::from_mut(&mut bytes).cast())
     }
 }
 

@@ -121,12 +121,18 @@ impl<M, T> Buffer<M, T> {
 
 impl<E: Float> Cuda<E> {
     /// The GPU with that number, on its default stream. Errors: [`Error::Unavailable`] without a driver, or without that GPU.
+    ///
+    /// Memory that is dropped stays with this program, for who asks next: the GPU's default pool is told to give none back to the
+    /// system by itself.
     pub fn new(ordinal: usize) -> Result<Self> {
         Ok(Self::on(Driver::open(ordinal, E::DTYPE)?))
     }
 
-    /// Shares a stream of the caller's, and its context: verbs are launched there, in order with whatever else is. Errors:
-    /// [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
+    /// Shares a stream of the caller's, and its context: verbs are launched there, in order with whatever else is. The pool from which
+    /// the driver allocates stays as the caller has it; as the driver has it, memory that nobody holds goes back to the system whenever
+    /// somebody waits for the stream, and fresh memory is slow (`CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`).
+    ///
+    /// Errors: [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
     ///
     /// ```no_run
     /// use lowrank::cuda::cudarc::driver::CudaContext;
@@ -166,8 +172,7 @@ impl<E: Float, D: Device> Cuda<E, D> {
 
     /// Memory for what lives during one verb; nothing is written there. It goes back in the order of the stream.
     fn scratch(&self, rows: usize, cols: usize) -> Result<Buffer<D::Memory, f32>> {
-        let len = Shape { rows, cols }.elements()?;
-        Ok(Buffer { memory: self.device.alloc(bytes::<f32>(len)?)?, len, element: PhantomData })
+        self.unwritten(Shape { rows, cols }.elements()?)
     }
 }
 
@@ -232,6 +237,11 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
         Ok(Buffer { memory: self.device.zeros(bytes::<T>(len)?)?, len, element: PhantomData })
+    }
+
+    /// The interpreter in the tests watches that nobody reads what no verb wrote.
+    fn unwritten<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
+        Ok(Buffer { memory: self.device.alloc(bytes::<T>(len)?)?, len, element: PhantomData })
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>> {

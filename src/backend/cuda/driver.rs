@@ -23,6 +23,9 @@ const MOST_SHARED: i32 = 227 << 10;
 /// The first version of the driver in whose graphs launches may overlap: CUDA 12.3.
 const OVERLAPS_IN_GRAPHS: i32 = 12030;
 
+/// What the driver calls a stream that each thread has its own of: `CU_STREAM_PER_THREAD`.
+const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
+
 /// A stream of a GPU, and the kernels of one element type, loaded there.
 ///
 /// Nobody outside this crate can make one, so every launch that it gets is a verb's, whose request proved the shapes.
@@ -57,6 +60,8 @@ impl Driver {
 
     /// A stream of the caller's.
     pub(super) fn from_stream(stream: Arc<CudaStream>, dtype: DType) -> Result<Self> {
+        let same_everywhere = stream.cu_stream() != PER_THREAD;
+        Error::unless(same_everywhere, "from_stream", "stream", "each thread's own", "one that is the same on every thread")?;
         let (major, minor) = stream.context().compute_capability().map_err(|error| failed("compute capability", error))?;
         if major < 8 {
             let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
@@ -109,6 +114,7 @@ impl Device for Driver {
         if host.is_empty() {
             return Ok(());
         }
+        self.own("copy to the GPU", [&*memory])?;
         self.stream.memcpy_htod(host, memory.slice_mut()).map_err(|error| failed("copy to the GPU", error))
     }
 
@@ -116,6 +122,7 @@ impl Device for Driver {
         if host.is_empty() {
             return self.synchronize();
         }
+        self.own("copy from the GPU", [memory])?;
         let copied = self.stream.memcpy_dtoh(&memory.slice().slice(..host.len()), host);
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
     }
@@ -123,7 +130,7 @@ impl Device for Driver {
     fn launch(&self, launch: Launch<'_, Memory>) -> Result<()> {
         let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
         let mut args = launch.into_args();
-        self.own(plan.kernel, &args)?;
+        self.own(plan.kernel, args.iter().filter_map(memory_of))?;
         self.bind()?; // tensor maps are made for the context that is current
         let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut params: Vec<_> = operands.iter_mut().map(|operand| operand.value.address()).collect();
@@ -142,21 +149,30 @@ impl Driver {
         self.stream.context().bind_to_thread().map_err(|error| failed("context", error))
     }
 
-    /// `Err` if an operand belongs to another GPU: its address would mean nothing here.
-    fn own(&self, kernel: &str, args: &[Arg<'_, Memory>]) -> Result<()> {
-        let here = self.stream.context();
-        let context = |arg: &Arg<'_, Memory>| match arg {
-            Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(Arc::clone(memory.slice().context())),
-            Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(Arc::clone(memory.slice().context())),
-            _ => None,
+    /// `Err` unless every operand lies on this stream.
+    ///
+    /// Another stream's would mean nothing on another GPU, and on this one nobody says when it is written, and when it may be freed:
+    /// cudarc's events do not, as a slice remembers only the last stream that read it.
+    fn own<'m>(&self, what: &str, operands: impl IntoIterator<Item = &'m Memory>) -> Result<()> {
+        let here = (self.stream.context().cu_ctx(), self.stream.cu_stream());
+        let place = |stream: &CudaStream| (stream.context().cu_ctx(), stream.cu_stream());
+        let mut streams = operands.into_iter().map(|memory| memory.slice().stream());
+        let Some(other) = streams.find(|stream| place(stream) != here) else { return Ok(()) };
+        let [there, ordinal] = [other, &self.stream].map(|stream| stream.context().ordinal());
+        let reason = match there == ordinal {
+            false => format!("{what}: a tensor lies on GPU {there}, not on GPU {ordinal}"),
+            true => format!("{what}: a tensor was made on another stream of GPU {ordinal}, which nobody orders with this one"),
         };
-        match args.iter().filter_map(context).find(|context| context.cu_ctx() != here.cu_ctx()) {
-            None => Ok(()),
-            Some(other) => {
-                let reason = format!("{kernel}: an operand lies on GPU {}, not on GPU {}", other.ordinal(), here.ordinal());
-                Err(Error::Device { backend: NAME, reason })
-            }
-        }
+        Err(Error::Device { backend: NAME, reason })
+    }
+}
+
+/// Where an operand lies.
+fn memory_of<'m>(arg: &'m Arg<'_, Memory>) -> Option<&'m Memory> {
+    match arg {
+        Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(memory),
+        Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(memory),
+        Arg::U32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Null => None,
     }
 }
 

@@ -132,7 +132,11 @@ impl<E: Float> Cuda<E> {
     /// the driver allocates stays as the caller has it; as the driver has it, memory that nobody holds goes back to the system whenever
     /// somebody waits for the stream, and fresh memory is slow (`CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`).
     ///
-    /// Errors: [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
+    /// A tensor belongs to the stream of the backend that made it, and verbs of a backend on another stream refuse it
+    /// ([`Error::Device`]): nobody would order what the two do.
+    ///
+    /// Errors: [`Error::Value`] for the stream that is each thread's own, since tensors pass from thread to thread; [`Error::Device`]
+    /// if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
     ///
     /// ```no_run
     /// use lowrank::cuda::cudarc::driver::CudaContext;

@@ -1,9 +1,12 @@
 //! What only a GPU can tell of the driver: whose thread frees, whose stream it is, what a graph holds. Not run where there is none.
 #![cfg(feature = "cuda")]
+#![allow(unsafe_code, reason = "cudarc's events are turned off: nobody but the caller knows that one stream is all")]
 
 mod support;
 
-use lowrank::cuda::cudarc::driver::CudaContext;
+use std::sync::Arc;
+
+use lowrank::cuda::cudarc::driver::{CudaContext, CudaStream, sys};
 use lowrank::op::Add;
 use lowrank::{Cuda, Error, Tensor, bf16};
 use support::emulator::open;
@@ -46,4 +49,39 @@ fn gpu_a_stream_that_each_thread_has_its_own_of_is_refused() {
     }
     let Err(error) = Cuda::<bf16>::from_stream(CudaContext::new(0).unwrap().per_thread_stream()) else { panic!("taken") };
     assert!(matches!(error, Error::Value { name: "stream", .. }), "{error}");
+}
+
+/// A stream that can be captured: one of its own, in a context whose events cudarc does not track.
+fn capturable() -> Arc<CudaStream> {
+    let context = CudaContext::new(0).unwrap();
+    // SAFETY: all that a test does with this context is on this one stream.
+    unsafe { context.disable_event_tracking() };
+    context.new_stream().unwrap()
+}
+
+const THREAD_LOCAL: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+const AUTO_FREE: sys::CUgraphInstantiate_flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+
+/// The graph would read or write the host's memory at each launch. What was captured before the refusal still is.
+#[test]
+fn gpu_copies_are_refused_while_a_graph_is_captured() {
+    if open::<bf16>().is_none() {
+        return;
+    }
+    let stream = capturable();
+    let gpu = Cuda::<bf16>::from_stream(stream.clone()).unwrap();
+    let (x, mut y) = (ones(&gpu), ones(&gpu));
+    stream.begin_capture(THREAD_LOCAL).unwrap();
+    let errors = [y.copy_from_slice(&gpu, &[bf16::ONE; 4]).unwrap_err(), x.to_vec(&gpu).unwrap_err()];
+    Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+    let graph = stream.end_capture(AUTO_FREE).unwrap().expect("an addition");
+    for error in errors {
+        assert!(matches!(&error, Error::Device { reason, .. } if reason.contains("captured")), "{error}");
+    }
+    graph.launch().unwrap();
+    assert_eq!(y.to_vec(&gpu).unwrap(), [bf16::from_f32(2.0); 4]);
+}
+
+fn ones(gpu: &Cuda<bf16>) -> Tensor<Cuda<bf16>> {
+    Tensor::from_slice(gpu, (2, 2), &[bf16::ONE; 4]).unwrap()
 }

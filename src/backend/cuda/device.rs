@@ -18,7 +18,7 @@ pub trait Device: 'static {
     fn alloc(&self, bytes: usize) -> Result<Self::Memory>;
     /// `bytes` bytes that are zero.
     fn zeros(&self, bytes: usize) -> Result<Self::Memory>;
-    /// Overwrites all of an allocation.
+    /// Overwrites all of an allocation; when it returns, `host` has been read.
     fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()>;
     /// Copies all of an allocation, once everything that writes it is done.
     fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()>;

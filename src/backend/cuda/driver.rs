@@ -114,15 +114,17 @@ impl Device for Driver {
         if host.is_empty() {
             return Ok(());
         }
-        self.own("copy to the GPU", [&*memory])?;
-        self.stream.memcpy_htod(host, memory.slice_mut()).map_err(|error| failed("copy to the GPU", error))
+        self.may_copy("copy to the GPU", memory)?;
+        let copied = self.stream.memcpy_htod(host, memory.slice_mut());
+        // The driver may still be reading: what is pinned it copies later, what is not it need not copy at once.
+        copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy to the GPU", error))
     }
 
     fn read(&self, memory: &Memory, host: &mut [u8]) -> Result<()> {
         if host.is_empty() {
             return self.synchronize();
         }
-        self.own("copy from the GPU", [memory])?;
+        self.may_copy("copy from the GPU", memory)?;
         let copied = self.stream.memcpy_dtoh(&memory.slice().slice(..host.len()), host);
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
     }
@@ -147,6 +149,18 @@ impl Driver {
     /// Makes the context current on this thread. Errors: also what cudarc could not return earlier, such as when it waited.
     fn bind(&self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(|error| failed("context", error))
+    }
+
+    /// `Err` unless the memory lies on this stream, and while the stream is captured: a copy would be a part of the graph, and touch
+    /// the host's memory at each launch of it, whoever has that memory then.
+    fn may_copy(&self, what: &str, memory: &Memory) -> Result<()> {
+        self.own(what, [memory])?;
+        let status = self.stream.capture_status().map_err(|error| failed(what, error))?;
+        if status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Ok(());
+        }
+        let reason = format!("{what}: not while the stream is captured in a graph, which would copy anew at each launch");
+        Err(Error::Device { backend: NAME, reason })
     }
 
     /// `Err` unless every operand lies on this stream.

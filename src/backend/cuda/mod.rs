@@ -100,6 +100,10 @@ pub fn from_hopper_on(ptx: &str) -> String {
 }
 
 /// A GPU as a backend whose weights and activations are stored as `E`.
+///
+/// Verbs return before the GPU is done, copies do not: one from the host waits until the GPU has read it, and so for all that was
+/// asked before. A training step copies its inputs and its labels, so the GPU is idle as it begins, until the first launches come
+/// (some µs); a step that reads its loss has waited anyway.
 pub struct Cuda<E: Float, D: Device = Driver> {
     device: D,
     element: PhantomData<E>,

@@ -6,7 +6,7 @@ use crate::error::Result;
 /// Memory, and launches of the kernels in [`ptx`](super::ptx).
 ///
 /// Calls may return before the device is done; it does what it is asked in that order, and [`read`](Self::read) waits.
-pub trait Device: 'static {
+pub trait Device: Sized + 'static {
     /// An allocation; dropping it frees it, once the launches that use it are done.
     type Memory;
 
@@ -23,7 +23,7 @@ pub trait Device: 'static {
     /// Copies all of an allocation, once everything that writes it is done.
     fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()>;
     /// Runs a kernel.
-    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()>;
+    fn launch(&self, launch: Launch<'_, Self>) -> Result<()>;
     /// Returns when everything asked for so far is done.
     fn synchronize(&self) -> Result<()>;
 }
@@ -87,15 +87,17 @@ impl<M> From<f32> for Arg<'_, M> {
     }
 }
 
-/// One launch: a kernel, its grid and its arguments. Only verbs make one, from a request whose shapes fit.
-pub struct Launch<'a, M> {
+/// One launch: a kernel, its grid and its arguments. Only verbs make one, from a request whose shapes fit, and for the one device `D`
+/// that allocated what it names: no other device takes it, whoever wrote that. So the memory is as long as the shapes say, if `D`
+/// allocates as much as it is asked for.
+pub struct Launch<'a, D: Device> {
     plan: Plan,
-    args: Vec<Arg<'a, M>>,
+    args: Vec<Arg<'a, D::Memory>>,
     overlaps: bool,
 }
 
-impl<'a, M> Launch<'a, M> {
-    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, M>>, overlaps: bool) -> Self {
+impl<'a, D: Device> Launch<'a, D> {
+    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, D::Memory>>, overlaps: bool) -> Self {
         Self { plan, args, overlaps }
     }
 
@@ -111,7 +113,7 @@ impl<'a, M> Launch<'a, M> {
     }
 
     /// The arguments, in the order of the kernel's parameters.
-    pub fn into_args(self) -> Vec<Arg<'a, M>> {
+    pub fn into_args(self) -> Vec<Arg<'a, D::Memory>> {
         self.args
     }
 }

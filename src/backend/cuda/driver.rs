@@ -28,7 +28,8 @@ const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
 
 /// A stream of a GPU, and the kernels of one element type, loaded there.
 ///
-/// Nobody outside this crate can make one, so every launch that it gets is a verb's, whose request proved the shapes.
+/// Nobody outside this crate can make one, or a [`Launch`] for it: every one is a verb's, whose request proved the shapes, and names
+/// memory that a driver allocated.
 pub struct Driver {
     stream: Arc<CudaStream>,
     kernels: HashMap<&'static str, CudaFunction>,
@@ -129,7 +130,7 @@ impl Device for Driver {
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
     }
 
-    fn launch(&self, launch: Launch<'_, Memory>) -> Result<()> {
+    fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
         let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
         let mut args = launch.into_args();
         self.own(plan.kernel, args.iter().filter_map(memory_of))?;
@@ -248,8 +249,9 @@ impl Driver {
         self.stream.context().bind_to_thread()?; // and what became of the waits for operands
         let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
         // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
-        // beside it say, and kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The
-        // addresses are of values that live until the call returns.
+        // beside it say, which a driver allocated (a launch for another device is of another type), on this stream (`own`); and
+        // kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The addresses are of
+        // values that live until the call returns.
         unsafe { result::launch_kernel(function, (plan.grid, 1, 1), (plan.block, 1, 1), plan.shared, stream, params) }
     }
 

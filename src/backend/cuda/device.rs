@@ -31,7 +31,7 @@ pub trait Device: Sized + 'static {
 /// What plans depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gpu {
-    /// Its compute capability: `(9, 0)` is Hopper.
+    /// The compute capability whose kernels it runs: its own, and `(9, 0)`, Hopper's, only where the driver can load those.
     pub capability: (u32, u32),
     /// Its multiprocessors.
     pub multiprocessors: u32,

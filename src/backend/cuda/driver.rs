@@ -23,6 +23,9 @@ const MOST_SHARED: i32 = 227 << 10;
 /// The first version of the driver in whose graphs launches may overlap: CUDA 12.3.
 const OVERLAPS_IN_GRAPHS: i32 = 12030;
 
+/// The first version that reads the PTX of Hopper's kernels (PTX 8.0) and makes tensor maps: CUDA 12.0.
+const HAS_HOPPERS_PTX: i32 = 12000;
+
 /// What the driver calls a stream that each thread has its own of: `CU_STREAM_PER_THREAD`.
 const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
 
@@ -63,31 +66,47 @@ impl Driver {
     pub(super) fn from_stream(stream: Arc<CudaStream>, dtype: DType) -> Result<Self> {
         let same_everywhere = stream.cu_stream() != PER_THREAD;
         Error::unless(same_everywhere, "from_stream", "stream", "each thread's own", "one that is the same on every thread")?;
-        let (major, minor) = stream.context().compute_capability().map_err(|error| failed("compute capability", error))?;
-        if major < 8 {
-            let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
-            return Err(Error::Unavailable { backend: NAME, reason });
-        }
-        let multiprocessors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-        let multiprocessors = multiprocessors.map_err(|error| failed("multiprocessors", error))? as u32;
-        let gpu = Gpu { capability: (major as u32, minor as u32), multiprocessors };
-        let hopper_or_later = gpu.capability >= (9, 0);
-        let overlaps = hopper_or_later && version()? >= OVERLAPS_IN_GRAPHS;
-        let ptx = if hopper_or_later { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
+        let version = version()?;
+        let (gpu, from_hopper) = gpu(stream.context(), version)?;
+        let ptx = if from_hopper { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
         let module = load(stream.context(), &ptx)?;
-        let mut functions: HashMap<_, _> =
-            KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
+        let mut kernels: HashMap<_, _> = KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
-            let module = load(stream.context(), ptx)?;
-            for kernel in hopper::kernels() {
-                let (stem, function) = function(&module, kernel, dtype)?;
-                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                function.set_attribute(most, MOST_SHARED).map_err(|error| failed(stem, error))?;
-                functions.insert(stem, function);
-            }
+            kernels.extend(of_hopper(stream.context(), ptx, dtype)?);
         }
-        Ok(Self { kernels: functions, gpu, overlaps, stream })
+        Ok(Self { kernels, gpu, overlaps: from_hopper && version >= OVERLAPS_IN_GRAPHS, stream })
     }
+}
+
+/// What plans depend on, and whether the GPU is Hopper or came after. Errors: [`Error::Unavailable`] if it is older than the kernels.
+fn gpu(context: &CudaContext, version: i32) -> Result<(Gpu, bool)> {
+    let (major, minor) = context.compute_capability().map_err(|error| failed("compute capability", error))?;
+    if major < 8 {
+        let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
+        return Err(Error::Unavailable { backend: NAME, reason });
+    }
+    let multiprocessors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    let multiprocessors = multiprocessors.map_err(|error| failed("multiprocessors", error))? as u32;
+    let capability = (major as u32, minor as u32);
+    Ok((Gpu { capability: served(capability, version), multiprocessors }, capability >= (9, 0)))
+}
+
+/// The compute capability whose kernels a driver of that version can load: those for Hopper alone are beyond an older one, and plans
+/// then do without.
+fn served(capability: (u32, u32), version: i32) -> (u32, u32) {
+    if capability == (9, 0) && version < HAS_HOPPERS_PTX { (8, 9) } else { capability }
+}
+
+/// The kernels for Hopper alone.
+fn of_hopper(context: &Arc<CudaContext>, ptx: &str, dtype: DType) -> Result<Vec<(&'static str, CudaFunction)>> {
+    let module = load(context, ptx)?;
+    let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let large = |kernel| {
+        let (stem, function) = function(&module, kernel, dtype)?;
+        function.set_attribute(most, MOST_SHARED).map_err(|error| failed(stem, error))?;
+        Ok((stem, function))
+    };
+    hopper::kernels().map(large).collect()
 }
 
 impl Device for Driver {
@@ -402,6 +421,16 @@ fn no_room(bytes: usize, error: DriverError) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hoppers_kernels_are_left_to_drivers_that_can_load_them() {
+        for version in [11080, 11999] {
+            assert_eq!(served((9, 0), version), (8, 9));
+        }
+        for (capability, version) in [((9, 0), 12000), ((9, 0), 13000), ((8, 0), 11040), ((8, 6), 12000), ((10, 0), 12080)] {
+            assert_eq!(served(capability, version), capability);
+        }
+    }
 
     #[test]
     fn no_room_is_an_error_of_its_own_whoever_wanted_it() {

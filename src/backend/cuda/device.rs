@@ -103,6 +103,9 @@ impl<'a, D: Device> Launch<'a, D> {
 
     /// Whether it may begin before the launch before it has ended, on GPUs from Hopper on: that one belongs to the same verb, and
     /// nothing was asked of the device between them. The kernel itself waits where it needs what that one wrote.
+    ///
+    /// On a [`Driver`](super::Driver) they do not overlap if cudarc tracks events, as it does in a context with streams besides the
+    /// default one: it notes who uses what between the launches. Results are the same.
     pub fn overlaps(&self) -> bool {
         self.overlaps
     }

@@ -7,9 +7,12 @@ mod support;
 use std::sync::Arc;
 
 use lowrank::cuda::cudarc::driver::{CudaContext, CudaStream, sys};
-use lowrank::op::Add;
+use lowrank::op::{Add, LoraBackward, LoraForward};
 use lowrank::{Cuda, Error, Tensor, bf16};
+use support::bounds::assert_exact;
+use support::data::{Dims, down, unwritten, up, whole};
 use support::emulator::open;
+use support::oracle::Lora;
 
 /// Memory is freed on any thread, also on one that never called CUDA: the driver would refuse it there, and it would be lost.
 #[test]
@@ -80,6 +83,41 @@ fn gpu_copies_are_refused_while_a_graph_is_captured() {
     }
     graph.launch().unwrap();
     assert_eq!(y.to_vec(&gpu).unwrap(), [bf16::from_f32(2.0); 4]);
+}
+
+/// A layer's passes, captured once, on two inputs: with new contents in the same tensor, as a caller of graphs does it.
+#[test]
+fn gpu_a_captured_layer_runs_again_on_new_contents() {
+    if open::<bf16>().is_none() {
+        return;
+    }
+    let (stream, dims) = (capturable(), Dims { m: 80, k: 64, n: 264, r: 8 });
+    let gpu = &Cuda::<bf16>::from_stream(stream.clone()).unwrap();
+    let first = whole(dims, 1);
+    let second = Lora { x: whole(dims, 2).x, ..first.clone() };
+    let [mut x, w, a, b, dy] = [&first.x, &first.w, &first.a, &first.b, &first.dy].map(|mat| up(gpu, mat));
+    let (scale, dropout, Dims { m, k, n, r }) = (first.scale as f32, None, dims);
+    let (mut h, mut y, mut dx) = (unwritten(gpu, m, r), unwritten(gpu, m, n), unwritten(gpu, m, k));
+    let (mut da, mut db) = (unwritten(gpu, r, k), unwritten(gpu, n, r));
+
+    stream.begin_capture(THREAD_LOCAL).unwrap();
+    let (w, a, b) = (Some(&w), &a, &b);
+    LoraForward { x: &x, w, bias: None, a, b, scale, dropout, h: &mut h, y: &mut y }.run(gpu).unwrap();
+    let (da_, db_, dx_) = (&mut da, &mut db, Some(&mut dx));
+    LoraBackward { x: &x, w, a, b, h: &h, dy: &dy, scale, dropout, da: da_, db: db_, dbias: None, dx: dx_ }.run(gpu).unwrap();
+    let graph = stream.end_capture(AUTO_FREE).unwrap().expect("launches");
+
+    for layer in [first, second] {
+        let layer = Lora { bias: None, ..layer };
+        let contents: Vec<_> = layer.x.data.iter().map(|&x| bf16::from_f32(x as f32)).collect();
+        x.copy_from_slice(gpu, &contents).unwrap();
+        graph.launch().unwrap();
+        let want = layer.run();
+        assert_exact("y", &down(gpu, &y), &want.y);
+        assert_exact("dx", &down(gpu, &dx), &want.dx);
+        assert_exact("dA", &down(gpu, &da), &want.da);
+        assert_exact("dB", &down(gpu, &db), &want.db);
+    }
 }
 
 fn ones(gpu: &Cuda<bf16>) -> Tensor<Cuda<bf16>> {

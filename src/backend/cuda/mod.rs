@@ -14,10 +14,17 @@
 //! # Graphs
 //!
 //! A verb's launches can be captured in a CUDA graph. It copies nothing to the device and waits for nothing: sizes and scalars are
-//! parameters of kernels. The memory that a backward pass needs for a while (`dh`, and the parts of sums, a small share of the
-//! weight's) is allocated and freed in the order of the stream, so that a graph has an allocation of its own and nobody can free
-//! it. Two things are the caller's: the stream must be one of its own, since the default stream cannot be captured, and cudarc must
-//! not track events, which would tie the graph to work before it:
+//! parameters of kernels. The memory that a backward pass needs for a while (`dh`, and parts of sums, of which those of `dh` take
+//! m·r/(128·k) as much as a 16-bit weight) is allocated and freed in the order of the stream, so that a graph has an allocation of
+//! its own and nobody can free it. The rest is the caller's:
+//!
+//! - The stream must be one of its own, since the default stream cannot be captured, and cudarc must not track events, which would
+//!   tie the graph to work before it.
+//! - A graph knows operands by their addresses: each tensor that a captured verb names must live as long as the graph is launched.
+//!   Nothing checks that; new contents are written with [`copy_from_slice`](crate::Tensor::copy_from_slice), between launches.
+//! - No tensor begins during the capture, since its memory would be the graph's, and none that began before is dropped during it,
+//!   since the driver would not free it then. A step of the tape allocates what it makes, so it is verbs that are captured.
+//! - Nothing is copied during it: that is an error ([`Error::Device`]).
 //!
 //! ```no_run
 //! use lowrank::cuda::cudarc::driver::{CudaContext, sys};

@@ -1,4 +1,4 @@
-//! One GPU, through NVIDIA's driver. The one place of this backend where `unsafe` is.
+//! One GPU, through NVIDIA's driver. Here and in `newer.rs` is what `unsafe` this backend has.
 #![allow(unsafe_code, reason = "loading the driver, and launches: the compiler cannot see what a kernel does")]
 
 use std::collections::HashMap;
@@ -13,6 +13,7 @@ use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
 use super::memory::Memory;
+use super::newer::{Maps, Overlapping, TensorMap, library};
 use super::plan::{KERNELS, Plan};
 use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
 use crate::element::DType;
@@ -37,8 +38,10 @@ pub struct Driver {
     stream: Arc<CudaStream>,
     kernels: HashMap<&'static str, CudaFunction>,
     gpu: Gpu,
-    /// Whether launches of a verb may.
-    overlaps: bool,
+    /// How launches of a verb overlap, where they may.
+    overlapping: Option<Overlapping>,
+    /// Who makes tensor maps.
+    maps: Option<Maps>,
 }
 
 impl Driver {
@@ -49,8 +52,8 @@ impl Driver {
 
     /// The GPU with that number, on its default stream.
     pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
-        probe()?;
         let unavailable = |reason: String| Error::Unavailable { backend: NAME, reason };
+        library().map_err(|reason| unavailable(reason.to_owned()))?; // cudarc panics at its first call if there is none
         let count = CudaContext::device_count().map_err(|error| unavailable(describe(error)))?;
         if ordinal >= count as usize {
             return Err(unavailable(format!("there is no GPU {ordinal}; the driver sees {count}")));
@@ -68,13 +71,14 @@ impl Driver {
         Error::unless(same_everywhere, "from_stream", "stream", "each thread's own", "one that is the same on every thread")?;
         let version = version()?;
         let (gpu, from_hopper) = gpu(stream.context(), version)?;
+        let overlapping = Overlapping::find().filter(|_| from_hopper && version >= OVERLAPS_IN_GRAPHS);
         let ptx = if from_hopper { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
         let module = load(stream.context(), &ptx)?;
         let mut kernels: HashMap<_, _> = KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
             kernels.extend(of_hopper(stream.context(), ptx, dtype)?);
         }
-        Ok(Self { kernels, gpu, overlaps: from_hopper && version >= OVERLAPS_IN_GRAPHS, stream })
+        Ok(Self { kernels, gpu, overlapping, maps: Maps::find(), stream })
     }
 }
 
@@ -150,13 +154,13 @@ impl Device for Driver {
     }
 
     fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
-        let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
+        let (plan, overlapping) = (launch.plan(), self.overlapping.filter(|_| launch.overlaps()));
         let mut args = launch.into_args();
         self.own(plan.kernel, args.iter().filter_map(memory_of))?;
         self.bind()?; // tensor maps are made for the context that is current
         let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut params: Vec<_> = operands.iter_mut().map(|operand| operand.value.address()).collect();
-        let started = if overlaps { self.start_overlapping(plan, &mut params) } else { self.start(plan, &mut params) };
+        let started = self.start(plan, overlapping, &mut params);
         started.map_err(|error| failed(plan.kernel, error))
     }
 
@@ -221,7 +225,7 @@ enum Value {
     U32(u32),
     U64(u64),
     F32(f32),
-    Map(sys::CUtensorMap),
+    Map(TensorMap),
 }
 
 impl Value {
@@ -253,51 +257,42 @@ impl Driver {
             }
             Arg::ReadTiles(memory, tiles) => {
                 let (address, used) = memory.slice().device_ptr(&self.stream);
-                (Value::Map(encode(address, *tiles)?), Some(used))
+                (Value::Map(self.map(address, *tiles)?), Some(used))
             }
             Arg::WriteTiles(memory, tiles) => {
                 let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
-                (Value::Map(encode(address, *tiles)?), Some(used))
+                (Value::Map(self.map(address, *tiles)?), Some(used))
             }
         };
         Ok(Operand { value, _used: used })
     }
 
-    /// Launches a kernel once everything before has ended.
-    fn start(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
+    /// A tensor map.
+    fn map(&self, address: sys::CUdeviceptr, tiles: Tiles) -> Result<TensorMap> {
+        let maps = self.maps.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED));
+        maps.and_then(|maps| maps.encode(address, tiles)).map_err(|error| failed("tensor map", error))
+    }
+
+    /// Launches a kernel once everything before has ended; if it overlaps, its blocks may come before the launch before it has.
+    fn start(
+        &self,
+        plan: Plan,
+        overlapping: Option<Overlapping>,
+        params: &mut [*mut c_void],
+    ) -> std::result::Result<(), DriverError> {
         self.stream.context().bind_to_thread()?; // and what became of the waits for operands
         let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
         // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
         // beside it say, which a driver allocated (a launch for another device is of another type), on this stream (`own`); and
         // kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The addresses are of
-        // values that live until the call returns.
-        unsafe { result::launch_kernel(function, (plan.grid, 1, 1), (plan.block, 1, 1), plan.shared, stream, params) }
-    }
-
-    /// The same as a programmatic dependent launch: its blocks may come before the launch before it has ended.
-    fn start_overlapping(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
-        self.stream.context().bind_to_thread()?; // as in `start`
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: plan.grid,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: plan.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: plan.shared,
-            hStream: self.stream.cu_stream(),
-            attrs: &mut attribute,
-            numAttrs: 1,
-        };
-        let function = self.kernels[plan.kernel].cu_function();
-        // SAFETY: as in `start`; and until it has waited for the launch before, no kernel reads what launches of its verb write, or
-        // writes anything (the interpreter watches that too).
-        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
+        // values that live until the call returns. Until it has waited for the launch before, no kernel that overlaps reads what
+        // launches of its verb write, or writes anything (the interpreter watches that too).
+        unsafe {
+            match overlapping {
+                Some(overlapping) => overlapping.launch(plan, function, stream, params),
+                None => result::launch_kernel(function, (plan.grid, 1, 1), (plan.block, 1, 1), plan.shared, stream, params),
+            }
+        }
     }
 }
 
@@ -322,53 +317,11 @@ fn version() -> Result<i32> {
     Ok(version)
 }
 
-/// Has the driver make a tensor map.
-fn encode(address: sys::CUdeviceptr, tiles: Tiles) -> Result<sys::CUtensorMap> {
-    let Tiles { rows, cols, tile: [down, across] } = tiles;
-    let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
-    // Nothing reads through the address here.
-    let made = unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut map,
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16, // only moved
-            2,
-            address as *mut c_void,
-            sizes.as_ptr(),
-            &stride,
-            [across, down].as_ptr(),
-            [1, 1].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    };
-    made.result().map_err(|error| failed("tensor map", error))?;
-    Ok(map)
-}
-
 /// One kernel of a module, under its stem.
 fn function(module: &Arc<CudaModule>, stem: &'static str, dtype: DType) -> Result<(&'static str, CudaFunction)> {
     let symbol = format!("{stem}_{dtype}");
     let function = module.load_function(&symbol).map_err(|error| failed(&symbol, error))?;
     Ok((stem, function))
-}
-
-/// `Err` unless there is a driver: cudarc panics at its first call if there is none.
-fn probe() -> Result<()> {
-    let names = if cfg!(windows) { &["nvcuda.dll"][..] } else { &["libcuda.so.1", "libcuda.so"][..] };
-    // SAFETY: NVIDIA's driver library does nothing when it is loaded but set itself up.
-    let load = |name: &&str| unsafe { libloading::Library::new(*name) };
-    let mut reason = String::new();
-    for name in names {
-        match load(name) {
-            Ok(_) => return Ok(()),
-            Err(error) => reason = format!("no NVIDIA driver: {error}"),
-        }
-    }
-    Err(Error::Unavailable { backend: NAME, reason })
 }
 
 /// Compiles PTX for the GPU at hand.

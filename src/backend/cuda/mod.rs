@@ -4,7 +4,8 @@
 //! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
 //!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
-//!             └─ driver.rs         one GPU, through NVIDIA's driver: the only unsafe door
+//!             └─ driver.rs         one GPU, through NVIDIA's driver: an unsafe door
+//!                  ├─ newer.rs     what bindings to older drivers lack: the other one
 //!                  └─ memory.rs    what it allocates, freed on whichever thread drops it
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
 //! ```
@@ -57,6 +58,7 @@ pub mod hopper;
 mod linear;
 mod lora;
 mod memory;
+mod newer;
 pub mod plan;
 mod pointwise;
 

@@ -99,8 +99,8 @@ struct DroppedUpdate : Update<View> {
     Dropout dropout;
 };
 
-// One warp brings the panels: its first lane, but all of them wait. ALONG: neighbours of rhs are neighbours in row, and its boxes
-// are DEEP×LINE.
+// One warp brings the panels: its first lane, but all of them wait, and meet after each step. Else a lane could fall two phases of a
+// stage behind, where a parity that is right looks wrong. ALONG: neighbours of rhs are neighbours in row, and its boxes are DEEP×LINE.
 template <int COLS, bool ALONG>
 __device__ void bring_panels(Shared<COLS>& shared, Tiles<COLS> tiles, const TensorMap& lhs, const TensorMap& rhs, int steps) {
     constexpr int SHARE = COLS / CLUSTER<COLS>, BOX = ALONG ? LINE : SHARE;  // columns that this block brings, and at once
@@ -110,17 +110,19 @@ __device__ void bring_panels(Shared<COLS>& shared, Tiles<COLS> tiles, const Tens
             auto& stage = shared.stages[turn.stage];
             Barrier* full = &shared.full[turn.stage];
             wait(&shared.empty[turn.stage], turn.parity ^ 1);
-            if (threadIdx.x > 0) continue;
-            int d = step * DEEP, share = tiles.rank() * SHARE;
-            arrive_and_expect(full, sizeof stage);
-            load_box(stage.lhs, lhs, d, first_row, full);
+            if (threadIdx.x == 0) {
+                int d = step * DEEP, share = tiles.rank() * SHARE;
+                arrive_and_expect(full, sizeof stage);
+                load_box(stage.lhs, lhs, d, first_row, full);
 #pragma unroll
-            for (int col = 0; col < SHARE; col += BOX) {
-                int right = first_col + share + col;
-                E* to = stage.rhs + (share + col) * DEEP;
-                if constexpr (CLUSTER<COLS> == 1) load_box(to, rhs, ALONG ? right : d, ALONG ? d : right, full);
-                else load_box_for((1 << CLUSTER<COLS>) - 1, to, rhs, ALONG ? right : d, ALONG ? d : right, full);
+                for (int col = 0; col < SHARE; col += BOX) {
+                    int right = first_col + share + col;
+                    E* to = stage.rhs + (share + col) * DEEP;
+                    if constexpr (CLUSTER<COLS> == 1) load_box(to, rhs, ALONG ? right : d, ALONG ? d : right, full);
+                    else load_box_for((1 << CLUSTER<COLS>) - 1, to, rhs, ALONG ? right : d, ALONG ? d : right, full);
+                }
             }
+            __syncwarp();
         }
     });
 }

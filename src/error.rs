@@ -84,11 +84,11 @@ pub enum Error {
     },
 
     /// The device had no room.
-    #[error("{backend}: no memory for {bytes} bytes")]
+    #[error("{backend}: no memory for {}", asked(*bytes))]
     OutOfMemory {
         /// The backend that had no room.
         backend: &'static str,
-        /// How much was asked for.
+        /// How much was asked for; 0 if that is the device's own affair, such as room for a kernel.
         bytes: usize,
     },
 
@@ -124,6 +124,11 @@ pub enum Error {
         /// What it is set to.
         value: String,
     },
+}
+
+/// What there was no memory for.
+fn asked(bytes: usize) -> String {
+    if bytes == 0 { "what it keeps itself".into() } else { format!("{bytes} bytes") }
 }
 
 impl Error {

@@ -3,8 +3,8 @@
 
 mod support;
 
-use lowrank::{Cuda, Error};
-use support::emulator::open;
+use lowrank::{Backend, Cuda, Error};
+use support::emulator::{Emulator, open};
 
 suite!(emulated_f32, crate::support::emulator::Emulator::backend::<f32>());
 suite!(emulated_f16, crate::support::emulator::Emulator::backend::<lowrank::f16>());
@@ -19,4 +19,13 @@ suite!(gpu_bf16, if let Some(gpu) = crate::open::<lowrank::bf16>() { gpu } else 
 fn a_missing_gpu_is_a_typed_error_with_the_reason() {
     let Err(error) = Cuda::<f32>::new(1 << 20) else { panic!("a million GPUs") };
     assert!(matches!(&error, Error::Unavailable { backend: "cuda", reason } if !reason.is_empty()), "{error}");
+}
+
+/// Also for who asks the backend itself, past the shapes of tensors.
+#[test]
+fn more_than_can_be_addressed_is_a_typed_error() {
+    for len in [usize::MAX, usize::MAX / 4 + 2, isize::MAX as usize / 4 + 1] {
+        let Err(error) = Emulator::backend::<f32>().zeros::<f32>(len) else { panic!("{len} elements") };
+        assert!(matches!(error, Error::TooLarge { .. }), "{error}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Every backend that is there, for tests of what is built on backends.
 
-/// Each of these checks, `fn(&B)` for any backend `B` of `f32`, as a test on the CPU, on WebGPU, and on CUDA in the interpreter.
+/// Each of these checks, `fn(&B)` for any backend `B` of `f32`, as a test on the CPU, on WebGPU, and on CUDA in the interpreter
+/// and on a GPU.
 #[macro_export]
 macro_rules! on_every_backend {
     ($($check:ident),+ $(,)?) => {
@@ -26,6 +27,16 @@ macro_rules! on_every_backend {
             $(#[test]
             fn $check() {
                 super::$check(&$crate::support::emulator::Emulator::backend::<f32>());
+            })+
+        }
+
+        #[cfg(feature = "cuda")]
+        mod on_gpu {
+            $(#[test]
+            fn $check() {
+                if let Some(gpu) = $crate::support::emulator::open::<f32>() {
+                    super::$check(&gpu);
+                }
             })+
         }
     };

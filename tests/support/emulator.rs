@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::sync::OnceLock;
 
+use lowrank::cuda::plan::Plan;
 use lowrank::cuda::{self, Arg, Cuda, Device, Gpu, Launch, Tiles};
 use lowrank::{DType, Error, Float, Result};
 use ptx_interpreter::{Fault, Global, Module};
@@ -81,6 +82,17 @@ impl Emulator {
         Cuda::on(Self::hopper(E::DTYPE))
     }
 
+    /// What a launch asks for.
+    pub fn run(&self, plan: Plan, overlaps: bool, args: Vec<Arg<'_, Global>>) -> Result<()> {
+        let mut args: Vec<_> = args.into_iter().map(argument).collect();
+        let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
+        let kernel = format!("{}_{}", plan.kernel, self.dtype);
+        let pending = self.pending.get().filter(|_| overlaps && self.gpu.capability >= (9, 0));
+        let report = launch.run_after(pending, self.module(&kernel), &kernel, &mut args).map_err(failed)?;
+        self.pending.set(Some(pending.unwrap_or(report.number)));
+        Ok(())
+    }
+
     fn module(&self, kernel: &str) -> &Module {
         match &self.hopper {
             Some(hopper) if kernel.contains("_hopper_") => hopper.module(),
@@ -137,15 +149,8 @@ impl Device for Emulator {
         Ok(())
     }
 
-    fn launch(&self, launch: Launch<'_, Global>) -> Result<()> {
-        let (plan, overlaps) = (launch.plan(), launch.overlaps() && self.gpu.capability >= (9, 0));
-        let mut args: Vec<_> = launch.into_args().into_iter().map(argument).collect();
-        let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
-        let kernel = format!("{}_{}", plan.kernel, self.dtype);
-        let pending = self.pending.get().filter(|_| overlaps);
-        let report = launch.run_after(pending, self.module(&kernel), &kernel, &mut args).map_err(failed)?;
-        self.pending.set(Some(pending.unwrap_or(report.number)));
-        Ok(())
+    fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
+        self.run(launch.plan(), launch.overlaps(), launch.into_args())
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -218,7 +218,7 @@ impl<E: Float> Layers<E> {
     fn product(&self, blas: &Blas, i: usize) -> Result<(), Box<dyn Error>> {
         let Shape { m, k, n, .. } = self.shape;
         let w = self.w[self.one(i)].borrow();
-        let operands = [Operand(self.x.buffer().memory(), false), Operand(w.buffer().memory(), true)];
+        let operands = [Operand(self.x.buffer().memory().slice(), false), Operand(w.buffer().memory().slice(), true)];
         blas.multiply([m, n, k], 1.0, operands, 0.0, &mut self.theirs.borrow_mut().y)
     }
 
@@ -227,7 +227,8 @@ impl<E: Float> Layers<E> {
         self.product(blas, i)?;
         let (Shape { m, k, n, r, .. }, i) = (self.shape, self.one(i));
         let Theirs { h, y, .. } = &mut *self.theirs.borrow_mut();
-        let (x, a, b) = (self.x.buffer().memory(), self.a[i].buffer().memory(), self.b[i].buffer().memory());
+        let (x, a, b) =
+            (self.x.buffer().memory().slice(), self.a[i].buffer().memory().slice(), self.b[i].buffer().memory().slice());
         blas.multiply([m, r, k], 1.0, [Operand(x, false), Operand(a, true)], 0.0, h)?;
         blas.multiply([m, n, r], SCALE, [Operand(h, false), Operand(b, true)], 1.0, y)
     }
@@ -236,8 +237,8 @@ impl<E: Float> Layers<E> {
     fn composed_backward(&self, blas: &Blas, i: usize) -> Result<(), Box<dyn Error>> {
         let (Shape { m, k, n, r, .. }, i) = (self.shape, self.one(i));
         let Theirs { h, dh, da, db, dx, .. } = &mut *self.theirs.borrow_mut();
-        let (x, dy, w) = (self.x.buffer().memory(), self.dy.buffer().memory(), self.w[i].borrow());
-        let (w, a, b) = (w.buffer().memory(), self.a[i].buffer().memory(), self.b[i].buffer().memory());
+        let (x, dy, w) = (self.x.buffer().memory().slice(), self.dy.buffer().memory().slice(), self.w[i].borrow());
+        let (w, a, b) = (w.buffer().memory().slice(), self.a[i].buffer().memory().slice(), self.b[i].buffer().memory().slice());
         blas.multiply([m, k, n], 1.0, [Operand(dy, false), Operand(w, false)], 0.0, dx)?;
         blas.multiply([m, r, n], SCALE, [Operand(dy, false), Operand(b, false)], 0.0, dh)?;
         blas.multiply([m, k, r], 1.0, [Operand(dh, false), Operand(a, false)], 1.0, dx)?;
@@ -248,7 +249,7 @@ impl<E: Float> Layers<E> {
     /// `W += scale·B·A`, onto one weight, which is large enough
     fn composed_merge(&self, blas: &Blas, i: usize) -> Result<(), Box<dyn Error>> {
         let (Shape { k, n, r, .. }, i) = (self.shape, self.one(i));
-        let operands = [Operand(self.b[i].buffer().memory(), false), Operand(self.a[i].buffer().memory(), false)];
+        let operands = [Operand(self.b[i].buffer().memory().slice(), false), Operand(self.a[i].buffer().memory().slice(), false)];
         blas.multiply([n, k, r], 1e-3, operands, 1.0, &mut self.theirs.borrow_mut().w)
     }
 }

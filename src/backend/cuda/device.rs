@@ -6,7 +6,7 @@ use crate::error::Result;
 /// Memory, and launches of the kernels in [`ptx`](super::ptx).
 ///
 /// Calls may return before the device is done; it does what it is asked in that order, and [`read`](Self::read) waits.
-pub trait Device: 'static {
+pub trait Device: Sized + 'static {
     /// An allocation; dropping it frees it, once the launches that use it are done.
     type Memory;
 
@@ -18,12 +18,12 @@ pub trait Device: 'static {
     fn alloc(&self, bytes: usize) -> Result<Self::Memory>;
     /// `bytes` bytes that are zero.
     fn zeros(&self, bytes: usize) -> Result<Self::Memory>;
-    /// Overwrites all of an allocation.
+    /// Overwrites all of an allocation; when it returns, `host` has been read.
     fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()>;
     /// Copies all of an allocation, once everything that writes it is done.
     fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()>;
     /// Runs a kernel.
-    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()>;
+    fn launch(&self, launch: Launch<'_, Self>) -> Result<()>;
     /// Returns when everything asked for so far is done.
     fn synchronize(&self) -> Result<()>;
 }
@@ -31,7 +31,7 @@ pub trait Device: 'static {
 /// What plans depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gpu {
-    /// Its compute capability: `(9, 0)` is Hopper.
+    /// The compute capability whose kernels it runs: its own, and `(9, 0)`, Hopper's, only where the driver can load those.
     pub capability: (u32, u32),
     /// Its multiprocessors.
     pub multiprocessors: u32,
@@ -87,20 +87,25 @@ impl<M> From<f32> for Arg<'_, M> {
     }
 }
 
-/// One launch: a kernel, its grid and its arguments. Only verbs make one, from a request whose shapes fit.
-pub struct Launch<'a, M> {
+/// One launch: a kernel, its grid and its arguments. Only verbs make one, from a request whose shapes fit, and for the one device `D`
+/// that allocated what it names: no other device takes it, whoever wrote that. So the memory is as long as the shapes say, if `D`
+/// allocates as much as it is asked for.
+pub struct Launch<'a, D: Device> {
     plan: Plan,
-    args: Vec<Arg<'a, M>>,
+    args: Vec<Arg<'a, D::Memory>>,
     overlaps: bool,
 }
 
-impl<'a, M> Launch<'a, M> {
-    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, M>>, overlaps: bool) -> Self {
+impl<'a, D: Device> Launch<'a, D> {
+    pub(super) fn new(plan: Plan, args: Vec<Arg<'a, D::Memory>>, overlaps: bool) -> Self {
         Self { plan, args, overlaps }
     }
 
     /// Whether it may begin before the launch before it has ended, on GPUs from Hopper on: that one belongs to the same verb, and
     /// nothing was asked of the device between them. The kernel itself waits where it needs what that one wrote.
+    ///
+    /// On a [`Driver`](super::Driver) they do not overlap if cudarc tracks events, as it does in a context with streams besides the
+    /// default one: it notes who uses what between the launches. Results are the same.
     pub fn overlaps(&self) -> bool {
         self.overlaps
     }
@@ -111,7 +116,7 @@ impl<'a, M> Launch<'a, M> {
     }
 
     /// The arguments, in the order of the kernel's parameters.
-    pub fn into_args(self) -> Vec<Arg<'a, M>> {
+    pub fn into_args(self) -> Vec<Arg<'a, D::Memory>> {
         self.args
     }
 }

@@ -1,16 +1,19 @@
-//! One GPU, through NVIDIA's driver. The one place of this backend where `unsafe` is.
+//! One GPU, through NVIDIA's driver. Here and in `newer.rs` is what `unsafe` this backend has.
 #![allow(unsafe_code, reason = "loading the driver, and launches: the compiler cannot see what a kernel does")]
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUresult, cuModuleLoadDataEx};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DriverError, result};
+use cudarc::driver::sys::cuModuleLoadDataEx;
+use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUmemPool_attribute, CUresult};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
 use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
+use super::memory::Memory;
+use super::newer::{Maps, Overlapping, TensorMap, library};
 use super::plan::{KERNELS, Plan};
 use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
 use crate::element::DType;
@@ -21,15 +24,24 @@ const MOST_SHARED: i32 = 227 << 10;
 /// The first version of the driver in whose graphs launches may overlap: CUDA 12.3.
 const OVERLAPS_IN_GRAPHS: i32 = 12030;
 
+/// The first version that reads the PTX of Hopper's kernels (PTX 8.0) and makes tensor maps: CUDA 12.0.
+const HAS_HOPPERS_PTX: i32 = 12000;
+
+/// What the driver calls a stream that each thread has its own of: `CU_STREAM_PER_THREAD`.
+const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
+
 /// A stream of a GPU, and the kernels of one element type, loaded there.
 ///
-/// Nobody outside this crate can make one, so every launch that it gets is a verb's, whose request proved the shapes.
+/// Nobody outside this crate can make one, or a [`Launch`] for it: every one is a verb's, whose request proved the shapes, and names
+/// memory that a driver allocated.
 pub struct Driver {
     stream: Arc<CudaStream>,
     kernels: HashMap<&'static str, CudaFunction>,
     gpu: Gpu,
-    /// Whether launches of a verb may.
-    overlaps: bool,
+    /// How launches of a verb overlap, where they may.
+    overlapping: Option<Overlapping>,
+    /// Who makes tensor maps.
+    maps: Option<Maps>,
 }
 
 impl Driver {
@@ -40,48 +52,69 @@ impl Driver {
 
     /// The GPU with that number, on its default stream.
     pub(super) fn open(ordinal: usize, dtype: DType) -> Result<Self> {
-        probe()?;
         let unavailable = |reason: String| Error::Unavailable { backend: NAME, reason };
+        library().map_err(|reason| unavailable(reason.to_owned()))?; // cudarc panics at its first call if there is none
         let count = CudaContext::device_count().map_err(|error| unavailable(describe(error)))?;
         if ordinal >= count as usize {
             return Err(unavailable(format!("there is no GPU {ordinal}; the driver sees {count}")));
         }
         let context = CudaContext::new(ordinal).map_err(|error| unavailable(describe(error)))?;
+        if context.has_async_alloc() {
+            keep_memory(&context).map_err(|error| failed("memory pool", error))?;
+        }
         Self::from_stream(context.default_stream(), dtype)
     }
 
     /// A stream of the caller's.
     pub(super) fn from_stream(stream: Arc<CudaStream>, dtype: DType) -> Result<Self> {
-        let (major, minor) = stream.context().compute_capability().map_err(|error| failed("compute capability", error))?;
-        if major < 8 {
-            let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
-            return Err(Error::Unavailable { backend: NAME, reason });
-        }
-        let multiprocessors = stream.context().attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
-        let multiprocessors = multiprocessors.map_err(|error| failed("multiprocessors", error))? as u32;
-        let gpu = Gpu { capability: (major as u32, minor as u32), multiprocessors };
-        let hopper_or_later = gpu.capability >= (9, 0);
-        let overlaps = hopper_or_later && version()? >= OVERLAPS_IN_GRAPHS;
-        let ptx = if hopper_or_later { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
+        let same_everywhere = stream.cu_stream() != PER_THREAD;
+        Error::unless(same_everywhere, "from_stream", "stream", "each thread's own", "one that is the same on every thread")?;
+        let version = version()?;
+        let (gpu, from_hopper) = gpu(stream.context(), version)?;
+        let overlapping = Overlapping::find().filter(|_| from_hopper && version >= OVERLAPS_IN_GRAPHS);
+        let ptx = if from_hopper { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
         let module = load(stream.context(), &ptx)?;
-        let mut functions: HashMap<_, _> =
-            KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
+        let mut kernels: HashMap<_, _> = KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
-            let module = load(stream.context(), ptx)?;
-            for kernel in hopper::kernels() {
-                let (stem, function) = function(&module, kernel, dtype)?;
-                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                function.set_attribute(most, MOST_SHARED).map_err(|error| failed(stem, error))?;
-                functions.insert(stem, function);
-            }
+            kernels.extend(of_hopper(stream.context(), ptx, dtype)?);
         }
-        Ok(Self { kernels: functions, gpu, overlaps, stream })
+        Ok(Self { kernels, gpu, overlapping, maps: Maps::find(), stream })
     }
 }
 
+/// What plans depend on, and whether the GPU is Hopper or came after. Errors: [`Error::Unavailable`] if it is older than the kernels.
+fn gpu(context: &CudaContext, version: i32) -> Result<(Gpu, bool)> {
+    let (major, minor) = context.compute_capability().map_err(|error| failed("compute capability", error))?;
+    if major < 8 {
+        let reason = format!("the GPU has compute capability {major}.{minor}; the kernels need 8.0");
+        return Err(Error::Unavailable { backend: NAME, reason });
+    }
+    let multiprocessors = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+    let multiprocessors = multiprocessors.map_err(|error| failed("multiprocessors", error))? as u32;
+    let capability = (major as u32, minor as u32);
+    Ok((Gpu { capability: served(capability, version), multiprocessors }, capability >= (9, 0)))
+}
+
+/// The compute capability whose kernels a driver of that version can load: those for Hopper alone are beyond an older one, and plans
+/// then do without.
+fn served(capability: (u32, u32), version: i32) -> (u32, u32) {
+    if capability == (9, 0) && version < HAS_HOPPERS_PTX { (8, 9) } else { capability }
+}
+
+/// The kernels for Hopper alone.
+fn of_hopper(context: &Arc<CudaContext>, ptx: &str, dtype: DType) -> Result<Vec<(&'static str, CudaFunction)>> {
+    let module = load(context, ptx)?;
+    let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    let large = |kernel| {
+        let (stem, function) = function(&module, kernel, dtype)?;
+        function.set_attribute(most, MOST_SHARED).map_err(|error| failed(stem, error))?;
+        Ok((stem, function))
+    };
+    hopper::kernels().map(large).collect()
+}
+
 impl Device for Driver {
-    /// Never empty: the driver refuses allocations of nothing, so those of no bytes have one.
-    type Memory = CudaSlice<u8>;
+    type Memory = Memory;
 
     fn name(&self) -> String {
         self.stream.context().name().unwrap_or_else(describe)
@@ -91,37 +124,43 @@ impl Device for Driver {
         self.gpu
     }
 
-    fn alloc(&self, bytes: usize) -> Result<Self::Memory> {
+    fn alloc(&self, bytes: usize) -> Result<Memory> {
         // SAFETY: bytes need no initial value; every kernel writes its outputs before another reads them.
-        unsafe { self.stream.alloc(bytes.max(1)) }.map_err(|error| no_room(bytes, error))
+        let slice = unsafe { self.stream.alloc(bytes.max(1)) };
+        slice.map(Memory::new).map_err(|error| no_room(bytes, error))
     }
 
-    fn zeros(&self, bytes: usize) -> Result<Self::Memory> {
-        self.stream.alloc_zeros(bytes.max(1)).map_err(|error| no_room(bytes, error))
+    fn zeros(&self, bytes: usize) -> Result<Memory> {
+        self.stream.alloc_zeros(bytes.max(1)).map(Memory::new).map_err(|error| no_room(bytes, error))
     }
 
-    fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()> {
+    fn write(&self, memory: &mut Memory, host: &[u8]) -> Result<()> {
         if host.is_empty() {
             return Ok(());
         }
-        self.stream.memcpy_htod(host, memory).map_err(|error| failed("copy to the GPU", error))
+        self.may_copy("copy to the GPU", memory)?;
+        let copied = self.stream.memcpy_htod(host, memory.slice_mut());
+        // The driver may still be reading: what is pinned it copies later, what is not it need not copy at once.
+        copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy to the GPU", error))
     }
 
-    fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()> {
+    fn read(&self, memory: &Memory, host: &mut [u8]) -> Result<()> {
         if host.is_empty() {
             return self.synchronize();
         }
-        let copied = self.stream.memcpy_dtoh(&memory.slice(..host.len()), host);
+        self.may_copy("copy from the GPU", memory)?;
+        let copied = self.stream.memcpy_dtoh(&memory.slice().slice(..host.len()), host);
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
     }
 
-    fn launch(&self, launch: Launch<'_, Self::Memory>) -> Result<()> {
-        let (plan, overlaps) = (launch.plan(), self.overlaps && launch.overlaps());
+    fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
+        let (plan, overlapping) = (launch.plan(), self.overlapping.filter(|_| launch.overlaps()));
         let mut args = launch.into_args();
-        self.own(plan.kernel, &args)?;
+        self.own(plan.kernel, args.iter().filter_map(memory_of))?;
+        self.bind()?; // tensor maps are made for the context that is current
         let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut params: Vec<_> = operands.iter_mut().map(|operand| operand.value.address()).collect();
-        let started = if overlaps { self.start_overlapping(plan, &mut params) } else { self.start(plan, &mut params) };
+        let started = self.start(plan, overlapping, &mut params);
         started.map_err(|error| failed(plan.kernel, error))
     }
 
@@ -131,21 +170,47 @@ impl Device for Driver {
 }
 
 impl Driver {
-    /// `Err` if an operand belongs to another GPU: its address would mean nothing here.
-    fn own(&self, kernel: &str, args: &[Arg<'_, CudaSlice<u8>>]) -> Result<()> {
-        let here = self.stream.context();
-        let context = |arg: &Arg<'_, CudaSlice<u8>>| match arg {
-            Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(Arc::clone(memory.context())),
-            Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(Arc::clone(memory.context())),
-            _ => None,
-        };
-        match args.iter().filter_map(context).find(|context| context.cu_ctx() != here.cu_ctx()) {
-            None => Ok(()),
-            Some(other) => {
-                let reason = format!("{kernel}: an operand lies on GPU {}, not on GPU {}", other.ordinal(), here.ordinal());
-                Err(Error::Device { backend: NAME, reason })
-            }
+    /// Makes the context current on this thread. Errors: also what cudarc could not return earlier, such as when it waited.
+    fn bind(&self) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(|error| failed("context", error))
+    }
+
+    /// `Err` unless the memory lies on this stream, and while the stream is captured: a copy would be a part of the graph, and touch
+    /// the host's memory at each launch of it, whoever has that memory then.
+    fn may_copy(&self, what: &str, memory: &Memory) -> Result<()> {
+        self.own(what, [memory])?;
+        let status = self.stream.capture_status().map_err(|error| failed(what, error))?;
+        if status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Ok(());
         }
+        let reason = format!("{what}: not while the stream is captured in a graph, which would copy anew at each launch");
+        Err(Error::Device { backend: NAME, reason })
+    }
+
+    /// `Err` unless every operand lies on this stream.
+    ///
+    /// Another stream's would mean nothing on another GPU, and on this one nobody says when it is written, and when it may be freed:
+    /// cudarc's events do not, as a slice remembers only the last stream that read it.
+    fn own<'m>(&self, what: &str, operands: impl IntoIterator<Item = &'m Memory>) -> Result<()> {
+        let here = (self.stream.context().cu_ctx(), self.stream.cu_stream());
+        let place = |stream: &CudaStream| (stream.context().cu_ctx(), stream.cu_stream());
+        let mut streams = operands.into_iter().map(|memory| memory.slice().stream());
+        let Some(other) = streams.find(|stream| place(stream) != here) else { return Ok(()) };
+        let [there, ordinal] = [other, &self.stream].map(|stream| stream.context().ordinal());
+        let reason = match there == ordinal {
+            false => format!("{what}: a tensor lies on GPU {there}, not on GPU {ordinal}"),
+            true => format!("{what}: a tensor was made on another stream of GPU {ordinal}, which nobody orders with this one"),
+        };
+        Err(Error::Device { backend: NAME, reason })
+    }
+}
+
+/// Where an operand lies.
+fn memory_of<'m>(arg: &'m Arg<'_, Memory>) -> Option<&'m Memory> {
+    match arg {
+        Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(memory),
+        Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(memory),
+        Arg::U32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Null => None,
     }
 }
 
@@ -160,7 +225,7 @@ enum Value {
     U32(u32),
     U64(u64),
     F32(f32),
-    Map(sys::CUtensorMap),
+    Map(TensorMap),
 }
 
 impl Value {
@@ -176,66 +241,71 @@ impl Value {
 }
 
 impl Driver {
-    fn operand<'s>(&'s self, arg: &'s mut Arg<'_, CudaSlice<u8>>) -> Result<Operand<'s>> {
+    fn operand<'s>(&'s self, arg: &'s mut Arg<'_, Memory>) -> Result<Operand<'s>> {
         let (value, used) = match arg {
             Arg::U32(value) => (Value::U32(*value), None),
             Arg::U64(value) => (Value::U64(*value), None),
             Arg::F32(value) => (Value::F32(*value), None),
             Arg::Null => (Value::U64(0), None),
             Arg::Read(memory) => {
-                let (address, used) = memory.device_ptr(&self.stream);
+                let (address, used) = memory.slice().device_ptr(&self.stream);
                 (Value::U64(address), Some(used))
             }
             Arg::Write(memory) => {
-                let (address, used) = memory.device_ptr_mut(&self.stream);
+                let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
                 (Value::U64(address), Some(used))
             }
             Arg::ReadTiles(memory, tiles) => {
-                let (address, used) = memory.device_ptr(&self.stream);
-                (Value::Map(encode(address, *tiles)?), Some(used))
+                let (address, used) = memory.slice().device_ptr(&self.stream);
+                (Value::Map(self.map(address, *tiles)?), Some(used))
             }
             Arg::WriteTiles(memory, tiles) => {
-                let (address, used) = memory.device_ptr_mut(&self.stream);
-                (Value::Map(encode(address, *tiles)?), Some(used))
+                let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
+                (Value::Map(self.map(address, *tiles)?), Some(used))
             }
         };
         Ok(Operand { value, _used: used })
     }
 
-    /// Launches a kernel once everything before has ended.
-    fn start(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
-        self.stream.context().bind_to_thread()?;
-        let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
-        // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
-        // beside it say, and kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The
-        // addresses are of values that live until the call returns.
-        unsafe { result::launch_kernel(function, (plan.grid, 1, 1), (plan.block, 1, 1), plan.shared, stream, params) }
+    /// A tensor map.
+    fn map(&self, address: sys::CUdeviceptr, tiles: Tiles) -> Result<TensorMap> {
+        let maps = self.maps.ok_or(DriverError(CUresult::CUDA_ERROR_NOT_SUPPORTED));
+        maps.and_then(|maps| maps.encode(address, tiles)).map_err(|error| failed("tensor map", error))
     }
 
-    /// The same as a programmatic dependent launch: its blocks may come before the launch before it has ended.
-    fn start_overlapping(&self, plan: Plan, params: &mut [*mut c_void]) -> std::result::Result<(), DriverError> {
-        self.stream.context().bind_to_thread()?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: plan.grid,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: plan.block,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: plan.shared,
-            hStream: self.stream.cu_stream(),
-            attrs: &mut attribute,
-            numAttrs: 1,
-        };
-        let function = self.kernels[plan.kernel].cu_function();
-        // SAFETY: as in `start`; and until it has waited for the launch before, no kernel reads what launches of its verb write, or
-        // writes anything (the interpreter watches that too).
-        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }.result()
+    /// Launches a kernel once everything before has ended; if it overlaps, its blocks may come before the launch before it has.
+    fn start(
+        &self,
+        plan: Plan,
+        overlapping: Option<Overlapping>,
+        params: &mut [*mut c_void],
+    ) -> std::result::Result<(), DriverError> {
+        self.stream.context().bind_to_thread()?; // and what became of the waits for operands
+        let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
+        // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
+        // beside it say, which a driver allocated (a launch for another device is of another type), on this stream (`own`); and
+        // kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The addresses are of
+        // values that live until the call returns. Until it has waited for the launch before, no kernel that overlaps reads what
+        // launches of its verb write, or writes anything (the interpreter watches that too).
+        unsafe {
+            match overlapping {
+                Some(overlapping) => overlapping.launch(plan, function, stream, params),
+                None => result::launch_kernel(function, (plan.grid, 1, 1), (plan.block, 1, 1), plan.shared, stream, params),
+            }
+        }
+    }
+}
+
+/// Has the default pool of a GPU keep what is freed for who allocates next. Who gave the GPU another pool sees to that one.
+///
+/// All of it: the driver counts what is in use with what is idle, so a bound below what a model takes would give everything back each
+/// time that somebody waits. So what lies idle and what is in use are together as much as ever was in use at once, and pieces between.
+fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
+    let (threshold, mut bytes) = (CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX);
+    // SAFETY: the device is the context's, and nobody can destroy its default pool; the value is the 64 bits that this attribute has.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device())?;
+        result::mem_pool::set_attribute(pool, threshold, std::ptr::from_mut(&mut bytes).cast())
     }
 }
 
@@ -247,33 +317,6 @@ fn version() -> Result<i32> {
     Ok(version)
 }
 
-/// Has the driver make a tensor map.
-fn encode(address: sys::CUdeviceptr, tiles: Tiles) -> Result<sys::CUtensorMap> {
-    let Tiles { rows, cols, tile: [down, across] } = tiles;
-    let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
-    // Nothing reads through the address here.
-    let made = unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &mut map,
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16, // only moved
-            2,
-            address as *mut c_void,
-            sizes.as_ptr(),
-            &stride,
-            [across, down].as_ptr(),
-            [1, 1].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    };
-    made.result().map_err(|error| failed("tensor map", error))?;
-    Ok(map)
-}
-
 /// One kernel of a module, under its stem.
 fn function(module: &Arc<CudaModule>, stem: &'static str, dtype: DType) -> Result<(&'static str, CudaFunction)> {
     let symbol = format!("{stem}_{dtype}");
@@ -281,26 +324,14 @@ fn function(module: &Arc<CudaModule>, stem: &'static str, dtype: DType) -> Resul
     Ok((stem, function))
 }
 
-/// `Err` unless there is a driver: cudarc panics at its first call if there is none.
-fn probe() -> Result<()> {
-    let names = if cfg!(windows) { &["nvcuda.dll"][..] } else { &["libcuda.so.1", "libcuda.so"][..] };
-    // SAFETY: NVIDIA's driver library does nothing when it is loaded but set itself up.
-    let load = |name: &&str| unsafe { libloading::Library::new(*name) };
-    let mut reason = String::new();
-    for name in names {
-        match load(name) {
-            Ok(_) => return Ok(()),
-            Err(error) => reason = format!("no NVIDIA driver: {error}"),
-        }
-    }
-    Err(Error::Unavailable { backend: NAME, reason })
-}
-
 /// Compiles PTX for the GPU at hand.
 fn load(context: &Arc<CudaContext>, ptx: &str) -> Result<Arc<CudaModule>> {
-    context.load_module(Ptx::from_src(ptx)).map_err(|error| {
-        let log = compiler_log(ptx).unwrap_or_default();
-        Error::Device { backend: NAME, reason: format!("cannot load the kernels: {}; {log}", describe(error)) }
+    context.load_module(Ptx::from_src(ptx)).map_err(|error| match failed("cannot load the kernels", error) {
+        Error::Device { backend, reason } => {
+            let log = compiler_log(ptx).unwrap_or_default();
+            Error::Device { backend, reason: format!("{reason}; {log}") }
+        }
+        no_room => no_room,
     })
 }
 
@@ -324,13 +355,40 @@ fn describe(error: DriverError) -> String {
     }
 }
 
+/// What failed, in the driver's words; where it had no room, that.
 fn failed(what: &str, error: DriverError) -> Error {
-    Error::Device { backend: NAME, reason: format!("{what}: {}", describe(error)) }
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { backend: NAME, bytes: 0 },
+        _ => Error::Device { backend: NAME, reason: format!("{what}: {}", describe(error)) },
+    }
 }
 
+/// The same of an allocation of so many bytes.
 fn no_room(bytes: usize, error: DriverError) -> Error {
-    match error.0 {
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { backend: NAME, bytes },
-        _ => failed("allocate", error),
+    match failed("allocate", error) {
+        Error::OutOfMemory { backend, .. } => Error::OutOfMemory { backend, bytes },
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hoppers_kernels_are_left_to_drivers_that_can_load_them() {
+        for version in [11080, 11999] {
+            assert_eq!(served((9, 0), version), (8, 9));
+        }
+        for (capability, version) in [((9, 0), 12000), ((9, 0), 13000), ((8, 0), 11040), ((8, 6), 12000), ((10, 0), 12080)] {
+            assert_eq!(served(capability, version), capability);
+        }
+    }
+
+    #[test]
+    fn no_room_is_an_error_of_its_own_whoever_wanted_it() {
+        let error = DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        assert_eq!(no_room(12, error).to_string(), "cuda: no memory for 12 bytes");
+        assert_eq!(failed("lora_merge", error).to_string(), "cuda: no memory for what it keeps itself");
     }
 }

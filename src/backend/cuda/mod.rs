@@ -4,7 +4,9 @@
 //! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
 //!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
-//!             └─ driver.rs         one GPU, through NVIDIA's driver: the only unsafe door
+//!             └─ driver.rs         one GPU, through NVIDIA's driver: an unsafe door
+//!                  ├─ newer.rs     what bindings to older drivers lack: the other one
+//!                  └─ memory.rs    what it allocates, freed on whichever thread drops it
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
 //! ```
 //!
@@ -13,10 +15,17 @@
 //! # Graphs
 //!
 //! A verb's launches can be captured in a CUDA graph. It copies nothing to the device and waits for nothing: sizes and scalars are
-//! parameters of kernels. The memory that a backward pass needs for a while (`dh`, and the parts of sums, a small share of the
-//! weight's) is allocated and freed in the order of the stream, so that a graph has an allocation of its own and nobody can free
-//! it. Two things are the caller's: the stream must be one of its own, since the default stream cannot be captured, and cudarc must
-//! not track events, which would tie the graph to work before it:
+//! parameters of kernels. The memory that a backward pass needs for a while (`dh`, and parts of sums, of which those of `dh` take
+//! m·r/(128·k) as much as a 16-bit weight) is allocated and freed in the order of the stream, so that a graph has an allocation of
+//! its own and nobody can free it. The rest is the caller's:
+//!
+//! - The stream must be one of its own, since the default stream cannot be captured, and cudarc must not track events, which would
+//!   tie the graph to work before it.
+//! - A graph knows operands by their addresses: each tensor that a captured verb names must live as long as the graph is launched.
+//!   Nothing checks that; new contents are written with [`copy_from_slice`](crate::Tensor::copy_from_slice), between launches.
+//! - No tensor begins during the capture, since its memory would be the graph's, and none that began before is dropped during it,
+//!   since the driver would not free it then. A step of the tape allocates what it makes, so it is verbs that are captured.
+//! - Nothing is copied during it: that is an error ([`Error::Device`]).
 //!
 //! ```no_run
 //! use lowrank::cuda::cudarc::driver::{CudaContext, sys};
@@ -48,6 +57,8 @@ mod driver;
 pub mod hopper;
 mod linear;
 mod lora;
+mod memory;
+mod newer;
 pub mod plan;
 mod pointwise;
 
@@ -59,6 +70,7 @@ pub use cudarc;
 use cudarc::driver::CudaStream;
 pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
+pub use memory::Memory;
 
 use super::Backend;
 use crate::element::{DType, Element, Float};
@@ -98,6 +110,10 @@ pub fn from_hopper_on(ptx: &str) -> String {
 }
 
 /// A GPU as a backend whose weights and activations are stored as `E`.
+///
+/// Verbs return before the GPU is done, copies do not: one from the host waits until the GPU has read it, and so for all that was
+/// asked before. A training step copies its inputs and its labels, so the GPU is idle as it begins, until the first launches come
+/// (some µs); a step that reads its loss has waited anyway.
 pub struct Cuda<E: Float, D: Device = Driver> {
     device: D,
     element: PhantomData<E>,
@@ -111,7 +127,7 @@ pub struct Buffer<M, T> {
 }
 
 impl<M, T> Buffer<M, T> {
-    /// The memory itself; with a [`Driver`], a slice of cudarc's.
+    /// The memory itself; with a [`Driver`], [`Memory`] that is a slice of cudarc's.
     pub fn memory(&self) -> &M {
         &self.memory
     }
@@ -125,12 +141,22 @@ impl<E: Float, D: Device> fmt::Debug for Cuda<E, D> {
 
 impl<E: Float> Cuda<E> {
     /// The GPU with that number, on its default stream. Errors: [`Error::Unavailable`] without a driver, or without that GPU.
+    ///
+    /// Memory that is dropped stays with this program, for who asks next: the GPU's default pool is told to give none back to the
+    /// system by itself.
     pub fn new(ordinal: usize) -> Result<Self> {
         Ok(Self::on(Driver::open(ordinal, E::DTYPE)?))
     }
 
-    /// Shares a stream of the caller's, and its context: verbs are launched there, in order with whatever else is. Errors:
-    /// [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
+    /// Shares a stream of the caller's, and its context: verbs are launched there, in order with whatever else is. The pool from which
+    /// the driver allocates stays as the caller has it; as the driver has it, memory that nobody holds goes back to the system whenever
+    /// somebody waits for the stream, and fresh memory is slow (`CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`).
+    ///
+    /// A tensor belongs to the stream of the backend that made it, and verbs of a backend on another stream refuse it
+    /// ([`Error::Device`]): nobody would order what the two do.
+    ///
+    /// Errors: [`Error::Value`] for the stream that is each thread's own, since tensors pass from thread to thread; [`Error::Device`]
+    /// if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
     ///
     /// ```no_run
     /// use lowrank::cuda::cudarc::driver::CudaContext;
@@ -170,8 +196,7 @@ impl<E: Float, D: Device> Cuda<E, D> {
 
     /// Memory for what lives during one verb; nothing is written there. It goes back in the order of the stream.
     fn scratch(&self, rows: usize, cols: usize) -> Result<Buffer<D::Memory, f32>> {
-        let len = Shape { rows, cols }.elements()?;
-        Ok(Buffer { memory: self.device.alloc(4 * len)?, len, element: PhantomData })
+        self.unwritten(Shape { rows, cols }.elements()?)
     }
 }
 
@@ -216,6 +241,12 @@ fn write<E: Float, D: Device, T: Element>(tensor: &mut Tensor<Cuda<E, D>, T>) ->
     Arg::Write(&mut tensor.buffer_mut().memory)
 }
 
+/// Bytes of so many elements. Errors: [`Error::TooLarge`] if they cannot be addressed.
+fn bytes<T: Element>(len: usize) -> Result<usize> {
+    let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
+    bytes.ok_or(Error::TooLarge { shape: Shape { rows: len, cols: 1 }, limit: "this machine can address" })
+}
+
 fn as_long(verb: &'static str, host: usize, buffer: usize) -> Result<()> {
     Error::unless(host == buffer, verb, "host", host, "as many elements as the buffer")
 }
@@ -229,7 +260,12 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
-        Ok(Buffer { memory: self.device.zeros(len * size_of::<T>())?, len, element: PhantomData })
+        Ok(Buffer { memory: self.device.zeros(bytes::<T>(len)?)?, len, element: PhantomData })
+    }
+
+    /// The interpreter in the tests watches that nobody reads what no verb wrote.
+    fn unwritten<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
+        Ok(Buffer { memory: self.device.alloc(bytes::<T>(len)?)?, len, element: PhantomData })
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>> {

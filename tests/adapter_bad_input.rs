@@ -120,9 +120,10 @@ fn embeddings_are_refused_as_what_they_are() {
     let with = |extra: &[(&'static str, Dtype, &'static [usize])]| [&GOOD[..], extra].concat();
     let update = with(&[("wte.lora_embedding_A", Dtype::F32, &[2, 5]), ("wte.lora_embedding_B", Dtype::F32, &[4, 2])]);
     let whole = with(&[("base_model.model.wte.weight", Dtype::F32, &[5, 4])]);
-    for (tensors, words) in
-        [(update, ["update of the embedding `wte`", "not supported"]), (whole, ["the whole of `wte`", "not supported"])]
-    {
+    for (tensors, words) in [
+        (update, ["`wte.lora_embedding_A`, an update of an embedding", "not supported"]),
+        (whole, ["`wte.weight`, a whole one", "not supported"]),
+    ] {
         folder.tensors(&tensors).refused(&words);
         let error = adapter::Folder::read(folder.0.path()).unwrap_err();
         assert!(matches!(&error, Error::Unsupported { path, .. } if path.ends_with(TENSORS_FILE)), "{error}");

@@ -49,13 +49,12 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
 /// Why a tensor that the settings do not know of is refused. PEFT writes two kinds of them that this crate does not honour.
 pub(super) fn unknown(name: &str) -> Error {
     let unsupported = |field, value| Error::Unsupported { path: TENSORS_FILE.into(), field, value };
+    let embedding = || format!("`{name}`, an update of an embedding");
     match name.rsplit_once('.') {
-        Some((module, "lora_embedding_A" | "lora_embedding_B")) => {
-            unsupported("lora_embedding_A", format!("for an update of the embedding `{module}`"))
-        }
-        Some((module, "weight")) if !module.ends_with(".lora_A") && !module.ends_with(".lora_B") => {
-            let module = module.strip_suffix(".base_layer").unwrap_or(module);
-            unsupported("weight", format!("the whole of `{module}`, not named in `modules_to_save` (a resized vocabulary?)"))
+        Some((_, "lora_embedding_A")) => unsupported("lora_embedding_A", embedding()),
+        Some((_, "lora_embedding_B")) => unsupported("lora_embedding_B", embedding()),
+        Some((module, "weight")) if !module.rsplit('.').next().is_some_and(|last| last.starts_with("lora_")) => {
+            unsupported("weight", format!("`{name}`, a whole one that `modules_to_save` does not name (a resized vocabulary?)"))
         }
         _ => refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes")),
     }

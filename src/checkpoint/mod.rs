@@ -27,7 +27,7 @@
 //! let weight = model.tensor("fc1.weight")?.to_device(&cpu)?; // n×k
 //! let bias = model.tensor("fc1.bias")?.to_device(&cpu)?; // 1×n
 //! let fc1 = Linear::from_tensors(weight, Some(bias))?;
-//! # assert_eq!(fc1.weight().tensor.shape(), (4, 3).into());
+//! # assert_eq!(fc1.weight().tensor().shape(), (4, 3).into());
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 

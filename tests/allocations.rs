@@ -217,7 +217,7 @@ fn merge<E: Float>(steps: &mut Steps, (n, k, r): (usize, usize, usize), rounding
     let (a, b, mut w) = (tensor(r, k)?, tensor(n, r)?, tensor(n, k)?);
     for () in steps {
         for scale in [0.5, -0.5] {
-            op::LoraMerge { a: &a, b: &b, scale, rounding, w: &mut w }.run(&cpu)?;
+            op::LoraMerge { a: (&a).into(), b: (&b).into(), scale, rounding, w: w.view_mut() }.run(&cpu)?;
         }
     }
     Ok(())
@@ -248,26 +248,69 @@ fn verbs<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)
     for () in steps {
         for (base, dropout) in [(true, None), (true, Some(dropout)), (false, None), (false, Some(dropout))] {
             let (w, bias, scale) = (base.then_some(&w), base.then_some(bias), 0.5);
-            op::LoraForward { x, w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(cpu)?;
+            op::LoraForward {
+                x: x.view(),
+                w: w.map(Into::into),
+                bias: bias.map(Tensor::view),
+                a: a.into(),
+                b: b.into(),
+                scale,
+                dropout,
+                h: h.view_mut(),
+                y: (&mut y).into(),
+            }
+            .run(cpu)?;
             let (da, db, dbias, dx) = (&mut da, &mut db, Some(&mut dbias), Some(&mut dx));
-            op::LoraBackward { x, w, a, b, h: &h, dy, scale, dropout, da, db, dbias, dx }.run(cpu)?;
+            op::LoraBackward {
+                x: x.view(),
+                w: w.map(Into::into),
+                a: a.into(),
+                b: b.into(),
+                h: h.view(),
+                dy: dy.view(),
+                scale,
+                dropout,
+                da: da.view_mut(),
+                db: db.view_mut(),
+                dbias: dbias.map(Tensor::view_mut),
+                dx: dx.map(Into::into),
+            }
+            .run(cpu)?;
         }
-        op::LinearForward { x, w: &w, bias: Some(bias), y: &mut y }.run(cpu)?;
+        op::LinearForward { x: x.view(), w: (&w).into(), bias: Some(bias.view()), y: (&mut y).into() }.run(cpu)?;
         let (dw_, dbias, dx) = (Some(&mut dw), Some(&mut dbias), Some(&mut dx));
-        op::LinearBackward { x, w: &w, dy, dx, dw: dw_, dbias }.run(cpu)?;
-        op::LoraRowNorm { w: &w, a, b, scale: 0.5, norm: &mut norm }.run(cpu)?;
-        op::Magnitude { z: dy, magnitude: bias, norm: &norm, bias: Some(bias), y: &mut y }.run(cpu)?;
+        op::LinearBackward {
+            x: Some(x.view()),
+            w: Some((&w).into()),
+            dy: dy.view(),
+            dx: dx.map(Into::into),
+            dw: dw_.map(Tensor::view_mut),
+            dbias: dbias.map(Tensor::view_mut),
+        }
+        .run(cpu)?;
+        op::LoraRowNorm { w: (&w).into(), a: a.into(), b: b.into(), scale: 0.5, norm: norm.view_mut() }.run(cpu)?;
+        op::Magnitude { z: dy.view(), magnitude: bias.view(), norm: norm.view(), bias: Some(bias.view()), y: y.view_mut() }
+            .run(cpu)?;
         let (dz, dmagnitude) = (Some(&mut y), Some(&mut dmagnitude));
-        op::MagnitudeBackward { z: dy, magnitude: bias, norm: &norm, dy, dz, dmagnitude, dbias: None }.run(cpu)?;
-        op::Relu { x: dy, y: &mut y }.run(cpu)?;
-        op::ReluBackward { y: dy, dy, dx: &mut y }.run(cpu)?;
-        op::DropoutForward { x: dy, dropout, y: &mut y }.run(cpu)?;
-        op::Add { x: dy, y: &mut y }.run(cpu)?;
-        op::CrossEntropy { logits: dy, labels, loss: &mut loss, dlogits: &mut y }.run(cpu)?;
+        op::MagnitudeBackward {
+            z: dy.view(),
+            magnitude: bias.view(),
+            norm: norm.view(),
+            dy: dy.view(),
+            dz: dz.map(Tensor::view_mut),
+            dmagnitude: dmagnitude.map(Tensor::view_mut),
+            dbias: None,
+        }
+        .run(cpu)?;
+        op::Relu { x: dy.view(), y: y.view_mut() }.run(cpu)?;
+        op::ReluBackward { y: dy.view(), dy: dy.view(), dx: y.view_mut() }.run(cpu)?;
+        op::DropoutForward { x: dy.view(), dropout, y: y.view_mut() }.run(cpu)?;
+        op::Add { x: dy.view(), y: y.view_mut() }.run(cpu)?;
+        op::CrossEntropy { logits: dy.view(), labels, loss: loss.view_mut(), dlogits: y.view_mut() }.run(cpu)?;
         for grad in [WeightGrad::Factored { dy, x }, WeightGrad::Dense(&dw)] {
             op::Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(cpu)?;
         }
-        op::Accumulate { x: &second, scale: 0.5, y: &mut dw }.run(cpu)?;
+        op::Accumulate { x: second.view(), scale: 0.5, y: dw.view_mut() }.run(cpu)?;
     }
     Ok(())
 }

@@ -151,9 +151,9 @@ fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
         if packed {
             cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
         }
-        LoraMerge { a: &a, b: &b, scale: 0.5, rounding: Rounding::Nearest, w: &mut w }.run(&cpu).unwrap();
+        LoraMerge { a: (&a).into(), b: (&b).into(), scale: 0.5, rounding: Rounding::Nearest, w: w.view_mut() }.run(&cpu).unwrap();
         let mut y = unwritten(&cpu, dims.m, dims.n);
-        lowrank::op::LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+        lowrank::op::LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu).unwrap();
         down(&cpu, &y)
     });
     assert_eq!(results[0], results[1]);
@@ -169,9 +169,18 @@ fn beside_a_side_of_zero_the_other_costs_nothing() {
             let (x, mut w, dy): (Tensor<Cpu<bf16>>, _, _) = (unwritten(&cpu, m, k), unwritten(&cpu, n, k), unwritten(&cpu, m, n));
             let (mut y, mut dx, mut dw) = (unwritten(&cpu, m, n), unwritten(&cpu, m, k), unwritten(&cpu, n, k));
             cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
-            LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+            LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu).unwrap();
             let (dx, dw) = (Some(&mut dx), Some(&mut dw));
-            LinearBackward { x: &x, w: &w, dy: &dy, dx, dw, dbias: None }.run(&cpu).unwrap();
+            LinearBackward {
+                x: Some(x.view()),
+                w: Some((&w).into()),
+                dy: dy.view(),
+                dx: dx.map(Into::into),
+                dw: dw.map(Tensor::view_mut),
+                dbias: None,
+            }
+            .run(&cpu)
+            .unwrap();
             let (mut first, mut second) = (unwritten(&cpu, n, k), unwritten(&cpu, n, k));
             let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap(), WeightGrad::Factored { dy: &dy, x: &x });
             Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
@@ -191,10 +200,20 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
         let b = Tensor::zeros(&cpu, (n, r)).unwrap();
         let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
         let bias = None;
-        LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }
-            .run(&cpu)
-            .unwrap();
-        LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
+        LoraForward {
+            x: x.view(),
+            w: Some((&w).into()),
+            bias: bias.map(Tensor::view),
+            a: (&a).into(),
+            b: (&b).into(),
+            scale: 2.0,
+            dropout: None,
+            h: h.view_mut(),
+            y: (&mut y).into(),
+        }
+        .run(&cpu)
+        .unwrap();
+        LinearForward { x: x.view(), w: (&w).into(), bias: bias.map(Tensor::view), y: (&mut base).into() }.run(&cpu).unwrap();
         assert!(down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
     }
 }
@@ -253,12 +272,20 @@ fn bits_of_every_loop<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
     bits.extend(bits_of_one_pass(cpu, layer));
     let [mut w, a, b, dy] = [&layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up::<_, E>(cpu, mat));
     let (mut norm, mut dmagnitude, mut dz) = (unwritten(cpu, 1, n), unwritten(cpu, 1, n), unwritten(cpu, m, n));
-    LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut norm }.run(cpu).unwrap();
+    LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale, norm: norm.view_mut() }.run(cpu).unwrap();
     let (magnitude, norm, dz_, dm) = (up(cpu, layer.bias.as_ref().unwrap()), &norm, Some(&mut dz), Some(&mut dmagnitude));
-    let backward = MagnitudeBackward { z: &dy, magnitude: &magnitude, norm, dy: &dy, dz: dz_, dmagnitude: dm, dbias: None };
+    let backward = MagnitudeBackward {
+        z: dy.view(),
+        magnitude: magnitude.view(),
+        norm: norm.view(),
+        dy: dy.view(),
+        dz: dz_.map(Tensor::view_mut),
+        dmagnitude: dm.map(Tensor::view_mut),
+        dbias: None,
+    };
     backward.run(cpu).unwrap();
     for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 3 }] {
-        LoraMerge { a: &a, b: &b, scale, rounding, w: &mut w }.run(cpu).unwrap();
+        LoraMerge { a: (&a).into(), b: (&b).into(), scale, rounding, w: w.view_mut() }.run(cpu).unwrap();
     }
     let stored = [down(cpu, &w), down(cpu, &dz)].concat();
     bits.extend([down(cpu, norm), down(cpu, &dmagnitude)].concat().into_iter().map(f32::to_bits));
@@ -303,7 +330,7 @@ fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
         let (mut m, mut v) = (up(cpu, &thinned(&layer.w)), up(cpu, &thinned(&layer.w.abs()).abs()));
         let (mut stepped, mut y) = (up(cpu, &layer.w), unwritten(cpu, n, k));
         Adam { grad, rate, m: &mut m, v: &mut v, w: &mut stepped }.run(cpu).unwrap();
-        Relu { x: &w, y: &mut y }.run(cpu).unwrap();
+        Relu { x: w.view(), y: y.view_mut() }.run(cpu).unwrap();
         let stored = [down(cpu, &stepped), down(cpu, &y)].concat();
         bits.extend([down(cpu, &m), down(cpu, &v)].concat().into_iter().map(f32::to_bits));
         bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));

@@ -23,7 +23,17 @@ fn forward_with(wrong: &str, shape: (usize, usize), scale: f32) -> Result<(), Er
     let new = |name: &str, rows, cols| if name == wrong { zeros(shape.0, shape.1) } else { zeros(rows, cols) };
     let (x, w, bias, a, b) = (new("x", 2, 3), new("w", 4, 3), new("bias", 1, 4), new("a", 3, 3), new("b", 4, 3));
     let (mut h, mut y) = (new("h", 2, 3), new("y", 2, 4));
-    let op = LoraForward { x: &x, w: Some(&w), bias: Some(&bias), a: &a, b: &b, scale, dropout: None, h: &mut h, y: &mut y };
+    let op = LoraForward {
+        x: x.view(),
+        w: Some((&w).into()),
+        bias: Some(bias.view()),
+        a: (&a).into(),
+        b: (&b).into(),
+        scale,
+        dropout: None,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    };
     op.run(&cpu())
 }
 
@@ -48,11 +58,21 @@ fn dora_with(wrong: &str, shape: (usize, usize)) -> Result<(), Error> {
     let (magnitude, mut norm, bias) = (new("magnitude", 1, 4), new("norm", 1, 4), new("bias", 1, 4));
     let (mut y, mut dz, mut dmagnitude, mut dbias) =
         (new("y", 2, 4), new("dz", 2, 4), new("dmagnitude", 1, 4), new("dbias", 1, 4));
-    LoraRowNorm { w: &w, a: &a, b: &b, scale: 1.0, norm: &mut norm }.run(&cpu())?;
+    LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale: 1.0, norm: norm.view_mut() }.run(&cpu())?;
     let (z, magnitude, norm, dy) = (&z, &magnitude, &norm, &dy);
-    Magnitude { z, magnitude, norm, bias: Some(&bias), y: &mut y }.run(&cpu())?;
+    Magnitude { z: z.view(), magnitude: magnitude.view(), norm: norm.view(), bias: Some(bias.view()), y: y.view_mut() }
+        .run(&cpu())?;
     let (dz, dmagnitude, dbias) = (Some(&mut dz), Some(&mut dmagnitude), Some(&mut dbias));
-    MagnitudeBackward { z, magnitude, norm, dy, dz, dmagnitude, dbias }.run(&cpu())
+    MagnitudeBackward {
+        z: z.view(),
+        magnitude: magnitude.view(),
+        norm: norm.view(),
+        dy: dy.view(),
+        dz: dz.map(Tensor::view_mut),
+        dmagnitude: dmagnitude.map(Tensor::view_mut),
+        dbias: dbias.map(Tensor::view_mut),
+    }
+    .run(&cpu())
 }
 
 #[test]
@@ -75,24 +95,26 @@ fn a_wrong_shape_of_a_decomposed_layer_is_named() {
 #[test]
 fn an_input_that_is_not_for_the_weight_is_named() {
     let (x, w, dy, mut y) = (zeros(2, 5), zeros(4, 3), zeros(2, 4), zeros(2, 4));
-    let error = LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu()).unwrap_err();
+    let error = LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu()).unwrap_err();
     assert_eq!(error.to_string(), "linear_forward: `x` is 2×5, want 2×3");
-    let error = LinearBackward { x: &x, w: &w, dy: &dy, dx: None, dw: None, dbias: None }.run(&cpu()).unwrap_err();
+    let error = LinearBackward { x: Some(x.view()), w: Some((&w).into()), dy: dy.view(), dx: None, dw: None, dbias: None }
+        .run(&cpu())
+        .unwrap_err();
     assert_eq!(error.to_string(), "linear_backward: `x` is 2×5, want 2×3");
     let (a, b, h) = (zeros(1, 3), zeros(4, 1), zeros(2, 1));
     let (mut da, mut db) = (zeros(1, 3), zeros(4, 1));
     for w in [Some(&w), None] {
         let backward = LoraBackward {
-            x: &x,
-            w,
-            a: &a,
-            b: &b,
-            h: &h,
-            dy: &dy,
+            x: x.view(),
+            w: w.map(Into::into),
+            a: (&a).into(),
+            b: (&b).into(),
+            h: h.view(),
+            dy: dy.view(),
             scale: 1.0,
             dropout: None,
-            da: &mut da,
-            db: &mut db,
+            da: da.view_mut(),
+            db: db.view_mut(),
             dbias: None,
             dx: None,
         };
@@ -104,11 +126,21 @@ fn an_input_that_is_not_for_the_weight_is_named() {
 #[test]
 fn an_update_alone_takes_its_outputs_from_b() {
     let (x, a, b, mut h, mut y) = (zeros(2, 3), zeros(1, 3), zeros(4, 1), zeros(2, 1), zeros(2, 5));
-    let op = LoraForward { x: &x, w: None, bias: None, a: &a, b: &b, scale: 1.0, dropout: None, h: &mut h, y: &mut y };
+    let op = LoraForward {
+        x: x.view(),
+        w: None,
+        bias: None,
+        a: (&a).into(),
+        b: (&b).into(),
+        scale: 1.0,
+        dropout: None,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    };
     assert_eq!(op.run(&cpu()).unwrap_err().to_string(), "lora_forward: `y` is 2×5, want 2×4");
     let (x, mut y) = (zeros(2, 3), zeros(3, 2));
     let dropout = Dropout::new(0.5, 1).unwrap();
-    let error = DropoutForward { x: &x, dropout, y: &mut y }.run(&cpu()).unwrap_err();
+    let error = DropoutForward { x: x.view(), dropout, y: y.view_mut() }.run(&cpu()).unwrap_err();
     assert_eq!(error.to_string(), "dropout_forward: `y` is 3×2, want 2×3");
 }
 
@@ -117,9 +149,17 @@ fn scalars_must_be_finite() {
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         assert!(matches!(forward_with("", (0, 0), scale), Err(Error::Value { name: "scale", .. })));
         let (a, b, mut w) = (zeros(1, 2), zeros(3, 1), zeros(3, 2));
-        assert!(LoraMerge { a: &a, b: &b, scale, rounding: Rounding::Nearest, w: &mut w }.run(&cpu()).is_err());
-        assert!(Accumulate { x: &a, scale, y: &mut zeros(1, 2) }.run(&cpu()).is_err());
-        assert!(LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut zeros(1, 3) }.run(&cpu()).is_err());
+        assert!(
+            LoraMerge { a: (&a).into(), b: (&b).into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }
+                .run(&cpu())
+                .is_err()
+        );
+        assert!(Accumulate { x: a.view(), scale, y: (zeros(1, 2)).view_mut() }.run(&cpu()).is_err());
+        assert!(
+            LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale, norm: (zeros(1, 3)).view_mut() }
+                .run(&cpu())
+                .is_err()
+        );
         assert!(AdamRate::new(scale, 0.9, 0.999, 1e-8, 1).is_err());
         assert!(Dropout::new(scale, 0).is_err());
     }
@@ -137,7 +177,7 @@ fn a_label_outside_the_classes_is_named_with_its_row() {
     assert_eq!(error.to_string(), "cross_entropy: `labels` is 10 in row 2 of 10 classes, want below the number of classes");
     let labels = Labels::new(&cpu(), 10, &[3]).unwrap();
     let (logits, mut dlogits) = (zeros(1, 9), zeros(1, 9));
-    let op = CrossEntropy { logits: &logits, labels: &labels, loss: &mut zeros(1, 1), dlogits: &mut dlogits };
+    let op = CrossEntropy { logits: logits.view(), labels: &labels, loss: (zeros(1, 1)).view_mut(), dlogits: dlogits.view_mut() };
     assert!(op.run(&cpu()).is_err(), "ten classes, nine columns");
 }
 
@@ -174,27 +214,73 @@ impl Operands {
         let (w, a, b, dy, h) = (&mut new(n, k), &new(r, k), &new(n, r), &new(m, n), &mut new(m, r));
         let (row, other, z) = (&new(1, n), &mut new(1, n), &mut new(m, n));
         match verb {
-            0 => LoraForward { x, w: with_w.then_some(&*w), bias: Some(row), a, b, scale, dropout, h, y }.run(cpu),
+            0 => LoraForward {
+                x: x.view(),
+                w: (with_w.then_some(&*w)).map(Into::into),
+                bias: Some(row.view()),
+                a: a.into(),
+                b: b.into(),
+                scale,
+                dropout,
+                h: h.view_mut(),
+                y: y.into(),
+            }
+            .run(cpu),
             1 => {
                 let (w, da, db, dx) = (with_w.then_some(&*w), &mut new(r, k), &mut new(n, r), Some(&mut new(m, k)));
-                LoraBackward { x, w, a, b, h, dy, scale, dropout, da, db, dbias: Some(other), dx }.run(cpu)
+                LoraBackward {
+                    x: x.view(),
+                    w: w.map(Into::into),
+                    a: a.into(),
+                    b: b.into(),
+                    h: h.view(),
+                    dy: dy.view(),
+                    scale,
+                    dropout,
+                    da: da.view_mut(),
+                    db: db.view_mut(),
+                    dbias: Some(other.view_mut()),
+                    dx: dx.map(Into::into),
+                }
+                .run(cpu)
             }
-            2 => LoraMerge { a, b, scale, rounding: Rounding::Stochastic { seed: 1 }, w }.run(cpu),
-            3 => LinearForward { x, w, bias: Some(row), y }.run(cpu),
+            2 => LoraMerge { a: a.into(), b: b.into(), scale, rounding: Rounding::Stochastic { seed: 1 }, w: w.view_mut() }
+                .run(cpu),
+            3 => LinearForward { x: x.view(), w: w.into(), bias: Some(row.view()), y: y.into() }.run(cpu),
             4 => {
                 let (dx, dw) = (Some(&mut new(m, k)), Some(&mut new(n, k)));
-                LinearBackward { x, w, dy, dx, dw, dbias: Some(other) }.run(cpu)
+                LinearBackward {
+                    x: Some(x.view()),
+                    w: Some(w.into()),
+                    dy: dy.view(),
+                    dx: dx.map(Into::into),
+                    dw: dw.map(Tensor::view_mut),
+                    dbias: Some(other.view_mut()),
+                }
+                .run(cpu)
             }
-            5 => Relu { x: dy, y }.run(cpu).and(ReluBackward { y, dy, dx: z }.run(cpu)),
-            6 => Add { x: dy, y }.run(cpu),
-            7 => LoraRowNorm { w, a, b, scale, norm: other }.run(cpu),
-            8 => Magnitude { z, magnitude: row, norm: other, bias: Some(row), y }.run(cpu),
+            5 => Relu { x: dy.view(), y: y.view_mut() }
+                .run(cpu)
+                .and(ReluBackward { y: y.view(), dy: dy.view(), dx: z.view_mut() }.run(cpu)),
+            6 => Add { x: dy.view(), y: y.view_mut() }.run(cpu),
+            7 => LoraRowNorm { w: w.into(), a: a.into(), b: b.into(), scale, norm: other.view_mut() }.run(cpu),
+            8 => Magnitude { z: z.view(), magnitude: row.view(), norm: other.view(), bias: Some(row.view()), y: y.view_mut() }
+                .run(cpu),
             9 => {
                 let (dmagnitude, dbias) = (Some(&mut new(1, n)), Some(&mut new(1, n)));
-                MagnitudeBackward { z, magnitude: row, norm: other, dy, dz: Some(y), dmagnitude, dbias }.run(cpu)
+                MagnitudeBackward {
+                    z: z.view(),
+                    magnitude: row.view(),
+                    norm: other.view(),
+                    dy: dy.view(),
+                    dz: Some(y.view_mut()),
+                    dmagnitude: dmagnitude.map(Tensor::view_mut),
+                    dbias: dbias.map(Tensor::view_mut),
+                }
+                .run(cpu)
             }
-            10 => Accumulate { x: dy, scale, y }.run(cpu),
-            11 => dropout.map_or(Ok(()), |dropout| DropoutForward { x: dy, dropout, y }.run(cpu)),
+            10 => Accumulate { x: dy.view(), scale, y: y.view_mut() }.run(cpu),
+            11 => dropout.map_or(Ok(()), |dropout| DropoutForward { x: dy.view(), dropout, y: y.view_mut() }.run(cpu)),
             _ => {
                 let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1)?, WeightGrad::Factored { dy, x });
                 Adam { grad, rate, m: &mut new(n, k), v: &mut new(n, k), w }.run(cpu)

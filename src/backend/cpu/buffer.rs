@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::gemm::Packed;
+use super::gemm::PackedWeight;
 use super::idle::Idle;
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ pub struct Buffer<T: Element> {
     home: Weak<Idle>,
     element: PhantomData<T>,
     /// The same numbers as panels, until they are written.
-    packed: Option<Box<Packed>>,
+    packed: Option<Box<PackedWeight>>,
 }
 
 /// Bytes in whole cache lines.
@@ -108,12 +108,12 @@ impl<T: Element> Buffer<T> {
     }
 
     /// What is kept of it as panels.
-    pub(super) fn packed(&self) -> Option<&Packed> {
+    pub(super) fn packed(&self) -> Option<&PackedWeight> {
         self.packed.as_deref()
     }
 
     /// Keeps panels of it, until it is written.
-    pub(super) fn keep(&mut self, packed: Packed) {
+    pub(super) fn keep(&mut self, packed: PackedWeight) {
         self.packed = Some(Box::new(packed));
     }
 

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 pub use buffer::Buffer;
 use few::Request;
+pub use gemm::PackedWeight;
 use idle::Idle;
 use scratch::Scratch;
 use simd::Unit;
@@ -42,6 +43,7 @@ use crate::op::{
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
@@ -124,7 +126,7 @@ impl<E: Float> Cpu<E> {
     }
 
     /// Handed over once, where each loop would be by itself.
-    fn on_threads(&self, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    fn on_threads<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         match &self.pool {
             Some(pool) => pool.install(work),
             None => rayon::scope(|_| work()),
@@ -132,9 +134,13 @@ impl<E: Float> Cpu<E> {
     }
 }
 
+impl<E: Float> super::sealed::Sealed for Cpu<E> {}
+
 impl<E: Float> Backend for Cpu<E> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<T>;
+    type Slice<T: Element> = [T];
+    type Panels = PackedWeight;
 
     fn device(&self) -> String {
         format!("cpu ({}, {} threads)", self.unit().name(), self.threads())
@@ -170,12 +176,37 @@ impl<E: Float> Backend for Cpu<E> {
         Ok(()) // verbs return when they are done
     }
 
-    fn buffer_len<T: Element>(buffer: &Buffer<T>) -> usize {
-        buffer.len()
+    fn slice<T: Element>(buffer: &Buffer<T>) -> &[T] {
+        buffer
+    }
+
+    fn slice_mut<T: Element>(buffer: &mut Buffer<T>) -> &mut [T] {
+        buffer
+    }
+
+    fn slice_len<T: Element>(slice: &[T]) -> usize {
+        slice.len()
+    }
+
+    fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()> {
+        let (from, cols, stride, span) = (linear::matrix(from), to.cols(), to.row_stride(), to.span());
+        let rows = to.into_memory()[span].chunks_mut(stride.max(1)); // at least as long as a row
+        from.runs().zip(rows).for_each(|(from, to)| to[..cols].copy_from_slice(from));
+        Ok(())
+    }
+
+    fn pack(&self, w: MatRef<'_, Self>, passes: Passes) -> Result<PackedWeight> {
+        self.on_threads(|| (self.verbs.pack)(&self.engine(false), w, passes == Passes::ForwardAndBackward))
+    }
+
+    fn panels(buffer: &Buffer<E>) -> Option<&PackedWeight> {
+        buffer.packed()
     }
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
-        self.on_threads(|| (self.verbs.pack)(&self.engine(false), w, passes == Passes::ForwardAndBackward))
+        let packed = self.pack(w.view(), passes)?;
+        w.buffer_mut().keep(packed);
+        Ok(())
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -90,7 +90,7 @@ impl Part<'_, f32> {
             let run = &lines.run(p)[first..last];
             // The next runs lie in other pages, where no hardware looks ahead.
             for at in (0..run.len()).step_by(64 / size_of::<T>()) {
-                s.prefetch(run, RUNS_AHEAD * lines.rows + at);
+                s.prefetch(run, RUNS_AHEAD * lines.stride + at);
             }
             for (from, to) in run.chunks(width).zip(to.chunks_mut(stride)) {
                 copy_scaled(s, from, scale, &mut to[step * width..][..width]);

@@ -12,8 +12,8 @@
 //! let mut y = [0.0; 3]; // 1×3
 //! for row in 0..3 {
 //!     let w = qkv.view().row_range(row..row + 1)?;
-//!     let out = MatMut::new(&mut y[..], (1, 3))?.column_range(row..row + 1)?;
-//!     LinearForward { x: MatRef::new(&x[..], (1, 2))?, w: w.into(), bias: None, y: out.into() }.run(&cpu)?;
+//!     let out = MatMut::from_slice(&mut y, (1, 3))?.column_range(row..row + 1)?;
+//!     LinearForward { x: MatRef::from_slice(&x, (1, 2))?, w: w.into(), bias: None, y: out.into() }.run(&cpu)?;
 //! }
 //! assert_eq!(y, [1.0, 2.0, 3.0]);
 //! # Ok::<(), lowrank::Error>(())

@@ -218,33 +218,31 @@ fn beside_a_side_of_zero_the_other_costs_nothing() {
 }
 
 /// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.
-#[test]
-fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
-    use lowrank::op::{LinearForward, LoraForward};
-    let cpu = Cpu::<f32>::new().unwrap();
+fn a_fresh_adapter_gives_the_bits_of_the_base_layer<E: Float>(cpu: &Cpu<E>) {
+    use lowrank::op::{Factor, LinearForward, LoraForward};
     for dims in sizes_around_every_cut() {
         let Dims { m, n, r, .. } = dims;
-        let layer = random::<f32>(dims, 1.5, 3);
-        let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up(&cpu, mat));
-        let b = Tensor::zeros(&cpu, (n, r)).unwrap();
-        let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
-        let bias = None;
-        LoraForward {
-            x: x.view(),
-            w: Some((&w).into()),
-            bias: bias.map(Tensor::view),
-            a: (&a).into(),
-            b: (&b).into(),
-            scale: 2.0,
-            dropout: None,
-            h: h.view_mut(),
-            y: (&mut y).into(),
+        let layer = random::<E>(dims, 1.5, 3);
+        let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up::<_, E>(cpu, mat));
+        let (wide_a, wide_b) = (up::<_, f32>(cpu, &layer.a), Tensor::<_, f32>::zeros(cpu, (n, r)).unwrap());
+        let b = Tensor::zeros(cpu, (n, r)).unwrap();
+        let (mut h, mut y, mut base) = (unwritten(cpu, m, r), unwritten::<_, E>(cpu, m, n), unwritten::<_, E>(cpu, m, n));
+        LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut base).into() }.run(cpu).unwrap();
+        let (stored, wide) = ([(&a).into(), (&b).into()], [Factor::F32(wide_a.view()), Factor::F32(wide_b.view())]);
+        for [a, b] in [stored, wide] {
+            let (x, w, h, scale) = (x.view(), Some((&w).into()), h.view_mut(), 2.0);
+            LoraForward { x, w, bias: None, a, b, scale, dropout: None, h, y: (&mut y).into() }.run(cpu).unwrap();
+            assert!(down(cpu, &y) == down(cpu, &base), "{dims:?}, factors in {}", a.dtype());
         }
-        .run(&cpu)
-        .unwrap();
-        LinearForward { x: x.view(), w: (&w).into(), bias: bias.map(Tensor::view), y: (&mut base).into() }.run(&cpu).unwrap();
-        assert!(down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
     }
+}
+
+#[test]
+fn a_fresh_adapter_gives_the_bits_of_the_base_layer_in_every_type() {
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<f32>::new().unwrap());
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<f16>::new().unwrap());
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<bf16>::new().unwrap());
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<bf16>::new().unwrap().with_unit(VectorUnit::AmxEmulated).unwrap());
 }
 
 /// What a number is, if it is not one to count with.

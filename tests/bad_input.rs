@@ -5,7 +5,7 @@ mod support;
 use std::cell::Cell;
 
 use lowrank::op::*;
-use lowrank::{Cpu, Error, Tensor};
+use lowrank::{Cpu, Error, MatMut, MatRef, Tensor};
 use proptest::prelude::*;
 
 type T = Tensor<Cpu<f32>>;
@@ -310,4 +310,58 @@ proptest! {
             prop_assert!(done.is_ok(), "{done:?}");
         }
     }
+}
+
+/// A part of a wider matrix, whose rows lie apart.
+fn part(wider: &T) -> MatRef<'_, Cpu<f32>> {
+    wider.view().column_range(1..wider.cols() - 1).unwrap()
+}
+
+fn part_mut(wider: &mut T) -> MatMut<'_, Cpu<f32>> {
+    let cols = wider.cols();
+    wider.view_mut().column_range(1..cols - 1).unwrap()
+}
+
+/// Verbs that pass over elements, and `f32` results of the low-rank layer, want rows that follow one another, and say whose do not.
+#[test]
+fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
+    let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
+    let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
+    let apart = "is a view whose rows lie apart, want one whose rows follow one another";
+    let mut refused = |verb: &str, name: &str, result: Result<(), Error>| {
+        assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
+    };
+    refused("relu", "x", Relu { x: part(&wide), y: out.view_mut() }.run(&cpu));
+    refused("relu", "y", Relu { x: narrow.view(), y: part_mut(&mut wide_out) }.run(&cpu));
+    refused("add", "y", Add { x: narrow.view(), y: part_mut(&mut wide_out) }.run(&cpu));
+    refused("accumulate", "x", Accumulate { x: part(&wide), scale: 1.0, y: out.view_mut() }.run(&cpu));
+    let dropout = Dropout::new(0.5, 1).unwrap();
+    refused("dropout_forward", "x", DropoutForward { x: part(&wide), dropout, y: out.view_mut() }.run(&cpu));
+    let labels = &Labels::new(&cpu, 4, &[0, 1, 2]).unwrap();
+    let (logits, loss, dlogits) = (part(&wide), loss.view_mut(), out.view_mut());
+    refused("cross_entropy", "logits", CrossEntropy { logits, labels, loss, dlogits }.run(&cpu));
+
+    let (w, a, b) = (zeros(4, 4), zeros(4, 4), zeros(4, 4));
+    let (w, a, b, dropout) = (Some((&w).into()), (&a).into(), (&b).into(), None);
+    let forward = |h, y| LoraForward { x: narrow.view(), w, bias: None, a, b, scale: 1.0, dropout, h, y }.run(&cpu);
+    refused("lora_forward", "h", forward(part_mut(&mut wide_out), (&mut out).into()));
+    let rounding = Rounding::Stochastic { seed: 1 };
+    let (a, b, mut w) = (zeros(1, 4), zeros(3, 1), zeros(3, 6));
+    let merge = LoraMerge { a: (&a).into(), b: (&b).into(), scale: 1.0, rounding, w: part_mut(&mut w) };
+    refused("lora_merge", "w", merge.run(&cpu));
+}
+
+#[test]
+fn a_view_that_does_not_fit_its_memory_is_refused() {
+    type Rows<'a> = MatRef<'a, Cpu<f32>>;
+    let memory = vec![0.0; 10];
+    let message = |result: lowrank::Result<Rows<'_>>| result.unwrap_err().to_string();
+    assert_eq!(message(Rows::from_slice(&memory, (3, 4))), "view: `memory` is 10 elements, want 12, for 3×4");
+    let wanted = "view: `memory` is 10 elements, want at least 11, for 2×4 at offset 2 with row stride 5";
+    assert_eq!(message(Rows::strided(&memory, (2, 4), 2, 5)), wanted);
+    let overlapping = "view: `row_stride` is 3, want at least the number of columns";
+    assert_eq!(message(Rows::strided(&memory, (2, 4), 0, 3)), overlapping);
+    let whole = Rows::from_slice(&memory, (2, 5)).unwrap();
+    assert_eq!(message(whole.row_range(1..3)), "view: `rows` is 1..3, want within 0..2");
+    assert_eq!(message(whole.column_range(4..6)), "view: `columns` is 4..6, want within 0..5");
 }

@@ -69,11 +69,11 @@ impl<B: Backend> LinearBackward<'_, B> {
             fits(Self::VERB, "x", (m, self.w.map_or(x.cols(), |w| w.cols())), x.shape())?;
         }
         if let Some(dx) = &self.dx {
-            let w = self.w.ok_or(missing("w", "a weight, which `dx` is made of"))?;
+            let w = self.w.ok_or_else(|| missing("w", "a weight, which `dx` is made of"))?;
             fits(Self::VERB, "dx", (m, w.cols()), dx.shape())?;
         }
         if let Some(dw) = &self.dw {
-            let x = self.x.ok_or(missing("x", "the input, which `dw` is made of"))?;
+            let x = self.x.ok_or_else(|| missing("x", "the input, which `dw` is made of"))?;
             fits(Self::VERB, "dw", (n, x.cols()), dw.shape())?;
             contiguous(Self::VERB, "dw", dw.is_contiguous())?;
         }

@@ -317,12 +317,28 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         return shallow::run(engine, out, term);
     }
     match plan(out.rows(), terms) {
-        Plan::Blocked => match pairs::Sum::of(engine, init, terms) {
-            Some(sum) => sum.run(engine, out),
-            None => blocked::run(engine, Fma, out, init, terms),
-        },
+        Plan::Blocked => {
+            if let Some(sum) = pairs::Sum::of(engine, init, terms) {
+                return sum.run(engine, out);
+            }
+            match terms {
+                [base, update] if pairs::Sum::of(engine, init, &[*base]).is_some() => apart(engine, out, init, [*base, *update]),
+                _ => blocked::run(engine, Fma, out, init, terms),
+            }
+        }
         Plan::Skinny => skinny::run(engine, out, init, terms),
     }
+}
+
+/// `out = init + Σ scale·lhs·rhs` of two products that different units make, the first as it would be made by itself: both are summed
+/// in `f32` memory, and rounded once.
+fn apart<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, init: Init<'_, E>, terms: [Product<'_, E>; 2]) -> Result<()> {
+    let (rows, cols) = (out.rows(), out.cols());
+    let mut sums = engine.scratch.take(rows * cols)?;
+    for (term, init) in terms.into_iter().zip([Init::Zero, Init::Output]) {
+        sum_of_products(engine, Output::new(&mut sums, rows, cols), init, &[term])?;
+    }
+    store(engine, Matrix::new(&sums, rows, cols), out, init)
 }
 
 /// [`LowRank`], and [`Outer`] if it is asked for, with `lhs` read once where it pays.
@@ -348,14 +364,16 @@ pub(super) fn low_rank<E: Float, O: Float>(
                 _ => Ok(()),
             });
         }
-        return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
-            Some(outer) => outer.add(engine, left, rows),
-            None => Ok(()),
-        });
+        if pairs::unit(engine).is_none() || !kept::same::<E, bf16>() {
+            return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
+                Some(outer) => outer.add(engine, left, rows),
+                None => Ok(()),
+            });
+        }
     }
-    skinny::run(engine, h.reborrow(), Init::Zero, &[op.narrowed()])?;
+    sum_of_products(engine, h.reborrow(), Init::Zero, &[op.narrowed()])?;
     let rows = h.rows();
-    skinny::run(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
+    sum_of_products(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
     outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))
 }
 

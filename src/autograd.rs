@@ -159,7 +159,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// An empty tape in the memory of a step that is done: a loop of such steps allocates nothing after the first few.
     ///
     /// ```
-    /// # use lowrank::{Cpu, Tensor, autograd::{Gradients, Tape}, nn::{Adam, Mlp}, op::Labels, random::Rng};
+    /// # use lowrank::{Cpu, Tensor, autograd::{Gradients, Tape}, nn::{Adam, Adaptable, Mlp}, op::Labels, random::Rng};
     /// # let cpu = Cpu::<f32>::new()?;
     /// # let (mut model, mut adam) = (Mlp::new(&cpu, &[3, 2], &mut Rng::new(0))?, Adam::new(1e-3)?);
     /// let mut gradients = Gradients::default();

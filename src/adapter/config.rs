@@ -8,7 +8,7 @@ use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused}
 use super::modules::{Modules, Selection};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::nn::{Adapter, Bias, DEFAULT, Layer, LoraConfig, Mlp, Scaling, Tuned};
+use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LoraConfig, Scaling, Tuned};
 
 /// The settings in an `adapter_config.json`.
 ///
@@ -64,17 +64,17 @@ impl AdapterConfig {
 
     /// The settings of a model's adapter `default`, beside PEFT's defaults. Errors: [`Error::Value`] if it has none, or such as no
     /// config can tell.
-    pub fn of<B: Backend>(model: &Mlp<B>) -> Result<Self> {
+    pub fn of<B: Backend>(model: &impl Adaptable<B>) -> Result<Self> {
         Self::of_adapter(model, DEFAULT)
     }
 
     /// The settings of an adapter of a model, beside PEFT's defaults. Errors: as [`of`](Self::of).
-    pub fn of_adapter<B: Backend>(model: &Mlp<B>, name: &str) -> Result<Self> {
+    pub fn of_adapter<B: Backend>(model: &impl Adaptable<B>, name: &str) -> Result<Self> {
         Self::describing(model, name, peft_defaults())
     }
 
     /// The same config if it tells what adapter `default` the model has, else one that does, with every other key kept.
-    pub fn updated<B: Backend>(&self, model: &Mlp<B>) -> Result<Self> {
+    pub fn updated<B: Backend>(&self, model: &impl Adaptable<B>) -> Result<Self> {
         match self.misdescribed(model, DEFAULT) {
             None if self.began_with().is_none() => Ok(self.clone()),
             _ => Self::describing(model, DEFAULT, self.document.clone()),
@@ -235,7 +235,7 @@ impl AdapterConfig {
         }
     }
 
-    fn describing<B: Backend>(model: &Mlp<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
+    fn describing<B: Backend>(model: &impl Adaptable<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
         let adapters: Vec<(&str, &LoraConfig)> = model.adapters(name).map(|(layer, adapter)| (layer, adapter.config())).collect();
         let Some(&(_, first)) = adapters.first() else {
             return Err(unsaid(format!("no adapter `{name}`"), "at least one layer with it"));
@@ -274,7 +274,7 @@ impl AdapterConfig {
     }
 
     /// The first layer for which the config tells something else than the model has.
-    fn misdescribed<'m, B: Backend>(&self, model: &'m Mlp<B>, name: &str) -> Option<&'m str> {
+    fn misdescribed<'m, B: Backend>(&self, model: &'m impl Adaptable<B>, name: &str) -> Option<&'m str> {
         let told = |layer: &str, has_bias: bool| match self.asks(layer)? {
             Asked::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
             Asked::Bias => has_bias.then_some(Effect::Bias),
@@ -304,7 +304,7 @@ fn effect(config: &LoraConfig) -> (usize, f32, f32, bool, bool) {
 }
 
 /// `bias`: all, if a layer has nothing else from this adapter.
-fn brought_biases<B: Backend>(model: &Mlp<B>, name: &str) -> &'static str {
+fn brought_biases<B: Backend>(model: &impl Adaptable<B>, name: &str) -> &'static str {
     let parts = || model.layers().filter_map(|(_, layer)| layer.lora()?.part(name));
     let own = |adapter: &Adapter<B>| adapter.bias().is_some();
     if parts().any(|part| matches!(part, Tuned::Bias(_))) {
@@ -317,7 +317,7 @@ fn brought_biases<B: Backend>(model: &Mlp<B>, name: &str) -> &'static str {
 }
 
 /// `modules_to_save`: the layers that this adapter has whole.
-fn whole_layers<B: Backend>(model: &Mlp<B>, name: &str) -> Value {
+fn whole_layers<B: Backend>(model: &impl Adaptable<B>, name: &str) -> Value {
     let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(Tuned::Whole(_)));
     let layers: Vec<&str> = model.layers().filter(|(_, layer)| whole(layer)).map(|(name, _)| name).collect();
     if layers.is_empty() { Value::Null } else { json!(layers) }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Mlp};
+use lowrank::nn::{Adam, Adaptable, Mlp};
 use lowrank::op::{
     self, AdamRate, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding, WeightGrad,
 };

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Bias, LoraConfig, Mlp, Targets};
+use lowrank::nn::{Adam, Adaptable, Bias, LoraConfig, Mlp, Targets};
 use lowrank::op::{self, AdamRate, Dropout, Labels, Rounding, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Cpu, Float, MatMut, MatRef, Result, Tensor, bf16};

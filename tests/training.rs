@@ -3,7 +3,7 @@
 mod support;
 
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Merge, Mlp, Targets};
+use lowrank::nn::{Adam, Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Merge, Mlp, Targets};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Tensor};
@@ -119,9 +119,7 @@ impl Net {
         let mut model = Mlp::from_layers(layers.into()).unwrap();
         model.set_adapters(vec![("linear2".into(), adapter)]).unwrap();
         for (_, layer) in model.layers_mut().take(1) {
-            if let lowrank::nn::Layer::Linear(linear) = layer {
-                linear.params_mut().for_each(|param| param.trainable = true); // shows the gradient of the adapter's input
-            }
+            layer.params_mut().for_each(|param| param.trainable = true); // shows the gradient of the adapter's input
         }
         model
     }

@@ -108,7 +108,7 @@ impl Folder {
         ];
         let config = match template {
             Some(template) => template.with(settings)?,
-            None => AdapterConfig::new(settings)?,
+            None => AdapterConfig::beside_defaults(settings)?,
         };
         for (name, Factors { a, b, scaling, .. }) in &modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;

@@ -303,12 +303,13 @@ fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
         (up(cpu, &thinned(&layer.w)), up(cpu, &layer.dy), up(cpu, &thinned(&layer.x)));
     let (grad, rate) = (up(cpu, &thinned(&layer.w)), AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
     let mut bits = Vec::new();
-    for grad in [WeightGrad::Dense(&grad), WeightGrad::Factored { dy: &dy, x: &x }] {
+    for factored in [false, true] {
+        let grad = || if factored { WeightGrad::Factored { dy: &dy, x: &x } } else { WeightGrad::Dense(&grad) };
         let (mut m, mut v) = (up(cpu, &thinned(&layer.w)), up(cpu, &thinned(&layer.w.abs()).abs()));
         let (mut stepped, mut y) = (up(cpu, &layer.w), unwritten(cpu, n, k));
-        Adam { grad, rate, m: &mut m, v: &mut v, master: None, w: &mut stepped }.run(cpu).unwrap();
+        Adam { grad: grad(), rate, m: &mut m, v: &mut v, master: None, w: &mut stepped }.run(cpu).unwrap();
         let (mut master, rate) = (up(cpu, &thinned(&layer.w)), AdamRate::adamw(0.1, 0.9, 0.99, 1e-8, 0.1, 2).unwrap());
-        Adam { grad, rate, m: &mut m, v: &mut v, master: Some(&mut master), w: &mut stepped }.run(cpu).unwrap();
+        Adam { grad: grad(), rate, m: &mut m, v: &mut v, master: Some(&mut master), w: &mut stepped }.run(cpu).unwrap();
         bits.extend(down(cpu, &master).into_iter().map(f32::to_bits));
         Relu { x: &w, y: &mut y }.run(cpu).unwrap();
         let stored = [down(cpu, &stepped), down(cpu, &y)].concat();

@@ -55,35 +55,41 @@ pub fn adam_follows_the_oracle_for_ten_steps<B: Backend>(backend: &B) {
     }
 }
 
-/// Sums are exact: the scalars are powers of two, or differ from one by one, and beside this eps no root counts.
 pub fn adam_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
-    let (lr, eps, decay, t) = (2f32.powi(37), 2f32.powi(40), 2f32.powi(-40), 1000); // 1 - lr·decay is 7/8
     for (seed, (m, k, n)) in [(10, 37, 19), (70, 5, 66), (3, 4, 260), (0, 5, 6), (4, 0, 3)].into_iter().enumerate() {
-        let layer = whole(Dims { m, k, n, r: 1 }, seed as u64);
-        let (g, dy, x) = (want_linear(&layer).2, up(backend, &layer.dy), up(backend, &layer.x));
-        let (first, second, w) = (layer.w.map(|w| w / 8.0), layer.w.abs(), &layer.w);
-        // A master that rounds to the weight, with a number here and there that does not.
-        let near = Mat::new(n, k, |i, j| w.at(i, j) * (1.0 + if (i + j) % 2 == 0 { 2f64.powi(-13) } else { -2f64.powi(-13) }));
-        let near = Mat::new(n, k, |i, j| near.at(i, j) + if (i + j) % 5 == 3 { 1.0 } else { 0.0 });
-        let masters = [None, Some(Mat::new(n, k, |_, _| 0.0)), Some(near)];
-        for (master, weight_decay) in masters.iter().flat_map(|master| [(master, 0.0), (master, decay)]) {
-            let from = master.as_ref().map_or(w.clone(), |master| oracle::master_or_weight::<B::Elem>(master, w));
-            let want_m = (&first + &g).map(|x| x / 2.0);
-            let want_v = (&second + &g.times(&g)).map(|x| x / 2.0);
-            let factor = if weight_decay > 0.0 { 0.875 } else { 1.0 };
-            let want_w = Mat::new(n, k, |i, j| factor * from.at(i, j) - want_m.at(i, j) / 8.0);
-            let dense = up(backend, &g);
-            for grad in [WeightGrad::Dense(&dense), WeightGrad::Factored { dy: &dy, x: &x }] {
-                let (mut m, mut v, mut w) = (up(backend, &first), up(backend, &second), up(backend, w));
-                let mut stored = master.as_ref().map(|master| up(backend, master));
-                let rate = AdamRate::adamw(lr, 0.5, 0.5, eps, weight_decay, t).unwrap();
-                Adam { grad, rate, m: &mut m, v: &mut v, master: stored.as_mut(), w: &mut w }.run(backend).unwrap();
-                assert_exact("m", &down(backend, &m), &want_m);
-                assert_exact("v", &down(backend, &v), &want_v);
-                assert_exact("w", &down(backend, &w), &want_w);
-                if let Some(master) = stored {
-                    assert_exact("master", &down(backend, &master), &want_w);
-                }
+        adam_is_exact_at(backend, Dims { m, k, n, r: 1 }, seed as u64);
+    }
+}
+
+/// Sums are exact: the scalars are powers of two, or differ from one by one, and beside this eps no root counts.
+pub fn adam_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
+    let (lr, eps, decay, t) = (2f32.powi(37), 2f32.powi(40), 2f32.powi(-40), 1000); // 1 - lr·decay is 7/8
+    let (Dims { k, n, .. }, layer) = (dims, whole(dims, seed));
+    let (g, dy, x) = (want_linear(&layer).2, up(backend, &layer.dy), up(backend, &layer.x));
+    let (first, second, w) = (layer.w.map(|w| w / 8.0), layer.w.abs(), &layer.w);
+    // A master that rounds to the weight, with a number here and there that does not.
+    let near = Mat::new(n, k, |i, j| {
+        let part = if (i + j) % 2 == 0 { 2f64.powi(-13) } else { -2f64.powi(-13) };
+        w.at(i, j) * (1.0 + part) + if (i + j) % 5 == 3 { 1.0 } else { 0.0 }
+    });
+    let masters = [None, Some(Mat::new(n, k, |_, _| 0.0)), Some(near)];
+    for (master, weight_decay) in masters.iter().flat_map(|master| [(master, 0.0), (master, decay)]) {
+        let before = master.as_ref().map_or(w.clone(), |master| oracle::master_or_weight::<B::Elem>(master, w));
+        let want_m = (&first + &g).map(|x| x / 2.0);
+        let want_v = (&second + &g.times(&g)).map(|x| x / 2.0);
+        let factor = if weight_decay > 0.0 { 0.875 } else { 1.0 };
+        let want_w = Mat::new(n, k, |i, j| factor * before.at(i, j) - want_m.at(i, j) / 8.0);
+        let dense = up(backend, &g);
+        for grad in [WeightGrad::Dense(&dense), WeightGrad::Factored { dy: &dy, x: &x }] {
+            let (mut m, mut v, mut w) = (up(backend, &first), up(backend, &second), up(backend, w));
+            let mut stored = master.as_ref().map(|master| up(backend, master));
+            let rate = AdamRate::adamw(lr, 0.5, 0.5, eps, weight_decay, t).unwrap();
+            Adam { grad, rate, m: &mut m, v: &mut v, master: stored.as_mut(), w: &mut w }.run(backend).unwrap();
+            assert_exact("m", &down(backend, &m), &want_m);
+            assert_exact("v", &down(backend, &v), &want_v);
+            assert_exact("w", &down(backend, &w), &want_w);
+            if let Some(master) = stored {
+                assert_exact("master", &down(backend, &master), &want_w);
             }
         }
     }
@@ -94,22 +100,19 @@ pub fn a_master_gives_way_to_the_weight<B: Backend>(backend: &B) {
     let host = |numbers: &[f32]| -> Vec<B::Elem> { numbers.iter().map(|&x| B::Elem::from_f32(x)).collect() };
     let tensor = |numbers: &[f32]| Tensor::from_slice(backend, (1, 5), numbers).unwrap();
     let (g, mut m, mut v) = (tensor(&[0.0; 5]), tensor(&[0.0; 5]), tensor(&[0.0; 5]));
-    let mut w = Tensor::from_slice(backend, (1, 5), &host(&[1.0, 2.0, 0.0, -3.0, 8.0])).unwrap();
-    let mut master = tensor(&[1.0; 5]);
+    let (dy, x) = (Tensor::zeros(backend, (0, 1)).unwrap(), Tensor::zeros(backend, (0, 5)).unwrap());
+    let (mut w, mut master) = (Tensor::zeros(backend, (1, 5)).unwrap(), tensor(&[0.0; 5]));
     let rate = AdamRate::new(0.5, 0.5, 0.5, 1.0, 1).unwrap();
-    for (written, want) in [
-        ([1.0, 2.0, 0.0, -3.0, 8.0], [1.0, 2.0, 0.0, -3.0, 8.0]),
-        ([5.0, 2.0, -1.0, f32::NAN, 0.0], [5.0, 2.0, -1.0, f32::NAN, 0.0]),
-        ([f32::INFINITY, 2.5, 4.0, 1.0, 0.0], [f32::INFINITY, 2.5, 4.0, 1.0, 0.0]),
-    ] {
-        w.copy_from_slice(backend, &host(&written)).unwrap();
-        let grad = WeightGrad::Dense(&g);
-        Adam { grad, rate, m: &mut m, v: &mut v, master: Some(&mut master), w: &mut w }.run(backend).unwrap();
-        for got in [down(backend, &w).iter().map(|x| x.to_f32()).collect(), down(backend, &master)] {
-            assert!(
-                got.iter().zip(&want).all(|(got, want)| got == want || got.is_nan() && want.is_nan()),
-                "{got:?}, want {want:?}"
-            );
+    let nan = f32::NAN;
+    for written in [[1.0, 2.0, 0.0, -3.0, 8.0], [5.0, 2.0, -1.0, nan, 0.0], [f32::INFINITY, 2.5, 4.0, 1.0, nan]] {
+        for grad in [WeightGrad::Dense(&g), WeightGrad::Factored { dy: &dy, x: &x }] {
+            master.copy_from_slice(backend, &[5.0, -2.0, 0.5, 1.0, 8.0]).unwrap();
+            w.copy_from_slice(backend, &host(&written)).unwrap();
+            Adam { grad, rate, m: &mut m, v: &mut v, master: Some(&mut master), w: &mut w }.run(backend).unwrap();
+            for got in [down(backend, &w).iter().map(|x| x.to_f32()).collect(), down(backend, &master)] {
+                let same = got.iter().zip(&written).all(|(got, want)| got == want || got.is_nan() && want.is_nan());
+                assert!(same, "{got:?}, want {written:?}");
+            }
         }
     }
 }

@@ -85,6 +85,8 @@ mod schedule;
 mod semantics;
 mod shadow;
 mod tensor;
+#[cfg(test)]
+mod third_party;
 mod warp;
 
 pub use arg::Arg;

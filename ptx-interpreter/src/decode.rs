@@ -210,7 +210,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
     fn matrices(&self, flags: &[&str], registers: usize) -> Result<bool, ParseError> {
         let known = |&flag: &&str| ["m8n8", "trans"].contains(&flag) || flag == format!("x{registers}");
         let shaped = flags.contains(&"m8n8") && flags.iter().any(|flag| flag.starts_with('x'));
-        if !shaped || ![1, 2, 4].contains(&registers) || !flags.iter().all(|flag| known(&flag)) {
+        if !shaped || ![1, 2, 4].contains(&registers) || !flags.iter().all(known) {
             return self.fail(format!("`{}` with {registers} registers is not known here", self.opcode));
         }
         Ok(flags.contains(&"trans"))

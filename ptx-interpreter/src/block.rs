@@ -63,14 +63,15 @@ impl Cluster<'_, '_, '_> {
     /// The lanes of a group, with those that have waited for them at an instruction that names its lanes. None: now these wait for
     /// others, which live and may yet come.
     fn gather(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Option<u32> {
-        let (Op::WarpBarrier { lanes } | Op::Elect { lanes, .. } | Op::Shuffle { lanes, .. }) = instruction.op else {
+        let (Op::WarpBarrier { lanes: mask } | Op::Elect { lanes: mask, .. } | Op::Shuffle { lanes: mask, .. }) = instruction.op
+        else {
             return Some(group);
         };
-        let registers = self.registers(warp);
-        let active = registers.guarded(group, instruction.guard);
-        let wanted = registers.get(lanes, active.trailing_zeros() as usize % WARP) as u32;
         let group = group | self.warps[warp].take_waiting_lanes(at);
-        if active == 0 || wanted & !group & self.warps[warp].living() == 0 {
+        let registers = self.registers(warp);
+        let first = lanes(registers.guarded(group, instruction.guard)).next();
+        let wanted = first.map_or(0, |lane| registers.get(mask, lane) as u32);
+        if wanted & !group & self.warps[warp].living() == 0 {
             return Some(group);
         }
         self.warps[warp].put_waiting(at, group, Wait::Lanes);

@@ -250,3 +250,44 @@ fn matrix_fragments_multiply() {
         }
     }
 }
+
+/// Spellings of LLVM's and CUTLASS's that nvcc does not use for our kernels.
+#[test]
+fn other_compilers_spell_differently() {
+    for instruction in [
+        "waitLoop: bra waitLoop;",
+        "mov.s32 %r1, %cluster_ctaid.x;",
+        "setp.eq.b16 %p1, %rs0, 0;",
+        "ld.shared.b8 %rs0, [%r1];",
+        "st.shared.v4.b16 [%r1], {%rs0, %rs1, %rs0, %rs1};",
+        "prefetch.tensormap [%rd0];",
+        "mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], 0, 1000;",
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0, {%r0, %r0}], [%r1];",
+        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint [%rd0, {0, 0, 0, 0, 0}], [%r1], %rd1;",
+        "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint
+            [%r1], [%rd0, {0}], [%r1], %rs0, %rd1;",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1, 1, 0;",
+    ] {
+        parsed(instruction).unwrap_or_else(|error| panic!("{instruction}: {error}"));
+    }
+    for instruction in [
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0, {0, 0, 0}], [%r1];",
+        "cp.async.bulk.tensor.3d.shared::cta.global.im2col.mbarrier::complete_tx::bytes [%r1], [%rd0, {0, 0, 0}], [%r1];",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %rd1, %rd1, 1, -1, 1, 0, 0;",
+        "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r1], {%r2};",
+        "stmatrix.sync.aligned.m16n8.x1.trans.shared.b8 [%r1], {%r2};",
+        "elect.sync %r1, -1;",
+    ] {
+        assert!(parsed(instruction).is_err(), "{instruction}");
+    }
+}
+
+fn parsed(instruction: &str) -> Result<Module, ptx_interpreter::ParseError> {
+    Module::parse(&format!(
+        ".visible .entry test(.param .u64 .ptr .global .align 1 out) .reqntid 64 {{
+            .reg .pred %p<4>; .reg .b16 %rs<8>; .reg .b32 %r<16>; .reg .f32 %f<16>; .reg .b64 %rd<8>;
+            {instruction}
+            ret;
+        }}"
+    ))
+}

@@ -70,11 +70,8 @@ impl<B: Backend> Adaptable<B> for Decoder<B> {
     }
 
     fn other_params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
-        let norms = |block| {
-            let Block { attention_norm, mlp_norm, .. } = block;
-            [attention_norm, mlp_norm]
-        };
-        self.blocks.iter_mut().flat_map(norms).chain([&mut self.norm])
+        let norms = self.blocks.iter_mut().flat_map(|Block { attention_norm, mlp_norm, .. }| [attention_norm, mlp_norm]);
+        norms.chain([&mut self.norm])
     }
 }
 

@@ -297,7 +297,7 @@ fn sequences_go_through_the_adapters_they_name() {
     model.add_adapter(&cpu, "other", Targets::All, &other, &mut Rng::new(3)).unwrap();
     let x = Batch::new(&cpu, 4, 5).unwrap().x;
     let adapters = [Some("other"), None, Some("other"), Some(DEFAULT)];
-    let forward = |tape: &mut Tape<'_, _>, x, adapters: Adapters<'_>| Decoder::forward(&model, tape, x, None, adapters);
+    let forward = |tape: &mut _, x, adapters: Adapters<'_>| Decoder::forward(&model, tape, x, None, adapters);
     let mixed = model.predict_mixed_with(&cpu, &x, &adapters, forward).unwrap();
 
     let (host, size, outputs) = (x.to_vec(&cpu).unwrap(), 6 * 16, 6 * 4);
@@ -309,14 +309,14 @@ fn sequences_go_through_the_adapters_they_name() {
         assert_eq!(together, alone, "{active:?}");
     }
 
-    let forward = |tape: &mut Tape<'_, _>, x, adapters: Adapters<'_>| Decoder::forward(&model, tape, x, None, adapters);
+    let forward = |tape: &mut _, x, adapters: Adapters<'_>| Decoder::forward(&model, tape, x, None, adapters);
     let wrong = |adapters: &[Option<&str>]| model.predict_mixed_with(&cpu, &x, adapters, forward).unwrap_err().to_string();
     let parts = "predict_mixed: `adapters` is 5 for 24 rows, want one for each row, or for each of as many equal parts";
     assert_eq!(wrong(&[None; 5]), parts);
     assert_eq!(wrong(&[None, Some("third")]), "no adapter is named `third`; the adapters are default, other");
     let mut rows = [None; 24];
     rows[0] = Some("other");
-    assert_eq!(wrong(&rows), "attention: `q` is 1 rows, want whole sequences");
+    assert_eq!(wrong(&rows), "attention: `q` is 1×16, want rows of whole sequences, and columns for every head");
 }
 
 /// What a model must not lend.

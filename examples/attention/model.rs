@@ -70,7 +70,8 @@ impl<B: Backend> Adaptable<B> for Decoder<B> {
     }
 
     fn other_params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
-        self.blocks.iter_mut().flat_map(|block| [&mut block.attention_norm, &mut block.mlp_norm]).chain([&mut self.norm])
+        let norms = self.blocks.iter_mut().flat_map(|Block { attention_norm, mlp_norm, .. }| [attention_norm, mlp_norm]);
+        norms.chain([&mut self.norm])
     }
 }
 

@@ -60,12 +60,15 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// `y = softmax(q·kᵀ/√d)·v` for each head of `d` columns. Errors: [`Error::Value`] unless the rows are whole sequences.
+    /// `y = softmax(q·kᵀ/√d)·v` for each head of `d` columns. All three have one shape.
+    ///
+    /// Errors: [`Error::Value`] unless the rows are whole sequences, and the columns are shared evenly.
     pub fn forward<B: Backend>(self, tape: &mut Tape<'_, B>, [q, k, v]: [Var; 3]) -> Result<Var> {
         let (backend, shape) = (tape.backend(), tape.value(q)?.shape());
-        if shape.rows % self.length != 0 {
-            let want = "whole sequences".into();
-            return Err(Error::Value { verb: "attention", name: "q", got: format!("{} rows", shape.rows), want });
+        let whole = |count: usize, of: usize| count.checked_rem(of) == Some(0);
+        if !(whole(shape.rows, self.length) && whole(shape.cols, self.heads)) {
+            let want = "rows of whole sequences, and columns for every head".into();
+            return Err(Error::Value { verb: "attention", name: "q", got: shape.to_string(), want });
         }
         let hosts = [host(backend, tape.value(q)?)?, host(backend, tape.value(k)?)?, host(backend, tape.value(v)?)?];
         let [qs, ks, vs] = hosts.map(|numbers| Rows { numbers, cols: shape.cols });

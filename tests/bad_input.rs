@@ -345,7 +345,7 @@ fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
     let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
     let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
     let apart = "is a view whose rows lie apart, want one whose rows follow one another";
-    let mut refused = |verb: &str, name: &str, result: Result<(), Error>| {
+    let refused = |verb: &str, name: &str, result: Result<(), Error>| {
         assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
     };
     refused("relu", "x", Relu { x: part(&wide), y: out.view_mut() }.run(&cpu));

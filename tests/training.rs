@@ -248,7 +248,7 @@ fn weight_decay_holds_for_every_parameter_at_its_own_learning_rate<B: Backend<El
         }
     }
     for wrong in [-0.1, f32::NAN, f32::INFINITY] {
-        let error = Adam::<B>::adamw(1e-3, wrong).unwrap_err();
+        let error = Adam::<B>::adamw(1e-3, wrong).err().unwrap();
         assert!(matches!(error, Error::Value { name: "weight_decay", .. }), "{error}");
     }
 }

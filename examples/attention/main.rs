@@ -2,6 +2,7 @@
 //!
 //! `cargo run --release --example attention`. The model is in `model.rs`, its own operations on the tape in `ops.rs`; they are to be
 //! copied.
+#![allow(unreachable_pub, reason = "the modules are as public as they are in a crate of their own")]
 
 mod model;
 mod ops;

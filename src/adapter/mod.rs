@@ -50,6 +50,7 @@ mod decompose;
 mod extra;
 mod fields;
 mod folder;
+pub mod formats;
 #[cfg(feature = "svd")]
 mod leading;
 mod matrix;
@@ -199,11 +200,13 @@ pub fn swap<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path)
 type Parts<B> = Vec<(String, Tuned<B>)>;
 
 fn read<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
-    let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-    let config = AdapterConfig::from_json(&config).map_err(|error| at(dir, error))?;
-    let tensors = parse_tensors(&tensors).map_err(|error| at(dir, error))?;
-    let parts = parts::read(backend, model, &config, tensors).map_err(|error| at(dir, error))?;
-    Ok((config, parts))
+    let read = || {
+        let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
+        let (config, tensors) = (AdapterConfig::from_json(&config)?, parse_tensors(&tensors)?);
+        let parts = parts::read(backend, model, &config, tensors)?;
+        Ok((config, parts))
+    };
+    read().map_err(|error| formats::explained(dir, at(dir, error)))
 }
 
 /// The same error, with the file it speaks of in this folder.

@@ -56,7 +56,7 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Reads a folder as PEFT writes it.
+    /// Reads a folder as PEFT writes it, or an adapter in another [format](formats) that tells all there is to know, such as mlx-lm's.
     ///
     /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not know of, or one they ask for
     /// that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not know how to honour.
@@ -65,7 +65,7 @@ impl Folder {
             let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
             Ok(Self { dir: dir.into(), ..Self::parse(&config, &tensors)? })
         };
-        read().map_err(|error| formats::explained(dir, at(dir, error)))
+        read().or_else(|error| formats::foreign(dir, at(dir, error)))
     }
 
     /// Reads the bytes of the two files. Errors: those of [`read`](Self::read).
@@ -97,20 +97,7 @@ impl Folder {
         for (name, Factors { scaling, .. }) in &modules {
             unless(scaling.is_finite(), format!("`{name}` of scaling {scaling}"), "of finite scalings")?;
         }
-        let usual = modules.values().find(|m| m.rank() == r).map_or(Value::Null, lora_alpha);
-        let others = |setting: fn(&Factors) -> Value, usual: &Value| -> Map<String, Value> {
-            let settings = modules.iter().map(|(name, m)| (name.clone(), setting(m)));
-            settings.filter(|(_, setting)| setting != usual).collect()
-        };
-        let settings = [
-            ("alpha_pattern", json!(others(lora_alpha, &usual))),
-            ("init_lora_weights", json!(true)),
-            ("rank_pattern", json!(others(|m| json!(m.rank()), &json!(r)))),
-            ("lora_alpha", usual),
-            ("r", json!(r)),
-            ("target_modules", modules.keys().cloned().collect()),
-            ("use_rslora", json!(false)),
-        ];
+        let settings = settings(&modules.iter().map(|(name, m)| (name.clone(), (m.rank(), lora_alpha(m)))).collect());
         let config = match template {
             Some(template) => template.with(settings)?,
             None => AdapterConfig::new(settings)?,
@@ -197,6 +184,26 @@ impl Folder {
         let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
         publish(&[(dir.into(), &self.config, factors.chain(extras).collect())])
     }
+}
+
+/// The settings that tell the rank and the `lora_alpha` of every module: those of the first of the greatest rank for all, and patterns
+/// for the others.
+pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'static str, Value)> {
+    let r = modules.values().map(|(rank, _)| *rank).max().unwrap_or(0);
+    let usual = modules.values().find(|(rank, _)| *rank == r).map_or(Value::Null, |(_, alpha)| alpha.clone());
+    let others = |setting: fn(&(usize, Value)) -> Value, usual: &Value| -> Map<String, Value> {
+        let settings = modules.iter().map(|(name, module)| (name.clone(), setting(module)));
+        settings.filter(|(_, setting)| setting != usual).collect()
+    };
+    vec![
+        ("alpha_pattern", json!(others(|(_, alpha)| alpha.clone(), &usual))),
+        ("init_lora_weights", json!(true)),
+        ("rank_pattern", json!(others(|(rank, _)| json!(rank), &json!(r)))),
+        ("lora_alpha", usual),
+        ("r", json!(r)),
+        ("target_modules", modules.keys().cloned().collect()),
+        ("use_rslora", json!(false)),
+    ]
 }
 
 /// The factors of a module, as the tensors of a file.

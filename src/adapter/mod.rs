@@ -149,10 +149,15 @@ fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfi
 fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
     let mut files = Vec::new();
     for (dir, config, tensors) in folders {
-        let bytes = tensors::serialize(tensors).map_err(|error| at(dir, error))?;
-        files.extend([(dir, TENSORS_FILE, bytes), (dir, CONFIG_FILE, config.to_json().into_bytes())]);
+        let bytes = tensors::serialize(tensors::PREFIX, tensors).map_err(|error| at(dir, error))?;
+        files.extend([(dir.clone(), TENSORS_FILE, bytes), (dir.clone(), CONFIG_FILE, config.to_json().into_bytes())]);
     }
-    let stage = |(dir, name, bytes): &(&PathBuf, &str, Vec<u8>)| {
+    place(files)
+}
+
+/// Writes files into folders: all whole or none. Folders that are not there are made.
+fn place(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
+    let stage = |(dir, name, bytes): &(PathBuf, &str, Vec<u8>)| {
         std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
         Staged::new(&dir.join(name), bytes)
     };

@@ -75,7 +75,7 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
 /// What is wrong with a safetensors file: another kind of file, cut short, as by a download that broke off, or what its reader says.
 pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> String {
     let got = file.len() as u64;
-    if let Some(kind) = formats::by_first_bytes(file) {
+    if let Some(kind) = formats::other_kind(path, file) {
         return formats::sentence(&kind, path);
     }
     match error {
@@ -102,11 +102,11 @@ fn end(file: &[u8]) -> Option<u64> {
     ends.max().unwrap_or(0).checked_add(8 + length)
 }
 
-/// The bytes of a file with these tensors, each in the element type it has. Errors: [`Error::File`] for a number that is more
-/// than its type can hold.
-pub(super) fn serialize(tensors: &HostTensors) -> Result<Vec<u8>> {
+/// The bytes of a file with these tensors, each in the element type it has, their names behind a prefix. Errors: [`Error::File`] for
+/// a number that is more than its type can hold.
+pub(super) fn serialize(prefix: &str, tensors: &HostTensors) -> Result<Vec<u8>> {
     let stored = |(name, tensor): (&String, &HostTensor)| {
-        let name = format!("{PREFIX}{name}");
+        let name = format!("{prefix}{name}");
         let (dtype, bytes) = stored(&name, tensor.dtype, &tensor.values)?;
         Ok((name, dtype, tensor.shape.clone(), bytes))
     };

@@ -47,12 +47,13 @@ const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 const F32: u32 = 6;
 
-/// A LoRA or a model; a header that is cut short counts as a model.
+/// A LoRA or a model, by its settings.
 pub(super) fn kind(bytes: &[u8]) -> Kind {
     let mut reader = Reader(bytes);
     match reader.settings() {
         Some((settings, _)) if settings.get("general.type") == Some(&Setting::Text("adapter".into())) => Kind::GgufLora,
-        _ => Kind::GgufModel,
+        Some(_) => Kind::GgufModel,
+        None => Kind::Other("a GGUF file of llama.cpp, cut short or damaged"),
     }
 }
 

@@ -19,6 +19,7 @@ const BEGINNING: u64 = 1 << 20;
 /// The longest header that the safetensors format allows.
 const LONGEST_HEADER: u64 = 100_000_000;
 const JSON: &str = "JSON text";
+const ZIP: &str = "a zip archive";
 /// Files that hold pickles, by the ends of their names.
 const PICKLES: [&str; 4] = [".bin", ".pt", ".pth", ".ckpt"];
 
@@ -68,7 +69,7 @@ pub fn recognise(path: &Path) -> Result<Thing> {
 pub fn by_first_bytes(bytes: &[u8]) -> Option<Kind> {
     const MAGIC: [(&[u8], Kind); 10] = [
         (b"version https://git-lfs.github.com/spec/", Kind::LfsPointer),
-        (b"PK\x03\x04", Kind::Other("a zip archive")),
+        (b"PK\x03\x04", Kind::Other(ZIP)),
         (b"algg", Kind::Ggml),
         (b"lmgg", Kind::Ggml),
         (b"tjgg", Kind::Ggml),
@@ -209,9 +210,15 @@ fn quantisation(tensors: &[Outline]) -> Option<&'static str> {
 
 fn single(path: &Path) -> Result<Thing> {
     let bytes = beginning(path)?;
-    let kind = by_first_bytes(&bytes).or_else(|| Some(by_tensors(&outline(&bytes)?)));
+    let kind = other_kind(path, &bytes).or_else(|| Some(by_tensors(&outline(&bytes)?)));
     let kind = kind.ok_or_else(|| Error::File { path: path.into(), reason: unknown(&bytes) })?;
     Ok(Thing { kind, path: path.into() })
+}
+
+/// As [`by_first_bytes`]; a zip archive under the name of a pickle is one of those that `torch.save` writes.
+pub(crate) fn other_kind(path: &Path, bytes: &[u8]) -> Option<Kind> {
+    let pickle = || path.file_name().is_some_and(|name| PICKLES.iter().any(|end| name.to_string_lossy().ends_with(end)));
+    by_first_bytes(bytes).map(|kind| if kind == Kind::Other(ZIP) && pickle() { Kind::Pickle } else { kind })
 }
 
 /// What is wrong with a file that is no JSON: another kind of file, or what its reader says.
@@ -246,12 +253,17 @@ fn folder(dir: &Path) -> Result<Thing> {
     let has = |name: &str| names.iter().any(|there| there == name);
     if has(CONFIG_FILE) {
         let path = dir.join(CONFIG_FILE);
-        if let Some(kind) = by_first_bytes(&file::read(&path)?).filter(|kind| *kind != Kind::Other(JSON)) {
+        let settings = file::read(&path)?;
+        if let Some(kind) = by_first_bytes(&settings).filter(|kind| *kind != Kind::Other(JSON)) {
             return Ok(Thing { kind, path });
         }
         let numbers = [TENSORS_FILE, MLX_TENSORS, "adapter_model.bin", "adapter_model.pt", "adapter_model.pth"];
         if let Some(name) = numbers.into_iter().find(|name| has(name)) {
-            return single(&dir.join(name));
+            let thing = single(&dir.join(name))?;
+            // `transformer.h.0…` is GPT-2's as well, where PEFT's prefix is left out.
+            let kind =
+                if thing.kind == Kind::Diffusers && contains(&settings, b"\"peft_type\"") { Kind::Peft } else { thing.kind };
+            return Ok(Thing { kind, ..thing });
         }
     }
     let folders =

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use lowrank::Result;
 use lowrank::adapter::Folder;
-use lowrank::adapter::formats::{Kind, Thing, recognise};
+use lowrank::adapter::formats::{Kind, Thing, recognise, summary};
 use lowrank::checkpoint::Checkpoint;
 
 /// Say what a file or a folder is, and what it holds
@@ -38,6 +38,12 @@ impl Info {
         println!("{} is {}", thing.path.display(), thing.kind);
         println!("  {}", thing.kind.instead(&thing.path));
         match &thing.kind {
+            kind if kind.is_adapter() => {
+                let (line, names) = summary(&self.path)?;
+                println!("  {line}");
+                names.iter().filter(|_| self.all).for_each(|name| println!("{name}"));
+                Ok(())
+            }
             Kind::Quantised(_) | Kind::AdapterInside | Kind::EmptyTensors | Kind::LyCoris => self.checkpoint(),
             _ => Ok(()),
         }

@@ -113,7 +113,12 @@ fn quantised_and_broken_models_are_no_base() {
         (&["weight", "scales", "biases"], &[&[8, 2], &[8, 1], &[8, 1]], Dtype::U32, "MLX"),
         (&["weight", "weight_scale"], &[&[8, 4], &[1]], Dtype::F8_E4M3, "FP8"),
         (&["weight"], &[&[0]], Dtype::F32, "ZeRO-3"),
-        (&["base_layer.weight", "lora_A.default.weight"], &[&[8, 4], &[2, 4]], Dtype::F32, "an adapter inside"),
+        (
+            &["base_layer.weight", "lora_A.default.weight", "norm.weight"],
+            &[&[8, 4], &[2, 4], &[4]],
+            Dtype::F32,
+            "an adapter inside",
+        ),
     ];
     for (ends, shapes, dtype, word) in cases {
         let desk = Desk::new();

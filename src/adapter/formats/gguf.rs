@@ -194,3 +194,57 @@ impl<'b> Reader<'b> {
         Some(Info { name, shape, kind: self.u32()?, offset: self.u64()? })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::DType;
+
+    fn file() -> Vec<u8> {
+        let tensor = |shape: &[usize], dtype| HostTensor {
+            shape: shape.into(),
+            dtype,
+            values: (0..shape.iter().product()).map(|i: usize| i as f32 - 2.5).collect(),
+        };
+        let tensors = [
+            ("first".to_string(), tensor(&[2, 3], DType::F32)),
+            ("second".to_string(), tensor(&[5], DType::BF16)),
+            ("third".to_string(), tensor(&[1, 2, 2], DType::F16)),
+        ];
+        let settings = [("general.type", Setting::Text("adapter".into())), ("alpha", Setting::Number(0.5))];
+        write(&settings, &tensors).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let bytes = file();
+        let header = Header::parse(&bytes).unwrap();
+        assert_eq!(header.settings["alpha"], Setting::Number(0.5));
+        assert_eq!(kind(&bytes), Kind::GgufLora);
+        for (info, shape) in header.tensors.iter().zip([&[2, 3][..], &[5], &[1, 2, 2]]) {
+            let tensor = header.tensor(&bytes, info).unwrap();
+            assert_eq!(tensor.shape, shape);
+            assert!(tensor.values.iter().enumerate().all(|(i, value)| *value == i as f32 - 2.5), "{}", info.name);
+        }
+    }
+
+    /// Cut anywhere, and with any byte changed: no panic, and no tensor that is not all there.
+    #[test]
+    fn damage_is_none_or_a_smaller_file() {
+        let bytes = file();
+        let all = |bytes: &[u8]| {
+            let header = Header::parse(bytes)?;
+            header.tensors.iter().map(|info| header.tensor(bytes, info)).collect::<Option<Vec<_>>>()
+        };
+        let last = 8; // of the last tensor, before the padding
+        let end = bytes.len() - ALIGNMENT + last;
+        assert!((0..end).all(|cut| all(&bytes[..cut]).is_none()) && all(&bytes[..end]).is_some());
+        for at in 0..bytes.len() {
+            for flip in [1, 0x80, 0xff] {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= flip;
+                let _ = (all(&bytes), kind(&bytes));
+            }
+        }
+    }
+}

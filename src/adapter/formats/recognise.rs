@@ -151,7 +151,8 @@ fn adapter(tensors: &[Outline]) -> Option<Kind> {
     if any(peft) {
         let modules = || tensors.iter().filter_map(|tensor| Some(tensor.name.split_once(".lora_A.")?.0));
         let held = |module: &str| tensors.iter().any(|tensor| tensor.name == format!("{module}.base_layer.weight"));
-        return Some(match modules().all(held) && modules().next().is_some() {
+        let rest = any(|name| !name.contains("lora_") && !name.contains(".base_layer."));
+        return Some(match rest && modules().next().is_some() && modules().all(held) {
             true => Kind::AdapterInside,
             false if any(|name| super::spelling::component(name).is_some()) => Kind::Diffusers,
             false => Kind::Peft,

@@ -29,7 +29,6 @@ fn strange_files() -> Vec<(Vec<u8>, [&'static str; 2])> {
         (b"\n<!DOCTYPE html><html>".to_vec(), ["HTML page", "download it again"]),
         (zip("weights.npy"), ["zip archive", "safetensors"]),
         (b"\x89HDF\r\n\x1a\n\0".to_vec(), ["HDF5", "safetensors"]),
-        (Vec::new(), ["is empty", "again"]),
         (vec![0xff; 40], ["not a safetensors file", "ff ff ff"]),
     ]
 }
@@ -151,6 +150,16 @@ fn combine_names_the_folder_at_fault() {
     desk.adapter("second", &[(Q, [8, 4, 2])], &json!({"bias": "lora_only"}));
     desk.refused("combine first second --out out", &["second/adapter_config.json", "`bias`"]);
     desk.refused("compress second --rank 1 --out out", &["second/adapter_config.json", "`bias`"]);
+}
+
+#[test]
+fn an_empty_file_is_called_empty() {
+    let desk = Desk::new();
+    desk.adapter("adapter", &[(Q, [8, 4, 2])], &json!({}));
+    desk.write("empty.safetensors", []);
+    desk.refused("info empty.safetensors", &["is empty"]);
+    desk.refused("convert empty.safetensors --to peft --out out", &["is empty"]);
+    desk.refused("merge --base empty.safetensors --adapter adapter --out out", &["0 bytes"]);
 }
 
 /// A byte order mark before JSON, as some editors write it, says nothing.

@@ -38,8 +38,6 @@ pub enum Kind {
     LfsPointer,
     /// HTML, as a server sends it in place of a file.
     WebPage,
-    /// No bytes at all.
-    EmptyFile,
     /// Some other known format.
     Other(&'static str),
     /// A model whose weights are quantised, and by what.
@@ -85,7 +83,6 @@ impl Kind {
             Kind::Pickle => format!("pickles can run code and are not read; {}", unpickle(path)),
             Kind::LfsPointer => "the file itself was not downloaded; `git lfs pull` fetches it".into(),
             Kind::WebPage => "the download gave a page and not the file; download it again, logged in if need be".into(),
-            Kind::EmptyFile => "download or save it again".into(),
             Kind::Other(_) => "models and adapters are read as safetensors".into(),
             Kind::Quantised(_) => "use the model in f32, f16 or bf16 that it was made from, or dequantise it first".into(),
             Kind::EmptyTensors => "the parameters were not gathered when it was saved; save it again with \
@@ -119,7 +116,6 @@ impl fmt::Display for Kind {
             Kind::Pickle => "a pickle, as `torch.save` writes it".into(),
             Kind::LfsPointer => "a Git LFS pointer".into(),
             Kind::WebPage => "an HTML page".into(),
-            Kind::EmptyFile => "empty".into(),
             Kind::Other(what) => (*what).into(),
             Kind::Quantised(how) => format!("a quantised model ({how})").into(),
             Kind::EmptyTensors => "full of empty tensors, as DeepSpeed ZeRO-3 leaves them".into(),

@@ -85,7 +85,6 @@ pub fn by_first_bytes(bytes: &[u8]) -> Option<Kind> {
     let text: Vec<u8> = bytes.iter().copied().skip_while(u8::is_ascii_whitespace).take(64).collect();
     let text = text.to_ascii_lowercase();
     match bytes {
-        [] => Some(Kind::EmptyFile),
         _ if bytes.starts_with(b"GGUF") => Some(gguf::kind(bytes)),
         _ if text.starts_with(b"<!doctype") || text.starts_with(b"<html") => Some(Kind::WebPage),
         // A pickle of protocol 2 to 5; `torch.save` puts one into a zip archive, as `NAME/data.pkl`.
@@ -230,6 +229,9 @@ pub(crate) fn json_damage(path: &Path, bytes: &[u8], error: &serde_json::Error) 
 
 /// What is said of a file that is nothing known.
 pub(crate) fn unknown(bytes: &[u8]) -> String {
+    if bytes.is_empty() {
+        return "is empty; download or save it again".into();
+    }
     let first: Vec<String> = bytes.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     format!("is not a safetensors file, nor another that is known; its first bytes are {}", first.join(" "))
 }

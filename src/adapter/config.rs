@@ -1,11 +1,14 @@
 //! `adapter_config.json`: the settings of an adapter, under PEFT's names.
 
+use std::path::Path;
+
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::Principal;
 use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused};
+use super::formats::json_damage;
 use super::modules::{Modules, Selection};
+use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LoraConfig, Scaling, Tuned};
@@ -59,7 +62,10 @@ impl AdapterConfig {
     /// Errors: [`Error::File`] for what is not such a file or has a setting outside its range; [`Error::Unsupported`] for a
     /// setting that this crate does not know how to honour.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
-        Self::from_document(serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?)
+        let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes); // a byte order mark, as some editors write it
+        Self::from_document(
+            serde_json::from_slice(text).map_err(|error| refused(json_damage(Path::new(CONFIG_FILE), bytes, &error)))?,
+        )
     }
 
     /// The settings of an adapter of these modules, beside PEFT's defaults; no model is needed.

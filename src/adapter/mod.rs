@@ -50,6 +50,7 @@ mod decompose;
 mod extra;
 mod fields;
 mod folder;
+pub mod formats;
 #[cfg(feature = "svd")]
 mod leading;
 mod matrix;
@@ -148,10 +149,15 @@ fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, A
 fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
     let mut files = Vec::new();
     for (dir, config, tensors) in folders {
-        let bytes = tensors::serialize(tensors).map_err(|error| at(dir, error))?;
-        files.extend([(dir, TENSORS_FILE, bytes), (dir, CONFIG_FILE, config.to_json().into_bytes())]);
+        let bytes = tensors::serialize(tensors::PREFIX, tensors).map_err(|error| at(dir, error))?;
+        files.extend([(dir.clone(), TENSORS_FILE, bytes), (dir.clone(), CONFIG_FILE, config.to_json().into_bytes())]);
     }
-    let stage = |(dir, name, bytes): &(&PathBuf, &str, Vec<u8>)| {
+    place(files)
+}
+
+/// Writes files into folders: all whole or none. Folders that are not there are made.
+fn place(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
+    let stage = |(dir, name, bytes): &(PathBuf, &str, Vec<u8>)| {
         std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
         Staged::new(&dir.join(name), bytes)
     };
@@ -200,11 +206,13 @@ pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, 
 type Parts<B> = Vec<(String, Tuned<B>)>;
 
 fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
-    let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-    let config = AdapterConfig::from_json(&config).map_err(|error| at(dir, error))?;
-    let tensors = parse_tensors(&tensors).map_err(|error| at(dir, error))?;
-    let parts = parts::read(backend, model, &config, tensors).map_err(|error| at(dir, error))?;
-    Ok((config, parts))
+    let read = || {
+        let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
+        let (config, tensors) = (AdapterConfig::from_json(&config)?, parse_tensors(&tensors)?);
+        let parts = parts::read(backend, model, &config, tensors)?;
+        Ok((config, parts))
+    };
+    read().map_err(|error| formats::explained(dir, at(dir, error)))
 }
 
 /// The same error, with the file it speaks of in this folder.

@@ -125,7 +125,7 @@ impl Modules {
         let mut settings = folder::settings(&told.collect());
         settings.push(("use_dora", json!(self.magnitudes()?)));
         settings.push(("base_model_name_or_path", json!(self.model)));
-        let config = AdapterConfig::new(settings)?;
+        let config = AdapterConfig::beside_defaults(settings)?;
         for (name, module) in &self.modules {
             let told = config.lora_config(name).map(|told| (told.rank, told.scaling.of(told.alpha, told.rank)));
             if told != Some((module.rank(), module.scaling() as f32)) {

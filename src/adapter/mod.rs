@@ -50,14 +50,17 @@ mod decompose;
 mod extra;
 mod fields;
 mod folder;
+mod kind;
 #[cfg(feature = "svd")]
 mod leading;
 mod matrix;
 mod mix;
 mod modules;
 mod parts;
+mod pattern;
 #[cfg(feature = "svd")]
 mod principal;
+mod spelling;
 mod tensors;
 
 use std::path::{Path, PathBuf};
@@ -75,6 +78,7 @@ pub use fields::Principal;
 #[cfg(feature = "checkpoint")]
 pub(crate) use folder::module_of;
 pub use folder::{Factors, Folder};
+pub use kind::Kind;
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::begin_with;
@@ -201,7 +205,7 @@ type Parts<B> = Vec<(String, Tuned<B>)>;
 fn read<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
     let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
     let config = AdapterConfig::from_json(&config).map_err(|error| at(dir, error))?;
-    let tensors = parse_tensors(&tensors).map_err(|error| at(dir, error))?;
+    let tensors = parse_tensors(&tensors).and_then(spelling::respelled).map_err(|error| at(dir, error))?;
     let parts = parts::read(backend, model, &config, tensors).map_err(|error| at(dir, error))?;
     Ok((config, parts))
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use lowrank::Result;
 use lowrank::checkpoint::{self, Checkpoint};
 
+use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::Stored;
 
@@ -17,16 +18,18 @@ pub(crate) struct Convert {
     /// The type; numbers that are more than it can hold are refused
     #[arg(long)]
     dtype: Stored,
-    /// A file for a file, else a new folder
-    #[arg(long, value_name = "PATH")]
-    out: PathBuf,
+    /// The new file or folder
+    #[command(flatten)]
+    out: Out,
 }
 
 impl Convert {
     pub(crate) fn run(self) -> Result<()> {
+        let out = self.out.begin(&[&self.path])?;
         let checkpoint = Checkpoint::open(&self.path)?;
-        watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, self.dtype.into(), &self.out, watch))?;
-        println!("{}: {} tensors", self.out.display(), checkpoint.entries().count());
+        watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, self.dtype.into(), out.path(), watch))?;
+        out.publish()?;
+        println!("{}: {} tensors", self.out.out.display(), checkpoint.entries().count());
         Ok(())
     }
 }

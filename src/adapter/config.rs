@@ -62,6 +62,8 @@ impl AdapterConfig {
     /// Errors: [`Error::File`] for what is not such a file or has a setting outside its range; [`Error::Unsupported`] for a
     /// setting that this crate does not know how to honour.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
+        const MARK: &[u8] = b"\xef\xbb\xbf"; // of the order of bytes, which some editors write
+        let bytes = bytes.strip_prefix(MARK).unwrap_or(bytes);
         Self::from_document(serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?)
     }
 
@@ -113,14 +115,23 @@ impl AdapterConfig {
 
     /// The parameters of a module that get an update, by their last names, in the order in which models register them. PEFT nests
     /// their updates in this order, from the inside out.
-    pub(super) fn parameters(&self, module: &str) -> Vec<&str> {
+    ///
+    /// Errors: [`Error::File`] for several of which some are none of those whose order is known.
+    pub(super) fn parameters(&self, module: &str) -> Result<Vec<&str>> {
         const REGISTERED: [&str; 2] = ["gate_up_proj", "down_proj"];
-        let last = |target: &'_ String| target.rsplit('.').next().map_or(0, str::len);
-        let names = self.target_parameters.iter().map(|target| &target[target.len() - last(target)..]);
+        // A target without a dot is the name of a parameter of experts: linear layers have one only, their weight.
+        let experts = module.split('.').any(|part| part == "experts");
+        let targets = self.target_parameters.iter().filter(|target| experts || target.contains('.'));
+        let names = targets.filter_map(|target| target.rsplit('.').next());
         let mut names: Vec<&str> = names.filter(|name| self.targets_parameter(&format!("{module}.{name}"))).collect();
         names.sort_by_key(|name| REGISTERED.iter().position(|known| known == name).unwrap_or(REGISTERED.len()));
         names.dedup();
-        names
+        match names.iter().find(|name| !REGISTERED.contains(name)).filter(|_| names.len() > 1) {
+            Some(name) => {
+                Err(refused(format!("`target_parameters`: nothing tells which update of `{module}` is that of `{name}`")))
+            }
+            None => Ok(names),
+        }
     }
 
     /// The rows of a table that are trained, in the order in which the file has them: `trainable_token_indices`.
@@ -131,7 +142,7 @@ impl AdapterConfig {
     }
 
     /// `ensure_weight_tying`: whether what is done to the embedding is done to the head that shares its weight.
-    pub(crate) fn ensures_weight_tying(&self) -> bool {
+    pub fn ensures_weight_tying(&self) -> bool {
         self.ensure_weight_tying
     }
 

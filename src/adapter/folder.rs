@@ -142,6 +142,7 @@ impl Folder {
     }
 
     /// The same folder, with what another one holds beside factors.
+    #[cfg(feature = "svd")]
     pub(super) fn with_extras(self, other: &Self) -> Self {
         Self { extras: other.extras.clone(), ..self }
     }
@@ -162,6 +163,7 @@ impl Folder {
     }
 
     /// The kinds of the modules that are no linear layers.
+    #[cfg(feature = "svd")]
     pub(super) fn kinds(&self) -> &BTreeMap<String, Kind> {
         &self.kinds
     }
@@ -258,7 +260,7 @@ const FACTORS: [&str; 4] = [".lora_A.weight", ".lora_B.weight", ".lora_embedding
 /// updates are nested in this one.
 fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize>)> {
     let module = name.trim_end_matches(".base_layer");
-    let (nested, parameters) = ((name.len() - module.len()) / ".base_layer".len(), config.parameters(module));
+    let (nested, parameters) = ((name.len() - module.len()) / ".base_layer".len(), config.parameters(module)?);
     match parameters.as_slice() {
         [] => Ok((name.into(), None)),
         ["weight"] if nested == 0 => Ok((name.into(), None)),

@@ -98,13 +98,13 @@ struct Others {
 impl Others {
     fn told(&self, names: impl Fn(&[String]) -> String) -> Vec<String> {
         let kinds = [
-            (&self.changed, "differ from the base"),
-            (&self.resized, "have another shape than in the base"),
-            (&self.gone, "are in the base, and not in the tuned model"),
-            (&self.new, "are in the tuned model, and not in the base"),
+            (&self.changed, "other numbers than in the base"),
+            (&self.resized, "another shape than in the base"),
+            (&self.gone, "only in the base"),
+            (&self.new, "only in the tuned model"),
         ];
         let told = kinds.iter().filter(|(kind, _)| !kind.is_empty());
-        told.map(|(kind, what)| format!("{} {what}", names(kind))).collect()
+        told.map(|(kind, what)| format!("{what}: {}", names(kind))).collect()
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where the tensors of a checkpoint are that an adapter means, by whatever names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::header::Entry;
 use super::{Checkpoint, Shard, listed, refused};
@@ -100,7 +100,8 @@ impl<'r> Names<'r> {
         if candidates.is_empty() {
             candidates = self.longest(name, fits);
         }
-        candidates.dedup_by(|one, other| one.2.1.name == other.2.1.name);
+        let mut seen = BTreeSet::new();
+        candidates.retain(|(_, _, (_, entry))| seen.insert(&entry.name));
         match candidates.as_slice() {
             [] => Ok(None),
             [(old, new, place)] => {
@@ -174,12 +175,15 @@ impl<'r> Names<'r> {
         self.ends.get(end(name)).into_iter().flatten().map(ToString::to_string).collect()
     }
 
-    /// What was mapped to what. Errors: [`Error::File`](crate::Error::File) if something that was asked for was of no use.
-    pub(super) fn told(self) -> Result<Vec<String>> {
+    /// Errors: [`Error::File`](crate::Error::File) if something that was asked for was of no use.
+    pub(super) fn all_used(&self) -> Result<()> {
         let unused = self.used.iter().zip(self.asked).find(|(used, _)| !**used).map(|(_, (old, _))| old);
-        if let Some(old) = unused {
-            return Err(refused(self.base.path(), format!("--map: no name of the adapter begins with or is `{old}`")));
-        }
+        let reason = |old| format!("--map: no name of the adapter begins with or is `{old}`");
+        unused.map_or(Ok(()), |old| Err(refused(self.base.path(), reason(old))))
+    }
+
+    /// What was mapped to what.
+    pub(super) fn told(self) -> Vec<String> {
         let mut found: BTreeMap<[String; 2], usize> = BTreeMap::new();
         for (old, (new, count)) in &self.found {
             *found.entry([unnumbered(old), unnumbered(new)]).or_default() += count;
@@ -188,7 +192,7 @@ impl<'r> Names<'r> {
         let line = |([old, new], count): (&[String; 2], &usize)| {
             format!("names: {} of the adapter is {} in the base ({count} tensors)", quoted(old), quoted(new))
         };
-        Ok(found.iter().map(line).collect())
+        found.iter().map(line).collect()
     }
 }
 

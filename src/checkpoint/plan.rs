@@ -153,6 +153,7 @@ impl<'r> Planner<'r> {
         let (adapter, base) = (self.adapter, self.base);
         if let Some(extra) = adapter.extras().get(&format!("{module}.base_layer.weight")) {
             (target.shape, target.source) = (extra.tensor.shape.clone(), Source::Instead(&extra.tensor.values));
+            self.resized(&target, want);
         }
         self.fits(&target, want)?;
         let began_with = adapter.config().began_with().filter(|_| *adapter.kind(module) == Kind::Linear);
@@ -210,7 +211,8 @@ impl<'r> Planner<'r> {
         let new = &extra.tensor.shape;
         let like = |shape: &[usize]| shape.len() == new.len() && shape.get(1..) == new.get(1..);
         let Some(target) = self.target(&extra.target, like)? else {
-            let alike = self.names.alike(&extra.target);
+            let longer = format!(".{}", extra.target);
+            let alike: Vec<String> = self.names.alike(&extra.target).into_iter().filter(|name| name.ends_with(&longer)).collect();
             let numbered = extra.target.split('.').any(|part| part.parse::<usize>().is_ok());
             if numbered
                 || extra.target.ends_with(".bias") && self.base.find(&format!("{}.weight", module_of(&extra.target))).is_some()
@@ -236,15 +238,18 @@ impl<'r> Planner<'r> {
             return self.fits(&target, new);
         }
         self.fits(&Target { shape: new.clone(), name: target.name.clone(), ..target }, new)?;
-        if resizes {
-            let (from, to) = (dimensions(&target.shape), dimensions(new));
-            self.notes.push(format!("resized: `{}` from {from} to {to}", target.name));
-            if ties::is_embedding(&target.name) {
-                self.config.vocabulary = Some([target.shape[0], new[0]]);
-            }
-        }
+        self.resized(&target, new);
         let target = Target { shape: new.clone(), source: Source::Instead(&extra.tensor.values), ..target };
         self.change(&target).map(drop)
+    }
+
+    /// Takes note of a tensor that gets another shape.
+    fn resized(&mut self, target: &Target<'r>, new: &[usize]) {
+        let Some((_, entry)) = target.place.filter(|(_, entry)| entry.shape != new) else { return };
+        self.notes.push(format!("resized: `{}` from {} to {}", target.name, entry.dimensions(), dimensions(new)));
+        if ties::is_embedding(&target.name) {
+            self.config.vocabulary = Some([entry.shape[0], new[0]]);
+        }
     }
 
     /// Whether a tensor may get another number of rows: one of a module that the adapter has whole.
@@ -281,6 +286,7 @@ impl<'r> Planner<'r> {
     }
 
     fn all_found(&self) -> Result<()> {
+        self.names.all_used()?;
         if self.missing.is_empty() {
             return Ok(());
         }
@@ -294,6 +300,13 @@ impl<'r> Planner<'r> {
 
     /// The head and the embedding go ways of their own, unless the adapter does the same to both.
     fn ties(&mut self) -> Result<()> {
+        if let Some(name) = self.changes.keys().find(|name| ties::is_shared(self.base, name)).filter(|_| self.tie.is_none()) {
+            let what = "is one weight with the tables of the encoder, the decoder and the head, and the adapter does not tell which it changes";
+            return Err(refused(
+                self.base.path(),
+                format!("`{name}` {what}; store them apart first (tie_word_embeddings: false)"),
+            ));
+        }
         let Some(tie) = self.tie.clone() else { return Ok(()) };
         let (embedding, Some(head)) = (tie.embedding.1.name.clone(), tie.head.clone().or(Some(String::new()))) else {
             return Ok(());
@@ -365,7 +378,7 @@ impl<'r> Planner<'r> {
         if self.adapter.changes_nothing() {
             self.notes.push("the adapter changes nothing: all of its updates are zero".into());
         }
-        let notes = self.names.told()?.into_iter().chain(self.notes).collect();
+        let notes = self.names.told().into_iter().chain(self.notes).collect();
         Ok(Plan { changes: self.changes, added, config: self.config, notes })
     }
 

@@ -62,6 +62,13 @@ fn head_of(base: &Checkpoint, embedding: &Entry) -> Option<&'static str> {
     }
 }
 
+/// Whether a tensor is the table that an encoder and a decoder share (T5, BART), in a model whose config does not set them apart.
+pub(super) fn is_shared(base: &Checkpoint, name: &str) -> bool {
+    let last = name.strip_suffix(".weight").and_then(|module| module.rsplit('.').next());
+    let config = base.beside().and_then(ModelConfig::read);
+    last == Some("shared") && config.and_then(|config| config.ties()) != Some(false)
+}
+
 /// Whether a tensor is an embedding of tokens.
 pub(super) fn is_embedding(name: &str) -> bool {
     let module = name.strip_suffix(".weight").unwrap_or_default();

@@ -85,6 +85,7 @@ fn nothing(folder: &Path, paths: &[PathBuf], stale: &BTreeMap<String, String>) -
     };
     let mut parts: Vec<String> = paths.iter().filter(holds).map(|path| path.display().to_string()).collect();
     parts.sort();
-    let hint = if parts.is_empty() { String::new() } else { format!("; {} do: name the one that is meant", listed(&parts)) };
+    let hint =
+        if parts.is_empty() { String::new() } else { format!("; look in {}, and name the one that is meant", listed(&parts)) };
     refused(folder, format!("holds no {WEIGHTS} file of a model{hint}"))
 }

@@ -1,13 +1,13 @@
 //! Models on disk: safetensors checkpoints, one file or sharded, read through a memory map a piece at a time.
 //!
 //! ```text
-//! mod.rs header.rs map.rs model.rs  what a checkpoint holds, and what its config says
-//! rewrite.rs output.rs companions.rs  the same checkpoint with some tensors changed, whole or not at all
+//! mod.rs which.rs header.rs map.rs model.rs      what a folder holds, and what its config says
+//! rewrite.rs output.rs companions.rs             the same checkpoint with some tensors changed, whole or not at all
 //! plan.rs names.rs ties.rs layout.rs experts.rs  which tensors an adapter means
-//! change.rs weight.rs merge.rs  what it does to them
-//! residue.rs                 what takes it back to the bit
-//! convert.rs                 another element type
-//! extract.rs                 an adapter out of two checkpoints
+//! change.rs weight.rs merge.rs                   what it does to them
+//! residue.rs                                     what takes it back to the bit
+//! convert.rs                                     another element type
+//! extract.rs                                     an adapter out of two checkpoints
 //! ```
 //!
 //! Memory stays near one piece of a tensor, whatever the size of the model. Every verb takes a `watch`, which is told how many

@@ -123,7 +123,7 @@ pub(super) fn rewrite(
 
 fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Staged> {
     let added = if last { edit.added().to_vec() } else { Vec::new() };
-    let stored: Vec<Entry> = shard.header.entries.iter().map(|entry| edit.stored(entry)).chain(added.iter().cloned()).collect();
+    let stored: Vec<Entry> = shard.header.entries.iter().chain(&added).map(|entry| edit.stored(entry)).collect();
     let header = shard.header.with_entries(&shard.path, &stored)?;
     let staged = Staged::with(out, |file| {
         let mut output = Output::new(out, file)?;
@@ -139,8 +139,7 @@ fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit
 
 /// The index, with the bytes of all tensors as they are now, and with those that are new.
 fn index_of(base: &Checkpoint, path: &Path, edit: &impl Edit) -> Result<Vec<u8>> {
-    let total: usize =
-        base.entries().map(|entry| edit.stored(entry).bytes).chain(edit.added().iter().map(|entry| entry.bytes)).sum();
+    let total: usize = base.entries().chain(edit.added()).map(|entry| edit.stored(entry).bytes).sum();
     let bytes = file::read(path)?;
     let parsed: Result<serde_json::Value, _> = serde_json::from_slice(&bytes);
     let mut document = parsed.map_err(|error| refused(path, error.to_string()))?;

@@ -64,7 +64,7 @@ fn what_differs_beside_weights() {
     desk.model("tuned", &tuned, &json!({}));
     desk.refused(EXTRACT, &["only in the tuned model: `lm_head.weight`", "--leave-others"]);
     tuned.insert("model.embed_tokens.weight".into(), Tensor::random(5, &[13, 6]));
-    tuned.insert("model.layers.0.norm.weight".into(), Tensor::random(5, &[6]));
+    tuned.insert("model.layers.0.norm.weight".into(), Tensor::random(77, &[6]));
     tuned.remove("model.layers.1.norm.weight");
     desk.model("tuned", &tuned, &json!({}));
     desk.refused(EXTRACT, &["model.embed_tokens.weight (13×6, not 10×6)", "only in the base: `model.layers.1.norm.weight`"]);

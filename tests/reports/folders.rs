@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::desk::{Desk, Tensors, factors, language_model};
+use crate::desk::{Desk, Tensor, Tensors, factors, language_model};
 
 const MERGE: &str = "merge --base base --adapter adapter --out merged";
 
@@ -26,7 +26,7 @@ fn shards(desk: &Desk, tensors: [&Tensors; 2]) {
         desk.store(&format!("base/{file}"), tensors);
         tensors.keys().for_each(|name| drop(map.entry(name.clone()).or_insert(file.clone().into())));
     }
-    desk.write("base/model.safetensors.index.json", json!({"metadata": {}, "weight_map": map}).to_string());
+    desk.write("base/model.safetensors.index.json", json!({"metadata": {"total_size": 0}, "weight_map": map}).to_string());
 }
 
 #[test]
@@ -54,6 +54,31 @@ fn the_checkpoint_of_a_folder() {
     let (got, _) = desk.merged();
     assert!(got.keys().eq(base.keys()));
     assert!(base.iter().all(|(name, tensor)| name.contains("q_proj") || got[name] == *tensor));
+}
+
+/// A head that is untied goes into the last shard, into the index, and is stored as all others are.
+#[test]
+fn new_tensors_of_a_sharded_checkpoint() {
+    let desk = Desk::new();
+    let base = language_model("model.", None);
+    let (first, second) = base.clone().into_iter().partition::<Tensors, _>(|(name, _)| name.contains("embed"));
+    desk.write("base/config.json", r#"{"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": true}"#);
+    shards(&desk, [&first, &second]);
+    let mut adapter = factors(&[("model.layers.0.self_attn.q_proj", [6, 6])]);
+    adapter.insert("model.embed_tokens.weight".into(), Tensor::random(5, &[10, 6]));
+    desk.adapter(&adapter, json!({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}));
+    let (got, _) = desk.merged();
+    assert_eq!((&got["lm_head.weight"], got.len()), (&base["model.embed_tokens.weight"], base.len() + 1));
+    let index = desk.json("merged/model.safetensors.index.json");
+    assert_eq!(index["weight_map"]["lm_head.weight"], "model-00002-of-00002.safetensors");
+    for (dtype, size) in [("f16", 2), ("f32", 4)] {
+        desk.good(&format!("{MERGE}-{dtype} --dtype {dtype}"));
+        let elements: usize = got.values().map(|tensor| tensor.values.len()).sum();
+        let index = desk.json(&format!("merged-{dtype}/model.safetensors.index.json"));
+        assert_eq!(index["metadata"]["total_size"], size * elements);
+        let words = format!("{}: {} tensors, {elements} elements", dtype.to_uppercase(), got.len());
+        assert!(desk.good(&format!("info merged-{dtype}")).contains(&words));
+    }
 }
 
 /// A model's own file counts before an adapter's and before variants; of a pipeline, the parts are named.

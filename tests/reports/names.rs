@@ -70,6 +70,7 @@ fn what_could_be_several_is_asked_for() {
 
     let bare = q_proj("");
     desk.adapter(&bare, json!({"target_modules": ["q_proj"]}));
+    let merge = &format!("{merge} --overwrite");
     desk.refused(
         merge,
         &["may be", "`audio.layers.0.self_attn.q_proj.weight`", "`text.layers.0.self_attn.q_proj.weight`", "--map"],

@@ -50,19 +50,25 @@ MERGED = [
     (gpt2, dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, bias="lora_only")),
     (gpt2, dict(target_modules=["c_attn"], fan_in_fan_out=True, bias="all", r=2)),
     (gpt2, dict(target_modules=["c_fc"], fan_in_fan_out=True, lora_bias=True, lora_alpha=3)),
+    (gpt2, dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=True)),
+    (gpt2, dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights="pissa")),
+    (llama, dict(target_modules=[*QV, "embed_tokens"])),
+    (llama, dict(target_modules=[*QV, "embed_tokens"], use_dora=True)),
+    (llama, dict(target_modules=[*QV, "lm_head"])),
+    (llama, dict(target_modules=[], target_parameters=["q_proj.weight"])),
+    (llama, dict(target_modules=QV, trainable_token_indices=[1, 2])),
+    (llama, dict(target_modules=r".*(?<!k)_proj")),
+    (lambda: llama(tied=True), dict(target_modules=[*QV, "lm_head"])),
+    (lambda: llama(tied=True), dict(target_modules=QV, modules_to_save=["lm_head"])),
+    (lambda: llama(tied=True), dict(target_modules=QV, modules_to_save=["embed_tokens"])),
+    (lambda: llama(tied=True), dict(target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    (lambda: llama(tied=True), dict(target_modules=QV, trainable_token_indices=[1, 2])),
 ]
 
 REFUSED = [
-    (gpt2, dict(target_modules=["c_attn"], fan_in_fan_out=True, use_dora=True), "use_dora"),
-    (llama, dict(target_modules=["embed_tokens"]), "embed_tokens"),
-    (llama, dict(target_modules=[], target_parameters=["q_proj.weight"]), "target_parameters"),
-    (llama, dict(target_modules=QV, trainable_token_indices=[1, 2]), "trainable_token_indices"),
     (llama, dict(target_modules=QV, layer_replication=[[0, 2], [1, 3]]), "layer_replication"),
     (llama, dict(target_modules=QV, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"), "alora_invocation_tokens"),
     (llama, dict(target_modules=QV, init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
-    (llama, dict(target_modules=r".*(?<!k)_proj"), "look-around"),
-    (lambda: llama(tied=True), dict(target_modules=QV, modules_to_save=["lm_head"]), "lm_head.weight"),
-    (lambda: llama(tied=True), dict(target_modules=QV, modules_to_save=["embed_tokens"], ensure_weight_tying=True), "ensure_weight_tying"),
 ]
 
 

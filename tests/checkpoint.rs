@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use lowrank::adapter::{Factors, Folder, HostMatrix, HostTensor};
-use lowrank::checkpoint::{self, Checkpoint, Merge};
+use lowrank::checkpoint::{self, Checkpoint, Merge, Unmerge};
 use lowrank::nn::Linear;
 use lowrank::random::Rng;
 use lowrank::{Cpu, DType, Error, bf16, f16};
@@ -65,8 +65,8 @@ fn adapter([n, k, r]: [usize; 3], size: f64, seed: u64) -> Folder {
 
 fn merge_into(base: &Path, adapter: &Folder, out: &Path, residue: Option<&Path>) -> lowrank::Result<()> {
     let base = Checkpoint::open(base)?;
-    let request = Merge { base: &base, adapter, out, dtype: None, keep_residue: residue, allow_non_finite: false };
-    checkpoint::merge(&request, &mut keep_going)
+    let request = Merge { keep_residue: residue, ..Merge::new(&base, adapter, out) };
+    checkpoint::merge(&request, &mut keep_going).map(drop)
 }
 
 fn names(folder: &Path) -> Vec<String> {
@@ -132,7 +132,9 @@ proptest! {
         model(&base, dtype, [n, k], &numbers(n * k, 1.0, seed));
         let adapter = adapter([n, k, r], 2f64.powi(size), seed + 1);
         merge_into(&base, &adapter, &merged, Some(&residue)).unwrap();
-        checkpoint::unmerge(&Checkpoint::open(&merged).unwrap(), &adapter, &back, Some(&residue), &mut keep_going).unwrap();
+        let opened = Checkpoint::open(&merged).unwrap();
+        let request = Unmerge { residue: Some(&residue), ..Unmerge::new(&opened, &adapter, &back) };
+        checkpoint::unmerge(&request, &mut keep_going).unwrap();
         prop_assert!(fs::read(&base).unwrap() == fs::read(&back).unwrap());
         SafeTensors::deserialize(&fs::read(&residue).unwrap()).unwrap();
     }
@@ -247,9 +249,9 @@ fn a_residue_of_something_else_is_refused() {
     let (first, second) = (adapter([30, 20, 2], 1.0, 2), adapter([30, 20, 2], 1.0, 4));
     merge_into(&base, &first, &merged, Some(&residue)).unwrap();
     let unmerge = |of: &Path, adapter: &Folder, residue: &Path| {
-        checkpoint::unmerge(&Checkpoint::open(of).unwrap(), adapter, &back, Some(residue), &mut keep_going)
-            .unwrap_err()
-            .to_string()
+        let opened = Checkpoint::open(of).unwrap();
+        let request = Unmerge { residue: Some(residue), ..Unmerge::new(&opened, adapter, &back) };
+        checkpoint::unmerge(&request, &mut keep_going).unwrap_err().to_string()
     };
     assert!(unmerge(&merged, &second, &residue).contains("would not be what it was"));
     assert!(unmerge(&base, &first, &residue).contains("would not be what it was"));
@@ -275,14 +277,13 @@ fn who_watches_may_break_off_and_nothing_is_left() {
             if seen > after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         let keep_residue = (after % 2 == 0).then_some(residue.as_path());
-        let request = Merge { base: &base, adapter: &adapter, out: &merged, dtype: None, keep_residue, allow_non_finite: false };
+        let request = Merge { keep_residue, ..Merge::new(&base, &adapter, &merged) };
         let error = checkpoint::merge(&request, &mut watch).unwrap_err();
         assert!(matches!(error, Error::Interrupted), "{after}: {error}");
         assert_eq!(names(folder.path()), ["base.safetensors"], "{after}");
     }
     let mut bytes = 0;
-    let request =
-        Merge { base: &base, adapter: &adapter, out: &merged, dtype: None, keep_residue: None, allow_non_finite: false };
+    let request = Merge::new(&base, &adapter, &merged);
     let mut watch = |more| {
         bytes += more;
         ControlFlow::Continue(())

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
 use super::folder::{Factors, Folder};
+use super::kind::Kind;
 use super::matrix::HostMatrix;
 use super::mix::{Mix, Pruning};
 use crate::element::DType;
@@ -196,7 +197,22 @@ pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
             .collect();
         modules.insert(name.clone(), module(name, &parts, &how, &mut mix)?);
     }
-    Folder::new(Some(first.config()), modules)
+    Ok(Folder::new(Some(first.config()), modules)?.of_kinds(kinds(adapters)?))
+}
+
+/// The kinds of the modules. Errors: [`Error::Value`] for a module that is of two.
+fn kinds(adapters: &[(&Folder, f64)]) -> Result<BTreeMap<String, Kind>> {
+    let mut kinds: BTreeMap<&String, &Kind> = BTreeMap::new();
+    for (folder, _) in adapters {
+        for name in folder.modules().keys() {
+            let kind = folder.kind(name);
+            if kinds.insert(name, kind).is_some_and(|other| other != kind) {
+                return Err(refused("adapters", &format!("of different kinds in `{name}`"), "updates of one kind of layer"));
+            }
+        }
+    }
+    let others = kinds.into_iter().filter(|(_, kind)| **kind != Kind::Linear);
+    Ok(others.map(|(name, kind)| (name.clone(), kind.clone())).collect())
 }
 
 /// What one adapter brings to a module.

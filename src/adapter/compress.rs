@@ -7,17 +7,19 @@ use crate::error::{Error, Result};
 
 /// The best approximation of every module's `scaling·B·A` of a smaller rank; a module that has no more is only rewritten.
 ///
-/// The result has `lora_alpha = r`; where modules differ in rank, the settings say so. Errors: [`Error::Value`] for what
-/// [`Keep`] excludes and factors that are not finite; [`Error::Unsupported`] for an adapter that does more than its factors tell.
+/// The result has `lora_alpha = r`; where modules differ in rank, the settings say so. Whole modules and biases stay. Errors: [`Error::Value`] for what
+/// [`Keep`] excludes and factors that are not finite; [`Error::Unsupported`] for an adapter that does something
+/// else to a module than add `scaling·B·A`.
 pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
     keep.check("compress")?;
-    adapter.only_factors()?;
+    adapter.only_products()?;
     let compressed = adapter.modules().iter().map(|(name, factors)| {
         let svd = Svd::of_product(&factors.b, &factors.a, f64::from(factors.scaling)).map_err(|error| inside(name, error))?;
         let (a, b) = svd.factors(svd.rank(keep)?);
         Ok((name.clone(), Factors { a, b, scaling: 1.0, dtype: factors.dtype }))
     });
-    Folder::new(Some(adapter.config()), compressed.collect::<Result<_>>()?)
+    let folder = Folder::new(Some(adapter.config()), compressed.collect::<Result<_>>()?)?;
+    Ok(folder.of_kinds(adapter.kinds().clone()).with_extras(adapter))
 }
 
 /// The factors `A` and `B` for which `W + B·A` is as near to the tuned weight as their rank allows.

@@ -2,12 +2,12 @@
 
 use std::path::Path;
 
-use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused};
+use super::fields::{Begins, Fields, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
 use super::formats::json_damage;
 use super::modules::{Modules, Selection};
+use super::pattern::Pattern;
 use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -21,10 +21,13 @@ use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LoraConfig, Scaling, T
 pub struct AdapterConfig {
     document: Map<String, Value>,
     selection: Selection,
+    target_parameters: Vec<String>,
+    tokens: Vec<(Option<String>, Vec<usize>)>,
+    ensure_weight_tying: bool,
     r: usize,
     lora_alpha: f64,
-    rank_pattern: Vec<(Regex, usize)>,
-    alpha_pattern: Vec<(Regex, f64)>,
+    rank_pattern: Vec<(Pattern, usize)>,
+    alpha_pattern: Vec<(Pattern, f64)>,
     use_rslora: bool,
     lora_dropout: f32,
     begins: Begins,
@@ -141,9 +144,59 @@ impl AdapterConfig {
 
     /// The settings of the update of a layer of this name; `None` if it is not a target.
     pub fn lora_config(&self, layer: &str) -> Option<LoraConfig> {
-        if !self.selection.targets(layer) {
-            return None;
+        (self.selection.targets(layer) || self.targets_parameter(&format!("{layer}.weight"))).then(|| self.settings(layer))
+    }
+
+    /// Whether a parameter of this name gets an update: `target_parameters`.
+    pub(super) fn targets_parameter(&self, name: &str) -> bool {
+        self.target_parameters.iter().any(|target| {
+            let above = name.strip_suffix(target.as_str());
+            above.is_some_and(|above| above.is_empty() || above.ends_with('.'))
+        })
+    }
+
+    /// The parameters of a module that get an update, by their last names, in the order in which models register them. PEFT nests
+    /// their updates in this order, from the inside out.
+    ///
+    /// Errors: [`Error::File`] for several of which some are none of those whose order is known.
+    pub(super) fn parameters(&self, module: &str) -> Result<Vec<&str>> {
+        const REGISTERED: [&str; 2] = ["gate_up_proj", "down_proj"];
+        // A target without a dot is the name of a parameter of experts: linear layers have one only, their weight.
+        let experts = module.split('.').any(|part| part == "experts");
+        let targets = self.target_parameters.iter().filter(|target| experts || target.contains('.'));
+        let names = targets.filter_map(|target| target.rsplit('.').next());
+        let mut names: Vec<&str> = names.filter(|name| self.targets_parameter(&format!("{module}.{name}"))).collect();
+        names.sort_by_key(|name| REGISTERED.iter().position(|known| known == name).unwrap_or(REGISTERED.len()));
+        names.dedup();
+        match names.iter().find(|name| !REGISTERED.contains(name)).filter(|_| names.len() > 1) {
+            Some(name) => {
+                Err(refused(format!("`target_parameters`: nothing tells which update of `{module}` is that of `{name}`")))
+            }
+            None => Ok(names),
         }
+    }
+
+    /// The rows of a table that are trained, in the order in which the file has them: `trainable_token_indices`.
+    pub(crate) fn tokens(&self, module: &str) -> Option<&[usize]> {
+        let of = |layer: &str| module.strip_suffix(layer).is_some_and(|above| above.is_empty() || above.ends_with('.'));
+        let found = self.tokens.iter().find(|(layer, _)| layer.as_deref().is_none_or(of));
+        found.map(|(_, rows)| rows.as_slice())
+    }
+
+    /// `ensure_weight_tying`: whether what is done to the embedding is done to the head that shares its weight.
+    pub fn ensures_weight_tying(&self) -> bool {
+        self.ensure_weight_tying
+    }
+
+    /// Errors: [`Error::Unsupported`] for a setting that speaks of something else than whole layers.
+    pub(super) fn only_layers(&self) -> Result<()> {
+        let set = |&field: &&'static str| Some((field, self.get(field).filter(|value| is_set(value))?));
+        let set = ["target_parameters", "trainable_token_indices"].iter().find_map(set);
+        set.map_or(Ok(()), |(field, value)| Err(unsupported(field, value)))
+    }
+
+    /// The settings of an update, whether or not the name is a target.
+    pub(super) fn settings(&self, layer: &str) -> LoraConfig {
         let rank = first_match(&self.rank_pattern, layer).unwrap_or(self.r);
         let lora_alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
         let (alpha, scaling) = match (lora_alpha as f32, self.use_rslora) {
@@ -153,7 +206,7 @@ impl AdapterConfig {
             (_, true) => ((lora_alpha / (rank as f64).sqrt()) as f32, Scaling::Raw),
             (_, false) => ((lora_alpha / rank as f64) as f32, Scaling::Raw),
         };
-        Some(LoraConfig {
+        LoraConfig {
             rank,
             alpha,
             scaling,
@@ -163,12 +216,15 @@ impl AdapterConfig {
             lora_bias: self.lora_bias,
             bias: self.bias,
             modules_to_save: self.selection.saved.iter().map(|saved| saved.name.clone()).collect(),
-        })
+        }
     }
 
     /// Errors: [`Error::File`] for settings of a layer that are fine by themselves and cannot be computed with: a scaling that `f32`
-    /// does not hold, an odd rank that begins orthogonal.
+    /// does not hold, an odd rank that begins orthogonal; for a pattern that does not decide.
     pub(super) fn check(&self, layer: &str, asked: &LoraConfig) -> Result<()> {
+        let ranks = self.rank_pattern.iter().map(|(pattern, _)| pattern);
+        let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);
+        self.selection.patterns().chain(ranks).chain(alphas).try_for_each(|pattern| pattern.decides(layer))?;
         if !asked.scaling.of(asked.alpha, asked.rank).is_finite() {
             let alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
             return Err(refused(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
@@ -260,6 +316,9 @@ impl AdapterConfig {
         fields.refuse_unsupported()?;
         let config = Self {
             selection: fields.selection()?,
+            target_parameters: fields.target_parameters()?,
+            tokens: fields.tokens()?,
+            ensure_weight_tying: fields.flag("ensure_weight_tying")?,
             r: fields.read("r", RANK, rank)?.unwrap_or(8),
             lora_alpha: fields.read("lora_alpha", "a number", Value::as_f64)?.unwrap_or(8.0),
             rank_pattern: fields.pattern("rank_pattern", RANK, rank)?,
@@ -395,8 +454,8 @@ fn lora_alpha(config: &LoraConfig, use_rslora: bool) -> f64 {
     }
 }
 
-fn first_match<T: Copy>(pattern: &[(Regex, T)], layer: &str) -> Option<T> {
-    pattern.iter().find(|(regex, _)| regex.is_match(layer)).map(|&(_, value)| value)
+fn first_match<T: Copy>(patterns: &[(Pattern, T)], layer: &str) -> Option<T> {
+    patterns.iter().find(|(pattern, _)| pattern.is_match(layer)).map(|&(_, value)| value)
 }
 
 /// `8`, not `8.0`, where it is whole: PEFT's alphas mostly are.

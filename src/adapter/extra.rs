@@ -24,9 +24,17 @@ pub enum Role {
     Magnitude,
     /// Is added to a bias, times the scaling of its module: `lora_bias`.
     Plus,
-    /// Takes its place: `bias`, `modules_to_save`.
+    /// Takes its place: `bias`, `modules_to_save`, a vocabulary that grew.
     Instead,
+    /// Takes its place before the update of the module is added: `base_layer.weight`.
+    Base,
+    /// Takes the place of some of its rows: `trainable_token_indices`.
+    Rows,
 }
+
+/// The last names of modules that hold a row for each token. PEFT saves them whole when the vocabulary grew.
+const TABLES: [&str; 9] =
+    ["embed_tokens", "lm_head", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embed_out", "shared", "embeddings"];
 
 /// What a tensor of this name is for, and the tensor of the model that it is about; `None` if the settings know of no such tensor.
 pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)> {
@@ -38,24 +46,38 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
         return told.lora_bias.then(|| (Role::Plus, format!("{module}.bias")));
     }
     if let Some((module, told)) = module(".base_layer.bias") {
-        return (told.bias != Bias::None).then(|| (Role::Instead, format!("{module}.bias")));
+        return (told.bias != Bias::None || is_table(module)).then(|| (Role::Instead, format!("{module}.bias")));
+    }
+    if let Some(module) = name.strip_suffix(".base_layer.weight") {
+        return Some((Role::Base, format!("{module}.weight")));
+    }
+    if let Some(module) = name.strip_suffix(".token_adapter.trainable_tokens_delta") {
+        return config.tokens(module).map(|_| (Role::Rows, format!("{module}.weight")));
     }
     let above = name.match_indices('.').filter_map(|(at, _)| name.get(..at));
     let whole = above.clone().any(|above| config.asks(above) == Some(Asked::Whole));
     let bias = name.strip_suffix(".bias").is_some_and(|module| config.asks(module) == Some(Asked::Bias));
-    (whole || bias).then(|| (Role::Instead, name.into()))
+    let table = [".weight", ".bias"].iter().any(|end| name.strip_suffix(end).is_some_and(is_table));
+    (whole || bias || table).then(|| (Role::Instead, name.into()))
 }
 
-/// Why a tensor that the settings do not know of is refused. PEFT writes two kinds of them that this crate does not honour.
-pub(super) fn unknown(name: &str) -> Error {
-    let unsupported = |field, value| Error::Unsupported { path: TENSORS_FILE.into(), field, value };
-    let embedding = || format!("`{name}`, an update of an embedding");
-    match name.rsplit_once('.') {
-        Some((_, "lora_embedding_A")) => unsupported("lora_embedding_A", embedding()),
-        Some((_, "lora_embedding_B")) => unsupported("lora_embedding_B", embedding()),
-        Some((module, "weight")) if !module.rsplit('.').next().is_some_and(|last| last.starts_with("lora_")) => {
-            unsupported("weight", format!("`{name}`, a whole one that `modules_to_save` does not name (a resized vocabulary?)"))
+fn is_table(module: &str) -> bool {
+    TABLES.contains(&module.rsplit('.').next().unwrap_or(module))
+}
+
+/// Why a tensor is refused that no linear layer can take: of updates of other layers, what they are.
+pub(super) fn unfit(name: &str) -> Error {
+    let ends = [".lora_embedding_A", ".lora_embedding_B"];
+    match ends.iter().find(|end| name.ends_with(*end)) {
+        Some(end) => {
+            let value = format!("`{name}`, an update of an embedding");
+            Error::Unsupported { path: TENSORS_FILE.into(), field: &end[1..], value }
         }
-        _ => refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes")),
+        None => unknown(name),
     }
+}
+
+/// Why a tensor that the settings do not know of is refused.
+pub(super) fn unknown(name: &str) -> Error {
+    refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))
 }

@@ -1,27 +1,24 @@
 //! The keys of an `adapter_config.json`, read and checked.
 
-use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
 use super::CONFIG_FILE;
 use super::modules::{Layers, Modules, Saved, Selection};
+use super::pattern::Pattern;
 use crate::error::{Error, Result};
 use crate::nn::{Bias, Init};
 
 /// What a config may hold but not set: each changes what an adapter computes, in a way that this crate does not.
-const UNSUPPORTED: [&str; 15] = [
+const UNSUPPORTED: [&str; 12] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
-    "ensure_weight_tying",
     "kasa_config",
     "layer_replication",
     "loftq_config",
     "lora_ga_config",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -53,7 +50,7 @@ impl Fields<'_> {
     /// one that is on changes what an adapter computes. Numbers and texts only say how, or tell of the training, and are kept.
     fn refuse_unknown(&self) -> Result<()> {
         let known = peft_defaults();
-        let on = |value: &Value| is_set(value) && !value.is_number() && !value.is_string();
+        let on = |value: &Value| switches(value) && !value.is_number() && !value.is_string();
         match self.0.iter().find(|(key, value)| !known.contains_key(*key) && on(value)) {
             Some((key, value)) => {
                 let (key, value) = (brief(key), brief(&value.to_string()));
@@ -66,11 +63,12 @@ impl Fields<'_> {
     /// `target_modules` and what goes with it.
     pub(super) fn selection(&self) -> Result<Selection> {
         const KEY: &str = "target_modules";
-        let Some(targets) = self.modules(KEY)? else {
+        let parameters = !self.target_parameters()?.is_empty();
+        let Some(targets) = self.modules(KEY)?.or_else(|| parameters.then(|| Modules::Names(Vec::new()))) else {
             return Err(refused(format!("`{KEY}` is missing, want a list of names, or a string")));
         };
         let saved = self.read("modules_to_save", "a list of names", names)?.unwrap_or_default().into_iter().map(|name| {
-            let within = regex("modules_to_save", [r"\A(?:^|.*\.)(?:", &name, r")(?:$|\..*)"])?;
+            let within = Pattern::new("modules_to_save", [r"\A(?:^|.*\.)(?:", &name, r")(?:$|\..*)"])?;
             Ok(Saved { name, within })
         });
         let saved = saved.collect::<Result<_>>()?;
@@ -84,7 +82,7 @@ impl Fields<'_> {
             Value::String(all) if key == "target_modules" && all.eq_ignore_ascii_case("all-linear") => {
                 Some(Ok(Modules::AllLinear))
             }
-            Value::String(pattern) => Some(regex(key, [r"\A(?:", pattern, r")\z"]).map(Modules::Matching)),
+            Value::String(pattern) => Some(Pattern::new(key, [r"\A(?:", pattern, r")\z"]).map(Modules::Matching)),
             value => names(value).map(|names| Ok(Modules::Names(names))),
         })?;
         modules.transpose()
@@ -116,13 +114,34 @@ impl Fields<'_> {
             };
         };
         let patterns = match patterns {
-            None => vec![regex("layers_pattern", [r"\A.*?\.", "[^.]*", r"\.(?P<idx>[0-9]+)\."])?],
+            None => vec![Pattern::new("layers_pattern", [r"\A.*?\.", "[^.]*", r"\.(?P<idx>[0-9]+)\."])?],
             Some(patterns) => {
-                let pattern = |name: &String| regex("layers_pattern", [r"\A(?:^|.*?\.)(?:", name, r")\.(?P<idx>[0-9]+)\."]);
+                let pattern =
+                    |name: &String| Pattern::new("layers_pattern", [r"\A(?:^|.*?\.)(?:", name, r")\.(?P<idx>[0-9]+)\."]);
                 patterns.iter().map(pattern).collect::<Result<_>>()?
             }
         };
         Ok(Some(Layers { numbers, patterns }))
+    }
+
+    /// `target_parameters`: the ends of the names of parameters.
+    pub(super) fn target_parameters(&self) -> Result<Vec<String>> {
+        Ok(self.read("target_parameters", "a list of names", names)?.unwrap_or_default())
+    }
+
+    /// `trainable_token_indices`: rows of the embedding, or of the layers that are named.
+    pub(super) fn tokens(&self) -> Result<Vec<(Option<String>, Vec<usize>)>> {
+        let rows = |value: &Value| -> Option<Vec<usize>> {
+            value.as_array()?.iter().map(|row| usize::try_from(row.as_u64()?).ok()).collect()
+        };
+        let want = "a list of whole numbers, or an object of them";
+        let tokens = self.read("trainable_token_indices", want, |value| match value {
+            Value::Object(layers) => {
+                layers.iter().map(|(layer, value)| Some((Some(layer.clone()), rows(value)?))).collect::<Option<Vec<_>>>()
+            }
+            value => Some(vec![(None, rows(value)?)]),
+        })?;
+        Ok(tokens.unwrap_or_default())
     }
 
     /// `bias`
@@ -141,11 +160,11 @@ impl Fields<'_> {
     }
 
     /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order they are tried.
-    pub(super) fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Regex, T)>> {
+    pub(super) fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Pattern, T)>> {
         let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
         let entry = |(name, value): (&String, &Value)| {
             let value = read(value).ok_or_else(|| wrong(&format!("{key}.{name}"), value, want))?;
-            Ok((regex(key, [r"\A(?:(.*\.)?(", name, ")$)"])?, value))
+            Ok((Pattern::new(key, [r"\A(?:(.*\.)?(", name, ")$)"])?, value))
         };
         entries.iter().map(entry).collect()
     }
@@ -249,6 +268,16 @@ pub(super) fn dropout(value: &Value) -> Option<f32> {
     value.as_f64().map(|p| p as f32).filter(|p| (0.0..1.0).contains(p))
 }
 
+/// Whether it switches something on. An object with flags does if one of them is on, such as `runtime_config`.
+fn switches(value: &Value) -> bool {
+    match value {
+        Value::Object(entries) if entries.values().any(Value::is_boolean) => {
+            entries.values().any(|entry| !entry.is_number() && !entry.is_string() && switches(entry))
+        }
+        value => is_set(value),
+    }
+}
+
 pub(super) fn is_set(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => false,
@@ -257,13 +286,6 @@ pub(super) fn is_set(value: &Value) -> bool {
         Value::String(text) => !text.is_empty() && text != "none",
         Value::Bool(true) | Value::Number(_) => true,
     }
-}
-
-/// A pattern in the syntax that Python's `re` and the regex crate share, between what makes it match as PEFT does. The limit keeps
-/// a hostile one small.
-fn regex(key: &str, [before, pattern, after]: [&str; 3]) -> Result<Regex> {
-    let built = RegexBuilder::new(&[before, pattern, after].concat()).size_limit(1 << 20).build();
-    built.map_err(|_| refused(format!("`{key}` holds {}, want a regular expression without look-around", brief(pattern))))
 }
 
 /// What is wrong with the file, before it is known where it lies.
@@ -280,7 +302,7 @@ pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
 }
 
 /// As much of a hostile value as a message can bear.
-fn brief(text: &str) -> String {
+pub(super) fn brief(text: &str) -> String {
     const LONGEST: usize = 60;
     let mut brief: String = text.chars().take(LONGEST).collect();
     if brief.len() < text.len() {

@@ -7,8 +7,10 @@ use serde_json::{Map, Value, json};
 
 use super::config::number;
 use super::extra::{Extra, Role, role, unknown};
+use super::kind::{self, Kind};
 use super::matrix::HostMatrix;
-use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
+use super::spelling::respelled;
+use super::tensors::{HostTensors, parse_tensors, refused, spell};
 use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, formats, parts, publish};
 use crate::backend::Backend;
 use crate::element::DType;
@@ -16,8 +18,10 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::nn::{Adapter, Linear};
 
-/// Settings that put more into a folder than factors, or make more of them than `scaling·B·A`.
-const MORE_THAN_FACTORS: [&str; 4] = ["bias", "lora_bias", "modules_to_save", "use_dora"];
+/// Settings that make more of the factors than `scaling·B·A` of one matrix.
+const MORE_THAN_PRODUCTS: [&str; 3] = ["lora_bias", "target_parameters", "use_dora"];
+/// Settings that put tensors into a folder that take the place of the model's.
+const BESIDE_FACTORS: [&str; 3] = ["bias", "modules_to_save", "trainable_token_indices"];
 
 /// `ΔW = scaling·B·A` of one module.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,6 +56,8 @@ pub struct Folder {
     dir: PathBuf,
     config: AdapterConfig,
     modules: BTreeMap<String, Factors>,
+    /// The kinds of the modules that are no linear layers.
+    kinds: BTreeMap<String, Kind>,
     extras: BTreeMap<String, Extra>,
 }
 
@@ -70,20 +76,25 @@ impl Folder {
 
     /// Reads the bytes of the two files. Errors: those of [`read`](Self::read).
     pub fn parse(config: &[u8], tensors: &[u8]) -> Result<Self> {
-        let (config, mut tensors) = (AdapterConfig::from_json(config)?, parse_tensors(tensors)?);
-        let factor =
-            |name: &String| Some(name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"))?.to_string());
+        let (config, tensors) = (AdapterConfig::from_json(config)?, parse_tensors(tensors)?);
+        let mut tensors = respelled(tensors)?;
+        let factor = |name: &String| FACTORS.iter().find_map(|factor| Some(name.strip_suffix(factor)?.to_string()));
         let names: BTreeSet<String> = tensors.keys().filter_map(factor).collect();
-        let mut modules = BTreeMap::new();
+        let (mut modules, mut kinds) = (BTreeMap::new(), BTreeMap::new());
         for name in names {
-            let factors = checked(&config, &name, &mut tensors)?;
+            let (name, parameter) = parameter(&config, &name)?;
+            let settings = told(&config, &name, parameter)?;
+            let (kind, factors) = kind::read(&mut tensors, &name, parameter, settings)?;
+            if kind != Kind::Linear {
+                kinds.insert(name.clone(), kind);
+            }
             modules.insert(name, factors);
         }
         let extras = extras(&config, &modules, tensors)?;
-        if modules.is_empty() {
+        if modules.is_empty() && extras.is_empty() {
             return Err(refused("holds no adapter".into()));
         }
-        Ok(Self { dir: PathBuf::new(), config, modules, extras })
+        Ok(Self { dir: PathBuf::new(), config, modules, kinds, extras })
     }
 
     /// Modules under settings that say their ranks and scalings: `lora_alpha = scaling·r`, and `rank_pattern` and `alpha_pattern` for
@@ -104,11 +115,28 @@ impl Folder {
         };
         for (name, Factors { a, b, scaling, .. }) in &modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
-            let (rank, told) = told(&config, name)?;
+            let (rank, told) = told(&config, name, None)?;
             let tells = rank == a.rows() && told == *scaling;
             unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
         }
-        Ok(Self { dir: PathBuf::new(), config, modules, extras: BTreeMap::new() })
+        Ok(Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() })
+    }
+
+    /// The same folder, whose modules are of these kinds.
+    pub(super) fn of_kinds(self, kinds: BTreeMap<String, Kind>) -> Self {
+        Self { kinds, ..self }
+    }
+
+    /// The same folder, for a model that stores the weights of linear layers `in × out`.
+    #[cfg(all(feature = "checkpoint", feature = "svd"))]
+    pub(crate) fn stored_in_out(self) -> Result<Self> {
+        Ok(Self { config: self.config.with([("fan_in_fan_out", json!(true))])?, ..self })
+    }
+
+    /// The same folder, with what another one holds beside factors.
+    #[cfg(feature = "svd")]
+    pub(super) fn with_extras(self, other: &Self) -> Self {
+        Self { extras: other.extras.clone(), ..self }
     }
 
     /// The settings.
@@ -121,6 +149,23 @@ impl Folder {
         &self.modules
     }
 
+    /// The kind of a module; linear if there is none of this name.
+    pub fn kind(&self, module: &str) -> &Kind {
+        self.kinds.get(module).unwrap_or(&Kind::Linear)
+    }
+
+    /// The kinds of the modules that are no linear layers.
+    #[cfg(feature = "svd")]
+    pub(super) fn kinds(&self) -> &BTreeMap<String, Kind> {
+        &self.kinds
+    }
+
+    /// Whether merging it would leave every weight as it is: every `B` or `A` is zero, and there is nothing beside factors.
+    pub fn changes_nothing(&self) -> bool {
+        let zero = |matrix: &HostMatrix| matrix.values().iter().all(|&value| value == 0.0);
+        self.extras.is_empty() && self.modules.values().all(|factors| zero(&factors.a) || zero(&factors.b))
+    }
+
     /// What it holds beside factors, by the name of the tensor in its file.
     pub fn extras(&self) -> &BTreeMap<String, Extra> {
         &self.extras
@@ -128,11 +173,24 @@ impl Folder {
 
     /// Errors: [`Error::Unsupported`] if the factors do not tell all that the adapter does.
     pub(super) fn only_factors(&self) -> Result<()> {
-        let set = |field: &'static str| Some((field, self.config.get(field).filter(|value| fields::is_set(value))?));
+        self.unset(&BESIDE_FACTORS)?;
+        let extra = self.extras.keys().next();
+        extra
+            .map_or(Ok(()), |name| Err(refused(format!("`{name}` is there beside the factors, which is not supported here"))))?;
+        self.only_products()
+    }
+
+    /// Errors: [`Error::Unsupported`] if a module does something else than add `scaling·B·A`.
+    pub(super) fn only_products(&self) -> Result<()> {
         // One that began with a part of the weights took it out of them: its factors alone belong to other weights.
-        let began = self.config.began_with().map(|part| ("init_lora_weights", json!(part.name())));
-        let more = MORE_THAN_FACTORS.into_iter().find_map(set).map(|(field, value)| (field, value.clone()));
-        more.or(began).map_or(Ok(()), |(field, value)| Err(at(&self.dir, fields::unsupported(field, &value))))
+        let began = self.config.began_with().map(|part| json!(part.name()));
+        began.map_or(Ok(()), |value| Err(at(&self.dir, fields::unsupported("init_lora_weights", &value))))?;
+        self.unset(&MORE_THAN_PRODUCTS)
+    }
+
+    fn unset(&self, settings: &[&'static str]) -> Result<()> {
+        let set = |&field: &&'static str| Some((field, self.config.get(field).filter(|value| fields::is_set(value))?));
+        settings.iter().find_map(set).map_or(Ok(()), |(field, value)| Err(at(&self.dir, fields::unsupported(field, value))))
     }
 
     /// The element type of all factors, or `f32` where they differ.
@@ -154,10 +212,11 @@ impl Folder {
     /// or hold more than the backend's element type can; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
     pub fn adapter<B: Backend>(&self, backend: &B, module: &str, base: &Linear<B>) -> Result<Adapter<B>> {
         let factors = self.modules.get(module).ok_or_else(|| self.lacks(module))?;
-        let asked = self.config.lora_config(module).ok_or_else(|| self.lacks(module))?;
+        let asked = self.config.lora_config(module).filter(|_| *self.kind(module) == Kind::Linear);
+        let asked = asked.ok_or_else(|| self.lacks(module))?;
         let beside = ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"].map(|end| format!("{module}.{end}"));
         let beside = beside.into_iter().filter_map(|name| Some((name.clone(), self.extras.get(&name)?.tensor.clone())));
-        let tensors = stored(module, factors).into_iter().chain(beside).collect();
+        let tensors = Kind::Linear.stored(module, factors).into_iter().chain(beside).collect();
         parts::adapter((backend, tensors), (module, base), asked, self.config.began_with())
     }
 
@@ -180,7 +239,7 @@ impl Folder {
     ///
     /// Errors: [`Error::File`], also for a number that the stored element type cannot hold.
     pub fn write(&self, dir: &Path) -> Result<()> {
-        let factors = self.modules.iter().flat_map(|(name, factors)| stored(name, factors));
+        let factors = self.modules.iter().flat_map(|(name, factors)| self.kind(name).stored(name, factors));
         let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
         publish(&[(dir.into(), &self.config, factors.chain(extras).collect())])
     }
@@ -206,33 +265,24 @@ pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'sta
     ]
 }
 
-/// The factors of a module, as the tensors of a file.
-fn stored(name: &str, Factors { a, b, dtype, .. }: &Factors) -> [(String, HostTensor); 2] {
-    let tensor = |matrix: &HostMatrix| {
-        let (shape, values) = (vec![matrix.rows(), matrix.cols()], matrix.values().to_vec());
-        HostTensor { shape, dtype: *dtype, values }
-    };
-    [(key(name, "lora_A"), tensor(a)), (key(name, "lora_B"), tensor(b))]
-}
+/// The ends of the names of the first factors, for every kind of module, and of the second, which must not be there alone.
+const FACTORS: [&str; 4] = [".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"];
 
-/// The factors of a module, out of the tensors, if they are of the rank that the settings tell.
-fn checked(config: &AdapterConfig, name: &str, tensors: &mut HostTensors) -> Result<Factors> {
-    let (rank, scaling) = told(config, name)?;
-    let mut take = |which: &str| {
-        let key = key(name, which);
-        let HostTensor { shape, dtype, values } = tensors.remove(&key).ok_or_else(|| refused(format!("`{key}` is missing")))?;
-        let &[rows, cols] = &shape[..] else {
-            return Err(refused(format!("`{key}` has {} dimensions, want 2", shape.len())));
-        };
-        Ok((dtype, HostMatrix::new((rows, cols), values)?))
-    };
-    let ((a_dtype, a), (b_dtype, b)) = (take("lora_A")?, take("lora_B")?);
-    for (which, got, want) in [("lora_A", a.shape(), (rank, a.cols()).into()), ("lora_B", b.shape(), (b.rows(), rank).into())] {
-        if got != want {
-            return Err(refused(format!("`{}` is {got}, want {want}", key(name, which))));
+/// The module whose factors have this name in the file. If the update is one of a parameter: the parameter, and how many other
+/// updates are nested in this one.
+fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize>)> {
+    let module = name.trim_end_matches(".base_layer");
+    let (nested, parameters) = ((name.len() - module.len()) / ".base_layer".len(), config.parameters(module)?);
+    match parameters.as_slice() {
+        [] => Ok((name.into(), None)),
+        ["weight"] if nested == 0 => Ok((name.into(), None)),
+        parameters => {
+            // The update that lies the deepest in the nest is that of the parameter that was registered first.
+            let parameter = parameters.len().checked_sub(nested + 1).and_then(|at| parameters.get(at));
+            let parameter = parameter.ok_or_else(|| refused(format!("`{name}` is none of the `target_parameters`")))?;
+            Ok((format!("{module}.{parameter}"), Some(nested)))
         }
     }
-    Ok(Factors { a, b, scaling, dtype: if a_dtype == b_dtype { a_dtype } else { DType::F32 } })
 }
 
 /// What the tensors are that are no factors: all of them known to the settings, none missing that they ask of every module.
@@ -252,7 +302,7 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
         {
             let name = format!("{module}.{end}");
             match extras.get(&name) {
-                Some(extra) if extra.tensor.shape != [n] => {
+                Some(extra) if extra.tensor.values.len() != n => {
                     return Err(refused(format!("`{name}` is {}, want {n}", spell(&extra.tensor.shape))));
                 }
                 None if asked => return Err(refused(format!("`{name}` is missing, want {n}"))),
@@ -260,7 +310,8 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
             }
         }
     }
-    let alone = |extra: &&Extra| extra.role != Role::Instead && !modules.contains_key(module_of(&extra.target));
+    let needs = [Role::Magnitude, Role::Plus];
+    let alone = |extra: &Extra| needs.contains(&extra.role) && !modules.contains_key(module_of(&extra.target));
     match extras.iter().find(|(_, extra)| alone(extra)) {
         Some((name, _)) => Err(refused(format!("`{name}` is there without the factors of its module"))),
         None => Ok(extras),
@@ -277,9 +328,9 @@ fn lora_alpha(module: &Factors) -> Value {
     number(f64::from(module.scaling) * module.rank() as f64)
 }
 
-/// The rank and the scaling that the settings tell of a module.
-fn told(config: &AdapterConfig, name: &str) -> Result<(usize, f32)> {
-    let told = config.lora_config(name);
+/// The rank and the scaling that the settings tell of a module, or of a parameter.
+fn told(config: &AdapterConfig, name: &str, parameter: Option<usize>) -> Result<(usize, f32)> {
+    let told = parameter.map(|_| config.settings(name)).or_else(|| config.lora_config(name));
     let told = told.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
     config.check(name, &told)?;
     Ok((told.rank, told.scaling.of(told.alpha, told.rank)))

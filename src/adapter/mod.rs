@@ -51,14 +51,17 @@ mod extra;
 mod fields;
 mod folder;
 pub mod formats;
+mod kind;
 #[cfg(feature = "svd")]
 mod leading;
 mod matrix;
 mod mix;
 mod modules;
 mod parts;
+mod pattern;
 #[cfg(feature = "svd")]
 mod principal;
+mod spelling;
 mod tensors;
 
 use std::path::{Path, PathBuf};
@@ -76,6 +79,7 @@ pub use fields::Principal;
 #[cfg(feature = "checkpoint")]
 pub(crate) use folder::module_of;
 pub use folder::{Factors, Folder};
+pub use kind::Kind;
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::begin_with;
@@ -208,7 +212,7 @@ type Parts<B> = Vec<(String, Tuned<B>)>;
 fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
     let read = || {
         let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-        let (config, tensors) = (AdapterConfig::from_json(&config)?, parse_tensors(&tensors)?);
+        let (config, tensors) = (AdapterConfig::from_json(&config)?, parse_tensors(&tensors).and_then(spelling::respelled)?);
         let parts = parts::read(backend, model, &config, tensors)?;
         Ok((config, parts))
     };

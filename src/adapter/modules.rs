@@ -1,6 +1,6 @@
 //! Which layers a config names, by PEFT's rules.
 
-use regex::Regex;
+use super::pattern::Pattern;
 
 /// Which layers get an update, and which are copied and trained whole.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub(super) struct Selection {
 pub(super) enum Modules {
     AllLinear,
     Names(Vec<String>),
-    Matching(Regex),
+    Matching(Pattern),
 }
 
 /// Numbered layers, `3` in `model.layers.3.q_proj`.
@@ -28,7 +28,7 @@ pub(super) enum Modules {
 pub(super) struct Layers {
     pub(super) numbers: Vec<u64>,
     /// Each finds the number of a layer as its group `idx`.
-    pub(super) patterns: Vec<Regex>,
+    pub(super) patterns: Vec<Pattern>,
 }
 
 /// An entry of `modules_to_save`.
@@ -37,7 +37,7 @@ pub(super) struct Saved {
     /// The end of the name of what is copied.
     pub(super) name: String,
     /// What gets no update: it, and all that is in it.
-    pub(super) within: Regex,
+    pub(super) within: Pattern,
 }
 
 impl Selection {
@@ -61,7 +61,23 @@ impl Selection {
     }
 }
 
+impl Selection {
+    /// The patterns that decide about a layer.
+    pub(super) fn patterns(&self) -> impl Iterator<Item = &Pattern> {
+        let numbered = self.layers.iter().flat_map(|layers| &layers.patterns);
+        let whole = std::iter::once(&self.targets).chain(&self.excluded).filter_map(Modules::pattern);
+        whole.chain(numbered).chain(self.saved.iter().map(|saved| &saved.within))
+    }
+}
+
 impl Modules {
+    fn pattern(&self) -> Option<&Pattern> {
+        match self {
+            Modules::Matching(pattern) => Some(pattern),
+            Modules::AllLinear | Modules::Names(_) => None,
+        }
+    }
+
     fn include(&self, layer: &str) -> bool {
         match self {
             Modules::AllLinear => true,
@@ -77,10 +93,7 @@ impl Modules {
 impl Layers {
     /// By the first pattern that finds a number.
     fn include(&self, layer: &str) -> bool {
-        let number = self.patterns.iter().find_map(|pattern| pattern.captures(layer)).and_then(|found| {
-            let digits = found.name("idx")?.as_str();
-            digits.parse().ok()
-        });
-        number.is_some_and(|number: u64| self.numbers.contains(&number))
+        let digits = self.patterns.iter().find_map(|pattern| pattern.group(layer, "idx"));
+        digits.and_then(|digits| digits.parse().ok()).is_some_and(|number: u64| self.numbers.contains(&number))
     }
 }

@@ -10,7 +10,7 @@
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
 
 use super::config::{AdapterConfig, Asked};
-use super::extra::{role, unknown};
+use super::extra::{role, unfit};
 use super::folder::module_of;
 #[cfg(feature = "svd")]
 use super::principal::plain;
@@ -31,6 +31,7 @@ pub(super) fn read<B: Backend>(
     tensors: HostTensors,
 ) -> Result<Vec<(String, Tuned<B>)>> {
     distinct(model, "load")?;
+    config.only_layers()?;
     let mut file = File { backend, tensors };
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
@@ -78,7 +79,7 @@ fn left<B: Backend>(model: &impl Adaptable<B>, config: &AdapterConfig, name: &st
     let factor = name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"));
     let factor = factor.filter(|module| config.lora_config(module).is_some()).map(String::from);
     let Some(layer) = factor.or_else(|| role(config, name).map(|(_, target)| module_of(&target).into())) else {
-        return unknown(name);
+        return unfit(name);
     };
     let known: Vec<&str> = model.layers().map(|(name, _)| name).collect();
     tensors::refused(match known.contains(&layer.as_str()) {

@@ -1,41 +1,72 @@
-//! What an adapter does to the tensors of a checkpoint.
+//! What becomes of a tensor of a checkpoint, whatever kind of layer it belongs to.
+//!
+//! ```text
+//! W' = gain ∘ (source + Σ scale·B·A + scale·plus), with some rows replaced
+//! ```
+//!
+//! | update | rows × columns | what is added |
+//! |---|---|---|
+//! | linear | `n×k` | `B·A` |
+//! | linear stored `k×n` (Conv1D), embedding | `k×n` | `Aᵀ·Bᵀ`, and gains belong to columns |
+//! | convolution | `n × channels·kernel` | `B·A` |
+//! | stacked experts | `E·n × k` | `Bₑ·Aₑ` to the rows of each, or its transpose |
+//! | bias | `n×1` | a vector |
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 
 use memmap2::Mmap;
 
-use super::header::Entry;
-use super::{Checkpoint, Shard, listed, number, refused};
-use crate::adapter::{Factors, Folder, Principal, Role, module_of};
+use super::names::Place;
+use super::{number, refused};
 #[cfg(feature = "svd")]
-use crate::adapter::{HostMatrix, inside};
+use crate::adapter::inside;
+use crate::adapter::{Factors, HostMatrix, Principal};
 use crate::element::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// What becomes of a tensor.
-pub(super) enum Change<'f> {
-    /// `W + scaling·B·A`.
-    Update(Update<'f>),
-    /// `(instead, or what is there) + scale·plus`, element by element.
-    Set(Set<'f>),
+pub(super) struct Change<'r> {
+    pub(super) source: Source<'r>,
+    /// The shape it has in the end.
+    pub(super) shape: Vec<usize>,
+    /// How long a row is, of the matrix that the updates see.
+    pub(super) cols: usize,
+    pub(super) pieces: Vec<Piece<'r>>,
+    /// A scale, and what is added to the elements.
+    pub(super) plus: Option<(f32, &'r [f32])>,
+    /// Which rows are replaced, and by what.
+    pub(super) rows: Option<(&'r [usize], &'r [f32])>,
+    pub(super) magnitude: Option<Magnitude<'r>>,
 }
 
-/// What becomes of a weight.
-pub(super) struct Update<'f> {
-    /// Those of the weight as it is stored: turned around for one that is stored `in × out`.
-    pub(super) factors: Cow<'f, Factors>,
-    /// How long each row is in the end.
-    pub(super) magnitudes: Option<&'f [f32]>,
+/// What a tensor is before anything is added to it.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'r> {
+    /// What is stored.
+    Stored,
+    /// What the adapter brings.
+    Instead(&'r [f32]),
+    /// Another tensor of the checkpoint.
+    Other(Place<'r>),
+}
+
+/// `scaling·B·A`, added to some rows.
+#[derive(Clone)]
+pub(super) struct Piece<'r> {
+    pub(super) first_row: usize,
+    /// As the layer has them: `A` r×k, `B` n×r.
+    pub(super) factors: Cow<'r, Factors>,
+    /// Whether the rows are the layer's inputs.
+    pub(super) transposed: bool,
     /// What the factors began with.
     pub(super) began_with: Option<Principal>,
 }
 
-/// What becomes of a bias, or of a tensor that is kept whole.
-#[derive(Default)]
-pub(super) struct Set<'f> {
-    pub(super) instead: Option<&'f [f32]>,
-    pub(super) plus: Option<(f32, &'f [f32])>,
+/// How long the rows, or the columns, are in the end.
+#[derive(Clone, Copy)]
+pub(super) struct Magnitude<'r> {
+    pub(super) of_columns: bool,
+    pub(super) values: &'r [f32],
 }
 
 /// A block of a tensor, changed.
@@ -52,130 +83,91 @@ pub(super) struct Changed {
     pub(super) gains: Vec<f32>,
 }
 
-impl Change<'_> {
+impl<'r> Change<'r> {
+    /// One that leaves a tensor of this shape as it is.
+    pub(super) fn of(shape: &[usize]) -> Self {
+        let cols = shape.get(1..).unwrap_or_default().iter().product();
+        let (source, shape) = (Source::Stored, shape.to_vec());
+        Self { source, shape, cols, pieces: Vec::new(), plus: None, rows: None, magnitude: None }
+    }
+
+    /// The same change, for another tensor.
+    pub(super) fn copied(&self) -> Self {
+        let (shape, pieces) = (self.shape.clone(), self.pieces.clone());
+        Self { shape, pieces, ..*self }
+    }
+
+    pub(super) fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// How many gains its rows or columns have.
+    pub(super) fn gains(&self) -> Option<usize> {
+        let count = |magnitude: Magnitude<'_>| if magnitude.of_columns { self.cols } else { self.elements() / self.cols.max(1) };
+        self.magnitude.map(count)
+    }
+
     /// Why it cannot be undone by what the merged tensor tells, if so.
     pub(super) fn hides(&self) -> Option<&'static str> {
-        match self {
-            Change::Update(update) if update.magnitudes.is_some() => Some("its rows were given other lengths"),
-            Change::Set(set) if set.instead.is_some() => Some("the adapter has another in its place"),
-            Change::Update(_) | Change::Set(_) => None,
+        if self.magnitude.is_some() {
+            Some("its rows or columns were given other lengths")
+        } else if self.rows.is_some() {
+            Some("the adapter has other rows in place of some")
+        } else if !matches!(self.source, Source::Stored) {
+            Some("the adapter has another in its place")
+        } else {
+            None
         }
     }
 }
 
-/// The changes of an adapter, by the name of the tensor. Errors: [`Error::File`] for tensors that are missing or do not fit.
-pub(super) fn changes<'f>(base: &Checkpoint, adapter: &'f Folder) -> Result<BTreeMap<String, Change<'f>>> {
-    let names = || adapter.modules().keys().map(|module| format!("{module}.weight"));
-    let targets = adapter.extras().values().map(|extra| extra.target.clone());
-    let missing: Vec<String> = names().chain(targets).filter(|name| base.find(name).is_none()).collect();
-    if !missing.is_empty() {
-        return Err(refused(base.path(), format!("has no {}, which the adapter changes", listed(&missing))));
-    }
-    let mut changes = BTreeMap::new();
-    for (name, factors) in names().zip(adapter.modules().values()) {
-        let Some((shard, entry)) = base.find(&name) else { continue };
-        let update = update(adapter, (shard, entry), factors)?;
-        changes.insert(name, Change::Update(update));
-    }
-    for extra in adapter.extras().values().filter(|extra| extra.role != Role::Magnitude) {
-        let Some((shard, entry)) = base.find(&extra.target) else { continue };
-        fits(shard, entry, &extra.tensor.shape)?;
-        let values = &extra.tensor.values[..];
-        let there = changes.entry(extra.target.clone()).or_insert_with(|| Change::Set(Set::default()));
-        match (there, extra.role, adapter.modules().get(module_of(&extra.target))) {
-            (Change::Set(set), Role::Instead, _) => set.instead = Some(values),
-            (Change::Set(set), _, Some(module)) => set.plus = Some((module.scaling, values)),
-            _ => return Err(shard.refused(format!("`{}` is changed in two ways by the adapter", extra.target))),
-        }
-    }
-    Ok(changes)
-}
-
-fn update<'f>(adapter: &'f Folder, (shard, entry): (&Shard, &Entry), factors: &'f Factors) -> Result<Update<'f>> {
-    let magnitudes = adapter.extras().get(&format!("{}.lora_magnitude_vector", module_of(&entry.name)));
-    let magnitudes = magnitudes.map(|extra| &extra.tensor.values[..]);
-    let (n, k, began_with) = (factors.b.rows(), factors.a.cols(), adapter.config().began_with());
-    // Stored `in × out`. PEFT asks the class of a module; here its shape tells, and the setting where the two sides are alike.
-    if adapter.config().fan_in_fan_out() && entry.shape == [k, n] {
-        if magnitudes.is_some() || began_with.is_some() {
-            let what = "is stored in × out (`fan_in_fan_out`), where `use_dora` and `init_lora_weights` by decomposition are not supported";
-            return Err(shard.refused(format!("`{}` {what}", entry.name)));
-        }
-        fits(shard, entry, &[k, n])?;
-        let Factors { a, b, scaling, dtype } = factors;
-        let turned = Factors { a: b.transposed(), b: a.transposed(), scaling: *scaling, dtype: *dtype };
-        return Ok(Update { factors: Cow::Owned(turned), magnitudes, began_with });
-    }
-    fits(shard, entry, &[n, k])?;
-    Ok(Update { factors: Cow::Borrowed(factors), magnitudes, began_with })
-}
-
-fn fits(shard: &Shard, entry: &Entry, want: &[usize]) -> Result<(), Error> {
-    if entry.shape != want {
-        let want = want.iter().map(usize::to_string).collect::<Vec<_>>().join("×");
-        return Err(shard.refused(format!("`{}` is {}, want {want} for the adapter", entry.name, entry.dimensions())));
-    }
-    if entry.float().is_none() {
-        return Err(shard.refused(format!("`{}` holds {:?}, want F32, F16 or BF16 to be merged into", entry.name, entry.dtype)));
-    }
-    Ok(())
-}
-
-impl Set<'_> {
-    /// Some elements, changed: from the first one on, so many.
-    pub(super) fn block(
-        &self,
-        (shard, entry): (&Shard, &Entry),
-        sign: f32,
-        [first, len]: [usize; 2],
-        [from, to]: [DType; 2],
-        keeps: bool,
-        mut new: Vec<u8>,
-    ) -> Result<Changed> {
-        let old = shard.read(entry, first * from.size(), len * from.size())?;
-        let mut values = vec![0.0; len];
-        number::widen(from, &old, &mut values);
-        self.apply(sign, first, &mut values);
-        let (finite, bytes) = (number::narrow(to, &values, &mut new), old.len());
-        let kept = keeps.then(|| {
-            let mut back = vec![0; bytes];
-            number::widen(to, &new, &mut values);
-            self.apply(-sign, first, &mut values);
-            number::narrow(from, &values, &mut back);
-            (old, back)
-        });
-        Ok(Changed { first, new, finite, bytes, kept, gains: Vec::new() })
+impl Piece<'_> {
+    /// The rows it changes: the first, and the one after the last.
+    pub(super) fn rows(&self) -> [usize; 2] {
+        let rows = if self.transposed { self.factors.a.cols() } else { self.factors.b.rows() };
+        [self.first_row, self.first_row + rows]
     }
 
-    /// Forth or back; what has another in its place does not come back.
-    fn apply(&self, sign: f32, first: usize, values: &mut [f32]) {
-        if let Some(instead) = self.instead {
-            if sign < 0.0 {
-                return;
-            }
-            values.copy_from_slice(&instead[first..][..values.len()]);
-        }
-        if let Some((scale, plus)) = self.plus {
-            values.iter_mut().zip(&plus[first..]).for_each(|(value, plus)| *value += sign * scale * plus);
-        }
+    /// `A` and `B` for the tensor as it is stored. One that began with a part of the weight comes as the plain update of twice the
+    /// rank; the tensor is read for that.
+    pub(super) fn stored(&self, place: Place<'_>, from: DType) -> Result<[HostMatrix; 2]> {
+        let [a, b] = match self.began_with {
+            Some(part) => self.plain(place, from, part)?,
+            None => [self.factors.a.clone(), self.factors.b.clone()],
+        };
+        Ok(if self.transposed { [b.transposed(), a.transposed()] } else { [a, b] })
     }
-}
 
-impl Update<'_> {
-    /// The factors of the plain update, if these began with a part of the weight.
     #[cfg(feature = "svd")]
-    pub(super) fn decomposed(&self, (shard, entry): (&Shard, &Entry), from: DType) -> Result<Option<Factors>> {
-        let Some(part) = self.began_with else { return Ok(None) };
-        let Factors { a, b, scaling, dtype } = (*self.factors).clone();
+    fn plain(&self, (shard, entry): Place<'_>, from: DType, part: Principal) -> Result<[HostMatrix; 2]> {
+        let Factors { a, b, scaling, .. } = self.factors.as_ref().clone();
         let mut values = vec![0.0; entry.elements()];
         number::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
-        let w = HostMatrix::new((b.rows(), a.cols()), values)?;
-        let [a, b] = part.plain(&w, [a, b], scaling).map_err(|error| inside(&entry.name, error))?;
-        Ok(Some(Factors { a, b, scaling, dtype }))
+        let (n, k) = (b.rows(), a.cols());
+        let w = if self.transposed { HostMatrix::new((k, n), values)?.transposed() } else { HostMatrix::new((n, k), values)? };
+        part.plain(&w, [a, b], scaling).map_err(|error| inside(&entry.name, error))
     }
 
     #[cfg(not(feature = "svd"))]
-    pub(super) fn decomposed(&self, _: (&Shard, &Entry), _: DType) -> Result<Option<Factors>> {
-        self.began_with.map_or(Ok(None), |part| Err(part.needs_svd()))
+    fn plain(&self, _: Place<'_>, _: DType, part: Principal) -> Result<[HostMatrix; 2]> {
+        Err(part.needs_svd())
+    }
+}
+
+impl Source<'_> {
+    /// `len` of its elements from `first` on.
+    pub(super) fn read(&self, stored: Place<'_>, first: usize, values: &mut [f32]) -> Result<()> {
+        let (shard, entry) = match self {
+            Source::Instead(instead) => {
+                values.copy_from_slice(&instead[first..][..values.len()]);
+                return Ok(());
+            }
+            Source::Other(place) => *place,
+            Source::Stored => stored,
+        };
+        let dtype = entry.float().ok_or_else(|| refused(&shard.path, format!("`{}` holds {:?}", entry.name, entry.dtype)))?;
+        let old = shard.read(entry, first * dtype.size(), values.len() * dtype.size())?;
+        number::widen(dtype, &old, values);
+        Ok(())
     }
 }

@@ -2,9 +2,8 @@
 
 use std::path::Path;
 
-use safetensors::tensor::Dtype;
-
 use super::header::{Entry, spelled};
+use super::model::ConfigEdit;
 use super::rewrite::{Edit, Pass, rewrite};
 use super::{Checkpoint, Shard, Watch};
 use crate::adapter::formats::Kind;
@@ -19,19 +18,19 @@ pub fn convert(base: &Checkpoint, dtype: DType, out: &Path, mut watch: Watch<'_>
     if matches!(base.kind(), Kind::Quantised(_)) {
         base.is_plain_model()?; // the scales of quantised weights are floats as well, and would be rounded
     }
-    rewrite(base, out, &mut Convert(Some(dtype)), &mut watch)?.publish()
+    rewrite(base, out, &mut Convert(Some(dtype)), &mut watch)?.0.publish()
 }
 
 /// Every float tensor in this type, or as it is.
 pub(super) struct Convert(pub(super) Option<DType>);
 
 impl Edit for Convert {
-    fn dtype(&self, entry: &Entry) -> Dtype {
-        self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, spelled)
+    fn stored(&self, entry: &Entry) -> Entry {
+        entry.stored(self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, spelled))
     }
 
-    fn asked(&self) -> Option<DType> {
-        self.0
+    fn config(&self) -> ConfigEdit {
+        ConfigEdit { dtype: self.0, ..ConfigEdit::default() }
     }
 
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()> {

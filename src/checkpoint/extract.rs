@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use super::layout::{self, Layout};
+use super::model::ModelConfig;
+use super::names::Place;
 use super::output::go_on;
-use super::{Checkpoint, Entry, Shard, Watch, listed, number, refused};
+use super::{Checkpoint, Entry, Watch, listed, number, refused};
 use crate::adapter::{self, Factors, Folder, HostMatrix, Keep};
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -21,65 +24,127 @@ pub struct Extract<'e> {
     pub dtype: DType,
     /// Whether changed tensors that an adapter cannot hold, such as biases, norms and embeddings, are left as in the base.
     pub leave_others: bool,
+    /// How linear layers are stored, where the config does not tell.
+    pub layout: Option<Layout>,
+}
+
+/// What [`extract`] makes.
+#[derive(Clone, Debug)]
+pub struct Extracted {
+    /// The adapter.
+    pub adapter: Folder,
+    /// What of the tuned model is not in it, a sentence for each reason.
+    pub left: Vec<String>,
 }
 
 /// An adapter of all weights that differ: of every two-dimensional tensor `x.weight`, embeddings aside, by truncated SVD.
 ///
-/// Errors: [`Error::File`] if the checkpoints differ in names, shapes or types, if nothing differs, or if something does that
-/// an adapter cannot hold; [`Error::Value`] for what [`Keep`] excludes; [`Error::Interrupted`].
-pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Folder> {
-    let Extract { base, tuned, keep, dtype, leave_others } = *request;
+/// Numbers are compared by value, whatever type they are stored in. Weights that the model stores `k×n` (GPT-2) give factors of the
+/// layer, and `fan_in_fan_out`.
+///
+/// Errors: [`Error::File`] if nothing differs, if something does that an adapter cannot hold, such as a tensor that only one of the
+/// two has, or if nothing tells how a layer is stored; [`Error::Value`] for what [`Keep`] excludes; [`Error::Interrupted`].
+pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
+    let Extract { base, tuned, keep, dtype, leave_others, layout } = *request;
     base.is_plain_model()?;
     tuned.is_plain_model()?;
-    let (mut modules, mut others) = (BTreeMap::new(), Vec::new());
+    let config = base.beside().and_then(ModelConfig::read);
+    let (mut modules, mut others, mut in_out) = (BTreeMap::new(), Others::default(), false);
     for entry in base.entries() {
-        let Some((shard, _)) = base.find(&entry.name) else { continue };
-        let (tuned, changed) = counterpart(tuned, entry)?;
-        if differs((shard, entry), (tuned, changed))? {
-            match (module(entry), &entry.shape[..], entry.float(), changed.float()) {
-                (Some(name), &[n, k], Some(from), Some(to)) => {
-                    let (w, tuned) = (matrix(shard, entry, [n, k], from)?, matrix(tuned, changed, [n, k], to)?);
-                    let (a, b) = adapter::extract(&w, &tuned, keep).map_err(|error| inside(&entry.name, error))?;
+        let Some(place) = base.find(&entry.name) else { continue };
+        match tuned.find(&entry.name) {
+            None => others.gone.push(entry.name.clone()),
+            Some((_, changed)) if changed.shape != entry.shape => {
+                others.resized.push(format!("{} ({}, not {})", entry.name, changed.dimensions(), entry.dimensions()));
+            }
+            Some(changed) if differs(place, changed)? => match (module(entry), &entry.shape[..]) {
+                (Some(name), &[_, _]) if entry.float().is_some() && changed.1.float().is_some() => {
+                    let transposed = stored(config.as_ref(), layout, name).ok_or_else(|| {
+                        let what = "is named as in GPT-2, and no config.json tells whether it is stored out × in or in × out";
+                        refused(base.path(), format!("`{}` {what}; say it with --layout", entry.name))
+                    })? == Layout::InOut;
+                    let matrix = |place| matrix(place).map(|w| if transposed { w.transposed() } else { w });
+                    let factors = adapter::extract(&matrix(place)?, &matrix(changed)?, keep);
+                    let (a, b) = factors.map_err(|error| inside(&entry.name, error))?;
+                    in_out |= transposed;
                     modules.insert(name.to_string(), Factors { a, b, scaling: 1.0, dtype });
                 }
-                _ => others.push(entry.name.clone()),
-            }
+                _ => others.changed.push(entry.name.clone()),
+            },
+            Some(_) => {}
         }
         go_on(watch(entry.bytes as u64))?;
     }
-    if !others.is_empty() && !leave_others {
-        let reason = format!("{} differ from the base, and an adapter cannot hold them", listed(&others));
-        return Err(refused(tuned.path(), reason));
+    others.new = tuned.entries().filter(|entry| base.find(&entry.name).is_none()).map(|entry| entry.name.clone()).collect();
+    let left = others.told(|names| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "));
+    if !left.is_empty() && !leave_others {
+        let left = others.told(listed);
+        return Err(refused(tuned.path(), format!("{}; an adapter cannot hold that: --leave-others leaves it", left.join("; "))));
     }
     if modules.is_empty() {
         return Err(refused(tuned.path(), "no weight differs from the base".into()));
     }
-    Folder::new(None, modules)
+    let adapter = Folder::new(None, modules)?;
+    Ok(Extracted { adapter: if in_out { adapter.stored_in_out()? } else { adapter }, left })
 }
 
-/// The same tensor after tuning.
-fn counterpart<'c>(tuned: &'c Checkpoint, entry: &Entry) -> Result<(&'c Shard, &'c Entry)> {
-    let found = tuned.find(&entry.name);
-    let (shard, changed) = found.ok_or_else(|| refused(tuned.path(), format!("has no `{}`, which the base has", entry.name)))?;
-    if changed.shape != entry.shape {
-        let (got, want) = (changed.dimensions(), entry.dimensions());
-        return Err(shard.refused(format!("`{}` is {got}, want {want} as in the base", entry.name)));
-    }
-    Ok((shard, changed))
+/// What differs and is no weight of a module.
+#[derive(Default)]
+struct Others {
+    changed: Vec<String>,
+    resized: Vec<String>,
+    gone: Vec<String>,
+    new: Vec<String>,
 }
 
-fn differs((base, entry): (&Shard, &Entry), (tuned, changed): (&Shard, &Entry)) -> Result<bool> {
-    const PIECE: usize = 8 << 20;
-    if entry.dtype != changed.dtype || entry.bytes != changed.bytes {
-        return Ok(true);
+impl Others {
+    fn told(&self, names: impl Fn(&[String]) -> String) -> Vec<String> {
+        let kinds = [
+            (&self.changed, "other numbers than in the base"),
+            (&self.resized, "another shape than in the base"),
+            (&self.gone, "only in the base"),
+            (&self.new, "only in the tuned model"),
+        ];
+        let told = kinds.iter().filter(|(kind, _)| !kind.is_empty());
+        told.map(|(kind, what)| format!("{what}: {}", names(kind))).collect()
     }
-    for start in (0..entry.bytes).step_by(PIECE) {
-        let len = PIECE.min(entry.bytes - start);
-        if base.read(entry, start, len)?[..] != tuned.read(changed, start, len)?[..] {
-            return Ok(true);
+}
+
+/// How a module is stored; `None` if nothing tells.
+fn stored(config: Option<&ModelConfig>, asked: Option<Layout>, module: &str) -> Option<Layout> {
+    let usual = (!layout::is_conv1d(module)).then_some(Layout::OutIn);
+    layout::told(config, module).or(asked).or(usual)
+}
+
+/// Whether two tensors of one shape hold other numbers, whatever their types.
+fn differs((base, entry): Place<'_>, (tuned, changed): Place<'_>) -> Result<bool> {
+    const PIECE: usize = 1 << 21;
+    match (entry.float(), changed.float()) {
+        (Some(one), Some(other)) if one != other => {
+            let total = entry.elements();
+            for start in (0..total).step_by(PIECE) {
+                let len = PIECE.min(total - start);
+                let [mut before, mut after] = [vec![0.0; len], vec![0.0; len]];
+                number::widen(one, &base.read(entry, start * one.size(), len * one.size())?, &mut before);
+                number::widen(other, &tuned.read(changed, start * other.size(), len * other.size())?, &mut after);
+                let same = |(before, after): (&f32, &f32)| before == after || before.is_nan() && after.is_nan();
+                if !before.iter().zip(&after).all(same) {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        }
+        _ if entry.dtype != changed.dtype || entry.bytes != changed.bytes => Ok(true),
+        _ => {
+            for start in (0..entry.bytes).step_by(4 * PIECE) {
+                let len = (4 * PIECE).min(entry.bytes - start);
+                if base.read(entry, start, len)?[..] != tuned.read(changed, start, len)?[..] {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
         }
     }
-    Ok(false)
 }
 
 /// The name of the module whose weight this is, unless it looks its rows up instead of multiplying with them.
@@ -90,10 +155,11 @@ fn module(entry: &Entry) -> Option<&str> {
     (!embedding).then_some(module)
 }
 
-fn matrix(shard: &Shard, entry: &Entry, [n, k]: [usize; 2], dtype: DType) -> Result<HostMatrix> {
-    let mut values = vec![0.0; n * k];
+fn matrix((shard, entry): Place<'_>) -> Result<HostMatrix> {
+    let dtype = entry.float().ok_or_else(|| shard.refused(format!("`{}` holds {:?}", entry.name, entry.dtype)))?;
+    let mut values = vec![0.0; entry.elements()];
     number::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
-    HostMatrix::new((n, k), values)
+    HostMatrix::new((entry.shape[0], entry.shape[1]), values)
 }
 
 fn inside(name: &str, error: Error) -> Error {

@@ -37,7 +37,18 @@ impl Entry {
 
     /// `4096×11008`
     pub fn dimensions(&self) -> String {
-        self.shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
+        dimensions(&self.shape)
+    }
+
+    /// One that is yet to be written.
+    pub(super) fn made(name: &str, dtype: Dtype, shape: Vec<usize>) -> Self {
+        let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        Self { name: name.into(), dtype, shape, start: 0, bytes }
+    }
+
+    /// The same tensor, with elements of this type.
+    pub(super) fn stored(&self, dtype: Dtype) -> Self {
+        if dtype == self.dtype { self.clone() } else { Self::made(&self.name, dtype, self.shape.clone()) }
     }
 
     /// How many elements it has.
@@ -53,6 +64,8 @@ pub(super) struct Header {
     raw: Vec<u8>,
     /// In the order of their bytes, which fill the rest of the file.
     pub(super) entries: Vec<Entry>,
+    /// Whether the file holds tensors that do not count.
+    cut: bool,
 }
 
 impl Header {
@@ -70,7 +83,7 @@ impl Header {
             let shape = info.shape.clone();
             entries.push(Entry { name, dtype: info.dtype, shape, start: (data + start) as u64, bytes: end - start });
         }
-        Ok(Self { raw, entries })
+        Ok(Self { raw, entries, cut: false })
     }
 
     /// The entry `__metadata__`, or nothing.
@@ -84,33 +97,40 @@ impl Header {
         serde_json::from_slice(text).map_err(|error| Error::File { path: path.into(), reason: error.to_string() })
     }
 
-    /// The bytes of a header for the same tensors, some of them in other element types. The same bytes if nothing changes.
+    /// The bytes of a header for these tensors, which lie one after the other. The same bytes if they are those of the file.
     ///
-    /// Metadata and the order of keys stay. `dtypes` has one for each entry.
-    pub(super) fn with_dtypes(&self, path: &Path, dtypes: &[Dtype]) -> Result<Vec<u8>> {
-        if self.entries.iter().zip(dtypes).all(|(entry, dtype)| entry.dtype == *dtype) {
+    /// Metadata and the order of keys stay; new tensors come last.
+    pub(super) fn with_entries(&self, path: &Path, entries: &[Entry]) -> Result<Vec<u8>> {
+        let same =
+            |(one, other): (&Entry, &Entry)| (&one.name, one.dtype, &one.shape) == (&other.name, other.dtype, &other.shape);
+        if !self.cut && self.entries.len() == entries.len() && self.entries.iter().zip(entries).all(same) {
             return Ok(self.raw.clone());
         }
         let refused = |error: serde_json::Error| Error::File { path: path.into(), reason: error.to_string() };
         let mut document = self.document(path)?;
+        document.retain(|name, _| name == "__metadata__" || entries.iter().any(|entry| entry.name == *name));
         let mut offset = 0;
-        for (entry, dtype) in self.entries.iter().zip(dtypes) {
-            let end = offset + stored_bytes(entry, *dtype);
-            if let Some(Value::Object(info)) = document.get_mut(&entry.name) {
-                info.insert("dtype".into(), json!(dtype));
-                info.insert("data_offsets".into(), json!([offset, end]));
-            }
+        for Entry { name, dtype, shape, bytes, .. } in entries {
+            let end = offset + bytes;
+            document.insert(name.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}));
             offset = end;
         }
         let mut text = serde_json::to_vec(&document).map_err(refused)?;
         text.resize(text.len().next_multiple_of(8), b' ');
         Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
     }
+
+    /// Without the tensors that do not count.
+    pub(super) fn cut(&mut self, counts: impl Fn(&Entry) -> bool) {
+        let before = self.entries.len();
+        self.entries.retain(counts);
+        self.cut |= self.entries.len() != before;
+    }
 }
 
-/// How many bytes a tensor has when its elements are of this type.
-pub(super) fn stored_bytes(entry: &Entry, dtype: Dtype) -> usize {
-    if dtype == entry.dtype { entry.bytes } else { entry.elements() * dtype.bitsize() / 8 }
+/// `4096×11008`
+pub(super) fn dimensions(shape: &[usize]) -> String {
+    shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
 }
 
 /// As safetensors spells it.

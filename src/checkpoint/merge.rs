@@ -1,32 +1,31 @@
 //! An adapter into a checkpoint on disk, and out of it again: `W += scale·B·A`, and what goes with it.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use rayon::prelude::*;
-use safetensors::tensor::Dtype;
 
-use super::change::{Change, Changed, Set, Update, changes};
+use super::change::{Change, Changed};
 use super::convert::Convert;
 use super::header::Entry;
+use super::layout::Layout;
+use super::model::ConfigEdit;
+use super::names::Place;
+use super::plan::{Known, Plan, keeps_shapes};
 use super::residue::{Keeper, Restored, Restorer};
 use super::rewrite::{Edit, Pass, rewrite};
-use super::weight::{BLOCK, Weight};
+use super::weight::{BLOCKS, Way, Weight};
 use super::{Checkpoint, Shard, Watch, refused};
 use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// Blocks that are merged side by side, then written in their order.
-const BLOCKS: usize = 8;
-
 /// What to [`merge`].
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Merge<'m> {
     /// The model.
     pub base: &'m Checkpoint,
-    /// What is merged into it. The weight of its module `x` is the tensor `x.weight`.
+    /// What is merged into it. The weight of its module `x` is the tensor `x.weight`, or one that is called so in other versions.
     pub adapter: &'m Folder,
     /// The new checkpoint: a file if `base` was opened as one, else a folder that is not there yet.
     pub out: &'m Path,
@@ -36,25 +35,70 @@ pub struct Merge<'m> {
     pub keep_residue: Option<&'m Path>,
     /// Whether weights that become infinite or NaN are written.
     pub allow_non_finite: bool,
+    /// Names of modules of the adapter, or beginnings of them, and what they are in the checkpoint.
+    pub names: &'m [(String, String)],
+    /// How linear layers are stored, where nothing tells.
+    pub layout: Option<Layout>,
+    /// A folder, such as the adapter's, whose tokenizer, chat template and generation config take the place of the base's, where the
+    /// new checkpoint is a folder.
+    pub companions: Option<&'m Path>,
 }
 
-/// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once.
+impl<'m> Merge<'m> {
+    /// With every other setting at its default.
+    pub fn new(base: &'m Checkpoint, adapter: &'m Folder, out: &'m Path) -> Self {
+        let (dtype, keep_residue, layout, companions) = Default::default();
+        Self { base, adapter, out, dtype, keep_residue, allow_non_finite: false, names: &[], layout, companions }
+    }
+}
+
+/// What to [`unmerge`].
+#[derive(Clone, Copy, Debug)]
+pub struct Unmerge<'m> {
+    /// The merged model.
+    pub merged: &'m Checkpoint,
+    /// What was merged into it.
+    pub adapter: &'m Folder,
+    /// The new checkpoint: a file if `merged` was opened as one, else a folder that is not there yet.
+    pub out: &'m Path,
+    /// What [`merge`] kept.
+    pub residue: Option<&'m Path>,
+    /// As in [`Merge`].
+    pub names: &'m [(String, String)],
+    /// As in [`Merge`].
+    pub layout: Option<Layout>,
+}
+
+impl<'m> Unmerge<'m> {
+    /// With every other setting at its default.
+    pub fn new(merged: &'m Checkpoint, adapter: &'m Folder, out: &'m Path) -> Self {
+        Self { merged, adapter, out, residue: None, names: &[], layout: None }
+    }
+}
+
+/// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once. Gives what the caller should
+/// know, a sentence each: names that were mapped, tensors that are new, what was left.
 ///
 /// With magnitudes (DoRA) every row is then given its length; biases are added to or replaced, whole modules replaced. Tensors that
 /// are not targets are copied as bytes; names, metadata and the order of everything stay. One weight at a time is decomposed for an
-/// adapter that [began with a part of it](crate::adapter::Principal).
+/// adapter that [began with a part of it](crate::adapter::Principal). A head that shares the embedding's weight gets one of its own if
+/// the adapter changes one of the two.
 ///
-/// Errors: [`Error::File`] for modules without a weight, tensors that do not fit, results that are not finite, and what the disk
-/// refuses; [`Error::Value`] for a residue of weights that change their type; [`Error::Unsupported`] for a residue of decomposed
-/// weights; [`Error::Interrupted`]. Nothing is written then.
-pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
-    let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite } = *request;
+/// Errors: [`Error::File`] for modules without a weight or with several that could be meant, tensors that do not fit, results that are
+/// not finite, and what the disk refuses; [`Error::Value`] for a residue of weights that change their type; [`Error::Unsupported`] for
+/// a residue of decomposed weights; [`Error::Interrupted`]. Nothing is written then.
+pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
+    let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions } = *request;
     base.is_plain_model()?;
-    let mut updates = Updates::new(base, adapter, 1.0)?;
+    let mut updates = Updates::new(base, adapter, 1.0, Known { names, layout })?;
+    let mut notes = std::mem::take(&mut updates.plan.notes);
     updates.convert = Convert(dtype);
+    updates.companions = companions;
     updates.allow_non_finite = allow_non_finite;
     let Some(path) = keep_residue else {
-        return rewrite(base, out, &mut updates, &mut watch)?.publish();
+        let (staged, more) = rewrite(base, out, &mut updates, &mut watch)?;
+        notes.extend(more);
+        return staged.publish().map(|()| notes);
     };
     Error::unless(
         dtype.is_none(),
@@ -64,9 +108,10 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
         "absent where a residue is kept: rounded weights cannot be restored",
     )?;
     decomposes_nothing(adapter)?;
-    let rows = |change: &Change<'_>| matches!(change, Change::Update(update) if update.magnitudes.is_some());
-    let targets = updates.changes.iter().filter_map(|(name, change)| Some((base.find(name)?.1, rows(change))));
-    let targets: Vec<(&Entry, bool)> = targets.collect();
+    keeps_shapes(&updates.plan, base)?;
+    let changes = updates.plan.changes.iter();
+    let targets = changes.filter_map(|(name, change)| Some((base.find(name)?.1, change.gains().unwrap_or(0))));
+    let targets: Vec<(&Entry, usize)> = targets.collect();
     let mut merged = None;
     let residue = Keeper::stage(path, &targets, |keeper| {
         let mut updates = Updates { residue: Residue::Keep(keeper), ..updates };
@@ -74,29 +119,38 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
         Ok(())
     })?;
     residue.publish()?;
-    merged.map_or(Ok(()), |merged| merged.publish())
+    if let Some((staged, more)) = merged {
+        staged.publish()?;
+        notes.extend(more);
+    }
+    Ok(notes)
 }
 
-/// Writes a checkpoint with an adapter taken out of it: `W - scale·B·A`.
+/// Writes a checkpoint with an adapter taken out of it: `W - scale·B·A`. Gives what the caller should know.
 ///
 /// With the residue that [`merge`] kept, every tensor is bit for bit what it was; without, it is that within rounding.
 /// Errors: as [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or there is none and a
 /// merged tensor does not tell what it was: one that was replaced, or whose rows were given other lengths.
-pub fn unmerge(merged: &Checkpoint, adapter: &Folder, out: &Path, residue: Option<&Path>, mut watch: Watch<'_>) -> Result<()> {
+pub fn unmerge(request: &Unmerge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
+    let Unmerge { merged, adapter, out, residue, names, layout } = *request;
     merged.is_plain_model()?;
     decomposes_nothing(adapter)?;
-    let mut updates = Updates::new(merged, adapter, -1.0)?;
+    let mut updates = Updates::new(merged, adapter, -1.0, Known { names, layout })?;
     let restorer = residue.map(Restorer::open).transpose()?;
     if let Some(restorer) = &restorer {
-        restorer.covers(updates.changes.keys())?;
+        restorer.covers(updates.plan.changes.keys())?;
         updates.allow_non_finite = true; // what comes back is what was there
         updates.residue = Residue::Restore(restorer);
     }
-    let hidden = updates.changes.iter().find_map(|(name, change)| Some((name, change.hides()?)));
+    let hidden = updates.plan.changes.iter().find_map(|(name, change)| Some((name, change.hides()?)));
     if let (Some((name, why)), None) = (hidden, residue) {
         return Err(refused(merged.path(), format!("`{name}` cannot be restored without the residue of the merge: {why}")));
     }
-    rewrite(merged, out, &mut updates, &mut watch)?.publish()
+    keeps_shapes(&updates.plan, merged)?;
+    updates.plan.config = ConfigEdit::default();
+    let (staged, more) = rewrite(merged, out, &mut updates, &mut watch)?;
+    staged.publish()?;
+    Ok(updates.plan.notes.into_iter().chain(more).collect())
 }
 
 /// Errors: [`Error::Unsupported`] for an adapter whose update takes the weights as they were before they were merged.
@@ -117,59 +171,70 @@ enum Residue<'r> {
 /// The changes of a checkpoint, forth or back.
 struct Updates<'r> {
     cpu: Cpu<f32>,
-    changes: BTreeMap<String, Change<'r>>,
+    plan: Plan<'r>,
     sign: f32,
     convert: Convert,
     residue: Residue<'r>,
     allow_non_finite: bool,
+    companions: Option<&'r Path>,
 }
 
 impl<'r> Updates<'r> {
-    fn new(base: &Checkpoint, adapter: &'r Folder, sign: f32) -> Result<Self> {
+    fn new(base: &'r Checkpoint, adapter: &'r Folder, sign: f32, known: Known<'r>) -> Result<Self> {
         let (convert, residue) = (Convert(None), Residue::None);
-        let (cpu, changes) = (Cpu::new()?, changes(base, adapter)?);
-        Ok(Self { cpu, changes, sign, convert, residue, allow_non_finite: false })
+        let (cpu, mut plan) = (Cpu::new()?, Plan::new(base, adapter, known)?);
+        if sign < 0.0 {
+            plan.notes.retain(|note| note.starts_with("names: "));
+        }
+        Ok(Self { cpu, plan, sign, convert, residue, allow_non_finite: false, companions: None })
     }
 }
 
 impl Edit for Updates<'_> {
-    fn dtype(&self, entry: &Entry) -> Dtype {
-        self.convert.dtype(entry)
+    fn stored(&self, entry: &Entry) -> Entry {
+        let stored = self.convert.stored(entry);
+        match self.plan.changes.get(&entry.name) {
+            Some(change) => Entry::made(&entry.name, stored.dtype, change.shape.clone()),
+            None => stored,
+        }
     }
 
-    fn asked(&self) -> Option<DType> {
-        self.convert.0
+    fn added(&self) -> &[Entry] {
+        &self.plan.added
+    }
+
+    fn config(&self) -> ConfigEdit {
+        ConfigEdit { dtype: self.convert.0, ..self.plan.config.clone() }
+    }
+
+    fn companions(&self) -> Option<&Path> {
+        self.companions
     }
 
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()> {
-        let (Some(change), Some(from)) = (self.changes.get(&entry.name), entry.float()) else {
+        let (Some(change), Some(from)) = (self.plan.changes.get(&entry.name), entry.float()) else {
             return self.convert.write(shard, entry, pass);
         };
-        let dtypes = [from, self.convert.0.unwrap_or(from)];
         let restored = match &mut self.residue {
-            Residue::Restore(restorer) => Some(restorer.tensor(entry)?),
+            Residue::Restore(restorer) => Some(restorer.tensor(entry, change.gains())?),
             Residue::Keep(keeper) => {
                 keeper.begin(entry);
                 None
             }
             Residue::None => None,
         };
-        let Self { cpu, sign, residue, allow_non_finite, .. } = self;
-        let mut target =
-            Target { place: (shard, entry), dtypes, sign: *sign, pass, residue, restored, allow_non_finite: *allow_non_finite };
-        match change {
-            Change::Set(set) => target.set(set)?,
-            Change::Update(update) => target.update(cpu, update)?,
-        }
-        target.end()
+        let keeps = matches!(self.residue, Residue::Keep(_));
+        let way = Way { sign: self.sign, dtypes: [from, self.convert.0.unwrap_or(from)], keeps };
+        let Self { cpu, residue, allow_non_finite, .. } = self;
+        let target = Target { place: (shard, entry), way, pass, residue, restored, allow_non_finite: *allow_non_finite };
+        target.change(cpu, change)
     }
 }
 
 /// A tensor that is changed, block by block.
 struct Target<'t, 'p, 'w, 'r> {
-    place: (&'t Shard, &'t Entry),
-    dtypes: [DType; 2],
-    sign: f32,
+    place: Place<'t>,
+    way: Way,
     pass: &'t mut Pass<'p, 'w>,
     residue: &'t mut Residue<'r>,
     restored: Option<Restored>,
@@ -177,34 +242,21 @@ struct Target<'t, 'p, 'w, 'r> {
 }
 
 impl Target<'_, '_, '_, '_> {
-    fn keeps(&self) -> bool {
-        matches!(self.residue, Residue::Keep(_))
-    }
-
-    fn set(&mut self, set: &Set<'_>) -> Result<()> {
-        let total = self.place.1.elements();
-        for first in (0..total).step_by(BLOCK) {
-            let len = BLOCK.min(total - first);
-            let new = self.pass.buffer(len * self.dtypes[1].size());
-            let changed = set.block(self.place, self.sign, [first, len], self.dtypes, self.keeps(), new)?;
-            self.put(changed)?;
+    fn change(mut self, cpu: &Cpu<f32>, change: &Change<'_>) -> Result<()> {
+        let kept = self.restored.as_mut().map(Restored::take_gains).unwrap_or_default();
+        let weight = Weight::new(cpu, (change, self.place), self.way, &kept)?;
+        let columns = weight.column_gains(cpu)?;
+        let weight = weight.with_column_gains(&columns);
+        if let Residue::Keep(keeper) = &mut *self.residue {
+            keeper.keep_gains(&columns);
         }
-        Ok(())
-    }
-
-    fn update(&mut self, cpu: &Cpu<f32>, update: &Update<'_>) -> Result<()> {
-        let decomposed = update.decomposed(self.place, self.dtypes[0])?;
-        let factors = decomposed.as_ref().unwrap_or(&*update.factors);
-        let gains = self.restored.as_mut().map(Restored::take_gains).unwrap_or_default();
-        let weight = Weight::new(cpu, factors, (self.sign, self.dtypes, self.keeps()), (update.magnitudes, &gains))?;
         for blocks in weight.blocks().chunks(BLOCKS) {
-            let buffer = |&block| (block, self.pass.buffer(weight.elements(block) * self.dtypes[1].size()));
+            let buffer = |&block| (block, self.pass.buffer(weight.elements(block) * self.way.dtypes[1].size()));
             let buffers: Vec<_> = blocks.iter().map(buffer).collect();
-            let place = self.place;
-            let changed = buffers.into_par_iter().map(|(block, new)| weight.update(cpu, place, block, new));
+            let changed = buffers.into_par_iter().map(|(block, new)| weight.update(cpu, block, new));
             changed.collect::<Result<Vec<_>>>()?.into_iter().try_for_each(|changed| self.put(changed))?;
         }
-        Ok(())
+        self.end()
     }
 
     /// The next block.

@@ -1,12 +1,13 @@
 //! Models on disk: safetensors checkpoints, one file or sharded, read through a memory map a piece at a time.
 //!
 //! ```text
-//! mod.rs header.rs map.rs    what a checkpoint holds
-//! rewrite.rs output.rs       the same checkpoint with some tensors changed, whole or not at all
-//! change.rs merge.rs weight.rs  what an adapter does to which tensor, and how
-//! residue.rs                 what takes it back to the bit
-//! convert.rs                 another element type
-//! extract.rs                 an adapter out of two checkpoints
+//! mod.rs which.rs header.rs map.rs model.rs      what a folder holds, and what its config says
+//! rewrite.rs output.rs companions.rs             the same checkpoint with some tensors changed, whole or not at all
+//! plan.rs names.rs ties.rs layout.rs experts.rs  which tensors an adapter means
+//! change.rs weight.rs merge.rs                   what it does to them
+//! residue.rs                                     what takes it back to the bit
+//! convert.rs                                     another element type
+//! extract.rs                                     an adapter out of two checkpoints
 //! ```
 //!
 //! Memory stays near one piece of a tensor, whatever the size of the model. Every verb takes a `watch`, which is told how many
@@ -32,17 +33,25 @@
 //! ```
 
 mod change;
+mod companions;
 mod convert;
+mod experts;
 #[cfg(feature = "svd")]
 mod extract;
 mod header;
+mod layout;
 mod map;
 mod merge;
+mod model;
+mod names;
 mod number;
 mod output;
+mod plan;
 mod residue;
 mod rewrite;
+mod ties;
 mod weight;
+mod which;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -51,17 +60,19 @@ use std::path::{Path, PathBuf};
 
 pub use convert::convert;
 #[cfg(feature = "svd")]
-pub use extract::{Extract, extract};
+pub use extract::{Extract, Extracted, extract};
 pub use header::Entry;
+pub use layout::Layout;
 use memmap2::Mmap;
-pub use merge::{Merge, merge, unmerge};
+pub use merge::{Merge, Unmerge, merge, unmerge};
 pub use safetensors::tensor::Dtype;
 
+use crate::adapter::HostTensor;
 use crate::adapter::formats::{self, Kind};
-use crate::adapter::{HostTensor, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::file::{self, failed};
 use header::Header;
+use which::main_file;
 
 /// Told how many more bytes of the checkpoint are done. [`ControlFlow::Break`] ends the work with [`Error::Interrupted`].
 pub type Watch<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
@@ -80,6 +91,7 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     /// The shard and the entry of a tensor.
     places: BTreeMap<String, (usize, usize)>,
+    note: Option<String>,
 }
 
 /// One file of a checkpoint.
@@ -93,6 +105,8 @@ pub(crate) struct Shard {
 impl Checkpoint {
     /// Opens a `.safetensors` file, the index of a sharded checkpoint, or a folder that holds one of the two.
     ///
+    /// In a folder, `model.safetensors` or its index counts before others, and an adapter's file only if there is nothing else.
+    ///
     /// Errors: [`Error::File`] for what is missing or damaged, an index that does not agree with its shards, and a folder with
     /// none or several of them.
     pub fn open(path: &Path) -> Result<Self> {
@@ -103,11 +117,16 @@ impl Checkpoint {
     }
 
     fn read(path: &Path) -> Result<Self> {
-        let main = if path.is_dir() { main_file(path)? } else { path.into() };
+        let (main, note) = if path.is_dir() { main_file(path)? } else { (path.into(), None) };
         let indexed = main.extension().is_some_and(|extension| extension == "json");
         let names = if indexed { read_index(&main)? } else { BTreeMap::new() };
         let files: BTreeSet<&String> = names.values().collect();
-        let beside = |name: &String| Shard::open(&main.with_file_name(name));
+        // Of a tensor that lies in two shards, the one counts that the index names.
+        let beside = |file: &String| {
+            let mut shard = Shard::open(&main.with_file_name(file))?;
+            shard.header.cut(|entry| names.get(&entry.name).is_none_or(|named| named == file));
+            Ok(shard)
+        };
         let shards = if indexed { files.into_iter().map(beside).collect::<Result<_>>()? } else { vec![Shard::open(&main)?] };
         let mut places = BTreeMap::new();
         for (at, shard) in shards.iter().enumerate() {
@@ -125,12 +144,33 @@ impl Checkpoint {
             }
         }
         let folder = (indexed || path.is_dir()).then(|| main.parent().map_or_else(PathBuf::new, Path::to_path_buf));
-        Ok(Self { path: path.into(), folder, index: indexed.then_some(main), shards, places })
+        Ok(Self { path: path.into(), folder, index: indexed.then_some(main), shards, places, note })
     }
 
     /// Where it lies, as it was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What there is to tell about the choice of its file in a folder.
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+
+    /// Whether a file is one of its own.
+    pub(crate) fn holds(&self, path: &Path) -> bool {
+        self.shards.iter().any(|shard| shard.path.file_name() == path.file_name())
+    }
+
+    /// The folder that its files lie in.
+    pub(crate) fn beside(&self) -> Option<&Path> {
+        let folder = self.shards.first()?.path.parent()?;
+        Some(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })
+    }
+
+    /// Whether it is written as a folder.
+    pub(crate) fn is_folder(&self) -> bool {
+        self.folder.is_some()
     }
 
     /// How many files it has.
@@ -205,28 +245,6 @@ impl Shard {
 
     fn refused(&self, reason: String) -> Error {
         refused(&self.path, reason)
-    }
-}
-
-/// The index in a folder, or its only safetensors file.
-fn main_file(folder: &Path) -> Result<PathBuf> {
-    let listed = std::fs::read_dir(folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    let mut paths: Vec<PathBuf> = listed.map_err(|error| failed(folder, &error))?;
-    paths.sort();
-    // An adapter beside its model is no other model.
-    let of_adapter = |path: &Path| path.file_name().is_some_and(|name| name == TENSORS_FILE);
-    let other = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors") && !of_adapter(path);
-    if paths.iter().any(other) {
-        paths.retain(|path| !of_adapter(path));
-    }
-    let ending = |ending: &str| -> Vec<&PathBuf> {
-        paths.iter().filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(ending))).collect()
-    };
-    match (ending(INDEX).as_slice(), ending(".safetensors").as_slice()) {
-        ([index], _) => Ok(index.to_path_buf()),
-        ([], [file]) => Ok(file.to_path_buf()),
-        ([], []) => Err(refused(folder, "holds no .safetensors file".into())),
-        (_, _) => Err(refused(folder, format!("holds several checkpoints; name the .safetensors file or the *{INDEX}"))),
     }
 }
 

@@ -8,21 +8,14 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use memmap2::Mmap;
-use serde_json::{Map, Value};
 
-use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::file::{self, Staged, StagedFolder, failed};
+use crate::file::{Staged, StagedFolder, failed};
 
 /// How much is written before the disk is asked to begin with it.
 const FLUSH: usize = 32 << 20;
 /// How many pieces may wait: enough that neither side does, few enough that memory stays near one of them.
 const WAITING: usize = 8;
-
-/// What a model's config is called, beside its weights.
-const MODEL_CONFIG: &str = "config.json";
-/// The element types, as such a config spells them.
-const TORCH_NAMES: [(DType, &str); 3] = [(DType::F32, "float32"), (DType::F16, "float16"), (DType::BF16, "bfloat16")];
 
 /// Bytes on their way to the disk: made here, or as another file has them.
 pub(super) enum Piece {
@@ -116,67 +109,6 @@ impl StagedCheckpoint {
             StagedCheckpoint::Folder(folder) => folder.publish(),
         }
     }
-}
-
-/// Copies what lies beside the weights, such as the config and the tokenizer, so that the new folder loads as the old one did: with
-/// its weights as they are stored now, where another type was asked for.
-pub(super) fn copy_companions(from: &Path, to: &Path, asked: Option<DType>) -> Result<()> {
-    let folder = if from.as_os_str().is_empty() { Path::new(".") } else { from };
-    for entry in std::fs::read_dir(folder).map_err(|error| failed(folder, &error))? {
-        let path = entry.map_err(|error| failed(folder, &error))?.path();
-        let Some(name) = path.file_name().filter(|name| path.is_file() && is_companion(&name.to_string_lossy())) else {
-            continue;
-        };
-        let copied = to.join(name);
-        if let (Some(dtype), true) = (asked, name == MODEL_CONFIG)
-            && let Some(bytes) = retyped(&file::read(&path)?, dtype)
-        {
-            file::write_whole(&copied, &bytes)?;
-            continue;
-        }
-        Staged::with(&copied, |file| {
-            let copy = File::open(&path).and_then(|mut source| std::io::copy(&mut source, file));
-            copy.map(drop).map_err(|error| failed(&path, &error))
-        })?
-        .publish()?;
-    }
-    Ok(())
-}
-
-/// A model's config that names another type than the weights have now, with the right one; `None` where it does not.
-///
-/// transformers loads weights in the type that the config names, which would undo what was asked for.
-fn retyped(bytes: &[u8], dtype: DType) -> Option<Vec<u8>> {
-    let mut document: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
-    retype(&mut document, dtype).then(|| format!("{:#}\n", Value::Object(document)).into_bytes())
-}
-
-/// In a config and those of its parts, such as `text_config`. Says whether something changed.
-fn retype(config: &mut Map<String, Value>, dtype: DType) -> bool {
-    let mut changed = false;
-    for (key, value) in config {
-        changed |= match (key.as_str(), value) {
-            ("quantization_config", _) => false, // speaks of how others store and compute
-            ("torch_dtype" | "dtype", Value::String(there)) => {
-                let float = TORCH_NAMES.iter().any(|(_, name)| there == name);
-                let now = TORCH_NAMES.iter().find(|(known, _)| *known == dtype).map_or("", |(_, name)| name);
-                let other = float && there != now;
-                if other {
-                    *there = now.into();
-                }
-                other
-            }
-            (part, Value::Object(config)) if part.ends_with("_config") => retype(config, dtype),
-            _ => false,
-        };
-    }
-    changed
-}
-
-/// Weights in any format are no companions; nor is an index of them.
-fn is_companion(name: &str) -> bool {
-    const WEIGHTS: [&str; 9] = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"];
-    !name.starts_with('.') && !WEIGHTS.iter().any(|ending| name.ends_with(ending))
 }
 
 /// `Err` if the caller asked to stop.

@@ -1,7 +1,7 @@
 //! What makes unmerging exact: the few weights that `W + ΔW - ΔW` does not give back, kept beside the merged checkpoint.
 //!
 //! A safetensors file. For each merged tensor `x` it holds `x.index` (U32: which elements), `x.value` (what they were), `x.gain` (F32:
-//! what its rows were multiplied with, if they were) and, in its metadata, a digest of all that the tensor was, so that what is
+//! what its rows or columns were multiplied with, if they were) and, in its metadata, a digest of all that the tensor was, so that what is
 //! restored is known to be right.
 
 use std::fs::File;
@@ -40,11 +40,11 @@ struct Tensor {
 }
 
 impl Keeper {
-    /// A residue of these tensors, on the disk but without its name; `merge` is to compare them all. Beside each, whether its rows
-    /// have gains.
+    /// A residue of these tensors, on the disk but without its name; `merge` is to compare them all. Beside each, how many
+    /// gains its rows or columns have.
     pub(super) fn stage(
         path: &Path,
-        targets: &[(&Entry, bool)],
+        targets: &[(&Entry, usize)],
         merge: impl FnOnce(&mut Keeper) -> Result<()>,
     ) -> Result<Staged> {
         let large = targets.iter().find(|(entry, _)| u32::try_from(entry.elements()).is_err());
@@ -56,7 +56,9 @@ impl Keeper {
             let (header, digests) = Default::default();
             let mut keeper = Keeper { path: path.into(), file, room: 0, header, digests, written: 0, tensor: None };
             const MANY: usize = usize::MAX / 32;
-            targets.iter().for_each(|(entry, rows)| keeper.tell(entry, [MANY, MANY * usize::from(*rows)], 1 << 60, u64::MAX));
+            targets
+                .iter()
+                .for_each(|(entry, gains)| keeper.tell(entry, [MANY, MANY * usize::from(*gains > 0)], 1 << 60, u64::MAX));
             keeper.room = keeper.text().len().next_multiple_of(8);
             (keeper.header, keeper.digests) = Default::default();
             keeper.write(&vec![b' '; 8 + keeper.room])?;
@@ -83,7 +85,7 @@ impl Keeper {
         }
     }
 
-    /// What the next rows of the tensor were multiplied with.
+    /// What the next rows of the tensor, or all of its columns, were multiplied with.
     pub(super) fn keep_gains(&mut self, gains: &[f32]) {
         if let Some(tensor) = &mut self.tensor {
             tensor.gains.extend(gains.iter().flat_map(|gain| gain.to_le_bytes()));
@@ -163,7 +165,7 @@ impl Restorer {
     }
 
     /// What was kept of a tensor. Errors: [`Error::File`] unless it fits.
-    pub(super) fn tensor(&self, entry: &Entry) -> Result<Restored> {
+    pub(super) fn tensor(&self, entry: &Entry, gains: Option<usize>) -> Result<Restored> {
         let part = |name: String, dtype: Dtype| {
             let found = self.file.find(&name).filter(|(_, part)| part.dtype == dtype);
             let (shard, part) =
@@ -177,16 +179,17 @@ impl Restorer {
         if !rising || index.len() * size != values.len() || index.last().is_some_and(|&last| last >= entry.elements()) {
             return Err(refused(self.file.path(), format!("what is kept of `{}` does not fit the tensor", entry.name)));
         }
-        let gains = match self.file.find(&gain_of(&entry.name)) {
+        let want = gains.unwrap_or(0);
+        let gains: Vec<f32> = match self.file.find(&gain_of(&entry.name)) {
             Some(_) => {
                 part(gain_of(&entry.name), Dtype::F32)?.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
             }
             None => Vec::new(),
         };
-        if !gains.is_empty() && Some(&gains.len()) != entry.shape.first() {
+        if gains.len() != want {
             return Err(refused(
                 self.file.path(),
-                format!("what is kept of the rows of `{}` does not fit the tensor", entry.name),
+                format!("what is kept of the rows or columns of `{}` does not fit the tensor", entry.name),
             ));
         }
         let want = self.digests.get(&entry.name).and_then(Value::as_str).unwrap_or_default().to_string();

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use safetensors::tensor::Dtype;
-
-use super::header::{Entry, stored_bytes};
-use super::output::{Output, Piece, StagedCheckpoint, copy_companions, go_on};
+use super::companions::copy_companions;
+use super::header::Entry;
+use super::model::ConfigEdit;
+use super::output::{Output, Piece, StagedCheckpoint, go_on};
 use super::{Checkpoint, Shard, Watch, number, refused};
 use crate::element::DType;
 use crate::error::Result;
@@ -16,11 +16,19 @@ const PIECE: usize = 4 << 20;
 
 /// What becomes of each tensor.
 pub(super) trait Edit {
-    /// The type that its elements will have.
-    fn dtype(&self, entry: &Entry) -> Dtype;
-    /// The type that every float tensor is asked to have, if one was.
-    fn asked(&self) -> Option<DType>;
-    /// Writes its new bytes, as many as its shape and [`dtype`](Self::dtype) say.
+    /// How it will be stored.
+    fn stored(&self, entry: &Entry) -> Entry;
+    /// Tensors that come after all others.
+    fn added(&self) -> &[Entry] {
+        &[]
+    }
+    /// What the model's config is to say.
+    fn config(&self) -> ConfigEdit;
+    /// A folder whose tokenizer the new model has.
+    fn companions(&self) -> Option<&Path> {
+        None
+    }
+    /// Writes its new bytes, as many as [`stored`](Self::stored) says.
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()>;
 }
 
@@ -88,49 +96,63 @@ fn overflowing(dtype: DType, values: &[f32], bytes: &[u8]) -> Option<f32> {
     pairs.find(|(value, back)| value.is_finite() && !back.is_finite()).map(|(value, _)| *value)
 }
 
-/// Writes the edited checkpoint beside `out`: a file if it was opened as one, else a folder with all that lies beside it.
-pub(super) fn rewrite(base: &Checkpoint, out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<StagedCheckpoint> {
-    let (Some(folder), false) = (&base.folder, base.shards.is_empty()) else {
+/// Writes the edited checkpoint beside `out`: a file if it was opened as one, else a folder with all that lies beside it. Beside
+/// it, what there is to tell of that.
+pub(super) fn rewrite(
+    base: &Checkpoint,
+    out: &Path,
+    edit: &mut impl Edit,
+    watch: &mut Watch<'_>,
+) -> Result<(StagedCheckpoint, Vec<String>)> {
+    let (true, false) = (base.is_folder(), base.shards.is_empty()) else {
         let shard = base.shards.first().ok_or_else(|| refused(&base.path, "holds no file".into()))?;
-        return Ok(StagedCheckpoint::File(rewrite_shard(shard, out, edit, watch)?));
+        return Ok((StagedCheckpoint::File(rewrite_shard((shard, true), out, edit, watch)?), Vec::new()));
     };
     let staged = StagedFolder::new(out)?;
-    let mut total = 0;
-    for shard in &base.shards {
+    for (at, shard) in base.shards.iter().enumerate() {
         let name = shard.path.file_name().unwrap_or_default();
-        rewrite_shard(shard, &staged.inside().join(name), edit, watch)?.publish()?;
-        total += shard.header.entries.iter().map(|entry| stored_bytes(entry, edit.dtype(entry)) as u64).sum::<u64>();
+        rewrite_shard((shard, at + 1 == base.shards.len()), &staged.inside().join(name), edit, watch)?.publish()?;
     }
     if let Some(index) = &base.index {
         let name = index.file_name().unwrap_or_default();
-        file::write_whole(&staged.inside().join(name), &index_of(index, total)?)?;
+        file::write_whole(&staged.inside().join(name), &index_of(base, index, edit)?)?;
     }
-    copy_companions(folder, staged.inside(), edit.asked())?;
-    Ok(StagedCheckpoint::Folder(staged))
+    let notes = copy_companions(base, staged.inside(), &edit.config(), edit.companions())?;
+    Ok((StagedCheckpoint::Folder(staged), notes))
 }
 
-fn rewrite_shard(shard: &Shard, out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Staged> {
-    let dtypes: Vec<Dtype> = shard.header.entries.iter().map(|entry| edit.dtype(entry)).collect();
-    let header = shard.header.with_dtypes(&shard.path, &dtypes)?;
+fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Staged> {
+    let added = if last { edit.added().to_vec() } else { Vec::new() };
+    let stored: Vec<Entry> = shard.header.entries.iter().chain(&added).map(|entry| edit.stored(entry)).collect();
+    let header = shard.header.with_entries(&shard.path, &stored)?;
     let staged = Staged::with(out, |file| {
         let mut output = Output::new(out, file)?;
         let mut pass = Pass { output: &mut output, watch };
         let made = pass.write(header);
-        let made = made.and_then(|()| shard.header.entries.iter().try_for_each(|entry| edit.write(shard, entry, &mut pass)));
+        let mut entries = shard.header.entries.iter().chain(&added);
+        let made = made.and_then(|()| entries.try_for_each(|entry| edit.write(shard, entry, &mut pass)));
         output.finish(made)
     })?;
     go_on(watch(0))?; // synchronising takes a while: the caller may have changed their mind
     Ok(staged)
 }
 
-/// The index, with the bytes of all tensors as they are now.
-fn index_of(path: &Path, total: u64) -> Result<Vec<u8>> {
+/// The index, with the bytes of all tensors as they are now, and with those that are new.
+fn index_of(base: &Checkpoint, path: &Path, edit: &impl Edit) -> Result<Vec<u8>> {
+    let total: usize = base.entries().chain(edit.added()).map(|entry| edit.stored(entry).bytes).sum();
     let bytes = file::read(path)?;
     let parsed: Result<serde_json::Value, _> = serde_json::from_slice(&bytes);
     let mut document = parsed.map_err(|error| refused(path, error.to_string()))?;
-    match document.pointer_mut("/metadata/total_size") {
-        Some(size) if size.as_u64() != Some(total) => *size = total.into(),
-        _ => return Ok(bytes),
+    let mut changed = false;
+    if let Some(size) = document.pointer_mut("/metadata/total_size").filter(|size| size.as_u64() != Some(total as u64)) {
+        (*size, changed) = (total.into(), true);
     }
-    Ok(format!("{document:#}\n").into_bytes())
+    let last = base.shards.last().and_then(|shard| shard.path.file_name()).map(|name| name.to_string_lossy());
+    if let (Some(map), Some(last)) = (document.pointer_mut("/weight_map").and_then(serde_json::Value::as_object_mut), last) {
+        for entry in edit.added() {
+            map.insert(entry.name.clone(), last.as_ref().into());
+            changed = true;
+        }
+    }
+    Ok(if changed { format!("{document:#}\n").into_bytes() } else { bytes })
 }

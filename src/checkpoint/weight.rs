@@ -1,11 +1,12 @@
-//! A weight that an adapter updates, on its way through memory.
+//! A tensor that an adapter changes, on its way through memory.
 
 use std::sync::{Mutex, PoisonError};
 
-use super::change::Changed;
-use super::header::Entry;
-use super::{Shard, number};
-use crate::adapter::Factors;
+use rayon::prelude::*;
+
+use super::change::{Change, Changed, Piece, Source};
+use super::names::Place;
+use super::number;
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::Result;
@@ -13,135 +14,225 @@ use crate::op::{LoraMerge, Rounding};
 use crate::tensor::Tensor;
 
 /// Elements that are merged at once: 1 MiB of `f32`, which stays in L2 from its widening to its rounding.
-pub(super) const BLOCK: usize = 1 << 18;
+const BLOCK: usize = 1 << 18;
+/// Blocks that are worked on side by side, and then written in their order.
+pub(super) const BLOCKS: usize = 8;
 
-/// A weight, in blocks of rows that do not depend on the number of threads.
-pub(super) struct Weight<'f> {
-    factors: &'f Factors,
-    scale: f32,
-    a: Tensor<Cpu<f32>>,
-    dtypes: [DType; 2],
-    /// Whether blocks are kept as they were, and as they come back.
-    keeps: bool,
-    rows: Rows<'f>,
+/// How a tensor goes: forth with sign 1, back with sign -1; from which element type to which; and whether blocks are kept as they
+/// were and as they come back.
+#[derive(Clone, Copy)]
+pub(super) struct Way {
+    pub(super) sign: f32,
+    pub(super) dtypes: [DType; 2],
+    pub(super) keeps: bool,
+}
+
+/// A tensor, in blocks of rows that do not depend on the number of threads.
+pub(super) struct Weight<'c> {
+    change: &'c Change<'c>,
+    place: Place<'c>,
+    way: Way,
+    updates: Vec<Update>,
+    gains: Gains<'c>,
     /// Blocks of `f32` that are not in use: fresh pages cost more than the sums.
     spare: Mutex<Vec<Tensor<Cpu<f32>>>>,
 }
 
-/// What becomes of the rows, beside the update.
+/// `scale·B·A`, for the rows as they are stored.
+struct Update {
+    rows: [usize; 2],
+    scale: f32,
+    a: Tensor<Cpu<f32>>,
+    b: Vec<f32>,
+}
+
+/// What the rows or the columns are multiplied with after the update, or divided by before it is taken out.
 #[derive(Clone, Copy)]
-enum Rows<'r> {
-    AsTheyCome,
-    /// So long, after the update is in.
-    Long(&'r [f32]),
-    /// Divided by what they were multiplied with, before the update is taken out.
-    Divided(&'r [f32]),
+enum Gains<'g> {
+    None,
+    /// Each row is to be so long.
+    Long(&'g [f32]),
+    Rows(&'g [f32]),
+    Columns(&'g [f32]),
 }
 
 /// The first row, and how many.
 pub(super) type Block = [usize; 2];
 
-impl<'f> Weight<'f> {
-    /// Forth with sign 1, with the rows as long as the magnitudes say; back with sign -1 and the gains they were given.
-    pub(super) fn new(
-        cpu: &Cpu<f32>,
-        factors: &'f Factors,
-        (sign, dtypes, keeps): (f32, [DType; 2], bool),
-        (magnitudes, gains): (Option<&'f [f32]>, &'f [f32]),
-    ) -> Result<Self> {
-        let a = Tensor::from_slice(cpu, factors.a.shape(), factors.a.values())?;
-        let rows = match (magnitudes, gains) {
-            (Some(_), [_, ..]) => Rows::Divided(gains),
-            (Some(magnitudes), []) if sign > 0.0 => Rows::Long(magnitudes),
-            _ => Rows::AsTheyCome,
+impl<'c> Weight<'c> {
+    /// Gains are those that were kept when the tensor was merged, on the way back, or else those of the columns.
+    pub(super) fn new(cpu: &Cpu<f32>, (change, place): (&'c Change<'c>, Place<'c>), way: Way, gains: &'c [f32]) -> Result<Self> {
+        let update = |piece: &Piece<'_>| {
+            let [a, b] = piece.stored(place, way.dtypes[0])?;
+            let (scale, a) = (piece.factors.scaling, Tensor::from_slice(cpu, a.shape(), a.values())?);
+            Ok(Update { rows: piece.rows(), scale, a, b: b.values().to_vec() })
         };
-        Ok(Self { factors, scale: sign * factors.scaling, a, dtypes, keeps, rows, spare: Mutex::default() })
+        let updates = change.pieces.iter().map(update).collect::<Result<_>>()?;
+        let gains = match change.magnitude {
+            Some(magnitude) if magnitude.of_columns && !gains.is_empty() => Gains::Columns(gains),
+            Some(_) if !gains.is_empty() => Gains::Rows(gains),
+            Some(magnitude) if !magnitude.of_columns && way.sign > 0.0 => Gains::Long(magnitude.values),
+            _ => Gains::None,
+        };
+        Ok(Self { change, place, way, updates, gains, spare: Mutex::default() })
     }
 
+    /// Blocks that no update begins or ends in.
     pub(super) fn blocks(&self) -> Vec<Block> {
-        let (n, rows) = (self.factors.b.rows(), (BLOCK / self.a.cols().max(1)).max(1));
-        (0..n).step_by(rows).map(|first| [first, rows.min(n - first)]).collect()
+        let (total, most) = (self.change.elements() / self.change.cols.max(1), (BLOCK / self.change.cols.max(1)).max(1));
+        let mut cuts: Vec<usize> = self.updates.iter().flat_map(|update| update.rows).chain([0, total]).collect();
+        cuts.sort_unstable();
+        cuts.dedup();
+        let blocks = |window: &[usize]| {
+            let [first, end] = [window[0], window[1]];
+            (first..end).step_by(most).map(move |row| [row, most.min(end - row)])
+        };
+        cuts.windows(2).flat_map(blocks).collect()
     }
 
     pub(super) fn elements(&self, [_, rows]: Block) -> usize {
-        rows * self.a.cols()
+        rows * self.change.cols
+    }
+
+    /// `magnitude / ‖column‖` of every column of the updated tensor. A column of zeros has no direction, and stays zero.
+    pub(super) fn column_gains(&self, cpu: &Cpu<f32>) -> Result<Vec<f32>> {
+        let magnitude = self.change.magnitude.filter(|magnitude| magnitude.of_columns && self.way.sign > 0.0);
+        let (Some(magnitude), Gains::None) = (magnitude, self.gains) else { return Ok(Vec::new()) };
+        let mut squares = vec![0.0; self.change.cols];
+        for blocks in self.blocks().chunks(BLOCKS) {
+            let of = |&block: &Block| {
+                let mut w = self.taken(cpu, block)?;
+                self.change.source.read(self.place, block[0] * self.change.cols, w.buffer_mut())?;
+                self.add(cpu, block, 1.0, &mut w)?;
+                let mut squares = vec![0.0; self.change.cols];
+                let rows = w.buffer().chunks(self.change.cols.max(1));
+                rows.for_each(|row| squares.iter_mut().zip(row).for_each(|(sum, w)| *sum += f64::from(*w).powi(2)));
+                self.give_back(w);
+                Ok(squares)
+            };
+            let parts = blocks.par_iter().map(of).collect::<Result<Vec<Vec<f64>>>>()?;
+            parts.iter().for_each(|part| squares.iter_mut().zip(part).for_each(|(sum, part)| *sum += part));
+        }
+        let gain = |(magnitude, square): (&f32, f64)| if square == 0.0 { 0.0 } else { magnitude / square.sqrt() as f32 };
+        Ok(magnitude.values.iter().zip(squares).map(gain).collect())
+    }
+
+    /// The same tensor, whose columns are multiplied with these.
+    pub(super) fn with_column_gains(self, gains: &'c [f32]) -> Self {
+        if gains.is_empty() { self } else { Self { gains: Gains::Columns(gains), ..self } }
     }
 
     /// The rows of a block, changed.
-    pub(super) fn update(
-        &self,
-        cpu: &Cpu<f32>,
-        (shard, entry): (&Shard, &Entry),
-        block: Block,
-        mut new: Vec<u8>,
-    ) -> Result<Changed> {
-        let [from, to] = self.dtypes;
-        let (first, len) = (block[0] * self.a.cols(), self.elements(block));
-        let old = shard.read(entry, first * from.size(), len * from.size())?;
-        let (finite, gains) = self.add(cpu, block, (self.scale, self.rows.of(block)), [from, to], &old, &mut new)?;
-        let bytes = old.len();
-        let kept = if self.keeps {
+    pub(super) fn update(&self, cpu: &Cpu<f32>, block: Block, mut new: Vec<u8>) -> Result<Changed> {
+        let (Way { sign, dtypes: [from, to], keeps }, cols) = (self.way, self.change.cols);
+        let (first, mut w) = (block[0] * cols, self.taken(cpu, block)?);
+        let bytes = w.buffer().len() * from.size();
+        let mut gains = Vec::new();
+        if sign > 0.0 {
+            self.change.source.read(self.place, first, w.buffer_mut())?;
+            self.add(cpu, block, 1.0, &mut w)?;
+            self.replace_rows(block, w.buffer_mut());
+            gains = self.gains.of(block).multiply(cols, w.buffer_mut());
+        } else {
+            Source::Stored.read(self.place, first, w.buffer_mut())?;
+            self.take_out(cpu, block, self.gains.of(block), &mut w)?;
+        }
+        let finite = number::narrow(to, w.buffer(), &mut new);
+        let kept = if keeps {
+            let (shard, entry) = self.place;
             let mut back = vec![0; bytes];
-            let rows = if gains.is_empty() { Rows::AsTheyCome } else { Rows::Divided(&gains) };
-            self.add(cpu, block, (-self.scale, rows), [to, from], &new, &mut back)?;
-            Some((old, back))
+            number::widen(to, &new, w.buffer_mut());
+            let divided = if gains.is_empty() { self.gains.of(block) } else { Gains::Rows(&gains) };
+            self.take_out(cpu, block, divided, &mut w)?;
+            number::narrow(from, w.buffer(), &mut back);
+            Some((shard.read(entry, first * from.size(), bytes)?, back))
         } else {
             None
         };
+        self.give_back(w);
         Ok(Changed { first, new, finite, bytes, kept, gains })
     }
 
-    /// `new = old + scale·B·A`, summed in `f32` and rounded once. Says whether all of it is finite, and what rows were multiplied with.
-    fn add(
-        &self,
-        cpu: &Cpu<f32>,
-        [first, count]: Block,
-        (scale, rows): (f32, Rows<'_>),
-        dtypes: [DType; 2],
-        old: &[u8],
-        new: &mut [u8],
-    ) -> Result<(bool, Vec<f32>)> {
-        let (r, shape) = (self.factors.rank(), (count, self.a.cols()).into());
-        let b = Tensor::from_slice(cpu, (count, r), &self.factors.b.values()[first * r..(first + count) * r])?;
-        let spare = || self.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = spare().pop().filter(|w| w.shape() == shape);
-        let mut w = fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)?;
-        number::widen(dtypes[0], old, w.buffer_mut());
-        rows.divide(w.buffer_mut());
-        LoraMerge { a: (&self.a).into(), b: (&b).into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }.run(cpu)?;
-        let gains = rows.lengthen(w.buffer_mut());
-        let finite = number::narrow(dtypes[1], w.buffer(), new);
-        spare().push(w);
-        Ok((finite, gains))
+    fn take_out(&self, cpu: &Cpu<f32>, block: Block, gains: Gains<'_>, w: &mut Tensor<Cpu<f32>>) -> Result<()> {
+        gains.divide(self.change.cols, w.buffer_mut());
+        self.add(cpu, block, -1.0, w)
     }
-}
 
-impl Rows<'_> {
-    /// Those of a block.
-    fn of(&self, [first, count]: Block) -> Rows<'_> {
-        match self {
-            Rows::AsTheyCome => Rows::AsTheyCome,
-            Rows::Long(magnitudes) => Rows::Long(&magnitudes[first..][..count]),
-            Rows::Divided(gains) => Rows::Divided(&gains[first..][..count]),
+    /// `w += sign·(Σ scale·B·A + scale·plus)`, summed in `f32`.
+    fn add(&self, cpu: &Cpu<f32>, [first, count]: Block, sign: f32, w: &mut Tensor<Cpu<f32>>) -> Result<()> {
+        for Update { rows, scale, a, b } in self.updates.iter().filter(|update| update.rows[0] <= first && first < update.rows[1])
+        {
+            let r = a.rows();
+            let b = Tensor::from_slice(cpu, (count, r), &b[(first - rows[0]) * r..][..count * r])?;
+            LoraMerge { a: a.into(), b: (&b).into(), scale: sign * scale, rounding: Rounding::Nearest, w: w.view_mut() }
+                .run(cpu)?;
+        }
+        if let Some((scale, plus)) = self.change.plus {
+            let plus = &plus[first * self.change.cols..];
+            w.buffer_mut().iter_mut().zip(plus).for_each(|(value, plus)| *value += sign * scale * plus);
+        }
+        Ok(())
+    }
+
+    fn replace_rows(&self, [first, count]: Block, w: &mut [f32]) {
+        let (Some((indices, values)), cols) = (self.change.rows, self.change.cols) else { return };
+        for (index, row) in indices.iter().zip(values.chunks(cols.max(1))) {
+            if (first..first + count).contains(index) {
+                w[(index - first) * cols..][..cols].copy_from_slice(row);
+            }
         }
     }
 
-    fn divide(self, w: &mut [f32]) {
-        let Rows::Divided(gains) = self else { return };
-        let k = (w.len() / gains.len().max(1)).max(1);
-        w.chunks_mut(k).zip(gains).for_each(|(row, gain)| row.iter_mut().for_each(|w| *w /= gain));
+    fn taken(&self, cpu: &Cpu<f32>, [_, count]: Block) -> Result<Tensor<Cpu<f32>>> {
+        let shape = (count, self.change.cols).into();
+        let fits = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().filter(|w| w.shape() == shape);
+        fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)
     }
 
-    /// `row · magnitude / ‖row‖`, for each; gives what they were multiplied with. A row of zeros has no direction, and stays zero.
-    fn lengthen(self, w: &mut [f32]) -> Vec<f32> {
-        let Rows::Long(magnitudes) = self else { return Vec::new() };
-        let k = (w.len() / magnitudes.len().max(1)).max(1);
-        let lengthened = w.chunks_mut(k).zip(magnitudes).map(|(row, magnitude)| {
-            let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32;
-            let gain = if norm == 0.0 { 0.0 } else { magnitude / norm };
-            row.iter_mut().for_each(|w| *w *= gain);
-            gain
-        });
-        lengthened.collect()
+    fn give_back(&self, w: Tensor<Cpu<f32>>) {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(w);
+    }
+}
+
+impl Gains<'_> {
+    /// Those of a block.
+    fn of(&self, [first, count]: Block) -> Gains<'_> {
+        match self {
+            Gains::None => Gains::None,
+            Gains::Long(lengths) => Gains::Long(&lengths[first..][..count]),
+            Gains::Rows(gains) => Gains::Rows(&gains[first..][..count]),
+            Gains::Columns(gains) => Gains::Columns(gains),
+        }
+    }
+
+    fn divide(self, cols: usize, w: &mut [f32]) {
+        let rows = w.chunks_mut(cols.max(1));
+        match self {
+            Gains::Rows(gains) => rows.zip(gains).for_each(|(row, gain)| row.iter_mut().for_each(|w| *w /= gain)),
+            Gains::Columns(gains) => rows.for_each(|row| row.iter_mut().zip(gains).for_each(|(w, gain)| *w /= gain)),
+            Gains::None | Gains::Long(_) => {}
+        }
+    }
+
+    /// `row · length / ‖row‖`, for each, or columns with their gains; gives what rows were multiplied with. A row of zeros has no
+    /// direction, and stays zero.
+    fn multiply(self, cols: usize, w: &mut [f32]) -> Vec<f32> {
+        let rows = w.chunks_mut(cols.max(1));
+        match self {
+            Gains::Long(lengths) => {
+                let lengthened = rows.zip(lengths).map(|(row, length)| {
+                    let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32;
+                    let gain = if norm == 0.0 { 0.0 } else { length / norm };
+                    row.iter_mut().for_each(|w| *w *= gain);
+                    gain
+                });
+                lengthened.collect()
+            }
+            Gains::Columns(gains) => {
+                rows.for_each(|row| row.iter_mut().zip(gains).for_each(|(w, gain)| *w *= gain));
+                Vec::new()
+            }
+            Gains::None | Gains::Rows(_) => Vec::new(),
+        }
     }
 }

@@ -1,9 +1,11 @@
 //! `lowrank combine`: one adapter of several.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lowrank::adapter::{self, CombinationType, Folder, MajoritySign};
 use lowrank::{Error, Result};
+
+use crate::outputs::Out;
 
 /// Combine adapters into one, in the ways of PEFT's add_weighted_adapter
 #[derive(clap::Args)]
@@ -31,12 +33,14 @@ pub(crate) struct Combine {
     #[arg(long)]
     seed: Option<u64>,
     /// The new adapter's folder
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    #[command(flatten)]
+    out: Out,
 }
 
 impl Combine {
     pub(crate) fn run(self) -> Result<()> {
+        let inputs: Vec<&Path> = self.adapters.iter().map(PathBuf::as_path).collect();
+        let out = self.out.begin_adapter(&inputs)?;
         let folders = self.adapters.iter().map(|dir| Folder::read(dir)).collect::<Result<Vec<_>>>()?;
         let weights = if self.weights.is_empty() { vec![1.0; folders.len()] } else { self.weights };
         if weights.len() != folders.len() {
@@ -52,8 +56,9 @@ impl Combine {
             ..adapter::Combine::new(self.combination_type)
         };
         let combined = adapter::combine(&parts, &how)?;
-        combined.write(&self.out)?;
-        println!("{}: {} adapters in {} parameters", self.out.display(), folders.len(), combined.parameters());
+        combined.write(out.path())?;
+        out.publish()?;
+        println!("{}: {} adapters in {} parameters", self.out.out.display(), folders.len(), combined.parameters());
         Ok(())
     }
 }

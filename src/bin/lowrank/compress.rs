@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use lowrank::Result;
 use lowrank::adapter::{self, Folder};
 
+use crate::outputs::Out;
 use crate::values::Kept;
 
 /// Make an adapter smaller: the best approximation of a smaller rank
@@ -16,16 +17,18 @@ pub(crate) struct Compress {
     #[command(flatten)]
     kept: Kept,
     /// The new adapter's folder
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
+    #[command(flatten)]
+    out: Out,
 }
 
 impl Compress {
     pub(crate) fn run(self) -> Result<()> {
+        let out = self.out.begin_adapter(&[&self.adapter])?;
         let adapter = Folder::read(&self.adapter)?;
         let compressed = adapter::compress(&adapter, self.kept.keep())?;
-        compressed.write(&self.out)?;
-        println!("{}: {} parameters of {}", self.out.display(), compressed.parameters(), adapter.parameters());
+        compressed.write(out.path())?;
+        out.publish()?;
+        println!("{}: {} parameters of {}", self.out.out.display(), compressed.parameters(), adapter.parameters());
         Ok(())
     }
 }

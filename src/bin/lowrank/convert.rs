@@ -7,6 +7,7 @@ use lowrank::adapter::formats::{Base, Hints, Modules};
 use lowrank::checkpoint::{self, Checkpoint};
 use lowrank::{Error, Result};
 
+use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::Stored;
 
@@ -35,8 +36,8 @@ pub(crate) struct Convert {
     #[arg(long, value_name = "OLD=NEW", requires = "to", value_parser = pair)]
     map: Vec<(String, String)>,
     /// A file for kohya and gguf, a folder for peft and mlx-lm; without --to a file for a file, else a new folder
-    #[arg(long, value_name = "PATH")]
-    out: PathBuf,
+    #[command(flatten)]
+    out: Out,
 }
 
 /// A format that adapters are written in.
@@ -56,6 +57,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
 impl Convert {
     pub(crate) fn run(self) -> Result<()> {
         let Some(format) = self.to else { return self.retyped() };
+        let out = self.out.begin(&[&self.path])?;
         let base = self.base.as_deref().map(Base::read).transpose()?;
         let hints = Hints { base, alpha: self.alpha, prefix: self.prefix.clone(), map: self.map.clone() };
         let mut modules = Modules::read(&self.path, &hints)?;
@@ -63,16 +65,17 @@ impl Convert {
             modules = modules.stored_as(dtype.into());
         }
         match (format, &hints.base) {
-            (Format::Peft, _) => modules.write_peft(&self.out)?,
-            (Format::MlxLm, _) => modules.write_mlx_lm(&self.out)?,
-            (Format::Kohya, _) => modules.write_kohya(&self.out, self.prefix.as_deref())?,
-            (Format::Gguf, Some(base)) => modules.write_gguf(&self.out, base)?,
+            (Format::Peft, _) => modules.write_peft(out.path())?,
+            (Format::MlxLm, _) => modules.write_mlx_lm(out.path())?,
+            (Format::Kohya, _) => modules.write_kohya(out.path(), self.prefix.as_deref())?,
+            (Format::Gguf, Some(base)) => modules.write_gguf(out.path(), base)?,
             (Format::Gguf, None) => {
                 let want = "the folder of the model, whose config.json tells the architecture and the heads";
                 return Err(Error::Value { verb: "convert", name: "base", got: "missing".into(), want: want.into() });
             }
         }
-        println!("{}: {} modules", self.out.display(), modules.len());
+        out.publish()?;
+        println!("{}: {} modules", self.out.out.display(), modules.len());
         if !modules.others().is_empty() {
             println!("  left in {}: updates for {}", self.path.display(), modules.others().join(", "));
         }
@@ -80,10 +83,12 @@ impl Convert {
     }
 
     fn retyped(&self) -> Result<()> {
+        let out = self.out.begin(&[&self.path])?;
         let checkpoint = Checkpoint::open(&self.path)?;
         let Some(dtype) = self.dtype else { return Ok(()) }; // clap asks for one of the two
-        watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, dtype.into(), &self.out, watch))?;
-        println!("{}: {} tensors", self.out.display(), checkpoint.entries().count());
+        watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, dtype.into(), out.path(), watch))?;
+        out.publish()?;
+        println!("{}: {} tensors", self.out.out.display(), checkpoint.entries().count());
         Ok(())
     }
 }

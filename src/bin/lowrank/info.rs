@@ -65,6 +65,9 @@ impl Info {
         if let Some(part) = adapter.config().began_with() {
             println!("  began with a part of the weights: {}", part.name());
         }
+        if adapter.changes_nothing() {
+            println!("  changes nothing: all of its updates are zero");
+        }
         if self.all {
             for (name, factors) in adapter.modules() {
                 println!("{name}  A {}  B {}  scaling {}", factors.a.shape(), factors.b.shape(), factors.scaling);

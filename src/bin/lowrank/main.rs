@@ -6,6 +6,7 @@ mod convert;
 mod extract;
 mod info;
 mod merge;
+mod outputs;
 mod progress;
 mod unmerge;
 mod values;

@@ -6,8 +6,9 @@ use lowrank::Result;
 use lowrank::adapter::Folder;
 use lowrank::checkpoint::{self, Checkpoint};
 
+use crate::outputs::{Out, unused};
 use crate::progress::watched;
-use crate::values::Stored;
+use crate::values::{Names, Stored};
 
 /// Merge an adapter into a checkpoint
 #[derive(clap::Args)]
@@ -18,9 +19,9 @@ pub(crate) struct Merge {
     /// The adapter: a folder with adapter_config.json and adapter_model.safetensors
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// The merged model: a file for a file, else a new folder
-    #[arg(long, value_name = "PATH")]
-    out: PathBuf,
+    /// The merged model
+    #[command(flatten)]
+    out: Out,
     /// Store all floats of the merged model so, instead of as in the base
     #[arg(long)]
     dtype: Option<Stored>,
@@ -30,21 +31,32 @@ pub(crate) struct Merge {
     /// Write weights that become infinite or NaN, instead of refusing
     #[arg(long)]
     allow_non_finite: bool,
+    #[command(flatten)]
+    names: Names,
 }
 
 impl Merge {
     pub(crate) fn run(self) -> Result<()> {
+        let inputs = [self.base.as_path(), &self.adapter];
+        let out = self.out.begin(&inputs)?;
+        self.keep_residue.iter().try_for_each(|path| unused(path, &self.out, &inputs))?;
         let (base, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
         let request = checkpoint::Merge {
             base: &base,
             adapter: &adapter,
-            out: &self.out,
+            out: out.path(),
             dtype: self.dtype.map(Into::into),
             keep_residue: self.keep_residue.as_deref(),
             allow_non_finite: self.allow_non_finite,
+            names: &self.names.map,
+            layout: self.names.layout,
+            companions: Some(&self.adapter),
         };
-        watched(base.bytes(), |watch| checkpoint::merge(&request, watch))?;
-        println!("{}: {} modules merged", self.out.display(), adapter.modules().len());
+        let notes = watched(base.bytes(), |watch| checkpoint::merge(&request, watch))?;
+        out.publish()?;
+        println!("{}: {} modules merged", self.out.out.display(), adapter.modules().len());
+        base.note().into_iter().for_each(|note| println!("  {note}"));
+        notes.iter().for_each(|note| println!("  {note}"));
         Ok(())
     }
 }

@@ -1,12 +1,14 @@
 //! `lowrank unmerge`: the checkpoint without the adapter, exactly if its residue was kept.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lowrank::Result;
 use lowrank::adapter::Folder;
 use lowrank::checkpoint::{self, Checkpoint};
 
+use crate::outputs::Out;
 use crate::progress::watched;
+use crate::values::Names;
 
 /// Take a merged adapter out of a checkpoint
 #[derive(clap::Args)]
@@ -17,24 +19,32 @@ pub(crate) struct Unmerge {
     /// The adapter that was merged into it
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// The model without it: a file for a file, else a new folder
-    #[arg(long, value_name = "PATH")]
-    out: PathBuf,
+    /// The model without it
+    #[command(flatten)]
+    out: Out,
     /// What `merge --keep-residue` wrote: with it the result is the base bit for bit, without it within rounding
     #[arg(long, value_name = "FILE")]
     residue: Option<PathBuf>,
+    #[command(flatten)]
+    names: Names,
 }
 
 impl Unmerge {
     pub(crate) fn run(self) -> Result<()> {
-        let (merged, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
         let residue = self.residue.as_deref();
-        watched(merged.bytes(), |watch| checkpoint::unmerge(&merged, &adapter, &self.out, residue, watch))?;
+        let inputs: Vec<&Path> = [self.base.as_path(), &self.adapter].into_iter().chain(residue).collect();
+        let out = self.out.begin(&inputs)?;
+        let (merged, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
+        let (names, layout) = (self.names.map.as_slice(), self.names.layout);
+        let request = checkpoint::Unmerge { merged: &merged, adapter: &adapter, out: out.path(), residue, names, layout };
+        let notes = watched(merged.bytes(), |watch| checkpoint::unmerge(&request, watch))?;
         let how = match residue {
             Some(_) => "bit for bit",
             None => "within rounding, because no residue was given",
         };
-        println!("{}: {} modules unmerged, {how}", self.out.display(), adapter.modules().len());
+        out.publish()?;
+        println!("{}: {} modules unmerged, {how}", self.out.out.display(), adapter.modules().len());
+        notes.iter().for_each(|note| println!("  {note}"));
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 use lowrank::DType;
 use lowrank::adapter::Keep;
+use lowrank::checkpoint::Layout;
 
 /// How numbers are stored.
 #[derive(Clone, Copy, ValueEnum)]
@@ -41,4 +42,20 @@ impl Kept {
             (None, energy) => Keep::Energy(energy.unwrap_or(1.0)), // clap asks for one of the two
         }
     }
+}
+
+/// Which tensors of a model an adapter means, where the names do not tell.
+#[derive(clap::Args)]
+pub(crate) struct Names {
+    /// What a module of the adapter is called in the model, or how its names begin there: model.language_model.=model.
+    #[arg(long, value_name = "OLD=NEW", value_parser = renaming)]
+    pub(crate) map: Vec<(String, String)>,
+    /// How linear layers are stored, where nothing tells: out-in, or in-out as in GPT-2
+    #[arg(long)]
+    pub(crate) layout: Option<Layout>,
+}
+
+fn renaming(text: &str) -> Result<(String, String), String> {
+    let halves = text.split_once('=').ok_or_else(|| format!("`{text}` has no `=`, want OLD=NEW"))?;
+    Ok((halves.0.into(), halves.1.into()))
 }

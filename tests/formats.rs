@@ -95,11 +95,14 @@ fn a_pickle_a_pointer_and_a_sub_folder_in_place_of_an_adapter() {
     desk.good(&merge("outer/reviewer"), &["1 modules merged"]); // the model beside an adapter is the model
 }
 
+/// The ends of names, shapes, the element type, and a word that is said.
+type Model = (&'static [&'static str], &'static [&'static [usize]], Dtype, &'static str);
+
 #[test]
 fn quantised_and_broken_models_are_no_base() {
     let x = "m.q_proj";
     let named = |ends: &[&str]| -> Vec<String> { ends.iter().map(|end| format!("{x}.{end}")).collect() };
-    let cases: [(&[&str], &[&[usize]], Dtype, &str); 8] = [
+    let cases: [Model; 8] = [
         (
             &["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"],
             &[&[16, 1], &[2], &[8]],

@@ -59,8 +59,8 @@ impl Kind {
         matches!(self, Peft | Kohya | Diffusers | MlxLm | LoraLib | Torchtune | CandleLora | GgufLora)
     }
 
-    /// Whether tensors in safetensors told what it is.
-    pub(crate) fn is_safetensors(&self) -> bool {
+    /// Whether it is a safetensors file, or a folder of them.
+    pub fn is_safetensors(&self) -> bool {
         use Kind::*;
         self.is_adapter() && *self != GgufLora
             || matches!(self, Checkpoint | LyCoris | Quantised(_) | EmptyTensors | AdapterInside)

@@ -157,12 +157,9 @@ fn adapter(tensors: &[Outline]) -> Option<Kind> {
             false => Kind::Peft,
         });
     }
-    let kinds: [(fn(&str) -> bool, Kind); 3] = [
-        (|name| name.ends_with(".lora_a.weight"), Kind::Torchtune),
-        (|name| name.ends_with(".lora_a"), Kind::MlxLm),
-        (|name| name.ends_with(".lora_A"), Kind::LoraLib),
-    ];
-    kinds.into_iter().find(|(holds, _)| any(*holds)).map(|(_, kind)| kind)
+    let ending = |end: &str| tensors.iter().any(|tensor| tensor.name.ends_with(end));
+    let kinds = [(".lora_a.weight", Kind::Torchtune), (".lora_a", Kind::MlxLm), (".lora_A", Kind::LoraLib)];
+    kinds.into_iter().find(|(end, _)| ending(end)).map(|(_, kind)| kind)
 }
 
 /// What a model was quantised by, if it was.

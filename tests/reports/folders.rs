@@ -24,7 +24,9 @@ fn shards(desk: &Desk, tensors: [&Tensors; 2]) {
     for (at, tensors) in tensors.iter().enumerate() {
         let file = format!("model-0000{}-of-00002.safetensors", at + 1);
         desk.store(&format!("base/{file}"), tensors);
-        tensors.keys().for_each(|name| drop(map.entry(name.clone()).or_insert(file.clone().into())));
+        tensors.keys().for_each(|name| {
+            map.entry(name.clone()).or_insert(file.clone().into());
+        });
     }
     desk.write("base/model.safetensors.index.json", json!({"metadata": {"total_size": 0}, "weight_map": map}).to_string());
 }

@@ -129,6 +129,7 @@ fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
         desk.refused(&line, &["is an input"]);
     }
     desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["is there already"]);
+    desk.refused(&format!("{file} x.safetensors --keep-residue x.safetensors"), &["where the result goes"]);
     desk.refused("compress adapter --rank 1 --out there.safetensors", &["is there already"]);
     desk.refused("merge --base base --adapter adapter --out folder --overwrite", &["holds no model"]);
     assert_eq!(fs::read_to_string(desk.path("there.safetensors")).unwrap(), "precious");

@@ -35,7 +35,7 @@ fn shards(desk: &Desk, tensors: [&Tensors; 2]) {
 fn the_checkpoint_of_a_folder() {
     let (desk, base) = desk();
     let whole = desk.load("base");
-    let others: Tensors = base.iter().map(|(name, _)| (name.clone(), base["lm_head.weight"].clone())).collect();
+    let others: Tensors = base.keys().map(|name| (name.clone(), base["lm_head.weight"].clone())).collect();
     shards(&desk, [&others, &Tensors::new()]);
     desk.refused(MERGE, &["two checkpoints", "`model.safetensors`", "`model.safetensors.index.json`"]);
     fs::remove_file(desk.path("base/model-00001-of-00002.safetensors")).unwrap();
@@ -50,7 +50,7 @@ fn the_checkpoint_of_a_folder() {
 
     // A tensor in two shards: the index decides, and the other one is gone.
     let (first, mut second) = base.clone().into_iter().partition::<Tensors, _>(|(name, _)| name.contains("layers.0"));
-    second.extend(first.iter().map(|(name, _)| (name.clone(), base["lm_head.weight"].clone())));
+    second.extend(first.keys().map(|name| (name.clone(), base["lm_head.weight"].clone())));
     shards(&desk, [&first, &second]);
     fs::remove_file(desk.path("base/model.safetensors")).ok();
     let (got, _) = desk.merged();
@@ -129,6 +129,7 @@ fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
         desk.refused(&line, &["is an input"]);
     }
     desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["is there already"]);
+    desk.refused(&format!("{file} x.safetensors --keep-residue x.safetensors"), &["where the result goes"]);
     desk.refused("compress adapter --rank 1 --out there.safetensors", &["is there already"]);
     desk.refused("merge --base base --adapter adapter --out folder --overwrite", &["holds no model"]);
     assert_eq!(fs::read_to_string(desk.path("there.safetensors")).unwrap(), "precious");

@@ -130,7 +130,7 @@ fn conv1d_of_gpt2() {
 #[test]
 fn the_model_tells_how_a_square_weight_is_stored() {
     let (base, adapter) = (tensors(&[("q_proj.weight", &[6, 6]), ("up_proj.weight", &[8, 6])]), factors(&[("q_proj", [6, 6])]));
-    let with_up = [adapter.clone(), factors(&[("q_proj", [6, 6]), ("up_proj", [8, 6])])].concat_all();
+    let with_up = all([adapter.clone(), factors(&[("q_proj", [6, 6]), ("up_proj", [8, 6])])]);
     let delta = product(&adapter["q_proj.lora_A.weight"], &adapter["q_proj.lora_B.weight"], 2.0);
     let settings = json!({"target_modules": ["q_proj", "up_proj"], "fan_in_fan_out": true});
     for (config, tensors) in [(json!({"model_type": "llama"}), &adapter), (json!({}), &with_up)] {
@@ -149,14 +149,8 @@ fn the_model_tells_how_a_square_weight_is_stored() {
     is_sum(&desk.load("out-in")["q_proj.weight"], &base["q_proj.weight"], &delta, 2);
 }
 
-trait ConcatAll {
-    fn concat_all(self) -> Tensors;
-}
-
-impl ConcatAll for [Tensors; 2] {
-    fn concat_all(self) -> Tensors {
-        self.into_iter().flatten().collect()
-    }
+fn all<const N: usize>(parts: [Tensors; N]) -> Tensors {
+    parts.into_iter().flatten().collect()
 }
 
 const EXPERTS: usize = 3;
@@ -347,7 +341,7 @@ fn spellings() {
     desk.adapter(&plain, json!({"target_modules": ["q_proj"], "runtime_config": {"ephemeral_gpu_offload": true}}));
     desk.refused("merge --base base --adapter adapter --out x", &["runtime_config"]);
     let twice: Tensors =
-        [plain.clone(), prefixed(&plain).into_iter().map(|(name, t)| (format!("module.{name}"), t)).collect()].concat_all();
+        all([plain.clone(), prefixed(&plain).into_iter().map(|(name, t)| (format!("module.{name}"), t)).collect()]);
     desk.adapter(&twice, json!({"target_modules": ["q_proj"]}));
     desk.refused("merge --base base --adapter adapter --out x", &["are both", "text.q_proj.lora_A.weight"]);
 }

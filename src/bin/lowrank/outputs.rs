@@ -52,11 +52,12 @@ impl Out {
     }
 }
 
-/// Another file that a subcommand writes, such as a residue: as [`Out::begin`], without an other name.
-pub(crate) fn unused(path: &Path, overwrite: &Out, inputs: &[&Path]) -> Result<()> {
+/// Another file that a subcommand writes beside its result, such as a residue. Errors: those of [`Out::begin`].
+pub(crate) fn unused(path: &Path, result: &Out, inputs: &[&Path]) -> Result<()> {
     unlike_inputs(path, inputs)?;
     match path.symlink_metadata() {
-        Ok(there) if there.is_dir() || !overwrite.overwrite => refused(path, "is there already; --overwrite replaces a file"),
+        _ if path == result.out => refused(path, "is where the result goes; name another file"),
+        Ok(there) if there.is_dir() || !result.overwrite => refused(path, "is there already; --overwrite replaces a file"),
         _ => Ok(()),
     }
 }

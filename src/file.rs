@@ -1,6 +1,6 @@
 //! Files read with errors that name them, and written whole or not at all.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -107,13 +107,14 @@ impl Temporary {
             match create(&temporary) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => continue, // by a process of the same number elsewhere
                 Err(error) => return Err(error),
-                Ok(created) => {
-                    let lock = locked(&temporary);
-                    // Between the two, another run may have taken it for abandoned.
-                    if temporary.symlink_metadata().is_ok() {
-                        return Ok((Self { path: temporary, _lock: lock }, created));
+                Ok(created) => match lock(&temporary) {
+                    // Before it had its lock, another run may have taken it for abandoned.
+                    Lock::Taken => continue,
+                    lock if temporary.symlink_metadata().is_ok() => {
+                        return Ok((Self { path: temporary, _lock: lock.held() }, created));
                     }
-                }
+                    _ => continue,
+                },
             }
         }
     }
@@ -131,10 +132,29 @@ impl Drop for Temporary {
     }
 }
 
-/// The lock of a file or a folder, if nobody holds it. Folders have locks on Unix alone.
-fn locked(path: &Path) -> Option<File> {
-    let file = File::open(path).ok().filter(|_| cfg!(unix))?;
-    file.try_lock().is_ok().then_some(file)
+/// What became of asking for a lock.
+enum Lock {
+    Held(File),
+    /// Another process holds it.
+    Taken,
+    /// There is nothing to lock, or no lock for it.
+    Unavailable,
+}
+
+impl Lock {
+    fn held(self) -> Option<File> {
+        if let Lock::Held(file) = self { Some(file) } else { None }
+    }
+}
+
+/// Asks for the lock of a file or a folder. Folders have locks on Unix alone.
+fn lock(path: &Path) -> Lock {
+    let Some(file) = File::open(path).ok().filter(|_| cfg!(unix)) else { return Lock::Unavailable };
+    match file.try_lock() {
+        Ok(()) => Lock::Held(file),
+        Err(TryLockError::WouldBlock) => Lock::Taken,
+        Err(TryLockError::Error(_)) => Lock::Unavailable,
+    }
 }
 
 /// Removes what processes that were killed left in a folder: what has such a name, and a lock that nobody holds.
@@ -147,7 +167,7 @@ fn remove_abandoned(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let regular = entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_dir());
         if regular && entry.file_name().to_str().is_some_and(incomplete) {
-            drop(locked(&entry.path()).map(|lock| Temporary { path: entry.path(), _lock: Some(lock) })); // which removes it
+            drop(lock(&entry.path()).held().map(|lock| Temporary { path: entry.path(), _lock: Some(lock) })); // which removes it
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -36,11 +37,28 @@ fn incomplete(dir: &Path) -> Vec<String> {
     names.filter(|name| name.starts_with('.')).collect()
 }
 
+/// Whether somebody holds the lock of a file or a folder, as far as the system tells.
+fn is_locked(path: &Path) -> bool {
+    let Ok(locks) = fs::read_to_string("/proc/locks") else { return true };
+    let inode = fs::metadata(path).map_or(0, |metadata| metadata.ino());
+    locks.lines().filter_map(|lock| lock.split_whitespace().nth(5)).any(|id| id.ends_with(&format!(":{inode}")))
+}
+
+/// A run of the program, which ends with the test.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill(); // it may have ended
+        let _ = self.0.wait();
+    }
+}
+
 /// A run that has begun to write, and is not done.
-fn begun(dir: &Path, base: &str, out: &str) -> Child {
-    let child = program(dir, base, out).spawn().unwrap();
+fn begun(dir: &Path, base: &str, out: &str) -> Running {
+    let child = Running(program(dir, base, out).spawn().unwrap());
     let start = Instant::now();
-    while incomplete(dir).is_empty() {
+    while !incomplete(dir).iter().any(|name| is_locked(&dir.join(name))) {
         assert!(start.elapsed() < Duration::from_secs(60), "nothing was begun");
         std::thread::sleep(Duration::from_micros(200));
     }
@@ -54,8 +72,8 @@ fn what_a_killed_run_left_is_removed_by_the_next() {
     inputs(dir);
     for (base, out) in [("base/model.safetensors", "merged.safetensors"), ("base", "merged")] {
         let mut child = begun(dir, base, out);
-        child.kill().unwrap();
-        child.wait().unwrap();
+        child.0.kill().unwrap();
+        child.0.wait().unwrap();
         assert!(!dir.join(out).exists());
         assert_eq!(incomplete(dir).len(), 1, "{out}");
         fs::write(dir.join(".notes.1-2"), "not ours").unwrap();
@@ -71,8 +89,8 @@ fn what_a_living_run_writes_stays() {
     let desk = tempfile::tempdir().unwrap();
     let dir = desk.path();
     inputs(dir);
-    let signal = |child: &Child, signal: &str| {
-        assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+    let signal = |child: &Running, signal: &str| {
+        assert!(Command::new("kill").args([signal, &child.0.id().to_string()]).status().unwrap().success());
     };
     for (base, out) in [("base/model.safetensors", "merged.safetensors"), ("base", "merged")] {
         let mut child = begun(dir, base, out);
@@ -83,7 +101,7 @@ fn what_a_living_run_writes_stays() {
         let run = program(dir, base, &other).status();
         assert_eq!(incomplete(dir), living, "{out}");
         signal(&child, "-CONT");
-        assert!(child.wait().unwrap().success() && run.unwrap().success());
+        assert!(child.0.wait().unwrap().success() && run.unwrap().success());
         assert!(dir.join(out).exists() && dir.join(other).exists() && incomplete(dir).is_empty());
     }
 }

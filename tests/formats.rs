@@ -152,7 +152,8 @@ fn combine_names_the_folder_at_fault() {
     desk.adapter("first", &[(Q, [8, 4, 2])], &json!({}));
     desk.adapter("second", &[(Q, [8, 4, 2])], &json!({"bias": "lora_only"}));
     desk.refused("combine first second --out out", &["second/adapter_config.json", "`bias`"]);
-    desk.refused("compress second --rank 1 --out out", &["second/adapter_config.json", "`bias`"]);
+    desk.adapter("third", &[(Q, [8, 4, 2])], &json!({"init_lora_weights": "pissa"}));
+    desk.refused("compress third --rank 1 --out out", &["third/adapter_config.json", "`init_lora_weights`"]);
 }
 
 #[test]

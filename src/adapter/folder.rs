@@ -69,9 +69,10 @@ impl Folder {
     pub fn read(dir: &Path) -> Result<Self> {
         let read = || {
             let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-            Ok(Self { dir: dir.into(), ..Self::parse(&config, &tensors)? })
+            let parsed = Self::parse(&config, &tensors).map_err(|error| at(dir, error))?;
+            Ok(Self { dir: dir.into(), ..parsed })
         };
-        read().or_else(|error| formats::foreign(dir, at(dir, error)))
+        read().or_else(|error| formats::foreign(dir, error))
     }
 
     /// Reads the bytes of the two files. Errors: those of [`read`](Self::read).

@@ -212,11 +212,15 @@ type Parts<B> = Vec<(String, Tuned<B>)>;
 fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
     let read = || {
         let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-        let (config, tensors) = (AdapterConfig::from_json(&config)?, parse_tensors(&tensors).and_then(spelling::respelled)?);
-        let parts = parts::read(backend, model, &config, tensors)?;
-        Ok((config, parts))
+        let parse = || {
+            let config = AdapterConfig::from_json(&config)?;
+            let tensors = parse_tensors(&tensors).and_then(spelling::respelled)?;
+            let parts = parts::read(backend, model, &config, tensors)?;
+            Ok((config, parts))
+        };
+        parse().map_err(|error| at(dir, error))
     };
-    read().map_err(|error| formats::explained(dir, at(dir, error)))
+    read().map_err(|error| formats::explained(dir, error))
 }
 
 /// The same error, with the file it speaks of in this folder.

@@ -269,7 +269,11 @@ fn folder(dir: &Path) -> Result<Thing> {
     let folders =
         |file: &dyn Fn(&Path) -> bool| -> Vec<String> { names.iter().filter(|name| file(&dir.join(name))).cloned().collect() };
     if has("model_index.json") {
-        let model = |part: &Path| part.is_dir() && part.join("config.json").exists();
+        let weights = |part: &Path| {
+            let names = fs::read_dir(part).into_iter().flatten().flatten().map(|entry| entry.file_name());
+            names.into_iter().any(|name| name.to_string_lossy().ends_with(".safetensors"))
+        };
+        let model = |part: &Path| part.is_dir() && (part.join("config.json").exists() || weights(part));
         return Ok(Thing { kind: Kind::Pipeline(folders(&model)), path: dir.into() });
     }
     if let Some(model) = model(dir, &names)? {

@@ -71,7 +71,7 @@ fn lent<T: Element>(gpu: &Gpu, verb: &'static str, buffer: &wgpu::Buffer, bytes:
     }
     if size >= 4 && !gpu.owns(buffer)? {
         let want = format!("one of the device of this backend, {}", gpu.name);
-        return refused("buffer", "a buffer of another device".into(), want);
+        return refused("buffer", "a buffer of another device, or destroyed".into(), want);
     }
     Ok(Slice::new(buffer.clone(), (bytes.start / element) as usize, ((end - bytes.start) / element) as usize))
 }

@@ -13,6 +13,11 @@ fn padded(numbers: &[f32]) -> Vec<f32> {
     [&far[..], numbers, &far].concat()
 }
 
+/// Such a row of 7·43 numbers, seven to a line.
+fn tall(rows: &Tensor<WebGpu<f32>>) -> MatRef<'_, WebGpu<f32>> {
+    MatRef::strided(rows.view().memory(), (43, 7), 7 * 43, 7).unwrap()
+}
+
 fn three_rows(gpu: &WebGpu<f32>, numbers: &[f32]) -> Tensor<WebGpu<f32>> {
     Tensor::from_slice(gpu, (3, numbers.len()), &padded(numbers)).unwrap()
 }
@@ -47,8 +52,6 @@ fn verbs_that_pass_over_elements_take_rows_of_a_matrix() {
         let factor = |e: usize| dropout.factors(e as u64 / 4)[e % 4];
         check("dropout", &y, x.iter().enumerate().map(|(e, x)| x * factor(e)).collect());
 
-        // Seven columns each: the same numbers, as 43 rows.
-        let tall = |rows: &Tensor<_>| MatRef::strided(rows.view().memory(), (43, 7), n, 7).unwrap();
         let lines = Tensor::from_slice(gpu, (3, 7), &[[9.0; 7], [4.0; 7], [6.0; 7]].concat()).unwrap();
         let norms = Tensor::from_slice(gpu, (3, 7), &[[9.0; 7], [2.0; 7], [9.0; 7]].concat()).unwrap();
         let [magnitude, norm, bias] = [(&lines, 1), (&norms, 1), (&lines, 2)].map(|(t, i)| t.view().row_range(i..i + 1).unwrap());

@@ -1,8 +1,13 @@
-// loss = mean(-log softmax(logits)[label]),  dlogits = (softmax(logits) - onehot(label)) / m
+// loss = mean(-log softmax(logits)[label]),  dlogits = (softmax(logits) - onehot(label)) / counted
 //
+// The mean is over the rows that have a label, of which there are `counted`; the gradient of the others is 0.
 // A workgroup takes a row at a time. Its loss goes into a list, which `mean` adds up in a fixed order: no atomics.
 
-struct CrossEntropy { rows: u32, cols: u32, offset: u32, first_row: u32, m: f32 }
+// `logits` to `dlogits` are where in each binding the first element is.
+struct CrossEntropy { rows: u32, cols: u32, counted: f32, logits: u32, labels: u32, losses: u32, dlogits: u32 }
+
+// How a row without a label is stored.
+const IGNORED = 0xffffffffu;
 
 @group(0) @binding(0) var<uniform> c: CrossEntropy;
 @group(0) @binding(1) var<storage, read> logits: array<Elem>;
@@ -29,7 +34,7 @@ fn across(t: u32, value: f32, sum: bool) -> f32 {
 }
 
 fn logit(row: u32, j: u32) -> f32 {
-  return f32(logits[c.offset + row * c.cols + j]);
+  return f32(logits[c.logits + row * c.cols + j]);
 }
 
 @compute @workgroup_size(THREADS)
@@ -47,11 +52,16 @@ fn cross_entropy(
     for (var j = t; j < c.cols; j += THREADS) { powers += exp(logit(row, j) - largest); }
     powers = across(t, powers, true);
 
-    let label = labels[c.first_row + row];
+    let label = labels[c.labels + row];
     for (var j = t; j < c.cols; j += THREADS) {
       let softmax = exp(logit(row, j) - largest) / powers;
-      dlogits[c.offset + row * c.cols + j] = Elem(rounded((softmax - select(0.0, 1.0, j == label)) / c.m, HALF));
+      let slope = (softmax - select(0.0, 1.0, j == label)) / c.counted;
+      dlogits[c.dlogits + row * c.cols + j] = Elem(rounded(select(slope, 0.0, label == IGNORED), HALF));
     }
-    if (t == 0u) { losses[c.first_row + row] = log(powers) + largest - logit(row, label); }
+    if (t == 0u) {
+      var loss = 0.0;
+      if (label != IGNORED) { loss = log(powers) + largest - logit(row, label); }
+      losses[c.losses + row] = loss;
+    }
   }
 }

@@ -2,7 +2,8 @@
 //
 // Element e of the matrix takes lane e % 4 of the block that Philox makes of counter e / 4.
 
-struct Dropout { len: u32, first_block: u32, key: vec2<u32>, threshold: u32, keep_scale: f32 }
+// `x` and `y` are where in each binding the first element is.
+struct Dropout { len: u32, first_block: u32, key: vec2<u32>, threshold: u32, keep_scale: f32, x: u32, y: u32 }
 
 @group(0) @binding(0) var<uniform> d: Dropout;
 @group(0) @binding(1) var<storage, read> x: array<From>;
@@ -10,7 +11,7 @@ struct Dropout { len: u32, first_block: u32, key: vec2<u32>, threshold: u32, kee
 
 fn drop(e: u32, number: u32) {
   if (e >= d.len) { return; }
-  y[e] = To(rounded(f32(x[e]) * select(d.keep_scale, 0.0, number < d.threshold), TO_HALF));
+  y[d.y + e] = To(rounded(f32(x[d.x + e]) * select(d.keep_scale, 0.0, number < d.threshold), TO_HALF));
 }
 
 @compute @workgroup_size(THREADS)

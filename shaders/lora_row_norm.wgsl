@@ -2,7 +2,8 @@
 //
 // A workgroup takes a row at a time. A row that no binding sees whole comes in parts: norm holds squares until the last.
 
-struct RowNorm { rows: u32, cols: u32, first_row: u32, begins: u32, ends: u32 }
+// `norm` is where in its binding the norm of the first row is.
+struct RowNorm { rows: u32, cols: u32, norm: u32, begins: u32, ends: u32 }
 
 @group(0) @binding(0) var<uniform> r: RowNorm;
 @group(0) @binding(1) var<storage, read> sums: array<f32>;
@@ -29,7 +30,7 @@ fn lora_row_norm(
       workgroupBarrier();
     }
     if (t == 0u) {
-      let at = r.first_row + row;
+      let at = r.norm + row;
       var all = squares[0];
       if (r.begins == 0u) { all += norm[at]; }
       norm[at] = select(all, sqrt(all), r.ends == 1u);

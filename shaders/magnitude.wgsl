@@ -1,6 +1,10 @@
 // y = (magnitude / norm)·z + bias, column by column; where norm is 0, the factor is 0
 
-struct Magnitude { len: u32, first: u32, cols: u32, has_bias: u32 }
+// `z` to `y` are where in each binding the first element is.
+struct Magnitude {
+  len: u32, first: u32, cols: u32, has_bias: u32,
+  z: u32, magnitude: u32, norm: u32, bias: u32, y: u32,
+}
 
 @group(0) @binding(0) var<uniform> m: Magnitude;
 @group(0) @binding(1) var<storage, read> z: array<Elem>;
@@ -14,9 +18,10 @@ fn magnitude(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgrou
   for (var e = id.x; e < m.len; e += groups.x * THREADS) {
     let j = (m.first + e) % m.cols;
     var factor = 0.0;
-    if (norm[j] != 0.0) { factor = f32(magnitude_[j]) / norm[j]; }
+    let length = norm[m.norm + j];
+    if (length != 0.0) { factor = f32(magnitude_[m.magnitude + j]) / length; }
     var more = 0.0;
-    if (m.has_bias == 1u) { more = f32(bias[j]); }
-    y[e] = Elem(rounded(fma(factor, f32(z[e]), more), HALF));
+    if (m.has_bias == 1u) { more = f32(bias[m.bias + j]); }
+    y[m.y + e] = Elem(rounded(fma(factor, f32(z[m.z + e]), more), HALF));
   }
 }

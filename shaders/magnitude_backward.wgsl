@@ -4,7 +4,11 @@
 // end the slices are added up, in a fixed order. Rows that no binding sees at once come in parts: dmagnitude holds sums
 // until the last.
 
-struct MagnitudeBackward { rows: u32, cols: u32, offset: u32, begins: u32, ends: u32 }
+// `z` to `dmagnitude` are where in each binding the first element is.
+struct MagnitudeBackward {
+  rows: u32, cols: u32, begins: u32, ends: u32,
+  z: u32, norm: u32, dy: u32, dmagnitude: u32,
+}
 
 @group(0) @binding(0) var<uniform> m: MagnitudeBackward;
 @group(0) @binding(1) var<storage, read> z: array<Elem>;
@@ -28,8 +32,8 @@ fn magnitude_backward(
     var sum = 0.0;
     if (j < m.cols) {
       for (var i = t / LANES; i < m.rows; i += SLICES) {
-        let e = m.offset + i * m.cols + j;
-        sum = fma(f32(dy[e]), f32(z[e]), sum);
+        let e = i * m.cols + j;
+        sum = fma(f32(dy[m.dy + e]), f32(z[m.z + e]), sum);
       }
     }
     sums[t] = sum;
@@ -40,11 +44,12 @@ fn magnitude_backward(
     }
     if (t < LANES && j < m.cols) {
       var all = sums[t];
-      if (m.begins == 0u) { all += dmagnitude[j]; }
+      if (m.begins == 0u) { all += dmagnitude[m.dmagnitude + j]; }
       if (m.ends == 1u) {
-        if (norm[j] == 0.0) { all = 0.0; } else { all /= norm[j]; }
+        let length = norm[m.norm + j];
+        if (length == 0.0) { all = 0.0; } else { all /= length; }
       }
-      dmagnitude[j] = all;
+      dmagnitude[m.dmagnitude + j] = all;
     }
     workgroupBarrier();
   }

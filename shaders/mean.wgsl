@@ -1,6 +1,7 @@
-// loss = Σ losses / m, in a fixed order; 0 if there are none
+// loss = Σ losses / counted, in a fixed order; 0 if none counts
 
-@group(0) @binding(0) var<uniform> len: vec4<u32>;
+// How many losses there are, how many count, and where in each binding the first is.
+@group(0) @binding(0) var<uniform> m: vec4<u32>;
 @group(0) @binding(1) var<storage, read> losses: array<f32>;
 @group(0) @binding(2) var<storage, read_write> loss: array<f32>;
 
@@ -9,11 +10,11 @@ var<workgroup> sums: array<f32, THREADS>;
 @compute @workgroup_size(THREADS)
 fn mean(@builtin(local_invocation_index) t: u32) {
   sums[t] = 0.0;
-  for (var i = t; i < len.x; i += THREADS) { sums[t] += losses[i]; }
+  for (var i = t; i < m.x; i += THREADS) { sums[t] += losses[m.z + i]; }
   workgroupBarrier();
   for (var half = THREADS / 2u; half > 0u; half /= 2u) {
     if (t < half) { sums[t] += sums[t + half]; }
     workgroupBarrier();
   }
-  if (t == 0u) { loss[0] = sums[0] / max(1.0, f32(len.x)); }
+  if (t == 0u) { loss[m.w] = sums[0] / max(1.0, f32(m.y)); }
 }

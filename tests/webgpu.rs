@@ -68,6 +68,11 @@ macro_rules! or_return {
     };
 }
 
+#[path = "webgpu/lent.rs"]
+mod lent;
+#[path = "webgpu/views.rs"]
+mod views;
+
 suite!(webgpu_f32, or_return!(crate::shared_f32()));
 suite!(webgpu_f16, or_return!(crate::shared_f16()));
 
@@ -318,6 +323,18 @@ fn pipelines_wait_in_a_file_for_the_next_run() {
     }
     let error = WebGpu::<f32>::with_pipelines(folder.path()).unwrap_err();
     assert!(matches!(error, Error::File { .. }), "{error}");
+}
+
+/// In a process of its own, for the environment is everybody's.
+#[test]
+fn shaders_can_be_read() {
+    or_return!(shared_f32());
+    let folder = tempfile::tempdir().unwrap();
+    let mut run = std::process::Command::new(std::env::current_exe().unwrap());
+    let run = run.args(["--exact", "webgpu_f32::add_is_exact"]).env("LOWRANK_DUMP_SHADERS", folder.path().join("shaders"));
+    assert!(run.stdout(std::process::Stdio::null()).status().unwrap().success());
+    let text = std::fs::read_to_string(folder.path().join("shaders/add-f32-256.wgsl")).unwrap();
+    assert!(text.contains("alias Elem = f32;") && text.contains("fn add("), "{text}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 
 use super::cache::Cache;
@@ -11,6 +11,7 @@ use super::memory::{Pool, lock};
 use super::shader::Kernel;
 use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::file;
 
 /// Launches that are recorded before they are submitted: enough for a training step, and the uniforms stay small.
 const BATCH: u64 = 256;
@@ -38,10 +39,29 @@ pub(super) struct Gpu {
     pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
     /// Where they are kept from one run to the next, if they are.
     pub(super) cache: Option<Cache>,
+    /// Where the text of each shader is written when it is compiled, if `LOWRANK_DUMP_SHADERS` names a folder.
+    shaders: Option<PathBuf>,
     pub(super) batch: Mutex<Batch>,
     uniforms: wgpu::Buffer,
     uploads: wgpu::Buffer,
-    submissions: AtomicU64,
+    counts: Mutex<Counts>,
+}
+
+/// How often a backend asked something of its device so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Recorded work was handed over.
+    pub submissions: u64,
+    /// A shader was launched.
+    pub launches: u64,
+    /// Memory was copied from one buffer to another, by a command of its own.
+    pub copies: u64,
+    /// Memory of the host was copied to a buffer.
+    pub uploads: u64,
+    /// A buffer was copied to memory of the host.
+    pub downloads: u64,
+    /// A buffer was made; those of dropped tensors are used again.
+    pub buffers: u64,
 }
 
 #[derive(Clone)]
@@ -67,6 +87,13 @@ pub(super) enum Command {
         grid: [u32; 2],
     },
     Clear(wgpu::Buffer),
+    /// These bytes, to a place in another buffer.
+    Copy {
+        from: wgpu::Buffer,
+        bytes: Range<u64>,
+        to: wgpu::Buffer,
+        offset: u64,
+    },
     /// Bytes of the uploads, to a place in a buffer.
     Upload {
         bytes: Range<u64>,
@@ -88,18 +115,18 @@ pub(super) enum Command {
 }
 
 /// Bytes of a buffer that a binding sees.
-pub(super) struct Slice<'a> {
+pub(super) struct Binding<'a> {
     pub(super) buffer: &'a wgpu::Buffer,
     pub(super) bytes: Range<u64>,
 }
 
-impl<'a> Slice<'a> {
+impl<'a> Binding<'a> {
     /// All of it.
     pub(super) fn all(buffer: &'a wgpu::Buffer) -> Self {
         Self { buffer, bytes: 0..buffer.size() }
     }
 
-    fn entry(&self, binding: u32) -> wgpu::BindGroupEntry<'a> {
+    pub(super) fn entry(&self, binding: u32) -> wgpu::BindGroupEntry<'a> {
         let (buffer, offset, size) = (self.buffer, self.bytes.start, wgpu::BufferSize::new(self.bytes.end - self.bytes.start));
         wgpu::BindGroupEntry { binding, resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size }) }
     }
@@ -109,7 +136,7 @@ impl<'a> Slice<'a> {
 pub(super) struct Launch<'a> {
     pub(super) kernel: Kernel,
     pub(super) uniforms: &'a [u8],
-    pub(super) operands: &'a [Slice<'a>],
+    pub(super) operands: &'a [Binding<'a>],
     pub(super) grid: [u32; 2],
     /// Multiply-adds, or elements: about as long as it takes.
     pub(super) work: u64,
@@ -128,13 +155,18 @@ impl Gpu {
             (uniforms, buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC))
         };
         let (uniforms, uploads) = guarded(&device, BATCH * slot + UPLOADS, both)?;
-        let (lost, pool, pipelines, cache, batch, submissions) = Default::default();
-        Ok(Self { device, queue, name, lost, matrix, pool, pipelines, cache, batch, uniforms, uploads, submissions })
+        let (lost, pool, pipelines, cache, batch, counts) = Default::default();
+        let shaders = std::env::var_os("LOWRANK_DUMP_SHADERS").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+        Ok(Self { device, queue, name, lost, matrix, pool, pipelines, cache, shaders, batch, uniforms, uploads, counts })
     }
 
-    /// How many times something was handed to the device.
-    pub(super) fn submissions(&self) -> u64 {
-        self.submissions.load(Ordering::Relaxed)
+    /// How often something was asked of the device.
+    pub(super) fn counts(&self) -> Counts {
+        *lock(&self.counts)
+    }
+
+    fn count(&self, counter: impl FnOnce(&mut Counts) -> &mut u64) {
+        *counter(&mut lock(&self.counts)) += 1;
     }
 
     /// An error once the device is lost.
@@ -153,7 +185,33 @@ impl Gpu {
         self.lost.get_or_init(|| error.to_string());
     }
 
+    /// Whether a buffer with the usage `STORAGE` and at least four bytes is of this device: its last word can be bound, and no word
+    /// behind it. Wgpu finds buffers by a number, which may be that of another buffer here if the instance is another.
+    pub(super) fn owns(&self, buffer: &wgpu::Buffer) -> Result<bool> {
+        self.is_there()?;
+        let layout = self.guarded(0, || self.storage_layout())?;
+        let alignment = u64::from(self.device.limits().min_storage_buffer_offset_alignment);
+        let end = buffer.size() / 4 * 4;
+        let first = (end - 1) / alignment * alignment;
+        let binds = |end| {
+            let entries = [Binding { buffer, bytes: first..end }.entry(0)];
+            let group = wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries };
+            // A number that nothing has makes wgpu panic, in code that holds nothing of ours.
+            let create = || catch_unwind(AssertUnwindSafe(|| drop(self.device.create_bind_group(&group))));
+            guarded(&self.device, 0, create)
+        };
+        Ok(matches!(binds(end), Ok(Ok(()))) && binds(end + 4).is_err())
+    }
+
+    /// One buffer that is read.
+    fn storage_layout(&self) -> wgpu::BindGroupLayout {
+        let ty = wgpu::BufferBindingType::Storage { read_only: true };
+        let entries = [layout_entry(0, ty)];
+        self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries })
+    }
+
     pub(super) fn create_buffer(&self, usage: wgpu::BufferUsages, size: u64) -> Result<wgpu::Buffer> {
+        self.count(|counts| &mut counts.buffers);
         let buffer = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
         self.guarded(size, || self.device.create_buffer(&buffer))
     }
@@ -162,6 +220,7 @@ impl Gpu {
     pub(super) fn launch(&self, elem: DType, threads: u32, launch: Launch<'_>) -> Result<()> {
         let Pipeline { pipeline, layout } = self.pipeline(launch.kernel, elem, threads)?;
         let operands = self.bind(&layout, launch.operands)?;
+        self.count(|counts| &mut counts.launches);
         let mut batch = lock(&self.batch);
         let offset = batch.uniforms.len();
         debug_assert!(launch.uniforms.len() as u64 <= UNIFORMS);
@@ -179,6 +238,14 @@ impl Gpu {
         Ok(())
     }
 
+    /// Records that bytes of a buffer are to be copied to another. All numbers are multiples of four.
+    pub(super) fn copy(&self, from: &wgpu::Buffer, bytes: Range<u64>, to: &wgpu::Buffer, offset: u64) -> Result<()> {
+        self.count(|counts| &mut counts.copies);
+        let (from, to) = (from.clone(), to.clone());
+        lock(&self.batch).commands.push(Command::Copy { from, bytes, to, offset });
+        Ok(())
+    }
+
     /// Copies host memory into a buffer, after everything recorded so far.
     pub(super) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
         self.is_there()?;
@@ -187,6 +254,7 @@ impl Gpu {
         if len == 0 {
             return Ok(());
         }
+        self.count(|counts| &mut counts.uploads);
         if start + len <= UPLOADS {
             batch.uploads.extend_from_slice(bytes);
             batch.commands.push(Command::Upload { bytes: start..start + len, to: buffer.clone(), offset });
@@ -208,6 +276,7 @@ impl Gpu {
 
     /// Copies a buffer into host memory, after everything recorded so far, by way of a buffer that the host can see.
     pub(super) fn read(&self, from: &wgpu::Buffer, staging: &wgpu::Buffer, bytes: u64, host: &mut [u8]) -> Result<()> {
+        self.count(|counts| &mut counts.downloads);
         let submitted = self.submit(&mut lock(&self.batch), Some((from, staging, bytes)))?;
         let (send, receive) = mpsc::channel();
         let slice = staging.slice(..bytes);
@@ -246,7 +315,7 @@ impl Gpu {
 
     fn submit_all(&self, batch: Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
         let Batch { commands, uniforms, uploads, .. } = batch;
-        self.submissions.fetch_add(1, Ordering::Relaxed);
+        self.count(|counts| &mut counts.submissions);
         self.guarded((uniforms.len() + uploads.len()) as u64, || {
             if !uniforms.is_empty() {
                 self.queue.write_buffer(&self.uniforms, 0, &uniforms);
@@ -268,8 +337,13 @@ impl Gpu {
         if let Some(pipeline) = lock(&self.pipelines).get(&key) {
             return Ok(pipeline.clone());
         }
+        let source = kernel.source(elem, threads);
+        if let Some(folder) = &self.shaders {
+            std::fs::create_dir_all(folder).map_err(|error| file::failed(folder, &error))?;
+            file::write_whole(&folder.join(kernel.file_name(elem, threads)), source.as_bytes())?;
+        }
         // Nothing is locked meanwhile: other threads compile other kernels. If two compile the same one, the first stays.
-        let pipeline = self.guarded(0, || self.compile(kernel, &kernel.source(elem, threads)))?;
+        let pipeline = self.guarded(0, || self.compile(kernel, &source))?;
         Ok(lock(&self.pipelines).entry(key).or_insert(pipeline).clone())
     }
 
@@ -300,24 +374,29 @@ impl Gpu {
     /// The uniforms at binding 0, then what is read, then what is written.
     fn layout(&self, kernel: Kernel) -> wgpu::BindGroupLayout {
         let (reads, writes) = kernel.bindings();
-        let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
-            binding,
-            visibility: wgpu::ShaderStages::COMPUTE,
-            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: binding == 0, min_binding_size: None },
-            count: None,
-        };
-        let storage = |binding| entry(binding, wgpu::BufferBindingType::Storage { read_only: binding <= reads });
-        let uniforms = entry(0, wgpu::BufferBindingType::Uniform);
+        let storage = |binding| layout_entry(binding, wgpu::BufferBindingType::Storage { read_only: binding <= reads });
+        let uniforms = layout_entry(0, wgpu::BufferBindingType::Uniform);
         let entries: Vec<_> = std::iter::once(uniforms).chain((1..=reads + writes).map(storage)).collect();
         self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries })
     }
 
-    fn bind(&self, layout: &wgpu::BindGroupLayout, operands: &[Slice<'_>]) -> Result<wgpu::BindGroup> {
-        let uniforms = Slice { buffer: &self.uniforms, bytes: 0..UNIFORMS };
-        let slices = std::iter::once(&uniforms).chain(operands).zip(0..);
-        let entries: Vec<_> = slices.map(|(slice, binding)| slice.entry(binding)).collect();
+    fn bind(&self, layout: &wgpu::BindGroupLayout, operands: &[Binding<'_>]) -> Result<wgpu::BindGroup> {
+        let uniforms = Binding { buffer: &self.uniforms, bytes: 0..UNIFORMS };
+        let bindings = std::iter::once(&uniforms).chain(operands).zip(0..);
+        let entries: Vec<_> = bindings.map(|(binding, number)| binding.entry(number)).collect();
         let group = wgpu::BindGroupDescriptor { label: None, layout, entries: &entries };
         self.guarded(0, || self.device.create_bind_group(&group))
+    }
+}
+
+/// Uniforms come from a place that each launch has of its own.
+fn layout_entry(binding: u32, ty: wgpu::BufferBindingType) -> wgpu::BindGroupLayoutEntry {
+    let has_dynamic_offset = ty == wgpu::BufferBindingType::Uniform;
+    wgpu::BindGroupLayoutEntry {
+        binding,
+        visibility: wgpu::ShaderStages::COMPUTE,
+        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset, min_binding_size: None },
+        count: None,
     }
 }
 
@@ -341,6 +420,10 @@ fn encode(encoder: &mut wgpu::CommandEncoder, commands: &[Command], uploads: &wg
         match run {
             [Command::Clear(buffer)] => {
                 encoder.clear_buffer(buffer, 0, None);
+                continue;
+            }
+            [Command::Copy { from, bytes: Range { start, end }, to, offset }] => {
+                encoder.copy_buffer_to_buffer(from, *start, to, *offset, end - start);
                 continue;
             }
             [Command::Upload { bytes: Range { start, end }, to, offset }] => {

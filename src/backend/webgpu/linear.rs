@@ -1,40 +1,58 @@
 //! `y = x·Wᵀ + bias`, and its derivatives, as sums of products.
 
 use super::WebGpu;
-use super::sum::{Init, Matrix, Sum, matrix};
+use super::apart::{apart, read, written};
+use super::sum::{Finish, Init, Matrix, Sum, matrix};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{LinearBackward, LinearForward};
-use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 impl<E: Float> WebGpu<E> {
     /// `y = x·Wᵀ + bias`
     pub(super) fn linear_forward_sums(&self, op: LinearForward<'_, Self>) -> Result<()> {
-        let base = matrix(op.x) * matrix(op.w).t();
-        self.sum(Sum { init: bias_in_every_row(op.bias, op.x.rows()), ..Sum::base(matrix(op.y), base) })
+        let (x, w, bias, (y, adds)) = (op.x, op.w.dense(), op.bias, op.y.into_parts());
+        let y = y.into_ref();
+        let reads = [Some(read("x", x)), Some(read("w", w)), bias.map(|bias| read("bias", bias))];
+        apart("linear_forward", reads.into_iter().flatten().chain([written("y", y)]))?;
+        let (init, base) = (bias_in_every_row(bias, x.rows(), adds), matrix(x) * matrix(w).t());
+        self.sum(Sum { init, ..Sum::base(matrix(y), base) })
     }
 
     /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
     pub(super) fn linear_backward_sums(&self, op: LinearBackward<'_, Self>) -> Result<()> {
-        let (x, w, dy) = (matrix(op.x), matrix(op.w), matrix(op.dy));
-        if let Some(dx) = op.dx {
-            self.sum(Sum::base(matrix(dx), dy * w))?;
+        let (x, w, dy) = (op.x, op.w.map(|w| w.dense()), op.dy);
+        let (dx, adds) = op.dx.map_or((None, false), |dx| {
+            let (dx, adds) = dx.into_parts();
+            (Some(dx.into_ref()), adds)
+        });
+        let (dw, dbias) = (op.dw.map(MatMut::into_ref), op.dbias.map(MatMut::into_ref));
+        let reads = [x.map(|x| read("x", x)), w.map(|w| read("w", w)), Some(read("dy", dy))];
+        let writes = [dx.map(|dx| written("dx", dx)), dw.map(|dw| written("dw", dw)), dbias.map(|d| written("dbias", d))];
+        apart("linear_backward", reads.into_iter().chain(writes).flatten())?;
+        if let (Some(dx), Some(w)) = (dx, w) {
+            self.sum(Sum { init: Init::new(None, adds), ..Sum::base(matrix(dx), matrix(dy) * matrix(w)) })?;
         }
-        if let Some(dw) = op.dw {
-            self.sum(Sum::new(matrix(dw), dy.t() * x))?;
+        if let (Some(dw), Some(x)) = (dw, x) {
+            self.sum(Sum::new(matrix(dw), matrix(dy).t() * matrix(x)))?;
         }
-        self.bias_gradient(op.dy, op.dbias)
+        self.bias_gradient(dy, dbias)
     }
 
     /// `dbias = 1ᵀ·dy`
-    pub(super) fn bias_gradient(&self, dy: &Tensor<Self>, dbias: Option<&mut Tensor<Self, f32>>) -> Result<()> {
+    pub(super) fn bias_gradient(&self, dy: MatRef<'_, Self>, dbias: Option<MatRef<'_, Self, f32>>) -> Result<()> {
         let Some(dbias) = dbias else { return Ok(()) };
         let ones = Matrix::splat(&self.one, 1, dy.rows());
         self.sum(Sum::new(matrix(dbias), ones * matrix(dy)))
     }
+
+    /// `out = 0`
+    pub(super) fn zero(&self, out: Matrix<'_>) -> Result<()> {
+        self.sum(Sum { finish: Finish::Store(out), init: Init::Zero, scale: 1.0, update: None, base: None })
+    }
 }
 
 /// What `y` begins with.
-pub(super) fn bias_in_every_row<E: Float>(bias: Option<&Tensor<WebGpu<E>>>, rows: usize) -> Init<'_> {
-    bias.map_or(Init::Zero, |bias| Init::Matrix(matrix(bias).repeated(rows)))
+pub(super) fn bias_in_every_row<E: Float>(bias: Option<MatRef<'_, WebGpu<E>>>, rows: usize, adds: bool) -> Init<'_> {
+    Init::new(bias.map(|bias| matrix(bias).repeated(rows)), adds)
 }

@@ -1,51 +1,72 @@
 //! The verbs of the low-rank layer, as sums of products.
 
 use super::WebGpu;
+use super::apart::{apart, read, read_factor, written};
 use super::linear::bias_in_every_row;
 use super::memory::Buffer;
-use super::sum::{Finish, Init, Matrix, Sum, matrix};
+use super::sum::{Finish, Init, Matrix, Sum, factor, matrix};
+use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
-use crate::tensor::Tensor;
+use crate::tensor::Shape;
+use crate::view::{MatMut, MatRef};
 
 impl<E: Float> WebGpu<E> {
     /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
     pub(super) fn lora_forward_sums(&self, op: LoraForward<'_, Self>) -> Result<()> {
-        let (x, a, b) = (matrix(op.x), matrix(op.a), matrix(op.b));
-        let dropped = self.dropped(op.dropout, op.x)?;
-        self.sum(Sum::new(matrix(op.h), seen(op.x, &dropped) * a.t()))?;
-        let (update, base) = (Some(matrix(op.h) * b.t()), op.w.map(|w| x * matrix(w).t()));
-        let init = bias_in_every_row(op.bias, op.x.rows());
-        self.sum(Sum { init, scale: op.scale, update, base, finish: Finish::Store(matrix(op.y)) })
+        let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense()), op.bias, op.h.into_ref());
+        let (y, adds) = op.y.into_parts();
+        let y = y.into_ref();
+        let reads = [w.map(|w| read("w", w)), bias.map(|bias| read("bias", bias)), Some(read("x", x))].into_iter().flatten();
+        let factors = [read_factor("a", op.a), read_factor("b", op.b)];
+        // The second sum reads what the first one wrote.
+        apart("lora_forward", reads.chain(factors).chain([written("h", h), read("h", h), written("y", y)]))?;
+
+        let (a, b) = (factor(op.a), factor(op.b));
+        let dropped = self.dropped(op.dropout, x)?;
+        self.sum(Sum::new(matrix(h), seen(x, &dropped) * a.t()))?;
+        let (update, base) = (Some(matrix(h) * b.t()), w.map(|w| matrix(x) * matrix(w).t()));
+        let init = bias_in_every_row(bias, x.rows(), adds);
+        self.sum(Sum { init, scale: op.scale, update, base, finish: Finish::Store(matrix(y)) })
     }
 
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
     pub(super) fn lora_backward_sums(&self, op: LoraBackward<'_, Self>) -> Result<()> {
-        let (m, k, r) = (op.x.rows(), op.x.cols(), op.a.rows());
-        let (a, b, h, dy) = (matrix(op.a), matrix(op.b), matrix(op.h), matrix(op.dy));
-        let dropped = self.dropped(op.dropout, op.x)?;
+        let (x, w, dbias) = (op.x, op.w.map(|w| w.dense()), op.dbias.map(MatMut::into_ref));
+        let (da, db, dx) = (op.da.into_ref(), op.db.into_ref(), op.dx.map(|dx| dx.into_parts()));
+        let dx = dx.map(|(dx, adds)| (dx.into_ref(), adds));
+        let reads = [read("x", x), read_factor("a", op.a), read_factor("b", op.b), read("h", op.h), read("dy", op.dy)];
+        let writes = [written("da", da), written("db", db)];
+        let others = [w.map(|w| read("w", w)), dbias.map(|d| written("dbias", d)), dx.map(|(dx, _)| written("dx", dx))];
+        apart("lora_backward", reads.into_iter().chain(others.into_iter().flatten()).chain(writes))?;
 
+        let (m, k, r) = (x.rows(), x.cols(), op.a.rows());
+        let (a, b, h, dy) = (factor(op.a), factor(op.b), matrix(op.h), matrix(op.dy));
+        let dropped = self.dropped(op.dropout, x)?;
         let dh = Buffer::<f32>::unwritten(&self.gpu, m * r)?;
         let dh = Matrix::new(&dh, m, r);
         self.sum(Sum { scale: op.scale, ..Sum::new(dh, dy * b) })?;
-        self.sum(Sum::new(matrix(op.da), dh.t() * seen(op.x, &dropped)))?;
-        self.sum(Sum { scale: op.scale, ..Sum::new(matrix(op.db), dy.t() * h) })?;
-        self.bias_gradient(op.dy, op.dbias)?;
+        self.sum(Sum::new(matrix(da), dh.t() * seen(x, &dropped)))?;
+        self.sum(Sum { scale: op.scale, ..Sum::new(matrix(db), dy.t() * h) })?;
+        self.bias_gradient(op.dy, dbias)?;
 
-        let Some(dx) = op.dx else { return Ok(()) };
-        let through_w = Sum { base: op.w.map(|w| dy * matrix(w)), ..Sum::new(matrix(dx), dh * a) };
+        let Some((dx, adds)) = dx else { return Ok(()) };
+        let base = w.map(|w| dy * matrix(w));
+        let through_w = Sum { base, init: Init::new(None, adds), ..Sum::new(matrix(dx), dh * a) };
         let Some(dropout) = op.dropout else { return self.sum(through_w) };
         // The mask lies between the update and the sum: drop(dh·A) is made in `f32`, and the sum begins with it.
         let update = Buffer::<f32>::unwritten(&self.gpu, m * k)?;
         self.sum(Sum::new(Matrix::new(&update, m, k), dh * a))?;
-        let dropped = self.drop(dropout, &update)?;
-        self.sum(Sum { init: Init::Matrix(Matrix::new(&dropped, m, k)), update: None, ..through_w })
+        let dropped = self.drop(dropout, MatRef::all(update.slice(), Shape { rows: m, cols: k }))?;
+        self.sum(Sum { init: Init::new(Some(Matrix::new(&dropped, m, k)), adds), update: None, ..through_w })
     }
 
     /// `W += scale·B·A`
     pub(super) fn lora_merge_sums(&self, op: LoraMerge<'_, Self>) -> Result<()> {
-        let (update, out) = (Some(matrix(op.b) * matrix(op.a)), matrix(op.w));
+        let w = op.w.into_ref();
+        apart("lora_merge", [read_factor("a", op.a), read_factor("b", op.b), written("w", w)].into_iter())?;
+        let (update, out) = (Some(factor(op.b) * factor(op.a)), matrix(w));
         let finish = match op.rounding.key(E::DTYPE) {
             Some(key) => Finish::StoreByChance { out, key },
             None => Finish::Store(out),
@@ -54,12 +75,19 @@ impl<E: Float> WebGpu<E> {
     }
 
     /// `drop(x)`, where there is dropout.
-    fn dropped(&self, dropout: Option<Dropout>, x: &Tensor<Self>) -> Result<Option<Buffer<f32>>> {
-        dropout.map(|dropout| self.drop(dropout, x.buffer())).transpose()
+    fn dropped(&self, dropout: Option<Dropout>, x: MatRef<'_, Self>) -> Result<Option<Buffer<f32>>> {
+        let Some(dropout) = dropout else { return Ok(None) };
+        if x.is_contiguous() {
+            return self.drop(dropout, x).map(Some);
+        }
+        // The mask runs along the elements of the matrix, so they are brought together first.
+        let mut together = Buffer::unwritten(&self.gpu, x.rows() * x.cols())?;
+        self.copy(x, MatMut::all(together.slice_mut(), x.shape()))?;
+        self.drop(dropout, MatRef::all(together.slice(), x.shape())).map(Some)
     }
 }
 
 /// What the adapter sees of `x`.
-fn seen<'a, E: Float>(x: &'a Tensor<WebGpu<E>>, dropped: &'a Option<Buffer<f32>>) -> Matrix<'a> {
+fn seen<'a, E: Float>(x: MatRef<'a, WebGpu<E>>, dropped: &'a Option<Buffer<f32>>) -> Matrix<'a> {
     dropped.as_ref().map_or(matrix(x), |dropped| Matrix::new(dropped, x.rows(), x.cols()))
 }

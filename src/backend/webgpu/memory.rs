@@ -27,17 +27,54 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Elements in a range of a buffer, a tensor's or lent: what views look at.
+///
+/// It has no size known to the compiler, so that nobody can swap the memory of two of them. `Slice<T, [(); 0]>` is one that has.
+pub struct Slice<T: Element, Tail: ?Sized = [()]> {
+    raw: wgpu::Buffer,
+    /// Elements of the buffer before the first.
+    first: usize,
+    len: usize,
+    element: PhantomData<T>,
+    _tail: Tail,
+}
+
+/// A slice that can be held in a variable.
+pub(super) type HeldSlice<T> = Slice<T, [(); 0]>;
+
+impl<T: Element> HeldSlice<T> {
+    pub(super) fn new(raw: wgpu::Buffer, first: usize, len: usize) -> Self {
+        Self { raw, first, len, element: PhantomData, _tail: [] }
+    }
+}
+
+impl<T: Element> Slice<T> {
+    /// The buffer that it is a range of.
+    pub fn raw(&self) -> &wgpu::Buffer {
+        &self.raw
+    }
+
+    /// Elements of the buffer before the first of the slice.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+}
+
 /// Elements in the memory of an adapter. Its memory goes back to a pool when it is dropped.
 pub struct Buffer<T: Element> {
     memory: Memory,
-    len: usize,
-    element: PhantomData<T>,
+    /// All of them.
+    slice: HeldSlice<T>,
 }
 
 impl<T: Element> Buffer<T> {
     /// Memory whose contents are of no account: whoever asks for it overwrites all of it.
     pub(super) fn unwritten(gpu: &Arc<Gpu>, len: usize) -> Result<Self> {
-        Ok(Self { memory: Memory::take(gpu, STORAGE, fitting::<T>(gpu, len)?)?.0, len, element: PhantomData })
+        Ok(Self::of(Memory::take(gpu, STORAGE, fitting::<T>(gpu, len)?)?.0, len))
     }
 
     /// All zeros.
@@ -46,12 +83,16 @@ impl<T: Element> Buffer<T> {
         if used {
             gpu.clear(&memory.raw)?; // the driver clears new memory itself
         }
-        Ok(Self { memory, len, element: PhantomData })
+        Ok(Self::of(memory, len))
+    }
+
+    fn of(memory: Memory, len: usize) -> Self {
+        Self { slice: Slice::new(memory.raw.clone(), 0, len), memory }
     }
 
     /// Copies as many elements from the host.
     pub(super) fn write(&self, host: &[T]) -> Result<()> {
-        Error::unless(host.len() == self.len, "write", "host", host.len(), "as many elements as the buffer")?;
+        Error::unless(host.len() == self.len(), "write", "host", host.len(), "as many elements as the buffer")?;
         let bytes: &[u8] = bytemuck::cast_slice(host);
         // Copies are of whole words; an odd number of 16-bit elements ends within one.
         let (words, rest) = bytes.split_at(bytes.len() / 4 * 4);
@@ -66,7 +107,7 @@ impl<T: Element> Buffer<T> {
 
     /// Copies as many elements to the host, once everything that writes them is done.
     pub(super) fn read(&self, host: &mut [T]) -> Result<()> {
-        Error::unless(host.len() == self.len, "download", "host", host.len(), "as many elements as the buffer")?;
+        Error::unless(host.len() == self.len(), "download", "host", host.len(), "as many elements as the buffer")?;
         if host.is_empty() {
             return self.memory.gpu.synchronize();
         }
@@ -78,7 +119,17 @@ impl<T: Element> Buffer<T> {
 
     /// How many elements it holds.
     pub(super) fn len(&self) -> usize {
-        self.len
+        self.slice.len
+    }
+
+    /// All of them, to be read.
+    pub(super) fn slice(&self) -> &Slice<T> {
+        &self.slice
+    }
+
+    /// All of them, to be written.
+    pub(super) fn slice_mut(&mut self) -> &mut Slice<T> {
+        &mut self.slice
     }
 
     /// The buffer itself, for a pipeline of the caller's own. It may be longer than its elements, and is another tensor's
@@ -90,7 +141,7 @@ impl<T: Element> Buffer<T> {
 
 impl<T: Element> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffer({} × {})", self.len, std::any::type_name::<T>())
+        write!(f, "Buffer({} × {})", self.len(), std::any::type_name::<T>())
     }
 }
 

@@ -3,12 +3,14 @@
 //! ```text
 //! lora.rs linear.rs      a verb, as the sums of products it is
 //!   └─ sum.rs            init + scale·lhs·rhs + more_lhs·more_rhs, in pieces that fit a binding
-//! pointwise.rs dora.rs   one pass over memory
+//! pointwise.rs dora.rs copy.rs   one pass over memory
+//!   └─ apart.rs          no launch reads and writes one buffer
 //!   └─ plan.rs           sizes and limits → tiles and pieces; pure
 //!   └─ shader.rs         the text of a kernel, out of shaders/*.wgsl
 //!   └─ dispatch.rs       pipelines made once, launches recorded, many submitted together
 //!   └─ cache.rs          compiled pipelines in a file, for the next run
 //! adapter.rs memory.rs   which adapter; its buffers
+//! lend.rs                buffers of the caller's
 //! clock.rs               how long the device takes
 //! ```
 //!
@@ -16,10 +18,13 @@
 //! atomics, and the same request on the same adapter gives the same bits.
 
 mod adapter;
+mod apart;
 mod cache;
 mod clock;
+mod copy;
 mod dispatch;
 mod dora;
+mod lend;
 mod linear;
 mod lora;
 mod memory;
@@ -30,21 +35,25 @@ mod sum;
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use adapter::Wanted;
-use dispatch::{Command, Gpu, Launch};
-pub use memory::Buffer;
+pub use dispatch::Counts;
+use dispatch::{Binding, Command, Gpu, Launch};
+pub use lend::{Lent, LentMut};
+pub use memory::{Buffer, Slice};
 pub use plan::Limits;
 
-use super::Backend;
+use super::{Backend, Passes};
 use crate::element::{DType, Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{
     Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
+use crate::view::{MatMut, MatRef};
 
 /// A GPU as a backend whose weights and activations are stored as `E`: `f32`, or `f16` where the adapter has it.
 ///
@@ -174,11 +183,31 @@ impl<E: Float> WebGpu<E> {
 
     /// How many times recorded work was handed to the device so far. A training step that reads back its loss is one.
     pub fn submissions(&self) -> u64 {
-        self.gpu.submissions()
+        self.counts().submissions
+    }
+
+    /// How often this backend and its clones asked something of the device so far.
+    pub fn counts(&self) -> Counts {
+        self.gpu.counts()
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<()> {
         self.gpu.launch(E::DTYPE, self.limits.threads(), launch)
+    }
+
+    /// What is bound where a shader reads nothing: something must be.
+    fn unread(&self) -> Binding<'_> {
+        Binding::all(self.one.raw())
+    }
+
+    /// A binding that sees these bytes of a buffer, and how many elements of `size` bytes it sees before them: it begins where the
+    /// adapter allows one to begin.
+    fn window<'a>(&'a self, buffer: &'a wgpu::Buffer, bytes: Range<u64>, size: u64) -> (Binding<'a>, u32) {
+        if bytes.is_empty() {
+            return (self.unread(), 0);
+        }
+        let first = bytes.start / self.alignment() * self.alignment();
+        (Binding { buffer, bytes: first..bytes.end.next_multiple_of(4) }, ((bytes.start - first) / size) as u32)
     }
 
     /// Bytes between two places where a binding may begin.
@@ -187,9 +216,14 @@ impl<E: Float> WebGpu<E> {
     }
 }
 
+impl<E: Float> super::sealed::Sealed for WebGpu<E> {}
+
 impl<E: Float> Backend for WebGpu<E> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<T>;
+    type Slice<T: Element> = Slice<T>;
+    /// Shaders read weights as they are.
+    type Panels = ();
 
     fn device(&self) -> String {
         format!("webgpu ({})", self.gpu.name)
@@ -221,8 +255,24 @@ impl<E: Float> Backend for WebGpu<E> {
         self.gpu.synchronize()
     }
 
-    fn buffer_len<T: Element>(buffer: &Buffer<T>) -> usize {
-        buffer.len()
+    fn slice<T: Element>(buffer: &Buffer<T>) -> &Slice<T> {
+        buffer.slice()
+    }
+
+    fn slice_mut<T: Element>(buffer: &mut Buffer<T>) -> &mut Slice<T> {
+        buffer.slice_mut()
+    }
+
+    fn slice_len<T: Element>(slice: &Slice<T>) -> usize {
+        slice.len()
+    }
+
+    fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()> {
+        self.copy_matrix(from, to.into_ref())
+    }
+
+    fn pack(&self, _w: MatRef<'_, Self>, _passes: Passes) -> Result<()> {
+        Ok(())
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

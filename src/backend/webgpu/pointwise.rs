@@ -5,16 +5,19 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
-use super::dispatch::{Launch, Slice};
+use super::apart::{apart, read, written};
+use super::dispatch::{Binding, Launch};
 use super::memory::Buffer;
 use super::shader::Kernel;
 use super::sum::{Finish, Init, Sum, matrix};
 use crate::element::{Element, Float};
 use crate::error::Result;
 use crate::op::{Accumulate, Adam, Add, CrossEntropy, Dropout, DropoutForward, Relu, ReluBackward, WeightGrad};
+use crate::tensor::Shape;
+use crate::view::MatRef;
 
-/// A length, as a uniform: `vec4<u32>`.
-type Len = [u32; 4];
+/// How many elements, and for each of up to three operands the place in its binding of the first: `vec4<u32>`.
+type Places = [u32; 4];
 
 /// `struct Dropout` of dropout.wgsl.
 #[repr(C)]
@@ -25,7 +28,8 @@ struct DropoutUniforms {
     key: [u32; 2],
     threshold: u32,
     keep_scale: f32,
-    unused: [u32; 2],
+    x: u32,
+    y: u32,
 }
 
 /// `struct Accumulate` of accumulate.wgsl.
@@ -34,7 +38,8 @@ struct DropoutUniforms {
 struct AccumulateUniforms {
     len: u32,
     scale: f32,
-    unused: [u32; 2],
+    x: u32,
+    y: u32,
 }
 
 /// `struct CrossEntropy` of cross_entropy.wgsl.
@@ -43,37 +48,44 @@ struct AccumulateUniforms {
 struct CrossEntropyUniforms {
     rows: u32,
     cols: u32,
-    offset: u32,
-    first_row: u32,
-    m: f32,
-    unused: [u32; 3],
+    counted: f32,
+    logits: u32,
+    labels: u32,
+    losses: u32,
+    dlogits: u32,
+    unused: u32,
 }
 
 impl<E: Float> WebGpu<E> {
     /// `y = max(x, 0)`
     pub(super) fn relu_pass(&self, op: Relu<'_, Self>) -> Result<()> {
-        let (x, y) = (op.x.buffer(), op.y.buffer());
-        self.elementwise(Kernel::Relu, x.len(), |part| vec![slice(x, &part), slice(y, &part)])
+        let (x, y) = (op.x, op.y.into_ref());
+        apart("relu", [read("x", x), written("y", y)].into_iter())?;
+        self.elementwise(Kernel::Relu, &[x, y])
     }
 
     /// `dx = dy` where `y > 0`, else 0
     pub(super) fn relu_backward_pass(&self, op: ReluBackward<'_, Self>) -> Result<()> {
-        let (y, dy, dx) = (op.y.buffer(), op.dy.buffer(), op.dx.buffer());
-        self.elementwise(Kernel::ReluBackward, y.len(), |part| vec![slice(y, &part), slice(dy, &part), slice(dx, &part)])
+        let (y, dy, dx) = (op.y, op.dy, op.dx.into_ref());
+        apart("relu_backward", [read("y", y), read("dy", dy), written("dx", dx)].into_iter())?;
+        self.elementwise(Kernel::ReluBackward, &[y, dy, dx])
     }
 
     /// `y += x`
     pub(super) fn add_pass(&self, op: Add<'_, Self>) -> Result<()> {
-        let (x, y) = (op.x.buffer(), op.y.buffer());
-        self.elementwise(Kernel::Add, x.len(), |part| vec![slice(x, &part), slice(y, &part)])
+        let (x, y) = (op.x, op.y.into_ref());
+        apart("add", [read("x", x), written("y", y)].into_iter())?;
+        self.elementwise(Kernel::Add, &[x, y])
     }
 
     /// `y += scale·x`, in `f32`
     pub(super) fn accumulate_pass(&self, op: Accumulate<'_, Self>) -> Result<()> {
-        let (x, y) = (op.x.buffer(), op.y.buffer());
-        self.parts(x.len()).try_for_each(|part| {
-            let uniforms = AccumulateUniforms { len: part.len() as u32, scale: op.scale, unused: [0; 2] };
-            let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [slice(x, &part), slice(y, &part)]);
+        let (x, y) = (op.x, op.y.into_ref());
+        apart("accumulate", [read("x", x), written("y", y)].into_iter())?;
+        self.parts(len(x)).try_for_each(|part| {
+            let ((x, x_first), (y, y_first)) = (self.run(x, &part), self.run(y, &part));
+            let uniforms = AccumulateUniforms { len: part.len() as u32, scale: op.scale, x: x_first, y: y_first };
+            let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [x, y]);
             let (grid, work) = ([self.groups(part.len()), 1], part.len() as u64);
             self.launch(Launch { kernel: Kernel::Accumulate, uniforms, operands: &operands, grid, work })
         })
@@ -81,94 +93,106 @@ impl<E: Float> WebGpu<E> {
 
     /// `y = drop(x)`
     pub(super) fn dropout_pass(&self, op: DropoutForward<'_, Self>) -> Result<()> {
-        self.drop_into(op.dropout, op.x.buffer(), op.y.buffer())
+        let (x, y) = (op.x, op.y.into_ref());
+        apart("dropout_forward", [read("x", x), written("y", y)].into_iter())?;
+        self.drop_into(op.dropout, x, y)
     }
 
-    /// `drop(x)`, in `f32`
-    pub(super) fn drop<T: Float>(&self, dropout: Dropout, x: &Buffer<T>) -> Result<Buffer<f32>> {
-        let y = Buffer::unwritten(&self.gpu, x.len())?;
-        self.drop_into(dropout, x, &y)?;
+    /// `drop(x)`, in `f32`, of a matrix whose rows follow one another
+    pub(super) fn drop<T: Float>(&self, dropout: Dropout, x: MatRef<'_, Self, T>) -> Result<Buffer<f32>> {
+        let y = Buffer::unwritten(&self.gpu, len(x))?;
+        self.drop_into(dropout, x, MatRef::all(y.slice(), x.shape()))?;
         Ok(y)
     }
 
     /// `y = drop(x)`, whatever they are stored as.
-    fn drop_into<T: Float, U: Float>(&self, dropout: Dropout, x: &Buffer<T>, y: &Buffer<U>) -> Result<()> {
-        for part in self.parts(x.len()) {
+    fn drop_into<T: Float, U: Float>(&self, dropout: Dropout, x: MatRef<'_, Self, T>, y: MatRef<'_, Self, U>) -> Result<()> {
+        for part in self.parts(len(x)) {
+            let ((x, x_first), (y, y_first)) = (self.run(x, &part), self.run(y, &part));
             let uniforms = DropoutUniforms {
                 len: part.len() as u32,
                 first_block: (part.start / 4) as u32,
                 key: dropout.key(),
                 threshold: dropout.threshold(),
                 keep_scale: dropout.keep_scale(),
-                unused: [0; 2],
+                x: x_first,
+                y: y_first,
             };
-            let operands = [slice(x, &part), slice(y, &part)];
-            let grid = [self.groups(part.len().div_ceil(4)), 1];
-            let uniforms = bytemuck::bytes_of(&uniforms);
-            self.launch(Launch {
-                kernel: Kernel::Dropout(T::DTYPE, U::DTYPE),
-                uniforms,
-                operands: &operands,
-                grid,
-                work: part.len() as u64,
-            })?;
+            let (kernel, grid) = (Kernel::Dropout(T::DTYPE, U::DTYPE), [self.groups(part.len().div_ceil(4)), 1]);
+            let (uniforms, work) = (bytemuck::bytes_of(&uniforms), part.len() as u64);
+            self.launch(Launch { kernel, uniforms, operands: &[x, y], grid, work })?;
         }
         Ok(())
     }
 
-    /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
+    /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / c`, over the rows with a label
     pub(super) fn cross_entropy_pass(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
-        let (m, n) = (op.logits.rows(), op.logits.cols());
+        let (logits, loss, dlogits) = (op.logits, op.loss.into_ref(), op.dlogits.into_ref());
+        apart("cross_entropy", [read("logits", logits), written("loss", loss), written("dlogits", dlogits)].into_iter())?;
+        let (n, counted) = (logits.cols(), op.labels.counted());
+        let m = if n == 0 { 0 } else { logits.rows() }; // without classes no row has a label
         let losses = Buffer::<f32>::unwritten(&self.gpu, m)?;
-        let (logits, dlogits) = (op.logits.buffer(), op.dlogits.buffer());
+        let (labels, losses) = (op.labels.tensor().view(), MatRef::all(losses.slice(), Shape { rows: m, cols: 1 }));
         let rows_at_once = (self.elements_at_once() / n.max(1)).max(1);
-        for first_row in (0..m).step_by(rows_at_once) {
-            let rows = rows_at_once.min(m - first_row);
-            let first = first_row * n;
-            let bound = first / ALIGNED * ALIGNED;
-            let part = bound..first + rows * n;
+        for first in (0..m).step_by(rows_at_once) {
+            let rows = first..m.min(first + rows_at_once);
+            let part = rows.start * n..rows.end * n;
+            let ((logits, logits_first), (dlogits, dlogits_first)) = (self.run(logits, &part), self.run(dlogits, &part));
+            let ((labels, labels_first), (losses, losses_first)) = (self.run(labels, &rows), self.run(losses, &rows));
             let uniforms = CrossEntropyUniforms {
-                rows: rows as u32,
+                rows: rows.len() as u32,
                 cols: n as u32,
-                offset: (first - bound) as u32,
-                first_row: first_row as u32,
-                m: m as f32,
-                unused: [0; 3],
+                counted: counted as f32,
+                logits: logits_first,
+                labels: labels_first,
+                losses: losses_first,
+                dlogits: dlogits_first,
+                unused: 0,
             };
-            let labels = op.labels.tensor().buffer();
-            let operands = [slice(logits, &part), Slice::all(labels.raw()), Slice::all(losses.raw()), slice(dlogits, &part)];
-            let grid = [(rows as u32).min(self.limits.groups), 1];
-            let uniforms = bytemuck::bytes_of(&uniforms);
-            self.launch(Launch { kernel: Kernel::CrossEntropy, uniforms, operands: &operands, grid, work: part.len() as u64 })?;
+            let grid = [(rows.len() as u32).min(self.limits.groups), 1];
+            let (uniforms, work) = (bytemuck::bytes_of(&uniforms), part.len() as u64);
+            let operands = [logits, labels, losses, dlogits];
+            self.launch(Launch { kernel: Kernel::CrossEntropy, uniforms, operands: &operands, grid, work })?;
         }
-        let (len, operands): (Len, _) = ([m as u32, 0, 0, 0], [Slice::all(losses.raw()), Slice::all(op.loss.buffer().raw())]);
-        self.launch(Launch {
-            kernel: Kernel::Mean,
-            uniforms: bytemuck::bytes_of(&len),
-            operands: &operands,
-            grid: [1, 1],
-            work: m as u64,
-        })
+        let ((losses, losses_first), (loss, loss_first)) = (self.run(losses, &(0..m)), self.run(loss, &(0..1)));
+        let uniforms = [m as u32, counted as u32, losses_first, loss_first];
+        let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [losses, loss]);
+        self.launch(Launch { kernel: Kernel::Mean, uniforms, operands: &operands, grid: [1, 1], work: m as u64 })
     }
 
     /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
     pub(super) fn adam_sum(&self, op: Adam<'_, Self>) -> Result<()> {
-        let master = op.master.map(|master| matrix(master));
-        let finish = Finish::Adam { rate: op.rate, m: matrix(op.m), v: matrix(op.v), master, w: matrix(op.w) };
+        let master = op.master.map(|master| matrix(master.view()));
+        let finish =
+            Finish::Adam { rate: op.rate, m: matrix(op.m.view()), v: matrix(op.v.view()), master, w: matrix(op.w.view()) };
         let (init, update) = match op.grad {
-            WeightGrad::Dense(grad) => (Init::Matrix(matrix(grad)), None),
-            WeightGrad::Factored { dy, x } => (Init::Zero, Some(matrix(dy).t() * matrix(x))),
+            WeightGrad::Dense(grad) => (Init::Matrix(matrix(grad.view())), None),
+            WeightGrad::Factored { dy, x } => (Init::Zero, Some(matrix(dy.view()).t() * matrix(x.view()))),
         };
         self.sum(Sum { finish, init, scale: 1.0, update, base: None })
     }
 
-    /// A launch for each part of `len` elements that fits the bindings.
-    fn elementwise<'a>(&self, kernel: Kernel, len: usize, operands: impl Fn(Range<usize>) -> Vec<Slice<'a>>) -> Result<()> {
-        self.parts(len).try_for_each(|part| {
-            let (count, grid): (Len, _) = ([part.len() as u32, 0, 0, 0], [self.groups(part.len()), 1]);
-            let work = part.len() as u64;
-            self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&count), operands: &operands(part), grid, work })
+    /// A launch for each part of matrices of one shape, whose rows follow one another, that fits the bindings.
+    fn elementwise(&self, kernel: Kernel, views: &[MatRef<'_, Self>]) -> Result<()> {
+        self.parts(len(views[0])).try_for_each(|part| {
+            let mut uniforms: Places = [part.len() as u32, 0, 0, 0];
+            let mut operands = Vec::with_capacity(views.len());
+            for (view, place) in views.iter().zip(&mut uniforms[1..]) {
+                let (binding, first) = self.run(*view, &part);
+                operands.push(binding);
+                *place = first;
+            }
+            let (grid, work) = ([self.groups(part.len()), 1], part.len() as u64);
+            self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid, work })
         })
+    }
+
+    /// Some elements of a matrix whose rows follow one another, as a binding, and the place in it of the first.
+    pub(super) fn run<'a, T: Element>(&'a self, view: MatRef<'a, Self, T>, part: &Range<usize>) -> (Binding<'a>, u32) {
+        debug_assert!(view.is_contiguous());
+        let first = view.memory().first() + view.offset();
+        let [start, end] = [part.start, part.end].map(|element| ((first + element) * size_of::<T>()) as u64);
+        self.window(view.memory().raw(), start..end, size_of::<T>() as u64)
     }
 
     /// `0..len` in parts of which a binding can see each, whatever the type of the elements.
@@ -188,11 +212,10 @@ impl<E: Float> WebGpu<E> {
     }
 }
 
-/// Elements after which any binding may begin: 256 bytes of 16-bit elements.
-pub(super) const ALIGNED: usize = 128;
+/// More elements than lie between two places where a binding may begin.
+const ALIGNED: usize = 128;
 
-/// A part of a buffer, as a binding: whole words.
-pub(super) fn slice<'a, T: Element>(buffer: &'a Buffer<T>, part: &Range<usize>) -> Slice<'a> {
-    let [start, end] = [part.start, part.end].map(|e| (e * size_of::<T>()) as u64);
-    Slice { buffer: buffer.raw(), bytes: start..end.next_multiple_of(4) }
+/// How many elements a matrix has.
+pub(super) fn len<E: Float, T: Element>(view: MatRef<'_, WebGpu<E>, T>) -> usize {
+    view.rows() * view.cols()
 }

@@ -27,6 +27,10 @@ pub(super) enum Kernel {
     MagnitudeBackward,
     CrossEntropy,
     Mean,
+    /// Of numbers of 16 bits, two to a word, or of 32.
+    Copy {
+        half: bool,
+    },
 }
 
 /// A sum of products, as `shaders/engine.wgsl` or `shaders/skinny.wgsl` computes it.
@@ -72,7 +76,7 @@ impl Kernel {
             Kernel::ReluBackward => (2, 1),
             Kernel::CrossEntropy => (2, 2),
             Kernel::Relu | Kernel::Add | Kernel::Accumulate | Kernel::Dropout(..) => (1, 1),
-            Kernel::LoraRowNorm | Kernel::Mean => (1, 1),
+            Kernel::LoraRowNorm | Kernel::Mean | Kernel::Copy { .. } => (1, 1),
         }
     }
 
@@ -90,6 +94,7 @@ impl Kernel {
             Kernel::MagnitudeBackward => "magnitude_backward",
             Kernel::CrossEntropy => "cross_entropy",
             Kernel::Mean => "mean",
+            Kernel::Copy { .. } => "copy",
         }
     }
 
@@ -110,9 +115,23 @@ impl Kernel {
                 let to_half = to == DType::F16;
                 writeln!(text, "alias From = {from};\nalias To = {to};\nconst TO_HALF = {to_half};\nconst THREADS = {threads}u;")
             }
+            Kernel::Copy { half } => {
+                writeln!(text, "const PER_WORD = {}u;\nconst THREADS = {threads}u;", 1 + u32::from(half))
+            }
             _ => writeln!(text, "const THREADS = {threads}u;"),
         };
         text + &self.files()
+    }
+
+    /// A name for the text, by what makes it differ from others: `relu-f16-256.wgsl`.
+    pub(super) fn file_name(self, elem: DType, threads: u32) -> String {
+        let rest = match self {
+            Kernel::Sum(sum) => sum.name(),
+            Kernel::Dropout(from, to) => format!("{from}-to-{to}-{threads}"),
+            Kernel::Copy { half } => format!("{}-bits-{threads}", if half { 16 } else { 32 }),
+            _ => threads.to_string(),
+        };
+        format!("{}-{elem}-{rest}.wgsl", self.entry())
     }
 
     fn files(self) -> String {
@@ -128,6 +147,7 @@ impl Kernel {
             Kernel::MagnitudeBackward => files!("magnitude_backward"),
             Kernel::CrossEntropy => files!("common" "cross_entropy"),
             Kernel::Mean => files!("common" "mean"),
+            Kernel::Copy { .. } => files!("copy"),
         };
         files.to_owned()
     }
@@ -142,6 +162,28 @@ impl Sum {
 
     fn writes(self) -> u32 {
         if let Finish::Adam { master } = self.finish { 3 + u32::from(master) } else { 1 }
+    }
+
+    /// How the sum is made, how each factor is read (`deep` along the depth, `x4` four at once), and how it begins and ends.
+    fn name(self) -> String {
+        let flag = |name: &'static str, there: bool| if there { name } else { "" };
+        let way = match self.way {
+            Way::Tiles(Tile { rows, cols, depth, slices, .. }) => format!("tile-{rows}x{cols}x{depth}-slices-{slices}"),
+            Way::Matrices(Matrices { size, each }) => format!("matrices-{size}x{size}-each-{each}"),
+            Way::Skinny(Skinny { rows, lanes, slices, by_depth, subgroups }) => {
+                let (by, gather) = (if by_depth { "depth" } else { "columns" }, flag("-subgroups", subgroups));
+                format!("skinny-{rows}-lanes-{lanes}-slices-{slices}-by-{by}{gather}")
+            }
+        };
+        let factor = |Factor { dtype, deep, quads }| format!("-{dtype}{}{}", flag("deep", deep), flag("x4", quads));
+        let factors: String = self.factors[..if self.more { 4 } else { 2 }].iter().copied().map(factor).collect();
+        let init = self.init.map_or(String::new(), |dtype| format!("-from-{dtype}"));
+        let end = match self.finish {
+            Finish::Store { out, add } => format!("to-{out}{}", flag("-added", add)),
+            Finish::StoreByChance { add } => format!("by-chance{}", flag("-added", add)),
+            Finish::Adam { master } => format!("adam{}", flag("-master", master)),
+        };
+        format!("{way}{factors}{init}-{end}{}", flag("-x4", self.quads))
     }
 
     /// What reads the factors, makes the sums and finishes them; see `write_header` for what is written once an operand.
@@ -284,6 +326,8 @@ mod tests {
         Capabilities::SHADER_FLOAT16.union(Capabilities::SUBGROUP).union(Capabilities::COOPERATIVE_MATRIX);
 
     fn assert_valid(kernel: Kernel, elem: DType) {
+        let name = kernel.file_name(elem, 64);
+        assert!(name.len() < 200 && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)), "{name}");
         let source = kernel.source(elem, 64);
         let module = wgsl::parse_str(&source);
         let module = module.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
@@ -309,6 +353,8 @@ mod tests {
                 Kernel::MagnitudeBackward,
                 Kernel::CrossEntropy,
                 Kernel::Mean,
+                Kernel::Copy { half: false },
+                Kernel::Copy { half: true },
             ];
             kernels.into_iter().for_each(|kernel| assert_valid(kernel, elem));
         }
@@ -316,6 +362,7 @@ mod tests {
 
     #[test]
     fn every_sum_is_valid() {
+        let mut names = std::collections::HashMap::new();
         let tile = |rows, cols, slices, wide| Way::Tiles(Tile { rows, cols, depth: 16, slices, wide });
         let skinny = |rows, by_depth, subgroups| Way::Skinny(Skinny { rows, lanes: 8, slices: 16, by_depth, subgroups });
         let ways = [
@@ -354,6 +401,8 @@ mod tests {
                     let (reads, writes) = kernel.bindings();
                     let most = wgpu::Limits::default().max_storage_buffers_per_shader_stage;
                     assert!(reads + writes <= most || more && matches!(finish, Finish::Adam { .. }), "{kernel:?}");
+                    let source = kernel.source(elem, 64);
+                    assert_eq!(names.entry(kernel.file_name(elem, 64)).or_insert(source.clone()), &source);
                 }
             }
         }

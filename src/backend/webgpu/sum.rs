@@ -5,14 +5,14 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
-use super::dispatch::{Launch, Slice};
+use super::dispatch::{Binding, Launch};
 use super::memory::Buffer;
 use super::plan::{Axis, Matrices, Operand, Piece, Skinny, Tile, Way, pieces};
 use super::shader::{self, Factor, Kernel};
-use crate::element::{DType, Float};
+use crate::element::{DType, Element, Float};
 use crate::error::Result;
-use crate::op::AdamRate;
-use crate::tensor::Tensor;
+use crate::op::{self, AdamRate};
+use crate::view::MatRef;
 
 /// A matrix in memory. Transposes, and rows repeated, are no more than strides.
 #[derive(Clone, Copy)]
@@ -34,9 +34,21 @@ impl<'a> Matrix<'a> {
         Self { buffer: buffer.raw(), dtype: T::DTYPE, offset: 0, rows, cols, strides: [cols, 1] }
     }
 
+    /// A view of elements that are stored so, or of as many bytes each.
+    pub(super) fn viewed<E: Float, T: Element>(view: MatRef<'a, WebGpu<E>, T>, dtype: DType) -> Self {
+        let (memory, [rows, cols]) = (view.memory(), [view.rows(), view.cols()]);
+        let offset = memory.first() + view.offset();
+        Self { buffer: memory.raw(), dtype, offset, rows, cols, strides: [view.row_stride(), 1] }
+    }
+
     /// A number everywhere.
     pub(super) fn splat(number: &'a Buffer<f32>, rows: usize, cols: usize) -> Self {
         Self { buffer: number.raw(), dtype: DType::F32, offset: 0, rows, cols, strides: [0, 0] }
+    }
+
+    /// Rows and columns.
+    pub(super) fn shape(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
     /// The transpose; nothing moves.
@@ -55,14 +67,30 @@ impl<'a> Matrix<'a> {
         Self { offset: self.offset + rows.start * self.strides[0], rows: rows.len(), ..self }
     }
 
-    fn over(&self, axes: [Axis; 2]) -> Operand {
+    /// As a factor over these axes, whether neighbours in memory are neighbours along the depth. A single column is, wherever its rows
+    /// lie: so a view of it is summed in the order in which a copy would be.
+    fn is_deep(&self, axes: [Axis; 2]) -> bool {
+        let [along, down] = if axes[0] == Axis::Rows { self.strides } else { [self.strides[1], self.strides[0]] };
+        let len = if axes[0] == Axis::Rows { self.rows } else { self.cols };
+        down == 1 || (along == 1 && len == 1)
+    }
+
+    pub(super) fn over(&self, axes: [Axis; 2]) -> Operand {
         Operand { axes, strides: self.strides, size: self.dtype.size() }
     }
 }
 
-/// A tensor as a matrix.
-pub(super) fn matrix<E: Float, T: Float>(tensor: &Tensor<WebGpu<E>, T>) -> Matrix<'_> {
-    Matrix::new(tensor.buffer(), tensor.rows(), tensor.cols())
+/// A view as a matrix.
+pub(super) fn matrix<E: Float, T: Float>(view: MatRef<'_, WebGpu<E>, T>) -> Matrix<'_> {
+    Matrix::viewed(view, T::DTYPE)
+}
+
+/// A factor of an update as a matrix.
+pub(super) fn factor<E: Float>(factor: op::Factor<'_, WebGpu<E>>) -> Matrix<'_> {
+    match factor {
+        op::Factor::Elem(view) => matrix(view),
+        op::Factor::F32(view) => matrix(view),
+    }
 }
 
 /// `lhs·rhs`
@@ -87,6 +115,33 @@ pub(super) enum Init<'a> {
     Matrix(Matrix<'a>),
     /// What the output holds.
     Output,
+    /// What the output holds, and a matrix.
+    OutputAnd(Matrix<'a>),
+}
+
+impl<'a> Init<'a> {
+    /// The matrix that a sum begins with, beside the output.
+    fn matrix(self) -> Option<Matrix<'a>> {
+        match self {
+            Init::Matrix(matrix) | Init::OutputAnd(matrix) => Some(matrix),
+            Init::Zero | Init::Output => None,
+        }
+    }
+
+    /// Whether the sum is added to what the output holds.
+    fn adds(self) -> bool {
+        matches!(self, Init::Output | Init::OutputAnd(_))
+    }
+
+    /// A matrix, if there is one, and what the output holds, if it is added to.
+    pub(super) fn new(matrix: Option<Matrix<'a>>, adds: bool) -> Self {
+        match (matrix, adds) {
+            (None, false) => Init::Zero,
+            (None, true) => Init::Output,
+            (Some(matrix), false) => Init::Matrix(matrix),
+            (Some(matrix), true) => Init::OutputAnd(matrix),
+        }
+    }
 }
 
 /// What becomes of a sum.
@@ -148,15 +203,10 @@ impl<'a> Sum<'a> {
         [lhs, rhs, more_lhs, more_rhs]
     }
 
-    /// The matrix that it begins with, if it begins with one.
-    fn init(&self) -> Option<Matrix<'a>> {
-        if let Init::Matrix(init) = self.init { Some(init) } else { None }
-    }
-
     /// Every matrix with the axes it lies over.
     fn operands(&self) -> Vec<Operand> {
         let factors = self.factors().into_iter().zip(FACTORS).filter_map(|(matrix, axes)| Some(matrix?.over(axes)));
-        let whole = self.init().into_iter().chain(self.finish.outputs());
+        let whole = self.init.matrix().into_iter().chain(self.finish.outputs());
         factors.chain(whole.map(|matrix| matrix.over(OUTPUT))).collect()
     }
 
@@ -170,14 +220,14 @@ impl<'a> Sum<'a> {
     fn t(self) -> Option<Self> {
         let Finish::Store(out) = self.finish else { return None };
         let product = |Product { lhs, rhs }: Product<'a>| rhs.t() * lhs.t();
-        let init = if let Init::Matrix(init) = self.init { Init::Matrix(init.t()) } else { self.init };
+        let init = Init::new(self.init.matrix().map(Matrix::t), self.init.adds());
         let (update, base) = (self.update.map(product), self.base.map(product));
         Some(Self { finish: Finish::Store(out.t()), init, update, base, ..self })
     }
 
     /// Whether neighbours in the memory of the larger right side are neighbours along the depth.
     fn reads_right_sides_by_depth(&self) -> bool {
-        self.base.or(self.update).is_some_and(|product| product.rhs.strides[0] == 1)
+        self.base.or(self.update).is_some_and(|product| product.rhs.is_deep([Axis::Depth, Axis::Cols]))
     }
 
     fn rate(&self) -> [f32; 6] {
@@ -187,16 +237,20 @@ impl<'a> Sum<'a> {
     }
 
     /// The key of its roundings, and the place in the output of the element that a binding begins with.
-    fn chance(&self, binding: Option<&Slice<'_>>) -> ([u32; 2], u32) {
+    fn chance(&self, binding: Option<&Binding<'_>>) -> ([u32; 2], u32) {
         match (self.finish, binding) {
-            (Finish::StoreByChance { out, key }, Some(slice)) => (key, (slice.bytes.start / out.dtype.size() as u64) as u32),
+            (Finish::StoreByChance { out, key }, Some(binding)) => {
+                // The binding may begin before the matrix: the place is then below 0, and the shader's sums wrap back.
+                let first = (binding.bytes.start / out.dtype.size() as u64) as u32;
+                (key, first.wrapping_sub(out.offset as u32))
+            }
             _ => ([0; 2], 0),
         }
     }
 }
 
 /// The axes of an output.
-const OUTPUT: [Axis; 2] = [Axis::Rows, Axis::Cols];
+pub(super) const OUTPUT: [Axis; 2] = [Axis::Rows, Axis::Cols];
 /// The axes of `lhs rhs more_lhs more_rhs`, as they are stored.
 const FACTORS: [[Axis; 2]; 4] =
     [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::MoreDepth], [Axis::MoreDepth, Axis::Cols]];
@@ -208,9 +262,9 @@ fn sides(product: Option<Product<'_>>) -> [Option<Matrix<'_>>; 2] {
 /// `struct Place` of sum.wgsl: the element `i, j` of a piece is at `offset + i·row + j·col` of a binding.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
-struct Place {
-    offset: u32,
-    row: u32,
+pub(super) struct Place {
+    pub(super) offset: u32,
+    pub(super) row: u32,
     col: u32,
     unused: u32,
 }
@@ -288,12 +342,8 @@ impl<E: Float> WebGpu<E> {
     fn sum_apart(&self, sum: Sum<'_>, rows: usize, cols: usize) -> Result<()> {
         let whole = Buffer::<f32>::unwritten(&self.gpu, rows * cols)?;
         let whole = Matrix::new(&whole, rows, cols);
-        let init = match (sum.init, sum.finish) {
-            (Init::Output, Finish::Store(out) | Finish::StoreByChance { out, .. }) => Init::Matrix(out),
-            (init, _) => init,
-        };
-        self.sum(Sum { finish: Finish::Store(whole), init, ..sum })?;
-        self.sum(Sum { init: Init::Matrix(whole), update: None, base: None, ..sum })
+        self.sum(Sum { finish: Finish::Store(whole), init: Init::new(sum.init.matrix(), false), ..sum })?;
+        self.sum(Sum { init: Init::new(Some(whole), sum.init.adds()), update: None, base: None, ..sum })
     }
 
     /// Launches a piece.
@@ -313,12 +363,12 @@ impl<E: Float> WebGpu<E> {
             lhs.quads &= rhs.quads;
             rhs.quads = lhs.quads;
         }
-        let init = self.bind(&mut operands, sum.init(), OUTPUT, &piece);
+        let init = self.bind(&mut operands, sum.init.matrix(), OUTPUT, &piece);
         let outputs = sum.finish.outputs().into_iter();
         let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
-        let add = matches!(sum.init, Init::Output);
-        let quads =
-            piece.len(Axis::Cols).is_multiple_of(4) && outputs.iter().chain(sum.init().map(|_| &init)).all(Place::in_quads);
+        let add = sum.init.adds();
+        let quads = piece.len(Axis::Cols).is_multiple_of(4)
+            && outputs.iter().chain(sum.init.matrix().map(|_| &init)).all(Place::in_quads);
         let finish = match sum.finish {
             Finish::Store(out) => shader::Finish::Store { out: out.dtype, add },
             Finish::StoreByChance { .. } => shader::Finish::StoreByChance { add },
@@ -328,7 +378,7 @@ impl<E: Float> WebGpu<E> {
             way,
             factors: factors.map(|(_, factor)| factor),
             more: sum.base.is_some(),
-            init: sum.init().map(|init| init.dtype),
+            init: sum.init.matrix().map(|init| init.dtype),
             quads,
             finish,
         });
@@ -352,26 +402,20 @@ impl<E: Float> WebGpu<E> {
     }
 
     /// Adds the part of a matrix that a piece touches to the operands of a launch, and says where in it its elements lie.
-    fn bind<'a>(&'a self, operands: &mut Vec<Slice<'a>>, matrix: Option<Matrix<'a>>, axes: [Axis; 2], piece: &Piece) -> Place {
-        // Something must be bound; what the shader does not read may be anything.
-        let absent = || (Slice::all(self.one.raw()), Place::default());
-        let (slice, place) = matrix.map_or_else(absent, |matrix| self.part(matrix, axes, piece));
-        operands.push(slice);
+    fn bind<'a>(&'a self, operands: &mut Vec<Binding<'a>>, matrix: Option<Matrix<'a>>, axes: [Axis; 2], piece: &Piece) -> Place {
+        let (binding, place) = matrix.map_or_else(|| (self.unread(), Place::default()), |matrix| self.part(matrix, axes, piece));
+        operands.push(binding);
         place
     }
 
     /// The bytes of a matrix that a piece touches, and where in them its elements lie.
-    fn part<'a>(&self, matrix: Matrix<'a>, axes: [Axis; 2], piece: &Piece) -> (Slice<'a>, Place) {
+    pub(super) fn part<'a>(&'a self, matrix: Matrix<'a>, axes: [Axis; 2], piece: &Piece) -> (Binding<'a>, Place) {
         let [row, col] = matrix.strides;
         let [first_row, first_col] = axes.map(|axis| piece.range(axis).start);
-        let span = matrix.over(axes).span(piece);
         let size = matrix.dtype.size() as u64;
-        // What touches nothing is bound at the beginning of the buffer: its own place may be the buffer's end.
-        let start = if span == 0 { 0 } else { (matrix.offset + first_row * row + first_col * col) as u64 * size };
-        let bound = start / self.alignment() * self.alignment();
-        let end = (start + span.max(size)).next_multiple_of(4);
-        let place = Place { offset: ((start - bound) / size) as u32, row: row as u32, col: col as u32, unused: 0 };
-        (Slice { buffer: matrix.buffer, bytes: bound..end }, place)
+        let start = (matrix.offset + first_row * row + first_col * col) as u64 * size;
+        let (binding, offset) = self.window(matrix.buffer, start..start + matrix.over(axes).span(piece), size);
+        (binding, Place { offset, row: row as u32, col: col as u32, unused: 0 })
     }
 }
 
@@ -382,8 +426,9 @@ fn read_as(matrix: Matrix<'_>, axes: [Axis; 2], place: Place, piece: &Piece) -> 
     let Place { offset, row, col, .. } = place;
     let [rows, cols] = axes.map(|axis| piece.len(axis) as u32);
     let (along, down, len, depth) = if on_the_left { (row, col, rows, cols) } else { (col, row, cols, rows) };
-    let deep = down == 1;
+    let deep = matrix.is_deep(axes);
     let (line, step) = if deep { (depth, along) } else { (len, down) };
-    let quads = len > 0 && depth > 0 && (deep || along == 1) && [offset, line, step].iter().all(|count| count % 4 == 0);
+    let quads =
+        len > 0 && depth > 0 && (if deep { down } else { along }) == 1 && [offset, line, step].iter().all(|count| count % 4 == 0);
     (FactorPlace { offset, along, down, len, depth, ..Zeroable::zeroed() }, Factor { dtype: matrix.dtype, deep, quads })
 }

@@ -204,6 +204,12 @@ impl Device for Counting {
         self.1.borrow_mut().copies += 1;
         self.0.read(memory, host)
     }
+    fn bytes(memory: &Self::Memory) -> usize {
+        Emulator::bytes(memory)
+    }
+    fn address(memory: &Self::Memory) -> u64 {
+        Emulator::address(memory)
+    }
     fn launch(&self, launch: Launch<'_, Self>) -> Result<(), Error> {
         let mut asked = self.1.borrow_mut();
         asked.launches += 1;

@@ -52,7 +52,7 @@ fn place(tiles: Tiles, corner: [i64; 2], from: u64, i: u64) -> (u64, Option<u64>
     let (row, chunk) = (i / (LINE / 16), i % (LINE / 16));
     let (x, y) = (corner[0] + chunk as i64 * CHUNK, corner[1] + row as i64);
     let inside = (0..tiles.cols as i64).contains(&x) && (0..tiles.rows as i64).contains(&y);
-    (swizzle(from + row * LINE + chunk * 16, LINE), inside.then_some((y as u64 * tiles.cols + x as u64) * 2))
+    (swizzle(from + row * LINE + chunk * 16, LINE), inside.then_some(tiles.offset + (y as u64 * tiles.stride + x as u64) * 2))
 }
 
 impl Cluster<'_, '_, '_> {

@@ -30,8 +30,12 @@ pub enum Arg<'m> {
     Null,
     /// Memory that the kernel may only read.
     Read(&'m Global),
+    /// The same, whose pointer is that many bytes further.
+    ReadAt(&'m Global, u64),
     /// Memory that the kernel may read and write.
     Write(&'m mut Global),
+    /// The same, whose pointer is that many bytes further.
+    WriteAt(&'m mut Global, u64),
     /// A map of a tensor, of which TMA loads boxes.
     ReadTiles(&'m Global, Tiles),
     /// A map of a tensor, to which TMA stores boxes.
@@ -44,8 +48,12 @@ pub enum Arg<'m> {
 pub struct Tiles {
     /// Rows of the matrix.
     pub rows: u64,
-    /// Columns of the matrix: a multiple of 8, as rows start at multiples of 16 bytes.
+    /// Columns of the matrix.
     pub cols: u64,
+    /// Bytes of the memory before the matrix: a multiple of 16.
+    pub offset: u64,
+    /// Elements from the beginning of a row to that of the next: a multiple of 8, as rows start at multiples of 16 bytes.
+    pub stride: u64,
     /// Rows and columns of the box: up to 256, and 64.
     pub tile: [u32; 2],
 }
@@ -95,7 +103,7 @@ impl Launch {
         self.fits(kernel).map_err(fault)?;
         let params = Memory::params(params(kernel, args).map_err(fault)?);
         for arg in &mut *args {
-            if let Arg::Write(global) | Arg::WriteTiles(global, _) = arg {
+            if let Arg::Write(global) | Arg::WriteAt(global, _) | Arg::WriteTiles(global, _) = arg {
                 global.watch();
             }
         }
@@ -143,6 +151,7 @@ fn params(kernel: &Kernel, args: &[Arg<'_>]) -> Result<Vec<u8>, String> {
             Arg::ReadTiles(global, tiles) => tiles.map(global)?,
             Arg::WriteTiles(global, tiles) => tiles.map(global)?,
             Arg::Read(_) | Arg::Write(_) => ((i as u64 + 1) * SPAN).to_le_bytes().to_vec(),
+            Arg::ReadAt(_, offset) | Arg::WriteAt(_, offset) => ((i as u64 + 1) * SPAN + offset).to_le_bytes().to_vec(),
         };
         if value.len() != size {
             return Err(format!("argument {i} has {} bytes where the kernel takes {size}", value.len()));
@@ -156,10 +165,12 @@ fn params(kernel: &Kernel, args: &[Arg<'_>]) -> Result<Vec<u8>, String> {
 impl Tiles {
     /// The bytes of a tensor map, which mean nothing here, if a driver would make one.
     fn map(self, global: &Global) -> Result<Vec<u8>, String> {
-        let Self { rows, cols, tile } = self;
+        let Self { rows, cols, offset, stride, tile } = self;
         let [down, across] = tile;
-        let good = rows > 0 && cols > 0 && cols % 8 == 0 && (1..=256).contains(&down) && across == 64;
-        let whole = rows.checked_mul(cols) == Some(global.bytes().len() as u64 / 2);
-        if good && whole { Ok(vec![0; 128]) } else { Err(format!("no tensor map of {self:?}")) }
+        let aligned = offset % 16 == 0 && stride % 8 == 0 && cols % 8 == 0;
+        let good = rows > 0 && cols > 0 && stride >= cols && aligned && (1..=256).contains(&down) && across == 64;
+        let end = (rows.max(1) - 1).checked_mul(stride).and_then(|first| (first + cols).checked_mul(2)?.checked_add(offset));
+        let inside = end.is_some_and(|end| end <= global.bytes().len() as u64);
+        if good && inside { Ok(vec![0; 128]) } else { Err(format!("no tensor map of {self:?}")) }
     }
 }

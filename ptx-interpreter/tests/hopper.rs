@@ -23,7 +23,7 @@ fn launch(blocks: u32, threads: u32, head: &str, body: &str) -> Result<(Vec<u8>,
     );
     let module = Module::parse(&text).unwrap_or_else(|error| panic!("{error} in {text}"));
     let (x, mut y, mut out) = (Global::from_bytes(&matrix()), Global::uninitialised(1024), Global::uninitialised(256));
-    let tiles = Tiles { rows: 8, cols: 64, tile: [8, 64] };
+    let tiles = Tiles { rows: 8, cols: 64, offset: 0, stride: 64, tile: [8, 64] };
     let mut args = [Arg::ReadTiles(&x, tiles), Arg::WriteTiles(&mut y, tiles), Arg::Write(&mut out)];
     Launch { grid: blocks, block: threads, shared: 16 << 10 }.run(&module, "test", &mut args)?;
     Ok((y.bytes().to_vec(), out.bytes().to_vec()))

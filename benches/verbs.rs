@@ -105,10 +105,10 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
     bench.run("lora_forward", flop(m * n * k + update), |backend| {
         LoraForward {
             x: x.view(),
-            w: Some(w.into()),
+            w: Some((&*w).into()),
             bias: None,
-            a: a.into(),
-            b: b.into(),
+            a: (&*a).into(),
+            b: (&*b).into(),
             scale,
             dropout: None,
             h: h.view_mut(),
@@ -119,9 +119,9 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
     bench.run("lora_backward", flop(m * n * k + 2 * update), |backend| {
         LoraBackward {
             x: x.view(),
-            w: Some(w.into()),
-            a: a.into(),
-            b: b.into(),
+            w: Some((&*w).into()),
+            a: (&*a).into(),
+            b: (&*b).into(),
             h: h.view(),
             dy: dy.view(),
             scale,
@@ -136,7 +136,8 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
     let mut sign = 1.0; // merging and unmerging take turns
     bench.run("lora_merge", bytes(2 * n * k, size_of::<B::Elem>()), |backend| {
         sign = -sign;
-        LoraMerge { a: a.into(), b: b.into(), scale: sign * scale, rounding: Rounding::Nearest, w: w.view_mut() }.run(backend)
+        LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: sign * scale, rounding: Rounding::Nearest, w: w.view_mut() }
+            .run(backend)
     });
 }
 
@@ -144,10 +145,10 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
 fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, layer: &mut Layer<B>) {
     let Layer { x, w, dy, y, dx, .. } = layer;
     bench.run("linear_forward", flop(m * n * k), |backend| {
-        LinearForward { x: x.view(), w: w.into(), bias: None, y: y.into() }.run(backend)
+        LinearForward { x: x.view(), w: (&*w).into(), bias: None, y: y.into() }.run(backend)
     });
     bench.run("linear_backward", flop(m * n * k), |backend| {
-        LinearBackward { x: Some(x.view()), w: Some(w.into()), dy: dy.view(), dx: Some(dx.into()), dw: None, dbias: None }
+        LinearBackward { x: Some(x.view()), w: Some((&*w).into()), dy: dy.view(), dx: Some(dx.into()), dw: None, dbias: None }
             .run(backend)
     });
     if m > 1 && m <= 16 {
@@ -187,7 +188,7 @@ fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
     let magnitude = Tensor::from_slice(bench.backend, (1, n), &vec![B::Elem::from_f32(1.0); n]).expect("memory");
     let (norm, magnitude, elem) = (&mut norm, &magnitude, size_of::<B::Elem>());
     bench.run("lora_row_norm", bytes(n * k, elem), |backend| {
-        op::LoraRowNorm { w: w.into(), a: a.into(), b: b.into(), scale: 1.0, norm: norm.view_mut() }.run(backend)
+        op::LoraRowNorm { w: (&*w).into(), a: (&*a).into(), b: (&*b).into(), scale: 1.0, norm: norm.view_mut() }.run(backend)
     });
     bench.run("magnitude", bytes(2 * m * n, elem), |backend| {
         op::Magnitude { z: z.view(), magnitude: magnitude.view(), norm: norm.view(), bias: None, y: y.view_mut() }.run(backend)
@@ -214,7 +215,7 @@ fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
     });
     let rounding = Rounding::Stochastic { seed: 1 };
     bench.run("lora_merge_by_chance", bytes(2 * n * k, elem), |backend| {
-        LoraMerge { a: a.into(), b: b.into(), scale: 1e-6, rounding, w: w.view_mut() }.run(backend)
+        LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: 1e-6, rounding, w: w.view_mut() }.run(backend)
     });
 }
 

@@ -70,6 +70,11 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         Ok(Self { shape, buffer })
     }
 
+    /// The buffer alone.
+    pub fn into_buffer(self) -> B::Buffer<T> {
+        self.buffer
+    }
+
     /// A copy in host memory, row by row; waits until everything that writes it is done.
     pub fn to_vec(&self, backend: &B) -> Result<Vec<T>> {
         let mut host = vec![T::default(); B::slice_len(B::slice(&self.buffer))];

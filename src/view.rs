@@ -12,8 +12,8 @@
 //! let mut y = [0.0; 3]; // 1×3
 //! for row in 0..3 {
 //!     let w = qkv.view().row_range(row..row + 1)?;
-//!     let out = MatMut::new(&mut y[..], (1, 3))?.column_range(row..row + 1)?;
-//!     LinearForward { x: MatRef::new(&x[..], (1, 2))?, w: w.into(), bias: None, y: out.into() }.run(&cpu)?;
+//!     let out = MatMut::from_slice(&mut y, (1, 3))?.column_range(row..row + 1)?;
+//!     LinearForward { x: MatRef::from_slice(&x, (1, 2))?, w: w.into(), bias: None, y: out.into() }.run(&cpu)?;
 //! }
 //! assert_eq!(y, [1.0, 2.0, 3.0]);
 //! # Ok::<(), lowrank::Error>(())
@@ -71,16 +71,20 @@ impl Layout {
 
     fn row_range(self, rows: Range<usize>) -> Result<Self> {
         within("rows", &rows, self.shape.rows)?;
-        let shape = Shape { rows: rows.len(), cols: self.shape.cols };
-        let empty = rows.is_empty() || self.shape.cols == 0;
-        Ok(Self { shape, offset: if empty { self.offset } else { self.offset + rows.start * self.row_stride }, ..self })
+        Ok(self.part(Shape { rows: rows.len(), ..self.shape }, [rows.start, 0]))
     }
 
     fn column_range(self, cols: Range<usize>) -> Result<Self> {
         within("columns", &cols, self.shape.cols)?;
-        let shape = Shape { rows: self.shape.rows, cols: cols.len() };
-        let empty = cols.is_empty() || self.shape.rows == 0;
-        Ok(Self { shape, offset: if empty { self.offset } else { self.offset + cols.start }, ..self })
+        Ok(self.part(Shape { cols: cols.len(), ..self.shape }, [0, cols.start]))
+    }
+
+    /// The part of this shape that begins at an element; one of nothing begins where the whole does.
+    fn part(self, shape: Shape, [row, col]: [usize; 2]) -> Self {
+        if shape.rows == 0 || shape.cols == 0 {
+            return Self { shape, row_stride: shape.cols, ..self };
+        }
+        Self { shape, offset: self.offset + row * self.row_stride + col, ..self }
     }
 }
 

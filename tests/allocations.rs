@@ -14,7 +14,7 @@ use lowrank::autograd::{Gradients, Tape};
 use lowrank::nn::{Adam, Bias, LoraConfig, Mlp, Targets};
 use lowrank::op::{self, AdamRate, Dropout, Labels, Rounding, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Cpu, Float, Result, Tensor, bf16};
+use lowrank::{Cpu, Float, MatMut, MatRef, Result, Tensor, bf16};
 
 struct Counting;
 
@@ -322,4 +322,50 @@ fn verbs_allocate_nothing() {
         assert_steady("verbs, bf16", 20, |steps| verbs::<bf16>(steps, (m, 90, 130, 4)));
     }
     assert_steady("large verbs", 6, |steps| verbs::<f32>(steps, (1050, 1030, 1100, 16)));
+}
+
+/// Three projections in one weight, and their outputs side by side: parts of vectors of the caller's, which no tensor holds.
+fn lent<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)) -> Result<()> {
+    let cpu = &Cpu::<E>::new()?;
+    let (x, w, a, b) = (numbers::<E>(m * k), numbers::<E>(3 * n * k), numbers::<f32>(r * k), numbers::<f32>(n * r));
+    let (mut h, mut y, mut dx) = (numbers::<f32>(m * r), numbers::<E>(m * 3 * n), numbers::<E>(m * k));
+    let (mut da, mut db) = (numbers::<f32>(r * k), numbers::<f32>(n * r));
+    let (a, b) = (op::Factor::F32(MatRef::from_slice(&a, (r, k))?), op::Factor::F32(MatRef::from_slice(&b, (n, r))?));
+    let (x, scale, dropout) = (MatRef::from_slice(&x, (m, k))?, 0.5, None);
+    for () in steps {
+        for layer in 0..3 {
+            let cols = layer * n..(layer + 1) * n;
+            let w: op::Weight<_> = MatRef::from_slice(&w, (3 * n, k))?.row_range(cols.clone())?.into();
+            let (h_, y_) =
+                (MatMut::from_slice(&mut h, (m, r))?, MatMut::from_slice(&mut y, (m, 3 * n))?.column_range(cols.clone())?);
+            op::LoraForward { x, w: Some(w), bias: None, a, b, scale, dropout, h: h_, y: y_.into() }.run(cpu)?;
+            let (h, dy) = (MatRef::from_slice(&h, (m, r))?, MatRef::from_slice(&y, (m, 3 * n))?.column_range(cols)?);
+            let (da, db) = (MatMut::from_slice(&mut da, (r, k))?, MatMut::from_slice(&mut db, (n, r))?);
+            let dx = Some(op::Output::AddTo(MatMut::from_slice(&mut dx, (m, k))?));
+            op::LoraBackward { x, w: Some(w), a, b, h, dy, scale, dropout, da, db, dbias: None, dx }.run(cpu)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn lent_memory_is_neither_copied_nor_allocated() {
+    for sizes in [(1, 300, 257, 4), (40, 300, 257, 4), (130, 200, 70, 33)] {
+        assert_steady("lent", 50, |steps| lent::<f32>(steps, sizes));
+        assert_steady("lent, bf16", 50, |steps| lent::<bf16>(steps, sizes));
+    }
+}
+
+/// One step allocates less than a weight takes: no copy of it is made, not even once.
+#[test]
+fn the_first_use_of_a_lent_weight_copies_nothing() {
+    let (m, k, n) = (4, 1024, 1024);
+    let (x, w, mut y) = (vec![1f32; m * k], vec![1f32; n * k], vec![0f32; m * n]);
+    let cpu = Cpu::<f32>::new().unwrap();
+    let faults = page_faults();
+    let (x, w) = (MatRef::from_slice(&x, (m, k)).unwrap(), MatRef::from_slice(&w, (n, k)).unwrap());
+    op::LinearForward { x, w: w.into(), bias: None, y: MatMut::from_slice(&mut y, (m, n)).unwrap().into() }.run(&cpu).unwrap();
+    let (pages, weight) = (page_faults() - faults, n * k * size_of::<f32>() / 4096);
+    assert!(pages < weight / 2, "{pages} pages were touched for the first time; the weight has {weight}");
+    assert!(y.iter().all(|&y| y == k as f32));
 }

@@ -39,6 +39,13 @@ fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::stochastic_merging_takes_the_neighbour_that_the_word_says(cpu);
     suite::adam_follows_the_oracle_for_ten_steps(cpu);
     suite::factored_gradients_equal_dense_ones(cpu);
+    suite::parts_of_wider_matrices_are_operands(cpu);
+    suite::outputs_are_added_to(cpu);
+    suite::added_sums_round_within_bounds(cpu);
+    suite::parts_of_wider_weights_are_merged_into(cpu);
+    suite::f32_factors_are_exact_on_whole_numbers(cpu);
+    suite::f32_factors_are_not_rounded(cpu);
+    suite::a_lent_weight_may_be_packed(cpu);
 }
 
 #[test]
@@ -54,6 +61,28 @@ fn every_vector_unit_passes_in_f16() {
 #[test]
 fn every_vector_unit_passes_in_bf16() {
     on_every_unit(kernels::<bf16>);
+}
+
+/// Where rows lie changes no bit.
+fn strides_change_no_bit<E: Float>(unit: VectorUnit) {
+    let cpu = Cpu::<E>::new().unwrap().with_unit(unit).unwrap();
+    for (seed, dims) in shapes().into_iter().enumerate() {
+        let layer = random::<E>(dims, 0.9, seed as u64);
+        for dropout in [None, Some(lowrank::op::Dropout::new(0.25, 7).unwrap())] {
+            let (contiguous, strided) =
+                (suite::run_lora(&cpu, &layer, dropout), suite::run_strided_lora(&cpu, &layer, dropout, true, None));
+            assert_eq!(contiguous.bits(), strided.bits(), "{dims:?} {unit:?} {dropout:?}");
+        }
+    }
+}
+
+#[test]
+fn strides_change_no_bit_in_any_type() {
+    for unit in [VectorUnit::best(), VectorUnit::Scalar, VectorUnit::AmxEmulated] {
+        strides_change_no_bit::<bf16>(unit);
+    }
+    strides_change_no_bit::<f32>(VectorUnit::best());
+    strides_change_no_bit::<f16>(VectorUnit::best());
 }
 
 /// The shapes that the benches measure; of those too large for the oracle, rivals/ checks a part before it measures them.

@@ -177,7 +177,8 @@ fn a_label_outside_the_classes_is_named_with_its_row() {
     assert_eq!(error.to_string(), "cross_entropy: `labels` is 10 in row 2 of 10 classes, want below the number of classes");
     let labels = Labels::new(&cpu(), 10, &[3]).unwrap();
     let (logits, mut dlogits) = (zeros(1, 9), zeros(1, 9));
-    let op = CrossEntropy { logits: logits.view(), labels: &labels, loss: (zeros(1, 1)).view_mut(), dlogits: dlogits.view_mut() };
+    let mut loss = zeros(1, 1);
+    let op = CrossEntropy { logits: logits.view(), labels: &labels, loss: loss.view_mut(), dlogits: dlogits.view_mut() };
     assert!(op.run(&cpu()).is_err(), "ten classes, nine columns");
 }
 
@@ -246,12 +247,12 @@ impl Operands {
             }
             2 => LoraMerge { a: a.into(), b: b.into(), scale, rounding: Rounding::Stochastic { seed: 1 }, w: w.view_mut() }
                 .run(cpu),
-            3 => LinearForward { x: x.view(), w: w.into(), bias: Some(row.view()), y: y.into() }.run(cpu),
+            3 => LinearForward { x: x.view(), w: (&*w).into(), bias: Some(row.view()), y: y.into() }.run(cpu),
             4 => {
                 let (dx, dw) = (Some(&mut new(m, k)), Some(&mut new(n, k)));
                 LinearBackward {
                     x: Some(x.view()),
-                    w: Some(w.into()),
+                    w: Some((&*w).into()),
                     dy: dy.view(),
                     dx: dx.map(Into::into),
                     dw: dw.map(Tensor::view_mut),
@@ -263,7 +264,7 @@ impl Operands {
                 .run(cpu)
                 .and(ReluBackward { y: y.view(), dy: dy.view(), dx: z.view_mut() }.run(cpu)),
             6 => Add { x: dy.view(), y: y.view_mut() }.run(cpu),
-            7 => LoraRowNorm { w: w.into(), a: a.into(), b: b.into(), scale, norm: other.view_mut() }.run(cpu),
+            7 => LoraRowNorm { w: (&*w).into(), a: a.into(), b: b.into(), scale, norm: other.view_mut() }.run(cpu),
             8 => Magnitude { z: z.view(), magnitude: row.view(), norm: other.view(), bias: Some(row.view()), y: y.view_mut() }
                 .run(cpu),
             9 => {

@@ -15,7 +15,7 @@ pub fn forward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) 
     let op = LoraForward {
         x: x.view(),
         w: Some((&w).into()),
-        bias: bias.as_ref().map(Tensor::view),
+        bias: bias.as_ref().map(Into::into),
         a: (&a).into(),
         b: (&b).into(),
         scale,
@@ -48,7 +48,7 @@ pub fn backward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>)
         dropout,
         da: da_.view_mut(),
         db: db_.view_mut(),
-        dbias: dbias_.map(Tensor::view_mut),
+        dbias: dbias_.map(Into::into),
         dx: dx_.map(Into::into),
     }
     .run(backend)?;

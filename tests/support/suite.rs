@@ -6,9 +6,11 @@ use lowrank::{Backend, Float, Passes, Tensor};
 
 mod chance;
 mod dora;
+mod views;
 
 pub use chance::*;
 pub use dora::*;
+pub use views::*;
 
 use super::bounds::{assert_exact, assert_within};
 use super::data::{Dims, down, mask, random, shapes, unwritten, up, whole};
@@ -30,6 +32,9 @@ macro_rules! suite {
             dropout_drops_what_the_mask_says stochastic_merging_takes_the_neighbour_that_the_word_says
             stochastic_merging_keeps_the_mean
             the_same_request_gives_the_same_bits memory_comes_back_as_it_went
+            parts_of_wider_matrices_are_operands outputs_are_added_to added_sums_round_within_bounds
+            parts_of_wider_weights_are_merged_into f32_factors_are_exact_on_whole_numbers copies_keep_every_bit
+            rows_without_a_label_do_not_count a_linear_backward_takes_what_it_needs a_lent_weight_may_be_packed
         );
     };
     ($name:ident, $make:expr; $($check:ident)*) => {

@@ -42,7 +42,7 @@ use crate::op::{
     Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
-use crate::tensor::Tensor;
+use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
@@ -131,6 +131,44 @@ impl<E: Float> Cpu<E> {
             Some(pool) => pool.install(work),
             None => rayon::scope(|_| work()),
         }
+    }
+}
+
+impl<E: Float, T: Element> Tensor<Cpu<E>, T> {
+    /// A vector as a tensor, row by row; it becomes the tensor's memory, and [`into_vec`](Self::into_vec) gives it back.
+    ///
+    /// Errors: [`Error::Value`] if its length is not `rows · cols`.
+    ///
+    /// ```
+    /// use lowrank::{Cpu, Tensor};
+    ///
+    /// let vec = vec![1.0f32, 2.0, 3.0, 4.0];
+    /// let at = vec.as_ptr();
+    /// let tensor = Tensor::<Cpu<f32>>::from_vec((2, 2), vec)?;
+    /// assert_eq!(tensor.into_vec().as_ptr(), at); // nothing was copied
+    /// # Ok::<(), lowrank::Error>(())
+    /// ```
+    pub fn from_vec(shape: impl Into<Shape>, vec: Vec<T>) -> Result<Self> {
+        Self::from_buffer(shape, Buffer::from(vec))
+    }
+
+    /// The elements, row by row: the vector that the tensor was made of, or a copy of memory from the pool.
+    pub fn into_vec(self) -> Vec<T> {
+        self.into_buffer().into()
+    }
+}
+
+impl<'a, E: Float, T: Element> MatRef<'a, Cpu<E>, T> {
+    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    pub fn from_slice(slice: &'a [T], shape: impl Into<Shape>) -> Result<Self> {
+        Self::new(slice, shape)
+    }
+}
+
+impl<'a, E: Float, T: Element> MatMut<'a, Cpu<E>, T> {
+    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    pub fn from_slice(slice: &'a mut [T], shape: impl Into<Shape>) -> Result<Self> {
+        Self::new(slice, shape)
     }
 }
 

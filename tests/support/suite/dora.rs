@@ -56,7 +56,7 @@ fn run<B: Backend>(backend: &B, layer: &Decomposed) -> DecomposedGot<B::Elem> {
         z: z.view(),
         magnitude: magnitude.view(),
         norm: norm.view(),
-        bias: bias.as_ref().map(Tensor::view),
+        bias: bias.as_ref().map(Into::into),
         y: y.view_mut(),
     }
     .run(backend)
@@ -67,9 +67,9 @@ fn run<B: Backend>(backend: &B, layer: &Decomposed) -> DecomposedGot<B::Elem> {
         magnitude: magnitude.view(),
         norm: norm.view(),
         dy: dy.view(),
-        dz: outputs.0.map(Tensor::view_mut),
-        dmagnitude: outputs.1.map(Tensor::view_mut),
-        dbias: outputs.2.map(Tensor::view_mut),
+        dz: outputs.0.map(Into::into),
+        dmagnitude: outputs.1.map(Into::into),
+        dbias: outputs.2.map(Into::into),
     }
     .run(backend)
     .unwrap();

@@ -145,7 +145,7 @@ impl Device for Driver {
             return Ok(());
         }
         self.may_copy("copy to the GPU", memory)?;
-        let slice = memory.slice_mut().map_err(|_| is_lent("copy to the GPU"))?;
+        let slice = memory.slice_mut().ok_or_else(|| is_lent("copy to the GPU"))?;
         let copied = self.stream.memcpy_htod(host, slice);
         // The driver may still be reading: what is pinned it copies later, what is not it need not copy at once.
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy to the GPU", error))
@@ -167,7 +167,7 @@ impl Device for Driver {
 
     /// Of an allocation the driver says that it begins at a multiple of 256 bytes.
     fn address(memory: &Memory) -> u64 {
-        memory.lent_address().unwrap_or_default()
+        memory.lent_address()
     }
 
     fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
@@ -324,19 +324,17 @@ impl Driver {
 
     /// Where memory lies that is read; cudarc has been told of memory that is lent.
     fn to_read<'s>(&'s self, memory: &'s Memory) -> (sys::CUdeviceptr, Option<SyncOnDrop<'s>>) {
-        let slice = memory.slice().map(|slice| slice.device_ptr(&self.stream));
-        slice.map_or((memory.lent_address().unwrap_or_default(), None), |(address, used)| (address, Some(used)))
+        let Some(slice) = memory.slice() else { return (memory.lent_address(), None) };
+        let (address, used) = slice.device_ptr(&self.stream);
+        (address, Some(used))
     }
 
     /// The same of memory that is written.
     fn to_write<'s>(&'s self, memory: &'s mut Memory) -> (sys::CUdeviceptr, Option<SyncOnDrop<'s>>) {
-        match memory.slice_mut() {
-            Ok(slice) => {
-                let (address, used) = slice.device_ptr_mut(&self.stream);
-                (address, Some(used))
-            }
-            Err(address) => (address, None),
-        }
+        let lent = memory.lent_address();
+        let Some(slice) = memory.slice_mut() else { return (lent, None) };
+        let (address, used) = slice.device_ptr_mut(&self.stream);
+        (address, Some(used))
     }
 
     /// A tensor map.

@@ -121,6 +121,12 @@ pub fn from_hopper_on(ptx: &str) -> String {
 /// Verbs return before the GPU is done, copies do not: one from the host waits until the GPU has read it, and so for all that was
 /// asked before. A training step copies its inputs and its labels, so the GPU is idle as it begins, until the first launches come
 /// (some µs); a step that reads its loss has waited anyway.
+///
+/// Operands may lie anywhere. Kernels that load 16 bytes at once take them where rows begin and end at multiples of that; elsewhere
+/// kernels for any shape do, which are slower. On Hopper an output that is added to is made by the kernels of other GPUs.
+///
+/// Factors in `f32` beside 16-bit weights are rounded to the weights' type where products take them, to the nearest and anew each
+/// time (in f16 what is beyond 65504 becomes infinite); merging and the lengths of rows take them as they are.
 pub struct Cuda<E: Float, D: Device = Driver> {
     device: D,
     element: PhantomData<E>,
@@ -205,7 +211,7 @@ impl<E: Float> Cuda<E> {
     ///
     /// let (x, mut qkv) = (x.as_view(), qkv.as_view_mut());
     /// let (x, mut qkv) = (gpu.lend(&x)?, gpu.lend_mut(&mut qkv)?);
-    /// let k = qkv.view_mut((1, 9))?.column_range(3..6)?;
+    /// let k = qkv.view_mut::<f32>((1, 9))?.column_range(3..6)?;
     /// LinearForward { x: x.view((1, 2))?, w: (&w).into(), bias: None, y: k.into() }.run(&gpu)?;
     /// # Ok(())
     /// # }

@@ -41,7 +41,7 @@ impl<'a, M> Matrix<'a, M> {
     ) -> Result<Self> {
         let (memory, bytes) = (&view.memory().memory, size_of::<T>());
         let (rows, cols, stride) = (size(view.rows())?, size(view.cols())?, stride(verb, name, view.row_stride())?);
-        let aligned = is_aligned(D::address(memory), [view.offset(), view.row_stride()], bytes);
+        let aligned = is_aligned(place(view), view.row_stride(), bytes);
         Ok(Self { memory, offset: view.offset() * bytes, rows, cols, stride, aligned })
     }
 
@@ -115,7 +115,7 @@ fn write_rows<'a, E: Float, D: Device, T: Element>(view: MatMut<'a, Cuda<E, D>, 
 
 /// Whether a bias lies where kernels can read two neighbours of it at once, in 16 bits.
 pub(super) fn has_pairs<E: Float, D: Device>(view: MatRef<'_, Cuda<E, D>>) -> bool {
-    (D::address(&view.memory().memory) + (view.offset() * size_of::<E>()) as u64).is_multiple_of(4)
+    place(view).is_multiple_of(4)
 }
 
 /// Memory that a factor in f32 is rounded to; as long as its verb.
@@ -165,9 +165,7 @@ pub(super) fn copy<E: Float, D: Device, T: Element>(
     let is_row = from.is_contiguous() && to.is_contiguous();
     let cols = if is_row { rows * cols } else { cols };
     let strides = if is_row { [0; 2] } else { [from.row_stride(), to.row_stride()] };
-    let place = |view: MatRef<'_, Cuda<E, D>, T>| D::address(&view.memory().memory) + (view.offset() * bytes) as u64;
-    let aligned = [place(from), place(to.as_ref())].iter().all(|place| place.is_multiple_of(16))
-        && strides.iter().all(|stride| (stride * bytes).is_multiple_of(16));
+    let aligned = is_aligned(place(from), strides[0], bytes) && is_aligned(place(to.as_ref()), strides[1], bytes);
     let len = from.shape().elements()?;
     let (plan, word) = plan::copy(len, cols, bytes, aligned)?;
     let words = [len, cols, strides[0], strides[1]].map(|n| Arg::U64((n * bytes / word) as u64));
@@ -183,7 +181,35 @@ fn stride(verb: &'static str, name: &'static str, stride: usize) -> Result<u32> 
         .ok_or_else(|| Error::Value { verb, name, got: got(), want: "rows that begin at most 2³¹ - 256 elements apart".into() })
 }
 
-/// Whether rows begin at multiples of 16 bytes.
-fn is_aligned(address: u64, elements: [usize; 2], bytes: usize) -> bool {
-    address.is_multiple_of(16) && elements.iter().all(|n| (n * bytes).is_multiple_of(16))
+/// Where a matrix begins.
+fn place<E: Float, D: Device, T: Element>(view: MatRef<'_, Cuda<E, D>, T>) -> u64 {
+    D::address(&view.memory().memory) + (view.offset() * size_of::<T>()) as u64
+}
+
+/// Whether rows begin at multiples of 16 bytes, the first at `place` and the next `stride` elements of so many bytes further.
+fn is_aligned(place: u64, stride: usize, bytes: usize) -> bool {
+    place.is_multiple_of(16) && (stride as u64 * bytes as u64).is_multiple_of(16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_too_far_apart_are_refused_by_name() {
+        assert_eq!(stride("add", "x", MAX_SIZE as usize).unwrap(), MAX_SIZE);
+        for far in [MAX_SIZE as usize + 1, u32::MAX as usize + 1, usize::MAX] {
+            let error = stride("lora_merge", "w", far).unwrap_err();
+            assert!(matches!(error, Error::Value { verb: "lora_merge", name: "w", .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn rows_are_aligned_where_they_begin_at_multiples_of_16_bytes() {
+        for (place, stride, bytes, aligned) in
+            [(0, 8, 2, true), (48, 24, 2, true), (8, 8, 2, false), (2, 8, 2, false), (16, 12, 2, false), (16, 12, 4, true)]
+        {
+            assert_eq!(is_aligned(place, stride, bytes), aligned, "{place} {stride} {bytes}");
+        }
+    }
 }

@@ -6,7 +6,7 @@ mod support;
 
 use std::sync::Arc;
 
-use lowrank::cuda::cudarc::driver::{CudaContext, CudaStream, sys};
+use lowrank::cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, sys};
 use lowrank::op::{Add, LoraBackward, LoraForward};
 use lowrank::{Backend, Cuda, Error, Tensor, bf16};
 use support::bounds::assert_exact;
@@ -93,6 +93,27 @@ fn gpu_memory_that_is_lent_is_written_where_it_lies() {
     }
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [10.0, 10.0, 10.0, 11.0, 12.0, 13.0]);
     assert_eq!(stream.clone_dtoh(&x).unwrap(), [0.0, 1.0, 2.0, 3.0]);
+}
+
+/// A slice becomes a tensor's memory and comes back, at the same address.
+#[test]
+fn gpu_a_slice_is_adopted_and_handed_back() {
+    if open::<f32>().is_none() {
+        return;
+    }
+    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let gpu = Cuda::<f32>::from_stream(stream.clone()).unwrap();
+    let slice = stream.clone_htod(&[1.0f32, 2.0, 3.0, 4.0]).unwrap();
+    let address = |slice: &CudaSlice<f32>| slice.device_ptr(&stream).0;
+    let at = address(&slice);
+    let mut tensor = Tensor::<_, f32>::from_cuda_slice(&gpu, (2, 2), slice).unwrap();
+    let clone = tensor.try_clone(&gpu).unwrap();
+    Add { x: clone.view(), y: tensor.view_mut() }.run(&gpu).unwrap();
+    let slice = tensor.into_cuda_slice().unwrap();
+    assert_eq!((address(&slice), slice.len()), (at, 4));
+    assert_eq!(stream.clone_dtoh(&slice).unwrap(), [2.0, 4.0, 6.0, 8.0]);
+    let short = stream.alloc_zeros::<f32>(3).unwrap();
+    assert!(Tensor::<_, f32>::from_cuda_slice(&gpu, (2, 2), short).is_err(), "shorter than the shape");
 }
 
 #[test]

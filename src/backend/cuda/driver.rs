@@ -6,9 +6,10 @@ use std::ffi::{CString, c_void};
 use std::sync::Arc;
 use std::thread::ThreadId;
 
+use bytemuck::Pod;
 use cudarc::driver::sys::cuModuleLoadDataEx;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUmemPool_attribute, CUresult};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, CudaView, CudaViewMut, DriverError, result};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, CudaViewMut, DriverError, result};
 use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
@@ -203,6 +204,13 @@ impl Driver {
         let (address, used) = view.device_ptr_mut(&self.stream);
         let memory = Memory::lent(aligned::<T>(address)?, bytes, &self.stream);
         Ok(LentMut::new(memory, len, used))
+    }
+
+    /// Takes a slice of the caller's, which is freed as what was allocated here is.
+    pub(super) fn adopt<T: Element>(&self, slice: CudaSlice<T>) -> Result<Memory> {
+        self.may_borrow("slice", &slice)?;
+        let bytes = slice.num_bytes();
+        Ok(Memory::new(as_elements(slice, bytes), self.thread))
     }
 
     /// `Err` unless a view is of this stream.
@@ -417,6 +425,15 @@ fn compiler_log(ptx: &str) -> Option<String> {
     unsafe { cuModuleLoadDataEx(&mut module, source.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr()) };
     let end = log.iter().position(|&byte| byte == 0)?;
     Some(String::from_utf8_lossy(&log[..end]).trim().to_owned())
+}
+
+/// The same memory as `len` elements of another type, which take no more of it; its owner changes hands.
+pub(super) fn as_elements<T: Pod, U: Pod>(slice: CudaSlice<T>, len: usize) -> CudaSlice<U> {
+    debug_assert!(len * size_of::<U>() <= slice.num_bytes());
+    let stream = Arc::clone(slice.stream());
+    let address = slice.leak(); // once the stream has waited for whoever uses it
+    // SAFETY: the memory is of that stream's context, it holds as many elements, any bits are one, and nobody else frees it.
+    unsafe { stream.upgrade_device_ptr(address, len) }
 }
 
 /// The address of memory that is lent. Errors: [`Error::Value`] if elements do not lie at multiples of their size there.

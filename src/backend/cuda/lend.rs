@@ -1,11 +1,12 @@
-//! Memory of cudarc's that somebody lends: operands where they lie, for as long as the loan.
+//! Memory of cudarc's: lent, operands where they lie, for as long as the loan; or taken over as a tensor, and handed back.
 
-use cudarc::driver::SyncOnDrop;
+use cudarc::driver::{CudaSlice, SyncOnDrop};
 
-use super::{Buffer, Cuda, Memory};
+use super::driver::as_elements;
+use super::{Buffer, Cuda, Memory, NAME};
 use crate::element::{Element, Float};
-use crate::error::Result;
-use crate::tensor::Shape;
+use crate::error::{Error, Result};
+use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 
 /// Memory of a `CudaView`, to be read; see [`Cuda::lend`].
@@ -73,5 +74,25 @@ impl<'a, T: Element> LentMut<'a, T> {
         row_stride: usize,
     ) -> Result<MatMut<'_, Cuda<E>, T>> {
         MatMut::strided(&mut self.0.slice, shape, offset, row_stride)
+    }
+}
+
+impl<E: Float, T: Element> Tensor<Cuda<E>, T> {
+    /// Takes over a slice of the backend's stream, without a copy. In an error the slice is freed.
+    ///
+    /// Errors: [`Error::Value`] for one of another stream, or if its length is not `rows · cols`.
+    pub fn from_cuda_slice(gpu: &Cuda<E>, shape: impl Into<Shape>, slice: CudaSlice<T>) -> Result<Self> {
+        let len = slice.len();
+        Self::from_buffer(shape, Buffer::new(gpu.device.adopt(slice)?, len))
+    }
+
+    /// The slice that it lies in, row by row, without a copy.
+    ///
+    /// Errors: [`Error::Device`] if the backend's stream is each thread's own, and this is not the thread that it was made on. The
+    /// tensor is freed then.
+    pub fn into_cuda_slice(self) -> Result<CudaSlice<T>> {
+        let Buffer { memory, len, .. } = self.into_buffer();
+        let elsewhere = || Error::Device { backend: NAME, reason: "the tensor belongs to another thread's stream".into() };
+        Ok(as_elements(memory.into_slice().ok_or_else(elsewhere)?, len))
     }
 }

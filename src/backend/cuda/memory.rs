@@ -41,6 +41,16 @@ impl Memory {
         self.slice.as_mut()
     }
 
+    /// The slice, for the caller to free. None: memory that is lent, or whose stream this thread cannot name.
+    pub(super) fn into_slice(mut self) -> Option<CudaSlice<u8>> {
+        if self.is_elsewhere() { None } else { self.slice.take() }
+    }
+
+    /// Whether the stream is each thread's own and this is not the thread that it belongs to.
+    fn is_elsewhere(&self) -> bool {
+        self.thread.is_some_and(|thread| thread != std::thread::current().id())
+    }
+
     /// Where memory that is lent lies; 0: an allocation, of which cudarc says where, when it is told for what.
     pub(super) fn lent_address(&self) -> CUdeviceptr {
         self.lent
@@ -62,12 +72,12 @@ impl Drop for Memory {
     /// Where each thread has a stream of its own, another thread than the one that used the memory waits for all of them first; if
     /// that fails, the memory is lost rather than freed too early.
     fn drop(&mut self) {
+        let elsewhere = self.is_elsewhere();
         let Some(slice) = self.slice.take() else { return };
         let context = self.stream.context();
         // With an error left to report cudarc neither binds nor waits: it is taken out until the slice is gone.
         let earlier = context.check_err().err();
         context.record_err(context.bind_to_thread());
-        let elsewhere = self.thread.is_some_and(|thread| thread != std::thread::current().id());
         match if elsewhere { context.synchronize() } else { Ok(()) } {
             Ok(()) => drop(slice),
             Err(error) => {

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
-//!   ├─ products.rs             y and dx, by whichever kernel
-//!   ├─ operand.rs              a view, as kernels take it
+//!   ├─ products.rs                 y and dx, by whichever kernel
+//!   ├─ operand.rs                  a view, as kernels take it
 //!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
 //!             └─ driver.rs         one GPU, through NVIDIA's driver: an unsafe door
 //!                  ├─ newer.rs     what bindings to older drivers lack: the other one
-//!                  └─ memory.rs    what it allocates, freed on whichever thread drops it
+//!                  ├─ memory.rs    what it allocates, freed on whichever thread drops it
+//!                  └─ lend.rs      what somebody lends, or hands over
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
 //! ```
 //!

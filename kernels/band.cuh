@@ -33,16 +33,16 @@ struct Place {
     }
 };
 
-// STEP rows of z and g; zeros beyond the last row and the edges. Ends with a barrier.
+// STEP rows of z and g; zeros beyond the last row and the edges. `stride` is that of z. Ends with a barrier.
 template <class Mask>
-__device__ void load_step(Band& band, const E* z, const float* g, const Place& place, int row, int cols, int r, Mask mask) {
+__device__ void load_step(Band& band, const E* z, int stride, const float* g, const Place& place, int row, int cols, int r, Mask mask) {
     int col = place.first_col + int(threadIdx.x);
-    const E* from = &z[at(row, col, cols)];
+    const E* from = &z[at(row, col, stride)];
 #pragma unroll 1
     for (int i0 = 0; i0 < STEP; i0 += AT_ONCE) {
         float value[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i, from += cols)
+        for (int i = 0; i < AT_ONCE; ++i, from += stride)
             value[i] = element_or_zero(from, col < cols && row + i0 + i < place.last_row);
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) band.z[i0 + i][threadIdx.x] = value[i];

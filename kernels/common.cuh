@@ -58,6 +58,9 @@ __device__ inline void store(__nv_bfloat16* to, float value) {
     *to = __ushort_as_bfloat16(bits);
 }
 
+// An output, of the type that is stored: the sum, or, if it adds, the sum and what it holds. Rounded once.
+__device__ inline void put(E* to, float sum, unsigned adds) { store(to, adds ? widen(*to) + sum : sum); }
+
 // What rounding by chance must know of a type: the bits that a float has more, its largest number, and from where on it has all of
 // its digits; below, numbers are whole multiples of 2⁻²⁴. bf16 has as small ones as a float.
 struct Format { unsigned rest; float largest, normal; };
@@ -133,8 +136,28 @@ __device__ inline float element_or_zero(const E* from, bool has) {
     }
 }
 
-// The element of row i and column j of a row-major matrix. 64 bits: a matrix may have more elements than an int can count.
-__device__ inline size_t at(int i, int j, int cols) { return size_t(i) * cols + j; }
+// The element of row i and column j of a row-major matrix, `stride` elements from one row to the next. 64 bits: a matrix may have
+// more elements than an int can count.
+__device__ inline size_t at(int i, int j, int stride) { return size_t(i) * stride + j; }
+
+// A factor of an update, read element by element: stored as the weights are, or in f32 beside 16-bit weights.
+struct Factor {
+    const void* data;
+    int stride;
+    bool is_f32;
+
+    __device__ float get(int i, int j) const {
+        size_t index = at(i, j, stride);
+        if (CHUNK == 4 || is_f32) return static_cast<const float*>(data)[index];
+        return widen(static_cast<const E*>(data)[index]);
+    }
+
+    __device__ float get_or_zero(int i, int j, bool has) const {
+        size_t index = at(i, j, stride);
+        if (is_f32 && CHUNK != 4) return has ? static_cast<const float*>(data)[index] : 0.0f;
+        return element_or_zero(static_cast<const E*>(data) + index, has);
+    }
+};
 
 // The element that this thread of a pointwise kernel is for.
 __device__ inline size_t element() { return size_t(blockIdx.x) * THREADS + threadIdx.x; }

@@ -6,10 +6,19 @@ __device__ inline float warp_max(float value) {
     return value;
 }
 
-// losses = -log softmax(logits)[label], dlogits = (softmax(logits) - onehot(label)) / m; a warp a row
-KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losses, E* dlogits, int m, int n) {
+constexpr unsigned IGNORED = ~0u;  // the label of a row that has none
+
+// losses = -log softmax(logits)[label], dlogits = (softmax(logits) - onehot(label)) / counted; a warp a row. Both are 0 in rows without
+// a label.
+KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losses, E* dlogits, int m, int n, int counted) {
     int i = int(blockIdx.x) * WARPS + warp(), lane = ::lane();
     if (i >= m) return;
+    if (labels[i] == IGNORED) {
+        if (lane == 0) losses[i] = 0.0f;
+#pragma unroll 1
+        for (int j = lane; j < n; j += WARP) store(&dlogits[at(i, j, n)], 0.0f);
+        return;
+    }
     float largest = -INFINITY, sum = 0.0f;
 #pragma unroll 1
     for (int j = lane; j < n; j += WARP) largest = fmaxf(largest, widen(logits[at(i, j, n)]));
@@ -22,12 +31,12 @@ KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losse
 #pragma unroll 1
     for (int j = lane; j < n; j += WARP) {
         float softmax = expf(widen(logits[at(i, j, n)]) - largest) / sum;
-        store(&dlogits[at(i, j, n)], (softmax - (j == label ? 1.0f : 0.0f)) / float(m));
+        store(&dlogits[at(i, j, n)], (softmax - (j == label ? 1.0f : 0.0f)) / float(counted));
     }
 }
 
-// loss = mean(losses), and 0 over no rows; one block
-KERNEL(cross_entropy_mean)(const float* losses, float* loss, int m) {
+// loss = Σ losses / counted, and 0 if none count; one block
+KERNEL(cross_entropy_mean)(const float* losses, float* loss, int m, int counted) {
     __shared__ float partial[WARPS];
     float sum = 0.0f;
 #pragma unroll 1
@@ -37,5 +46,5 @@ KERNEL(cross_entropy_mean)(const float* losses, float* loss, int m) {
     __syncthreads();
     if (threadIdx.x > 0) return;
     for (int other = 1; other < WARPS; ++other) sum += partial[other];
-    *loss = m == 0 ? 0.0f : sum / float(m);
+    *loss = counted == 0 ? 0.0f : sum / float(counted);
 }

@@ -19,10 +19,10 @@ struct Rows {
     static constexpr bool DEPTH_IS_CONTIGUOUS = true;
     static constexpr int AT_ONCE = 4;  // loads on their way
     const T* data;
-    int rows, depth;
+    int rows, depth, stride;
 
     __device__ bool has(int row, int d) const { return row < rows && d < depth; }
-    __device__ size_t index(int row, int d) const { return at(row, d, depth); }
+    __device__ size_t index(int row, int d) const { return at(row, d, stride); }
     __device__ float get(int row, int d) const { return widen(data[index(row, d)]); }
 };
 
@@ -32,24 +32,27 @@ struct Columns {
     static constexpr bool DEPTH_IS_CONTIGUOUS = false;
     static constexpr int AT_ONCE = 4;
     const T* data;
-    int rows, depth;
+    int rows, depth, stride;
 
     __device__ bool has(int row, int d) const { return row < rows && d < depth; }
-    __device__ size_t index(int row, int d) const { return at(d, row, rows); }
+    __device__ size_t index(int row, int d) const { return at(d, row, stride); }
     __device__ float get(int row, int d) const { return widen(data[index(row, d)]); }
 };
 
-// drop(x): the operand with the dropout mask applied to what is stored.
+// drop(x): the operand with the dropout mask applied to what is stored. The mask counts elements, whatever lies between rows.
 template <class View>
 struct Dropped : View {
     static constexpr int AT_ONCE = 1;  // the words of a mask take longer than a load
     Dropout dropout;
     __device__ Dropped(View view, Dropout dropout) : View(view), dropout(dropout) {}
-    __device__ float get(int row, int d) const { return View::get(row, d) * dropout.factor(View::index(row, d)); }
+    __device__ float get(int row, int d) const { return View::get(row, d) * dropout.factor(at(row, d, View::depth)); }
 };
 
-template <class T> __device__ Rows<T> rows(const T* data, int rows, int depth) { return {data, rows, depth}; }
-template <class T> __device__ Columns<T> columns(const T* data, int rows, int depth) { return {data, rows, depth}; }
+// `stride` elements from one line of the stored matrix to the next; without it, as many as a line has.
+template <class T> __device__ Rows<T> rows(const T* data, int rows, int depth, int stride) { return {data, rows, depth, stride}; }
+template <class T> __device__ Rows<T> rows(const T* data, int rows, int depth) { return {data, rows, depth, depth}; }
+template <class T> __device__ Columns<T> columns(const T* data, int rows, int depth, int stride) { return {data, rows, depth, stride}; }
+template <class T> __device__ Columns<T> columns(const T* data, int rows, int depth) { return {data, rows, depth, rows}; }
 template <class View> __device__ Dropped<View> drop(View view, Dropout dropout) { return Dropped<View>(view, dropout); }
 
 // TILE rows of an operand, DEPTH deep. 4 more floats a line keep 16-byte alignment and spread the writes over the banks.

@@ -28,22 +28,23 @@ struct Keep {
 // y = x·Wᵀ + bias + scale·h·Bᵀ
 template <int COLS>
 __device__ void lora_forward_y(const TensorMap& x, const TensorMap& w, const E* bias, const E* b, const float* h, float scale,
-                               const TensorMap& y, int m, int k, int n, int r) {
-    Update<Rows<E>> update{rows(h, m, r), rows(b, n, r), scale};
+                               const TensorMap& y, int m, int k, int n, int r, int b_stride) {
+    Update<Rows<E>> update{rows(h, m, r), rows(b, n, r, b_stride), scale};
     multiply_tiles<COLS, false>(x, w, y, m, n, k, update, AddBias{bias, n});
 }
 ENTRIES(lora_forward_y,
-        (MAP x, MAP w, const E* bias, const E* b, const float* h, float scale, MAP y, int m, int k, int n, int r),
-        x, w, bias, b, h, scale, y, m, k, n, r)
+        (MAP x, MAP w, const E* bias, const E* b, const float* h, float scale, MAP y, int m, int k, int n, int r,
+         int b_stride),
+        x, w, bias, b, h, scale, y, m, k, n, r, b_stride)
 
 // dx = dy·W + drop(dh·A)
 template <int COLS>
 __device__ void lora_backward_dx(const TensorMap& w, const E* a, const TensorMap& dy, const float* dh, Dropout dropout,
-                                 const TensorMap& dx, int m, int k, int n, int r) {
-    DroppedUpdate<Columns<E>> update{{rows(dh, m, r), columns(a, k, r), 1.0f}, dropout};
+                                 const TensorMap& dx, int m, int k, int n, int r, int a_stride) {
+    DroppedUpdate<Columns<E>> update{{rows(dh, m, r), columns(a, k, r, a_stride), 1.0f}, dropout};
     multiply_tiles<COLS, true>(dy, w, dx, m, k, n, update, Keep());
 }
 ENTRIES(lora_backward_dx,
         (MAP w, const E* a, MAP dy, const float* dh, unsigned key0, unsigned key1, unsigned threshold, float keep_scale, MAP dx,
-         int m, int k, int n, int r),
-        w, a, dy, dh, Dropout{key0, key1, threshold, keep_scale}, dx, m, k, n, r)
+         int m, int k, int n, int r, int a_stride),
+        w, a, dy, dh, Dropout{key0, key1, threshold, keep_scale}, dx, m, k, n, r, a_stride)

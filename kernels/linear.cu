@@ -4,18 +4,18 @@
 // lora_backward_dx with r = 0.
 
 // dW = dyᵀ·x
-KERNEL(linear_backward_dw)(const E* x, const E* dy, float* dw, int m, int k, int n) {
+KERNEL(linear_backward_dw)(const E* x, const E* dy, float* dw, int m, int k, int n, int x_stride, int dy_stride) {
     Tile tile(n, k);
-    tile.add(columns(dy, n, m), columns(x, k, m));
+    tile.add(columns(dy, n, m, dy_stride), columns(x, k, m, x_stride));
     tile.each([&](int i, int j, float sum) { dw[at(i, j, k)] = sum; });
 }
 
 // dbias = Σ dy over the rows; a block makes WARP columns, and each of its warps sums every eighth row.
-KERNEL(linear_backward_dbias)(const E* dy, float* dbias, int m, int n) {
+KERNEL(linear_backward_dbias)(const E* dy, float* dbias, int m, int n, int dy_stride) {
     __shared__ float partial[WARPS][WARP];
     int j = int(blockIdx.x * WARP) + lane();
     float sum = 0.0f;
-    for (int i = warp(); j < n && i < m; i += WARPS) sum += widen(dy[at(i, j, n)]);
+    for (int i = warp(); j < n && i < m; i += WARPS) sum += widen(dy[at(i, j, dy_stride)]);
     partial[warp()][lane()] = sum;
     __syncthreads();
     if (warp() > 0 || j >= n) return;

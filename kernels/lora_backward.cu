@@ -12,18 +12,18 @@ struct DyMemory {
 // for every band of columns, dB and dbias one for every share of the rows. m·n elements are read; for m = n = 4096, r = 16 the
 // parts are 16 times dh and 16 times dB, 8 MiB, which mostly stay in the L2 cache.
 KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, float* dh, float* db, float* dbias,
-                         int m, int n, int r, int rows_a_share) {
+                         int m, int n, int r, int rows_a_share, int b_stride, int dy_stride) {
     let_next_begin();
     __shared__ __align__(16) DyMemory memory;
     Place place(m, n, r, rows_a_share);
     int col = place.first_col + int(threadIdx.x);
 #pragma unroll 4
     for (int d = 0; d < PASS; ++d)
-        memory.q[threadIdx.x][d] = element_or_zero(&b[at(col, place.first_d + d, r)], col < n && place.first_d + d < r);
+        memory.q[threadIdx.x][d] = element_or_zero(&b[at(col, place.first_d + d, b_stride)], col < n && place.first_d + d < r);
     float sum[PASS] = {}, rows_sum = 0.0f;
 #pragma unroll 1
     for (int row = place.first_row; row < place.last_row; row += STEP) {
-        load_step(memory.band, dy, h, place, row, n, r, [](int, int) {});
+        load_step(memory.band, dy, dy_stride, h, place, row, n, r, [](int, int) {});
         add_down(memory.band, sum);
 #pragma unroll 4
         for (int i = 0; i < STEP; ++i) rows_sum += memory.band.z[i][threadIdx.x];
@@ -60,7 +60,7 @@ KERNEL(lora_backward_dy)(const E* b, const float* h, const E* dy, float scale, f
 
 // dA = dhᵀ·drop(x), one part for every share of the rows
 KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned key1, unsigned threshold, float keep_scale,
-                         float* da, int m, int k, int r, int rows_a_share) {
+                         float* da, int m, int k, int r, int rows_a_share, int x_stride) {
     let_next_begin();
     wait_for_launch_before();
     __shared__ __align__(16) Band band;
@@ -69,7 +69,7 @@ KERNEL(lora_backward_da)(const E* x, const float* dh, unsigned key0, unsigned ke
     float sum[PASS] = {};
 #pragma unroll 1
     for (int row = place.first_row; row < place.last_row; row += STEP) {
-        load_step(band, x, dh, place, row, k, r, [&](int row, int col) {
+        load_step(band, x, x_stride, dh, place, row, k, r, [&](int row, int col) {
             if (threshold == 0) return;
 #pragma unroll 1
             for (int i = 0; i < STEP; ++i) band.z[i][threadIdx.x] *= dropout.factor(at(row + i, col, k));
@@ -102,16 +102,18 @@ KERNEL(lora_backward_sum)(const float* parts0, const float* parts1, const float*
     to[i] = sum;
 }
 
-// dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums. Without W only the update.
+// dx = dy·W + drop(dh·A); the mask multiplies the first product, before the second joins its sums. Without W only the update. dx is
+// overwritten, or added to.
 KERNEL(lora_backward_dx)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
-                         unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+                         unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r,
+                         int w_stride, int a_stride, int dy_stride, int dx_stride, unsigned adds) {
     wait_for_launch_before();
     Dropout dropout{key0, key1, threshold, keep_scale};
     Tile tile(m, k);
-    tile.add(rows(dh, m, r), columns(a, k, r));
+    tile.add(rows(dh, m, r), columns(a, k, r, a_stride));
     if (threshold > 0) tile.change([&](int i, int j, float sum) { return sum * dropout.factor(at(i, j, k)); });
-    if (w) tile.add(rows(dy, m, n), columns(w, k, n));
-    tile.each([&](int i, int j, float sum) { store(&dx[at(i, j, k)], sum); });
+    if (w) tile.add(rows(dy, m, n, dy_stride), columns(w, k, n, w_stride));
+    tile.each([&](int i, int j, float sum) { put(&dx[at(i, j, dx_stride)], sum, adds); });
 }
 
 constexpr int SMALL = 16;  // a rank up to which A comes early, and dh and A to shared memory
@@ -119,15 +121,16 @@ constexpr int SMALL = 16;  // a rank up to which A comes early, and dh and A to 
 // dx = dy·W + drop(dh·A) for few rows; without W only the update. It reads n·k + r·k elements from memory once for every 16 rows,
 // later ones from the L2 cache, and in each of the k/32 blocks m·n from there. dh is needed last: it is made while W passes by.
 KERNEL(lora_backward_dx_narrow)(const E* w, const E* a, const E* dy, const float* dh, unsigned key0, unsigned key1,
-                                unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r) {
+                                unsigned threshold, float keep_scale, E* dx, int m, int k, int n, int r,
+                                int w_stride, int a_stride, int dy_stride, int dx_stride, unsigned adds) {
     __shared__ float made[ROWS][SMALL], across[SMALL][STRIP];
-    NarrowDown tile(dy, w, m, k, n);
+    NarrowDown tile(dy, w, m, k, n, dy_stride, w_stride);
     bool small = r <= SMALL;
     if (small) {
 #pragma unroll
         for (int part = 0; part < SMALL * STRIP / THREADS; ++part) {
             int d = int((part * THREADS + threadIdx.x) / STRIP), j = int((part * THREADS + threadIdx.x) % STRIP);
-            across[d][j] = element_or_zero(&a[at(d, tile.first_col + j, k)], d < r && tile.first_col + j < k);
+            across[d][j] = element_or_zero(&a[at(d, tile.first_col + j, a_stride)], d < r && tile.first_col + j < k);
         }
     }
     tile.multiply_all();
@@ -148,9 +151,9 @@ KERNEL(lora_backward_dx_narrow)(const E* w, const E* a, const E* dy, const float
             for (int d = 0; d < SMALL; ++d) update += made[e / STRIP][d] * across[d][e % STRIP];
         } else {
 #pragma unroll 4
-            for (int d = 0; d < r; ++d) update += dh[at(i, d, r)] * widen(a[at(d, j, k)]);
+            for (int d = 0; d < r; ++d) update += dh[at(i, d, r)] * widen(a[at(d, j, a_stride)]);
         }
         float sum = tile.sum(int(e / STRIP), int(e % STRIP)) + dropout.factor(at(i, j, k)) * update;
-        store(&dx[at(i, j, k)], sum);
+        put(&dx[at(i, j, dx_stride)], sum, adds);
     }
 }

@@ -23,13 +23,12 @@ struct Merge {
         float b[MERGE_DEPTH][MERGE_ROWS];                  // 8 KiB
     };
 
-    const E* a;
-    const E* b;
+    Factor a, b;
     float scale;
     bool by_chance_;
     unsigned key0, key1;
     E* w;
-    int n, k, r;
+    int n, k, r, w_stride;
 
     __device__ void run() const {
         __shared__ __align__(16) Memory memory;
@@ -64,8 +63,8 @@ struct Merge {
     // If a lane has several columns, all of them are inside or none: k is a multiple of WIDTH.
     __device__ void read(Chunk& to, int row, int col) const {
         if (row >= n || col >= k) return;
-        if constexpr (WIDTH == 1) to.set(0, widen(w[at(row, col, k)]));
-        else to.bits = *reinterpret_cast<const uint4*>(&w[at(row, col, k)]);
+        if constexpr (WIDTH == 1) to.set(0, widen(w[at(row, col, w_stride)]));
+        else to.bits = *reinterpret_cast<const uint4*>(&w[at(row, col, w_stride)]);
     }
 
     __device__ void load(Memory& memory, int first_row, int first_col, int d0) const {
@@ -75,14 +74,14 @@ struct Merge {
                 unsigned e = part * THREADS + threadIdx.x;
                 int d = int(e / COLS), col = int(e % COLS);
                 bool has = d0 + d < r && first_col + col < k;
-                memory.a[d][0][col][0] = element_or_zero(&a[at(d0 + d, first_col + col, k)], has);
+                memory.a[d][0][col][0] = a.get_or_zero(d0 + d, first_col + col, has);
             }
         } else {
 #pragma unroll
             for (int part = 0; part < MERGE_DEPTH * WARP / THREADS; ++part) {
                 unsigned e = part * THREADS + threadIdx.x;
                 int d = int(e / WARP), to = int(e % WARP), col = first_col + to * WIDTH;
-                Chunk chunk{load_or_zero(&a[at(d0 + d, col, k)], d0 + d < r && col < k)};
+                Chunk chunk{load_or_zero(static_cast<const E*>(a.data) + at(d0 + d, col, a.stride), d0 + d < r && col < k)};
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) memory.a[d][j / PIECE][to][j % PIECE] = chunk.get(j);
             }
@@ -92,7 +91,7 @@ struct Merge {
             unsigned e = part * THREADS + threadIdx.x;
             int d = int(e % MERGE_DEPTH), row = int(e / MERGE_DEPTH);
             bool has = d0 + d < r && first_row + row < n;
-            memory.b[d][row] = element_or_zero(&b[at(first_row + row, d0 + d, r)], has);
+            memory.b[d][row] = b.get_or_zero(first_row + row, d0 + d, has);
         }
     }
 
@@ -126,7 +125,7 @@ struct Merge {
 
     __device__ void finish(Chunk& old, const float (&sum)[WIDTH], int row, int col) const {
         if (row >= n || col >= k) return;
-        size_t index = at(row, col, k);
+        size_t index = at(row, col, k), to = at(row, col, w_stride);  // by chance: the same whatever lies between rows
         float merged[WIDTH];
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) merged[j] = old.get(j) + scale * sum[j];
@@ -149,19 +148,21 @@ struct Merge {
 #endif
 #pragma unroll
         for (int j = 0; j < WIDTH; ++j) old.set(j, merged[j]);
-        if constexpr (WIDTH == 1) store(&w[index], merged[0]);
-        else *reinterpret_cast<uint4*>(&w[index]) = old.bits;
+        if constexpr (WIDTH == 1) store(&w[to], merged[0]);
+        else *reinterpret_cast<uint4*>(&w[to]) = old.bits;
     }
 };
 
-// For any shape.
-KERNEL(lora_merge)(const E* a, const E* b, float scale, unsigned by_chance, unsigned key0, unsigned key1, E* w,
-                   int n, int k, int r) {
-    Merge<1>{a, b, scale, by_chance != 0, key0, key1, w, n, k, r}.run();
+// For any shape, and factors in f32 too.
+KERNEL(lora_merge)(const void* a, const void* b, float scale, unsigned by_chance, unsigned key0, unsigned key1, E* w,
+                   int n, int k, int r, int a_stride, int b_stride, int w_stride, unsigned a_is_f32, unsigned b_is_f32) {
+    Factor factor_a{a, a_stride, a_is_f32 != 0}, factor_b{b, b_stride, b_is_f32 != 0};
+    Merge<1>{factor_a, factor_b, scale, by_chance != 0, key0, key1, w, n, k, r, w_stride}.run();
 }
 
-// 16 bytes of W at a time: lines must start at multiples of that.
+// 16 bytes of W, and of A, at a time: lines must start at multiples of that.
 KERNEL(lora_merge_wide)(const E* a, const E* b, float scale, unsigned by_chance, unsigned key0, unsigned key1, E* w,
-                        int n, int k, int r) {
-    Merge<CHUNK>{a, b, scale, by_chance != 0, key0, key1, w, n, k, r}.run();
+                        int n, int k, int r, int a_stride, int b_stride, int w_stride) {
+    Factor factor_a{a, a_stride, false}, factor_b{b, b_stride, false};
+    Merge<CHUNK>{factor_a, factor_b, scale, by_chance != 0, key0, key1, w, n, k, r, w_stride}.run();
 }

@@ -4,7 +4,9 @@
 // element of A is read once for all of them.
 constexpr int NORMS = 4;
 
-KERNEL(lora_row_norm)(const E* w, const E* a, const E* b, float scale, float* norm, int n, int k, int r) {
+KERNEL(lora_row_norm)(const E* w, const void* a, const void* b, float scale, float* norm, int n, int k, int r,
+                      int w_stride, int a_stride, int b_stride, unsigned a_is_f32, unsigned b_is_f32) {
+    Factor factor_a{a, a_stride, a_is_f32 != 0}, factor_b{b, b_stride, b_is_f32 != 0};
     int first = (int(blockIdx.x) * WARPS + warp()) * NORMS;
     if (first >= n) return;
     int row[NORMS];  // beyond the end the last one again
@@ -16,13 +18,13 @@ KERNEL(lora_row_norm)(const E* w, const E* a, const E* b, float scale, float* no
         float update[NORMS] = {};
 #pragma unroll 2
         for (int d = 0; d < r; ++d) {
-            float right = widen(a[at(d, j, k)]);
+            float right = factor_a.get(d, j);
 #pragma unroll
-            for (int q = 0; q < NORMS; ++q) update[q] += widen(b[at(row[q], d, r)]) * right;
+            for (int q = 0; q < NORMS; ++q) update[q] += factor_b.get(row[q], d) * right;
         }
 #pragma unroll
         for (int q = 0; q < NORMS; ++q) {
-            float weight = widen(w[at(row[q], j, k)]) + scale * update[q];
+            float weight = widen(w[at(row[q], j, w_stride)]) + scale * update[q];
             squares[q] += weight * weight;
         }
     }

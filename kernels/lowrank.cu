@@ -2,6 +2,7 @@
 #include "accumulate.cu"
 #include "adam.cu"
 #include "add.cu"
+#include "copy.cu"
 #include "cross_entropy.cu"
 #include "dropout.cu"
 #include "linear.cu"

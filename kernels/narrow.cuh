@@ -48,10 +48,11 @@ struct Narrow : PartSums<TILES * GROUP> {
     using Sums::group, Sums::memory, Sums::quarter;
 
     const E* x;
-    int m, depth, first_row;
+    int m, depth, stride, first_row;
     const E* line[TILES];  // of M: this lane's row of each tile; null if there is none
 
-    __device__ Narrow(const E* x, int m, int depth, int first_row) : x(x), m(m), depth(depth), first_row(first_row) {}
+    __device__ Narrow(const E* x, int m, int depth, int stride, int first_row)
+        : x(x), m(m), depth(depth), stride(stride), first_row(first_row) {}
 
     // The sums, in shared memory; `masked(chunk, i, d)` changes what is read of x.
     template <class F>
@@ -63,9 +64,9 @@ struct Narrow : PartSums<TILES * GROUP> {
             uint4 right[TILES];
 #pragma unroll
             for (int t = 0; t < TILES; ++t) right[t] = load_or_zero(line[t] + d, line[t] && d < depth);
-            const E* row = &x[at(first_row, d, depth)];
+            const E* row = &x[at(first_row, d, stride)];
             add(sum, right, [&](int i) {
-                uint4 left = load_or_zero(row + size_t(i) * depth, first_row + i < m && d < depth);
+                uint4 left = load_or_zero(row + size_t(i) * stride, first_row + i < m && d < depth);
                 masked(left, first_row + i, d);
                 return left;
             });

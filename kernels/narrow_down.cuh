@@ -25,10 +25,10 @@ __device__ inline uint2 pair_or_zero(const E* from, bool has) {
 
 struct NarrowDown : PartSums<STRIP> {
     const E *z, *matrix;
-    int m, cols, depth, first_row, first_col;
+    int m, cols, depth, z_stride, stride, first_row, first_col;
 
-    __device__ NarrowDown(const E* z, const E* matrix, int m, int cols, int depth)
-        : z(z), matrix(matrix), m(m), cols(cols), depth(matrix ? depth : 0) {
+    __device__ NarrowDown(const E* z, const E* matrix, int m, int cols, int depth, int z_stride, int stride)
+        : z(z), matrix(matrix), m(m), cols(cols), depth(matrix ? depth : 0), z_stride(z_stride), stride(stride) {
         // Blocks are numbered along the rows of the output, so that those with the same columns of M run together.
         unsigned down = unsigned(m - 1) / ROWS + 1;
         first_row = int(blockIdx.x % down) * ROWS;
@@ -46,9 +46,9 @@ struct NarrowDown : PartSums<STRIP> {
             int d = d0 + warp() * WARP_DOWN + quarter() * FOUR;
             uint2 right[FOUR];
 #pragma unroll
-            for (int i = 0; i < FOUR; ++i) right[i] = pair_or_zero(&matrix[at(d + i, col, cols)], d + i < depth && col < cols);
-            uint2 high = pair_or_zero(&z[at(above, d, depth)], above < m && d < depth);
-            uint2 low = pair_or_zero(&z[at(below, d, depth)], below < m && d < depth);
+            for (int i = 0; i < FOUR; ++i) right[i] = pair_or_zero(&matrix[at(d + i, col, stride)], d + i < depth && col < cols);
+            uint2 high = pair_or_zero(&z[at(above, d, z_stride)], above < m && d < depth);
+            uint2 low = pair_or_zero(&z[at(below, d, z_stride)], below < m && d < depth);
             unsigned left[4] = {high.x, low.x, high.y, low.y};
 #pragma unroll
             for (int t = 0; t < PAIR; ++t) {
@@ -74,7 +74,7 @@ struct NarrowDown : PartSums<STRIP> {
         int col = first_col + group() * PAIR, d = warp() * WARP_DOWN + quarter() * FOUR;
         auto fetch = [&](int d) {
 #pragma unroll
-            for (int i = 0; i < FOUR; ++i) next[i] = pair_or_zero(&matrix[at(d + i, col, cols)], d + i < depth && col < cols);
+            for (int i = 0; i < FOUR; ++i) next[i] = pair_or_zero(&matrix[at(d + i, col, stride)], d + i < depth && col < cols);
         };
         fetch(d);
 #pragma unroll 1
@@ -87,7 +87,7 @@ struct NarrowDown : PartSums<STRIP> {
                 if (first_row + row0 >= m) break;
 #pragma unroll
                 for (int row = row0; row < row0 + 4; ++row) {
-                    Chunk left{load_or_zero(&z[at(first_row + row, d, depth)], first_row + row < m)};
+                    Chunk left{load_or_zero(&z[at(first_row + row, d, z_stride)], first_row + row < m)};
 #pragma unroll
                     for (int i = 0; i < FOUR; ++i) {
                         sum[row][0] += left.get(i) * __uint_as_float(right[i].x);

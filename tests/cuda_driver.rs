@@ -6,9 +6,9 @@ mod support;
 
 use std::sync::Arc;
 
-use lowrank::cuda::cudarc::driver::{CudaContext, CudaStream, sys};
+use lowrank::cuda::cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, sys};
 use lowrank::op::{Add, LoraBackward, LoraForward};
-use lowrank::{Cuda, Error, Tensor, bf16};
+use lowrank::{Backend, Cuda, Error, Tensor, bf16};
 use support::bounds::assert_exact;
 use support::data::{Dims, down, unwritten, up, whole};
 use support::emulator::open;
@@ -45,13 +45,85 @@ fn gpu_operands_of_another_stream_are_refused() {
     }
 }
 
+/// Its name means another stream on each thread: so the backend works on one, and memory may be dropped on any.
 #[test]
-fn gpu_a_stream_that_each_thread_has_its_own_of_is_refused() {
+fn gpu_a_stream_that_each_thread_has_its_own_of_belongs_to_one() {
     if open::<bf16>().is_none() {
         return;
     }
-    let Err(error) = Cuda::<bf16>::from_stream(CudaContext::new(0).unwrap().per_thread_stream()) else { panic!("taken") };
-    assert!(matches!(error, Error::Value { name: "stream", .. }), "{error}");
+    let context = CudaContext::new(0).unwrap();
+    let gpu = Cuda::<bf16>::from_stream(context.per_thread_stream()).unwrap();
+    let (x, mut y) = (ones(&gpu), ones(&gpu));
+    Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
+    assert_eq!(y.to_vec(&gpu).unwrap(), [bf16::from_f32(2.0); 4]);
+    let elsewhere = || {
+        let errors = [
+            x.to_vec(&gpu).unwrap_err(),
+            Tensor::<_, bf16>::zeros(&gpu, (2, 2)).unwrap_err(),
+            gpu.synchronize().unwrap_err(),
+            x.try_clone(&gpu).unwrap_err(),
+        ];
+        for error in errors {
+            assert!(matches!(&error, Error::Device { reason, .. } if reason.contains("another thread")), "{error}");
+        }
+        drop(y);
+    };
+    std::thread::scope(|scope| scope.spawn(elsewhere).join()).unwrap();
+    context.check_err().expect("what a drop cannot return is kept here");
+    assert_eq!(x.to_vec(&gpu).unwrap(), [bf16::ONE; 4]);
+}
+
+/// Memory of cudarc's is read and written where it lies, and is there when the loan is over.
+#[test]
+fn gpu_memory_that_is_lent_is_written_where_it_lies() {
+    if open::<f32>().is_none() {
+        return;
+    }
+    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let gpu = Cuda::<f32>::from_stream(stream.clone()).unwrap();
+    let x = stream.clone_htod(&[0.0f32, 1.0, 2.0, 3.0]).unwrap();
+    let mut y = stream.clone_htod(&[10.0f32; 6]).unwrap();
+    {
+        let (x, mut y) = (x.slice(1..), y.as_view_mut());
+        let (x, mut y) = (gpu.lend(&x).unwrap(), gpu.lend_mut(&mut y).unwrap());
+        // 1×3 of what begins at an odd place, to the second row of 2×3
+        let row = y.view_mut((2, 3)).unwrap().row_range(1..2).unwrap();
+        Add { x: x.view((1, 3)).unwrap(), y: row }.run(&gpu).unwrap();
+        assert!(x.view::<f32>((1, 4)).is_err() && y.view_strided_mut::<f32>((2, 3), 1, 3).is_err(), "beyond the memory");
+    }
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [10.0, 10.0, 10.0, 11.0, 12.0, 13.0]);
+    assert_eq!(stream.clone_dtoh(&x).unwrap(), [0.0, 1.0, 2.0, 3.0]);
+}
+
+/// A slice becomes a tensor's memory and comes back, at the same address.
+#[test]
+fn gpu_a_slice_is_adopted_and_handed_back() {
+    if open::<f32>().is_none() {
+        return;
+    }
+    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let gpu = Cuda::<f32>::from_stream(stream.clone()).unwrap();
+    let slice = stream.clone_htod(&[1.0f32, 2.0, 3.0, 4.0]).unwrap();
+    let address = |slice: &CudaSlice<f32>| slice.device_ptr(&stream).0;
+    let at = address(&slice);
+    let mut tensor = Tensor::<_, f32>::from_cuda_slice(&gpu, (2, 2), slice).unwrap();
+    let clone = tensor.try_clone(&gpu).unwrap();
+    Add { x: clone.view(), y: tensor.view_mut() }.run(&gpu).unwrap();
+    let slice = tensor.into_cuda_slice().unwrap();
+    assert_eq!((address(&slice), slice.len()), (at, 4));
+    assert_eq!(stream.clone_dtoh(&slice).unwrap(), [2.0, 4.0, 6.0, 8.0]);
+    let short = stream.alloc_zeros::<f32>(3).unwrap();
+    assert!(Tensor::<_, f32>::from_cuda_slice(&gpu, (2, 2), short).is_err(), "shorter than the shape");
+}
+
+#[test]
+fn gpu_memory_of_another_stream_is_not_borrowed() {
+    let Some(gpu) = open::<f32>() else { return };
+    let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+    let mut slice = stream.alloc_zeros::<f32>(4).unwrap();
+    let refused = |error: Error| assert!(matches!(&error, Error::Value { verb: "lend", name: "view", .. }), "{error}");
+    refused(gpu.lend(&slice.as_view()).err().expect("refused"));
+    refused(gpu.lend_mut(&mut slice.as_view_mut()).err().expect("refused"));
 }
 
 /// A stream that can be captured: one of its own, in a context whose events cudarc does not track.

@@ -3,12 +3,10 @@
 
 mod support;
 
-use std::cell::RefCell;
-
-use lowrank::cuda::{Device, Gpu, Launch};
 use lowrank::op::{Dropout, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding};
-use lowrank::{Cuda, DType, Error, Float, Tensor, bf16, f16};
+use lowrank::{Cuda, DType, Float, Tensor, bf16, f16};
 use support::bounds::{assert_exact, assert_within};
+use support::counting::{Asked, Counting};
 use support::data::{Dims, down, mask, random, unwritten, up, whole};
 use support::emulator::Emulator;
 use support::oracle::Lora;
@@ -167,68 +165,19 @@ fn narrow_products_round_within_bounds_and_drop_what_the_mask_says() {
     products_round_within_bounds_and_drop_what_the_mask_says::<bf16>(&shapes);
 }
 
-/// What a verb asks of the device.
-#[derive(Default)]
-struct Asked {
-    launches: usize,
-    overlapping: usize,
-    copies: usize,
-    scratch: usize,
-}
-
-/// The emulator, and a count of what it is asked.
-struct Counting(Emulator, RefCell<Asked>);
-
-impl Device for Counting {
-    type Memory = <Emulator as Device>::Memory;
-
-    fn name(&self) -> String {
-        self.0.name()
-    }
-    fn gpu(&self) -> Gpu {
-        self.0.gpu()
-    }
-    fn alloc(&self, bytes: usize) -> Result<Self::Memory, Error> {
-        self.1.borrow_mut().scratch += bytes;
-        self.0.alloc(bytes)
-    }
-    fn zeros(&self, bytes: usize) -> Result<Self::Memory, Error> {
-        self.1.borrow_mut().scratch += bytes;
-        self.0.zeros(bytes)
-    }
-    fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<(), Error> {
-        self.1.borrow_mut().copies += 1;
-        self.0.write(memory, host)
-    }
-    fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<(), Error> {
-        self.1.borrow_mut().copies += 1;
-        self.0.read(memory, host)
-    }
-    fn launch(&self, launch: Launch<'_, Self>) -> Result<(), Error> {
-        let mut asked = self.1.borrow_mut();
-        asked.launches += 1;
-        asked.overlapping += usize::from(launch.overlaps());
-        drop(asked);
-        self.0.run(launch.plan(), launch.overlaps(), launch.into_args())
-    }
-    fn synchronize(&self) -> Result<(), Error> {
-        panic!("a verb does not wait");
-    }
-}
-
 /// A forward pass is one launch for few rows, else two; merging is one; backward five at most; each but the first may overlap. None of them copies anything, none
 /// but backward takes memory: for such shapes less than half of the weight's (parts of `dh` take m·r/(128·k) of it).
 #[test]
 fn verbs_launch_little_copy_nothing_and_need_no_memory_like_the_weights() {
     for (m, r, dropout, forward_launches) in [(1, 16, false, 1), (16, 17, false, 2), (16, 4, true, 2), (80, 8, false, 2)] {
         let layer = whole(Dims { m, k: 512, n: 520, r }, 1);
-        let backend = Cuda::<bf16, _>::on(Counting(Emulator::new(DType::BF16), RefCell::default()));
+        let backend = Cuda::<bf16, _>::on(Counting::new(Emulator::new(DType::BF16)));
         let [x, mut w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up(&backend, mat));
         let (mut h, mut y) = (unwritten(&backend, m, r), unwritten(&backend, m, 520));
         let (mut da, mut db): (Tensor<_, f32>, Tensor<_, f32>) = (unwritten(&backend, r, 512), unwritten(&backend, 520, r));
         let (mut dbias, mut dx) = (unwritten(&backend, 1, 520), unwritten(&backend, m, 512));
         let dropout = dropout.then(|| Dropout::new(0.5, 1).unwrap());
-        let asked = || backend.on_device().1.take();
+        let asked = || backend.on_device().asked();
 
         asked();
         let (scale, rounding) = (0.5, Rounding::Stochastic { seed: 1 });
@@ -245,7 +194,7 @@ fn verbs_launch_little_copy_nothing_and_need_no_memory_like_the_weights() {
         }
         .run(&backend)
         .unwrap();
-        let Asked { launches, overlapping, copies, scratch } = asked();
+        let Asked { launches, overlapping, copies, scratch, .. } = asked();
         assert_eq!((launches, copies, scratch), (forward_launches, 0, 0), "forward, {m} rows, rank {r}");
         assert_eq!(overlapping, launches - 1, "all but the first");
 
@@ -267,13 +216,13 @@ fn verbs_launch_little_copy_nothing_and_need_no_memory_like_the_weights() {
         }
         .run(&backend)
         .unwrap();
-        let Asked { launches, overlapping, copies, scratch } = asked();
+        let Asked { launches, overlapping, copies, scratch, .. } = asked();
         assert_eq!(overlapping, launches - 1, "all but the first");
         assert!(launches <= 5 && copies == 0, "backward, {m} rows: {launches} launches, {copies} copies");
         assert!(scratch <= 2 * 512 * 520 / 2, "backward, {m} rows, rank {r}: {scratch} bytes");
 
         LoraMerge { a: a.into(), b: b.into(), scale, rounding, w: w.view_mut() }.run(&backend).unwrap();
-        let Asked { launches, overlapping, copies, scratch } = asked();
+        let Asked { launches, overlapping, copies, scratch, .. } = asked();
         assert_eq!((launches, overlapping, copies, scratch), (1, 0, 0, 0), "merge");
     }
 }

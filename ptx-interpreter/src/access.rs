@@ -19,11 +19,11 @@ impl Cluster<'_, '_, '_> {
             _ => {
                 let pending = self.pending(warp, lane);
                 match self.context.args.at_address(at).ok_or(nowhere(at, width))? {
-                    Arg::Write(global) => {
+                    Arg::Write(global) | Arg::WriteAt(global, _) => {
                         let value = global.memory.read(at % SPAN, width, now)?;
                         global.memory.unless_pending(at % SPAN, width, pending).and(Ok(value))
                     }
-                    Arg::Read(global) => {
+                    Arg::Read(global) | Arg::ReadAt(global, _) => {
                         let value = global.memory.peek(at % SPAN, width)?;
                         global.memory.unless_pending(at % SPAN, width, pending).and(Ok(value))
                     }
@@ -77,7 +77,7 @@ impl Cluster<'_, '_, '_> {
             Some(Space::Param) => Err(Kind::ReadOnly),
             _ if self.pending(warp, lane).is_some() => Err(Kind::WritesEarly { at: at % SPAN }),
             _ => match self.context.args.at_address(at).ok_or(nowhere(at, width))? {
-                Arg::Write(global) => global.memory.write(at % SPAN, width, value, now),
+                Arg::Write(global) | Arg::WriteAt(global, _) => global.memory.write(at % SPAN, width, value, now),
                 _ => Err(Kind::ReadOnly),
             },
         }

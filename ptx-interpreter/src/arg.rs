@@ -16,8 +16,12 @@ pub enum Arg<'m> {
     Null,
     /// Memory that the kernel may only read.
     Read(&'m Global),
+    /// Memory that the kernel may only read, with a pointer to the byte at this place of it.
+    ReadAt(&'m Global, u64),
     /// Memory that the kernel may read and write.
     Write(&'m mut Global),
+    /// Memory that the kernel may read and write, with a pointer to the byte at this place of it.
+    WriteAt(&'m mut Global, u64),
     /// A map of a tensor, of which TMA loads boxes.
     ReadTiles(&'m Global, TensorMap),
     /// A map of a tensor, to which TMA stores boxes.
@@ -68,7 +72,7 @@ impl<'l, 'm> Args<'l, 'm> {
         let value = self.value(arg)?;
         self.bytes.resize(offset, 0);
         self.bytes.extend(value);
-        if let Arg::Write(global) | Arg::WriteTiles(global, _) = arg {
+        if let Arg::Write(global) | Arg::WriteAt(global, _) | Arg::WriteTiles(global, _) = arg {
             global.watch();
         }
         self.flat.push((offset, arg));
@@ -83,9 +87,15 @@ impl<'l, 'm> Args<'l, 'm> {
             Arg::Null => 0u64.to_le_bytes().to_vec(),
             Arg::ReadTiles(global, map) => map.encode(global.bytes().len())?,
             Arg::WriteTiles(global, map) => map.encode(global.bytes().len())?,
-            Arg::Read(_) | Arg::Write(_) => ((self.flat.len() as u64 + 1) * SPAN).to_le_bytes().to_vec(),
+            Arg::Read(_) | Arg::Write(_) => self.next().to_le_bytes().to_vec(),
+            Arg::ReadAt(_, offset) | Arg::WriteAt(_, offset) => (self.next() + offset).to_le_bytes().to_vec(),
             Arg::Struct(..) => return Err("a structure in a structure".into()),
         })
+    }
+
+    /// The address of the next argument in memory.
+    fn next(&self) -> u64 {
+        (self.flat.len() as u64 + 1) * SPAN
     }
 
     /// The argument that an address belongs to.

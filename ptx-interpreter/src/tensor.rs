@@ -9,6 +9,8 @@ pub struct TensorMap {
     pub element: u64,
     /// The axes, innermost first.
     pub axes: Vec<Axis>,
+    /// Bytes of the memory before the first element: a multiple of 16.
+    pub offset: u64,
     /// Bytes of the lines of a box whose chunks of 16 bytes are exchanged: 128, 64 or 32; 16: none are.
     pub swizzle: u64,
 }
@@ -30,34 +32,36 @@ impl TensorMap {
     pub fn matrix(rows: u64, cols: u64, tile: [u32; 2]) -> Self {
         let [down, across] = tile;
         let axes = vec![Axis { len: cols, stride: 2, tile: across }, Axis { len: rows, stride: 2 * cols, tile: down }];
-        Self { element: 2, axes, swizzle: 128 }
+        Self { element: 2, axes, offset: 0, swizzle: 128 }
+    }
+
+    /// The matrix as a part of its memory: `offset` bytes lie before it, and its rows begin `stride` elements after one another.
+    pub fn strided(mut self, offset: u64, stride: u64) -> Self {
+        self.axes[1].stride = stride * self.element;
+        Self { offset, ..self }
     }
 
     /// The bytes of a tensor map, which mean nothing here, if a driver would make one of memory of so many bytes.
     pub(crate) fn encode(&self, bytes: usize) -> Result<Vec<u8>, String> {
-        let Self { element, axes, swizzle } = self;
-        let whole = || self.end().is_some_and(|end| (end..=end + self.padding()).contains(&(bytes as u64)));
+        let Self { element, axes, offset, swizzle } = self;
+        let inside = || self.end().is_some_and(|end| end <= bytes as u64);
         let axis = |axis: &Axis| (1..=1 << 32).contains(&axis.len) && (1..=256).contains(&axis.tile);
         let good = [1, 2, 4, 8].contains(element)
             && (1..=5).contains(&axes.len())
             && axes.iter().all(axis)
             && axes[0].stride == *element
+            && offset.is_multiple_of(16)
             && axes[1..].iter().all(|axis| axis.stride % 16 == 0 && axis.stride < 1 << 40)
             && self.row_bytes().is_multiple_of(16)
             && (*swizzle == 16 || [32, 64, 128].contains(swizzle) && self.row_bytes() <= *swizzle);
-        if good && whole() { Ok(vec![0; 128]) } else { Err(format!("no tensor map of {self:?} in {bytes} bytes")) }
+        if good && inside() { Ok(vec![0; 128]) } else { Err(format!("no tensor map of {self:?} in {bytes} bytes")) }
     }
 
     /// Where the last element ends.
     fn end(&self) -> Option<u64> {
-        self.axes.iter().try_fold(self.element, |end, axis| axis.len.checked_sub(1)?.checked_mul(axis.stride)?.checked_add(end))
-    }
-
-    /// Bytes that may lie between the last element and the end of the outermost stride.
-    fn padding(&self) -> u64 {
-        let (outer, inner) = self.axes.split_last().expect("there is an axis");
-        let used: u64 = inner.iter().map(|axis| (axis.len - 1) * axis.stride).sum::<u64>() + self.element;
-        outer.stride.saturating_sub(used)
+        self.axes.iter().try_fold(self.element.checked_add(self.offset)?, |end, axis| {
+            axis.len.checked_sub(1)?.checked_mul(axis.stride)?.checked_add(end)
+        })
     }
 
     /// Bytes of the box along the innermost axis.
@@ -92,7 +96,7 @@ impl TensorMap {
         let (count, element) = ((16 / self.element) as i64, self.element);
         let first = corner[(semantics.coordinate)(0, rank)] + across as i64 * count;
         let inside = 0..self.axes[0].len as i64;
-        let at = |x: i64| outer + x as u64 * element;
+        let at = |x: i64| self.offset + outer + x as u64 * element;
         if inside.contains(&first) && inside.contains(&(first + count - 1)) && at(first).is_multiple_of(16) {
             return vec![(0, at(first), 16)];
         }

@@ -149,6 +149,14 @@ impl Device for Emulator {
         Ok(())
     }
 
+    fn bytes(memory: &Global) -> usize {
+        memory.bytes().len()
+    }
+
+    fn address(_memory: &Global) -> u64 {
+        0
+    }
+
     fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
         self.run(launch.plan(), launch.overlaps(), launch.into_args())
     }
@@ -164,15 +172,15 @@ fn argument(arg: Arg<'_, Global>) -> ptx_interpreter::Arg<'_> {
         Arg::U64(value) => ptx_interpreter::Arg::U64(value),
         Arg::F32(value) => ptx_interpreter::Arg::F32(value),
         Arg::Null => ptx_interpreter::Arg::Null,
-        Arg::Read(memory) => ptx_interpreter::Arg::Read(memory),
-        Arg::Write(memory) => ptx_interpreter::Arg::Write(memory),
+        Arg::Read(memory, offset) => ptx_interpreter::Arg::ReadAt(memory, offset as u64),
+        Arg::Write(memory, offset) => ptx_interpreter::Arg::WriteAt(memory, offset as u64),
         Arg::ReadTiles(memory, map) => ptx_interpreter::Arg::ReadTiles(memory, tiles(map)),
         Arg::WriteTiles(memory, map) => ptx_interpreter::Arg::WriteTiles(memory, tiles(map)),
     }
 }
 
-fn tiles(Tiles { rows, cols, tile }: Tiles) -> TensorMap {
-    TensorMap::matrix(rows.into(), cols.into(), tile)
+fn tiles(Tiles { offset, stride, rows, cols, tile }: Tiles) -> TensorMap {
+    TensorMap::matrix(rows.into(), cols.into(), tile).strided(offset as u64, stride.into())
 }
 
 /// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.

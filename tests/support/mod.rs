@@ -7,6 +7,8 @@ pub mod adapters;
 pub mod bounds;
 #[cfg(feature = "adapter")]
 pub mod cases;
+#[cfg(feature = "cuda")]
+pub mod counting;
 pub mod data;
 pub mod devices;
 #[cfg(feature = "cuda")]

@@ -18,6 +18,15 @@ pub fn mutant(dtype: DType, kernel: &str, from: &str, to: &str, nth: usize) -> O
     Some([&ptx[..at], to, &ptx[at + from.len()..]].concat())
 }
 
+/// The PTX of one module in which each `from` of one kernel is replaced; None: there is none.
+pub fn replaced(dtype: DType, kernel: &str, from: &str, to: &str) -> Option<String> {
+    let ptx = lowrank::cuda::ptx(dtype);
+    let start = ptx.find(&format!(".entry {kernel}_{dtype}("))?;
+    let end = ptx[start..].find("\n}").map_or(ptx.len(), |end| start + end);
+    let text = &ptx[start..end];
+    text.contains(from).then(|| [&ptx[..start], &text.replace(from, to), &ptx[end..]].concat())
+}
+
 /// The same with each `from` of the kernel taken away and put before its last `ret`.
 pub fn belated(dtype: DType, kernel: &str, from: &str) -> String {
     let ptx = mutant(dtype, kernel, from, "", 0).unwrap_or_else(|| panic!("{kernel} has no `{from}`"));

@@ -244,7 +244,7 @@ impl<E: Float> Layers<E> {
     fn product(&self, blas: &Blas, i: usize) -> Result<(), Box<dyn Error>> {
         let Shape { m, k, n, .. } = self.shape;
         let w = self.w[self.one(i)].borrow();
-        let operands = [Operand(self.x.buffer().memory().slice(), false), Operand(w.buffer().memory().slice(), true)];
+        let operands = [Operand(bytes_of(&self.x), false), Operand(bytes_of(&w), true)];
         blas.multiply([m, n, k], 1.0, operands, 0.0, &mut self.theirs.borrow_mut().y)
     }
 
@@ -253,8 +253,7 @@ impl<E: Float> Layers<E> {
         self.product(blas, i)?;
         let (Shape { m, k, n, r, .. }, i) = (self.shape, self.one(i));
         let Theirs { h, y, .. } = &mut *self.theirs.borrow_mut();
-        let (x, a, b) =
-            (self.x.buffer().memory().slice(), self.a[i].buffer().memory().slice(), self.b[i].buffer().memory().slice());
+        let (x, a, b) = (bytes_of(&self.x), bytes_of(&self.a[i]), bytes_of(&self.b[i]));
         blas.multiply([m, r, k], 1.0, [Operand(x, false), Operand(a, true)], 0.0, h)?;
         blas.multiply([m, n, r], SCALE, [Operand(h, false), Operand(b, true)], 1.0, y)
     }
@@ -263,8 +262,8 @@ impl<E: Float> Layers<E> {
     fn composed_backward(&self, blas: &Blas, i: usize) -> Result<(), Box<dyn Error>> {
         let (Shape { m, k, n, r, .. }, i) = (self.shape, self.one(i));
         let Theirs { h, dh, da, db, dx, .. } = &mut *self.theirs.borrow_mut();
-        let (x, dy, w) = (self.x.buffer().memory().slice(), self.dy.buffer().memory().slice(), self.w[i].borrow());
-        let (w, a, b) = (w.buffer().memory().slice(), self.a[i].buffer().memory().slice(), self.b[i].buffer().memory().slice());
+        let (x, dy, w) = (bytes_of(&self.x), bytes_of(&self.dy), self.w[i].borrow());
+        let (w, a, b) = (bytes_of(&w), bytes_of(&self.a[i]), bytes_of(&self.b[i]));
         blas.multiply([m, k, n], 1.0, [Operand(dy, false), Operand(w, false)], 0.0, dx)?;
         blas.multiply([m, r, n], SCALE, [Operand(dy, false), Operand(b, false)], 0.0, dh)?;
         blas.multiply([m, k, r], 1.0, [Operand(dh, false), Operand(a, false)], 1.0, dx)?;
@@ -275,7 +274,12 @@ impl<E: Float> Layers<E> {
     /// `W += scale·B·A`, onto one weight, which is large enough
     fn composed_merge(&self, blas: &Blas, i: usize) -> Result<(), Box<dyn Error>> {
         let (Shape { k, n, r, .. }, i) = (self.shape, self.one(i));
-        let operands = [Operand(self.b[i].buffer().memory().slice(), false), Operand(self.a[i].buffer().memory().slice(), false)];
+        let operands = [Operand(bytes_of(&self.b[i]), false), Operand(bytes_of(&self.a[i]), false)];
         blas.multiply([n, k, r], 1e-3, operands, 1.0, &mut self.theirs.borrow_mut().w)
     }
+}
+
+/// The memory of a tensor, as cuBLAS takes it.
+pub fn bytes_of<E: Float>(tensor: &Tensor<Cuda<E>>) -> &CudaSlice<u8> {
+    tensor.buffer().memory().slice().expect("a tensor owns its memory")
 }

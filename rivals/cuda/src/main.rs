@@ -99,7 +99,7 @@ fn ceilings<E: Float>(stream: &Arc<CudaStream>, gpu: &Cuda<E>, blas: &Blas, roun
         (
             "product",
             Box::new(|_| {
-                let operands = [Operand(x.buffer().memory().slice(), false), Operand(w.buffer().memory().slice(), true)];
+                let operands = [Operand(layers::bytes_of(&x), false), Operand(layers::bytes_of(&w), true)];
                 blas.multiply([side; 3], 1.0, operands, 0.0, &mut y)
             }),
         ),

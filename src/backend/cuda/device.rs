@@ -7,8 +7,8 @@ use crate::error::Result;
 ///
 /// Calls may return before the device is done; it does what it is asked in that order, and [`read`](Self::read) waits.
 pub trait Device: Sized + 'static {
-    /// An allocation; dropping it frees it, once the launches that use it are done.
-    type Memory;
+    /// An allocation; dropping it frees it, once the launches that use it are done. Or memory that is lent: dropping it does nothing.
+    type Memory: 'static;
 
     /// What it is, in words.
     fn name(&self) -> String;
@@ -22,6 +22,10 @@ pub trait Device: Sized + 'static {
     fn write(&self, memory: &mut Self::Memory, host: &[u8]) -> Result<()>;
     /// Copies all of an allocation, once everything that writes it is done.
     fn read(&self, memory: &Self::Memory, host: &mut [u8]) -> Result<()>;
+    /// How many bytes there are in it, at least.
+    fn bytes(memory: &Self::Memory) -> usize;
+    /// Where it begins. Plans ask which powers of two divide that.
+    fn address(memory: &Self::Memory) -> u64;
     /// Runs a kernel.
     fn launch(&self, launch: Launch<'_, Self>) -> Result<()>;
     /// Returns when everything asked for so far is done.
@@ -41,6 +45,10 @@ pub struct Gpu {
 /// whose chunks of 16 are exchanged (`CU_TENSOR_MAP_SWIZZLE_128B`); outside of the matrix a box is zero, and is not stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
+    /// Bytes of the memory before the matrix; where it begins is a multiple of 16.
+    pub offset: usize,
+    /// Elements from the beginning of a row to that of the next: a multiple of 8.
+    pub stride: u32,
     /// Rows of the matrix; not 0.
     pub rows: u32,
     /// Columns of the matrix: a multiple of 8, and not 0.
@@ -59,14 +67,32 @@ pub enum Arg<'a, M> {
     F32(f32),
     /// An operand that is not there: a null pointer.
     Null,
-    /// An operand that the kernel reads.
-    Read(&'a M),
-    /// An operand that the kernel writes, and perhaps reads.
-    Write(&'a mut M),
+    /// An operand that the kernel reads, so many bytes into the memory.
+    Read(&'a M, usize),
+    /// An operand that the kernel writes, and perhaps reads, so many bytes into the memory.
+    Write(&'a mut M, usize),
     /// An operand that the kernel reads by boxes: 128 bytes, by value.
     ReadTiles(&'a M, Tiles),
     /// An operand that the kernel writes by boxes.
     WriteTiles(&'a mut M, Tiles),
+}
+
+impl<M> Arg<'_, M> {
+    /// The same memory for another launch, to be written; no other argument can be passed twice.
+    pub(super) fn again(&mut self) -> Arg<'_, M> {
+        match self {
+            Self::Write(memory, offset) => Arg::Write(memory, *offset),
+            _ => Arg::Null,
+        }
+    }
+
+    /// The same memory, to be read by another launch.
+    pub(super) fn to_read(&self) -> Arg<'_, M> {
+        match self {
+            Self::Write(memory, offset) => Arg::Read(memory, *offset),
+            _ => Arg::Null,
+        }
+    }
 }
 
 impl<M> From<u32> for Arg<'_, M> {

@@ -1,19 +1,23 @@
 //! The lengths of rows, and what gives an output its length: the verbs of weight decomposition (DoRA).
 
+use super::Cuda;
 use super::device::{Arg, Device};
 use super::linear::dbias;
+use super::operand::{Matrix, factor_as_it_is, read, read_if, write};
 use super::plan::{NORMS, THREADS, WARP, shares, size, stripes};
-use super::{Cuda, read, read_if, write};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
 
 /// `norm = ‖W + scale·B·A‖` by rows
 pub(super) fn row_norm<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraRowNorm<'_, Cuda<E, D>>) -> Result<()> {
-    let (n, k, r) = (size(op.w.rows())?, size(op.w.cols())?, size(op.a.rows())?);
-    let (w, a, b, scale, norm) = (read(op.w), read(op.a), read(op.b), op.scale.into(), write(op.norm));
-    let plan = shares("lora_row_norm", n, THREADS / WARP * NORMS);
-    cuda.launch(plan, vec![w, a, b, scale, norm, n.into(), k.into(), r.into()])
+    const VERB: &str = "lora_row_norm";
+    let w = Matrix::new(VERB, "w", op.w.dense())?;
+    let ((a, a_is_f32), (b, b_is_f32)) = (factor_as_it_is(VERB, "a", op.a)?, factor_as_it_is(VERB, "b", op.b)?);
+    let operands = [w.read(), a.read(), b.read(), op.scale.into(), write(op.norm)];
+    let sizes = [w.rows, w.cols, a.rows, w.stride, a.stride, b.stride, a_is_f32.into(), b_is_f32.into()].map(Arg::U32);
+    let plan = shares(VERB, w.rows, THREADS / WARP * NORMS);
+    cuda.launch(plan, operands.into_iter().chain(sizes).collect())
 }
 
 /// `y = (magnitude / norm)·z + bias`
@@ -34,5 +38,5 @@ pub(super) fn magnitude_backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Mag
         let plan = shares("magnitude_backward", size(op.z.cols())?, WARP);
         cuda.launch(plan, vec![read(op.z), read(op.norm), read(op.dy), write(dmagnitude), m, n])?;
     }
-    dbias(cuda, op.dy, op.dbias)
+    dbias(cuda, Matrix::new("magnitude_backward", "dy", op.dy)?, op.dbias)
 }

@@ -4,19 +4,22 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::sync::Arc;
+use std::thread::ThreadId;
 
+use bytemuck::Pod;
 use cudarc::driver::sys::cuModuleLoadDataEx;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUjit_option, CUmemPool_attribute, CUresult};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result};
-use cudarc::driver::{DevicePtr, DevicePtrMut, SyncOnDrop};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, CudaView, CudaViewMut, DriverError, result};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
+use super::lend::{Lent, LentMut};
 use super::memory::Memory;
 use super::newer::{Maps, Overlapping, TensorMap, library};
 use super::plan::{KERNELS, Plan};
 use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
-use crate::element::DType;
+use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 
 /// Bytes of shared memory that a block may ask for on Hopper.
@@ -36,6 +39,8 @@ const PER_THREAD: sys::CUstream = std::ptr::without_provenance_mut(2);
 /// memory that a driver allocated.
 pub struct Driver {
     stream: Arc<CudaStream>,
+    /// The only thread that can name the stream, if it is each thread's own.
+    thread: Option<ThreadId>,
     kernels: HashMap<&'static str, CudaFunction>,
     gpu: Gpu,
     /// How launches of a verb overlap, where they may.
@@ -67,8 +72,7 @@ impl Driver {
 
     /// A stream of the caller's.
     pub(super) fn from_stream(stream: Arc<CudaStream>, dtype: DType) -> Result<Self> {
-        let same_everywhere = stream.cu_stream() != PER_THREAD;
-        Error::unless(same_everywhere, "from_stream", "stream", "each thread's own", "one that is the same on every thread")?;
+        let thread = (stream.cu_stream() == PER_THREAD).then(|| std::thread::current().id());
         let version = version()?;
         let (gpu, from_hopper) = gpu(stream.context(), version)?;
         let overlapping = Overlapping::find().filter(|_| from_hopper && version >= OVERLAPS_IN_GRAPHS);
@@ -78,7 +82,7 @@ impl Driver {
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
             kernels.extend(of_hopper(stream.context(), ptx, dtype)?);
         }
-        Ok(Self { kernels, gpu, overlapping, maps: Maps::find(), stream })
+        Ok(Self { kernels, gpu, overlapping, maps: Maps::find(), stream, thread })
     }
 }
 
@@ -125,13 +129,16 @@ impl Device for Driver {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory> {
+        self.on_its_thread()?;
         // SAFETY: bytes need no initial value; every kernel writes its outputs before another reads them.
         let slice = unsafe { self.stream.alloc(bytes.max(1)) };
-        slice.map(Memory::new).map_err(|error| no_room(bytes, error))
+        slice.map(|slice| Memory::new(slice, self.thread)).map_err(|error| no_room(bytes, error))
     }
 
     fn zeros(&self, bytes: usize) -> Result<Memory> {
-        self.stream.alloc_zeros(bytes.max(1)).map(Memory::new).map_err(|error| no_room(bytes, error))
+        self.on_its_thread()?;
+        let slice = self.stream.alloc_zeros(bytes.max(1));
+        slice.map(|slice| Memory::new(slice, self.thread)).map_err(|error| no_room(bytes, error))
     }
 
     fn write(&self, memory: &mut Memory, host: &[u8]) -> Result<()> {
@@ -139,7 +146,8 @@ impl Device for Driver {
             return Ok(());
         }
         self.may_copy("copy to the GPU", memory)?;
-        let copied = self.stream.memcpy_htod(host, memory.slice_mut());
+        let slice = memory.slice_mut().ok_or_else(|| is_lent("copy to the GPU"))?;
+        let copied = self.stream.memcpy_htod(host, slice);
         // The driver may still be reading: what is pinned it copies later, what is not it need not copy at once.
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy to the GPU", error))
     }
@@ -149,8 +157,18 @@ impl Device for Driver {
             return self.synchronize();
         }
         self.may_copy("copy from the GPU", memory)?;
-        let copied = self.stream.memcpy_dtoh(&memory.slice().slice(..host.len()), host);
+        let slice = memory.slice().ok_or_else(|| is_lent("copy from the GPU"))?;
+        let copied = self.stream.memcpy_dtoh(&slice.slice(..host.len()), host);
         copied.and_then(|()| self.stream.synchronize()).map_err(|error| failed("copy from the GPU", error))
+    }
+
+    fn bytes(memory: &Memory) -> usize {
+        memory.bytes()
+    }
+
+    /// Of an allocation the driver says that it begins at a multiple of 256 bytes.
+    fn address(memory: &Memory) -> u64 {
+        memory.lent_address()
     }
 
     fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
@@ -165,11 +183,55 @@ impl Device for Driver {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.on_its_thread()?;
         self.stream.synchronize().map_err(|error| failed("synchronize", error))
     }
 }
 
 impl Driver {
+    /// Memory of the caller's, to be read. While the loan lasts, cudarc knows of it as of a kernel that reads.
+    pub(super) fn lend<'a, T: Element>(&'a self, view: &'a CudaView<'_, T>) -> Result<Lent<'a, T>> {
+        self.may_borrow("view", view)?;
+        let (address, used) = view.device_ptr(&self.stream);
+        let memory = Memory::lent(aligned::<T>(address)?, view.num_bytes(), &self.stream);
+        Ok(Lent::new(memory, view.len(), used))
+    }
+
+    /// Memory of the caller's, to be written.
+    pub(super) fn lend_mut<'a, T: Element>(&'a self, view: &'a mut CudaViewMut<'_, T>) -> Result<LentMut<'a, T>> {
+        self.may_borrow("view", view)?;
+        let (len, bytes) = (view.len(), view.num_bytes());
+        let (address, used) = view.device_ptr_mut(&self.stream);
+        let memory = Memory::lent(aligned::<T>(address)?, bytes, &self.stream);
+        Ok(LentMut::new(memory, len, used))
+    }
+
+    /// Takes a slice of the caller's, which is freed as what was allocated here is.
+    pub(super) fn adopt<T: Element>(&self, slice: CudaSlice<T>) -> Result<Memory> {
+        self.may_borrow("slice", &slice)?;
+        let bytes = slice.num_bytes();
+        Ok(Memory::new(as_elements(slice, bytes), self.thread))
+    }
+
+    /// `Err` unless a view is of this stream.
+    fn may_borrow<T>(&self, name: &'static str, view: &impl DeviceSlice<T>) -> Result<()> {
+        self.on_its_thread()?;
+        let (here, there) = (&self.stream, view.stream());
+        let same = (here.context().cu_ctx(), here.cu_stream()) == (there.context().cu_ctx(), there.cu_stream());
+        let got = format!("memory of another stream, on GPU {}", there.context().ordinal());
+        Error::unless(same, "lend", name, got, "memory of this backend's stream")
+    }
+
+    /// `Err` where each thread has a stream of its own and this is not the thread whose stream it is: the name would mean another.
+    fn on_its_thread(&self) -> Result<()> {
+        if self.thread.is_none_or(|thread| thread == std::thread::current().id()) {
+            return Ok(());
+        }
+        let reason = "the stream is each thread's own, and this backend was made on another thread; make one on this thread, \
+                      or from a stream that is the same on every thread";
+        Err(Error::Device { backend: NAME, reason: reason.into() })
+    }
+
     /// Makes the context current on this thread. Errors: also what cudarc could not return earlier, such as when it waited.
     fn bind(&self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(|error| failed("context", error))
@@ -192,9 +254,10 @@ impl Driver {
     /// Another stream's would mean nothing on another GPU, and on this one nobody says when it is written, and when it may be freed:
     /// cudarc's events do not, as a slice remembers only the last stream that read it.
     fn own<'m>(&self, what: &str, operands: impl IntoIterator<Item = &'m Memory>) -> Result<()> {
+        self.on_its_thread()?;
         let here = (self.stream.context().cu_ctx(), self.stream.cu_stream());
         let place = |stream: &CudaStream| (stream.context().cu_ctx(), stream.cu_stream());
-        let mut streams = operands.into_iter().map(|memory| memory.slice().stream());
+        let mut streams = operands.into_iter().map(|memory| memory.stream());
         let Some(other) = streams.find(|stream| place(stream) != here) else { return Ok(()) };
         let [there, ordinal] = [other, &self.stream].map(|stream| stream.context().ordinal());
         let reason = match there == ordinal {
@@ -208,8 +271,8 @@ impl Driver {
 /// Where an operand lies.
 fn memory_of<'m>(arg: &'m Arg<'_, Memory>) -> Option<&'m Memory> {
     match arg {
-        Arg::Read(memory) | Arg::ReadTiles(memory, _) => Some(memory),
-        Arg::Write(memory) | Arg::WriteTiles(memory, _) => Some(memory),
+        Arg::Read(memory, _) | Arg::ReadTiles(memory, _) => Some(memory),
+        Arg::Write(memory, _) | Arg::WriteTiles(memory, _) => Some(memory),
         Arg::U32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Null => None,
     }
 }
@@ -247,24 +310,39 @@ impl Driver {
             Arg::U64(value) => (Value::U64(*value), None),
             Arg::F32(value) => (Value::F32(*value), None),
             Arg::Null => (Value::U64(0), None),
-            Arg::Read(memory) => {
-                let (address, used) = memory.slice().device_ptr(&self.stream);
-                (Value::U64(address), Some(used))
+            Arg::Read(memory, offset) => {
+                let (address, used) = self.to_read(memory);
+                (Value::U64(address + *offset as u64), used)
             }
-            Arg::Write(memory) => {
-                let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
-                (Value::U64(address), Some(used))
+            Arg::Write(memory, offset) => {
+                let (address, used) = self.to_write(memory);
+                (Value::U64(address + *offset as u64), used)
             }
             Arg::ReadTiles(memory, tiles) => {
-                let (address, used) = memory.slice().device_ptr(&self.stream);
-                (Value::Map(self.map(address, *tiles)?), Some(used))
+                let (address, used) = self.to_read(memory);
+                (Value::Map(self.map(address, *tiles)?), used)
             }
             Arg::WriteTiles(memory, tiles) => {
-                let (address, used) = memory.slice_mut().device_ptr_mut(&self.stream);
-                (Value::Map(self.map(address, *tiles)?), Some(used))
+                let (address, used) = self.to_write(memory);
+                (Value::Map(self.map(address, *tiles)?), used)
             }
         };
         Ok(Operand { value, _used: used })
+    }
+
+    /// Where memory lies that is read; cudarc has been told of memory that is lent.
+    fn to_read<'s>(&'s self, memory: &'s Memory) -> (sys::CUdeviceptr, Option<SyncOnDrop<'s>>) {
+        let Some(slice) = memory.slice() else { return (memory.lent_address(), None) };
+        let (address, used) = slice.device_ptr(&self.stream);
+        (address, Some(used))
+    }
+
+    /// The same of memory that is written.
+    fn to_write<'s>(&'s self, memory: &'s mut Memory) -> (sys::CUdeviceptr, Option<SyncOnDrop<'s>>) {
+        let lent = memory.lent_address();
+        let Some(slice) = memory.slice_mut() else { return (lent, None) };
+        let (address, used) = slice.device_ptr_mut(&self.stream);
+        (address, Some(used))
     }
 
     /// A tensor map.
@@ -282,9 +360,10 @@ impl Driver {
     ) -> std::result::Result<(), DriverError> {
         self.stream.context().bind_to_thread()?; // and what became of the waits for operands
         let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
-        // SAFETY: the verb built the launch from a checked request: each operand is a whole buffer of the shape that the sizes
-        // beside it say, which a driver allocated (a launch for another device is of another type), on this stream (`own`); and
-        // kernels touch nothing outside those shapes (the interpreter in the tests watches every access). The addresses are of
+        // SAFETY: the verb built the launch from a checked request: each operand is a view, of the shape and the distance between
+        // rows that the sizes beside it say, within memory that a driver allocated (a launch for another device is of another type),
+        // or that somebody lends for longer than the request lives, on this stream (`own`, `may_borrow`); and kernels touch
+        // nothing outside those shapes (the interpreter in the tests watches every access). The addresses are of
         // values that live until the call returns. Until it has waited for the launch before, no kernel that overlaps reads what
         // launches of its verb write, or writes anything (the interpreter watches that too).
         unsafe {
@@ -346,6 +425,27 @@ fn compiler_log(ptx: &str) -> Option<String> {
     unsafe { cuModuleLoadDataEx(&mut module, source.as_ptr().cast(), 2, options.as_mut_ptr(), values.as_mut_ptr()) };
     let end = log.iter().position(|&byte| byte == 0)?;
     Some(String::from_utf8_lossy(&log[..end]).trim().to_owned())
+}
+
+/// The same memory as `len` elements of another type, which take no more of it; its owner changes hands.
+pub(super) fn as_elements<T: Pod, U: Pod>(slice: CudaSlice<T>, len: usize) -> CudaSlice<U> {
+    debug_assert!(len * size_of::<U>() <= slice.num_bytes());
+    let stream = Arc::clone(slice.stream());
+    let address = slice.leak(); // once the stream has waited for whoever uses it
+    // SAFETY: the memory is of that stream's context, it holds as many elements, any bits are one, and nobody else frees it.
+    unsafe { stream.upgrade_device_ptr(address, len) }
+}
+
+/// The address of memory that is lent. Errors: [`Error::Value`] if elements do not lie at multiples of their size there.
+fn aligned<T: Element>(address: sys::CUdeviceptr) -> Result<sys::CUdeviceptr> {
+    let fits = address.is_multiple_of(size_of::<T>() as u64);
+    Error::unless(fits, "lend", "view", format!("at address {address:#x}"), "elements at multiples of their size")?;
+    Ok(address)
+}
+
+/// Copies between the host and memory that is lent are the lender's.
+fn is_lent(what: &str) -> Error {
+    Error::Device { backend: NAME, reason: format!("{what}: the memory is lent") }
 }
 
 fn describe(error: DriverError) -> String {

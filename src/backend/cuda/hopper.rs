@@ -1,11 +1,8 @@
 //! Sizes → which of the kernels for Hopper, and how many blocks. Pure arithmetic.
 
-use super::device::{Arg, Device, Gpu, Tiles};
-use super::plan::{Plan, size};
-use super::{Cuda, memory, memory_mut, read, read_if, write};
-use crate::element::Float;
-use crate::error::Result;
-use crate::tensor::Tensor;
+use super::device::{Arg, Gpu};
+use super::operand::{Matrix, MatrixMut};
+use super::plan::Plan;
 
 /// Threads of a block: `HOPPER` in hopper.cuh.
 const THREADS: u32 = 384;
@@ -62,21 +59,18 @@ pub fn product(gpu: Gpu, kernel: &str, [rows, cols]: [u32; 2], depth: u32) -> Op
     Some(Product { plan, cols: width, cluster: cluster(width), along })
 }
 
-/// `lhs·Wᵀ` or `lhs·W` as it was planned, and its operands `lhs`, `W` and `out`; on Hopper by these kernels, where they can.
-pub(super) fn instead<'a, E: Float, D: Device>(
-    cuda: &Cuda<E, D>,
+/// What takes the place of a planned `lhs·Wᵀ` or `lhs·W` on Hopper, where rows of all operands start at multiples of 16 bytes and `out`
+/// is overwritten: what it holds TMA does not bring.
+pub(super) fn instead<M>(
+    gpu: Gpu,
     plan: Plan,
-    lhs: &'a Tensor<Cuda<E, D>>,
-    w: Option<&'a Tensor<Cuda<E, D>>>,
-    out: &'a mut Tensor<Cuda<E, D>>,
-) -> Result<(Plan, [Arg<'a, D::Memory>; 3])> {
-    let (rows, cols, depth) = (size(out.rows())?, size(out.cols())?, size(lhs.cols())?);
-    let Some((w, product)) = w.zip(product(cuda.device.gpu(), plan.kernel, [rows, cols], depth)) else {
-        return Ok((plan, [read(lhs), read_if(w), write(out)]));
-    };
-    let right = product.rhs(memory(w), size(w.rows())?, size(w.cols())?);
-    let operands = [product.lhs(memory(lhs), rows, depth), right, product.out(memory_mut(out), rows, cols)];
-    Ok((product.plan, operands))
+    lhs: &Matrix<'_, M>,
+    w: Option<&Matrix<'_, M>>,
+    out: &MatrixMut<'_, M>,
+    adds: bool,
+) -> Option<Product> {
+    let takes = !adds && lhs.aligned && out.aligned && w.is_some_and(|w| w.aligned);
+    takes.then(|| product(gpu, plan.kernel, [out.rows, out.cols], lhs.cols)).flatten()
 }
 
 /// `CLUSTER` in hopper.cuh.
@@ -94,18 +88,18 @@ fn shared(cols: u32) -> u32 {
 
 impl Product {
     /// The left side, `rows × depth`.
-    pub(super) fn lhs<'a, M>(&self, memory: &'a M, rows: u32, cols: u32) -> Arg<'a, M> {
-        Arg::ReadTiles(memory, Tiles { rows, cols, tile: [TALL, LINE] })
+    pub(super) fn lhs<'a, M>(&self, lhs: Matrix<'a, M>) -> Arg<'a, M> {
+        lhs.boxes([TALL, LINE])
     }
 
     /// The right side, as it is stored; a block brings its share of the cluster's panel.
-    pub(super) fn rhs<'a, M>(&self, memory: &'a M, rows: u32, cols: u32) -> Arg<'a, M> {
-        Arg::ReadTiles(memory, Tiles { rows, cols, tile: [if self.along { LINE } else { self.cols / self.cluster }, LINE] })
+    pub(super) fn rhs<'a, M>(&self, rhs: Matrix<'a, M>) -> Arg<'a, M> {
+        rhs.boxes([if self.along { LINE } else { self.cols / self.cluster }, LINE])
     }
 
     /// The output.
-    pub(super) fn out<'a, M>(&self, memory: &'a mut M, rows: u32, cols: u32) -> Arg<'a, M> {
-        Arg::WriteTiles(memory, Tiles { rows, cols, tile: [LINE, LINE] })
+    pub(super) fn out<'a, M>(&self, out: MatrixMut<'a, M>) -> Arg<'a, M> {
+        out.boxes([LINE, LINE])
     }
 }
 

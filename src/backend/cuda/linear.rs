@@ -1,54 +1,58 @@
 //! The verbs of the base layer.
 
+use super::Cuda;
 use super::device::{Arg, Device};
-use super::hopper;
 use super::lora::dropout;
-use super::plan::{self, WARP, product, shares, size};
-use super::{Cuda, read, read_if, write};
+use super::operand::{Matrix, MatrixMut, has_pairs, read_if, write};
+use super::plan::{self, Aligned, WARP, product, shares};
+use super::products::{ToDx, ToY};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{LinearBackward, LinearForward};
-use crate::tensor::Tensor;
+use crate::view::MatMut;
 
 /// `y = x·Wᵀ + bias`: a layer whose update has rank 0
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<'_, Cuda<E, D>>) -> Result<()> {
-    let [m, k, n] = sizes(op.x, op.w)?;
-    let plan = plan::forward(cuda.device.gpu(), E::DTYPE, [m, k, n], 0, false)?;
-    let update = std::iter::repeat_with(|| Arg::Null).take(if plan.narrow { 3 } else { 2 });
-    let (to_y, [x, w, y]) = hopper::instead(cuda, plan.y, op.x, Some(op.w), op.y)?;
-    let rest = [Arg::F32(1.0), y, m.into(), k.into(), n.into(), Arg::U32(0)];
-    cuda.launch(to_y, [x, w, read_if(op.bias)].into_iter().chain(update).chain(rest).collect())
+    const VERB: &str = "linear_forward";
+    let (x, w) = (Matrix::new(VERB, "x", op.x)?, Matrix::new(VERB, "w", op.w.dense())?);
+    let (y, adds) = op.y.into_parts();
+    let y = MatrixMut::new(VERB, "y", y)?;
+    let aligned = Aligned { x: x.aligned, w: w.aligned, a: true };
+    let plan = plan::forward(cuda.device.gpu(), E::DTYPE, [x.rows, x.cols, w.rows], 0, false, aligned)?;
+    let (bias, bias_has_pairs) = (read_if(op.bias), op.bias.is_none_or(has_pairs));
+    let (a, b, h, scale, rank) = (None, None, Arg::Null, 1.0, 0);
+    ToY { x, w: Some(w), bias, bias_has_pairs, a, b, h, scale, y, adds, rank }.launch(&mut cuda.chain(), plan)
 }
 
 /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackward<'_, Cuda<E, D>>) -> Result<()> {
-    let [m, k, n] = sizes(op.x, op.w)?;
-    if let Some(dx) = op.dx {
-        let plan = plan::backward_dx(cuda.device.gpu(), E::DTYPE, [m, k, n])?;
-        let (to_dx, [dy, w, dx]) = hopper::instead(cuda, plan, op.dy, Some(op.w), dx)?;
-        let operands = [w, Arg::Null, dy, Arg::Null].into_iter().chain(dropout(None));
-        cuda.launch(to_dx, operands.chain([dx]).chain([m, k, n, 0].map(Arg::U32)).collect())?;
+    const VERB: &str = "linear_backward";
+    let (gpu, dy) = (cuda.device.gpu(), Matrix::new(VERB, "dy", op.dy)?);
+    let x = op.x.map(|x| Matrix::new(VERB, "x", x)).transpose()?;
+    let w = op.w.map(|w| Matrix::new(VERB, "w", w.dense())).transpose()?;
+    if let (Some(dx), Some(w)) = (op.dx, w) {
+        let (dx, adds) = dx.into_parts();
+        let dx = MatrixMut::new(VERB, "dx", dx)?;
+        let plan = plan::backward_dx(gpu, E::DTYPE, [dy.rows, w.cols, dy.cols], dy.aligned && w.aligned)?;
+        let (a, dh, dropout, rank) = (None, Arg::Null, dropout(None), 0);
+        ToDx { w: Some(w), a, dy, dh, dropout, dx, adds, rank }.launch(&mut cuda.chain(), plan)?;
     }
-    if let Some(dw) = op.dw {
-        let operands = [read(op.x), read(op.dy), write(dw)];
-        let plan = product(cuda.device.gpu(), E::DTYPE, "linear_backward_dw", [n, k], [n, k])?;
-        cuda.launch(plan, operands.into_iter().chain([m, k, n].map(Arg::U32)).collect())?;
+    if let (Some(dw), Some(x)) = (op.dw, x) {
+        let (m, k, n) = (dy.rows, x.cols, dy.cols);
+        let plan = product(gpu, E::DTYPE, "linear_backward_dw", [n, k], [n, k], x.aligned && dy.aligned)?;
+        let sizes = [m, k, n, x.stride, dy.stride].map(Arg::U32);
+        cuda.launch(plan, [x.read(), dy.read(), write(dw)].into_iter().chain(sizes).collect())?;
     }
-    dbias(cuda, op.dy, op.dbias)
+    dbias(cuda, dy, op.dbias)
 }
 
 /// `dbias = Σ dy` over the rows
 pub(super) fn dbias<E: Float, D: Device>(
     cuda: &Cuda<E, D>,
-    dy: &Tensor<Cuda<E, D>>,
-    dbias: Option<&mut Tensor<Cuda<E, D>, f32>>,
+    dy: Matrix<'_, D::Memory>,
+    dbias: Option<MatMut<'_, Cuda<E, D>, f32>>,
 ) -> Result<()> {
     let Some(dbias) = dbias else { return Ok(()) };
-    let (m, n) = (size(dy.rows())?, size(dy.cols())?);
-    cuda.launch(shares("linear_backward_dbias", n, WARP), vec![read(dy), write(dbias), m.into(), n.into()])
-}
-
-/// Rows, inputs and outputs, as kernels take them: `x` is `m×k`, and `w`, or `B`, has `n` rows.
-pub(super) fn sizes<E: Float, D: Device>(x: &Tensor<Cuda<E, D>>, w: &Tensor<Cuda<E, D>>) -> Result<[u32; 3]> {
-    Ok([size(x.rows())?, size(x.cols())?, size(w.rows())?])
+    let plan = shares("linear_backward_dbias", dy.cols, WARP);
+    cuda.launch(plan, vec![dy.read(), write(dbias), dy.rows.into(), dy.cols.into(), dy.stride.into()])
 }

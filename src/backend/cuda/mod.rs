@@ -2,11 +2,14 @@
 //!
 //! ```text
 //! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
+//!   ├─ products.rs                 y and dx, by whichever kernel
+//!   ├─ operand.rs                  a view, as kernels take it
 //!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
 //!        └─ device.rs              what a GPU must do: memory, and launches
 //!             └─ driver.rs         one GPU, through NVIDIA's driver: an unsafe door
 //!                  ├─ newer.rs     what bindings to older drivers lack: the other one
-//!                  └─ memory.rs    what it allocates, freed on whichever thread drops it
+//!                  ├─ memory.rs    what it allocates, freed on whichever thread drops it
+//!                  └─ lend.rs      what somebody lends, or hands over
 //! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
 //! ```
 //!
@@ -42,7 +45,7 @@
 //! let mut w = Tensor::zeros(&gpu, (4096, 4096))?;
 //!
 //! stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-//! LoraMerge { a: &a, b: &b, scale: 2.0, rounding: Rounding::Nearest, w: &mut w }.run(&gpu)?;
+//! LoraMerge { a: (&a).into(), b: (&b).into(), scale: 2.0, rounding: Rounding::Nearest, w: w.view_mut() }.run(&gpu)?;
 //! let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
 //! let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
 //! graph.launch()?;
@@ -55,31 +58,36 @@ mod device;
 mod dora;
 mod driver;
 pub mod hopper;
+mod lend;
 mod linear;
 mod lora;
 mod memory;
 mod newer;
+mod operand;
 pub mod plan;
 mod pointwise;
+mod products;
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 pub use cudarc;
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
+pub use lend::{Lent, LentMut};
 pub use memory::Memory;
 
-use super::Backend;
+use super::{Backend, Passes};
 use crate::element::{DType, Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{
     Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::Shape;
+use crate::view::{MatMut, MatRef};
 use plan::Plan;
 
 /// What errors call this backend.
@@ -114,12 +122,18 @@ pub fn from_hopper_on(ptx: &str) -> String {
 /// Verbs return before the GPU is done, copies do not: one from the host waits until the GPU has read it, and so for all that was
 /// asked before. A training step copies its inputs and its labels, so the GPU is idle as it begins, until the first launches come
 /// (some µs); a step that reads its loss has waited anyway.
+///
+/// Operands may lie anywhere. Kernels that load 16 bytes at once take them where rows begin and end at multiples of that; elsewhere
+/// kernels for any shape do, which are slower. On Hopper an output that is added to is made by the kernels of other GPUs.
+///
+/// Factors in `f32` beside 16-bit weights are rounded to the weights' type where products take them, to the nearest and anew each
+/// time (in f16 what is beyond 65504 becomes infinite); merging and the lengths of rows take them as they are.
 pub struct Cuda<E: Float, D: Device = Driver> {
     device: D,
     element: PhantomData<E>,
 }
 
-/// `len` elements in the memory of a device.
+/// `len` elements in the memory of a device; where views look at memory that is lent, that.
 pub struct Buffer<M, T> {
     memory: M,
     len: usize,
@@ -127,6 +141,10 @@ pub struct Buffer<M, T> {
 }
 
 impl<M, T> Buffer<M, T> {
+    fn new(memory: M, len: usize) -> Self {
+        Self { memory, len, element: PhantomData }
+    }
+
     /// The memory itself; with a [`Driver`], [`Memory`] that is a slice of cudarc's.
     pub fn memory(&self) -> &M {
         &self.memory
@@ -155,8 +173,11 @@ impl<E: Float> Cuda<E> {
     /// A tensor belongs to the stream of the backend that made it, and verbs of a backend on another stream refuse it
     /// ([`Error::Device`]): nobody would order what the two do.
     ///
-    /// Errors: [`Error::Value`] for the stream that is each thread's own, since tensors pass from thread to thread; [`Error::Device`]
-    /// if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
+    /// The stream may be the one that each thread has of its own (`CudaContext::per_thread_stream`). Its name means another stream on
+    /// each thread, so the backend, and verbs on its tensors, then work on the thread that calls this alone ([`Error::Device`] on
+    /// others), and a tensor that another thread drops waits for all work of the GPU's.
+    ///
+    /// Errors: [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
     ///
     /// ```no_run
     /// use lowrank::cuda::cudarc::driver::CudaContext;
@@ -170,6 +191,39 @@ impl<E: Float> Cuda<E> {
     /// ```
     pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
         Ok(Self::on(Driver::from_stream(stream, E::DTYPE)?))
+    }
+
+    /// Memory of the caller's, to be read by verbs: nothing is copied, allocated or kept, and nothing of it freed. It must lie on the
+    /// stream of this backend. On a stream that each thread has of its own, what this thread's stream has to see must have been made
+    /// there, or waited for.
+    ///
+    /// Errors: [`Error::Value`] for memory of another stream.
+    ///
+    /// ```no_run
+    /// use lowrank::cuda::cudarc::driver::CudaContext;
+    /// use lowrank::{Cuda, Tensor, op::LinearForward};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let stream = CudaContext::new(0)?.new_stream()?;
+    /// let gpu = Cuda::<f32>::from_stream(stream.clone())?;
+    /// let x = stream.clone_htod(&[1.0f32, 2.0])?; // 1×2
+    /// let mut qkv = stream.alloc_zeros::<f32>(9)?; // outputs of three layers in a row of 1×9
+    /// let w = Tensor::from_slice(&gpu, (3, 2), &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0])?;
+    ///
+    /// let (x, mut qkv) = (x.as_view(), qkv.as_view_mut());
+    /// let (x, mut qkv) = (gpu.lend(&x)?, gpu.lend_mut(&mut qkv)?);
+    /// let k = qkv.view_mut::<f32>((1, 9))?.column_range(3..6)?;
+    /// LinearForward { x: x.view((1, 2))?, w: (&w).into(), bias: None, y: k.into() }.run(&gpu)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn lend<'a, T: Element>(&'a self, view: &'a CudaView<'_, T>) -> Result<Lent<'a, T>> {
+        self.device.lend(view)
+    }
+
+    /// Memory of the caller's, to be written by verbs; else as [`lend`](Self::lend).
+    pub fn lend_mut<'a, T: Element>(&'a self, view: &'a mut CudaViewMut<'_, T>) -> Result<LentMut<'a, T>> {
+        self.device.lend_mut(view)
     }
 }
 
@@ -216,31 +270,6 @@ impl<D: Device> Chain<'_, D> {
     }
 }
 
-/// Where a tensor lies.
-fn memory<E: Float, D: Device, T: Element>(tensor: &Tensor<Cuda<E, D>, T>) -> &D::Memory {
-    &tensor.buffer().memory
-}
-
-/// Where a tensor lies that a kernel writes.
-fn memory_mut<E: Float, D: Device, T: Element>(tensor: &mut Tensor<Cuda<E, D>, T>) -> &mut D::Memory {
-    &mut tensor.buffer_mut().memory
-}
-
-/// An operand that a kernel reads.
-fn read<E: Float, D: Device, T: Element>(tensor: &Tensor<Cuda<E, D>, T>) -> Arg<'_, D::Memory> {
-    Arg::Read(&tensor.buffer().memory)
-}
-
-/// An operand that may be missing.
-fn read_if<'a, E: Float, D: Device>(tensor: Option<&'a Tensor<Cuda<E, D>>>) -> Arg<'a, D::Memory> {
-    tensor.map_or(Arg::Null, read)
-}
-
-/// An operand that a kernel writes.
-fn write<E: Float, D: Device, T: Element>(tensor: &mut Tensor<Cuda<E, D>, T>) -> Arg<'_, D::Memory> {
-    Arg::Write(&mut tensor.buffer_mut().memory)
-}
-
 /// Bytes of so many elements. Errors: [`Error::TooLarge`] if they cannot be addressed.
 fn bytes<T: Element>(len: usize) -> Result<usize> {
     let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
@@ -251,27 +280,31 @@ fn as_long(verb: &'static str, host: usize, buffer: usize) -> Result<()> {
     Error::unless(host == buffer, verb, "host", host, "as many elements as the buffer")
 }
 
+impl<E: Float, D: Device> super::sealed::Sealed for Cuda<E, D> {}
+
 impl<E: Float, D: Device> Backend for Cuda<E, D> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<D::Memory, T>;
+    type Slice<T: Element> = Buffer<D::Memory, T>;
+    type Panels = ();
 
     fn device(&self) -> String {
         format!("{NAME} ({})", self.device.name())
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
-        Ok(Buffer { memory: self.device.zeros(bytes::<T>(len)?)?, len, element: PhantomData })
+        Ok(Buffer::new(self.device.zeros(bytes::<T>(len)?)?, len))
     }
 
     /// The interpreter in the tests watches that nobody reads what no verb wrote.
     fn unwritten<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
-        Ok(Buffer { memory: self.device.alloc(bytes::<T>(len)?)?, len, element: PhantomData })
+        Ok(Buffer::new(self.device.alloc(bytes::<T>(len)?)?, len))
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>> {
         let mut memory = self.device.alloc(size_of_val(host))?;
         self.device.write(&mut memory, bytemuck::must_cast_slice(host))?;
-        Ok(Buffer { memory, len: host.len(), element: PhantomData })
+        Ok(Buffer::new(memory, host.len()))
     }
 
     fn write<T: Element>(&self, buffer: &mut Self::Buffer<T>, host: &[T]) -> Result<()> {
@@ -288,8 +321,24 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
         self.device.synchronize()
     }
 
-    fn buffer_len<T: Element>(buffer: &Self::Buffer<T>) -> usize {
-        buffer.len
+    fn slice<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Slice<T> {
+        buffer
+    }
+
+    fn slice_mut<T: Element>(buffer: &mut Self::Buffer<T>) -> &mut Self::Slice<T> {
+        buffer
+    }
+
+    fn slice_len<T: Element>(slice: &Self::Slice<T>) -> usize {
+        slice.len
+    }
+
+    fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()> {
+        operand::copy(self, from, to)
+    }
+
+    fn pack(&self, _w: MatRef<'_, Self>, _passes: Passes) -> Result<()> {
+        Ok(())
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -134,8 +134,9 @@ impl Maps {
 
     /// Has the driver make a tensor map; the context is current.
     pub(super) fn encode(self, address: CUdeviceptr, tiles: Tiles) -> Result<TensorMap, DriverError> {
-        let Tiles { rows, cols, tile: [down, across] } = tiles;
-        let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(cols));
+        let Tiles { offset, stride, rows, cols, tile: [down, across] } = tiles;
+        let (sizes, stride) = ([u64::from(cols), u64::from(rows)], 2 * u64::from(stride));
+        let address = address + offset as CUdeviceptr;
         let mut map = TensorMap([0; 16]);
         // SAFETY: the map is ours to write, and the arrays are as long as a tensor of two dimensions needs (strides: one less).
         // Nothing reads through the address here.

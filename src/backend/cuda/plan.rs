@@ -55,11 +55,13 @@ pub struct Plan {
 }
 
 /// Every kernel, for each element type. A device looks each of them up once, when it is opened.
-pub const KERNELS: [&str; 28] = [
+pub const KERNELS: [&str; 31] = [
     "accumulate",
     "adam_dense",
     "adam_factored",
     "add",
+    "copy",
+    "copy_wide",
     "cross_entropy_mean",
     "cross_entropy_rows",
     "dropout_forward",
@@ -84,6 +86,7 @@ pub const KERNELS: [&str; 28] = [
     "magnitude_backward",
     "relu",
     "relu_backward",
+    "round_factor",
 ];
 
 /// A size as kernels take it. Errors: [`Error::TooLarge`] beyond [`MAX_SIZE`].
@@ -98,11 +101,18 @@ pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
 }
 
 /// The same for a big product, by the wide engine if there is one and the lines of both operands, which are as long as `lines`
-/// says, start at multiples of 16 bytes. In f32, where it has no tensor cores to use, also only if its tiles are as many as
-/// multiprocessors; there both engines give the same bits.
-pub fn product(gpu: Gpu, dtype: DType, kernel: &'static str, [rows, cols]: [u32; 2], lines: [u32; 2]) -> Result<Plan> {
+/// says, start at multiples of 16 bytes (`aligned`) and end there. In f32, where it has no tensor cores to use, also only if its
+/// tiles are as many as multiprocessors; there both engines give the same bits.
+pub fn product(
+    gpu: Gpu,
+    dtype: DType,
+    kernel: &'static str,
+    [rows, cols]: [u32; 2],
+    lines: [u32; 2],
+    aligned: bool,
+) -> Result<Plan> {
     let twin = KERNELS.into_iter().find(|name| name.strip_suffix("_wide") == Some(kernel));
-    let aligned = lines.iter().all(|line| line.is_multiple_of(chunk(dtype)));
+    let aligned = aligned && lines.iter().all(|line| line.is_multiple_of(chunk(dtype)));
     let count = u64::from(rows.div_ceil(WIDE)) * u64::from(cols.div_ceil(WIDE));
     match twin {
         Some(twin) if aligned && (dtype.size() == 2 || count >= u64::from(gpu.multiprocessors)) => {
@@ -119,6 +129,12 @@ fn tiles_of(tile: u32, kernel: &'static str, rows: u32, cols: u32) -> Result<Pla
 /// A thread for every element.
 pub fn pointwise(kernel: &'static str, shape: Shape) -> Result<Plan> {
     blocks(kernel, (shape.elements()? as u64).div_ceil(u64::from(THREADS)), shape)
+}
+
+/// A copy of `len` elements of so many bytes, and the bytes that a thread moves: 16 if rows start (`aligned`) and end at multiples of that.
+pub fn copy(len: usize, cols: usize, bytes: usize, aligned: bool) -> Result<(Plan, usize)> {
+    let (kernel, word) = if aligned && (cols * bytes).is_multiple_of(16) { ("copy_wide", 16) } else { ("copy", 2) };
+    Ok((pointwise(kernel, Shape { rows: len * bytes / word, cols: 1 })?, word))
 }
 
 /// A block for every [`STRIPE`] rows of [`THREADS`] columns.
@@ -147,31 +163,44 @@ pub struct Forward {
     pub narrow: bool,
 }
 
+/// Which operands have lines that all start at multiples of 16 bytes; those of a layer that has no such operand do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Aligned {
+    /// `x`
+    pub x: bool,
+    /// `W`
+    pub w: bool,
+    /// `A`
+    pub a: bool,
+}
+
 /// `y` of `m` rows, `k` inputs and `n` outputs, and `h` of rank `r`; a layer without an update has rank 0.
-pub fn forward(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool) -> Result<Forward> {
-    let aligned = k.is_multiple_of(chunk(dtype));
+pub fn forward(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: bool, aligned: Aligned) -> Result<Forward> {
+    let whole = k.is_multiple_of(chunk(dtype));
     let has_16_bits = dtype.size() == 2;
-    let narrow = aligned && m <= FEW_ROWS;
+    let narrow = whole && aligned.x && aligned.w && m <= FEW_ROWS;
     // What y's kernel reads of x it does not drop, and without a block it makes nothing.
-    let y_makes_h = narrow && has_16_bits && r <= RANKS && !dropout && n > 0;
+    let y_makes_h = narrow && aligned.a && has_16_bits && r <= RANKS && !dropout && n > 0;
     let h = match r > 0 && !y_makes_h {
         false => None,
-        true if aligned && (has_16_bits || !dropout) => Some(blocks_of("lora_forward_h_narrow", [m, r], [ROWS, RANKS])?),
+        true if whole && aligned.x && aligned.a && (has_16_bits || !dropout) => {
+            Some(blocks_of("lora_forward_h_narrow", [m, r], [ROWS, RANKS])?)
+        }
         true => Some(tiles("lora_forward_h", m, r)?),
     };
     let y = match narrow {
         true => blocks_of("lora_forward_y_narrow", [m, n], [ROWS, strip(dtype)])?,
-        false => product(gpu, dtype, "lora_forward_y", [m, n], [k, k])?,
+        false => product(gpu, dtype, "lora_forward_y", [m, n], [k, k], aligned.x && aligned.w)?,
     };
     Ok(Forward { h, y, narrow })
 }
 
-/// `dx` of `m` rows, `k` inputs and `n` outputs.
-pub fn backward_dx(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3]) -> Result<Plan> {
-    let aligned = [n, k].iter().all(|line| line.is_multiple_of(chunk(dtype)));
-    match aligned && m <= FEW_ROWS {
+/// `dx` of `m` rows, `k` inputs and `n` outputs; `aligned`: the lines of `dy` and `W` start at multiples of 16 bytes.
+pub fn backward_dx(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], aligned: bool) -> Result<Plan> {
+    let whole = [n, k].iter().all(|line| line.is_multiple_of(chunk(dtype)));
+    match whole && aligned && m <= FEW_ROWS {
         true => blocks_of("lora_backward_dx_narrow", [m, k], [ROWS, strip(dtype)]),
-        false => product(gpu, dtype, "lora_backward_dx", [m, k], [n, k]),
+        false => product(gpu, dtype, "lora_backward_dx", [m, k], [n, k], aligned),
     }
 }
 
@@ -204,10 +233,10 @@ pub fn bands(kernel: &'static str, [rows, cols]: [u32; 2], r: u32) -> Result<Ban
     Ok(Bands { plan, bands, shares, rows_a_share })
 }
 
-/// `W` of `n × k` merged in place, 16 bytes at a time if its lines start at multiples of that.
-pub fn merge(dtype: DType, n: u32, k: u32) -> Result<Plan> {
+/// `W` of `n × k` merged in place, 16 bytes at a time if its lines, and those of `A`, start (`aligned`) and end at multiples of that.
+pub fn merge(dtype: DType, n: u32, k: u32, aligned: bool) -> Result<Plan> {
     match chunk(dtype) {
-        width if k.is_multiple_of(width) => blocks_of("lora_merge_wide", [n, k], [MERGE_ROWS, WARP * width]),
+        width if aligned && k.is_multiple_of(width) => blocks_of("lora_merge_wide", [n, k], [MERGE_ROWS, WARP * width]),
         _ => blocks_of("lora_merge", [n, k], [MERGE_ROWS, WARP]),
     }
 }
@@ -232,6 +261,7 @@ mod tests {
     use proptest::prelude::*;
 
     const H100: Gpu = Gpu { capability: (9, 0), multiprocessors: 132 };
+    const ALIGNED: Aligned = Aligned { x: true, w: true, a: true };
 
     proptest! {
         #[test]
@@ -258,14 +288,14 @@ mod tests {
         #[test]
         fn every_output_has_one_block(m in 0..5000u32, k in 0..5000u32, n in 0..5000u32, r in 0..70u32, dropout: bool) {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
-                let Forward { h, y, narrow } = forward(H100, dtype, [m, k, n], r, dropout).unwrap();
+                let Forward { h, y, narrow } = forward(H100, dtype, [m, k, n], r, dropout, ALIGNED).unwrap();
                 let [tall, wide] = match y.kernel {
                     "lora_forward_y" => [TILE, TILE],
                     "lora_forward_y_wide" => [WIDE, WIDE],
                     _ => [ROWS, 64 / dtype.size() as u32],
                 };
                 prop_assert_eq!(y.grid, m.div_ceil(tall) * n.div_ceil(wide));
-                let dx = backward_dx(H100, dtype, [m, k, n]).unwrap();
+                let dx = backward_dx(H100, dtype, [m, k, n], true).unwrap();
                 let [tall, wide] = match dx.kernel {
                     "lora_backward_dx" => [TILE, TILE],
                     "lora_backward_dx_wide" => [WIDE, WIDE],
@@ -286,7 +316,7 @@ mod tests {
                     }
                     None => prop_assert!(r == 0 || narrow && r <= RANKS && !dropout && n > 0),
                 }
-                let plan = merge(dtype, n, k).unwrap();
+                let plan = merge(dtype, n, k, true).unwrap();
                 let wide = if plan.kernel == "lora_merge" { WARP } else { WARP * chunk(dtype) };
                 prop_assert_eq!(plan.grid, n.div_ceil(MERGE_ROWS) * k.div_ceil(wide));
                 prop_assert_eq!(plan.kernel == "lora_merge_wide", k % chunk(dtype) == 0);
@@ -303,7 +333,7 @@ mod tests {
 
     #[test]
     fn big_products_with_aligned_lines_go_to_the_wide_engine() {
-        let kernel = |dtype, sizes, lines| product(H100, dtype, "lora_forward_y", sizes, lines).unwrap();
+        let kernel = |dtype, sizes, lines| product(H100, dtype, "lora_forward_y", sizes, lines, true).unwrap();
         let plan = |kernel, grid| Plan { kernel, grid, block: 256, shared: 0 };
         for dtype in [DType::F16, DType::BF16] {
             assert_eq!(kernel(dtype, [129, 1], [8, 4096]), plan("lora_forward_y_wide", 2));
@@ -313,12 +343,12 @@ mod tests {
         assert_eq!(kernel(DType::F32, [1408, 1536], [8, 12]), plan("lora_forward_y_wide", 132));
         assert_eq!(kernel(DType::F32, [1408, 1408], [8, 12]), plan("lora_forward_y", 484));
         assert_eq!(kernel(DType::F32, [4096, 4096], [8, 6]), plan("lora_forward_y", 4096));
-        assert_eq!(product(H100, DType::F16, "adam_factored", [1, 1], [8, 8]).unwrap().kernel, "adam_factored");
+        assert_eq!(product(H100, DType::F16, "adam_factored", [1, 1], [8, 8], true).unwrap().kernel, "adam_factored");
     }
 
     #[test]
     fn a_layer_of_few_rows_is_one_launch() {
-        let layer = |dtype, m, r, dropout| forward(H100, dtype, [m, 4096, 4096], r, dropout).unwrap();
+        let layer = |dtype, m, r, dropout| forward(H100, dtype, [m, 4096, 4096], r, dropout, ALIGNED).unwrap();
         let narrow = |grid| Plan { kernel: "lora_forward_y_narrow", grid, block: 256, shared: 0 };
         for m in [1, 16] {
             assert_eq!(layer(DType::BF16, m, 16, false), Forward { h: None, y: narrow(128), narrow: true });
@@ -326,7 +356,7 @@ mod tests {
         assert_eq!(layer(DType::F16, FEW_ROWS, 1, false), Forward { h: None, y: narrow(512), narrow: true });
         assert_eq!(layer(DType::F16, FEW_ROWS + 1, 1, false).y.kernel, "lora_forward_y_wide");
         // dx likewise; its blocks are a strip of 64 bytes wide.
-        let dx = |dtype, m| backward_dx(H100, dtype, [m, 4096, 4096]).unwrap();
+        let dx = |dtype, m| backward_dx(H100, dtype, [m, 4096, 4096], true).unwrap();
         assert_eq!(dx(DType::BF16, 1), Plan { kernel: "lora_backward_dx_narrow", grid: 128, block: 256, shared: 0 });
         assert_eq!(dx(DType::F32, FEW_ROWS), Plan { kernel: "lora_backward_dx_narrow", grid: 1024, block: 256, shared: 0 });
         assert_eq!(dx(DType::F16, FEW_ROWS + 1).kernel, "lora_backward_dx_wide");
@@ -337,6 +367,36 @@ mod tests {
         assert_eq!(h(DType::F32, 16, false), Some(("lora_forward_h_narrow", 1)));
         assert_eq!(h(DType::F32, 16, true), Some(("lora_forward_h", 1)));
         assert_eq!(h(DType::F32, 0, false), None);
+    }
+
+    /// Whatever loads 16 bytes at once is left out where an operand that it reads so does not start at multiples of that.
+    #[test]
+    fn operands_that_lie_askew_go_to_kernels_for_any_shape() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for m in [1, 16, FEW_ROWS, 4096] {
+                let askew = |aligned| forward(H100, dtype, [m, 4096, 4096], 16, false, aligned).unwrap();
+                for aligned in [Aligned { x: false, ..ALIGNED }, Aligned { w: false, ..ALIGNED }] {
+                    assert_eq!(askew(aligned).y.kernel, "lora_forward_y", "{m} rows, {aligned:?}");
+                }
+                // A alone is h's affair.
+                let straight = askew(ALIGNED);
+                let Forward { h, y, .. } = askew(Aligned { a: false, ..ALIGNED });
+                assert_eq!((h.map(|h| h.kernel), y.kernel), (Some("lora_forward_h"), straight.y.kernel));
+                let x = askew(Aligned { x: false, ..ALIGNED }).h;
+                assert_eq!(x.map(|h| h.kernel), Some("lora_forward_h"));
+                assert_eq!(backward_dx(H100, dtype, [m, 4096, 4096], false).unwrap().kernel, "lora_backward_dx");
+            }
+            assert_eq!(merge(dtype, 4096, 4096, false).unwrap().kernel, "lora_merge");
+            assert_eq!(
+                product(H100, dtype, "linear_backward_dw", [4096; 2], [4096; 2], false).unwrap().kernel,
+                "linear_backward_dw"
+            );
+        }
+        let kernel = |cols, bytes, aligned| copy(8 * cols, cols, bytes, aligned).unwrap().0.kernel;
+        assert_eq!(
+            [kernel(8, 2, true), kernel(7, 2, true), kernel(8, 2, false), kernel(4, 4, true)],
+            ["copy_wide", "copy", "copy", "copy_wide"]
+        );
     }
 
     #[test]

@@ -14,12 +14,11 @@ use super::super::Engine;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Panels, Side};
+use super::plan::SHALLOW_DEPTH as DEPTH;
 use super::{Block, Factor, Output, Parts, Product};
 use crate::element::Float;
 use crate::error::Result;
 
-/// The most steps of depth: beyond, sums are better kept in the tiles of the blocked nest.
-pub(super) const DEPTH: usize = 64;
 /// Columns of a panel.
 const WIDTH: usize = 2 * LANES;
 /// Rows a task takes, so that what it has of the right side is used often.

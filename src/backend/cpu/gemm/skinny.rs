@@ -12,7 +12,8 @@ use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::dots::together;
 use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
-use super::{Block, DOT_ROWS, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS, narrow};
+use super::plan::{DOT_ROWS, SKINNY_ROWS};
+use super::{Block, Factor, Init, Matrix, Output, Parts, Product, narrow};
 use crate::element::Float;
 use crate::error::Result;
 

@@ -72,6 +72,19 @@ pub(super) fn ask_for_lines(registers: usize, rows: usize) -> bool {
     registers < 32 && (2..=16).contains(&rows)
 }
 
+/// Rows that a task of the shallow nest takes, so that what it has of the right side is used often.
+pub(super) const BAND: usize = 64;
+/// Numbers of the right side that stay in L2 there (512 KiB).
+pub(super) const SHALLOW_NEAR: usize = 128 * 1024;
+/// Vectors ahead that it asks for its output.
+pub(super) const AHEAD: usize = 16;
+
+/// Whether it asks, for an output of so many bytes. On Zen 3, with four rows side by side, one that is likely in L3 comes a fifth sooner
+/// so, and one that comes from memory a fifth later.
+pub(super) fn ask_for_output(registers: usize, bytes: usize, caches: Caches) -> bool {
+    registers >= 32 || bytes <= caches.l3 / 8
+}
+
 /// KC, the depth of a block, in `f32`. Adding a tile to the output costs about as much as 10 steps of depth.
 pub(super) const KC: usize = 512;
 /// KC where `bf16` are multiplied by pairs: a block of as many bytes. Not measured: no CPU here has such a unit.

@@ -19,7 +19,7 @@ impl Kernel for Shape {
 const LHS_AHEAD: usize = 16;
 const RHS_AHEAD: usize = 8;
 /// Steps of the depth between two tests for its end.
-const UNROLL: usize = 4;
+pub(super) const UNROLL: usize = 4;
 
 /// `out[i][j] = Σ_p lhs[p][i]·rhs[p][j]`: `lhs` holds `MR` numbers for each p, `rhs` `NV` vectors, in two pieces one after the
 /// other.
@@ -64,7 +64,7 @@ pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(s: S, lhs: &[f
 
 /// `sums[i][j] += left[i]·right[j]`
 #[inline(always)]
-fn step<S: Simd, const MR: usize, const NV: usize>(
+pub(super) fn step<S: Simd, const MR: usize, const NV: usize>(
     s: S,
     left: &[f32; MR],
     right: &[Lanes<f32>; NV],

@@ -3,6 +3,8 @@
 //! In this order: `LOWRANK_CACHES`, Linux's `/sys/devices/system/cpu/cpu0/cache`, `cpuid` on x86-64, and else a guess that is small
 //! enough for most.
 
+use std::fmt;
+
 use crate::error::{Error, Result};
 
 /// Bytes of each level of data cache that one core sees.
@@ -16,6 +18,12 @@ pub(super) struct Caches {
 
 /// Where nothing is known: as small as they have been on the machines with AVX2 and with NEON.
 const GUESS: Caches = Caches { l1: 32 << 10, l2: 256 << 10, l3: 4 << 20 };
+
+impl fmt::Display for Caches {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "L1d {}K, L2 {}K, L3 {}K", self.l1 >> 10, self.l2 >> 10, self.l3 >> 10)
+    }
+}
 
 impl Caches {
     /// Those that `LOWRANK_CACHES` says, as `32K,512K,32M`, or those of this machine. Errors: [`Error::Value`] if it says something

@@ -114,6 +114,12 @@ impl<E: Float> Cpu<E> {
         self.unit.name()
     }
 
+    /// How `y = x·Wᵀ` is computed, `x m×k`, `W n×k`: the loop nest and its blocks, and the caches that they were made for. For people to
+    /// read: the words may change.
+    pub fn explain(&self, m: usize, k: usize, n: usize) -> String {
+        format!("{} ({}; {})", gemm::explain::<E>(&self.engine(true), m, k, n), self.unit().name(), self.caches)
+    }
+
     /// How many threads share the work.
     pub fn threads(&self) -> usize {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())

@@ -112,8 +112,7 @@ fn strips<E: Float, O: Float, M: Micro>(
 ) -> Result<()> {
     let depth = Depth::of::<E, M>(terms);
     let deepest = depth.longest();
-    let tile = left.micro.shape(engine.unit, out.cols());
-    let blocks = Blocks::new(tile, size_of::<M::Number>(), M::DEPTH, deepest, engine.caches);
+    let blocks = blocks(engine, left.micro, out.cols(), deepest);
     let threads = engine.threads();
     let across = Parts::new(out.cols(), blocks.nr, blocks.nc, threads);
     let down = Parts::new(out.rows(), blocks.mr, Blocks::rows(across.count(), threads), 1);
@@ -128,7 +127,19 @@ fn strips<E: Float, O: Float, M: Micro>(
     })
 }
 
-/// Loops 4, 1 and 2 over one strip of the output.
+/// How a product so wide is cut, whose deepest block is `depth` deep.
+fn blocks<M: Micro>(engine: &Engine, micro: M, cols: usize, depth: usize) -> Blocks {
+    Blocks::new(micro.shape(engine.unit, cols), size_of::<M::Number>(), M::DEPTH, depth, engine.caches)
+}
+
+/// The plan of a product `k` deep and `n` wide, in words.
+pub(super) fn explain<M: Micro>(engine: &Engine, micro: M, k: usize, n: usize) -> String {
+    let depth = Depth::new::<M>(k, 0).longest();
+    let Blocks { mr, nr, mc, nc } = blocks(engine, micro, n, depth);
+    format!("blocked: MR {mr}, NR {nr}, KC {depth}, MC {mc}, NC {nc}")
+}
+
+/// Loops 4 to 1 over one strip of the output.
 struct Strip<'a, 'o, E, O, M: Micro> {
     block: Block<'o, O>,
     init: Init<'a, E>,

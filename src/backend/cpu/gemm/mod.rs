@@ -214,6 +214,15 @@ fn regime<E>(rows: usize, terms: &[Product<'_, E>]) -> Regime {
     plan::regime(rows, dots, crossed)
 }
 
+/// The plan of `lhs·rhsᵀ`, `lhs m×k`, `rhs n×k`, in words.
+pub(super) fn explain<E: Float>(engine: &Engine, m: usize, k: usize, n: usize) -> String {
+    match (plan::regime(m, true, false), pairs::unit(engine).filter(|_| kept::same::<E, bf16>())) {
+        (Regime::Skinny, _) => format!("skinny: dot products, {} columns a task", plan::DOTS),
+        (Regime::Blocked, Some(unit)) => blocked::explain(engine, unit, k, n),
+        (Regime::Blocked, None) => blocked::explain(engine, Fma, k, n),
+    }
+}
+
 /// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the type of the output.
 pub(super) fn sum_of_products<E: Float, O: Float>(
     engine: &Engine,

@@ -103,24 +103,53 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
     let (scale, update) = (2.0, m * r * (n + k));
     let Layer { x, w, a, b, dy, h, y, da, db, dx } = layer;
     bench.run("lora_forward", flop(m * n * k + update), |backend| {
-        LoraForward { x, w: Some(w), bias: None, a, b, scale, dropout: None, h, y }.run(backend)
+        LoraForward {
+            x: x.view(),
+            w: Some((&*w).into()),
+            bias: None,
+            a: (&*a).into(),
+            b: (&*b).into(),
+            scale,
+            dropout: None,
+            h: h.view_mut(),
+            y: y.into(),
+        }
+        .run(backend)
     });
     bench.run("lora_backward", flop(m * n * k + 2 * update), |backend| {
-        LoraBackward { x, w: Some(w), a, b, h, dy, scale, dropout: None, da, db, dbias: None, dx: Some(dx) }.run(backend)
+        LoraBackward {
+            x: x.view(),
+            w: Some((&*w).into()),
+            a: (&*a).into(),
+            b: (&*b).into(),
+            h: h.view(),
+            dy: dy.view(),
+            scale,
+            dropout: None,
+            da: da.view_mut(),
+            db: db.view_mut(),
+            dbias: None,
+            dx: Some(dx.into()),
+        }
+        .run(backend)
     });
     let mut sign = 1.0; // merging and unmerging take turns
     bench.run("lora_merge", bytes(2 * n * k, size_of::<B::Elem>()), |backend| {
         sign = -sign;
-        LoraMerge { a, b, scale: sign * scale, rounding: Rounding::Nearest, w }.run(backend)
+        LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: sign * scale, rounding: Rounding::Nearest, w: w.view_mut() }
+            .run(backend)
     });
 }
 
 /// The verbs of a layer without one; a weight that learns belongs to a small batch.
 fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, layer: &mut Layer<B>) {
     let Layer { x, w, dy, y, dx, .. } = layer;
-    bench.run("linear_forward", flop(m * n * k), |backend| LinearForward { x, w, bias: None, y }.run(backend));
+    bench.run("linear_forward", flop(m * n * k), |backend| {
+        LinearForward { x: x.view(), w: (&*w).into(), bias: None, y: y.into() }.run(backend)
+    });
     bench.run("linear_backward", flop(m * n * k), |backend| {
-        LinearBackward { x, w, dy, dx: Some(dx), dw: None, dbias: None }.run(backend)
+        LinearBackward { x: Some(x.view()), w: Some((&*w).into()), dy: dy.view(), dx: Some(dx.into()), dw: None, dbias: None }
+            .run(backend)
     });
     if m > 1 && m <= 16 {
         let zeros = || Tensor::zeros(bench.backend, (n, k)).expect("memory");
@@ -158,18 +187,36 @@ fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
     let (mut norm, mut dmagnitude, mut sum, gradient) = (wide(1, n), wide(1, n), wide(n, k), wide(n, k));
     let magnitude = Tensor::from_slice(bench.backend, (1, n), &vec![B::Elem::from_f32(1.0); n]).expect("memory");
     let (norm, magnitude, elem) = (&mut norm, &magnitude, size_of::<B::Elem>());
-    bench.run("lora_row_norm", bytes(n * k, elem), |backend| op::LoraRowNorm { w, a, b, scale: 1.0, norm }.run(backend));
-    bench.run("magnitude", bytes(2 * m * n, elem), |backend| op::Magnitude { z, magnitude, norm, bias: None, y }.run(backend));
+    bench.run("lora_row_norm", bytes(n * k, elem), |backend| {
+        op::LoraRowNorm { w: (&*w).into(), a: (&*a).into(), b: (&*b).into(), scale: 1.0, norm: norm.view_mut() }.run(backend)
+    });
+    bench.run("magnitude", bytes(2 * m * n, elem), |backend| {
+        op::Magnitude { z: z.view(), magnitude: magnitude.view(), norm: norm.view(), bias: None, y: y.view_mut() }.run(backend)
+    });
     bench.run("magnitude_backward", bytes(5 * m * n, elem), |backend| {
         let (dz, dmagnitude) = (Some(&mut *y), Some(&mut dmagnitude));
-        op::MagnitudeBackward { z, magnitude, norm, dy, dz, dmagnitude, dbias: None }.run(backend)
+        op::MagnitudeBackward {
+            z: z.view(),
+            magnitude: magnitude.view(),
+            norm: norm.view(),
+            dy: dy.view(),
+            dz: dz.map(Tensor::view_mut),
+            dmagnitude: dmagnitude.map(Tensor::view_mut),
+            dbias: None,
+        }
+        .run(backend)
     });
-    bench.run("accumulate", bytes(3 * n * k, 4), |backend| op::Accumulate { x: &gradient, scale: 0.5, y: &mut sum }.run(backend));
+    bench.run("accumulate", bytes(3 * n * k, 4), |backend| {
+        op::Accumulate { x: gradient.view(), scale: 0.5, y: sum.view_mut() }.run(backend)
+    });
     let dropout = op::Dropout::new(0.1, 1).expect("dropout");
-    bench.run("dropout_forward", bytes(2 * m * n, elem), |backend| op::DropoutForward { x: z, dropout, y }.run(backend));
+    bench.run("dropout_forward", bytes(2 * m * n, elem), |backend| {
+        op::DropoutForward { x: z.view(), dropout, y: y.view_mut() }.run(backend)
+    });
     let rounding = Rounding::Stochastic { seed: 1 };
-    bench
-        .run("lora_merge_by_chance", bytes(2 * n * k, elem), |backend| LoraMerge { a, b, scale: 1e-6, rounding, w }.run(backend));
+    bench.run("lora_merge_by_chance", bytes(2 * n * k, elem), |backend| {
+        LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: 1e-6, rounding, w: w.view_mut() }.run(backend)
+    });
 }
 
 /// One pre-training step of the MNIST model, batch 10: forward, backward, Adam.

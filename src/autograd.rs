@@ -217,7 +217,13 @@ impl<'m, B: Backend> Tape<'m, B> {
     pub fn linear(&mut self, x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>>) -> Result<Var> {
         let mut y = Tensor::unwritten(self.backend, (self.value(x)?.rows(), w.tensor.rows()))?;
         let bias_tensor = bias.map(|bias| &bias.tensor);
-        LinearForward { x: self.value(x)?, w: &w.tensor, bias: bias_tensor, y: &mut y }.run(self.backend)?;
+        LinearForward {
+            x: self.value(x)?.view(),
+            w: (&w.tensor).into(),
+            bias: bias_tensor.map(Tensor::view),
+            y: (&mut y).into(),
+        }
+        .run(self.backend)?;
         let wanted = self.is_wanted(x) || w.trainable || bias.is_some_and(|bias| bias.trainable);
         Ok(self.push(Op::Linear { x, w, bias }, wanted, y))
     }
@@ -230,15 +236,15 @@ impl<'m, B: Backend> Tape<'m, B> {
         let mut y = Tensor::unwritten(self.backend, (m, b.tensor.rows()))?;
         let sum = bias_sum(self.backend, *bias, *lora_bias, *scale)?;
         LoraForward {
-            x: self.value(x)?,
-            w: w.map(|w| &w.tensor),
-            bias: sum.as_ref().or(bias.map(|bias| &bias.tensor)),
-            a: &a.tensor,
-            b: &b.tensor,
+            x: self.value(x)?.view(),
+            w: w.map(|w| (&w.tensor).into()),
+            bias: sum.as_ref().or(bias.map(|bias| &bias.tensor)).map(Tensor::view),
+            a: (&a.tensor).into(),
+            b: (&b.tensor).into(),
             scale: *scale,
             dropout: *dropout,
-            h: &mut h,
-            y: &mut y,
+            h: h.view_mut(),
+            y: (&mut y).into(),
         }
         .run(self.backend)?;
         let params = [*w, *bias, Some(a), Some(b), *lora_bias];
@@ -257,8 +263,14 @@ impl<'m, B: Backend> Tape<'m, B> {
         let mut y = Tensor::unwritten(self.backend, self.value(z)?.shape())?;
         let bias_tensor = bias.map(|bias| &bias.tensor);
         let magnitude_tensor = &magnitude.tensor;
-        Magnitude { z: self.value(z)?, magnitude: magnitude_tensor, norm: &norm, bias: bias_tensor, y: &mut y }
-            .run(self.backend)?;
+        Magnitude {
+            z: self.value(z)?.view(),
+            magnitude: magnitude_tensor.view(),
+            norm: norm.view(),
+            bias: bias_tensor.map(Tensor::view),
+            y: y.view_mut(),
+        }
+        .run(self.backend)?;
         let wanted = self.is_wanted(z) || magnitude.trainable || bias.is_some_and(|bias| bias.trainable);
         Ok(self.push(Op::Magnitude { z, magnitude, norm, bias }, wanted, y))
     }
@@ -266,7 +278,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// `y = max(x, 0)`
     pub fn relu(&mut self, x: Var) -> Result<Var> {
         let mut y = Tensor::unwritten(self.backend, self.value(x)?.shape())?;
-        Relu { x: self.value(x)?, y: &mut y }.run(self.backend)?;
+        Relu { x: self.value(x)?.view(), y: y.view_mut() }.run(self.backend)?;
         let wanted = self.is_wanted(x);
         Ok(self.push(Op::Relu { x }, wanted, y))
     }
@@ -274,7 +286,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// `y = drop(x)`
     pub fn dropout(&mut self, x: Var, dropout: Dropout) -> Result<Var> {
         let mut y = Tensor::unwritten(self.backend, self.value(x)?.shape())?;
-        DropoutForward { x: self.value(x)?, dropout, y: &mut y }.run(self.backend)?;
+        DropoutForward { x: self.value(x)?.view(), dropout, y: y.view_mut() }.run(self.backend)?;
         let wanted = self.is_wanted(x);
         Ok(self.push(Op::Dropout { x, dropout }, wanted, y))
     }
@@ -291,7 +303,7 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     fn sum(&mut self, x: Var, y: Var, minus: bool) -> Result<Var> {
         let mut sum = signed(self.backend, self.value(y)?, minus)?;
-        Add { x: self.value(x)?, y: &mut sum }.run(self.backend)?;
+        Add { x: self.value(x)?.view(), y: sum.view_mut() }.run(self.backend)?;
         let wanted = self.is_wanted(x) || self.is_wanted(y);
         Ok(self.push(Op::Sum { x, y, minus }, wanted, sum))
     }
@@ -300,7 +312,8 @@ impl<'m, B: Backend> Tape<'m, B> {
     pub fn cross_entropy(&mut self, logits: Var, labels: &Labels<B>) -> Result<Tensor<B, f32>> {
         let mut loss = Tensor::unwritten(self.backend, (1, 1))?;
         let mut dlogits = Tensor::unwritten(self.backend, self.value(logits)?.shape())?;
-        CrossEntropy { logits: self.value(logits)?, labels, loss: &mut loss, dlogits: &mut dlogits }.run(self.backend)?;
+        CrossEntropy { logits: self.value(logits)?.view(), labels, loss: loss.view_mut(), dlogits: dlogits.view_mut() }
+            .run(self.backend)?;
         self.gradients.meet(self.backend, logits, dlogits)?;
         Ok(loss)
     }
@@ -358,7 +371,7 @@ fn bias_sum<B: Backend>(
         None => Tensor::zeros(backend, a.shape())?,
     };
     let b = &Tensor::from_slice(backend, (1, 1), &[B::Elem::from_f32(1.0)])?;
-    LoraMerge { a, b, scale, rounding: Rounding::Nearest, w: &mut w }.run(backend)?;
+    LoraMerge { a: a.into(), b: b.into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }.run(backend)?;
     Ok(Some(w))
 }
 
@@ -366,12 +379,12 @@ fn bias_sum<B: Backend>(
 fn signed<B: Backend>(backend: &B, x: &Tensor<B>, minus: bool) -> Result<Tensor<B>> {
     let mut y = Tensor::zeros(backend, x.shape())?;
     if !minus {
-        Add { x, y: &mut y }.run(backend)?;
+        Add { x: x.view(), y: y.view_mut() }.run(backend)?;
         return Ok(y);
     }
     let row = (1, x.cols());
     let magnitude = &Tensor::from_slice(backend, row, &vec![B::Elem::from_f32(-1.0); x.cols()])?;
     let norm = &Tensor::from_slice(backend, row, &vec![1.0; x.cols()])?;
-    Magnitude { z: x, magnitude, norm, bias: None, y: &mut y }.run(backend)?;
+    Magnitude { z: x.view(), magnitude: magnitude.view(), norm: norm.view(), bias: None, y: y.view_mut() }.run(backend)?;
     Ok(y)
 }

@@ -53,6 +53,7 @@ pub mod nn;
 pub mod op;
 pub mod random;
 mod tensor;
+mod view;
 
 pub use backend::cpu::{Cpu, VectorUnit};
 #[cfg(feature = "cuda")]
@@ -63,6 +64,7 @@ pub use backend::{Backend, Passes};
 pub use element::{DType, Element, Float, bf16, f16};
 pub use error::{Error, Result};
 pub use tensor::{Shape, Tensor};
+pub use view::{MatMut, MatRef};
 
 /// The README's examples run with the tests.
 #[cfg(all(doctest, feature = "adapter"))]

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::backend::Backend;
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::view::{MatMut, MatRef};
 
 /// Rows × columns of a row-major matrix. A vector, such as a bias, is one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,14 +66,18 @@ impl<B: Backend, T: Element> Tensor<B, T> {
     /// Takes a buffer that already is on the device. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn from_buffer(shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
         let shape = shape.into();
-        let len = B::buffer_len(&buffer);
-        holds("buffer", len, shape)?;
+        holds("buffer", B::slice_len(B::slice(&buffer)), shape)?;
         Ok(Self { shape, buffer })
+    }
+
+    /// The buffer alone.
+    pub fn into_buffer(self) -> B::Buffer<T> {
+        self.buffer
     }
 
     /// A copy in host memory, row by row; waits until everything that writes it is done.
     pub fn to_vec(&self, backend: &B) -> Result<Vec<T>> {
-        let mut host = vec![T::default(); B::buffer_len(&self.buffer)];
+        let mut host = vec![T::default(); B::slice_len(B::slice(&self.buffer))];
         backend.download(&self.buffer, &mut host)?;
         Ok(host)
     }
@@ -91,11 +96,23 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         backend.write(&mut self.buffer, host)
     }
 
-    /// A tensor of its own with the same bits; they go through host memory.
+    /// A tensor of its own with the same bits; they stay on the device.
     ///
     /// Errors: [`Error::OutOfMemory`], [`Error::Device`].
     pub fn try_clone(&self, backend: &B) -> Result<Self> {
-        Self::from_slice(backend, self.shape, &self.to_vec(backend)?)
+        let mut clone = Self::unwritten(backend, self.shape)?;
+        clone.view_mut().copy_from(backend, self.view())?;
+        Ok(clone)
+    }
+
+    /// The matrix, to be read.
+    pub fn view(&self) -> MatRef<'_, B, T> {
+        MatRef::all(B::slice(&self.buffer), self.shape)
+    }
+
+    /// The matrix, to be written.
+    pub fn view_mut(&mut self) -> MatMut<'_, B, T> {
+        MatMut::all(B::slice_mut(&mut self.buffer), self.shape)
     }
 
     /// Rows × columns.

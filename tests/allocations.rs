@@ -14,7 +14,7 @@ use lowrank::autograd::{Gradients, Tape};
 use lowrank::nn::{Adam, Bias, LoraConfig, Mlp, Targets};
 use lowrank::op::{self, AdamRate, Dropout, Labels, Rounding, WeightGrad};
 use lowrank::random::Rng;
-use lowrank::{Cpu, Float, Result, Tensor, bf16};
+use lowrank::{Cpu, Float, MatMut, MatRef, Result, Tensor, bf16};
 
 struct Counting;
 
@@ -217,7 +217,7 @@ fn merge<E: Float>(steps: &mut Steps, (n, k, r): (usize, usize, usize), rounding
     let (a, b, mut w) = (tensor(r, k)?, tensor(n, r)?, tensor(n, k)?);
     for () in steps {
         for scale in [0.5, -0.5] {
-            op::LoraMerge { a: &a, b: &b, scale, rounding, w: &mut w }.run(&cpu)?;
+            op::LoraMerge { a: (&a).into(), b: (&b).into(), scale, rounding, w: w.view_mut() }.run(&cpu)?;
         }
     }
     Ok(())
@@ -248,26 +248,69 @@ fn verbs<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)
     for () in steps {
         for (base, dropout) in [(true, None), (true, Some(dropout)), (false, None), (false, Some(dropout))] {
             let (w, bias, scale) = (base.then_some(&w), base.then_some(bias), 0.5);
-            op::LoraForward { x, w, bias, a, b, scale, dropout, h: &mut h, y: &mut y }.run(cpu)?;
+            op::LoraForward {
+                x: x.view(),
+                w: w.map(Into::into),
+                bias: bias.map(Tensor::view),
+                a: a.into(),
+                b: b.into(),
+                scale,
+                dropout,
+                h: h.view_mut(),
+                y: (&mut y).into(),
+            }
+            .run(cpu)?;
             let (da, db, dbias, dx) = (&mut da, &mut db, Some(&mut dbias), Some(&mut dx));
-            op::LoraBackward { x, w, a, b, h: &h, dy, scale, dropout, da, db, dbias, dx }.run(cpu)?;
+            op::LoraBackward {
+                x: x.view(),
+                w: w.map(Into::into),
+                a: a.into(),
+                b: b.into(),
+                h: h.view(),
+                dy: dy.view(),
+                scale,
+                dropout,
+                da: da.view_mut(),
+                db: db.view_mut(),
+                dbias: dbias.map(Tensor::view_mut),
+                dx: dx.map(Into::into),
+            }
+            .run(cpu)?;
         }
-        op::LinearForward { x, w: &w, bias: Some(bias), y: &mut y }.run(cpu)?;
+        op::LinearForward { x: x.view(), w: (&w).into(), bias: Some(bias.view()), y: (&mut y).into() }.run(cpu)?;
         let (dw_, dbias, dx) = (Some(&mut dw), Some(&mut dbias), Some(&mut dx));
-        op::LinearBackward { x, w: &w, dy, dx, dw: dw_, dbias }.run(cpu)?;
-        op::LoraRowNorm { w: &w, a, b, scale: 0.5, norm: &mut norm }.run(cpu)?;
-        op::Magnitude { z: dy, magnitude: bias, norm: &norm, bias: Some(bias), y: &mut y }.run(cpu)?;
+        op::LinearBackward {
+            x: Some(x.view()),
+            w: Some((&w).into()),
+            dy: dy.view(),
+            dx: dx.map(Into::into),
+            dw: dw_.map(Tensor::view_mut),
+            dbias: dbias.map(Tensor::view_mut),
+        }
+        .run(cpu)?;
+        op::LoraRowNorm { w: (&w).into(), a: a.into(), b: b.into(), scale: 0.5, norm: norm.view_mut() }.run(cpu)?;
+        op::Magnitude { z: dy.view(), magnitude: bias.view(), norm: norm.view(), bias: Some(bias.view()), y: y.view_mut() }
+            .run(cpu)?;
         let (dz, dmagnitude) = (Some(&mut y), Some(&mut dmagnitude));
-        op::MagnitudeBackward { z: dy, magnitude: bias, norm: &norm, dy, dz, dmagnitude, dbias: None }.run(cpu)?;
-        op::Relu { x: dy, y: &mut y }.run(cpu)?;
-        op::ReluBackward { y: dy, dy, dx: &mut y }.run(cpu)?;
-        op::DropoutForward { x: dy, dropout, y: &mut y }.run(cpu)?;
-        op::Add { x: dy, y: &mut y }.run(cpu)?;
-        op::CrossEntropy { logits: dy, labels, loss: &mut loss, dlogits: &mut y }.run(cpu)?;
+        op::MagnitudeBackward {
+            z: dy.view(),
+            magnitude: bias.view(),
+            norm: norm.view(),
+            dy: dy.view(),
+            dz: dz.map(Tensor::view_mut),
+            dmagnitude: dmagnitude.map(Tensor::view_mut),
+            dbias: None,
+        }
+        .run(cpu)?;
+        op::Relu { x: dy.view(), y: y.view_mut() }.run(cpu)?;
+        op::ReluBackward { y: dy.view(), dy: dy.view(), dx: y.view_mut() }.run(cpu)?;
+        op::DropoutForward { x: dy.view(), dropout, y: y.view_mut() }.run(cpu)?;
+        op::Add { x: dy.view(), y: y.view_mut() }.run(cpu)?;
+        op::CrossEntropy { logits: dy.view(), labels, loss: loss.view_mut(), dlogits: y.view_mut() }.run(cpu)?;
         for grad in [WeightGrad::Factored { dy, x }, WeightGrad::Dense(&dw)] {
             op::Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(cpu)?;
         }
-        op::Accumulate { x: &second, scale: 0.5, y: &mut dw }.run(cpu)?;
+        op::Accumulate { x: second.view(), scale: 0.5, y: dw.view_mut() }.run(cpu)?;
     }
     Ok(())
 }
@@ -279,4 +322,50 @@ fn verbs_allocate_nothing() {
         assert_steady("verbs, bf16", 20, |steps| verbs::<bf16>(steps, (m, 90, 130, 4)));
     }
     assert_steady("large verbs", 6, |steps| verbs::<f32>(steps, (1050, 1030, 1100, 16)));
+}
+
+/// Three projections in one weight, and their outputs side by side: parts of vectors of the caller's, which no tensor holds.
+fn lent<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)) -> Result<()> {
+    let cpu = &Cpu::<E>::new()?;
+    let (x, w, a, b) = (numbers::<E>(m * k), numbers::<E>(3 * n * k), numbers::<f32>(r * k), numbers::<f32>(n * r));
+    let (mut h, mut y, mut dx) = (numbers::<f32>(m * r), numbers::<E>(m * 3 * n), numbers::<E>(m * k));
+    let (mut da, mut db) = (numbers::<f32>(r * k), numbers::<f32>(n * r));
+    let (a, b) = (op::Factor::F32(MatRef::from_slice(&a, (r, k))?), op::Factor::F32(MatRef::from_slice(&b, (n, r))?));
+    let (x, scale, dropout) = (MatRef::from_slice(&x, (m, k))?, 0.5, None);
+    for () in steps {
+        for layer in 0..3 {
+            let cols = layer * n..(layer + 1) * n;
+            let w: op::Weight<_> = MatRef::from_slice(&w, (3 * n, k))?.row_range(cols.clone())?.into();
+            let (h_, y_) =
+                (MatMut::from_slice(&mut h, (m, r))?, MatMut::from_slice(&mut y, (m, 3 * n))?.column_range(cols.clone())?);
+            op::LoraForward { x, w: Some(w), bias: None, a, b, scale, dropout, h: h_, y: y_.into() }.run(cpu)?;
+            let (h, dy) = (MatRef::from_slice(&h, (m, r))?, MatRef::from_slice(&y, (m, 3 * n))?.column_range(cols)?);
+            let (da, db) = (MatMut::from_slice(&mut da, (r, k))?, MatMut::from_slice(&mut db, (n, r))?);
+            let dx = Some(op::Output::AddTo(MatMut::from_slice(&mut dx, (m, k))?));
+            op::LoraBackward { x, w: Some(w), a, b, h, dy, scale, dropout, da, db, dbias: None, dx }.run(cpu)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn lent_memory_is_neither_copied_nor_allocated() {
+    for sizes in [(1, 300, 257, 4), (40, 300, 257, 4), (130, 200, 70, 33)] {
+        assert_steady("lent", 50, |steps| lent::<f32>(steps, sizes));
+        assert_steady("lent, bf16", 50, |steps| lent::<bf16>(steps, sizes));
+    }
+}
+
+/// One step allocates less than a weight takes: no copy of it is made, not even once.
+#[test]
+fn the_first_use_of_a_lent_weight_copies_nothing() {
+    let (m, k, n) = (4, 1024, 1024);
+    let (x, w, mut y) = (vec![1f32; m * k], vec![1f32; n * k], vec![0f32; m * n]);
+    let cpu = Cpu::<f32>::new().unwrap();
+    let faults = page_faults();
+    let (x, w) = (MatRef::from_slice(&x, (m, k)).unwrap(), MatRef::from_slice(&w, (n, k)).unwrap());
+    op::LinearForward { x, w: w.into(), bias: None, y: MatMut::from_slice(&mut y, (m, n)).unwrap().into() }.run(&cpu).unwrap();
+    let (pages, weight) = (page_faults() - faults, n * k * size_of::<f32>() / 4096);
+    assert!(pages < weight / 2, "{pages} pages were touched for the first time; the weight has {weight}");
+    assert!(y.iter().all(|&y| y == k as f32));
 }

@@ -11,7 +11,7 @@ fn main() -> lowrank::Result<()> {
     let new = |rows, cols, number: f32| Tensor::from_slice(&cpu, (rows, cols), &vec![number; rows * cols]);
     let (x, w, a, b) = (new(2, 3, 1.0)?, new(4, 3, 0.5)?, new(1, 3, 1.0)?, new(4, 1, 2.0)?);
     let (mut h, mut y) = (Tensor::zeros(&cpu, (2, 1))?, Tensor::zeros(&cpu, (2, 4))?);
-    let op = LoraForward { x: &x, w: Some(&w), bias: None, a: &a, b: &b, scale: 0.25, dropout: None, h: &mut h, y: &mut y };
+    let op = LoraForward { x: x.view(), w: Some((&w).into()), bias: None, a: (&a).into(), b: (&b).into(), scale: 0.25, dropout: None, h: h.view_mut(), y: (&mut y).into() };
     op.run(&cpu)?;
     assert_eq!(y.to_vec(&cpu)?, [3.0; 8]);
     println!("it works on {}", lowrank::Backend::device(&cpu));

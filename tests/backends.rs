@@ -39,6 +39,13 @@ fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::stochastic_merging_takes_the_neighbour_that_the_word_says(cpu);
     suite::adam_follows_the_oracle_for_ten_steps(cpu);
     suite::factored_gradients_equal_dense_ones(cpu);
+    suite::parts_of_wider_matrices_are_operands(cpu);
+    suite::outputs_are_added_to(cpu);
+    suite::added_sums_round_within_bounds(cpu);
+    suite::parts_of_wider_weights_are_merged_into(cpu);
+    suite::f32_factors_are_exact_on_whole_numbers(cpu);
+    suite::f32_factors_are_not_rounded(cpu);
+    suite::a_lent_weight_may_be_packed(cpu);
 }
 
 #[test]
@@ -54,6 +61,28 @@ fn every_vector_unit_passes_in_f16() {
 #[test]
 fn every_vector_unit_passes_in_bf16() {
     on_every_unit(kernels::<bf16>);
+}
+
+/// Where rows lie changes no bit.
+fn strides_change_no_bit<E: Float>(unit: VectorUnit) {
+    let cpu = Cpu::<E>::new().unwrap().with_unit(unit).unwrap();
+    for (seed, dims) in shapes().into_iter().enumerate() {
+        let layer = random::<E>(dims, 0.9, seed as u64);
+        for dropout in [None, Some(lowrank::op::Dropout::new(0.25, 7).unwrap())] {
+            let (contiguous, strided) =
+                (suite::run_lora(&cpu, &layer, dropout), suite::run_strided_lora(&cpu, &layer, dropout, true, None));
+            assert_eq!(contiguous.bits(), strided.bits(), "{dims:?} {unit:?} {dropout:?}");
+        }
+    }
+}
+
+#[test]
+fn strides_change_no_bit_in_any_type() {
+    for unit in [VectorUnit::best(), VectorUnit::Scalar, VectorUnit::AmxEmulated] {
+        strides_change_no_bit::<bf16>(unit);
+    }
+    strides_change_no_bit::<f32>(VectorUnit::best());
+    strides_change_no_bit::<f16>(VectorUnit::best());
 }
 
 /// The shapes that the benches measure; of those too large for the oracle, rivals/ checks a part before it measures them.
@@ -151,9 +180,9 @@ fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
         if packed {
             cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
         }
-        LoraMerge { a: &a, b: &b, scale: 0.5, rounding: Rounding::Nearest, w: &mut w }.run(&cpu).unwrap();
+        LoraMerge { a: (&a).into(), b: (&b).into(), scale: 0.5, rounding: Rounding::Nearest, w: w.view_mut() }.run(&cpu).unwrap();
         let mut y = unwritten(&cpu, dims.m, dims.n);
-        lowrank::op::LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+        lowrank::op::LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu).unwrap();
         down(&cpu, &y)
     });
     assert_eq!(results[0], results[1]);
@@ -169,9 +198,18 @@ fn beside_a_side_of_zero_the_other_costs_nothing() {
             let (x, mut w, dy): (Tensor<Cpu<bf16>>, _, _) = (unwritten(&cpu, m, k), unwritten(&cpu, n, k), unwritten(&cpu, m, n));
             let (mut y, mut dx, mut dw) = (unwritten(&cpu, m, n), unwritten(&cpu, m, k), unwritten(&cpu, n, k));
             cpu.keep_packed(&mut w, Passes::ForwardAndBackward).unwrap();
-            LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu).unwrap();
+            LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu).unwrap();
             let (dx, dw) = (Some(&mut dx), Some(&mut dw));
-            LinearBackward { x: &x, w: &w, dy: &dy, dx, dw, dbias: None }.run(&cpu).unwrap();
+            LinearBackward {
+                x: Some(x.view()),
+                w: Some((&w).into()),
+                dy: dy.view(),
+                dx: dx.map(Into::into),
+                dw: dw.map(Tensor::view_mut),
+                dbias: None,
+            }
+            .run(&cpu)
+            .unwrap();
             let (mut first, mut second) = (unwritten(&cpu, n, k), unwritten(&cpu, n, k));
             let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap(), WeightGrad::Factored { dy: &dy, x: &x });
             Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
@@ -180,23 +218,31 @@ fn beside_a_side_of_zero_the_other_costs_nothing() {
 }
 
 /// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.
-#[test]
-fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
-    use lowrank::op::{LinearForward, LoraForward};
-    let cpu = Cpu::<f32>::new().unwrap();
+fn a_fresh_adapter_gives_the_bits_of_the_base_layer<E: Float>(cpu: &Cpu<E>) {
+    use lowrank::op::{Factor, LinearForward, LoraForward};
     for dims in sizes_around_every_cut() {
         let Dims { m, n, r, .. } = dims;
-        let layer = random::<f32>(dims, 1.5, 3);
-        let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up(&cpu, mat));
-        let b = Tensor::zeros(&cpu, (n, r)).unwrap();
-        let (mut h, mut y, mut base) = (unwritten(&cpu, m, r), unwritten(&cpu, m, n), unwritten(&cpu, m, n));
-        let bias = None;
-        LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale: 2.0, dropout: None, h: &mut h, y: &mut y }
-            .run(&cpu)
-            .unwrap();
-        LinearForward { x: &x, w: &w, bias, y: &mut base }.run(&cpu).unwrap();
-        assert!(down(&cpu, &y) == down(&cpu, &base), "{dims:?}");
+        let layer = random::<E>(dims, 1.5, 3);
+        let [x, w, a] = [&layer.x, &layer.w, &layer.a].map(|mat| up::<_, E>(cpu, mat));
+        let (wide_a, wide_b) = (up::<_, f32>(cpu, &layer.a), Tensor::<_, f32>::zeros(cpu, (n, r)).unwrap());
+        let b = Tensor::zeros(cpu, (n, r)).unwrap();
+        let (mut h, mut y, mut base) = (unwritten(cpu, m, r), unwritten::<_, E>(cpu, m, n), unwritten::<_, E>(cpu, m, n));
+        LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut base).into() }.run(cpu).unwrap();
+        let (stored, wide) = ([(&a).into(), (&b).into()], [Factor::F32(wide_a.view()), Factor::F32(wide_b.view())]);
+        for [a, b] in [stored, wide] {
+            let (x, w, h, scale) = (x.view(), Some((&w).into()), h.view_mut(), 2.0);
+            LoraForward { x, w, bias: None, a, b, scale, dropout: None, h, y: (&mut y).into() }.run(cpu).unwrap();
+            assert!(down(cpu, &y) == down(cpu, &base), "{dims:?}, factors in {}", a.dtype());
+        }
     }
+}
+
+#[test]
+fn a_fresh_adapter_gives_the_bits_of_the_base_layer_in_every_type() {
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<f32>::new().unwrap());
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<f16>::new().unwrap());
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<bf16>::new().unwrap());
+    a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<bf16>::new().unwrap().with_unit(VectorUnit::AmxEmulated).unwrap());
 }
 
 /// What a number is, if it is not one to count with.
@@ -253,12 +299,20 @@ fn bits_of_every_loop<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
     bits.extend(bits_of_one_pass(cpu, layer));
     let [mut w, a, b, dy] = [&layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up::<_, E>(cpu, mat));
     let (mut norm, mut dmagnitude, mut dz) = (unwritten(cpu, 1, n), unwritten(cpu, 1, n), unwritten(cpu, m, n));
-    LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut norm }.run(cpu).unwrap();
+    LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale, norm: norm.view_mut() }.run(cpu).unwrap();
     let (magnitude, norm, dz_, dm) = (up(cpu, layer.bias.as_ref().unwrap()), &norm, Some(&mut dz), Some(&mut dmagnitude));
-    let backward = MagnitudeBackward { z: &dy, magnitude: &magnitude, norm, dy: &dy, dz: dz_, dmagnitude: dm, dbias: None };
+    let backward = MagnitudeBackward {
+        z: dy.view(),
+        magnitude: magnitude.view(),
+        norm: norm.view(),
+        dy: dy.view(),
+        dz: dz_.map(Tensor::view_mut),
+        dmagnitude: dm.map(Tensor::view_mut),
+        dbias: None,
+    };
     backward.run(cpu).unwrap();
     for rounding in [Rounding::Nearest, Rounding::Stochastic { seed: 3 }] {
-        LoraMerge { a: &a, b: &b, scale, rounding, w: &mut w }.run(cpu).unwrap();
+        LoraMerge { a: (&a).into(), b: (&b).into(), scale, rounding, w: w.view_mut() }.run(cpu).unwrap();
     }
     let stored = [down(cpu, &w), down(cpu, &dz)].concat();
     bits.extend([down(cpu, norm), down(cpu, &dmagnitude)].concat().into_iter().map(f32::to_bits));
@@ -303,7 +357,7 @@ fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
         let (mut m, mut v) = (up(cpu, &thinned(&layer.w)), up(cpu, &thinned(&layer.w.abs()).abs()));
         let (mut stepped, mut y) = (up(cpu, &layer.w), unwritten(cpu, n, k));
         Adam { grad, rate, m: &mut m, v: &mut v, w: &mut stepped }.run(cpu).unwrap();
-        Relu { x: &w, y: &mut y }.run(cpu).unwrap();
+        Relu { x: w.view(), y: y.view_mut() }.run(cpu).unwrap();
         let stored = [down(cpu, &stepped), down(cpu, &y)].concat();
         bits.extend([down(cpu, &m), down(cpu, &v)].concat().into_iter().map(f32::to_bits));
         bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));

@@ -5,7 +5,7 @@ mod support;
 use std::cell::Cell;
 
 use lowrank::op::*;
-use lowrank::{Cpu, Error, Tensor};
+use lowrank::{Cpu, Error, MatMut, MatRef, Tensor};
 use proptest::prelude::*;
 
 type T = Tensor<Cpu<f32>>;
@@ -23,7 +23,17 @@ fn forward_with(wrong: &str, shape: (usize, usize), scale: f32) -> Result<(), Er
     let new = |name: &str, rows, cols| if name == wrong { zeros(shape.0, shape.1) } else { zeros(rows, cols) };
     let (x, w, bias, a, b) = (new("x", 2, 3), new("w", 4, 3), new("bias", 1, 4), new("a", 3, 3), new("b", 4, 3));
     let (mut h, mut y) = (new("h", 2, 3), new("y", 2, 4));
-    let op = LoraForward { x: &x, w: Some(&w), bias: Some(&bias), a: &a, b: &b, scale, dropout: None, h: &mut h, y: &mut y };
+    let op = LoraForward {
+        x: x.view(),
+        w: Some((&w).into()),
+        bias: Some(bias.view()),
+        a: (&a).into(),
+        b: (&b).into(),
+        scale,
+        dropout: None,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    };
     op.run(&cpu())
 }
 
@@ -48,11 +58,21 @@ fn dora_with(wrong: &str, shape: (usize, usize)) -> Result<(), Error> {
     let (magnitude, mut norm, bias) = (new("magnitude", 1, 4), new("norm", 1, 4), new("bias", 1, 4));
     let (mut y, mut dz, mut dmagnitude, mut dbias) =
         (new("y", 2, 4), new("dz", 2, 4), new("dmagnitude", 1, 4), new("dbias", 1, 4));
-    LoraRowNorm { w: &w, a: &a, b: &b, scale: 1.0, norm: &mut norm }.run(&cpu())?;
+    LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale: 1.0, norm: norm.view_mut() }.run(&cpu())?;
     let (z, magnitude, norm, dy) = (&z, &magnitude, &norm, &dy);
-    Magnitude { z, magnitude, norm, bias: Some(&bias), y: &mut y }.run(&cpu())?;
+    Magnitude { z: z.view(), magnitude: magnitude.view(), norm: norm.view(), bias: Some(bias.view()), y: y.view_mut() }
+        .run(&cpu())?;
     let (dz, dmagnitude, dbias) = (Some(&mut dz), Some(&mut dmagnitude), Some(&mut dbias));
-    MagnitudeBackward { z, magnitude, norm, dy, dz, dmagnitude, dbias }.run(&cpu())
+    MagnitudeBackward {
+        z: z.view(),
+        magnitude: magnitude.view(),
+        norm: norm.view(),
+        dy: dy.view(),
+        dz: dz.map(Tensor::view_mut),
+        dmagnitude: dmagnitude.map(Tensor::view_mut),
+        dbias: dbias.map(Tensor::view_mut),
+    }
+    .run(&cpu())
 }
 
 #[test]
@@ -75,24 +95,26 @@ fn a_wrong_shape_of_a_decomposed_layer_is_named() {
 #[test]
 fn an_input_that_is_not_for_the_weight_is_named() {
     let (x, w, dy, mut y) = (zeros(2, 5), zeros(4, 3), zeros(2, 4), zeros(2, 4));
-    let error = LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu()).unwrap_err();
+    let error = LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu()).unwrap_err();
     assert_eq!(error.to_string(), "linear_forward: `x` is 2×5, want 2×3");
-    let error = LinearBackward { x: &x, w: &w, dy: &dy, dx: None, dw: None, dbias: None }.run(&cpu()).unwrap_err();
+    let error = LinearBackward { x: Some(x.view()), w: Some((&w).into()), dy: dy.view(), dx: None, dw: None, dbias: None }
+        .run(&cpu())
+        .unwrap_err();
     assert_eq!(error.to_string(), "linear_backward: `x` is 2×5, want 2×3");
     let (a, b, h) = (zeros(1, 3), zeros(4, 1), zeros(2, 1));
     let (mut da, mut db) = (zeros(1, 3), zeros(4, 1));
     for w in [Some(&w), None] {
         let backward = LoraBackward {
-            x: &x,
-            w,
-            a: &a,
-            b: &b,
-            h: &h,
-            dy: &dy,
+            x: x.view(),
+            w: w.map(Into::into),
+            a: (&a).into(),
+            b: (&b).into(),
+            h: h.view(),
+            dy: dy.view(),
             scale: 1.0,
             dropout: None,
-            da: &mut da,
-            db: &mut db,
+            da: da.view_mut(),
+            db: db.view_mut(),
             dbias: None,
             dx: None,
         };
@@ -104,11 +126,21 @@ fn an_input_that_is_not_for_the_weight_is_named() {
 #[test]
 fn an_update_alone_takes_its_outputs_from_b() {
     let (x, a, b, mut h, mut y) = (zeros(2, 3), zeros(1, 3), zeros(4, 1), zeros(2, 1), zeros(2, 5));
-    let op = LoraForward { x: &x, w: None, bias: None, a: &a, b: &b, scale: 1.0, dropout: None, h: &mut h, y: &mut y };
+    let op = LoraForward {
+        x: x.view(),
+        w: None,
+        bias: None,
+        a: (&a).into(),
+        b: (&b).into(),
+        scale: 1.0,
+        dropout: None,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    };
     assert_eq!(op.run(&cpu()).unwrap_err().to_string(), "lora_forward: `y` is 2×5, want 2×4");
     let (x, mut y) = (zeros(2, 3), zeros(3, 2));
     let dropout = Dropout::new(0.5, 1).unwrap();
-    let error = DropoutForward { x: &x, dropout, y: &mut y }.run(&cpu()).unwrap_err();
+    let error = DropoutForward { x: x.view(), dropout, y: y.view_mut() }.run(&cpu()).unwrap_err();
     assert_eq!(error.to_string(), "dropout_forward: `y` is 3×2, want 2×3");
 }
 
@@ -117,9 +149,17 @@ fn scalars_must_be_finite() {
     for scale in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         assert!(matches!(forward_with("", (0, 0), scale), Err(Error::Value { name: "scale", .. })));
         let (a, b, mut w) = (zeros(1, 2), zeros(3, 1), zeros(3, 2));
-        assert!(LoraMerge { a: &a, b: &b, scale, rounding: Rounding::Nearest, w: &mut w }.run(&cpu()).is_err());
-        assert!(Accumulate { x: &a, scale, y: &mut zeros(1, 2) }.run(&cpu()).is_err());
-        assert!(LoraRowNorm { w: &w, a: &a, b: &b, scale, norm: &mut zeros(1, 3) }.run(&cpu()).is_err());
+        assert!(
+            LoraMerge { a: (&a).into(), b: (&b).into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }
+                .run(&cpu())
+                .is_err()
+        );
+        assert!(Accumulate { x: a.view(), scale, y: (zeros(1, 2)).view_mut() }.run(&cpu()).is_err());
+        assert!(
+            LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale, norm: (zeros(1, 3)).view_mut() }
+                .run(&cpu())
+                .is_err()
+        );
         assert!(AdamRate::new(scale, 0.9, 0.999, 1e-8, 1).is_err());
         assert!(Dropout::new(scale, 0).is_err());
     }
@@ -137,7 +177,8 @@ fn a_label_outside_the_classes_is_named_with_its_row() {
     assert_eq!(error.to_string(), "cross_entropy: `labels` is 10 in row 2 of 10 classes, want below the number of classes");
     let labels = Labels::new(&cpu(), 10, &[3]).unwrap();
     let (logits, mut dlogits) = (zeros(1, 9), zeros(1, 9));
-    let op = CrossEntropy { logits: &logits, labels: &labels, loss: &mut zeros(1, 1), dlogits: &mut dlogits };
+    let mut loss = zeros(1, 1);
+    let op = CrossEntropy { logits: logits.view(), labels: &labels, loss: loss.view_mut(), dlogits: dlogits.view_mut() };
     assert!(op.run(&cpu()).is_err(), "ten classes, nine columns");
 }
 
@@ -174,27 +215,73 @@ impl Operands {
         let (w, a, b, dy, h) = (&mut new(n, k), &new(r, k), &new(n, r), &new(m, n), &mut new(m, r));
         let (row, other, z) = (&new(1, n), &mut new(1, n), &mut new(m, n));
         match verb {
-            0 => LoraForward { x, w: with_w.then_some(&*w), bias: Some(row), a, b, scale, dropout, h, y }.run(cpu),
+            0 => LoraForward {
+                x: x.view(),
+                w: (with_w.then_some(&*w)).map(Into::into),
+                bias: Some(row.view()),
+                a: a.into(),
+                b: b.into(),
+                scale,
+                dropout,
+                h: h.view_mut(),
+                y: y.into(),
+            }
+            .run(cpu),
             1 => {
                 let (w, da, db, dx) = (with_w.then_some(&*w), &mut new(r, k), &mut new(n, r), Some(&mut new(m, k)));
-                LoraBackward { x, w, a, b, h, dy, scale, dropout, da, db, dbias: Some(other), dx }.run(cpu)
+                LoraBackward {
+                    x: x.view(),
+                    w: w.map(Into::into),
+                    a: a.into(),
+                    b: b.into(),
+                    h: h.view(),
+                    dy: dy.view(),
+                    scale,
+                    dropout,
+                    da: da.view_mut(),
+                    db: db.view_mut(),
+                    dbias: Some(other.view_mut()),
+                    dx: dx.map(Into::into),
+                }
+                .run(cpu)
             }
-            2 => LoraMerge { a, b, scale, rounding: Rounding::Stochastic { seed: 1 }, w }.run(cpu),
-            3 => LinearForward { x, w, bias: Some(row), y }.run(cpu),
+            2 => LoraMerge { a: a.into(), b: b.into(), scale, rounding: Rounding::Stochastic { seed: 1 }, w: w.view_mut() }
+                .run(cpu),
+            3 => LinearForward { x: x.view(), w: (&*w).into(), bias: Some(row.view()), y: y.into() }.run(cpu),
             4 => {
                 let (dx, dw) = (Some(&mut new(m, k)), Some(&mut new(n, k)));
-                LinearBackward { x, w, dy, dx, dw, dbias: Some(other) }.run(cpu)
+                LinearBackward {
+                    x: Some(x.view()),
+                    w: Some((&*w).into()),
+                    dy: dy.view(),
+                    dx: dx.map(Into::into),
+                    dw: dw.map(Tensor::view_mut),
+                    dbias: Some(other.view_mut()),
+                }
+                .run(cpu)
             }
-            5 => Relu { x: dy, y }.run(cpu).and(ReluBackward { y, dy, dx: z }.run(cpu)),
-            6 => Add { x: dy, y }.run(cpu),
-            7 => LoraRowNorm { w, a, b, scale, norm: other }.run(cpu),
-            8 => Magnitude { z, magnitude: row, norm: other, bias: Some(row), y }.run(cpu),
+            5 => Relu { x: dy.view(), y: y.view_mut() }
+                .run(cpu)
+                .and(ReluBackward { y: y.view(), dy: dy.view(), dx: z.view_mut() }.run(cpu)),
+            6 => Add { x: dy.view(), y: y.view_mut() }.run(cpu),
+            7 => LoraRowNorm { w: (&*w).into(), a: a.into(), b: b.into(), scale, norm: other.view_mut() }.run(cpu),
+            8 => Magnitude { z: z.view(), magnitude: row.view(), norm: other.view(), bias: Some(row.view()), y: y.view_mut() }
+                .run(cpu),
             9 => {
                 let (dmagnitude, dbias) = (Some(&mut new(1, n)), Some(&mut new(1, n)));
-                MagnitudeBackward { z, magnitude: row, norm: other, dy, dz: Some(y), dmagnitude, dbias }.run(cpu)
+                MagnitudeBackward {
+                    z: z.view(),
+                    magnitude: row.view(),
+                    norm: other.view(),
+                    dy: dy.view(),
+                    dz: Some(y.view_mut()),
+                    dmagnitude: dmagnitude.map(Tensor::view_mut),
+                    dbias: dbias.map(Tensor::view_mut),
+                }
+                .run(cpu)
             }
-            10 => Accumulate { x: dy, scale, y }.run(cpu),
-            11 => dropout.map_or(Ok(()), |dropout| DropoutForward { x: dy, dropout, y }.run(cpu)),
+            10 => Accumulate { x: dy.view(), scale, y: y.view_mut() }.run(cpu),
+            11 => dropout.map_or(Ok(()), |dropout| DropoutForward { x: dy.view(), dropout, y: y.view_mut() }.run(cpu)),
             _ => {
                 let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1)?, WeightGrad::Factored { dy, x });
                 Adam { grad, rate, m: &mut new(n, k), v: &mut new(n, k), w }.run(cpu)
@@ -223,4 +310,58 @@ proptest! {
             prop_assert!(done.is_ok(), "{done:?}");
         }
     }
+}
+
+/// A part of a wider matrix, whose rows lie apart.
+fn part(wider: &T) -> MatRef<'_, Cpu<f32>> {
+    wider.view().column_range(1..wider.cols() - 1).unwrap()
+}
+
+fn part_mut(wider: &mut T) -> MatMut<'_, Cpu<f32>> {
+    let cols = wider.cols();
+    wider.view_mut().column_range(1..cols - 1).unwrap()
+}
+
+/// Verbs that pass over elements, and `f32` results of the low-rank layer, want rows that follow one another, and say whose do not.
+#[test]
+fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
+    let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
+    let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
+    let apart = "is a view whose rows lie apart, want one whose rows follow one another";
+    let mut refused = |verb: &str, name: &str, result: Result<(), Error>| {
+        assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
+    };
+    refused("relu", "x", Relu { x: part(&wide), y: out.view_mut() }.run(&cpu));
+    refused("relu", "y", Relu { x: narrow.view(), y: part_mut(&mut wide_out) }.run(&cpu));
+    refused("add", "y", Add { x: narrow.view(), y: part_mut(&mut wide_out) }.run(&cpu));
+    refused("accumulate", "x", Accumulate { x: part(&wide), scale: 1.0, y: out.view_mut() }.run(&cpu));
+    let dropout = Dropout::new(0.5, 1).unwrap();
+    refused("dropout_forward", "x", DropoutForward { x: part(&wide), dropout, y: out.view_mut() }.run(&cpu));
+    let labels = &Labels::new(&cpu, 4, &[0, 1, 2]).unwrap();
+    let (logits, loss, dlogits) = (part(&wide), loss.view_mut(), out.view_mut());
+    refused("cross_entropy", "logits", CrossEntropy { logits, labels, loss, dlogits }.run(&cpu));
+
+    let (w, a, b) = (zeros(4, 4), zeros(4, 4), zeros(4, 4));
+    let (w, a, b, dropout) = (Some((&w).into()), (&a).into(), (&b).into(), None);
+    let forward = |h, y| LoraForward { x: narrow.view(), w, bias: None, a, b, scale: 1.0, dropout, h, y }.run(&cpu);
+    refused("lora_forward", "h", forward(part_mut(&mut wide_out), (&mut out).into()));
+    let rounding = Rounding::Stochastic { seed: 1 };
+    let (a, b, mut w) = (zeros(1, 4), zeros(3, 1), zeros(3, 6));
+    let merge = LoraMerge { a: (&a).into(), b: (&b).into(), scale: 1.0, rounding, w: part_mut(&mut w) };
+    refused("lora_merge", "w", merge.run(&cpu));
+}
+
+#[test]
+fn a_view_that_does_not_fit_its_memory_is_refused() {
+    type Rows<'a> = MatRef<'a, Cpu<f32>>;
+    let memory = vec![0.0; 10];
+    let message = |result: lowrank::Result<Rows<'_>>| result.unwrap_err().to_string();
+    assert_eq!(message(Rows::from_slice(&memory, (3, 4))), "view: `memory` is 10 elements, want 12, for 3×4");
+    let wanted = "view: `memory` is 10 elements, want at least 11, for 2×4 at offset 2 with row stride 5";
+    assert_eq!(message(Rows::strided(&memory, (2, 4), 2, 5)), wanted);
+    let overlapping = "view: `row_stride` is 3, want at least the number of columns";
+    assert_eq!(message(Rows::strided(&memory, (2, 4), 0, 3)), overlapping);
+    let whole = Rows::from_slice(&memory, (2, 5)).unwrap();
+    assert_eq!(message(whole.row_range(1..3)), "view: `rows` is 1..3, want within 0..2");
+    assert_eq!(message(whole.column_range(4..6)), "view: `columns` is 4..6, want within 0..5");
 }

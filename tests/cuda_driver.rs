@@ -36,8 +36,8 @@ fn gpu_operands_of_another_stream_are_refused() {
     let (x, mut y) = (Tensor::zeros(&other, (2, 2)).unwrap(), Tensor::zeros(&gpu, (2, 2)).unwrap());
     let refused = |error: &Error| matches!(error, Error::Device { reason, .. } if reason.contains("another stream of GPU 0"));
     for error in [
-        Add { x: &x, y: &mut y }.run(&gpu).unwrap_err(),
-        Add { x: &x, y: &mut y }.run(&other).unwrap_err(),
+        Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap_err(),
+        Add { x: x.view(), y: y.view_mut() }.run(&other).unwrap_err(),
         x.to_vec(&gpu).unwrap_err(),
         y.copy_from_slice(&other, &[bf16::ONE; 4]).unwrap_err(),
     ] {
@@ -76,7 +76,7 @@ fn gpu_copies_are_refused_while_a_graph_is_captured() {
     let (x, mut y) = (ones(&gpu), ones(&gpu));
     stream.begin_capture(THREAD_LOCAL).unwrap();
     let errors = [y.copy_from_slice(&gpu, &[bf16::ONE; 4]).unwrap_err(), x.to_vec(&gpu).unwrap_err()];
-    Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+    Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
     let graph = stream.end_capture(AUTO_FREE).unwrap().expect("an addition");
     for error in errors {
         assert!(matches!(&error, Error::Device { reason, .. } if reason.contains("captured")), "{error}");
@@ -102,9 +102,36 @@ fn gpu_a_captured_layer_runs_again_on_new_contents() {
 
     stream.begin_capture(THREAD_LOCAL).unwrap();
     let (w, a, b) = (Some(&w), &a, &b);
-    LoraForward { x: &x, w, bias: None, a, b, scale, dropout, h: &mut h, y: &mut y }.run(gpu).unwrap();
+    LoraForward {
+        x: x.view(),
+        w: w.map(Into::into),
+        bias: None,
+        a: a.into(),
+        b: b.into(),
+        scale,
+        dropout,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    }
+    .run(gpu)
+    .unwrap();
     let (da_, db_, dx_) = (&mut da, &mut db, Some(&mut dx));
-    LoraBackward { x: &x, w, a, b, h: &h, dy: &dy, scale, dropout, da: da_, db: db_, dbias: None, dx: dx_ }.run(gpu).unwrap();
+    LoraBackward {
+        x: x.view(),
+        w: w.map(Into::into),
+        a: a.into(),
+        b: b.into(),
+        h: h.view(),
+        dy: dy.view(),
+        scale,
+        dropout,
+        da: da_.view_mut(),
+        db: db_.view_mut(),
+        dbias: None,
+        dx: dx_.map(Into::into),
+    }
+    .run(gpu)
+    .unwrap();
     let graph = stream.end_capture(AUTO_FREE).unwrap().expect("launches");
 
     for layer in [first, second] {

@@ -35,7 +35,18 @@ fn forward<B: Backend>(backend: &B, layer: &Lora) -> Result<Vec<B::Elem>, Error>
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
     let (mut h, mut y) = (unwritten(backend, x.rows(), a.rows()), unwritten(backend, x.rows(), w.rows()));
     let (x, w, bias, a, b, scale) = (&x, Some(&w), bias.as_ref(), &a, &b, layer.scale as f32);
-    LoraForward { x, w, bias, a, b, scale, dropout: None, h: &mut h, y: &mut y }.run(backend)?;
+    LoraForward {
+        x: x.view(),
+        w: w.map(Into::into),
+        bias: bias.map(Tensor::view),
+        a: a.into(),
+        b: b.into(),
+        scale,
+        dropout: None,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    }
+    .run(backend)?;
     Ok(down(backend, &y))
 }
 
@@ -46,7 +57,21 @@ fn backward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> 
     let (mut da, mut db) = (unwritten(backend, a.rows(), x.cols()), unwritten(backend, w.rows(), a.rows()));
     let mut dx = unwritten(backend, x.rows(), x.cols());
     let (x, w, a, b, h, dy, scale) = (&x, Some(&w), &a, &b, &h, &dy, layer.scale as f32);
-    LoraBackward { x, w, a, b, h, dy, scale, dropout, da: &mut da, db: &mut db, dbias: None, dx: Some(&mut dx) }.run(backend)?;
+    LoraBackward {
+        x: x.view(),
+        w: w.map(Into::into),
+        a: a.into(),
+        b: b.into(),
+        h: h.view(),
+        dy: dy.view(),
+        scale,
+        dropout,
+        da: da.view_mut(),
+        db: db.view_mut(),
+        dbias: None,
+        dx: Some((&mut dx).into()),
+    }
+    .run(backend)?;
     Ok(down(backend, &dx))
 }
 
@@ -54,7 +79,7 @@ fn backward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> 
 fn base_forward<B: Backend>(backend: &B, layer: &Lora) -> Result<Vec<B::Elem>, Error> {
     let [x, w] = [&layer.x, &layer.w].map(|mat| up(backend, mat));
     let mut y = unwritten(backend, x.rows(), w.rows());
-    LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(backend)?;
+    LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(backend)?;
     Ok(down(backend, &y))
 }
 
@@ -62,7 +87,8 @@ fn base_forward<B: Backend>(backend: &B, layer: &Lora) -> Result<Vec<B::Elem>, E
 fn base_backward<B: Backend>(backend: &B, layer: &Lora) -> Result<Vec<B::Elem>, Error> {
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up(backend, mat));
     let mut dx = unwritten(backend, x.rows(), x.cols());
-    LinearBackward { x: &x, w: &w, dy: &dy, dx: Some(&mut dx), dw: None, dbias: None }.run(backend)?;
+    LinearBackward { x: Some(x.view()), w: Some((&w).into()), dy: dy.view(), dx: Some((&mut dx).into()), dw: None, dbias: None }
+        .run(backend)?;
     Ok(down(backend, &dx))
 }
 

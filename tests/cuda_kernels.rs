@@ -36,8 +36,15 @@ fn wide_products_are_exact_on_whole_numbers<E: Float>() {
         let layer = whole(Dims { m, k, n, r: 1 }, seed as u64);
         let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up(&backend, mat));
         let (mut y, mut dw, mut dx) = (unwritten(&backend, m, n), unwritten(&backend, n, k), unwritten(&backend, m, k));
-        LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&backend).unwrap();
-        let backward = LinearBackward { x: &x, w: &w, dy: &dy, dx: Some(&mut dx), dw: Some(&mut dw), dbias: None };
+        LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&backend).unwrap();
+        let backward = LinearBackward {
+            x: Some(x.view()),
+            w: Some((&w).into()),
+            dy: dy.view(),
+            dx: Some((&mut dx).into()),
+            dw: Some(dw.view_mut()),
+            dbias: None,
+        };
         backward.run(&backend).unwrap();
         assert_exact(&format!("{dims:?} y"), &down(&backend, &y), &(&layer.x * &layer.w.t()));
         assert_exact(&format!("{dims:?} dx"), &down(&backend, &dx), &(&layer.dy * &layer.w));
@@ -112,7 +119,9 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
         let fresh = Lora { b: layer.b.map(|_| 0.0), ..layer.clone() };
         let [x, w] = [&layer.x, &layer.w].map(|mat| up(&backend, mat));
         let (bias, mut y) = (layer.bias.as_ref().map(|mat| up(&backend, mat)), unwritten(&backend, dims.m, dims.n));
-        LinearForward { x: &x, w: &w, bias: bias.as_ref(), y: &mut y }.run(&backend).unwrap();
+        LinearForward { x: x.view(), w: (&w).into(), bias: bias.as_ref().map(Tensor::view), y: (&mut y).into() }
+            .run(&backend)
+            .unwrap();
         assert_eq!(down(&backend, &y), forward(&backend, &fresh, None).unwrap().1, "{dims:?}");
     }
 }
@@ -223,20 +232,47 @@ fn verbs_launch_little_copy_nothing_and_need_no_memory_like_the_weights() {
 
         asked();
         let (scale, rounding) = (0.5, Rounding::Stochastic { seed: 1 });
-        LoraForward { x: &x, w: Some(&w), bias: None, a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y }.run(&backend).unwrap();
+        LoraForward {
+            x: x.view(),
+            w: Some((&w).into()),
+            bias: None,
+            a: (&a).into(),
+            b: (&b).into(),
+            scale,
+            dropout,
+            h: h.view_mut(),
+            y: (&mut y).into(),
+        }
+        .run(&backend)
+        .unwrap();
         let Asked { launches, overlapping, copies, scratch } = asked();
         assert_eq!((launches, copies, scratch), (forward_launches, 0, 0), "forward, {m} rows, rank {r}");
         assert_eq!(overlapping, launches - 1, "all but the first");
 
         let (w_, da_, db_, dbias_, dx_) = (Some(&w), &mut da, &mut db, Some(&mut dbias), Some(&mut dx));
         let (x, a, b, h, dy) = (&x, &a, &b, &h, &dy);
-        LoraBackward { x, w: w_, a, b, h, dy, scale, dropout, da: da_, db: db_, dbias: dbias_, dx: dx_ }.run(&backend).unwrap();
+        LoraBackward {
+            x: x.view(),
+            w: w_.map(Into::into),
+            a: a.into(),
+            b: b.into(),
+            h: h.view(),
+            dy: dy.view(),
+            scale,
+            dropout,
+            da: da_.view_mut(),
+            db: db_.view_mut(),
+            dbias: dbias_.map(Tensor::view_mut),
+            dx: dx_.map(Into::into),
+        }
+        .run(&backend)
+        .unwrap();
         let Asked { launches, overlapping, copies, scratch } = asked();
         assert_eq!(overlapping, launches - 1, "all but the first");
         assert!(launches <= 5 && copies == 0, "backward, {m} rows: {launches} launches, {copies} copies");
         assert!(scratch <= 2 * 512 * 520 / 2, "backward, {m} rows, rank {r}: {scratch} bytes");
 
-        LoraMerge { a, b, scale, rounding, w: &mut w }.run(&backend).unwrap();
+        LoraMerge { a: a.into(), b: b.into(), scale, rounding, w: w.view_mut() }.run(&backend).unwrap();
         let Asked { launches, overlapping, copies, scratch } = asked();
         assert_eq!((launches, overlapping, copies, scratch), (1, 0, 0, 0), "merge");
     }

@@ -21,13 +21,15 @@ fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
     let (y, dx, dw, dbias) = suite::run_linear(cpu, &layer);
     let [x, mut w, a, b, dy] = [&layer.x, &layer.w, &layer.a, &layer.b, &layer.dy].map(|mat| up::<_, E>(cpu, mat));
     let mut norm: Tensor<_, f32> = unwritten(cpu, 1, n);
-    LoraRowNorm { w: &w, a: &a, b: &b, scale: 0.5, norm: &mut norm }.run(cpu).unwrap();
+    LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale: 0.5, norm: norm.view_mut() }.run(cpu).unwrap();
     let (magnitude, mut scaled) = (up(cpu, layer.bias.as_ref().unwrap()), unwritten(cpu, m, n));
-    Magnitude { z: &dy, magnitude: &magnitude, norm: &norm, bias: None, y: &mut scaled }.run(cpu).unwrap();
+    Magnitude { z: dy.view(), magnitude: magnitude.view(), norm: norm.view(), bias: None, y: scaled.view_mut() }
+        .run(cpu)
+        .unwrap();
     let mut gated = unwritten(cpu, m, k);
-    ReluBackward { y: &x, dy: &x, dx: &mut gated }.run(cpu).unwrap();
-    Add { x: &x, y: &mut gated }.run(cpu).unwrap();
-    LoraMerge { a: &a, b: &b, scale: 0.5, rounding: Rounding::Nearest, w: &mut w }.run(cpu).unwrap();
+    ReluBackward { y: x.view(), dy: x.view(), dx: gated.view_mut() }.run(cpu).unwrap();
+    Add { x: x.view(), y: gated.view_mut() }.run(cpu).unwrap();
+    LoraMerge { a: (&a).into(), b: (&b).into(), scale: 0.5, rounding: Rounding::Nearest, w: w.view_mut() }.run(cpu).unwrap();
     let (mut first, mut second) = (up(cpu, &layer.w), up(cpu, &layer.w.abs()));
     let (grad, rate) = (WeightGrad::Factored { dy: &dy, x: &x }, AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
     Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(cpu).unwrap();

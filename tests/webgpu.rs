@@ -140,7 +140,19 @@ fn the_wide_tile_is_exact_up_to_its_edges() {
         let (mut h, mut y) = (unwritten(&gpu, dims.m, dims.r), unwritten(&gpu, dims.m, dims.n));
         let (bias, scale) = (layer.bias.as_ref().map(|mat| up(&gpu, mat)), layer.scale as f32);
         let (h_, y_, bias) = (&mut h, &mut y, bias.as_ref());
-        LoraForward { x: &x, w: Some(&w), bias, a: &a, b: &b, scale, dropout: None, h: h_, y: y_ }.run(&gpu).unwrap();
+        LoraForward {
+            x: x.view(),
+            w: Some((&w).into()),
+            bias: bias.map(Tensor::view),
+            a: (&a).into(),
+            b: (&b).into(),
+            scale,
+            dropout: None,
+            h: h_.view_mut(),
+            y: y_.into(),
+        }
+        .run(&gpu)
+        .unwrap();
         assert_exact(&format!("{dims:?} y"), &down(&gpu, &y), &layer.forward().1);
     }
 }
@@ -165,9 +177,9 @@ fn the_device_tells_its_time_and_takes_the_callers_commands() {
     let (x, mut y) = (Tensor::from_slice(&gpu, (1, 4), &[1.0f32; 4]).unwrap(), Tensor::zeros(&gpu, (1, 4)).unwrap());
     let cleared = y.buffer().raw().clone();
     let work = || {
-        Add { x: &x, y: &mut y }.run(&gpu)?;
+        Add { x: x.view(), y: y.view_mut() }.run(&gpu)?;
         gpu.record(move |encoder| encoder.clear_buffer(&cleared, 0, None));
-        Add { x: &x, y: &mut y }.run(&gpu)
+        Add { x: x.view(), y: y.view_mut() }.run(&gpu)
     };
     match gpu.device_time(work) {
         Ok(time) => assert!(!time.is_zero()),
@@ -189,7 +201,7 @@ fn a_large_weight_needs_no_adapter_that_binds_it_whole() {
     let want: Vec<f32> = w.chunks(k).map(|row| row.iter().zip(&x).map(|(w, x)| w * x).sum()).collect();
     let (x, w) = (Tensor::from_slice(&gpu, (1, k), &x).unwrap(), Tensor::from_slice(&gpu, (n, k), &w).unwrap());
     let mut y = unwritten(&gpu, 1, n);
-    LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&gpu).unwrap();
+    LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&gpu).unwrap();
     assert_eq!(down(&gpu, &y), want);
 }
 
@@ -204,7 +216,19 @@ fn the_mask_is_that_of_the_cpu_bit_for_bit() {
         let (w, b) = (Tensor::zeros(backend, (0, k)).unwrap(), Tensor::zeros(backend, (0, k)).unwrap());
         let (mut h, mut y) = (unwritten(backend, m, k), unwritten(backend, m, 0));
         let (dropout, h_) = (Some(dropout), &mut h);
-        LoraForward { x: &x, w: Some(&w), bias: None, a: &a, b: &b, scale: 1.0, dropout, h: h_, y: &mut y }.run(backend).unwrap();
+        LoraForward {
+            x: x.view(),
+            w: Some((&w).into()),
+            bias: None,
+            a: (&a).into(),
+            b: (&b).into(),
+            scale: 1.0,
+            dropout,
+            h: h_.view_mut(),
+            y: (&mut y).into(),
+        }
+        .run(backend)
+        .unwrap();
         down(backend, &h)
     }
     let (gpu, cpu) = (or_return!(shared_f32()), Cpu::new().unwrap());
@@ -247,9 +271,9 @@ fn uploads_keep_their_order() {
     for len in [3, 70_000, 200_000, 300_000, 17_000_001] {
         let (ones, twos) = (vec![1.0f32; len], vec![2.0; len]);
         let (mut x, mut y) = (Tensor::from_slice(&gpu, (1, len), &ones).unwrap(), Tensor::zeros(&gpu, (1, len)).unwrap());
-        Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+        Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
         x.copy_from_slice(&gpu, &twos).unwrap();
-        Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+        Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
         x.copy_from_slice(&gpu, &ones).unwrap();
         assert_eq!(down(&gpu, &y), vec![3.0; len], "{len}");
         assert_eq!(down(&gpu, &x), ones, "{len}");
@@ -261,7 +285,7 @@ fn another_device_on_the_same_adapter_gives_the_same_bits() {
     fn merged(gpu: &WebGpu<f32>) -> Vec<f32> {
         let layer = support::data::random::<f32>(Dims { m: 1, k: 90, n: 70, r: 5 }, 0.3, 2);
         let (a, b, mut w) = (up(gpu, &layer.a), up(gpu, &layer.b), up(gpu, &layer.w));
-        LoraMerge { a: &a, b: &b, scale: 0.3, rounding: Rounding::Nearest, w: &mut w }.run(gpu).unwrap();
+        LoraMerge { a: (&a).into(), b: (&b).into(), scale: 0.3, rounding: Rounding::Nearest, w: w.view_mut() }.run(gpu).unwrap();
         down(gpu, &w)
     }
     let gpu = or_return!(shared_f32());
@@ -315,7 +339,7 @@ fn a_submission_that_fails_is_every_later_error() {
     let x = Tensor::from_slice(&gpu, (3, 3), &[1.0f32; 9]).unwrap();
     let mut y = Tensor::zeros(&gpu, (3, 3)).unwrap();
     let raw = gpu.upload(&[1.0f32; 64]).unwrap();
-    Add { x: &x, y: &mut y }.run(&gpu).unwrap();
+    Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
     gpu.record(move |encoder| encoder.copy_buffer_to_buffer(raw.raw(), 1, raw.raw(), 128, 4)); // 1 is no multiple of 4
     for _ in 0..2 {
         let error = y.to_vec(&gpu).unwrap_err();
@@ -337,7 +361,7 @@ fn what_is_tiny_in_f16_is_rounded_to_nearest_even() {
     let (x, w) = (numbers(-13..=-1), numbers(-14..=-1));
     let [columns, rows] = [&x, &w].map(|side| Tensor::from_slice(&gpu, (side.len(), 1), side).unwrap());
     let mut y = unwritten(&gpu, x.len(), w.len());
-    LinearForward { x: &columns, w: &rows, bias: None, y: &mut y }.run(&gpu).unwrap();
+    LinearForward { x: columns.view(), w: (&rows).into(), bias: None, y: (&mut y).into() }.run(&gpu).unwrap();
     let want: Vec<f16> = x.iter().flat_map(|x| w.iter().map(|w| f16::from_f32(x.to_f32() * w.to_f32()))).collect();
     assert_eq!(y.to_vec(&gpu).unwrap(), want);
 }

@@ -25,13 +25,20 @@ pub(super) fn through<B: Backend>(
         Op::Input => {}
         Op::Relu { x } => {
             let mut dx = Tensor::unwritten(backend, dy.shape())?;
-            ReluBackward { y: &values[y.index], dy: &dy, dx: &mut dx }.run(backend)?;
+            ReluBackward { y: values[y.index].view(), dy: dy.view(), dx: dx.view_mut() }.run(backend)?;
             gradients.meet(backend, *x, dx)?;
         }
         Op::Linear { x, w, bias } => {
             let (mut dx, mut dbias) = (new_dx(*x)?, new_grad(backend, *bias)?);
             let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
-            let backward = LinearBackward { x: &values[x.index], w: &w.tensor, dy: &dy, dx: dx_, dw: None, dbias: dbias_ };
+            let backward = LinearBackward {
+                x: Some(values[x.index].view()),
+                w: Some((&w.tensor).into()),
+                dy: dy.view(),
+                dx: dx_.map(Into::into),
+                dw: None,
+                dbias: dbias_.map(Tensor::view_mut),
+            };
             backward.run(backend)?;
             gradients.file("bias", *bias, dbias.map(Gradient::Dense))?;
             gradients.file("w", Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
@@ -43,23 +50,23 @@ pub(super) fn through<B: Backend>(
             let mut da = Tensor::unwritten(backend, a.tensor.shape())?;
             let mut db = Tensor::unwritten(backend, b.tensor.shape())?;
             let backward = LoraBackward {
-                x: &values[x.index],
-                w: w.map(|w| &w.tensor),
-                a: &a.tensor,
-                b: &b.tensor,
-                h,
-                dy: &dy,
+                x: values[x.index].view(),
+                w: w.map(|w| (&w.tensor).into()),
+                a: (&a.tensor).into(),
+                b: (&b.tensor).into(),
+                h: h.view(),
+                dy: dy.view(),
                 scale: *scale,
                 dropout: *dropout,
-                da: &mut da,
-                db: &mut db,
-                dbias: dbias.as_mut(),
-                dx: dx.as_mut(),
+                da: da.view_mut(),
+                db: db.view_mut(),
+                dbias: dbias.as_mut().map(Tensor::view_mut),
+                dx: dx.as_mut().map(Into::into),
             };
             backward.run(backend)?;
             if let (Some(x), Some(lora_bias)) = (&dbias, lora_bias.filter(|lora_bias| lora_bias.trainable)) {
                 let mut y = Tensor::zeros(backend, x.shape())?;
-                Accumulate { x, scale: *scale, y: &mut y }.run(backend)?;
+                Accumulate { x: x.view(), scale: *scale, y: y.view_mut() }.run(backend)?;
                 gradients.file("lora_bias", Some(lora_bias), Some(Gradient::Dense(y)))?;
             }
             gradients.file("bias", bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
@@ -72,13 +79,13 @@ pub(super) fn through<B: Backend>(
             let (mut dz, mut dmagnitude) = (new_dx(*z)?, new_grad(backend, Some(magnitude))?);
             let mut dbias = new_grad(backend, *bias)?;
             let backward = MagnitudeBackward {
-                z: &values[z.index],
-                magnitude: &magnitude.tensor,
-                norm,
-                dy: &dy,
-                dz: dz.as_mut(),
-                dmagnitude: dmagnitude.as_mut(),
-                dbias: dbias.as_mut(),
+                z: values[z.index].view(),
+                magnitude: magnitude.tensor.view(),
+                norm: norm.view(),
+                dy: dy.view(),
+                dz: dz.as_mut().map(Tensor::view_mut),
+                dmagnitude: dmagnitude.as_mut().map(Tensor::view_mut),
+                dbias: dbias.as_mut().map(Tensor::view_mut),
             };
             backward.run(backend)?;
             gradients.file("magnitude", Some(magnitude), dmagnitude.map(Gradient::Dense))?;
@@ -87,7 +94,7 @@ pub(super) fn through<B: Backend>(
         }
         Op::Dropout { x, dropout } => {
             let mut dx = Tensor::unwritten(backend, dy.shape())?;
-            DropoutForward { x: &dy, dropout: *dropout, y: &mut dx }.run(backend)?;
+            DropoutForward { x: dy.view(), dropout: *dropout, y: dx.view_mut() }.run(backend)?;
             gradients.meet(backend, *x, dx)?;
         }
         Op::Sum { x, y, minus } => {

@@ -77,7 +77,7 @@ impl<B: Backend> Gradients<B> {
             match (self.of.entry(id), gradient) {
                 (Entry::Occupied(mut sum), Gradient::Dense(x)) => {
                     if let Gradient::Dense(y) = sum.get_mut() {
-                        Accumulate { x: &x, scale: 1.0, y }.run(backend)?;
+                        Accumulate { x: x.view(), scale: 1.0, y: y.view_mut() }.run(backend)?;
                     }
                 }
                 (Entry::Vacant(new), gradient) => {
@@ -96,7 +96,7 @@ impl<B: Backend> Gradients<B> {
         for gradient in self.of.values_mut() {
             if let Gradient::Dense(x) = gradient {
                 let mut y = Tensor::zeros(backend, x.shape())?;
-                Accumulate { x, scale: by, y: &mut y }.run(backend)?;
+                Accumulate { x: x.view(), scale: by, y: y.view_mut() }.run(backend)?;
                 *x = y;
             }
         }
@@ -146,7 +146,7 @@ impl<B: Backend> Gradients<B> {
     /// Adds a gradient to what has already arrived at a value.
     pub(super) fn meet(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
         match &mut self.arrived[var.index] {
-            Some(sum) => Add { x: &gradient, y: sum }.run(backend),
+            Some(sum) => Add { x: gradient.view(), y: sum.view_mut() }.run(backend),
             empty => {
                 *empty = Some(gradient);
                 Ok(())
@@ -170,8 +170,8 @@ impl<B: Backend> Gradients<B> {
             let x = &self.values[x.index];
             let shape = Shape::from((dy.cols(), x.cols()));
             let mut dw = Tensor::unwritten(backend, shape)?;
-            let w = &Tensor::unwritten(backend, shape)?; // gives the verb its sizes: without `dx` nobody reads it
-            LinearBackward { x, w, dy, dx: None, dw: Some(&mut dw), dbias: None }.run(backend)?;
+            LinearBackward { x: Some(x.view()), w: None, dy: dy.view(), dx: None, dw: Some(dw.view_mut()), dbias: None }
+                .run(backend)?;
             *gradient = Gradient::Dense(dw);
         }
         Ok(())

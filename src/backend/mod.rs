@@ -13,6 +13,7 @@ use crate::op::{
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
 use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// For which products a weight is [kept packed](Backend::keep_packed).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,12 +33,17 @@ pub enum Passes {
 /// Memory that is dropped is kept for who asks for as much, within bounds: the steps of a training or decoding loop find what those
 /// before them gave back. What a step works in does not outlive the backend, and so a backend borrows nothing (`'static`).
 ///
-/// Callers build a request and [`run`](LoraForward::run) it; they need not call the verbs here.
-pub trait Backend: Sized + 'static {
+/// Callers build a request and [`run`](LoraForward::run) it; they need not call the verbs here. The trait is sealed: it grows with the
+/// crate, and the backends are those of this crate.
+pub trait Backend: sealed::Sealed + Sized + 'static {
     /// How weights and activations are stored. `Cpu<f32>` and `Cpu<bf16>` are two backends.
     type Elem: Float;
-    /// Memory for elements `T` on this device.
+    /// Memory for elements `T` on this device, owned: it is freed with its owner.
     type Buffer<T: Element>;
+    /// Memory for elements `T` on this device, owned or lent: what views look at. `[T]` on the CPU.
+    type Slice<T: Element>: ?Sized + 'static;
+    /// A weight in the order in which products read it; see [`Packed`](crate::op::Packed).
+    type Panels: 'static;
 
     /// What it runs on, in words: `cpu (AVX-512, 2 threads)`.
     fn device(&self) -> String;
@@ -56,8 +62,22 @@ pub trait Backend: Sized + 'static {
     fn download<T: Element>(&self, buffer: &Self::Buffer<T>, host: &mut [T]) -> Result<()>;
     /// Returns when every verb called so far is done.
     fn synchronize(&self) -> Result<()>;
-    /// How many elements a buffer holds.
-    fn buffer_len<T: Element>(buffer: &Self::Buffer<T>) -> usize;
+
+    /// The memory of a buffer, to be read.
+    fn slice<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Slice<T>;
+    /// The memory of a buffer, to be written.
+    fn slice_mut<T: Element>(buffer: &mut Self::Buffer<T>) -> &mut Self::Slice<T>;
+    /// How many elements there are in it.
+    fn slice_len<T: Element>(slice: &Self::Slice<T>) -> usize;
+    /// Copies a matrix to one of the same shape, on the device.
+    fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()>;
+
+    /// A weight in the order in which products read it; nothing, on backends whose products read weights as they are.
+    fn pack(&self, w: MatRef<'_, Self>, passes: Passes) -> Result<Self::Panels>;
+    /// The panels that [`keep_packed`](Self::keep_packed) made of what is in a buffer.
+    fn panels(_buffer: &Self::Buffer<Self::Elem>) -> Option<&Self::Panels> {
+        None
+    }
 
     /// Keeps a weight that stays as it is, a frozen one, also in the order in which products read it, so that they need not sort it
     /// anew each time. It costs the memory of `w` again for each pass, and lasts until `w` is next written; results keep their
@@ -97,4 +117,10 @@ pub trait Backend: Sized + 'static {
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()>;
     /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
     fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()>;
+}
+
+/// Who may implement [`Backend`].
+pub(crate) mod sealed {
+    /// Implemented for the backends of this crate alone.
+    pub trait Sealed {}
 }

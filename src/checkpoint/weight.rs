@@ -108,7 +108,7 @@ impl<'f> Weight<'f> {
         let mut w = fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)?;
         number::widen(dtypes[0], old, w.buffer_mut());
         rows.divide(w.buffer_mut());
-        LoraMerge { a: &self.a, b: &b, scale, rounding: Rounding::Nearest, w: &mut w }.run(cpu)?;
+        LoraMerge { a: (&self.a).into(), b: (&b).into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }.run(cpu)?;
         let gains = rows.lengthen(w.buffer_mut());
         let finite = number::narrow(dtypes[1], w.buffer(), new);
         spare().push(w);

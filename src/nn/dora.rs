@@ -24,7 +24,7 @@ pub(super) fn row_norms<B: Backend>(backend: &B, base: &Linear<B>, adapter: &Ada
 fn norm<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>) -> Result<Tensor<B, f32>> {
     let mut norm = Tensor::unwritten(backend, (1, w.rows()))?;
     let (a, b, scale) = (&adapter.a.tensor, &adapter.b.tensor, adapter.scaling());
-    LoraRowNorm { w, a, b, scale, norm: &mut norm }.run(backend)?;
+    LoraRowNorm { w: w.into(), a: a.into(), b: b.into(), scale, norm: norm.view_mut() }.run(backend)?;
     Ok(norm)
 }
 

@@ -202,7 +202,7 @@ fn take_update<B: Backend>(backend: &B, w: &mut Tensor<B>, adapter: &Adapter<B>,
 }
 
 fn lora_merge<B: Backend>(backend: &B, w: &mut Tensor<B>, adapter: &Adapter<B>, scale: f32, rounding: Rounding) -> Result<()> {
-    LoraMerge { a: &adapter.a.tensor, b: &adapter.b.tensor, scale, rounding, w }.run(backend)
+    LoraMerge { a: (&adapter.a.tensor).into(), b: (&adapter.b.tensor).into(), scale, rounding, w: w.view_mut() }.run(backend)
 }
 
 /// What the bias of a layer becomes, if the part changes it.

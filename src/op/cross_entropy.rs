@@ -1,25 +1,53 @@
 //! `loss = mean(-log softmax(logits)[label])` over the rows, with its derivative in the same pass.
 
-use super::{Checked, fits};
+use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::tensor::{Shape, Tensor};
+use crate::view::{MatMut, MatRef};
 
-/// One class a row. Exists only with every label below `classes`.
+/// One class a row, or none. Exists only with every label below `classes`.
 #[derive(Debug)]
 pub struct Labels<B: Backend> {
     classes: usize,
+    /// Rows that have one.
+    counted: usize,
     tensor: Tensor<B, u32>,
 }
+
+/// How a row without a label is stored: PyTorch's `ignore_index`.
+pub(crate) const IGNORED: u32 = u32::MAX;
 
 impl<B: Backend> Labels<B> {
     /// Puts the labels on the device. Errors: [`Error::Value`] if one is not below `classes`.
     pub fn new(backend: &B, classes: usize, labels: &[u32]) -> Result<Self> {
-        if let Some((row, wrong)) = labels.iter().enumerate().find(|&(_, &label)| label as usize >= classes) {
-            let got = format!("{wrong} in row {row} of {classes} classes");
-            return Err(Error::Value { verb: "cross_entropy", name: "labels", got, want: "below the number of classes".into() });
+        if let Some((row, &wrong)) = labels.iter().enumerate().find(|&(_, &label)| label as usize >= classes) {
+            return Err(too_large(classes, row, wrong));
         }
-        Ok(Self { classes, tensor: Tensor::from_slice(backend, (labels.len(), 1), labels)? })
+        Self::checked(backend, classes, labels.len(), labels)
+    }
+
+    /// Puts the labels on the device. A row without one does not count: it adds nothing to the loss, its gradient is 0, and the mean
+    /// is over the others. So padding and prompts are left out of the loss of a language model.
+    ///
+    /// Errors: [`Error::Value`] if a label is not below `classes`.
+    pub fn with_ignored(backend: &B, classes: usize, labels: &[Option<u32>]) -> Result<Self> {
+        if let Some((row, &Some(wrong))) =
+            labels.iter().enumerate().find(|(_, label)| label.is_some_and(|l| l as usize >= classes))
+        {
+            return Err(too_large(classes, row, wrong));
+        }
+        let stored: Vec<u32> = labels.iter().map(|label| label.unwrap_or(IGNORED)).collect();
+        Self::checked(backend, classes, labels.iter().flatten().count(), &stored)
+    }
+
+    fn checked(backend: &B, classes: usize, counted: usize, labels: &[u32]) -> Result<Self> {
+        Ok(Self { classes, counted, tensor: Tensor::from_slice(backend, (labels.len(), 1), labels)? })
+    }
+
+    /// How many rows have a label.
+    pub fn counted(&self) -> usize {
+        self.counted
     }
 
     /// Every label is below this.
@@ -33,18 +61,24 @@ impl<B: Backend> Labels<B> {
     }
 }
 
-/// `loss = mean(-log softmax(logits)[label])` over the rows, `dlogits = (softmax(logits) - onehot(label)) / m`
+fn too_large(classes: usize, row: usize, label: u32) -> Error {
+    let got = format!("{label} in row {row} of {classes} classes");
+    Error::Value { verb: "cross_entropy", name: "labels", got, want: "below the number of classes".into() }
+}
+
+/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / c`, over the `c` rows that have a label
 ///
-/// The largest logit of a row is subtracted first, so that no exponential overflows. The mean over no rows is 0.
+/// The gradient of a row without a label is 0. The largest logit of a row is subtracted first, so that no exponential overflows. The
+/// mean over no rows is 0.
 pub struct CrossEntropy<'t, B: Backend> {
     /// `m×n`: a row of scores an example
-    pub logits: &'t Tensor<B>,
-    /// `m` labels, below `n`
+    pub logits: MatRef<'t, B>,
+    /// `m` labels, each below `n` or none
     pub labels: &'t Labels<B>,
     /// `1×1`, overwritten
-    pub loss: &'t mut Tensor<B, f32>,
+    pub loss: MatMut<'t, B, f32>,
     /// `m×n`, overwritten
-    pub dlogits: &'t mut Tensor<B>,
+    pub dlogits: MatMut<'t, B>,
 }
 
 impl<B: Backend> CrossEntropy<'_, B> {
@@ -63,6 +97,8 @@ impl<B: Backend> CrossEntropy<'_, B> {
         )?;
         fits(Self::VERB, "loss", (1, 1), self.loss.shape())?;
         fits(Self::VERB, "dlogits", (m, n), self.dlogits.shape())?;
+        contiguous(Self::VERB, "logits", self.logits.is_contiguous())?;
+        contiguous(Self::VERB, "dlogits", self.dlogits.is_contiguous())?;
         Ok(Checked(self))
     }
 

@@ -1,10 +1,10 @@
 //! `drop(x)[i] = x[i] / (1 - p)` where the generator says keep, else 0. The mask is a function of the seed: nothing is stored.
 
-use super::{Checked, fits};
+use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::random::philox;
-use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// Inverted dropout whose mask is made again from its seed wherever it is needed.
 ///
@@ -48,17 +48,19 @@ impl Dropout {
 /// `y = drop(x)`. Its backward pass is the same verb on `dy`.
 pub struct DropoutForward<'t, B: Backend> {
     /// Any shape.
-    pub x: &'t Tensor<B>,
+    pub x: MatRef<'t, B>,
     /// Which elements are dropped: those that [`LoraForward`](super::LoraForward) drops for the same seed and shape.
     pub dropout: Dropout,
     /// The shape of `x`, overwritten
-    pub y: &'t mut Tensor<B>,
+    pub y: MatMut<'t, B>,
 }
 
 impl<B: Backend> DropoutForward<'_, B> {
     /// Compares the shapes.
     pub fn check(self) -> Result<Checked<Self>> {
         fits("dropout_forward", "y", self.x.shape(), self.y.shape())?;
+        contiguous("dropout_forward", "x", self.x.is_contiguous())?;
+        contiguous("dropout_forward", "y", self.y.is_contiguous())?;
         Ok(Checked(self))
     }
 

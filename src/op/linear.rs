@@ -1,20 +1,20 @@
 //! `y = x·Wᵀ + bias`, and its derivatives.
 
-use super::{Checked, fits};
+use super::{Checked, Output, Weight, contiguous, fits};
 use crate::backend::Backend;
-use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::error::{Error, Result};
+use crate::view::{MatMut, MatRef};
 
 /// `y = x·Wᵀ + bias`
 pub struct LinearForward<'t, B: Backend> {
     /// `m×k`
-    pub x: &'t Tensor<B>,
+    pub x: MatRef<'t, B>,
     /// `n×k`
-    pub w: &'t Tensor<B>,
+    pub w: Weight<'t, B>,
     /// `1×n`
-    pub bias: Option<&'t Tensor<B>>,
-    /// `m×n`, overwritten
-    pub y: &'t mut Tensor<B>,
+    pub bias: Option<MatRef<'t, B>>,
+    /// `m×n`, overwritten or added to
+    pub y: Output<'t, B>,
 }
 
 impl<B: Backend> LinearForward<'_, B> {
@@ -42,33 +42,40 @@ impl<B: Backend> LinearForward<'_, B> {
 /// `dW` is for those who want the matrix. A batch of m rows makes it a product of rank m, and [`Adam`](super::Adam) takes
 /// the two factors as they are ([`WeightGrad::Factored`](super::WeightGrad)).
 pub struct LinearBackward<'t, B: Backend> {
-    /// `m×k`
-    pub x: &'t Tensor<B>,
-    /// `n×k`
-    pub w: &'t Tensor<B>,
+    /// `m×k`, needed for `dw` alone
+    pub x: Option<MatRef<'t, B>>,
+    /// `n×k`, needed for `dx` alone
+    pub w: Option<Weight<'t, B>>,
     /// `m×n`
-    pub dy: &'t Tensor<B>,
-    /// `m×k`, overwritten
-    pub dx: Option<&'t mut Tensor<B>>,
-    /// `n×k`, overwritten
-    pub dw: Option<&'t mut Tensor<B, f32>>,
+    pub dy: MatRef<'t, B>,
+    /// `m×k`, overwritten or added to
+    pub dx: Option<Output<'t, B>>,
+    /// `n×k`, overwritten; rows that follow one another
+    pub dw: Option<MatMut<'t, B, f32>>,
     /// `1×n`, overwritten
-    pub dbias: Option<&'t mut Tensor<B, f32>>,
+    pub dbias: Option<MatMut<'t, B, f32>>,
 }
 
 impl<B: Backend> LinearBackward<'_, B> {
     const VERB: &'static str = "linear_backward";
 
-    /// Compares the shapes.
+    /// Compares the shapes; what `dx` and `dw` are made of must be there.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k, n) = (self.x.rows(), self.w.cols(), self.w.rows());
-        fits(Self::VERB, "x", (m, k), self.x.shape())?;
-        fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
+        let (m, n) = (self.dy.rows(), self.dy.cols());
+        if let Some(w) = self.w {
+            fits(Self::VERB, "w", (n, w.cols()), w.shape())?;
+        }
+        if let Some(x) = self.x {
+            fits(Self::VERB, "x", (m, self.w.map_or(x.cols(), |w| w.cols())), x.shape())?;
+        }
         if let Some(dx) = &self.dx {
-            fits(Self::VERB, "dx", (m, k), dx.shape())?;
+            let w = self.w.ok_or_else(|| missing("w", "a weight, which `dx` is made of"))?;
+            fits(Self::VERB, "dx", (m, w.cols()), dx.shape())?;
         }
         if let Some(dw) = &self.dw {
-            fits(Self::VERB, "dw", (n, k), dw.shape())?;
+            let x = self.x.ok_or_else(|| missing("x", "the input, which `dw` is made of"))?;
+            fits(Self::VERB, "dw", (n, x.cols()), dw.shape())?;
+            contiguous(Self::VERB, "dw", dw.is_contiguous())?;
         }
         if let Some(dbias) = &self.dbias {
             fits(Self::VERB, "dbias", (1, n), dbias.shape())?;
@@ -80,4 +87,9 @@ impl<B: Backend> LinearBackward<'_, B> {
     pub fn run(self, backend: &B) -> Result<()> {
         backend.linear_backward(self.check()?)
     }
+}
+
+/// An operand that is `None` where another needs it.
+fn missing(name: &'static str, want: &'static str) -> Error {
+    Error::Value { verb: "linear_backward", name, got: "missing".into(), want: want.into() }
 }

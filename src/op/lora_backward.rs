@@ -1,38 +1,38 @@
 //! `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 
-use super::{Checked, Dropout, finite, fits, inputs_of, rank_of};
+use super::{Checked, Dropout, Factor, Output, Weight, contiguous, finite, fits, inputs_of, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 ///
 /// `W` stays frozen: there is no `dW`. Without `w`, `dx = drop(dh·A)`. What else is `None` is not computed.
 pub struct LoraBackward<'t, B: Backend> {
     /// `m×k`
-    pub x: &'t Tensor<B>,
+    pub x: MatRef<'t, B>,
     /// `n×k`
-    pub w: Option<&'t Tensor<B>>,
+    pub w: Option<Weight<'t, B>>,
     /// `r×k`
-    pub a: &'t Tensor<B>,
+    pub a: Factor<'t, B>,
     /// `n×r`
-    pub b: &'t Tensor<B>,
-    /// `m×r`, as the forward pass left it
-    pub h: &'t Tensor<B, f32>,
+    pub b: Factor<'t, B>,
+    /// `m×r`, as the forward pass left it; rows that follow one another
+    pub h: MatRef<'t, B, f32>,
     /// `m×n`
-    pub dy: &'t Tensor<B>,
+    pub dy: MatRef<'t, B>,
     /// As in the forward pass.
     pub scale: f32,
     /// As in the forward pass: the mask is made again from its seed.
     pub dropout: Option<Dropout>,
-    /// `r×k`, overwritten
-    pub da: &'t mut Tensor<B, f32>,
-    /// `n×r`, overwritten
-    pub db: &'t mut Tensor<B, f32>,
+    /// `r×k`, overwritten; rows that follow one another
+    pub da: MatMut<'t, B, f32>,
+    /// `n×r`, overwritten; rows that follow one another
+    pub db: MatMut<'t, B, f32>,
     /// `1×n`, overwritten
-    pub dbias: Option<&'t mut Tensor<B, f32>>,
-    /// `m×k`, overwritten
-    pub dx: Option<&'t mut Tensor<B>>,
+    pub dbias: Option<MatMut<'t, B, f32>>,
+    /// `m×k`, overwritten or added to
+    pub dx: Option<Output<'t, B>>,
 }
 
 impl<B: Backend> LoraBackward<'_, B> {
@@ -40,8 +40,8 @@ impl<B: Backend> LoraBackward<'_, B> {
 
     /// Compares the shapes; `scale` must be finite and the rank at least 1.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(Tensor::shape), self.a.shape()));
-        let n = self.w.map_or(self.b.rows(), Tensor::rows);
+        let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(|w| w.shape()), self.a.shape()));
+        let n = self.w.map_or(self.b.rows(), |w| w.rows());
         let r = rank_of(Self::VERB, self.a.shape())?;
         fits(Self::VERB, "x", (m, k), self.x.shape())?;
         if let Some(w) = self.w {
@@ -50,10 +50,13 @@ impl<B: Backend> LoraBackward<'_, B> {
         fits(Self::VERB, "a", (r, k), self.a.shape())?;
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
         fits(Self::VERB, "h", (m, r), self.h.shape())?;
+        contiguous(Self::VERB, "h", self.h.is_contiguous())?;
         fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
         finite(Self::VERB, "scale", self.scale)?;
         fits(Self::VERB, "da", (r, k), self.da.shape())?;
+        contiguous(Self::VERB, "da", self.da.is_contiguous())?;
         fits(Self::VERB, "db", (n, r), self.db.shape())?;
+        contiguous(Self::VERB, "db", self.db.is_contiguous())?;
         if let Some(dbias) = &self.dbias {
             fits(Self::VERB, "dbias", (1, n), dbias.shape())?;
         }

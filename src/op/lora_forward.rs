@@ -1,9 +1,9 @@
 //! `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 
-use super::{Checked, Dropout, finite, fits, inputs_of, rank_of};
+use super::{Checked, Dropout, Factor, Output, Weight, contiguous, finite, fits, inputs_of, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 ///
@@ -12,23 +12,23 @@ use crate::tensor::Tensor;
 /// output. `h` is kept for the backward pass, in `f32` always: a 16-bit `h` is a known loss of accuracy.
 pub struct LoraForward<'t, B: Backend> {
     /// `m×k`
-    pub x: &'t Tensor<B>,
+    pub x: MatRef<'t, B>,
     /// `n×k`
-    pub w: Option<&'t Tensor<B>>,
+    pub w: Option<Weight<'t, B>>,
     /// `1×n`
-    pub bias: Option<&'t Tensor<B>>,
+    pub bias: Option<MatRef<'t, B>>,
     /// `r×k`
-    pub a: &'t Tensor<B>,
+    pub a: Factor<'t, B>,
     /// `n×r`
-    pub b: &'t Tensor<B>,
+    pub b: Factor<'t, B>,
     /// What the update is multiplied with; alpha/r in the paper.
     pub scale: f32,
     /// Which elements of `x` the adapter does not see.
     pub dropout: Option<Dropout>,
-    /// `m×r`, overwritten
-    pub h: &'t mut Tensor<B, f32>,
-    /// `m×n`, overwritten
-    pub y: &'t mut Tensor<B>,
+    /// `m×r`, overwritten; rows that follow one another
+    pub h: MatMut<'t, B, f32>,
+    /// `m×n`, overwritten or added to
+    pub y: Output<'t, B>,
 }
 
 impl<B: Backend> LoraForward<'_, B> {
@@ -36,8 +36,8 @@ impl<B: Backend> LoraForward<'_, B> {
 
     /// Compares the shapes; `scale` must be finite and the rank at least 1.
     pub fn check(self) -> Result<Checked<Self>> {
-        let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(Tensor::shape), self.a.shape()));
-        let n = self.w.map_or(self.b.rows(), Tensor::rows);
+        let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(|w| w.shape()), self.a.shape()));
+        let n = self.w.map_or(self.b.rows(), |w| w.rows());
         let r = rank_of(Self::VERB, self.a.shape())?;
         fits(Self::VERB, "x", (m, k), self.x.shape())?;
         if let Some(w) = self.w {
@@ -50,6 +50,7 @@ impl<B: Backend> LoraForward<'_, B> {
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
         finite(Self::VERB, "scale", self.scale)?;
         fits(Self::VERB, "h", (m, r), self.h.shape())?;
+        contiguous(Self::VERB, "h", self.h.is_contiguous())?;
         fits(Self::VERB, "y", (m, n), self.y.shape())?;
         Ok(Checked(self))
     }

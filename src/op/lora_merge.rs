@@ -1,22 +1,22 @@
 //! `W += scale·B·A`
 
-use super::{Checked, Rounding, finite, fits, rank_of};
+use super::{Checked, Factor, Rounding, contiguous, finite, fits, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::view::MatMut;
 
 /// `W += scale·B·A`, in place, summed in `f32` and rounded once. Unmerging is merging with `-scale`, up to that rounding.
 pub struct LoraMerge<'t, B: Backend> {
     /// `r×k`
-    pub a: &'t Tensor<B>,
+    pub a: Factor<'t, B>,
     /// `n×r`
-    pub b: &'t Tensor<B>,
+    pub b: Factor<'t, B>,
     /// What the update is multiplied with; negative to unmerge.
     pub scale: f32,
     /// How each sum is rounded to what stores it.
     pub rounding: Rounding,
-    /// `n×k`, updated
-    pub w: &'t mut Tensor<B>,
+    /// `n×k`, updated; for [`Rounding::Stochastic`] rows that follow one another
+    pub w: MatMut<'t, B>,
 }
 
 impl<B: Backend> LoraMerge<'_, B> {
@@ -29,6 +29,9 @@ impl<B: Backend> LoraMerge<'_, B> {
         fits(Self::VERB, "a", (r, k), self.a.shape())?;
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
         finite(Self::VERB, "scale", self.scale)?;
+        if self.rounding != Rounding::Nearest {
+            contiguous(Self::VERB, "w", self.w.is_contiguous())?;
+        }
         Ok(Checked(self))
     }
 

@@ -1,9 +1,9 @@
 //! `norm = ‖W + scale·B·A‖` by rows
 
-use super::{Checked, finite, fits, rank_of};
+use super::{Checked, Factor, Weight, finite, fits, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::view::MatMut;
 
 /// `norm = ‖W + scale·B·A‖` by rows: DoRA's, from the factors.
 ///
@@ -13,15 +13,15 @@ use crate::tensor::Tensor;
 /// never negative.
 pub struct LoraRowNorm<'t, B: Backend> {
     /// `n×k`
-    pub w: &'t Tensor<B>,
+    pub w: Weight<'t, B>,
     /// `r×k`
-    pub a: &'t Tensor<B>,
+    pub a: Factor<'t, B>,
     /// `n×r`
-    pub b: &'t Tensor<B>,
+    pub b: Factor<'t, B>,
     /// What the update is multiplied with.
     pub scale: f32,
     /// `1×n`, overwritten
-    pub norm: &'t mut Tensor<B, f32>,
+    pub norm: MatMut<'t, B, f32>,
 }
 
 impl<B: Backend> LoraRowNorm<'_, B> {

@@ -1,9 +1,9 @@
 //! `y = (magnitude / norm)·z + bias`, column by column, and its derivatives: DoRA's second half.
 
-use super::{Checked, fits};
+use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// `y = (magnitude / norm)·z + bias`, column by column
 ///
@@ -12,15 +12,15 @@ use crate::tensor::Tensor;
 /// A row of zeros has no direction: where `norm` is 0, the factor is 0.
 pub struct Magnitude<'t, B: Backend> {
     /// `m×n`
-    pub z: &'t Tensor<B>,
+    pub z: MatRef<'t, B>,
     /// `1×n`
-    pub magnitude: &'t Tensor<B>,
+    pub magnitude: MatRef<'t, B>,
     /// `1×n`
-    pub norm: &'t Tensor<B, f32>,
+    pub norm: MatRef<'t, B, f32>,
     /// `1×n`
-    pub bias: Option<&'t Tensor<B>>,
+    pub bias: Option<MatRef<'t, B>>,
     /// `m×n`, overwritten
-    pub y: &'t mut Tensor<B>,
+    pub y: MatMut<'t, B>,
 }
 
 impl<B: Backend> Magnitude<'_, B> {
@@ -35,6 +35,8 @@ impl<B: Backend> Magnitude<'_, B> {
             fits(Self::VERB, "bias", (1, n), bias.shape())?;
         }
         fits(Self::VERB, "y", (m, n), self.y.shape())?;
+        contiguous(Self::VERB, "z", self.z.is_contiguous())?;
+        contiguous(Self::VERB, "y", self.y.is_contiguous())?;
         Ok(Checked(self))
     }
 
@@ -49,19 +51,19 @@ impl<B: Backend> Magnitude<'_, B> {
 /// `norm` counts as a constant, though `A` and `B` are in it: DoRA's authors leave that gradient out, and so does PEFT.
 pub struct MagnitudeBackward<'t, B: Backend> {
     /// `m×n`
-    pub z: &'t Tensor<B>,
+    pub z: MatRef<'t, B>,
     /// `1×n`
-    pub magnitude: &'t Tensor<B>,
+    pub magnitude: MatRef<'t, B>,
     /// `1×n`, as in the forward pass
-    pub norm: &'t Tensor<B, f32>,
+    pub norm: MatRef<'t, B, f32>,
     /// `m×n`
-    pub dy: &'t Tensor<B>,
+    pub dy: MatRef<'t, B>,
     /// `m×n`, overwritten
-    pub dz: Option<&'t mut Tensor<B>>,
+    pub dz: Option<MatMut<'t, B>>,
     /// `1×n`, overwritten
-    pub dmagnitude: Option<&'t mut Tensor<B, f32>>,
+    pub dmagnitude: Option<MatMut<'t, B, f32>>,
     /// `1×n`, overwritten
-    pub dbias: Option<&'t mut Tensor<B, f32>>,
+    pub dbias: Option<MatMut<'t, B, f32>>,
 }
 
 impl<B: Backend> MagnitudeBackward<'_, B> {
@@ -82,6 +84,10 @@ impl<B: Backend> MagnitudeBackward<'_, B> {
         if let Some(dbias) = &self.dbias {
             fits(Self::VERB, "dbias", (1, n), dbias.shape())?;
         }
+        contiguous(Self::VERB, "z", self.z.is_contiguous())?;
+        contiguous(Self::VERB, "dy", self.dy.is_contiguous())?;
+        let dz = self.dz.as_ref().is_none_or(MatMut::is_contiguous);
+        contiguous(Self::VERB, "dz", dz)?;
         Ok(Checked(self))
     }
 

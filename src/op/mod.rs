@@ -7,7 +7,7 @@
 //! let x = Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0])?;
 //! let w = Tensor::from_slice(&cpu, (3, 2), &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0])?;
 //! let mut y = Tensor::zeros(&cpu, (1, 3))?;
-//! LinearForward { x: &x, w: &w, bias: None, y: &mut y }.run(&cpu)?;
+//! LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu)?;
 //! assert_eq!(y.to_vec(&cpu)?, [1.0, 2.0, 3.0]);
 //! # Ok::<(), lowrank::Error>(())
 //! ```
@@ -26,12 +26,14 @@ mod lora_forward;
 mod lora_merge;
 mod lora_row_norm;
 mod magnitude;
+mod operands;
 mod relu;
 mod rounding;
 
 pub use accumulate::Accumulate;
 pub use adam::{Adam, AdamRate, WeightGrad};
 pub use add::Add;
+pub(crate) use cross_entropy::IGNORED;
 pub use cross_entropy::{CrossEntropy, Labels};
 pub use dropout::{Dropout, DropoutForward};
 pub use linear::{LinearBackward, LinearForward};
@@ -40,6 +42,7 @@ pub use lora_forward::LoraForward;
 pub use lora_merge::LoraMerge;
 pub use lora_row_norm::LoraRowNorm;
 pub use magnitude::{Magnitude, MagnitudeBackward};
+pub use operands::{Factor, Output, Packed, Weight};
 pub use relu::{Relu, ReluBackward};
 pub use rounding::Rounding;
 pub(crate) use rounding::{round_by_chance, rounding_words};
@@ -68,6 +71,11 @@ impl<Request> std::ops::Deref for Checked<Request> {
 fn fits(verb: &'static str, name: &'static str, want: impl Into<Shape>, got: Shape) -> Result<()> {
     let want = want.into();
     if want == got { Ok(()) } else { Err(Error::Shape { verb, name, got, want }) }
+}
+
+/// `Err` naming the operand, unless its rows follow one another: for verbs that pass over elements without asking for rows.
+fn contiguous(verb: &'static str, name: &'static str, is_contiguous: bool) -> Result<()> {
+    Error::unless(is_contiguous, verb, name, "a view whose rows lie apart", "one whose rows follow one another")
 }
 
 fn finite(verb: &'static str, name: &'static str, value: f32) -> Result<()> {

@@ -1,22 +1,24 @@
 //! `y = max(x, 0)`, and its derivative.
 
-use super::{Checked, fits};
+use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::tensor::Tensor;
+use crate::view::{MatMut, MatRef};
 
 /// `y = max(x, 0)`; NaN stays NaN.
 pub struct Relu<'t, B: Backend> {
     /// Any shape.
-    pub x: &'t Tensor<B>,
+    pub x: MatRef<'t, B>,
     /// The shape of `x`, overwritten
-    pub y: &'t mut Tensor<B>,
+    pub y: MatMut<'t, B>,
 }
 
 impl<B: Backend> Relu<'_, B> {
     /// Compares the shapes.
     pub fn check(self) -> Result<Checked<Self>> {
         fits("relu", "y", self.x.shape(), self.y.shape())?;
+        contiguous("relu", "x", self.x.is_contiguous())?;
+        contiguous("relu", "y", self.y.is_contiguous())?;
         Ok(Checked(self))
     }
 
@@ -30,11 +32,11 @@ impl<B: Backend> Relu<'_, B> {
 /// `dy` on there.
 pub struct ReluBackward<'t, B: Backend> {
     /// Any shape.
-    pub y: &'t Tensor<B>,
+    pub y: MatRef<'t, B>,
     /// The shape of `y`
-    pub dy: &'t Tensor<B>,
+    pub dy: MatRef<'t, B>,
     /// The shape of `y`, overwritten
-    pub dx: &'t mut Tensor<B>,
+    pub dx: MatMut<'t, B>,
 }
 
 impl<B: Backend> ReluBackward<'_, B> {
@@ -42,6 +44,9 @@ impl<B: Backend> ReluBackward<'_, B> {
     pub fn check(self) -> Result<Checked<Self>> {
         fits("relu_backward", "dy", self.y.shape(), self.dy.shape())?;
         fits("relu_backward", "dx", self.y.shape(), self.dx.shape())?;
+        contiguous("relu_backward", "y", self.y.is_contiguous())?;
+        contiguous("relu_backward", "dy", self.dy.is_contiguous())?;
+        contiguous("relu_backward", "dx", self.dx.is_contiguous())?;
         Ok(Checked(self))
     }
 

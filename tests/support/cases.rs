@@ -176,7 +176,9 @@ fn lora_linear<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f64) -
         }
     };
     let (a, b, mut merged) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-    LoraMerge { a: &a, b: &b, scale: scale as f32, rounding: Rounding::Nearest, w: &mut merged }.run(backend).map_err(said)?;
+    LoraMerge { a: (&a).into(), b: (&b).into(), scale: scale as f32, rounding: Rounding::Nearest, w: merged.view_mut() }
+        .run(backend)
+        .map_err(said)?;
     let outputs = [
         ("y", std::mem::take(&mut got.y)),
         ("grad_x", got.dx),

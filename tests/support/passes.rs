@@ -12,7 +12,17 @@ pub fn forward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) 
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
     let (scale, m) = (layer.scale as f32, x.rows());
     let (mut h, mut y) = (unwritten(backend, m, a.rows()), unwritten(backend, m, w.rows()));
-    let op = LoraForward { x: &x, w: Some(&w), bias: bias.as_ref(), a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y };
+    let op = LoraForward {
+        x: x.view(),
+        w: Some((&w).into()),
+        bias: bias.as_ref().map(Into::into),
+        a: (&a).into(),
+        b: (&b).into(),
+        scale,
+        dropout,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    };
     op.run(backend)?;
     Ok((down(backend, &h), down(backend, &y)))
 }
@@ -27,13 +37,28 @@ pub fn backward<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>)
     let (mut dbias, mut dx) = (unwritten(backend, 1, w.rows()), unwritten(backend, x.rows(), x.cols()));
     let (x, w, a, b, h, dy) = (&x, Some(&w), &a, &b, &h, &dy);
     let (da_, db_, dbias_, dx_) = (&mut da, &mut db, Some(&mut dbias), Some(&mut dx));
-    LoraBackward { x, w, a, b, h, dy, scale, dropout, da: da_, db: db_, dbias: dbias_, dx: dx_ }.run(backend)?;
+    LoraBackward {
+        x: x.view(),
+        w: w.map(Into::into),
+        a: a.into(),
+        b: b.into(),
+        h: h.view(),
+        dy: dy.view(),
+        scale,
+        dropout,
+        da: da_.view_mut(),
+        db: db_.view_mut(),
+        dbias: dbias_.map(Into::into),
+        dx: dx_.map(Into::into),
+    }
+    .run(backend)?;
     Ok((down(backend, &da), down(backend, &db), down(backend, &dbias), down(backend, &dx)))
 }
 
 /// The merged weight of a layer.
 pub fn merge<B: Backend>(backend: &B, layer: &Lora) -> Result<Vec<B::Elem>, Error> {
     let (a, b, mut w) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-    LoraMerge { a: &a, b: &b, scale: layer.scale as f32, rounding: Rounding::Nearest, w: &mut w }.run(backend)?;
+    LoraMerge { a: (&a).into(), b: (&b).into(), scale: layer.scale as f32, rounding: Rounding::Nearest, w: w.view_mut() }
+        .run(backend)?;
     Ok(down(backend, &w))
 }

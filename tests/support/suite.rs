@@ -6,9 +6,11 @@ use lowrank::{Backend, Float, Passes, Tensor};
 
 mod chance;
 mod dora;
+mod views;
 
 pub use chance::*;
 pub use dora::*;
+pub use views::*;
 
 use super::bounds::{assert_exact, assert_within};
 use super::data::{Dims, down, mask, random, shapes, unwritten, up, whole};
@@ -30,6 +32,9 @@ macro_rules! suite {
             dropout_drops_what_the_mask_says stochastic_merging_takes_the_neighbour_that_the_word_says
             stochastic_merging_keeps_the_mean
             the_same_request_gives_the_same_bits memory_comes_back_as_it_went
+            parts_of_wider_matrices_are_operands outputs_are_added_to added_sums_round_within_bounds
+            parts_of_wider_weights_are_merged_into f32_factors_are_exact_on_whole_numbers copies_keep_every_bit
+            rows_without_a_label_do_not_count a_linear_backward_takes_what_it_needs a_lent_weight_may_be_packed
         );
     };
     ($name:ident, $make:expr; $($check:ident)*) => {
@@ -88,13 +93,38 @@ fn run_layer<B: Backend>(
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
     let (scale, w) = (layer.scale as f32, with_w.then_some(&w));
     let (mut h, mut y) = (unwritten(backend, m, r), unwritten(backend, m, n));
-    let forward = LoraForward { x: &x, w, bias: bias.as_ref(), a: &a, b: &b, scale, dropout, h: &mut h, y: &mut y };
+    let forward = LoraForward {
+        x: x.view(),
+        w: w.map(Into::into),
+        bias: bias.as_ref().map(Tensor::view),
+        a: (&a).into(),
+        b: (&b).into(),
+        scale,
+        dropout,
+        h: h.view_mut(),
+        y: (&mut y).into(),
+    };
     forward.run(backend).unwrap();
     let (mut da, mut db) = (unwritten(backend, r, k), unwritten(backend, n, r));
     let (mut dbias, mut dx) = (unwritten(backend, 1, n), unwritten(backend, m, k));
     let (da_, db_, dbias_, dx_) = (&mut da, &mut db, Some(&mut dbias), Some(&mut dx));
     let (x, a, b, dy) = (&x, &a, &b, &dy);
-    LoraBackward { x, w, a, b, h: &h, dy, scale, dropout, da: da_, db: db_, dbias: dbias_, dx: dx_ }.run(backend).unwrap();
+    LoraBackward {
+        x: x.view(),
+        w: w.map(Into::into),
+        a: a.into(),
+        b: b.into(),
+        h: h.view(),
+        dy: dy.view(),
+        scale,
+        dropout,
+        da: da_.view_mut(),
+        db: db_.view_mut(),
+        dbias: dbias_.map(Tensor::view_mut),
+        dx: dx_.map(Into::into),
+    }
+    .run(backend)
+    .unwrap();
     Got {
         h: down(backend, &h),
         y: down(backend, &y),
@@ -135,7 +165,9 @@ pub fn lora_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
     assert_exact(&format!("{dims:?} dx"), &got.dx, &want.dx);
 
     let (a, b, mut w) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-    LoraMerge { a: &a, b: &b, scale: layer.scale as f32, rounding: Rounding::Nearest, w: &mut w }.run(backend).unwrap();
+    LoraMerge { a: (&a).into(), b: (&b).into(), scale: layer.scale as f32, rounding: Rounding::Nearest, w: w.view_mut() }
+        .run(backend)
+        .unwrap();
     assert_exact(&format!("{dims:?} merged w"), &down(backend, &w), &layer.merged());
 }
 
@@ -165,7 +197,22 @@ pub fn lora_without_bias_or_dx_computes_the_rest<B: Backend>(backend: &B) {
     let (mut da, mut db) = (unwritten(backend, 3, 21), unwritten(backend, 18, 3));
     let (x, w, a, b, h, dy, scale) = (&x, Some(&w), &a, &b, &h, &dy, layer.scale as f32);
     let (da_, db_) = (&mut da, &mut db);
-    LoraBackward { x, w, a, b, h, dy, scale, dropout: None, da: da_, db: db_, dbias: None, dx: None }.run(backend).unwrap();
+    LoraBackward {
+        x: x.view(),
+        w: w.map(Into::into),
+        a: a.into(),
+        b: b.into(),
+        h: h.view(),
+        dy: dy.view(),
+        scale,
+        dropout: None,
+        da: da_.view_mut(),
+        db: db_.view_mut(),
+        dbias: None,
+        dx: None,
+    }
+    .run(backend)
+    .unwrap();
     assert_exact("da", &down(backend, &da), &want.da);
     assert_exact("db", &down(backend, &db), &want.db);
 }
@@ -197,9 +244,18 @@ pub fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> LinearGot<B::Elem> {
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up(backend, mat));
     let bias = layer.bias.as_ref().map(|mat| up(backend, mat));
     let mut y = unwritten(backend, m, n);
-    LinearForward { x: &x, w: &w, bias: bias.as_ref(), y: &mut y }.run(backend).unwrap();
+    LinearForward { x: x.view(), w: (&w).into(), bias: bias.as_ref().map(Tensor::view), y: (&mut y).into() }
+        .run(backend)
+        .unwrap();
     let (mut dx, mut dw, mut dbias) = (unwritten(backend, m, k), unwritten(backend, n, k), unwritten(backend, 1, n));
-    let backward = LinearBackward { x: &x, w: &w, dy: &dy, dx: Some(&mut dx), dw: Some(&mut dw), dbias: Some(&mut dbias) };
+    let backward = LinearBackward {
+        x: Some(x.view()),
+        w: Some((&w).into()),
+        dy: dy.view(),
+        dx: Some((&mut dx).into()),
+        dw: Some(dw.view_mut()),
+        dbias: Some(dbias.view_mut()),
+    };
     backward.run(backend).unwrap();
     (down(backend, &y), down(backend, &dx), down(backend, &dw), down(backend, &dbias))
 }
@@ -235,7 +291,9 @@ pub fn linear_rounds_within_bounds<B: Backend>(backend: &B) {
 
 fn merge<B: Backend>(backend: &B, layer: &Lora, scale: f64, w: &mut Tensor<B>) {
     let (a, b) = (up(backend, &layer.a), up(backend, &layer.b));
-    LoraMerge { a: &a, b: &b, scale: scale as f32, rounding: Rounding::Nearest, w }.run(backend).unwrap();
+    LoraMerge { a: (&a).into(), b: (&b).into(), scale: scale as f32, rounding: Rounding::Nearest, w: w.view_mut() }
+        .run(backend)
+        .unwrap();
 }
 
 pub fn merged_equals_unmerged<B: Backend>(backend: &B) {
@@ -245,7 +303,9 @@ pub fn merged_equals_unmerged<B: Backend>(backend: &B) {
         merge(backend, &layer, layer.scale, &mut w);
         let (x, bias) = (up(backend, &layer.x), layer.bias.as_ref().map(|mat| up(backend, mat)));
         let mut y = unwritten(backend, dims.m, dims.n);
-        LinearForward { x: &x, w: &w, bias: bias.as_ref(), y: &mut y }.run(backend).unwrap();
+        LinearForward { x: x.view(), w: (&w).into(), bias: bias.as_ref().map(Tensor::view), y: (&mut y).into() }
+            .run(backend)
+            .unwrap();
         // The merged weights are rounded to the element type, once.
         let rounded = (B::Elem::DTYPE.unit_roundoff() * 2f64.powi(24)) as usize;
         let (want, size) = (layer.run().y, layer.magnitudes().run().y);
@@ -291,14 +351,14 @@ pub fn relu_and_its_derivative_are_exact<B: Backend>(backend: &B) {
         let mut mat = || Mat::from_vec(rows, cols, (0..rows * cols).map(|_| number(0, 0)).collect());
         let (x, dy) = (mat(), mat());
         let (mut y, mut dx) = (unwritten(backend, rows, cols), unwritten(backend, rows, cols));
-        Relu { x: &up(backend, &x), y: &mut y }.run(backend).unwrap();
-        ReluBackward { y: &y, dy: &up(backend, &dy), dx: &mut dx }.run(backend).unwrap();
+        Relu { x: (up(backend, &x)).view(), y: y.view_mut() }.run(backend).unwrap();
+        ReluBackward { y: y.view(), dy: (up(backend, &dy)).view(), dx: dx.view_mut() }.run(backend).unwrap();
         assert_exact("y", &down(backend, &y), &x.map(|x| x.max(0.0)));
         assert_exact("dx", &down(backend, &dx), &dy.times(&x.map(|x| if x > 0.0 { 1.0 } else { 0.0 })));
     }
     let nan = Tensor::from_slice(backend, (1, 1), &[B::Elem::from_f32(f32::NAN)]).unwrap();
     let mut y = Tensor::zeros(backend, (1, 1)).unwrap();
-    Relu { x: &nan, y: &mut y }.run(backend).unwrap();
+    Relu { x: nan.view(), y: y.view_mut() }.run(backend).unwrap();
     assert!(down(backend, &y)[0].to_f32().is_nan(), "relu hides a NaN");
 }
 
@@ -306,7 +366,7 @@ pub fn add_is_exact<B: Backend>(backend: &B) {
     for (rows, cols) in [(0, 3), (3, 17), (65, 64), (10, 2000)] {
         let x = Mat::new(rows, cols, |i, j| (i * 7 + j) as f64 % 60.0);
         let mut y = up(backend, &x.map(|x| 100.0 - x));
-        Add { x: &up(backend, &x), y: &mut y }.run(backend).unwrap();
+        Add { x: (up(backend, &x)).view(), y: y.view_mut() }.run(backend).unwrap();
         assert_exact("y", &down(backend, &y), &x.map(|_| 100.0));
     }
 }
@@ -315,7 +375,9 @@ fn run_cross_entropy<B: Backend>(backend: &B, logits: &Mat, labels: &[u32]) -> (
     let on_device = Labels::new(backend, logits.cols, labels).unwrap();
     let (mut loss, mut dlogits) = (unwritten(backend, 1, 1), unwritten(backend, logits.rows, logits.cols));
     let logits = up(backend, logits);
-    CrossEntropy { logits: &logits, labels: &on_device, loss: &mut loss, dlogits: &mut dlogits }.run(backend).unwrap();
+    CrossEntropy { logits: logits.view(), labels: &on_device, loss: loss.view_mut(), dlogits: dlogits.view_mut() }
+        .run(backend)
+        .unwrap();
     (down(backend, &loss)[0], down(backend, &dlogits))
 }
 

@@ -193,25 +193,51 @@ impl<E: Float> Layers<E> {
 
     fn linear(&self, gpu: &Cuda<E>, i: usize) -> Result<(), Box<dyn Error>> {
         let (w, y) = (&*self.w[self.one(i)].borrow(), &mut self.ours.borrow_mut().y);
-        Ok(LinearForward { x: &self.x, w, bias: None, y }.run(gpu)?)
+        Ok(LinearForward { x: self.x.view(), w: w.into(), bias: None, y: y.into() }.run(gpu)?)
     }
 
     fn forward(&self, gpu: &Cuda<E>, i: usize) -> Result<(), Box<dyn Error>> {
         let (i, Ours { h, y, .. }) = (self.one(i), &mut *self.ours.borrow_mut());
         let (w, a, b) = (&*self.w[i].borrow(), &self.a[i], &self.b[i]);
-        Ok(LoraForward { x: &self.x, w: Some(w), bias: None, a, b, scale: SCALE, dropout: None, h, y }.run(gpu)?)
+        Ok(LoraForward {
+            x: self.x.view(),
+            w: Some(w.into()),
+            bias: None,
+            a: a.into(),
+            b: b.into(),
+            scale: SCALE,
+            dropout: None,
+            h: h.view_mut(),
+            y: y.into(),
+        }
+        .run(gpu)?)
     }
 
     fn backward(&self, gpu: &Cuda<E>, i: usize) -> Result<(), Box<dyn Error>> {
         let (i, Ours { h, da, db, dx, .. }) = (self.one(i), &mut *self.ours.borrow_mut());
         let (x, w, a, b, dy, dx) = (&self.x, Some(&*self.w[i].borrow()), &self.a[i], &self.b[i], &self.dy, Some(dx));
-        Ok(LoraBackward { x, w, a, b, h, dy, scale: SCALE, dropout: None, da, db, dbias: None, dx }.run(gpu)?)
+        Ok(LoraBackward {
+            x: x.view(),
+            w: w.map(Into::into),
+            a: a.into(),
+            b: b.into(),
+            h: h.view(),
+            dy: dy.view(),
+            scale: SCALE,
+            dropout: None,
+            da: da.view_mut(),
+            db: db.view_mut(),
+            dbias: None,
+            dx: dx.map(Into::into),
+        }
+        .run(gpu)?)
     }
 
     fn merge(&self, gpu: &Cuda<E>, i: usize) -> Result<(), Box<dyn Error>> {
         let (i, scale) = (self.one(i), if i.is_multiple_of(2) { 1e-3 } else { -1e-3 });
         let w = &mut *self.w[i].borrow_mut();
-        Ok(LoraMerge { a: &self.a[i], b: &self.b[i], scale, rounding: Rounding::Nearest, w }.run(gpu)?)
+        Ok(LoraMerge { a: (&self.a[i]).into(), b: (&self.b[i]).into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }
+            .run(gpu)?)
     }
 
     /// `y = x·Wᵀ`

@@ -42,23 +42,49 @@ impl<B: Backend> Ours<B> {
     }
 
     fn linear_forward(&mut self, Layer { backend, x, w, .. }: &Layer<B>) -> Result<()> {
-        LinearForward { x, w, bias: None, y: &mut self.y }.run(backend)
+        LinearForward { x: x.view(), w: w.into(), bias: None, y: (&mut self.y).into() }.run(backend)
     }
 
     fn lora_forward(&mut self, Layer { backend, x, w, a, b, .. }: &Layer<B>) -> Result<()> {
         let w = if self.packed { &self.w } else { w };
         let (h, y) = (&mut self.h, &mut self.y);
-        LoraForward { x, w: Some(w), bias: None, a, b, scale: SCALE, dropout: None, h, y }.run(backend)
+        LoraForward {
+            x: x.view(),
+            w: Some(w.into()),
+            bias: None,
+            a: a.into(),
+            b: b.into(),
+            scale: SCALE,
+            dropout: None,
+            h: h.view_mut(),
+            y: y.into(),
+        }
+        .run(backend)
     }
 
     fn lora_backward(&mut self, Layer { backend, x, w, a, b, dy, .. }: &Layer<B>) -> Result<()> {
         let w = if self.packed { &self.w } else { w };
         let (h, da, db, dx) = (&self.h, &mut self.da, &mut self.db, Some(&mut self.dx));
-        LoraBackward { x, w: Some(w), a, b, h, dy, scale: SCALE, dropout: None, da, db, dbias: None, dx }.run(backend)
+        LoraBackward {
+            x: x.view(),
+            w: Some(w.into()),
+            a: a.into(),
+            b: b.into(),
+            h: h.view(),
+            dy: dy.view(),
+            scale: SCALE,
+            dropout: None,
+            da: da.view_mut(),
+            db: db.view_mut(),
+            dbias: None,
+            dx: dx.map(Into::into),
+        }
+        .run(backend)
     }
 
     fn lora_merge(&mut self, Layer { backend, a, b, .. }: &Layer<B>) -> Result<()> {
-        LoraMerge { a, b, scale: self.scale, rounding: Rounding::Nearest, w: &mut self.w }.run(backend)?;
+        LoraMerge { a: a.into(), b: b.into(), scale: self.scale, rounding: Rounding::Nearest, w: self.w.view_mut() }
+            .run(backend)?;
         self.scale = -self.scale;
         Ok(())
     }

@@ -34,19 +34,43 @@ impl<B: Backend> Unfused<B> {
     }
 
     fn forward(&mut self, Layer { backend, x, w, a, .. }: &Layer<B>) -> Result<()> {
-        LinearForward { x, w, bias: None, y: &mut self.y }.run(backend)?;
-        LinearForward { x, w: a, bias: None, y: &mut self.h }.run(backend)?;
-        LinearForward { x: &self.h, w: &self.b, bias: None, y: &mut self.update }.run(backend)?;
-        Add { x: &self.update, y: &mut self.y }.run(backend)
+        LinearForward { x: x.view(), w: w.into(), bias: None, y: (&mut self.y).into() }.run(backend)?;
+        LinearForward { x: x.view(), w: a.into(), bias: None, y: (&mut self.h).into() }.run(backend)?;
+        LinearForward { x: self.h.view(), w: (&self.b).into(), bias: None, y: (&mut self.update).into() }.run(backend)?;
+        Add { x: self.update.view(), y: self.y.view_mut() }.run(backend)
     }
 
     fn backward(&mut self, Layer { backend, x, w, a, dy, .. }: &Layer<B>) -> Result<()> {
         let (dh, db) = (Some(&mut self.dh), Some(&mut self.db));
-        LinearBackward { x: &self.h, w: &self.b, dy, dx: dh, dw: db, dbias: None }.run(backend)?;
+        LinearBackward {
+            x: Some(self.h.view()),
+            w: Some((&self.b).into()),
+            dy: dy.view(),
+            dx: dh.map(Into::into),
+            dw: db.map(Tensor::view_mut),
+            dbias: None,
+        }
+        .run(backend)?;
         let (dx, da) = (Some(&mut self.dx_update), Some(&mut self.da));
-        LinearBackward { x, w: a, dy: &self.dh, dx, dw: da, dbias: None }.run(backend)?;
-        LinearBackward { x, w, dy, dx: Some(&mut self.dx), dw: None, dbias: None }.run(backend)?;
-        Add { x: &self.dx_update, y: &mut self.dx }.run(backend)
+        LinearBackward {
+            x: Some(x.view()),
+            w: Some(a.into()),
+            dy: self.dh.view(),
+            dx: dx.map(Into::into),
+            dw: da.map(Tensor::view_mut),
+            dbias: None,
+        }
+        .run(backend)?;
+        LinearBackward {
+            x: Some(x.view()),
+            w: Some(w.into()),
+            dy: dy.view(),
+            dx: Some((&mut self.dx).into()),
+            dw: None,
+            dbias: None,
+        }
+        .run(backend)?;
+        Add { x: self.dx_update.view(), y: self.dx.view_mut() }.run(backend)
     }
 }
 

@@ -29,7 +29,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
     match op.grad {
         WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), m, v, w),
         WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {
-            let (batch, dy, x) = (x.rows(), &dy.buffer()[..], interleave(engine, matrix(x))?);
+            let (batch, dy, x) = (x.rows(), &dy.buffer()[..], interleave(engine, matrix(x.view()))?);
             let x = x.as_chunks().0;
             let rows = (ROWS * k).max(1);
             let chunks = m.par_chunks_mut(rows).zip(v.par_chunks_mut(rows)).zip(w.par_chunks_mut(rows)).enumerate();
@@ -39,7 +39,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
         }
         WeightGrad::Factored { dy, x } => {
             let mut g = engine.scratch.take(n * k)?;
-            let product = product(matrix(dy).t(), matrix(x));
+            let product = product(matrix(dy.view()).t(), matrix(x.view()));
             sum_of_products(engine, Output::new(&mut g, n, k), Init::Zero, &[product])?;
             dense(engine, rate, &g, m, v, w);
         }

@@ -3,13 +3,12 @@
 //! several per cent.
 
 use std::fmt;
-use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Weak};
 
 use bytemuck::{Pod, Zeroable};
 
-use super::gemm::Packed;
+use super::gemm::PackedWeight;
 use super::idle::Idle;
 use crate::element::Element;
 use crate::error::{Error, Result};
@@ -19,15 +18,18 @@ use crate::error::{Error, Result};
 #[repr(C, align(64))]
 pub(super) struct Line([u8; 64]);
 
-/// Elements in host memory, aligned to 64 bytes. The memory goes back to where it came from when the buffer is dropped.
+/// Elements in host memory: from the backend's pool, aligned to 64 bytes, or a [`Vec`] of the caller's.
 pub struct Buffer<T: Element> {
-    memory: Memory,
-    len: usize,
-    /// Where the memory goes back to; where that is gone, to the system.
-    home: Weak<Idle>,
-    element: PhantomData<T>,
+    storage: Storage<T>,
     /// The same numbers as panels, until they are written.
-    packed: Option<Box<Packed>>,
+    packed: Option<Box<PackedWeight>>,
+}
+
+enum Storage<T> {
+    /// Goes back to the pool when the buffer is dropped; where that is gone, to the system.
+    Pooled { memory: Memory, len: usize, pool: Weak<Idle> },
+    /// The caller's, as it was allocated.
+    Vec(Vec<T>),
 }
 
 /// Bytes in whole cache lines.
@@ -87,7 +89,7 @@ impl<T: Element> Buffer<T> {
     pub(super) fn zeros(idle: &Arc<Idle>, len: usize) -> Result<Self> {
         let (mut buffer, used) = Self::take(idle, len)?;
         if used {
-            buffer.memory.bytes_mut().fill(0);
+            bytemuck::cast_slice_mut::<T, u8>(&mut buffer).fill(0);
         }
         Ok(buffer)
     }
@@ -96,7 +98,7 @@ impl<T: Element> Buffer<T> {
     pub(super) fn unwritten(idle: &Arc<Idle>, len: usize) -> Result<Self> {
         let (mut buffer, _) = Self::take(idle, len)?;
         if cfg!(debug_assertions) {
-            buffer.memory.bytes_mut().fill(0xff);
+            bytemuck::cast_slice_mut::<T, u8>(&mut buffer).fill(0xff);
         }
         Ok(buffer)
     }
@@ -104,16 +106,16 @@ impl<T: Element> Buffer<T> {
     /// Memory, and whether somebody has used it before.
     fn take(idle: &Arc<Idle>, len: usize) -> Result<(Self, bool)> {
         let (memory, used) = idle.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
-        Ok((Self { memory, len, home: Arc::downgrade(idle), element: PhantomData, packed: None }, used))
+        Ok((Self { storage: Storage::Pooled { memory, len, pool: Arc::downgrade(idle) }, packed: None }, used))
     }
 
     /// What is kept of it as panels.
-    pub(super) fn packed(&self) -> Option<&Packed> {
+    pub(super) fn packed(&self) -> Option<&PackedWeight> {
         self.packed.as_deref()
     }
 
     /// Keeps panels of it, until it is written.
-    pub(super) fn keep(&mut self, packed: Packed) {
+    pub(super) fn keep(&mut self, packed: PackedWeight) {
         self.packed = Some(Box::new(packed));
     }
 
@@ -126,10 +128,28 @@ impl<T: Element> Buffer<T> {
     }
 }
 
+impl<T: Element> From<Vec<T>> for Buffer<T> {
+    /// The vector becomes the memory; nothing is copied.
+    fn from(vec: Vec<T>) -> Self {
+        Self { storage: Storage::Vec(vec), packed: None }
+    }
+}
+
+impl<T: Element> From<Buffer<T>> for Vec<T> {
+    /// The vector that the buffer was made of, or a copy of what the pool lent.
+    fn from(mut buffer: Buffer<T>) -> Self {
+        match &mut buffer.storage {
+            Storage::Vec(vec) => std::mem::take(vec),
+            Storage::Pooled { .. } => buffer.to_vec(),
+        }
+    }
+}
+
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if let Some(idle) = self.home.upgrade() {
-            idle.give(std::mem::replace(&mut self.memory, Memory::Lines(Box::default())));
+        let Storage::Pooled { memory, pool, .. } = &mut self.storage else { return };
+        if let Some(pool) = pool.upgrade() {
+            pool.give(std::mem::replace(memory, Memory::Lines(Box::default())));
         }
     }
 }
@@ -137,20 +157,26 @@ impl<T: Element> Drop for Buffer<T> {
 impl<T: Element> Deref for Buffer<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        bytemuck::cast_slice(&self.memory.bytes()[..self.len * size_of::<T>()])
+        match &self.storage {
+            Storage::Pooled { memory, len, .. } => bytemuck::cast_slice(&memory.bytes()[..len * size_of::<T>()]),
+            Storage::Vec(vec) => vec,
+        }
     }
 }
 
 impl<T: Element> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         self.packed = None;
-        bytemuck::cast_slice_mut(&mut self.memory.bytes_mut()[..self.len * size_of::<T>()])
+        match &mut self.storage {
+            Storage::Pooled { memory, len, .. } => bytemuck::cast_slice_mut(&mut memory.bytes_mut()[..*len * size_of::<T>()]),
+            Storage::Vec(vec) => vec,
+        }
     }
 }
 
 impl<T: Element> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffer({} × {})", self.len, std::any::type_name::<T>())
+        write!(f, "Buffer({} × {})", self.len(), std::any::type_name::<T>())
     }
 }
 

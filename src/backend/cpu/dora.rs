@@ -2,14 +2,16 @@
 
 use rayon::prelude::*;
 
-use super::pointwise::{CHUNK, column_sums, convert};
+use super::gemm::{Factor, Matrix};
+use super::linear::{elements, elements_mut, factor, matrix, weight};
+use super::pointwise::{CHUNK, column_sums, convert, convert_rows};
 use super::scratch::Taken;
 use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
-use crate::tensor::Tensor;
+use crate::view::MatRef;
 
 /// Rows of weights a task takes.
 const ROWS: usize = 16;
@@ -21,23 +23,34 @@ const COLUMNS: usize = 1 << 10;
 /// `norm = ‖W + scale·B·A‖` by rows
 pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -> Result<()> {
     let (k, r, scale) = (op.w.cols(), op.a.rows(), op.scale);
-    let (a, b) = (wide(engine, op.a)?, wide(engine, op.b)?);
-    let (w, a, b) = (&op.w.buffer()[..], &a[..], &b[..]);
+    let (a, b) = (widened(engine, factor(op.a))?, widened(engine, factor(op.b))?);
+    let (w, a, b) = (weight(op.w), &a[..], &b[..]);
     let task = |(task, norm)| engine.unit.run(RowNorms { w, a, b, scale, k, r, first: task * ROWS, norm });
-    engine.each(op.norm.buffer_mut().par_chunks_mut(ROWS).enumerate(), task);
+    engine.each(elements_mut(op.norm).par_chunks_mut(ROWS).enumerate(), task);
     Ok(())
 }
 
-/// A tensor's numbers in `f32`.
-fn wide<'e, E: Float>(engine: &'e Engine, tensor: &Tensor<Cpu<E>>) -> Result<Taken<'e>> {
-    let mut wide = engine.scratch.take(tensor.buffer().len())?;
-    convert(engine, tensor.buffer(), &mut wide);
+/// A factor's numbers in `f32`, row after row.
+fn widened<'e, E: Float>(engine: &'e Engine, factor: Factor<'_, E>) -> Result<Taken<'e>> {
+    match factor {
+        Factor::Stored(matrix) => rows_widened(engine, matrix),
+        Factor::Wide(matrix) => rows_widened(engine, matrix),
+    }
+}
+
+/// A matrix in `f32`, row after row.
+fn rows_widened<'e, T: Float>(engine: &'e Engine, matrix: Matrix<'_, T>) -> Result<Taken<'e>> {
+    let mut wide = engine.scratch.take(matrix.rows() * matrix.cols())?;
+    match matrix.as_contiguous() {
+        Some(numbers) => convert(engine, numbers, &mut wide),
+        None => convert_rows(engine, matrix, &mut wide),
+    }
     Ok(wide)
 }
 
 /// An element of `W + scale·B·A` is made in a register, squared, and gone.
 struct RowNorms<'a, E> {
-    w: &'a [E],
+    w: Matrix<'a, E>,
     a: &'a [f32],
     b: &'a [f32],
     scale: f32,
@@ -68,7 +81,7 @@ impl<E: Float> RowNorms<'_, E> {
     #[inline(always)]
     fn measure<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
         let (k, r, scale, first) = (self.k, self.r, s.splat(self.scale), self.first + row);
-        let w: [&[E]; R] = std::array::from_fn(|q| &self.w[(first + q) * k..][..k]);
+        let w: [&[E]; R] = std::array::from_fn(|q| self.w.run(first + q));
         let b: [&[f32]; R] = std::array::from_fn(|q| &self.b[(first + q) * r..][..r]);
         let mut squares = [s.splat(0.0); R];
         for v in 0..k.div_ceil(LANES) {
@@ -95,22 +108,22 @@ impl<E: Float> RowNorms<'_, E> {
 /// `y = (magnitude / norm)·z + bias`
 pub(super) fn magnitude<E: Float>(engine: &Engine, op: Magnitude<'_, Cpu<E>>) -> Result<()> {
     let factors = factors(engine, op.magnitude, op.norm)?;
-    scale_columns(engine, &factors, op.bias.map(|bias| &bias.buffer()[..]), op.z.buffer(), op.y.buffer_mut());
+    scale_columns(engine, &factors, op.bias.map(elements), elements(op.z), elements_mut(op.y));
     Ok(())
 }
 
 /// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy`
 pub(super) fn magnitude_backward<E: Float>(engine: &Engine, op: MagnitudeBackward<'_, Cpu<E>>) -> Result<()> {
     if let Some(dz) = op.dz {
-        scale_columns(engine, &factors(engine, op.magnitude, op.norm)?, None, op.dy.buffer(), dz.buffer_mut());
+        scale_columns(engine, &factors(engine, op.magnitude, op.norm)?, None, elements(op.dy), elements_mut(dz));
     }
     if let Some(dmagnitude) = op.dmagnitude {
-        let (dy, z, norm) = (&op.dy.buffer()[..], &op.z.buffer()[..], &op.norm.buffer()[..]);
+        let (dy, z, norm) = (elements(op.dy), elements(op.z), elements(op.norm));
         let task = |(task, sums)| engine.unit.run(ColumnDots { dy, z, norm, first: task * COLUMNS, sums });
-        engine.each(dmagnitude.buffer_mut().par_chunks_mut(COLUMNS).enumerate(), task);
+        engine.each(elements_mut(dmagnitude).par_chunks_mut(COLUMNS).enumerate(), task);
     }
     if let Some(dbias) = op.dbias {
-        column_sums(engine, op.dy.buffer(), dbias.buffer_mut());
+        column_sums(engine, matrix(op.dy), elements_mut(dbias));
     }
     Ok(())
 }
@@ -121,9 +134,9 @@ fn by_norm(over: f32, norm: f32) -> f32 {
 }
 
 /// `magnitude / norm`
-fn factors<'e, E: Float>(engine: &'e Engine, magnitude: &Tensor<Cpu<E>>, norm: &Tensor<Cpu<E>, f32>) -> Result<Taken<'e>> {
-    let mut factors = wide(engine, magnitude)?;
-    factors.iter_mut().zip(norm.buffer().iter()).for_each(|(factor, &norm)| *factor = by_norm(*factor, norm));
+fn factors<'e, E: Float>(engine: &'e Engine, magnitude: MatRef<'_, Cpu<E>>, norm: MatRef<'_, Cpu<E>, f32>) -> Result<Taken<'e>> {
+    let mut factors = rows_widened(engine, matrix(magnitude))?;
+    factors.iter_mut().zip(elements(norm)).for_each(|(factor, &norm)| *factor = by_norm(*factor, norm));
     Ok(factors)
 }
 

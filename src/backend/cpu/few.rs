@@ -8,7 +8,7 @@ use crate::op::{
     Accumulate, Adam, Add, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge,
     LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward, Rounding, WeightGrad,
 };
-use crate::tensor::Tensor;
+use crate::tensor::Shape;
 
 /// Elements that one thread passes over in 10 µs; 128 KiB of `f32`.
 pub(super) const FEW: usize = 1 << 15;
@@ -30,32 +30,33 @@ pub(super) trait Request: Send {
 }
 
 /// The products of a layer, and those of its adapter.
-fn layer<E: Float>(x: &Tensor<Cpu<E>>, outputs: usize, rank: usize) -> bool {
-    let (m, k) = (x.rows(), x.cols());
+fn layer(x: Shape, outputs: usize, rank: usize) -> bool {
+    let Shape { rows: m, cols: k } = x;
     few(m, outputs, k) && few(m, rank, k) && few(m, outputs, rank)
 }
 
 impl<E: Float> Request for LinearForward<'_, Cpu<E>> {
     fn is_few(&self) -> bool {
-        layer(self.x, self.w.rows(), 0)
+        layer(self.x.shape(), self.w.rows(), 0)
     }
 }
 
 impl<E: Float> Request for LinearBackward<'_, Cpu<E>> {
     fn is_few(&self) -> bool {
-        layer(self.x, self.w.rows(), 0)
+        let inputs = self.w.map(|w| w.cols()).or(self.x.map(|x| x.cols())).unwrap_or(1);
+        layer((self.dy.rows(), inputs).into(), self.dy.cols(), 0)
     }
 }
 
 impl<E: Float> Request for LoraForward<'_, Cpu<E>> {
     fn is_few(&self) -> bool {
-        self.dropout.is_none() && layer(self.x, self.b.rows(), self.b.cols())
+        self.dropout.is_none() && layer(self.x.shape(), self.b.rows(), self.b.cols())
     }
 }
 
 impl<E: Float> Request for LoraBackward<'_, Cpu<E>> {
     fn is_few(&self) -> bool {
-        self.dropout.is_none() && layer(self.x, self.b.rows(), self.b.cols())
+        self.dropout.is_none() && layer(self.x.shape(), self.b.rows(), self.b.cols())
     }
 }
 
@@ -85,7 +86,7 @@ macro_rules! one_pass {
     ($($request:ident over $tensor:ident),*) => {$(
         impl<E: Float> Request for $request<'_, Cpu<E>> {
             fn is_few(&self) -> bool {
-                self.$tensor.buffer().len() <= FEW
+                self.$tensor.rows() * self.$tensor.cols() <= FEW
             }
         }
     )*};

@@ -1,28 +1,52 @@
 //! `y = x·Wᵀ + bias`, and its derivatives, as sums of products.
 
-use super::gemm::{Factor, Init, Matrix, Output, Packed, Product, sum_of_products};
+use super::gemm::{Factor, Init, Matrix, Output, PackedWeight, Product, sum_of_products};
 use super::{Cpu, Engine, pointwise};
 use crate::element::{Element, Float};
 use crate::error::Result;
-use crate::op::{LinearBackward, LinearForward};
-use crate::tensor::Tensor;
+use crate::op::{self, LinearBackward, LinearForward, Weight};
+use crate::view::{MatMut, MatRef};
 
-/// A tensor as a matrix.
-pub(super) fn matrix<E: Float, T: Element>(tensor: &Tensor<Cpu<E>, T>) -> Matrix<'_, T> {
-    Matrix::new(tensor.buffer(), tensor.rows(), tensor.cols()).with_packed(tensor.buffer().packed())
+/// A view as a matrix.
+pub(super) fn matrix<'a, E: Float, T: Element>(view: MatRef<'a, Cpu<E>, T>) -> Matrix<'a, T> {
+    Matrix::strided(&view.memory()[view.span()], view.rows(), view.cols(), view.row_stride())
 }
 
-/// A tensor as what a sum is written to.
-pub(super) fn output<E: Float, T: Element>(tensor: &mut Tensor<Cpu<E>, T>) -> Output<'_, T> {
-    let (rows, cols) = (tensor.rows(), tensor.cols());
-    Output::new(tensor.buffer_mut(), rows, cols)
+/// A weight as a matrix, with its panels if it is packed.
+pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Matrix<'a, E> {
+    matrix(w.dense()).with_packed(w.panels())
 }
 
-/// Keeps `w` packed as well, for `x·Wᵀ` and, if `backward`, for `dy·W`.
-pub(super) fn pack<E: Float>(engine: &Engine, w: &mut Tensor<Cpu<E>>, backward: bool) -> Result<()> {
-    let packed = Packed::new(engine, matrix(w), backward)?;
-    w.buffer_mut().keep(packed);
-    Ok(())
+/// A factor of an update.
+pub(super) fn factor<'a, E: Float>(factor: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
+    match factor {
+        op::Factor::Elem(view) => Factor::Stored(matrix(view)),
+        op::Factor::F32(view) => Factor::Wide(matrix(view)),
+    }
+}
+
+/// A view as what a sum is written to.
+pub(super) fn output<'a, E: Float, T: Element>(view: MatMut<'a, Cpu<E>, T>) -> Output<'a, T> {
+    let (rows, cols, stride, span) = (view.rows(), view.cols(), view.row_stride(), view.span());
+    Output::strided(&mut view.into_memory()[span], rows, cols, stride)
+}
+
+/// The elements of a view whose rows follow one another.
+pub(super) fn elements<'a, E: Float, T: Element>(view: MatRef<'a, Cpu<E>, T>) -> &'a [T] {
+    debug_assert!(view.is_contiguous());
+    &view.memory()[view.span()]
+}
+
+/// The elements of a view whose rows follow one another, to be written.
+pub(super) fn elements_mut<'a, E: Float, T: Element>(view: MatMut<'a, Cpu<E>, T>) -> &'a mut [T] {
+    debug_assert!(view.is_contiguous());
+    let span = view.span();
+    &mut view.into_memory()[span]
+}
+
+/// Packs `w` for `x·Wᵀ` and, if `backward`, for `dy·W`.
+pub(super) fn pack<E: Float>(engine: &Engine, w: MatRef<'_, Cpu<E>>, backward: bool) -> Result<PackedWeight> {
+    PackedWeight::new(engine, matrix(w), backward)
 }
 
 /// `lhs·rhs`
@@ -30,28 +54,34 @@ pub(super) fn product<'a, E>(lhs: Matrix<'a, E>, rhs: Matrix<'a, E>) -> Product<
     Product { scale: 1.0, lhs: Factor::Stored(lhs), rhs: Factor::Stored(rhs) }
 }
 
-/// The bias in every row, or nothing.
-pub(super) fn init<E: Float>(bias: Option<&Tensor<Cpu<E>>>) -> Init<'_, E> {
-    bias.map_or(Init::Zero, |bias| Init::Row(bias.buffer()))
+/// What `y` begins with: a bias in every row, what it holds, both, or nothing.
+pub(super) fn init<'a, E: Float>(bias: Option<MatRef<'a, Cpu<E>>>, adds: bool) -> Init<'a, E> {
+    match (bias.map(elements), adds) {
+        (None, false) => Init::Zero,
+        (None, true) => Init::Output,
+        (Some(bias), false) => Init::Row(bias),
+        (Some(bias), true) => Init::OutputAndRow(bias),
+    }
 }
 
 /// `y = x·Wᵀ + bias`
 pub(super) fn forward<E: Float>(engine: &Engine, op: LinearForward<'_, Cpu<E>>) -> Result<()> {
-    let base = product(matrix(op.x), matrix(op.w).t());
-    sum_of_products(engine, output(op.y), init(op.bias), &[base])
+    let (base, (y, adds)) = (product(matrix(op.x), weight(op.w).t()), op.y.into_parts());
+    sum_of_products(engine, output(y), init(op.bias, adds), &[base])
 }
 
 /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
 pub(super) fn backward<E: Float>(engine: &Engine, op: LinearBackward<'_, Cpu<E>>) -> Result<()> {
     let dy = matrix(op.dy);
-    if let Some(dx) = op.dx {
-        sum_of_products(engine, output(dx), Init::Zero, &[product(dy, matrix(op.w))])?;
+    if let (Some(dx), Some(w)) = (op.dx, op.w) {
+        let (dx, adds) = dx.into_parts();
+        sum_of_products(engine, output(dx), init(None, adds), &[product(dy, weight(w))])?;
     }
-    if let Some(dw) = op.dw {
-        sum_of_products(engine, output(dw), Init::Zero, &[product(dy.t(), matrix(op.x))])?;
+    if let (Some(dw), Some(x)) = (op.dw, op.x) {
+        sum_of_products(engine, output(dw), Init::Zero, &[product(dy.t(), matrix(x))])?;
     }
     if let Some(dbias) = op.dbias {
-        pointwise::column_sums(engine, op.dy.buffer(), dbias.buffer_mut());
+        pointwise::column_sums(engine, dy, elements_mut(dbias));
     }
     Ok(())
 }

@@ -1,44 +1,51 @@
 //! The verbs of the low-rank layer, as sums of products.
 
-use super::gemm::{Factor, Init, LowRank, Matrix, Outer, Output, Product, low_rank, outer_product, sum_of_products};
-use super::linear::{init, matrix, output, product};
+use super::gemm::{Factor, Init, LowRank, Matrix, Outer, Output, Product, low_rank, outer_product, store, sum_of_products};
+use super::linear::{elements_mut, factor, init, matrix, output, product, weight};
 use super::scratch::Taken;
 use super::{Cpu, Engine, pointwise};
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
-use crate::tensor::Tensor;
+use crate::op::{self, Dropout, LoraBackward, LoraForward, LoraMerge};
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) -> Result<()> {
-    let (x, a, b) = (matrix(op.x), matrix(op.a).t(), matrix(op.b).t());
-    let w = op.w.map(|w| matrix(w).t());
+    let (x, a, b) = (matrix(op.x), factor(op.a).t(), factor(op.b).t());
+    let (w, (y, adds)) = (op.w.map(|w| weight(w).t()), op.y.into_parts());
+    let (m, r) = (op.h.rows(), op.h.cols());
+    let h = elements_mut(op.h);
     if let (Some(w), None) = (w, op.dropout) {
         let sum = LowRank { lhs: x, w, a_scale: 1.0, a, b_scale: op.scale, b };
-        return low_rank(engine, sum, output(op.h), output(op.y), init(op.bias), None);
+        return low_rank(engine, sum, Output::new(h, m, r), output(y), init(op.bias, adds), None);
     }
-    let dropped = dropped(engine, op.dropout, op.x)?;
-    let to_h = Product { scale: 1.0, lhs: seen(x, &dropped), rhs: Factor::Stored(a) };
-    sum_of_products(engine, output(op.h), Init::Zero, &[to_h])?;
-    let update = Product { scale: op.scale, lhs: Factor::Wide(matrix(op.h)), rhs: Factor::Stored(b) };
+    let dropped = dropped(engine, op.dropout, x)?;
+    let to_h = Product { scale: 1.0, lhs: seen(x, &dropped), rhs: a };
+    sum_of_products(engine, Output::new(h, m, r), Init::Zero, &[to_h])?;
+    let update = Product { scale: op.scale, lhs: Factor::Wide(Matrix::new(h, m, r)), rhs: b };
     match w {
-        Some(w) => sum_of_products(engine, output(op.y), init(op.bias), &[product(x, w), update]),
-        None => sum_of_products(engine, output(op.y), init(op.bias), &[update]),
+        Some(w) => sum_of_products(engine, output(y), init(op.bias, adds), &[product(x, w), update]),
+        None => sum_of_products(engine, output(y), init(op.bias, adds), &[update]),
     }
 }
 
 /// `drop(x)` in `f32`, where there is dropout.
-fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: &Tensor<Cpu<E>>) -> Result<Option<Taken<'e>>> {
+fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: Matrix<'_, E>) -> Result<Option<Taken<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
-    let mut dropped = engine.scratch.take(x.buffer().len())?;
-    pointwise::drop(engine, dropout, x.buffer(), &mut dropped);
+    let mut dropped = engine.scratch.take(x.rows() * x.cols())?;
+    match x.as_contiguous() {
+        Some(x) => pointwise::drop(engine, dropout, x, &mut dropped),
+        None => {
+            pointwise::convert_rows(engine, x, &mut dropped);
+            pointwise::dropout(engine, dropout, &mut dropped);
+        }
+    }
     Ok(Some(dropped))
 }
 
 /// What the adapter sees of `x`.
 fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E> {
     match dropped {
-        Some(dropped) => Factor::Wide(x.with_data(dropped)),
+        Some(dropped) => Factor::Wide(Matrix::new(dropped, x.rows(), x.cols())),
         None => Factor::Stored(x),
     }
 }
@@ -46,45 +53,48 @@ fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
     let (m, r) = (op.x.rows(), op.a.rows());
-    let (x, a, b, dy) = (matrix(op.x), matrix(op.a), matrix(op.b), matrix(op.dy));
-    let (lhs, w) = (Factor::Stored(dy), op.w.map(matrix));
-    let dropped = dropped(engine, op.dropout, op.x)?;
+    let (x, a, b, dy) = (matrix(op.x), factor(op.a), factor(op.b), matrix(op.dy));
+    let (lhs, w) = (Factor::Stored(dy), op.w.map(weight));
+    let dropped = dropped(engine, op.dropout, x)?;
 
     let mut dh = engine.scratch.take(m * r)?;
     let db = Outer { scale: op.scale, rhs: matrix(op.h), out: output(op.db) };
-    match (op.dx, w, op.dropout) {
-        (Some(dx), Some(w), None) => {
+    match (op.dx.map(op::Output::into_parts), w, op.dropout) {
+        (Some((dx, adds)), Some(w), None) => {
             let sum = LowRank { lhs: dy, w, a_scale: op.scale, a: b, b_scale: 1.0, b: a };
-            low_rank(engine, sum, Output::new(&mut dh, m, r), output(dx), Init::Zero, Some(db))?;
+            low_rank(engine, sum, Output::new(&mut dh, m, r), output(dx), init(None, adds), Some(db))?;
         }
         (dx, w, dropout) => {
             outer_product(engine, lhs, db)?;
-            let to_dh = Product { scale: op.scale, lhs, rhs: Factor::Stored(b) };
+            let to_dh = Product { scale: op.scale, lhs, rhs: b };
             sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[to_dh])?;
-            let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: Factor::Stored(a) };
-            dx.map_or(Ok(()), |dx| add_update(engine, w.map(|w| product(dy, w)), update, dropout, dx))?;
+            let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: a };
+            if let Some((dx, adds)) = dx {
+                add_update(engine, w.map(|w| product(dy, w)), update, dropout, output(dx), init(None, adds))?;
+            }
         }
     }
 
     let to_da = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r).t()), rhs: seen(x, &dropped) };
     sum_of_products(engine, output(op.da), Init::Zero, &[to_da])?;
     if let Some(dbias) = op.dbias {
-        pointwise::column_sums(engine, op.dy.buffer(), dbias.buffer_mut());
+        pointwise::column_sums(engine, dy, elements_mut(dbias));
     }
     Ok(())
 }
 
-/// `dx = base + drop(update)`. A mask lies between the update and the sum: the masked update is made in `f32`, the rest is added to
-/// it, and `dx` is rounded once.
+/// `dx = init + base + drop(update)`. A mask lies between the update and the sum: the masked update is made in `f32`, the rest is
+/// added to it, and `dx` is rounded once.
 fn add_update<E: Float>(
     engine: &Engine,
     base: Option<Product<'_, E>>,
     update: Product<'_, E>,
     dropout: Option<Dropout>,
-    dx: &mut Tensor<Cpu<E>>,
+    dx: Output<'_, E>,
+    init: Init<'_, E>,
 ) -> Result<()> {
     if let (None, None) = (base, dropout) {
-        return sum_of_products(engine, output(dx), Init::Zero, &[update]);
+        return sum_of_products(engine, dx, init, &[update]);
     }
     let (m, k) = (dx.rows(), dx.cols());
     let mut sum = engine.scratch.take(m * k)?;
@@ -95,8 +105,7 @@ fn add_update<E: Float>(
     if let Some(base) = base {
         sum_of_products(engine, Output::new(&mut sum, m, k), Init::Output, &[base])?;
     }
-    pointwise::convert(engine, &sum, dx.buffer_mut());
-    Ok(())
+    store(engine, Matrix::new(&sum, m, k), dx, init)
 }
 
 /// `W += scale·B·A`
@@ -104,7 +113,7 @@ pub(super) fn merge<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>) -> Res
     if let Some(key) = op.rounding.key(E::DTYPE) {
         return merge_by_chance(engine, op, key);
     }
-    let update = Product { scale: op.scale, ..product(matrix(op.b), matrix(op.a)) };
+    let update = Product { scale: op.scale, lhs: factor(op.b), rhs: factor(op.a) };
     sum_of_products(engine, output(op.w), Init::Output, &[update])
 }
 
@@ -113,15 +122,14 @@ const BAND: usize = 1 << 20;
 
 /// The same, rounded by chance. The sums are made in `f32`, a band of rows at a time; bands begin with a block of the generator.
 fn merge_by_chance<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>, key: [u32; 2]) -> Result<()> {
-    let (k, r) = (op.w.cols(), op.a.rows());
+    let k = op.w.cols();
     let rows = (BAND / k.max(1)).max(1).next_multiple_of(4);
-    let (a, b, w) = (matrix(op.a), op.b.buffer(), op.w.buffer_mut());
+    let (a, b, w) = (factor(op.a), factor(op.b), elements_mut(op.w));
     let mut sums = engine.scratch.take((rows * k).min(w.len()))?;
     for (band, w) in w.chunks_mut((rows * k).max(1)).enumerate() {
         let (height, sums) = (w.len() / k, &mut sums[..w.len()]);
         pointwise::convert(engine, w, sums);
-        let b = Matrix::new(&b[band * rows * r..][..height * r], height, r);
-        let update = Product { scale: op.scale, ..product(b, a) };
+        let update = Product { scale: op.scale, lhs: b.row_range(band * rows..band * rows + height), rhs: a };
         sum_of_products(engine, Output::new(sums, height, k), Init::Output, &[update])?;
         pointwise::round(engine, key, band * rows * k, sums, w);
     }

@@ -30,6 +30,7 @@ use std::sync::Arc;
 pub use buffer::Buffer;
 use caches::Caches;
 use few::Request;
+pub use gemm::PackedWeight;
 use idle::Idle;
 use scratch::Scratch;
 use simd::Unit;
@@ -43,7 +44,8 @@ use crate::op::{
     Accumulate, Adam, Add, Checked, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward,
     LoraMerge, LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
-use crate::tensor::Tensor;
+use crate::tensor::{Shape, Tensor};
+use crate::view::{MatMut, MatRef};
 
 /// The CPU as a backend whose weights and activations are stored as `E`.
 ///
@@ -138,7 +140,7 @@ impl<E: Float> Cpu<E> {
     }
 
     /// Handed over once, where each loop would be by itself.
-    fn on_threads(&self, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
+    fn on_threads<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         match &self.pool {
             Some(pool) => pool.install(work),
             None => rayon::scope(|_| work()),
@@ -146,9 +148,51 @@ impl<E: Float> Cpu<E> {
     }
 }
 
+impl<E: Float, T: Element> Tensor<Cpu<E>, T> {
+    /// A vector as a tensor, row by row; it becomes the tensor's memory, and [`into_vec`](Self::into_vec) gives it back.
+    ///
+    /// Errors: [`Error::Value`] if its length is not `rows · cols`.
+    ///
+    /// ```
+    /// use lowrank::{Cpu, Tensor};
+    ///
+    /// let vec = vec![1.0f32, 2.0, 3.0, 4.0];
+    /// let at = vec.as_ptr();
+    /// let tensor = Tensor::<Cpu<f32>>::from_vec((2, 2), vec)?;
+    /// assert_eq!(tensor.into_vec().as_ptr(), at); // nothing was copied
+    /// # Ok::<(), lowrank::Error>(())
+    /// ```
+    pub fn from_vec(shape: impl Into<Shape>, vec: Vec<T>) -> Result<Self> {
+        Self::from_buffer(shape, Buffer::from(vec))
+    }
+
+    /// The elements, row by row: the vector that the tensor was made of, or a copy of memory from the pool.
+    pub fn into_vec(self) -> Vec<T> {
+        self.into_buffer().into()
+    }
+}
+
+impl<'a, E: Float, T: Element> MatRef<'a, Cpu<E>, T> {
+    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    pub fn from_slice(slice: &'a [T], shape: impl Into<Shape>) -> Result<Self> {
+        Self::new(slice, shape)
+    }
+}
+
+impl<'a, E: Float, T: Element> MatMut<'a, Cpu<E>, T> {
+    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    pub fn from_slice(slice: &'a mut [T], shape: impl Into<Shape>) -> Result<Self> {
+        Self::new(slice, shape)
+    }
+}
+
+impl<E: Float> super::sealed::Sealed for Cpu<E> {}
+
 impl<E: Float> Backend for Cpu<E> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<T>;
+    type Slice<T: Element> = [T];
+    type Panels = PackedWeight;
 
     fn device(&self) -> String {
         format!("cpu ({}, {} threads)", self.unit().name(), self.threads())
@@ -184,12 +228,37 @@ impl<E: Float> Backend for Cpu<E> {
         Ok(()) // verbs return when they are done
     }
 
-    fn buffer_len<T: Element>(buffer: &Buffer<T>) -> usize {
-        buffer.len()
+    fn slice<T: Element>(buffer: &Buffer<T>) -> &[T] {
+        buffer
+    }
+
+    fn slice_mut<T: Element>(buffer: &mut Buffer<T>) -> &mut [T] {
+        buffer
+    }
+
+    fn slice_len<T: Element>(slice: &[T]) -> usize {
+        slice.len()
+    }
+
+    fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()> {
+        let (from, cols, stride, span) = (linear::matrix(from), to.cols(), to.row_stride(), to.span());
+        let rows = to.into_memory()[span].chunks_mut(stride.max(1)); // at least as long as a row
+        from.runs().zip(rows).for_each(|(from, to)| to[..cols].copy_from_slice(from));
+        Ok(())
+    }
+
+    fn pack(&self, w: MatRef<'_, Self>, passes: Passes) -> Result<PackedWeight> {
+        self.on_threads(|| (self.verbs.pack)(&self.engine(false), w, passes == Passes::ForwardAndBackward))
+    }
+
+    fn panels(buffer: &Buffer<E>) -> Option<&PackedWeight> {
+        buffer.packed()
     }
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
-        self.on_threads(|| (self.verbs.pack)(&self.engine(false), w, passes == Passes::ForwardAndBackward))
+        let packed = self.pack(w.view(), passes)?;
+        w.buffer_mut().keep(packed);
+        Ok(())
     }
 
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {

@@ -3,11 +3,15 @@
 use rayon::prelude::*;
 
 use super::few::FEW;
+use super::gemm::Matrix;
+use super::linear::{elements, elements_mut};
 use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Accumulate, Add, CrossEntropy, Dropout, DropoutForward, Relu, ReluBackward, round_by_chance, rounding_words};
+use crate::op::{
+    Accumulate, Add, CrossEntropy, Dropout, DropoutForward, IGNORED, Relu, ReluBackward, round_by_chance, rounding_words,
+};
 
 /// Elements a task takes: enough to outweigh handing it over.
 pub(super) const CHUNK: usize = FEW;
@@ -16,7 +20,7 @@ const RUN: usize = 8 * LANES;
 
 /// `y = max(x, 0)`
 pub(super) fn relu<E: Float>(engine: &Engine, op: Relu<'_, Cpu<E>>) -> Result<()> {
-    let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
+    let chunks = elements_mut(op.y).par_chunks_mut(CHUNK).zip(elements(op.x).par_chunks(CHUNK));
     engine.each(chunks, |(y, x)| engine.unit.run(ReluChunk { x, y }));
     Ok(())
 }
@@ -38,8 +42,8 @@ impl<E: Float> Kernel for ReluChunk<'_, E> {
 
 /// `dx = dy` where `y > 0`, else 0
 pub(super) fn relu_backward<E: Float>(engine: &Engine, op: ReluBackward<'_, Cpu<E>>) -> Result<()> {
-    let (y, dy) = (op.y.buffer().par_chunks(CHUNK), op.dy.buffer().par_chunks(CHUNK));
-    let chunks = op.dx.buffer_mut().par_chunks_mut(CHUNK).zip(y).zip(dy);
+    let (y, dy) = (elements(op.y).par_chunks(CHUNK), elements(op.dy).par_chunks(CHUNK));
+    let chunks = elements_mut(op.dx).par_chunks_mut(CHUNK).zip(y).zip(dy);
     engine.each(chunks, |((dx, y), dy)| engine.unit.run(ReluBackwardChunk { y, dy, dx }));
     Ok(())
 }
@@ -62,7 +66,7 @@ impl<E: Float> Kernel for ReluBackwardChunk<'_, E> {
 
 /// `y += x`
 pub(super) fn add<E: Float>(engine: &Engine, op: Add<'_, Cpu<E>>) -> Result<()> {
-    let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
+    let chunks = elements_mut(op.y).par_chunks_mut(CHUNK).zip(elements(op.x).par_chunks(CHUNK));
     engine.each(chunks, |(y, x)| engine.unit.run(AddChunk { x, y }));
     Ok(())
 }
@@ -84,7 +88,7 @@ impl<E: Float> Kernel for AddChunk<'_, E> {
 
 /// `y += scale·x`, in `f32`
 pub(super) fn accumulate<E: Float>(engine: &Engine, op: Accumulate<'_, Cpu<E>>) -> Result<()> {
-    let chunks = op.y.buffer_mut().par_chunks_mut(CHUNK).zip(op.x.buffer().par_chunks(CHUNK));
+    let chunks = elements_mut(op.y).par_chunks_mut(CHUNK).zip(elements(op.x).par_chunks(CHUNK));
     engine.each(chunks, |(y, x)| engine.unit.run(AccumulateChunk { x, scale: op.scale, y }));
     Ok(())
 }
@@ -127,19 +131,22 @@ impl<F: Float, T: Float> Kernel for ConvertChunk<'_, F, T> {
     }
 }
 
+/// `to = from`, in `f32`, for a matrix whose rows may lie apart
+pub(super) fn convert_rows<F: Float>(engine: &Engine, from: Matrix<'_, F>, to: &mut [f32]) {
+    let rows = to.par_chunks_mut(from.cols().max(1)).enumerate();
+    engine.each(rows, |(i, to)| engine.unit.run(ConvertChunk { from: from.run(i), to }));
+}
+
 /// `dbias[j] = Σ_i dy[i][j]`, row after row
-pub(super) fn column_sums<E: Float>(engine: &Engine, dy: &[E], dbias: &mut [f32]) {
-    let cols = dbias.len();
+pub(super) fn column_sums<E: Float>(engine: &Engine, dy: Matrix<'_, E>, dbias: &mut [f32]) {
     // What a task reads of a row is a run of cache lines; how many do not matter to the bits, each column is a sum of its own.
-    let rows = dy.len() / cols.max(1);
-    let width = (2 * CHUNK / rows.max(1)).next_multiple_of(LANES).max(RUN);
-    let task = |(chunk, sums): (usize, &mut [f32])| engine.unit.run(ColumnSums { dy, cols, first: chunk * width, sums });
+    let width = (2 * CHUNK / dy.rows().max(1)).next_multiple_of(LANES).max(RUN);
+    let task = |(chunk, sums): (usize, &mut [f32])| engine.unit.run(ColumnSums { dy, first: chunk * width, sums });
     engine.each(dbias.par_chunks_mut(width).enumerate(), task);
 }
 
 struct ColumnSums<'a, E> {
-    dy: &'a [E],
-    cols: usize,
+    dy: Matrix<'a, E>,
     first: usize,
     sums: &'a mut [f32],
 }
@@ -149,7 +156,7 @@ impl<E: Float> Kernel for ColumnSums<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         self.sums.fill(0.0);
-        for row in self.dy.chunks_exact(self.cols) {
+        for row in self.dy.runs() {
             let row = &row[self.first..][..self.sums.len()];
             for (v, sum) in self.sums.chunks_mut(LANES).enumerate() {
                 s.narrow_to(s.add(s.widen_at(sum, 0), s.widen_at(row, v)), sum);
@@ -160,7 +167,7 @@ impl<E: Float> Kernel for ColumnSums<'_, E> {
 
 /// `y = drop(x)`
 pub(super) fn dropout_forward<E: Float>(engine: &Engine, op: DropoutForward<'_, Cpu<E>>) -> Result<()> {
-    drop(engine, op.dropout, op.x.buffer(), op.y.buffer_mut());
+    drop(engine, op.dropout, elements(op.x), elements_mut(op.y));
     Ok(())
 }
 
@@ -202,25 +209,31 @@ pub(super) fn dropout(engine: &Engine, dropout: Dropout, numbers: &mut [f32]) {
     });
 }
 
-/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
+/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / c`, over `c` rows with a label
 pub(super) fn cross_entropy<E: Float>(_: &Engine, op: CrossEntropy<'_, Cpu<E>>) -> Result<()> {
     let (m, n) = (op.logits.rows(), op.logits.cols());
-    op.loss.buffer_mut()[0] = 0.0;
-    if m == 0 {
+    let loss = &mut elements_mut(op.loss)[0];
+    *loss = 0.0;
+    if m == 0 || n == 0 {
         return Ok(());
     }
-    let rows = op.logits.buffer().chunks_exact(n).zip(op.dlogits.buffer_mut().chunks_exact_mut(n));
+    let rows = elements(op.logits).chunks_exact(n).zip(elements_mut(op.dlogits).chunks_exact_mut(n));
     let mut sum = 0.0;
+    let counted = op.labels.counted() as f32;
     for ((logits, dlogits), &label) in rows.zip(op.labels.tensor().buffer().iter()) {
+        if label == IGNORED {
+            dlogits.fill(E::from_f32(0.0));
+            continue;
+        }
         let largest = logits.iter().fold(f32::NEG_INFINITY, |max, x| max.max(x.to_f32()));
         let powers: f32 = logits.iter().map(|x| (x.to_f32() - largest).exp()).sum();
         for (j, (to, x)) in dlogits.iter_mut().zip(logits).enumerate() {
             let softmax = (x.to_f32() - largest).exp() / powers;
             let onehot = if j == label as usize { 1.0 } else { 0.0 };
-            *to = E::from_f32((softmax - onehot) / m as f32);
+            *to = E::from_f32((softmax - onehot) / counted);
         }
         sum += powers.ln() + largest - logits[label as usize].to_f32();
     }
-    op.loss.buffer_mut()[0] = sum / m as f32;
+    *loss = sum / counted.max(1.0);
     Ok(())
 }

@@ -5,6 +5,7 @@
 
 use std::any::Any;
 
+use super::gemm::PackedWeight;
 use super::{Cpu, Engine, adam, dora, linear, lora, pointwise};
 use crate::element::{Float, bf16, f16};
 use crate::error::{Error, Result};
@@ -12,11 +13,11 @@ use crate::op::{
     Accumulate, Adam, Add, CrossEntropy, DropoutForward, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge,
     LoraRowNorm, Magnitude, MagnitudeBackward, Relu, ReluBackward,
 };
-use crate::tensor::Tensor;
+use crate::view::MatRef;
 
 /// One function a verb.
 pub(super) struct Verbs<E: Float> {
-    pub(super) pack: fn(&Engine, &mut Tensor<Cpu<E>>, bool) -> Result<()>,
+    pub(super) pack: fn(&Engine, MatRef<'_, Cpu<E>>, bool) -> Result<PackedWeight>,
     pub(super) lora_forward: fn(&Engine, LoraForward<'_, Cpu<E>>) -> Result<()>,
     pub(super) lora_backward: fn(&Engine, LoraBackward<'_, Cpu<E>>) -> Result<()>,
     pub(super) lora_merge: fn(&Engine, LoraMerge<'_, Cpu<E>>) -> Result<()>,

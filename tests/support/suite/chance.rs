@@ -17,7 +17,7 @@ pub fn dropout_drops_what_the_mask_says<B: Backend>(backend: &B) {
         for (p, seed) in [(0.0, 1), (0.25, 2), (0.9, u64::MAX)] {
             let dropout = Dropout::new(p, seed).unwrap();
             let mut y = unwritten(backend, rows, cols);
-            DropoutForward { x: &up(backend, &x), dropout, y: &mut y }.run(backend).unwrap();
+            DropoutForward { x: (up(backend, &x)).view(), dropout, y: y.view_mut() }.run(backend).unwrap();
             assert_exact(&format!("{rows}×{cols} {dropout:?}"), &down(backend, &y), &x.times(&mask(dropout, rows, cols)));
         }
     }
@@ -25,7 +25,7 @@ pub fn dropout_drops_what_the_mask_says<B: Backend>(backend: &B) {
 
 fn merge<B: Backend>(backend: &B, layer: &Lora, rounding: Rounding) -> Vec<B::Elem> {
     let (a, b, mut w) = (up(backend, &layer.a), up(backend, &layer.b), up(backend, &layer.w));
-    LoraMerge { a: &a, b: &b, scale: layer.scale as f32, rounding, w: &mut w }.run(backend).unwrap();
+    LoraMerge { a: (&a).into(), b: (&b).into(), scale: layer.scale as f32, rounding, w: w.view_mut() }.run(backend).unwrap();
     down(backend, &w)
 }
 

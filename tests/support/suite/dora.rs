@@ -11,7 +11,9 @@ use super::super::oracle::{Decomposed, Lora, Mat};
 fn row_norms<B: Backend>(backend: &B, layer: &Lora) -> Vec<f32> {
     let [w, a, b] = [&layer.w, &layer.a, &layer.b].map(|mat| up(backend, mat));
     let mut norm = unwritten(backend, 1, layer.w.rows);
-    LoraRowNorm { w: &w, a: &a, b: &b, scale: layer.scale as f32, norm: &mut norm }.run(backend).unwrap();
+    LoraRowNorm { w: (&w).into(), a: (&a).into(), b: (&b).into(), scale: layer.scale as f32, norm: norm.view_mut() }
+        .run(backend)
+        .unwrap();
     down(backend, &norm)
 }
 
@@ -50,9 +52,27 @@ fn run<B: Backend>(backend: &B, layer: &Decomposed) -> DecomposedGot<B::Elem> {
     let (z, magnitude, norm, dy) = (&z, &magnitude, &norm, &dy);
     let (mut y, mut dz) = (unwritten(backend, m, n), unwritten(backend, m, n));
     let (mut dmagnitude, mut dbias) = (unwritten(backend, 1, n), unwritten(backend, 1, n));
-    Magnitude { z, magnitude, norm, bias: bias.as_ref(), y: &mut y }.run(backend).unwrap();
+    Magnitude {
+        z: z.view(),
+        magnitude: magnitude.view(),
+        norm: norm.view(),
+        bias: bias.as_ref().map(Into::into),
+        y: y.view_mut(),
+    }
+    .run(backend)
+    .unwrap();
     let outputs = (Some(&mut dz), Some(&mut dmagnitude), Some(&mut dbias));
-    MagnitudeBackward { z, magnitude, norm, dy, dz: outputs.0, dmagnitude: outputs.1, dbias: outputs.2 }.run(backend).unwrap();
+    MagnitudeBackward {
+        z: z.view(),
+        magnitude: magnitude.view(),
+        norm: norm.view(),
+        dy: dy.view(),
+        dz: outputs.0.map(Into::into),
+        dmagnitude: outputs.1.map(Into::into),
+        dbias: outputs.2.map(Into::into),
+    }
+    .run(backend)
+    .unwrap();
     (down(backend, &y), down(backend, &dz), down(backend, &dmagnitude), down(backend, &dbias))
 }
 
@@ -109,7 +129,7 @@ pub fn accumulate_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
             let x = Mat::new(rows, cols, |i, j| (i * 7 + j) as f64 % 60.0);
             let y = Mat::new(rows, cols, |i, j| (i + 3 * j) as f64 % 100.0);
             let mut sum = up::<_, f32>(backend, &y);
-            Accumulate { x: &up(backend, &x), scale: scale as f32, y: &mut sum }.run(backend).unwrap();
+            Accumulate { x: (up(backend, &x)).view(), scale: scale as f32, y: sum.view_mut() }.run(backend).unwrap();
             assert_exact("y", &down(backend, &sum), &(&y + &(&x * scale)));
         }
     }

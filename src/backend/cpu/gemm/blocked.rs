@@ -76,7 +76,10 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
     let (m, r, base) = (h.rows(), h.cols(), op.base());
     // Panels of `bf16` do not take a scale: `h` is multiplied with it when it is summed.
     let (scale, to_h) = if M::WIDE { (1.0, op.narrowed()) } else { (op.a_scale, Product { scale: 1.0, ..op.narrowed() }) };
-    let mut split = if M::WIDE { None } else { Some(Split::new(engine, m, op.b)?) };
+    let mut split = match op.b {
+        Factor::Stored(b) if !M::WIDE => Some(Split::new(engine, m, b)?),
+        _ => None,
+    };
     let deep = Depth::new::<M>(base.depth(), split.as_ref().map_or(r, Split::depth));
     let mut left = Left::new(engine, micro, m, deep)?;
     for rows in chunks(m) {
@@ -170,7 +173,7 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
         }
         let (rows, cols) = (self.block.rows(), self.block.cols());
         let sums = &mut self.sums[..rows.len() * cols.len()];
-        if let Init::Output = self.init {
+        if self.init.reads_output() {
             for (i, sums) in sums.chunks_exact_mut(cols.len()).enumerate() {
                 ConvertChunk { from: self.block.line(i), to: sums }.run(s);
             }
@@ -311,12 +314,7 @@ fn finish_whole<S: Simd, E: Float, O: Float, const NV: usize>(
     line: &mut [Lanes<O>; NV],
 ) {
     for v in 0..NV {
-        let sum = s.load(&sums[v]);
-        let value = match init {
-            Init::Zero => sum,
-            Init::Row(row) => s.add(sum, s.widen_at(&row[col..], v)),
-            Init::Output => s.add(sum, s.widen(&line[v])),
-        };
+        let value = init.add(s, s.load(&sums[v]), col, v, || s.widen(&line[v]));
         s.narrow(value, &mut line[v]);
     }
 }

@@ -18,13 +18,13 @@ use crate::error::Result;
 /// Panels that a task packs.
 const GROUP: usize = 2;
 
-/// What is kept of a weight: the panels of `W`, the right side of `dy·W`, and those of `Wᵀ`, the right side of `x·Wᵀ`.
-pub(in super::super) struct Packed {
+/// A weight packed into panels: those of `W`, the right side of `dy·W`, and those of `Wᵀ`, the right side of `x·Wᵀ`.
+pub struct PackedWeight {
     as_is: Option<Kept>,
     turned: Option<Kept>,
 }
 
-impl Packed {
+impl PackedWeight {
     /// Packs `w` as the right side of `x·Wᵀ`, and for `backward` as that of `dy·W`. Each takes the memory of `w` again, but for
     /// edges.
     pub(in super::super) fn new<E: Float>(engine: &Engine, w: Matrix<'_, E>, backward: bool) -> Result<Self> {

@@ -26,7 +26,7 @@ mod shallow;
 mod skinny;
 mod tile;
 
-pub(super) use kept::Packed;
+pub use kept::PackedWeight;
 use micro::Fma;
 pub(super) use outer::Outer;
 pub(super) use output::Output;
@@ -34,32 +34,43 @@ use output::{Block, Parts};
 use plan::{Regime, SHALLOW_DEPTH, SKINNY_ROWS};
 pub(super) use tile::multiply as tile;
 
+use std::ops::Range;
+
 use super::Engine;
+use super::pointwise::CHUNK;
 use super::scratch::Taken;
-use super::simd::{LANES, Lanes, Simd};
+use super::simd::{Kernel, LANES, Lanes, Simd};
 use crate::element::{Float, bf16};
 use crate::error::Result;
 
-/// A row-major matrix in memory, or the transpose of one.
+/// A row-major matrix in memory, whose rows may lie apart, or the transpose of one.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a, T> {
+    /// From the first element on.
     data: &'a [T],
     rows: usize,
     cols: usize,
+    /// Elements from one row in memory to the next.
+    stride: usize,
     transposed: bool,
-    /// Its panels, if they are kept.
-    packed: Option<&'a Packed>,
+    /// Its panels, if it is packed.
+    packed: Option<&'a PackedWeight>,
 }
 
 impl<'a, T> Matrix<'a, T> {
     /// `rows × cols`, row-major.
     pub(super) fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         debug_assert_eq!(data.len(), rows * cols);
-        Self { data, rows, cols, transposed: false, packed: None }
+        Self::strided(data, rows, cols, cols)
     }
 
-    /// With the panels that are kept of it.
-    pub(super) fn with_packed(self, packed: Option<&'a Packed>) -> Self {
+    /// `rows × cols`, whose rows begin `stride` elements after one another.
+    pub(super) fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
+        Self { data, rows, cols, stride, transposed: false, packed: None }
+    }
+
+    /// With its panels, if it is packed.
+    pub(super) fn with_packed(self, packed: Option<&'a PackedWeight>) -> Self {
         Self { packed, ..self }
     }
 
@@ -68,31 +79,55 @@ impl<'a, T> Matrix<'a, T> {
         Self { rows: self.cols, cols: self.rows, transposed: !self.transposed, ..self }
     }
 
-    /// Other numbers in the same place.
-    pub(super) fn with_data<'b, U>(&self, data: &'b [U]) -> Matrix<'b, U> {
-        Matrix { data, rows: self.rows, cols: self.cols, transposed: self.transposed, packed: None }
+    /// How many rows.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How many columns.
+    pub(super) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All elements, if the rows in memory follow one another.
+    pub(super) fn as_contiguous(&self) -> Option<&'a [T]> {
+        let (runs, len) = if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) };
+        (runs <= 1 || self.stride == len).then(|| &self.data[..runs * len])
+    }
+
+    /// The runs of contiguous elements in memory: rows, or columns of a transpose.
+    pub(super) fn runs(self) -> impl Iterator<Item = &'a [T]> {
+        let (runs, len) = if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) };
+        (0..if len == 0 { 0 } else { runs }).map(move |i| self.run(i))
     }
 
     /// The `i`-th run of contiguous elements: a row, or a column of a transpose.
     #[inline(always)]
-    fn run(&self, i: usize) -> &'a [T] {
+    pub(super) fn run(&self, i: usize) -> &'a [T] {
         let len = if self.transposed { self.rows } else { self.cols };
-        &self.data[i * len..][..len]
+        &self.data[i * self.stride..][..len]
+    }
+
+    /// These rows of it, which is not transposed.
+    pub(super) fn row_range(self, rows: Range<usize>) -> Self {
+        debug_assert!(!self.transposed && rows.end <= self.rows);
+        let first = if rows.is_empty() || self.cols == 0 { 0 } else { rows.start * self.stride };
+        Self { data: &self.data[first..], rows: rows.len(), packed: None, ..self }
     }
 }
 
 impl<T: Copy> Matrix<'_, T> {
     fn at(&self, row: usize, col: usize) -> T {
-        if self.transposed { self.data[col * self.rows + row] } else { self.data[row * self.cols + col] }
+        if self.transposed { self.data[col * self.stride + row] } else { self.data[row * self.stride + col] }
     }
 }
 
 impl<'a, E: Float> Matrix<'a, E> {
     /// The same, if its numbers are `bf16`.
     fn as_bf16(self) -> Option<Matrix<'a, bf16>> {
-        let Self { data, rows, cols, transposed, packed } = self;
+        let Self { data, rows, cols, stride, transposed, packed } = self;
         let same = kept::same::<E, bf16>();
-        same.then(|| Matrix { data: bytemuck::cast_slice(data), rows, cols, transposed, packed })
+        same.then(|| Matrix { data: bytemuck::cast_slice(data), rows, cols, stride, transposed, packed })
     }
 }
 
@@ -114,6 +149,22 @@ impl<E: Float> Factor<'_, E> {
 }
 
 impl<E> Factor<'_, E> {
+    /// The transpose; nothing moves.
+    pub(super) fn t(self) -> Self {
+        match self {
+            Factor::Stored(m) => Factor::Stored(m.t()),
+            Factor::Wide(m) => Factor::Wide(m.t()),
+        }
+    }
+
+    /// These rows of it, which is not transposed.
+    pub(super) fn row_range(self, rows: Range<usize>) -> Self {
+        match self {
+            Factor::Stored(m) => Factor::Stored(m.row_range(rows)),
+            Factor::Wide(m) => Factor::Wide(m.row_range(rows)),
+        }
+    }
+
     fn rows(&self) -> usize {
         match self {
             Factor::Stored(m) => m.rows,
@@ -154,15 +205,15 @@ pub(super) struct LowRank<'a, E> {
     pub(super) lhs: Matrix<'a, E>,
     pub(super) w: Matrix<'a, E>,
     pub(super) a_scale: f32,
-    pub(super) a: Matrix<'a, E>,
+    pub(super) a: Factor<'a, E>,
     pub(super) b_scale: f32,
-    pub(super) b: Matrix<'a, E>,
+    pub(super) b: Factor<'a, E>,
 }
 
 impl<'a, E: Copy> LowRank<'a, E> {
     /// `a_scale·lhs·a`, which is `h`
     fn narrowed(&self) -> Product<'a, E> {
-        Product { scale: self.a_scale, lhs: Factor::Stored(self.lhs), rhs: Factor::Stored(self.a) }
+        Product { scale: self.a_scale, lhs: Factor::Stored(self.lhs), rhs: self.a }
     }
 
     /// `lhs·w`
@@ -172,16 +223,18 @@ impl<'a, E: Copy> LowRank<'a, E> {
 
     /// `b_scale·h·b`, `h` with `rows` rows
     fn update(&self, h: &'a [f32], rows: usize) -> Product<'a, E> {
-        let h = Matrix::new(h, rows, self.a.cols);
-        Product { scale: self.b_scale, lhs: Factor::Wide(h), rhs: Factor::Stored(self.b) }
+        let h = Matrix::new(h, rows, self.a.cols());
+        Product { scale: self.b_scale, lhs: Factor::Wide(h), rhs: self.b }
     }
 }
 
 impl<'a, E: Float> LowRank<'a, E> {
-    /// The same, if its numbers are `bf16`.
+    /// As `bf16`, if all its numbers are stored so, and those of `b` may be [repeated](pairs::may_repeat).
     fn as_bf16(self) -> Option<LowRank<'a, bf16>> {
-        let Self { lhs, w, a_scale, a, b_scale, b } = self;
-        Some(LowRank { lhs: lhs.as_bf16()?, w: w.as_bf16()?, a_scale, a: a.as_bf16()?, b_scale, b: b.as_bf16()? })
+        let (Factor::Stored(a), Factor::Stored(b)) = (self.a, self.b) else { return None };
+        let (a, b) = (Factor::Stored(a.as_bf16()?), Factor::Stored(b.as_bf16().filter(pairs::may_repeat)?));
+        let (lhs, w) = (self.lhs.as_bf16()?, self.w.as_bf16()?);
+        Some(LowRank { lhs, w, a_scale: self.a_scale, a, b_scale: self.b_scale, b })
     }
 }
 
@@ -193,6 +246,8 @@ pub(super) enum Init<'a, E> {
     Row(&'a [E]),
     /// What the output holds.
     Output,
+    /// What the output holds, and in every row the same.
+    OutputAndRow(&'a [E]),
 }
 
 impl<'a, E: Float> Init<'a, E> {
@@ -202,7 +257,24 @@ impl<'a, E: Float> Init<'a, E> {
             Init::Zero => Some(Init::Zero),
             Init::Row(row) => kept::same::<E, bf16>().then(|| Init::Row(bytemuck::cast_slice(row))),
             Init::Output => Some(Init::Output),
+            Init::OutputAndRow(row) => kept::same::<E, bf16>().then(|| Init::OutputAndRow(bytemuck::cast_slice(row))),
         }
+    }
+
+    /// `sum + init` for vector `v` of a line that begins at column `col` and holds `old` there.
+    #[inline(always)]
+    fn add<S: Simd>(self, s: S, sum: S::V, col: usize, v: usize, old: impl FnOnce() -> S::V) -> S::V {
+        match self {
+            Init::Zero => sum,
+            Init::Row(row) => s.add(sum, s.widen_at(&row[col..], v)),
+            Init::Output => s.add(sum, old()),
+            Init::OutputAndRow(row) => s.add(s.add(sum, s.widen_at(&row[col..], v)), old()),
+        }
+    }
+
+    /// Whether the output is read.
+    pub(super) fn reads_output(self) -> bool {
+        matches!(self, Init::Output | Init::OutputAndRow(_))
     }
 }
 
@@ -243,12 +315,28 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         return shallow::run(engine, out, term);
     }
     match regime(out.rows(), terms) {
-        Regime::Blocked => match pairs::Sum::of(engine, init, terms) {
-            Some(sum) => sum.run(engine, out),
-            None => blocked::run(engine, Fma, out, init, terms),
-        },
+        Regime::Blocked => {
+            if let Some(sum) = pairs::Sum::of(engine, init, terms) {
+                return sum.run(engine, out);
+            }
+            match terms {
+                [base, update] if pairs::Sum::of(engine, init, &[*base]).is_some() => apart(engine, out, init, [*base, *update]),
+                _ => blocked::run(engine, Fma, out, init, terms),
+            }
+        }
         Regime::Skinny => skinny::run(engine, out, init, terms),
     }
+}
+
+/// `out = init + Σ scale·lhs·rhs` of two products that different units make, the first as it would be made by itself: both are summed
+/// in `f32` memory, and rounded once.
+fn apart<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, init: Init<'_, E>, terms: [Product<'_, E>; 2]) -> Result<()> {
+    let (rows, cols) = (out.rows(), out.cols());
+    let mut sums = engine.scratch.take(rows * cols)?;
+    for (term, init) in terms.into_iter().zip([Init::Zero, Init::Output]) {
+        sum_of_products(engine, Output::new(&mut sums, rows, cols), init, &[term])?;
+    }
+    store(engine, Matrix::new(&sums, rows, cols), out, init)
 }
 
 /// [`LowRank`], and [`Outer`] if it is asked for, with `lhs` read once where it pays.
@@ -265,8 +353,8 @@ pub(super) fn low_rank<E: Float, O: Float>(
         return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
     }
     if regime(out.rows(), &[op.narrowed(), op.base()]) == Regime::Blocked {
-        if let (Some(unit), Some(op), Some(init)) = (pairs::unit(engine), op.as_bf16(), init.as_bf16())
-            && pairs::may_repeat(&op.b)
+        if let Some(unit) = pairs::unit(engine)
+            && let (Some(op), Some(init)) = (op.as_bf16(), init.as_bf16())
         {
             let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
             return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut wide) {
@@ -274,14 +362,16 @@ pub(super) fn low_rank<E: Float, O: Float>(
                 _ => Ok(()),
             });
         }
-        return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
-            Some(outer) => outer.add(engine, left, rows),
-            None => Ok(()),
-        });
+        if pairs::unit(engine).is_none() || !kept::same::<E, bf16>() {
+            return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
+                Some(outer) => outer.add(engine, left, rows),
+                None => Ok(()),
+            });
+        }
     }
-    skinny::run(engine, h.reborrow(), Init::Zero, &[op.narrowed()])?;
+    sum_of_products(engine, h.reborrow(), Init::Zero, &[op.narrowed()])?;
     let rows = h.rows();
-    skinny::run(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
+    sum_of_products(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
     outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))
 }
 
@@ -301,22 +391,48 @@ pub(super) fn outer_product<E: Float>(engine: &Engine, lhs: Factor<'_, E>, outer
 fn finish<S: Simd, E: Float, O: Float>(s: S, sums: &[Lanes<f32>], init: Init<'_, E>, col: usize, line: &mut [O]) {
     let (whole, rest) = line.as_chunks_mut::<LANES>();
     for (v, (to, sum)) in whole.iter_mut().zip(sums).enumerate() {
-        let sum = s.load(sum);
-        let value = match init {
-            Init::Zero => sum,
-            Init::Row(row) => s.add(sum, s.widen_at(&row[col..], v)),
-            Init::Output => s.add(sum, s.widen(to)),
-        };
+        let value = init.add(s, s.load(sum), col, v, || s.widen(to));
         s.narrow(value, to);
     }
     if !rest.is_empty() {
-        let sum = s.load(&sums[whole.len()]);
-        let value = match init {
-            Init::Zero => sum,
-            Init::Row(row) => s.add(sum, s.widen_at(&row[col..], whole.len())),
-            Init::Output => s.add(sum, s.widen_at(rest, 0)),
-        };
+        let value = init.add(s, s.load(&sums[whole.len()]), col, whole.len(), || s.widen_at(rest, 0));
         s.narrow_to(value, rest);
+    }
+}
+
+/// `out = init + from`, rounded once
+pub(super) fn store<E: Float, O: Float>(
+    engine: &Engine,
+    from: Matrix<'_, f32>,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+) -> Result<()> {
+    let down = Parts::new(out.rows(), 1, (CHUNK / out.cols().max(1)).max(1), 1);
+    let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
+    out.for_each_block(engine, down, across, 1, |block| {
+        engine.unit.run(Store { block, from, init });
+        Ok(())
+    })
+}
+
+struct Store<'a, 'o, E, O> {
+    block: Block<'o, O>,
+    from: Matrix<'a, f32>,
+    init: Init<'a, E>,
+}
+
+impl<E: Float, O: Float> Kernel for Store<'_, '_, E, O> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, s: S) {
+        for (i, row) in self.block.rows().enumerate() {
+            let from = self.from.run(row);
+            for (v, to) in self.block.line(i).chunks_mut(LANES).enumerate() {
+                let value = self.init.add(s, s.widen_at(from, v), 0, v, || s.widen_at(to, 0));
+                s.narrow_to(value, to);
+            }
+        }
     }
 }
 

@@ -12,44 +12,55 @@ use crate::error::Result;
 
 /// The matrix to write.
 pub(in super::super) struct Output<'a, O> {
+    /// From the first element on.
     data: &'a mut [O],
     rows: usize,
     cols: usize,
+    /// Elements from one row to the next.
+    stride: usize,
 }
 
 impl<'a, O> Output<'a, O> {
     /// `rows × cols`, row-major.
     pub(in super::super) fn new(data: &'a mut [O], rows: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), rows * cols); // what the unsafe code below relies on
-        Self { data, rows, cols }
+        Self::strided(data, rows, cols, cols)
     }
 
-    pub(super) fn rows(&self) -> usize {
+    /// `rows × cols`, whose rows begin `stride` elements after one another; what lies between them is not written.
+    pub(in super::super) fn strided(data: &'a mut [O], rows: usize, cols: usize, stride: usize) -> Self {
+        let span = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols };
+        assert!(span <= data.len() && (rows <= 1 || cols <= stride)); // what the unsafe code below relies on
+        Self { data, rows, cols, stride }
+    }
+
+    pub(in super::super) fn rows(&self) -> usize {
         self.rows
     }
 
-    pub(super) fn cols(&self) -> usize {
+    pub(in super::super) fn cols(&self) -> usize {
         self.cols
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.data.is_empty()
+        self.rows == 0 || self.cols == 0
     }
 
-    /// Row by row.
+    /// All elements, row by row, of an output whose rows follow one another.
     pub(super) fn data(&mut self) -> &mut [O] {
-        self.data
+        assert!(self.rows <= 1 || self.stride == self.cols);
+        &mut self.data[..self.rows * self.cols]
     }
 
     /// The same matrix, for a shorter time.
-    pub(super) fn reborrow(&mut self) -> Output<'_, O> {
-        Output { data: self.data, rows: self.rows, cols: self.cols }
+    pub(in super::super) fn reborrow(&mut self) -> Output<'_, O> {
+        Output { data: self.data, rows: self.rows, cols: self.cols, stride: self.stride }
     }
 
     /// Some of its rows.
     pub(super) fn rows_of(&mut self, rows: Range<usize>) -> Output<'_, O> {
-        let data = &mut self.data[rows.start * self.cols..rows.end * self.cols];
-        Output { data, rows: rows.len(), cols: self.cols }
+        assert!(rows.end <= self.rows);
+        let first = if rows.is_empty() || self.cols == 0 { 0 } else { rows.start * self.stride };
+        Output::strided(&mut self.data[first..], rows.len(), self.cols, self.stride)
     }
 }
 
@@ -65,7 +76,7 @@ impl<O: Send> Output<'_, O> {
         task: impl Fn(Block<'_, O>) -> Result<()> + Sync,
     ) -> Result<()> {
         assert!(down.len == self.rows && across.len == self.cols);
-        let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.cols);
+        let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.stride);
         let blocks = (0..down.parts * across.parts).into_par_iter();
         engine.alone_if(few(self.rows, self.cols, depth)).try_each(blocks, |i| {
             let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));

@@ -96,7 +96,7 @@ impl Part<'_, f32> {
             let run = &lines.run(p)[first..last];
             // The next runs lie in other pages, where no hardware looks ahead.
             for at in (0..run.len()).step_by(64 / size_of::<T>()) {
-                s.prefetch(run, RUNS_AHEAD * lines.rows + at);
+                s.prefetch(run, RUNS_AHEAD * lines.stride + at);
             }
             for (panel, to) in to.chunks_mut(stride).enumerate() {
                 copy_scaled(s, &run[panel * width..], scale, width, &mut to[step * width..end]);

@@ -36,7 +36,9 @@ impl<'a> Sum<'a> {
         let (unit, (&base, rest)) = (unit(engine)?, terms.split_first()?);
         let update = match rest {
             [] => None,
-            [Product { scale, lhs: Factor::Wide(h), rhs: Factor::Stored(rhs) }] if !h.transposed => {
+            [Product { scale, lhs: Factor::Wide(h), rhs: Factor::Stored(rhs) }]
+                if !h.transposed && h.as_contiguous().is_some() =>
+            {
                 Some((*scale, *h, rhs.as_bf16().filter(may_repeat)?))
             }
             _ => return None,
@@ -54,7 +56,8 @@ impl<'a> Sum<'a> {
         let Self { unit, init, base, update } = self;
         let Some((scale, h, rhs)) = update else { return blocked::run(engine, unit, out, init, &[base]) };
         let mut split = Split::new(engine, h.rows, rhs)?;
-        blocked::run(engine, unit, out, init, &[base, split.update(scale, h.data, 0..h.rows)])
+        let numbers = h.as_contiguous().unwrap_or_default(); // `of` sees to it
+        blocked::run(engine, unit, out, init, &[base, split.update(scale, numbers, 0..h.rows)])
     }
 }
 
@@ -180,7 +183,7 @@ const PIECES: usize = 3;
 /// Whether a product with this right side may be made in pieces. Where a number of `h` has fewer significant bits some of its
 /// pieces are 0, and 0 times ∞ would make NaN of what is infinite.
 pub(super) fn may_repeat(rhs: &Matrix<'_, bf16>) -> bool {
-    rhs.data.iter().fold(true, |finite, number| finite & number.is_finite())
+    rhs.runs().flatten().fold(true, |finite, number| finite & number.is_finite())
 }
 
 /// `scale·h·rhs` with `h` in `f32` as a product of `bf16`: `h` in three pieces side by side, times `rhs` three times over. The
@@ -202,10 +205,11 @@ impl<'e> Split<'e> {
         let pieces = engine.scratch.take_of::<bf16>(m * PIECES * r)?;
         let mut repeated = engine.scratch.take_of::<bf16>(PIECES * r * n)?;
         // Lines that are columns are each repeated; lines that are rows are repeated all together.
-        let len = if rhs.transposed { r } else { r * n };
-        if len > 0 {
-            let to = repeated.as_mut::<E>().chunks_exact_mut(len);
-            to.zip(rhs.data.chunks_exact(len).flat_map(|line| [line; PIECES])).for_each(|(to, line)| to.copy_from_slice(line));
+        let mut to = repeated.as_mut::<E>().chunks_exact_mut(if rhs.transposed { r } else { n }.max(1));
+        let mut append = |line: &[E]| to.next().into_iter().for_each(|to| to.copy_from_slice(line));
+        match rhs.transposed {
+            true => rhs.runs().flat_map(|line| [line; PIECES]).for_each(&mut append),
+            false => (0..PIECES).flat_map(|_| rhs.runs()).for_each(&mut append),
         }
         Ok(Self { pieces, repeated, size: (m, r, n), transposed: rhs.transposed })
     }

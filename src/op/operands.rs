@@ -1,0 +1,193 @@
+//! What the operands of a low-rank layer may be.
+
+use crate::backend::Backend;
+use crate::element::Element;
+use crate::error::Result;
+use crate::tensor::{Shape, Tensor};
+use crate::view::{MatMut, MatRef};
+use crate::{DType, Float, Passes};
+
+/// The frozen weight of a layer, `n×k`: dense, or dense and [packed](Packed) besides.
+///
+/// Made `from` a [`Tensor`], a [`MatRef`], or a [`Packed`].
+pub struct Weight<'t, B: Backend> {
+    dense: MatRef<'t, B>,
+    panels: Option<&'t B::Panels>,
+}
+
+impl<B: Backend> Clone for Weight<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Weight<'_, B> {}
+
+impl<'t, B: Backend> Weight<'t, B> {
+    /// `n×k`
+    pub fn shape(&self) -> Shape {
+        self.dense.shape()
+    }
+
+    /// How many outputs the layer has.
+    pub fn rows(&self) -> usize {
+        self.dense.rows()
+    }
+
+    /// How many inputs the layer has.
+    pub fn cols(&self) -> usize {
+        self.dense.cols()
+    }
+
+    /// The numbers as they are stored.
+    pub(crate) fn dense(&self) -> MatRef<'t, B> {
+        self.dense
+    }
+
+    /// The panels, where the weight is packed as well.
+    pub(crate) fn panels(&self) -> Option<&'t B::Panels> {
+        self.panels
+    }
+}
+
+impl<'t, B: Backend> From<MatRef<'t, B>> for Weight<'t, B> {
+    fn from(dense: MatRef<'t, B>) -> Self {
+        Self { dense, panels: None }
+    }
+}
+
+impl<'t, B: Backend> From<&'t Tensor<B>> for Weight<'t, B> {
+    /// With the panels that [`Backend::keep_packed`] made of it, if it did.
+    fn from(tensor: &'t Tensor<B>) -> Self {
+        Self { dense: tensor.view(), panels: B::panels(tensor.buffer()) }
+    }
+}
+
+impl<'t, B: Backend> From<&'t Packed<'_, B>> for Weight<'t, B> {
+    fn from(packed: &'t Packed<'_, B>) -> Self {
+        Self { dense: packed.dense, panels: Some(&packed.panels) }
+    }
+}
+
+/// A frozen weight in memory that somebody lends, and a copy of it in the order in which products read it.
+///
+/// It borrows the weight, so that nobody can change the one and not the other. For a weight in a [`Tensor`] there is
+/// [`Backend::keep_packed`].
+pub struct Packed<'w, B: Backend> {
+    dense: MatRef<'w, B>,
+    panels: B::Panels,
+}
+
+impl<'w, B: Backend> Packed<'w, B> {
+    /// Packs a weight for these passes: as many bytes again for each. Backends that read weights as they are copy nothing.
+    ///
+    /// Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn new(backend: &B, w: MatRef<'w, B>, passes: Passes) -> Result<Self> {
+        Ok(Self { dense: w, panels: backend.pack(w, passes)? })
+    }
+}
+
+/// A factor of a low-rank update, `A r×k` or `B n×r`: stored as the weights are, or in `f32` beside 16-bit weights, as PEFT trains them.
+pub enum Factor<'t, B: Backend> {
+    /// Of the backend's element type.
+    Elem(MatRef<'t, B>),
+    /// Of `f32`, whatever the weights are.
+    F32(MatRef<'t, B, f32>),
+}
+
+impl<B: Backend> Clone for Factor<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Factor<'_, B> {}
+
+impl<B: Backend> Factor<'_, B> {
+    /// Rows × columns.
+    pub fn shape(&self) -> Shape {
+        match self {
+            Factor::Elem(matrix) => matrix.shape(),
+            Factor::F32(matrix) => matrix.shape(),
+        }
+    }
+
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.shape().rows
+    }
+
+    /// How many columns.
+    pub fn cols(&self) -> usize {
+        self.shape().cols
+    }
+
+    /// How its numbers are stored.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Factor::Elem(_) => B::Elem::DTYPE,
+            Factor::F32(_) => DType::F32,
+        }
+    }
+}
+
+impl<'t, B: Backend> From<MatRef<'t, B>> for Factor<'t, B> {
+    fn from(matrix: MatRef<'t, B>) -> Self {
+        Factor::Elem(matrix)
+    }
+}
+
+impl<'t, B: Backend> From<&'t Tensor<B>> for Factor<'t, B> {
+    fn from(tensor: &'t Tensor<B>) -> Self {
+        Factor::Elem(tensor.view())
+    }
+}
+
+/// The output of a product.
+pub enum Output<'t, B: Backend, T: Element = <B as Backend>::Elem> {
+    /// It becomes the result; what it held is not read.
+    Overwrite(MatMut<'t, B, T>),
+    /// The result is added to what it holds: the sum is made in `f32` and rounded once.
+    AddTo(MatMut<'t, B, T>),
+}
+
+impl<'t, B: Backend, T: Element> Output<'t, B, T> {
+    /// Rows × columns.
+    pub fn shape(&self) -> Shape {
+        match self {
+            Output::Overwrite(matrix) | Output::AddTo(matrix) => matrix.shape(),
+        }
+    }
+
+    /// The matrix, and whether the result is added to it.
+    pub(crate) fn into_parts(self) -> (MatMut<'t, B, T>, bool) {
+        match self {
+            Output::Overwrite(matrix) => (matrix, false),
+            Output::AddTo(matrix) => (matrix, true),
+        }
+    }
+}
+
+impl<'t, B: Backend, T: Element> From<MatMut<'t, B, T>> for Output<'t, B, T> {
+    fn from(matrix: MatMut<'t, B, T>) -> Self {
+        Output::Overwrite(matrix)
+    }
+}
+
+impl<'t, B: Backend, T: Element> From<&'t mut Tensor<B, T>> for Output<'t, B, T> {
+    fn from(tensor: &'t mut Tensor<B, T>) -> Self {
+        Output::Overwrite(tensor.view_mut())
+    }
+}
+
+impl<'t, B: Backend, T: Element> From<&'t Tensor<B, T>> for MatRef<'t, B, T> {
+    fn from(tensor: &'t Tensor<B, T>) -> Self {
+        tensor.view()
+    }
+}
+
+impl<'t, B: Backend, T: Element> From<&'t mut Tensor<B, T>> for MatMut<'t, B, T> {
+    fn from(tensor: &'t mut Tensor<B, T>) -> Self {
+        tensor.view_mut()
+    }
+}

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use lowrank::op::{LinearBackward, LinearForward};
 use lowrank::random::Rng;
-use lowrank::{Backend, Cpu, Tensor};
+use lowrank::{Cpu, Tensor};
 
 /// `m`, `k` and `n`.
 const SHAPES: [[usize; 3]; 2] = [[1024, 1024, 1024], [512, 4096, 4096]];
@@ -68,10 +68,10 @@ fn one() -> Result<(), Box<dyn Error>> {
         };
         let (x, w, dy) = (random(m, k)?, random(n, k)?, random(m, n)?);
         let (mut y, mut dx) = (Tensor::zeros(&cpu, (m, n))?, Tensor::zeros(&cpu, (m, k))?);
-        let forward = least(|| cpu.linear_forward(LinearForward { x: &x, w: &w, bias: None, y: &mut y }.check()?))?;
-        let backward = least(|| {
-            cpu.linear_backward(LinearBackward { x: &x, w: &w, dy: &dy, dx: Some(&mut dx), dw: None, dbias: None }.check()?)
-        })?;
+        let forward = least(|| LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu))?;
+        let (x, w) = (None, Some((&w).into()));
+        let backward =
+            least(|| LinearBackward { x, w, dy: dy.view(), dx: Some((&mut dx).into()), dw: None, dbias: None }.run(&cpu))?;
         println!("{forward} {backward}");
     }
     Ok(())

@@ -325,9 +325,11 @@ mod tests {
         };
         let (x, w) = (random(m, k), random(k, k));
         let (mut y, mut dx) = (random(m, k), random(m, k));
-        cpu.linear_forward(LinearForward { x: &x, w: &w, bias: None, y: &mut y }.check().unwrap()).unwrap();
-        let backward = LinearBackward { x: &x, w: &w, dy: &y, dx: Some(&mut dx), dw: None, dbias: None };
-        cpu.linear_backward(backward.check().unwrap()).unwrap();
+        let forward = LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() };
+        cpu.linear_forward(forward.check().unwrap()).unwrap();
+        let dx_of =
+            LinearBackward { x: None, w: Some((&w).into()), dy: y.view(), dx: Some((&mut dx).into()), dw: None, dbias: None };
+        cpu.linear_backward(dx_of.check().unwrap()).unwrap();
         y.buffer().iter().chain(dx.buffer().iter()).map(|number| number.to_f32()).collect()
     }
 

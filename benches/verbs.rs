@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Mlp};
+use lowrank::nn::{Adam, Adaptable, Mlp};
 use lowrank::op::{
     self, AdamRate, Labels, LinearBackward, LinearForward, LoraBackward, LoraForward, LoraMerge, Rounding, WeightGrad,
 };
@@ -156,7 +156,7 @@ fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
         let (mut first, mut second) = (zeros(), zeros());
         let rate = AdamRate::new(1e-3, 0.9, 0.999, 1e-8, 10).expect("rate");
         bench.run("adam", bytes(n * k, 16 + 2 * size_of::<B::Elem>()), |backend| {
-            op::Adam { grad: WeightGrad::Factored { dy, x }, rate, m: &mut first, v: &mut second, w }.run(backend)
+            op::Adam { grad: WeightGrad::Factored { dy, x }, rate, m: &mut first, v: &mut second, master: None, w }.run(backend)
         });
     }
 }

@@ -1,32 +1,45 @@
 #include "engine.cuh"
 
-// The scalars of one step, as op/adam.rs works them out.
-struct AdamRate {
-    float beta1, beta2, step_size, root_scale, eps;
+// A step: its scalars, as op/adam.rs works them out, and what it updates. `master` is null, or the weights in f32.
+struct Adam {
+    float beta1, beta2, step_size, root_scale, eps, decay;
+    float *m, *v, *master;
+    E* w;
 
-    // m = β₁·m + (1-β₁)·g, v = β₂·v + (1-β₂)·g², w -= step_size·m / (√v·root_scale + eps)
-    __device__ void step(float g, float* m, float* v, E* w) const {
-        float first = beta1 * *m + (1.0f - beta1) * g;
-        float second = beta2 * *v + (1.0f - beta2) * g * g;
-        *m = first;
-        *v = second;
-        store(w, widen(*w) - step_size * first / (sqrtf(second) * root_scale + eps));
+    // m = β₁·m + (1-β₁)·g, v = β₂·v + (1-β₂)·g², w = decay·w - step_size·m / (√v·root_scale + eps)
+    __device__ void step(float g, size_t i) const {
+        float first = beta1 * m[i] + (1.0f - beta1) * g;
+        float second = beta2 * v[i] + (1.0f - beta2) * g * g;
+        m[i] = first;
+        v[i] = second;
+        float next = decay * weight(i) - step_size * first / (sqrtf(second) * root_scale + eps);
+        if (master) master[i] = next;
+        store(&w[i], next);
+    }
+
+    // The master where `w` is what it rounds to, else `w`.
+    __device__ float weight(size_t i) const {
+        float stored = widen(w[i]);
+        if (!master) return stored;
+        E rounded;
+        store(&rounded, master[i]);
+        return widen(rounded) == stored ? master[i] : stored;
     }
 };
 
 // Adam with a stored gradient
-KERNEL(adam_dense)(const float* g, float beta1, float beta2, float step_size, float root_scale, float eps,
-                   float* m, float* v, E* w, size_t len) {
-    AdamRate rate{beta1, beta2, step_size, root_scale, eps};
+KERNEL(adam_dense)(const float* g, float beta1, float beta2, float step_size, float root_scale, float eps, float decay,
+                   float* m, float* v, float* master, E* w, size_t len) {
+    Adam adam{beta1, beta2, step_size, root_scale, eps, decay, m, v, master, w};
     size_t i = element();
-    if (i < len) rate.step(g[i], &m[i], &v[i], &w[i]);
+    if (i < len) adam.step(g[i], i);
 }
 
 // Adam with g = dyᵀ·x, which is never stored
 KERNEL(adam_factored)(const E* x, const E* dy, float beta1, float beta2, float step_size, float root_scale, float eps,
-                      float* m, float* v, E* w, int batch, int k, int n) {
-    AdamRate rate{beta1, beta2, step_size, root_scale, eps};
+                      float decay, float* m, float* v, float* master, E* w, int batch, int k, int n) {
+    Adam adam{beta1, beta2, step_size, root_scale, eps, decay, m, v, master, w};
     Tile tile(n, k);
     tile.add(columns(dy, n, batch), columns(x, k, batch));
-    tile.each([&](int i, int j, float g) { rate.step(g, &m[at(i, j, k)], &v[at(i, j, k)], &w[at(i, j, k)]); });
+    tile.each([&](int i, int j, float g) { adam.step(g, at(i, j, k)); });
 }

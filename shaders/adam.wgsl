@@ -1,7 +1,7 @@
-// m = β₁·m + (1-β₁)·g,  v = β₂·v + (1-β₂)·g²,  w -= step_size·m / (√v·root_scale + eps)
+// m = β₁·m + (1-β₁)·g,  v = β₂·v + (1-β₂)·g²,  w = decay·w - step_size·m / (√v·root_scale + eps)
 //
 // The gradient g is the sum that the engine made: dyᵀ·x for a factored gradient, which is stored nowhere; or, with no depth
-// at all, what the sum begins with, for a dense one.
+// at all, what the sum begins with, for a dense one. Where the weight comes from and goes to: adam_weight.wgsl, adam_master.wgsl.
 
 fn finish(i: u32, j: u32, left: u32, g: vec4<f32>) {
   let e = at(s.moments, i, j);
@@ -11,7 +11,6 @@ fn finish(i: u32, j: u32, left: u32, g: vec4<f32>) {
   let root = fma(sqrt(second), vec4(s.rate.root_scale), vec4(s.rate.eps));
   m_write(e, step, left, first);
   v_write(e, step, left, second);
-  let weight = at(s.out, i, j);
-  let weights = fma(vec4(-s.rate.step_size), first / root, w_read(weight, s.out.col, left));
-  w_write(weight, s.out.col, left, rounded_line(weights, HALF));
+  let before = weight_read(i, j, left);
+  weight_write(i, j, left, fma(vec4(-s.rate.step_size), first / root, s.rate.decay * before));
 }

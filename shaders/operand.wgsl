@@ -2,9 +2,8 @@
 // place of OPERAND.
 //
 // A factor lies along its side (the rows of a left side, the columns of a right one) and along the depth. It is DEEP where
-// neighbours in memory are neighbours along the depth.
-
-@group(0) @binding(OPERAND_BINDING) var<storage, read> OPERAND: array<OPERAND_unit>;
+// neighbours in memory are neighbours along the depth. The line before this file declares OPERAND, an array of OPERAND_unit: a
+// binding, or a private variable for a product that there is not, whose code is never reached.
 
 // Numbers of which `e` is the first; four of them where QUADS says that they may be read at once.
 fn OPERAND_at(e: u32) -> vec4<f32> {

@@ -11,7 +11,7 @@ struct Factor { offset: u32, along: u32, down: u32, unused: u32, @align(16) len:
 struct Place { offset: u32, row: u32, col: u32, unused: u32 }
 
 // The scalars of Adam, which finishes a sum that is a gradient.
-struct Rate { beta1: f32, beta2: f32, step_size: f32, root_scale: f32, eps: f32 }
+struct Rate { beta1: f32, beta2: f32, step_size: f32, root_scale: f32, eps: f32, decay: f32 }
 
 // `first` is the place in its matrix of the element that the output's binding begins with; `key` is that of its roundings.
 struct Sum {
@@ -23,7 +23,7 @@ struct Sum {
 }
 
 @group(0) @binding(0) var<uniform> s: Sum;
-@group(0) @binding(5) var<storage, read> init: array<init_unit>;
+@group(0) @binding(init_BINDING) var<storage, read> init: array<init_unit>;
 
 fn at(place: Place, i: u32, j: u32) -> u32 {
   return place.offset + i * place.row + j * place.col;

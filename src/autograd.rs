@@ -21,11 +21,13 @@
 //! A loop works in the same memory again and again: a tape takes over the lists of a step that is done
 //! ([`reusing`](Tape::reusing), [`reset`](Tape::reset)), and the backend lends again what tensors gave back.
 
+mod custom;
 mod flow;
 mod gradients;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use custom::{Backward, CustomGradients};
 pub use gradients::Gradients;
 
 use crate::backend::Backend;
@@ -125,12 +127,38 @@ pub struct LoraParams<'m, B: Backend> {
 /// What made a value.
 enum Op<'m, B: Backend> {
     Input,
-    Linear { x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>> },
-    Lora { x: Var, layer: LoraParams<'m, B>, h: Tensor<B, f32> },
-    Magnitude { z: Var, magnitude: &'m Param<B>, norm: Tensor<B, f32>, bias: Option<&'m Param<B>> },
-    Relu { x: Var },
-    Dropout { x: Var, dropout: Dropout },
-    Sum { x: Var, y: Var, minus: bool },
+    Linear {
+        x: Var,
+        w: &'m Param<B>,
+        bias: Option<&'m Param<B>>,
+    },
+    Lora {
+        x: Var,
+        layer: LoraParams<'m, B>,
+        h: Tensor<B, f32>,
+    },
+    Magnitude {
+        z: Var,
+        magnitude: &'m Param<B>,
+        norm: Tensor<B, f32>,
+        bias: Option<&'m Param<B>>,
+    },
+    Relu {
+        x: Var,
+    },
+    Dropout {
+        x: Var,
+        dropout: Dropout,
+    },
+    Sum {
+        x: Var,
+        y: Var,
+        minus: bool,
+    },
+    /// One of the tape's `customs`.
+    Custom {
+        index: usize,
+    },
 }
 
 struct Node<'m, B: Backend> {
@@ -146,6 +174,8 @@ pub struct Tape<'m, B: Backend> {
     id: u64,
     backend: &'m B,
     nodes: Vec<Node<'m, B>>,
+    /// The derivatives of the caller's operations, in order.
+    customs: Vec<Box<dyn custom::Derivative<B> + 'm>>,
     /// The values, what losses sent to them, and where the gradients of parameters will be filed.
     gradients: Gradients<B>,
 }
@@ -159,7 +189,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// An empty tape in the memory of a step that is done: a loop of such steps allocates nothing after the first few.
     ///
     /// ```
-    /// # use lowrank::{Cpu, Tensor, autograd::{Gradients, Tape}, nn::{Adam, Mlp}, op::Labels, random::Rng};
+    /// # use lowrank::{Cpu, Tensor, autograd::{Gradients, Tape}, nn::{Adam, Adaptable, Mlp}, op::Labels, random::Rng};
     /// # let cpu = Cpu::<f32>::new()?;
     /// # let (mut model, mut adam) = (Mlp::new(&cpu, &[3, 2], &mut Rng::new(0))?, Adam::new(1e-3)?);
     /// let mut gradients = Gradients::default();
@@ -174,7 +204,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     pub fn reusing(backend: &'m B, gradients: Gradients<B>) -> Self {
-        let mut tape = Self { id: new_id(), backend, nodes: Vec::new(), gradients };
+        let mut tape = Self { id: new_id(), backend, nodes: Vec::new(), customs: Vec::new(), gradients };
         tape.nodes = std::mem::take(&mut tape.gradients.nodes);
         tape.reset();
         tape
@@ -185,6 +215,7 @@ impl<'m, B: Backend> Tape<'m, B> {
     pub fn reset(&mut self) {
         self.id = new_id();
         self.nodes.clear();
+        self.customs.clear();
         self.gradients.clear();
     }
 
@@ -327,17 +358,17 @@ impl<'m, B: Backend> Tape<'m, B> {
         self.gradients.meet(self.backend, var, gradient)
     }
 
-    /// The gradients of the sum of all losses, for every trainable parameter.
+    /// The gradients of the sum of all losses, for every trainable parameter. One that was used several times, such as a tied weight,
+    /// gets the sum: a matrix in `f32`, where a weight that was used once has its gradient as two factors.
     ///
-    /// Errors: [`Error::Value`] without a loss and without a [`seed`](Self::seed), or if a trainable parameter was used twice; those of
-    /// the verbs.
+    /// Errors: [`Error::Value`] without a loss and without a [`seed`](Self::seed); those of the verbs and of custom operations.
     pub fn backward(self) -> Result<Gradients<B>> {
-        let Tape { id, backend, nodes, mut gradients } = self;
+        let Tape { id, backend, nodes, customs, mut gradients } = self;
         let begins = gradients.arrived.iter().any(Option::is_some);
         Error::unless(begins, "backward", "loss", "missing", "a cross_entropy or a seed on the tape")?;
         for (index, node) in nodes.iter().enumerate().rev() {
             if let (true, Some(dy)) = (node.wanted, gradients.arrived[index].take()) {
-                flow::through(backend, &nodes, Var { tape: id, index }, dy, &mut gradients)?;
+                flow::through(backend, (&nodes, &customs), Var { tape: id, index }, dy, &mut gradients)?;
             }
         }
         gradients.arrived.clear();

@@ -146,8 +146,8 @@ impl Error {
         Err(Self::Value { verb, name, got: got.to_string(), want: want.into() })
     }
 
-    /// The same error, with the name of the layer if it speaks of an operand.
-    pub(crate) fn in_layer(self, layer: &str) -> Self {
+    /// The error with the name of the layer, if it is about an operand or a setting: [`Error::InLayer`]. For models of one's own.
+    pub fn in_layer(self, layer: &str) -> Self {
         match self {
             Self::Shape { .. } | Self::Value { .. } => Self::InLayer { layer: layer.into(), error: Box::new(self) },
             other => other,

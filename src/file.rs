@@ -25,7 +25,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 #[derive(Debug)]
 pub struct Staged {
     path: PathBuf,
-    temporary: PathBuf,
+    temporary: Temporary,
 }
 
 impl Staged {
@@ -36,7 +36,9 @@ impl Staged {
 
     /// What `write` writes, piece by piece. Errors: [`Error::File`], and those of `write`.
     pub fn with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<Self> {
-        let (temporary, mut file) = create_beside(path).map_err(|error| failed(path, &error))?;
+        // A new file in the folder of `path`, which renaming therefore never has to copy.
+        let create = |temporary: &Path| OpenOptions::new().write(true).create_new(true).open(temporary);
+        let (temporary, mut file) = Temporary::beside(path, create).map_err(|error| failed(path, &error))?;
         let staged = Self { path: path.into(), temporary };
         write(&mut file)?;
         file.sync_all().map_err(|error| failed(path, &error))?;
@@ -45,15 +47,7 @@ impl Staged {
 
     /// Gives the file its name, in place of what had it. Errors: [`Error::File`].
     pub fn publish(self) -> Result<()> {
-        let renamed = fs::rename(&self.temporary, &self.path).and_then(|()| sync_folder(&self.path));
-        renamed.map_err(|error| failed(&self.path, &error))
-    }
-}
-
-impl Drop for Staged {
-    fn drop(&mut self) {
-        // After `publish` there is nothing under this name, and nobody to tell if there is and it cannot be removed.
-        let _ = fs::remove_file(&self.temporary);
+        self.temporary.publish(&self.path)
     }
 }
 
@@ -61,7 +55,7 @@ impl Drop for Staged {
 #[derive(Debug)]
 pub struct StagedFolder {
     path: PathBuf,
-    temporary: PathBuf,
+    temporary: Temporary,
 }
 
 impl StagedFolder {
@@ -70,52 +64,106 @@ impl StagedFolder {
         if path.symlink_metadata().is_ok() {
             return Err(Error::File { path: path.into(), reason: "is there already".into() });
         }
-        let made = beside(path, |temporary| fs::create_dir(temporary));
+        let made = Temporary::beside(path, |temporary| fs::create_dir(temporary));
         let (temporary, ()) = made.map_err(|error| failed(path, &error))?;
         Ok(Self { path: path.into(), temporary })
     }
 
     /// Where to put the files. Each must be on the disk before the folder is published, as a published [`Staged`] is.
     pub fn inside(&self) -> &Path {
-        &self.temporary
+        &self.temporary.path
     }
 
     /// Gives the folder its name. Errors: [`Error::File`].
     pub fn publish(self) -> Result<()> {
-        let renamed = fs::rename(&self.temporary, &self.path).and_then(|()| sync_folder(&self.path));
-        renamed.map_err(|error| failed(&self.path, &error))
+        self.temporary.publish(&self.path)
     }
 }
 
-impl Drop for StagedFolder {
+/// A file or a folder that a run is filling: `.NAME.PID-N.lowrank`. Dropped, it is gone.
+///
+/// Its lock is held as long as this lives, and the system gives it back when the process ends, however it ends. So what nobody
+/// holds was left by a process that was killed, and the next that writes into the folder removes it.
+#[derive(Debug)]
+struct Temporary {
+    path: PathBuf,
+    /// Holds the lock; `None` where there are no locks, and where nothing is removed therefore.
+    _lock: Option<File>,
+}
+
+/// The end of the names of what is not complete.
+const INCOMPLETE: &str = ".lowrank";
+
+impl Temporary {
+    /// Makes something under a name that nothing in the folder of `path` has, and removes what killed processes left there.
+    fn beside<T>(path: &Path, create: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "names no file"))?;
+        remove_abandoned(folder_of(path));
+        loop {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let name = format!(".{}.{}-{number}{INCOMPLETE}", name.to_string_lossy(), std::process::id());
+            let temporary = path.with_file_name(name);
+            match create(&temporary) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue, // by a process of the same number elsewhere
+                Err(error) => return Err(error),
+                Ok(created) => {
+                    let lock = locked(&temporary);
+                    // Between the two, another run may have taken it for abandoned.
+                    if temporary.symlink_metadata().is_ok() {
+                        return Ok((Self { path: temporary, _lock: lock }, created));
+                    }
+                }
+            }
+        }
+    }
+
+    fn publish(&self, path: &Path) -> Result<()> {
+        let renamed = fs::rename(&self.path, path).and_then(|()| sync_folder(path));
+        renamed.map_err(|error| failed(path, &error))
+    }
+}
+
+impl Drop for Temporary {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.temporary); // as for `Staged`
+        // After `publish` there is nothing under this name, and nobody to tell if there is and it cannot be removed.
+        let _ = fs::remove_file(&self.path).or_else(|_| fs::remove_dir_all(&self.path));
     }
 }
 
-/// A new file in the folder of `path`, which renaming therefore never has to copy.
-fn create_beside(path: &Path) -> io::Result<(PathBuf, File)> {
-    beside(path, |temporary| OpenOptions::new().write(true).create_new(true).open(temporary))
+/// The lock of a file or a folder, if nobody holds it. Folders have locks on Unix alone.
+fn locked(path: &Path) -> Option<File> {
+    let file = File::open(path).ok().filter(|_| cfg!(unix))?;
+    file.try_lock().is_ok().then_some(file)
 }
 
-/// Makes something under a name that nothing in the folder of `path` has.
-fn beside<T>(path: &Path, create: impl Fn(&Path) -> io::Result<T>) -> io::Result<(PathBuf, T)> {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "names no file"))?;
-    loop {
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let temporary = path.with_file_name(format!(".{}.{}-{number}", name.to_string_lossy(), std::process::id()));
-        match create(&temporary) {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => continue, // left by a process that was killed
-            created => return created.map(|created| (temporary, created)),
+/// Removes what processes that were killed left in a folder: what has such a name, and a lock that nobody holds.
+fn remove_abandoned(folder: &Path) {
+    let numbers = |text: &str| text.split_once('-').is_some_and(|(pid, n)| is_number(pid) && is_number(n));
+    let incomplete = |name: &str| {
+        let name = name.strip_prefix('.').and_then(|name| name.strip_suffix(INCOMPLETE));
+        name.and_then(|name| name.rsplit_once('.')).is_some_and(|(_, end)| numbers(end))
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let regular = entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_dir());
+        if regular && entry.file_name().to_str().is_some_and(incomplete) {
+            drop(locked(&entry.path()).map(|lock| Temporary { path: entry.path(), _lock: Some(lock) })); // which removes it
         }
     }
 }
 
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|digit| digit.is_ascii_digit())
+}
+
+/// The folder that a file lies in.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Makes the renaming itself last, where folders can be synchronised.
 fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+    if cfg!(unix) { File::open(folder_of(path))?.sync_all() } else { Ok(()) }
 }
 
 pub(crate) fn failed(path: &Path, error: &io::Error) -> Error {

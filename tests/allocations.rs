@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Bias, LoraConfig, Mlp, Targets};
+use lowrank::nn::{Adam, Adaptable, Bias, LoraConfig, Mlp, Targets};
 use lowrank::op::{self, AdamRate, Dropout, Labels, Rounding, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Cpu, Float, MatMut, MatRef, Result, Tensor, bf16};
@@ -242,6 +242,7 @@ fn verbs<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)
     let (mut w, mut y, mut dx) = (tensor(n, k)?, tensor(m, n)?, tensor(m, k)?);
     let (mut h, mut da, mut db, mut dbias) = (wide(m, r)?, wide(r, k)?, wide(n, r)?, wide(1, n)?);
     let (mut dw, mut first, mut second) = (wide(n, k)?, Tensor::zeros(cpu, (n, k))?, Tensor::zeros(cpu, (n, k))?);
+    let mut master = wide(n, k)?;
     let (mut norm, mut dmagnitude, mut loss) = (wide(1, n)?, wide(1, n)?, wide(1, 1)?);
     let labels = &Labels::new(cpu, n, &(0..m).map(|i| (i % n) as u32).collect::<Vec<_>>())?;
     let (rate, dropout) = (AdamRate::new(1e-3, 0.9, 0.999, 1e-8, 1)?, Dropout::new(0.5, 1)?);
@@ -308,7 +309,10 @@ fn verbs<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)
         op::Add { x: dy.view(), y: y.view_mut() }.run(cpu)?;
         op::CrossEntropy { logits: dy.view(), labels, loss: loss.view_mut(), dlogits: y.view_mut() }.run(cpu)?;
         for grad in [WeightGrad::Factored { dy, x }, WeightGrad::Dense(&dw)] {
-            op::Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(cpu)?;
+            op::Adam { grad, rate, m: &mut first, v: &mut second, master: None, w: &mut w }.run(cpu)?;
+        }
+        for grad in [WeightGrad::Factored { dy, x }, WeightGrad::Dense(&dw)] {
+            op::Adam { grad, rate, m: &mut first, v: &mut second, master: Some(&mut master), w: &mut w }.run(cpu)?;
         }
         op::Accumulate { x: second.view(), scale: 0.5, y: dw.view_mut() }.run(cpu)?;
     }

@@ -3,8 +3,17 @@
 use std::path::Path;
 use std::process::Command;
 
+/// The model of the example, and what it learns: written with what the crate hands out.
+const MODULES: [&str; 3] = ["model.rs", "ops.rs", "task.rs"];
+
 const MAIN: &str = r#"
-use lowrank::{Cpu, Tensor, op::LoraForward};
+#![allow(dead_code)]
+mod model;
+mod ops;
+mod task;
+
+use lowrank::nn::{Adaptable, LoraConfig, Targets};
+use lowrank::{Cpu, Tensor, op::LoraForward, random::Rng};
 
 fn main() -> lowrank::Result<()> {
     let cpu = Cpu::<f32>::new()?;
@@ -14,6 +23,15 @@ fn main() -> lowrank::Result<()> {
     let op = LoraForward { x: x.view(), w: Some((&w).into()), bias: None, a: (&a).into(), b: (&b).into(), scale: 0.25, dropout: None, h: h.view_mut(), y: (&mut y).into() };
     op.run(&cpu)?;
     assert_eq!(y.to_vec(&cpu)?, [3.0; 8]);
+
+    let mut model = model::Decoder::new(&cpu, task::SIZES, &mut Rng::new(0))?;
+    model.add_adapters(&cpu, Targets::Names(&["q_proj", "v_proj"]), &LoraConfig::new(2, 4.0), &mut Rng::new(1))?;
+    task::train(&cpu, &mut model, 2, 1e-2)?;
+    let logits = |model: &model::Decoder<_>| model.predict(&cpu, task::Batch::new(&cpu, 2, 0)?.x);
+    let before = logits(&model)?;
+    model.merge_adapters(&cpu)?;
+    model.unmerge_adapters(&cpu)?;
+    assert_eq!(logits(&model)?, before);
     println!("it works on {}", lowrank::Backend::device(&cpu));
     Ok(())
 }
@@ -30,6 +48,9 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
     );
     std::fs::write(dir.join("Cargo.toml"), manifest).unwrap();
     std::fs::write(dir.join("src/main.rs"), MAIN).unwrap();
+    for module in MODULES {
+        std::fs::copy(root.join("examples/attention").join(module), dir.join("src").join(module)).unwrap();
+    }
     std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock")).unwrap();
 
     // Offline: everything it needs was fetched for the tests.

@@ -5,8 +5,8 @@ mod support;
 use std::fmt::Debug;
 
 use approx::assert_abs_diff_eq;
-use lowrank::autograd::{Gradients, LoraParams, Param, Tape};
-use lowrank::nn::{Adam, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
+use lowrank::autograd::{Backward, Gradients, LoraParams, Param, Tape};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Tensor, VectorUnit};
@@ -150,17 +150,114 @@ fn adapters_switch_merge_and_are_refused_by_name() {
     assert_abs_diff_eq!(model.predict(&cpu, x()).unwrap()[..], on[..], epsilon = 1e-5);
 }
 
+/// Tied weights: whole numbers, so that every sum is exact.
 #[test]
-fn a_parameter_used_twice_is_an_error() {
+fn a_parameter_used_twice_gets_the_sum_of_both_gradients() {
     let cpu = cpu();
-    let w = Param::new(Tensor::from_slice(&cpu, (2, 2), &[1.0, 0.0, 0.0, 1.0]).unwrap());
+    let whole = |rows, cols, seed: usize| Mat::new(rows, cols, |i, j| ((i * 5 + j * 3 + seed) % 7) as f64 - 3.0);
+    let (x, dy) = (whole(3, 4, 0), whole(3, 4, 5));
+    let (w, bias, a, b) = (whole(4, 4, 1), whole(1, 4, 2), whole(2, 4, 3), whole(4, 2, 4));
+    let param = |mat: &Mat| Param::new(up(&cpu, mat));
+    let params = [&w, &bias, &a, &b].map(param);
+    let [tied_w, tied_bias, tied_a, tied_b] = &params;
+
     let mut tape = Tape::new(&cpu);
-    let x = tape.input(Tensor::from_slice(&cpu, (1, 2), &[1.0, 2.0]).unwrap());
-    let once = tape.linear(x, &w, None).unwrap();
-    let twice = tape.linear(once, &w, None).unwrap();
-    tape.seed(twice, Tensor::from_slice(&cpu, (1, 2), &[1.0, 1.0]).unwrap()).unwrap();
-    let error = tape.backward().err().unwrap();
-    assert_eq!(error.to_string(), "backward: `w` is a parameter of 2×2 that was used twice, want used once on a tape");
+    let input = tape.input(up(&cpu, &x));
+    let layer = || LoraParams {
+        w: Some(tied_w),
+        bias: Some(tied_bias),
+        a: tied_a,
+        b: tied_b,
+        lora_bias: None,
+        scale: 1.0,
+        dropout: None,
+    };
+    let first = tape.lora_linear(input, layer()).unwrap();
+    let second = tape.lora_linear(first, layer()).unwrap();
+    let third = tape.linear(second, tied_w, Some(tied_bias)).unwrap();
+    tape.seed(third, up(&cpu, &dy)).unwrap();
+    let gradients = tape.backward().unwrap();
+    assert_eq!(gradients.len(), 4);
+
+    let ones = Mat::new(3, 1, |_, _| 1.0);
+    let plus_bias = |y: Mat| &y + &(&ones * &bias);
+    let merged = &w + &(&b * &a);
+    let y1 = plus_bias(&x * &merged.t());
+    let y2 = plus_bias(&y1 * &merged.t());
+    let dy2 = &dy * &w;
+    let dy1 = &dy2 * &merged;
+    let sum = |of: &dyn Fn(&Mat, &Mat) -> Mat| &of(&dy1, &x) + &of(&dy2, &y1);
+    let exact = |what, param: &Param<_>, want: Mat| assert_eq!(dense(&cpu, gradients.get(param)).data, want.data, "{what}");
+    exact("w", tied_w, &sum(&|dy, x| &dy.t() * x) + &(&dy.t() * &y2));
+    exact("bias", tied_bias, &sum(&|dy, _| &ones.t() * dy) + &(&ones.t() * &dy));
+    exact("a", tied_a, sum(&|dy, x| &(dy * &b).t() * x));
+    exact("b", tied_b, sum(&|dy, x| &dy.t() * &(x * &a.t())));
+}
+
+/// A model that goes over a tape twice has the gradients of two tapes added up, to the bit.
+#[test]
+fn a_model_may_go_over_a_tape_twice() {
+    let (cpu, rng) = (cpu(), &mut Rng::new(3));
+    let mut model = Mlp::new(&cpu, &[5, 6, 3], rng).unwrap();
+    model.add_adapters(&cpu, Targets::All, &LoraConfig { init: Init::NonZero, ..LoraConfig::new(2, 4.0) }, rng).unwrap();
+    model.params_mut().for_each(|param| param.trainable = true);
+    let gradients = |seeds: &[u64]| {
+        let mut tape = Tape::new(&cpu);
+        for &seed in seeds {
+            let x = tape.input(Init::Gaussian { std: 1.0 }.tensor(&cpu, (4, 5), &mut Rng::new(seed)).unwrap());
+            let logits = model.forward(&mut tape, x, None).unwrap();
+            tape.cross_entropy(logits, &Labels::new(&cpu, 3, &[0, 2, 1, 1]).unwrap()).unwrap();
+        }
+        tape.backward().unwrap()
+    };
+    let (both, mut sum) = (gradients(&[1, 2]), gradients(&[1]));
+    sum.add(&cpu, gradients(&[2])).unwrap();
+    assert_eq!((both.len(), sum.len()), (8, 8));
+    for param in model.layers().flat_map(|(_, layer)| layer.params()) {
+        assert_eq!(dense(&cpu, both.get(param)).data, dense(&cpu, sum.get(param)).data);
+    }
+}
+
+#[test]
+fn the_derivative_of_a_custom_operation_is_the_callers() {
+    let cpu = cpu();
+    let tensor = |numbers: &[f32]| Tensor::from_slice(&cpu, (1, numbers.len()), numbers).unwrap();
+    let (mut factor, w) = (Param::new(tensor(&[2.0, 3.0])), Param::new(Tensor::zeros(&cpu, (2, 2)).unwrap()));
+    // y = factor·a - b
+    let run = |factor: &Param<_>, da: &[f32], dfactor: &[f32]| {
+        let mut tape = Tape::new(&cpu);
+        let a = tape.input(tensor(&[5.0, 7.0]));
+        let b = tape.linear(a, &w, None).unwrap();
+        let y = tape
+            .custom("scaled", [a, b], [factor], tensor(&[10.0, 21.0]), |Backward { backend, inputs: [a, b], wanted, y, dy }| {
+                assert_eq!((down(backend, a), down(backend, b)), (vec![5.0, 7.0], vec![0.0, 0.0]));
+                assert_eq!((wanted, down(backend, y)), ([false, true], vec![10.0, 21.0]));
+                let minus: Vec<f32> = down(backend, dy).iter().map(|dy| -dy).collect();
+                Ok(([Some(tensor(da)), Some(tensor(&minus))], [Some(tensor(dfactor))]))
+            })
+            .unwrap();
+        tape.seed(y, tensor(&[1.0, 10.0])).unwrap();
+        tape.backward()
+    };
+    let gradients = run(&factor, &[0.0; 2], &[5.0, 70.0]).unwrap();
+    assert_eq!(dense(&cpu, gradients.get(&factor)).data, [5.0, 70.0]);
+    assert_eq!(dense(&cpu, gradients.get(&w)).data, [-5.0, -7.0, -50.0, -70.0]);
+    let error = run(&factor, &[0.0; 2], &[5.0]).unwrap_err().to_string();
+    assert_eq!(error, "scaled: `gradient` is 1×1 for parameter 0, want 1×2, the shape of its value");
+    factor.trainable = false;
+    let gradients = run(&factor, &[0.0; 3], &[5.0]).unwrap(); // neither is wanted, and both are dropped
+    assert!(gradients.get(&factor).is_none() && gradients.get(&w).is_some());
+
+    let (mut one, mut two) = (Tape::new(&cpu), Tape::new(&cpu));
+    let x = one.input(tensor(&[1.0]));
+    assert!(two.custom("copy", [x], [], tensor(&[1.0]), |Backward { .. }| Ok(([None], []))).is_err());
+}
+
+/// Threads may hand gradients to one another.
+#[test]
+fn gradients_go_from_thread_to_thread() {
+    fn check<T: Send + Sync>() {}
+    check::<Gradients<Cpu<f32>>>();
 }
 
 #[test]

@@ -38,6 +38,9 @@ fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::magnitude_rounds_within_bounds(cpu);
     suite::stochastic_merging_takes_the_neighbour_that_the_word_says(cpu);
     suite::adam_follows_the_oracle_for_ten_steps(cpu);
+    suite::adam_is_exact_on_whole_numbers(cpu);
+    suite::a_master_gives_way_to_the_weight(cpu);
+    suite::steps_too_small_for_the_element_type_add_up(cpu);
     suite::factored_gradients_equal_dense_ones(cpu);
     suite::parts_of_wider_matrices_are_operands(cpu);
     suite::outputs_are_added_to(cpu);
@@ -212,7 +215,8 @@ fn beside_a_side_of_zero_the_other_costs_nothing() {
             .unwrap();
             let (mut first, mut second) = (unwritten(&cpu, n, k), unwritten(&cpu, n, k));
             let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap(), WeightGrad::Factored { dy: &dy, x: &x });
-            Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
+            let mut master = unwritten(&cpu, n, k);
+            Adam { grad, rate, m: &mut first, v: &mut second, master: Some(&mut master), w: &mut w }.run(&cpu).unwrap();
         }
     }
 }
@@ -353,10 +357,14 @@ fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
         (up(cpu, &thinned(&layer.w)), up(cpu, &layer.dy), up(cpu, &thinned(&layer.x)));
     let (grad, rate) = (up(cpu, &thinned(&layer.w)), AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
     let mut bits = Vec::new();
-    for grad in [WeightGrad::Dense(&grad), WeightGrad::Factored { dy: &dy, x: &x }] {
+    for factored in [false, true] {
+        let grad = || if factored { WeightGrad::Factored { dy: &dy, x: &x } } else { WeightGrad::Dense(&grad) };
         let (mut m, mut v) = (up(cpu, &thinned(&layer.w)), up(cpu, &thinned(&layer.w.abs()).abs()));
         let (mut stepped, mut y) = (up(cpu, &layer.w), unwritten(cpu, n, k));
-        Adam { grad, rate, m: &mut m, v: &mut v, w: &mut stepped }.run(cpu).unwrap();
+        Adam { grad: grad(), rate, m: &mut m, v: &mut v, master: None, w: &mut stepped }.run(cpu).unwrap();
+        let (mut master, rate) = (up(cpu, &thinned(&layer.w)), AdamRate::adamw(0.1, 0.9, 0.99, 1e-8, 0.1, 2).unwrap());
+        Adam { grad: grad(), rate, m: &mut m, v: &mut v, master: Some(&mut master), w: &mut stepped }.run(cpu).unwrap();
+        bits.extend(down(cpu, &master).into_iter().map(f32::to_bits));
         Relu { x: w.view(), y: y.view_mut() }.run(cpu).unwrap();
         let stored = [down(cpu, &stepped), down(cpu, &y)].concat();
         bits.extend([down(cpu, &m), down(cpu, &v)].concat().into_iter().map(f32::to_bits));
@@ -398,6 +406,40 @@ fn emulated_tiles_are_those_of_amx_in_bf16() {
     }
 }
 
+/// A step of Adam with a dense gradient, and one with a factored one: FNV-1a of all bits they leave.
+fn hash_of_two_steps<E: Float>(cpu: &Cpu<E>) -> u64 {
+    use lowrank::op::{Adam, AdamRate, WeightGrad};
+    let (m, k, n) = (10, 37, 21);
+    let numbers = |rows: usize, cols: usize, seed: usize| {
+        let number = |i: usize| ((i * 7919 + seed * 104_729) % 2003) as f64 / 1024.0 - 1.0;
+        Mat::from_vec(rows, cols, (0..rows * cols).map(number).collect())
+    };
+    let (g, dy, x) = (up(cpu, &numbers(n, k, 1)), up(cpu, &numbers(m, n, 2)), up(cpu, &numbers(m, k, 3)));
+    let (mut first, mut second) = (up(cpu, &numbers(n, k, 4)), up(cpu, &numbers(n, k, 5).abs()));
+    let mut w = up(cpu, &numbers(n, k, 6));
+    for (t, grad) in [(3, WeightGrad::Dense(&g)), (4, WeightGrad::Factored { dy: &dy, x: &x })] {
+        let rate = AdamRate::new(1e-2, 0.9, 0.999, 1e-8, t).unwrap();
+        Adam { grad, rate, m: &mut first, v: &mut second, master: None, w: &mut w }.run(cpu).unwrap();
+    }
+    let w = down(cpu, &w).into_iter().map(|x: E| x.to_f32());
+    let bytes = w.chain(down(cpu, &first)).chain(down(cpu, &second)).flat_map(|x| x.to_bits().to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// As they were before there were weight decay and masters, on every unit with fused multiply-add.
+#[test]
+fn adam_without_decay_and_master_has_the_bits_written_down() {
+    fn check<E: Float>(want: u64) {
+        for unit in VectorUnit::available().into_iter().filter(|&unit| unit != VectorUnit::Scalar) {
+            let got = hash_of_two_steps(&Cpu::<E>::new().unwrap().with_unit(unit).unwrap());
+            assert!(got == want, "{}, {}: {got:016x}", E::DTYPE, unit.name());
+        }
+    }
+    check::<f32>(0x9c23_14d1_f057_9da6);
+    check::<f16>(0xb3ab_9991_5ccb_fd53);
+    check::<bf16>(0x1901_954b_93c8_56f9);
+}
+
 /// Batches too long to make the gradient on the way go through a product instead.
 #[test]
 fn a_long_batch_gives_adam_the_same_gradient() {
@@ -409,7 +451,8 @@ fn a_long_batch_gives_adam_the_same_gradient() {
         let rate = AdamRate::new(1.0, 0.0, 0.5, 1.0, 1).unwrap();
         let (mut first, mut second, mut w) = (up(&cpu, &layer.w), unwritten(&cpu, 21, 33), up(&cpu, &layer.w));
         second.copy_from_slice(&cpu, &[0.0; 21 * 33]).unwrap();
-        Adam { grad: WeightGrad::Factored { dy: &dy, x: &x }, rate, m: &mut first, v: &mut second, w: &mut w }.run(&cpu).unwrap();
+        let grad = WeightGrad::Factored { dy: &dy, x: &x };
+        Adam { grad, rate, m: &mut first, v: &mut second, master: None, w: &mut w }.run(&cpu).unwrap();
         let (want, size) = (&layer.dy.t() * &layer.x, &layer.dy.abs().t() * &layer.x.abs());
         assert_within(&format!("{m} rows: m"), &down(&cpu, &first), &want, &size, m + 2);
     }

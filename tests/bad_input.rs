@@ -168,7 +168,23 @@ fn scalars_must_be_finite() {
     assert!(AdamRate::new(1.0, 0.9, -0.1, 1e-8, 1).is_err());
     assert!(AdamRate::new(1.0, 0.9, 0.999, 0.0, 1).is_err());
     assert!(AdamRate::new(1.0, 0.9, 0.999, 1e-8, 0).is_err());
+    for (lr, weight_decay) in [(1.0, -0.1), (1.0, f32::NAN), (0.0, f32::INFINITY), (1e30, 1e30)] {
+        let error = AdamRate::adamw(lr, 0.9, 0.999, 1e-8, weight_decay, 1).unwrap_err();
+        assert!(matches!(error, Error::Value { name: "weight_decay", .. }), "{error}");
+    }
+    let error = AdamRate::adamw(1.0, 0.9, 0.999, 1e-8, -0.1, 1).unwrap_err();
+    assert_eq!(error.to_string(), "adam: `weight_decay` is -0.1, want not negative, and finite, also times `lr`");
+    assert_eq!(AdamRate::adamw(0.1, 0.9, 0.999, 1e-8, 0.0, 7).unwrap(), AdamRate::new(0.1, 0.9, 0.999, 1e-8, 7).unwrap());
     assert!(Dropout::new(1.0, 0).is_err() && Dropout::new(-0.1, 0).is_err());
+}
+
+/// A master copy has the weight's shape.
+#[test]
+fn a_master_of_another_shape_is_named() {
+    let (g, mut m, mut v, mut master, mut w) = (zeros(2, 3), zeros(2, 3), zeros(2, 3), zeros(3, 2), zeros(2, 3));
+    let (grad, rate) = (WeightGrad::Dense(&g), AdamRate::new(0.1, 0.9, 0.999, 1e-8, 1).unwrap());
+    let error = Adam { grad, rate, m: &mut m, v: &mut v, master: Some(&mut master), w: &mut w }.run(&cpu()).unwrap_err();
+    assert_eq!(error.to_string(), "adam: `master` is 3×2, want 2×3");
 }
 
 #[test]
@@ -284,7 +300,8 @@ impl Operands {
             11 => dropout.map_or(Ok(()), |dropout| DropoutForward { x: dy.view(), dropout, y: y.view_mut() }.run(cpu)),
             _ => {
                 let (rate, grad) = (AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1)?, WeightGrad::Factored { dy, x });
-                Adam { grad, rate, m: &mut new(n, k), v: &mut new(n, k), w }.run(cpu)
+                let mut master = with_w.then(|| new(n, k));
+                Adam { grad, rate, m: &mut new(n, k), v: &mut new(n, k), master: master.as_mut(), w }.run(cpu)
             }
         }
     }
@@ -328,7 +345,7 @@ fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
     let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
     let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
     let apart = "is a view whose rows lie apart, want one whose rows follow one another";
-    let mut refused = |verb: &str, name: &str, result: Result<(), Error>| {
+    let refused = |verb: &str, name: &str, result: Result<(), Error>| {
         assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
     };
     refused("relu", "x", Relu { x: part(&wide), y: out.view_mut() }.run(&cpu));

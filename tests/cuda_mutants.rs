@@ -3,9 +3,11 @@
 
 mod support;
 
-use lowrank::{Float, bf16};
+use lowrank::{Cuda, Float, bf16};
 use support::data::Dims;
-use support::mutants::{Pass, Verdict, assert_faults, verdicts};
+use support::emulator::Emulator;
+use support::mutants::{Pass, Verdict, assert_faults, mutant, verdicts};
+use support::suite;
 
 /// Each size ends in another quarter of a tile, of a panel's depth and of a thread's rows; the last before its last element.
 const QUARTERS: [Dims; 5] = [
@@ -56,6 +58,35 @@ fn every_barrier_is_needed_and_missed() {
         assert_faults::<f32>(kernel, removed, Pass::Backward, TALL, &reasons);
     }
     assert_faults::<bf16>("lora_merge_wide", removed, Pass::Merge, Dims { m: 1, k: 40, n: 70, r: 20 }, &reasons);
+}
+
+/// Stores, comparisons, sums and products of Adam, each exchanged for another or taken away.
+#[test]
+fn every_slip_of_adam_is_caught() {
+    let slips = [
+        ("st.global.f32", "//"),        // the moments, the master
+        ("st.global.u16", "//"),        // the weight
+        ("setp.eq.s64", "setp.ne.s64"), // whether there is a master
+        ("sub.f32", "add.f32"),
+        ("mul.f32", "add.f32"),
+    ];
+    // Whether the master counts; the second one differs for NaN alone.
+    let dense = [("setp.neu.f32", "setp.eq.f32"), ("setp.neu.f32", "setp.ne.f32")];
+    let factored = [("setp.eq.f32", "setp.neu.f32"), ("setp.eq.f32", "setp.equ.f32")];
+    for (kernel, compared) in [("adam_dense", dense), ("adam_factored", factored)] {
+        for (from, to) in slips.into_iter().chain(compared) {
+            let mutants: Vec<_> = (0..).map_while(|nth| mutant(bf16::DTYPE, kernel, from, to, nth)).collect();
+            assert!(!mutants.is_empty(), "{kernel} has no `{from}`");
+            for (nth, ptx) in mutants.into_iter().enumerate() {
+                let backend = Cuda::<bf16, _>::on(Emulator::with_ptx(bf16::DTYPE, &ptx));
+                let survives = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                    suite::adam_is_exact_at(&backend, Dims { m: 3, k: 5, n: 4, r: 1 }, 1);
+                    suite::a_master_gives_way_to_the_weight(&backend);
+                }));
+                assert!(survives.is_err(), "{kernel}: `{to}` for `{from}` number {nth} survives");
+            }
+        }
+    }
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 mod support;
 
-use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Kept, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{
+    Adaptable, Adapter, Bias, DEFAULT, Init, Kept, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned,
+};
 use lowrank::op::Rounding;
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Float, Tensor, bf16, f16};

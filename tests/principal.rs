@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, begin_with, combine};
-use lowrank::nn::{DEFAULT, LoraConfig, Mlp, Targets};
+use lowrank::nn::{Adaptable, DEFAULT, LoraConfig, Mlp, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, bf16, f16};
 use support::adapters::{SIZES, base_bits, cpu, document, net, outputs};

@@ -3,7 +3,7 @@
 mod support;
 
 use lowrank::autograd::Param;
-use lowrank::nn::{Bias, DEFAULT, LayerStatus, Linear, LoraConfig, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{Adaptable, Bias, DEFAULT, LayerStatus, Linear, LoraConfig, Mlp, Scaling, Targets, Tuned};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Tensor, adapter};
 use support::adapters::{adapted, base_bits, cpu, net, outputs, trained};

@@ -31,11 +31,19 @@ fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
     Add { x: x.view(), y: gated.view_mut() }.run(cpu).unwrap();
     LoraMerge { a: (&a).into(), b: (&b).into(), scale: 0.5, rounding: Rounding::Nearest, w: w.view_mut() }.run(cpu).unwrap();
     let (mut first, mut second) = (up(cpu, &layer.w), up(cpu, &layer.w.abs()));
-    let (grad, rate) = (WeightGrad::Factored { dy: &dy, x: &x }, AdamRate::new(0.1, 0.9, 0.99, 1e-8, 1).unwrap());
-    Adam { grad, rate, m: &mut first, v: &mut second, w: &mut w }.run(cpu).unwrap();
+    let (mut master, rate) = (up(cpu, &layer.w), AdamRate::adamw(0.1, 0.9, 0.99, 1e-8, 0.01, 1).unwrap());
+    for with_master in [false, true] {
+        let (grad, master) = (WeightGrad::Factored { dy: &dy, x: &x }, with_master.then_some(&mut master));
+        Adam { grad, rate, m: &mut first, v: &mut second, master, w: &mut w }.run(cpu).unwrap();
+    }
     let stored = [y, dx, down(cpu, &scaled), down(cpu, &gated), down(cpu, &w)].concat();
     bits.extend(stored.into_iter().map(|x| x.to_f32().to_bits()));
-    bits.extend([dw, dbias, down(cpu, &norm), down(cpu, &first), down(cpu, &second)].concat().into_iter().map(f32::to_bits));
+    bits.extend(
+        [dw, dbias, down(cpu, &norm), down(cpu, &first), down(cpu, &second), down(cpu, &master)]
+            .concat()
+            .into_iter()
+            .map(f32::to_bits),
+    );
     bits
 }
 

@@ -3,7 +3,7 @@
 mod support;
 
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Merge, Mlp, Targets};
+use lowrank::nn::{Adam, Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Merge, Mlp, Targets};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Tensor};
@@ -14,6 +14,7 @@ use support::oracle::Mat;
 on_every_backend!(
     every_part_of_an_adapter_gets_its_gradient,
     lora_plus_gives_b_and_biases_a_larger_learning_rate,
+    weight_decay_holds_for_every_parameter_at_its_own_learning_rate,
     a_parameter_that_joins_late_begins_with_its_first_step,
     batches_add_up_to_the_gradient_of_all_rows,
     clipping_scales_all_gradients_to_the_norm,
@@ -119,9 +120,7 @@ impl Net {
         let mut model = Mlp::from_layers(layers.into()).unwrap();
         model.set_adapters(vec![("linear2".into(), adapter)]).unwrap();
         for (_, layer) in model.layers_mut().take(1) {
-            if let lowrank::nn::Layer::Linear(linear) = layer {
-                linear.params_mut().for_each(|param| param.trainable = true); // shows the gradient of the adapter's input
-            }
+            layer.params_mut().for_each(|param| param.trainable = true); // shows the gradient of the adapter's input
         }
         model
     }
@@ -224,6 +223,34 @@ fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(b
         assert!(matches!(error, Error::Value { name: "loraplus_lr_ratio", .. }), "{error}");
     }
     assert_eq!((all_params(backend, &mut model), adam.steps()), (before, 1));
+}
+
+/// Two models that differ in the weight decay alone are, after a step, apart by what has decayed.
+fn weight_decay_holds_for_every_parameter_at_its_own_learning_rate<B: Backend<Elem = f32>>(backend: &B) {
+    let config = LoraConfig { bias: Bias::LoraOnly, use_dora: true, ..LoraConfig::new(2, 2.0) };
+    let stepped = |mut adam: Adam<B>| {
+        let mut model = model(backend, &config);
+        let (before, grads) = (all_params(backend, &mut model), gradients(backend, &model, 0..4));
+        adam.loraplus_lr_ratio = 16.0;
+        adam.step(backend, model.params_mut(), &grads).unwrap();
+        (before, all_params(backend, &mut model))
+    };
+    let (before, plain) = stepped(Adam::new(1e-3).unwrap());
+    let (_, decayed) = stepped(Adam::adamw(1e-3, 0.5).unwrap());
+    // Of each layer: the weight, the bias, A, B, the magnitudes, the adapter's bias.
+    let rates = [0.0, 0.0, 1e-3, 16e-3, 16e-3, 16e-3];
+    for (at, rate) in rates.into_iter().cycle().take(before.len()).enumerate() {
+        for ((was, plain), decayed) in before[at].0.iter().zip(&plain[at].0).zip(&decayed[at].0) {
+            let (got, want) = (f64::from(*plain) - f64::from(*decayed), rate * 0.5 * f64::from(*was));
+            // The factor, the product and both sums are rounded.
+            let bound = 4.0 * 2f64.powi(-24) * (f64::from(was.abs()) + 16e-3);
+            assert!((got - want).abs() <= bound, "parameter {at} decayed by {got}, want {want}");
+        }
+    }
+    for wrong in [-0.1, f32::NAN, f32::INFINITY] {
+        let error = Adam::<B>::adamw(1e-3, wrong).err().unwrap();
+        assert!(matches!(error, Error::Value { name: "weight_decay", .. }), "{error}");
+    }
 }
 
 /// Counted with those that were there before, its first step would be several times the learning rate.

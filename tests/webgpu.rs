@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use lowrank::autograd::Tape;
 use lowrank::backend::webgpu::Limits;
-use lowrank::nn::{Adam, Mlp};
+use lowrank::nn::{Adam, Adaptable, Mlp};
 use lowrank::op::{Add, Dropout, Labels, LinearForward, LoraForward, LoraMerge, Rounding};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Float, Result, Tensor, WebGpu, bf16, f16};

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use lowrank::autograd::{Gradients, Tape};
 use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
-use lowrank::nn::{Adam, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::nn::{Adam, Adaptable, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 

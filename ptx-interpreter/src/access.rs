@@ -1,52 +1,14 @@
 //! What touches memory: loads, stores, asynchronous copies, and the matrices that a warp loads.
 
-use std::collections::VecDeque;
-
 use crate::WARP;
-use crate::block::{Cluster, Step};
+use crate::arg::{Arg, SPAN};
+use crate::cluster::{Cluster, Step};
 use crate::fault::{Kind, Space};
-use crate::launch::{Arg, SPAN};
-use crate::matrix;
+use crate::flight::Copy;
 use crate::op::{Address, MAX_VECTOR, Op, Operand};
-use crate::scalar::Row;
 use crate::warp::lanes;
 
-/// An asynchronous copy on its way into shared memory.
-struct Copy {
-    to: u64,
-    bytes: Vec<u8>,
-}
-
-/// The copies that one thread started: those of each group it closed, and those of the open one.
-#[derive(Default)]
-pub(crate) struct Copies {
-    closed: VecDeque<Vec<Copy>>,
-    open: Vec<Copy>,
-}
-
-impl Copies {
-    pub(crate) fn close(&mut self) {
-        self.closed.push_back(std::mem::take(&mut self.open));
-    }
-}
-
-/// Addresses of another block's shared memory: its rank in the cluster, from 1, times this.
-const WINDOW: u64 = 1 << 24;
-
 impl Cluster<'_, '_, '_> {
-    /// The block of the cluster that an address of shared memory belongs to, and the place there.
-    pub(crate) fn room(&mut self, warp: usize, lane: usize, address: Address) -> (usize, u64) {
-        let at = self.addresses(warp, address)[lane];
-        match at / WINDOW {
-            0 => (self.place.rank(warp), at),
-            rank => ((rank as usize - 1).min(self.rooms.len() - 1), at % WINDOW),
-        }
-    }
-
-    pub(crate) fn addresses(&mut self, warp: usize, address: Address) -> Row {
-        self.registers(warp).row(address.base, &mut [0; WARP]).map(|base| base.wrapping_add_signed(address.offset))
-    }
-
     fn read(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize) -> Result<u128, Kind> {
         let now = self.place.moment(&self.warps[warp], warp, lane);
         let shared = &mut self.rooms[self.place.rank(warp)].memory;
@@ -56,7 +18,7 @@ impl Cluster<'_, '_, '_> {
             None if at < SPAN => shared.read(at, width, now),
             _ => {
                 let pending = self.pending(warp, lane);
-                match argument(self.context.args, at, width)? {
+                match self.context.args.at_address(at).ok_or(nowhere(at, width))? {
                     Arg::Write(global) => {
                         let value = global.memory.read(at % SPAN, width, now)?;
                         global.memory.unless_pending(at % SPAN, width, pending).and(Ok(value))
@@ -69,12 +31,6 @@ impl Cluster<'_, '_, '_> {
                 }
             }
         }
-    }
-
-    /// The launches before this one that may not have ended as far as a thread knows: from this number on. None: all have.
-    pub(crate) fn pending(&self, warp: usize, lane: usize) -> Option<std::ops::Range<u32>> {
-        let first = self.context.pending.filter(|_| self.warps[warp].waited >> lane & 1 == 0)?;
-        Some(first..self.context.number)
     }
 
     pub(crate) fn load(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
@@ -98,11 +54,16 @@ impl Cluster<'_, '_, '_> {
     pub(crate) fn store(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
         let Op::Store { space, address, from, width } = op else { return Ok(()) };
         let (at, bits) = (self.addresses(warp, *address), 8 * *width as u32);
+        let registers = self.registers(warp);
+        let part = |lane, i: usize| u128::from(registers.get(from[i], lane) & (u64::MAX >> (64 - bits))) << (i as u32 * bits);
+        let values: [u128; WARP] = std::array::from_fn(|lane| (0..from.len()).fold(0, |value, i| value | part(lane, i)));
+        let apart = self.context.checks.stores_are_apart;
         for lane in lanes(active) {
-            let registers = self.registers(warp);
-            let part = |i: usize| u128::from(registers.get(from[i], lane) & (u64::MAX >> (64 - bits))) << (i as u32 * bits);
-            let value = (0..from.len()).fold(0, |value, i| value | part(i));
-            self.write(warp, lane, *space, at[lane], width * from.len(), value).map_err(|kind| (lane, kind))?;
+            let is_same = |other: usize| at[other] == at[lane] && values[other] == values[lane];
+            if !apart && lanes(active).take_while(|&other| other < lane).any(is_same) {
+                continue;
+            }
+            self.write(warp, lane, *space, at[lane], width * from.len(), values[lane]).map_err(|kind| (lane, kind))?;
         }
         Ok(())
     }
@@ -115,7 +76,7 @@ impl Cluster<'_, '_, '_> {
             None if at < SPAN => shared.write(at, width, value, now),
             Some(Space::Param) => Err(Kind::ReadOnly),
             _ if self.pending(warp, lane).is_some() => Err(Kind::WritesEarly { at: at % SPAN }),
-            _ => match argument(self.context.args, at, width)? {
+            _ => match self.context.args.at_address(at).ok_or(nowhere(at, width))? {
                 Arg::Write(global) => global.memory.write(at % SPAN, width, value, now),
                 _ => Err(Kind::ReadOnly),
             },
@@ -147,37 +108,46 @@ impl Cluster<'_, '_, '_> {
     pub(crate) fn wait_copies(&mut self, warp: usize, lane: usize, pending: Option<usize>) -> Result<(), Kind> {
         let now = self.place.moment(&self.warps[warp], warp, lane);
         let shared = &mut self.rooms[self.place.rank(warp)].memory;
-        let Copies { closed, open } = &mut self.copies[warp * WARP + lane];
+        let copies = &mut self.copies[warp * WARP + lane];
         if pending.is_none() {
-            closed.push_back(std::mem::take(open));
+            copies.close();
         }
-        let landing = closed.len().saturating_sub(pending.unwrap_or(0));
-        closed.drain(..landing).flatten().try_for_each(|copy| shared.land(copy.to, &copy.bytes, now))
+        copies.take_until(pending.unwrap_or(0)).iter().try_for_each(|copy| shared.land(copy.to, &copy.bytes, now))
     }
 
     /// Row i of matrix j is where lane 8·j + i says.
     pub(crate) fn load_matrix(&mut self, warp: usize, to: &[u32], address: Address, transposed: bool) -> Step<()> {
         let at = self.addresses(warp, address);
         for (j, &to) in to.iter().enumerate() {
-            let mut fragment = [0; WARP];
-            for row in 0..8 {
-                let lane = 8 * j + row;
-                let line = self.read(warp, lane, Some(Space::Shared), at[lane], 16).map_err(|kind| (lane, kind))?;
-                for col in 0..8 {
-                    let (holder, half) = if transposed { matrix::holder(col, row) } else { matrix::holder(row, col) };
-                    fragment[holder] |= u64::from((line >> (16 * col)) as u16) << (16 * half);
-                }
+            let mut lines = [0; 8];
+            for (lane, line) in (8 * j..).zip(&mut lines) {
+                *line = self.read(warp, lane, Some(Space::Shared), at[lane], 16).map_err(|kind| (lane, kind))?;
             }
-            self.registers(warp).values[to as usize] = fragment;
+            let loaded = self.context.semantics.loaded;
+            let half = |lane, half| {
+                let (line, element) = loaded(lane, half, transposed);
+                u64::from((lines[line] >> (16 * element)) as u16) << (16 * half)
+            };
+            self.registers(warp).values[to as usize] = std::array::from_fn(|lane| half(lane, 0) | half(lane, 1));
         }
         Ok(())
     }
-}
 
-/// The argument that an address belongs to.
-fn argument<'a, 'm>(args: &'a mut [Arg<'m>], at: u64, width: usize) -> Result<&'a mut Arg<'m>, Kind> {
-    let number = (at / SPAN).checked_sub(1).ok_or(nowhere(at, width))?;
-    args.get_mut(number as usize).ok_or(nowhere(at, width))
+    /// The other way round.
+    pub(crate) fn store_matrix(&mut self, warp: usize, from: &[u32], address: Address, transposed: bool) -> Step<()> {
+        let (at, stored) = (self.addresses(warp, address), self.context.semantics.stored);
+        for (j, &from) in from.iter().enumerate() {
+            let (fragment, mut lines) = (self.registers(warp).values[from as usize], [0u128; 8]);
+            for (lane, half) in (0..WARP).flat_map(|lane| [(lane, 0), (lane, 1)]) {
+                let (line, element) = stored(lane, half, transposed);
+                lines[line] |= u128::from((fragment[lane] >> (16 * half)) as u16) << (16 * element);
+            }
+            for (lane, line) in (8 * j..).zip(lines) {
+                self.write(warp, lane, Some(Space::Shared), at[lane], 16, line).map_err(|kind| (lane, kind))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// An address that belongs to no argument, such as one behind a null pointer.

@@ -1,103 +1,19 @@
-//! Blocks that run together, a cluster or a single one: what they share, and what an instruction does to it.
-
-use std::collections::VecDeque;
+//! What an instruction does to the blocks that run together.
 
 use crate::WARP;
-use crate::access::Copies;
-use crate::barrier::Barriers;
-use crate::bulk::{Load, Stores};
+use crate::cluster::{Cluster, Room, Step, whole_warp};
 use crate::fault::Kind;
-use crate::launch::Context;
 use crate::matrix;
-use crate::memory::Memory;
-use crate::op::{Address, Half, Instruction, Op, Operand, Shuffle};
-use crate::scalar::{Function, Row};
-use crate::shadow::Moment;
-use crate::warp::{Registers, Wait, Warp, lanes};
+use crate::op::{Address, Arrivals, Half, Instruction, Op, Operand, Shuffle};
+use crate::scalar::Function;
+use crate::semantics::Semantics;
+use crate::warp::{Registers, Wait, lanes};
 
-/// Where a cluster stands in the grid. Its warps are numbered through its blocks.
-#[derive(Clone, Copy)]
-pub(crate) struct Place {
-    launch: u32,
-    /// The first of its blocks.
-    pub(crate) first: u32,
-    blocks: u32,
-    /// Of a block.
-    warps: usize,
-}
-
-impl Place {
-    /// The rank of the block of a warp in the cluster.
-    pub(crate) fn rank(self, warp: usize) -> usize {
-        warp / self.warps
-    }
-
-    /// The block of a warp, and a thread's number there.
-    pub(crate) fn thread(self, warp: usize, lane: usize) -> (u32, u32) {
-        (self.first + self.rank(warp) as u32, (warp % self.warps * WARP + lane) as u32)
-    }
-
-    pub(crate) fn moment(self, warp: &Warp, number: usize, lane: usize) -> Moment<'_> {
-        let (block, thread) = self.thread(number, lane);
-        let Warp { time, converged, ref clocks, .. } = *warp;
-        let (cluster, actor) = ((self.first, self.blocks), (block, thread));
-        Moment { launch: self.launch, cluster, block, thread, time, actor, converged, clocks, bulk: false }
-    }
-}
-
-/// What the threads of a block share.
-pub(crate) struct Room {
-    pub(crate) memory: Memory,
-    pub(crate) barriers: Barriers,
-}
-
-pub(crate) struct Cluster<'c, 'l, 'm> {
-    pub(crate) context: &'c mut Context<'l, 'm>,
-    pub(crate) place: Place,
-    pub(crate) rooms: Vec<Room>,
-    registers: Vec<Row>,
-    /// When each register was written.
-    pub(crate) written: Vec<u64>,
-    pub(crate) warps: Vec<Warp>,
-    pub(crate) copies: Vec<Copies>,
-    pub(crate) loads: VecDeque<Load>,
-    pub(crate) stores: Vec<Stores>,
-}
-
-/// A fault of a lane, or of the warp.
-pub(crate) type Step<T> = Result<T, (usize, Kind)>;
-
-pub(crate) fn whole_warp(kind: Kind) -> (usize, Kind) {
-    (0, kind)
-}
-
-impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
-    pub(crate) fn new(context: &'c mut Context<'l, 'm>, first: u32) -> Self {
-        let (threads, blocks) = (context.launch.block as usize, context.kernel.cluster);
-        let one = (0..threads).step_by(WARP).map(|first| (threads - first).min(WARP));
-        let (place, all) = (Place { launch: context.number, first, blocks, warps: one.len() }, blocks as usize * one.len());
-        let warps = (0..blocks).flat_map(|_| one.clone().map(Warp::new)).collect();
-        let bytes = context.kernel.static_shared + context.launch.shared;
-        let rooms = (0..blocks).map(|_| Room { memory: Memory::shared(bytes), barriers: Barriers::default() }).collect();
-        let registers = context.kernel.registers * all;
-        let mut cluster = Self {
-            context,
-            place,
-            rooms,
-            registers: vec![[0; WARP]; registers],
-            written: vec![0; registers],
-            warps,
-            copies: (0..all * WARP).map(|_| Copies::default()).collect(),
-            loads: VecDeque::new(),
-            stores: (0..all * WARP).map(|_| Stores::default()).collect(),
-        };
-        (0..all).for_each(|warp| cluster.hand_on(warp, true));
-        cluster
-    }
-
+impl Cluster<'_, '_, '_> {
     /// One instruction for the lanes of a group, and where they go next.
     pub(crate) fn step(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Step<()> {
         self.context.budget = self.context.budget.checked_sub(1).ok_or(whole_warp(Kind::Runaway))?;
+        let Some(group) = self.gather(warp, at, group, instruction) else { return Ok(()) };
         let active = self.registers(warp).guarded(group, instruction.guard);
         if active == 0 {
             self.warps[warp].put(at + 1, group);
@@ -144,6 +60,24 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
         Ok(())
     }
 
+    /// The lanes of a group, with those that have waited for them at an instruction that names its lanes. None: now these wait for
+    /// others, which live and may yet come.
+    fn gather(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Option<u32> {
+        let (Op::WarpBarrier { lanes: mask } | Op::Elect { lanes: mask, .. } | Op::Shuffle { lanes: mask, .. }) = instruction.op
+        else {
+            return Some(group);
+        };
+        let group = group | self.warps[warp].take_waiting_lanes(at);
+        let registers = self.registers(warp);
+        let first = lanes(registers.guarded(group, instruction.guard)).next();
+        let wanted = first.map_or(0, |lane| registers.get(mask, lane) as u32);
+        if wanted & !group & self.warps[warp].living() == 0 {
+            return Some(group);
+        }
+        self.warps[warp].put_waiting(at, group, Wait::Lanes);
+        None
+    }
+
     /// The phase that a lane has to wait for; None: all have ended.
     fn wait_phase(&mut self, warp: usize, active: u32, to: u32, barrier: Address, parity: Operand) -> Step<Option<Wait>> {
         for lane in lanes(active) {
@@ -158,21 +92,6 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
         Ok(None)
     }
 
-    pub(crate) fn registers(&mut self, warp: usize) -> Registers<'_> {
-        let (count, rank) = (self.context.kernel.registers, self.place.rank(warp) as u32);
-        let range = warp * count..(warp + 1) * count;
-        Registers {
-            values: &mut self.registers[range.clone()],
-            written: &mut self.written[range],
-            now: u64::MAX - self.context.budget,
-            rank,
-            first_thread: (warp % self.place.warps * WARP) as u32,
-            threads: self.context.launch.block,
-            block: self.place.first + rank,
-            blocks: self.context.launch.grid,
-        }
-    }
-
     fn execute(&mut self, warp: usize, active: u32, whole: bool, op: &Op) -> Step<()> {
         match op {
             Op::Scalar { f, to, from } => scalar(&mut self.registers(warp), active, *f, *to, from),
@@ -182,22 +101,27 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
             Op::Store { .. } => return self.store(warp, active, op),
             Op::Shuffle { .. } => return self.shuffle(warp, active, op),
             Op::WarpBarrier { lanes: mask } => {
-                let wanted = self.registers(warp).get(*mask, active.trailing_zeros() as usize) as u32;
-                if wanted & !active != 0 {
-                    return Err(whole_warp(Kind::DivergedWarp));
-                }
-                if whole && wanted == u32::MAX {
+                if self.wanted(warp, active, *mask)? == u32::MAX && whole {
                     self.hand_on(warp, true);
+                }
+            }
+            Op::Elect { to, chosen, lanes: mask } => {
+                let first = self.wanted(warp, active, *mask)?.trailing_zeros();
+                let mut registers = self.registers(warp);
+                for lane in lanes(active) {
+                    to.iter().for_each(|&to| registers.set(to, lane, u64::from(first)));
+                    registers.set(*chosen, lane, u64::from(lane as u32 == first));
                 }
             }
             Op::CopyAsync { to, from, width, filled } => {
                 return self.each_lane(active, |block, lane| block.copy_async(warp, lane, *to, *from, *width, *filled));
             }
             Op::CommitCopies => lanes(active).for_each(|lane| self.copies[warp * WARP + lane].close()),
+            Op::Trap => return Err((active.trailing_zeros() as usize, Kind::Trap)),
             Op::WaitForLaunch => self.warps[warp].waited |= active,
-            Op::LetNextBegin => {}
+            Op::LetNextBegin | Op::Nothing => {}
             Op::WaitCopies { pending } => return self.each_lane(active, |block, lane| block.wait_copies(warp, lane, *pending)),
-            Op::MakeBarrier { .. } | Op::Arrive { .. } => return self.mbarrier(warp, active, op),
+            Op::MakeBarrier { .. } | Op::UnmakeBarrier { .. } | Op::Arrive { .. } => return self.mbarrier(warp, active, op),
             Op::PublishBarriers => lanes(active).for_each(|lane| {
                 let (thread, rank) = (self.place.thread(warp, lane), self.place.rank(warp));
                 self.rooms[rank].barriers.publish(thread);
@@ -209,23 +133,32 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
             Op::LoadBox { .. } | Op::StoreBox { .. } | Op::CommitStores | Op::WaitStores { .. } => {
                 return self.bulk(warp, active, op);
             }
-            Op::LoadMatrix { .. } | Op::Multiply { .. } | Op::Together if !whole => return Err(whole_warp(Kind::DivergedWarp)),
+            Op::LoadMatrix { .. } | Op::StoreMatrix { .. } | Op::Multiply { .. } | Op::Together if !whole => {
+                return Err(whole_warp(Kind::DivergedWarp));
+            }
             Op::BeginProducts | Op::Product(_) | Op::CommitProducts | Op::WaitProducts { .. } if !whole => {
                 return Err(whole_warp(Kind::DivergedWarp));
             }
             Op::LoadMatrix { to, address, transposed } => return self.load_matrix(warp, to, *address, *transposed),
-            Op::Multiply { half, d, a, b, c } => multiply(&mut self.registers(warp), *half, d, a, b, c),
-            Op::BeginProducts => self.warps[warp].fenced = u64::MAX - self.context.budget,
-            Op::CommitProducts => {
-                let products = &mut self.warps[warp].products;
-                products.closed.push_back(std::mem::take(&mut products.open));
+            Op::StoreMatrix { from, address, transposed } => return self.store_matrix(warp, from, *address, *transposed),
+            Op::Multiply { half, d, a, b, c } => {
+                let semantics = self.context.semantics;
+                multiply(semantics, &mut self.registers(warp), *half, d, a, b, c);
             }
+            Op::BeginProducts => self.warps[warp].fenced = u64::MAX - self.context.budget,
+            Op::CommitProducts => self.warps[warp].products.groups.close(),
             Op::WaitProducts { pending } => return self.wait_products(warp, *pending),
             // `step` has done these.
             Op::Branch { .. } | Op::Return | Op::Barrier { .. } | Op::ArriveInCluster | Op::WaitInCluster => {}
             Op::WaitPhase { .. } | Op::Product(_) | Op::Together => {}
         }
         Ok(())
+    }
+
+    /// The lanes that an instruction names, all of which have to have come.
+    fn wanted(&mut self, warp: usize, active: u32, mask: Operand) -> Step<u32> {
+        let wanted = self.registers(warp).get(mask, active.trailing_zeros() as usize) as u32;
+        if wanted & !active == 0 { Ok(wanted) } else { Err(whole_warp(Kind::DivergedWarp)) }
     }
 
     fn each_lane(&mut self, active: u32, mut f: impl FnMut(&mut Self, usize) -> Result<(), Kind>) -> Step<()> {
@@ -241,11 +174,20 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
                     let Room { memory, barriers } = &mut self.rooms[self.place.rank(warp)];
                     memory.place(at, 8).and_then(|_| barriers.make(at, count, now))
                 }
-                Op::Arrive { barrier, bytes } => {
-                    let bytes = self.registers(warp).get(bytes, lane) as u32;
-                    let (room, at) = self.room(warp, lane, barrier);
+                Op::UnmakeBarrier { barrier } => {
+                    let at = self.addresses(warp, barrier)[lane];
                     let now = self.place.moment(&self.warps[warp], warp, lane);
-                    self.rooms[room].barriers.arrive(at, bytes, now)
+                    self.rooms[self.place.rank(warp)].barriers.unmake(at, now)
+                }
+                Op::Arrive { barrier, by } => {
+                    let (room, at) = self.room(warp, lane, barrier);
+                    let registers = self.registers(warp);
+                    let (count, bytes) = match by {
+                        Arrivals::Count(count) => (registers.get(count, lane) as u32, None),
+                        Arrivals::Expecting(bytes) => (1, Some(registers.get(bytes, lane) as u32)),
+                    };
+                    let now = self.place.moment(&self.warps[warp], warp, lane);
+                    self.rooms[room].barriers.arrive(at, count, bytes, now)
                 }
                 _ => Ok(()),
             };
@@ -306,11 +248,11 @@ fn unpack(registers: &mut Registers<'_>, active: u32, to: &[Option<u32>], from: 
     }
 }
 
-fn multiply(registers: &mut Registers<'_>, half: Half, d: &[u32], a: &[u32], b: &[u32], c: &[Operand]) {
+fn multiply(semantics: &Semantics, registers: &mut Registers<'_>, half: Half, d: &[u32], a: &[u32], b: &[u32], c: &[Operand]) {
     let row = |register: u32| registers.values[register as usize].map(|value| value as u32);
     let (a, b) = (std::array::from_fn(|i| row(a[i])), std::array::from_fn(|i| row(b[i])));
     let c = std::array::from_fn(|i| std::array::from_fn(|lane| registers.get(c[i], lane) as u32));
-    for (d, values) in d.iter().zip(matrix::multiply(half, &a, &b, &c)) {
+    for (d, values) in d.iter().zip(matrix::multiply(semantics, half, &a, &b, &c)) {
         registers.values[*d as usize] = values.map(u64::from);
     }
 }

@@ -1,9 +1,8 @@
 //! The text of a statement → an instruction.
 
-use crate::fault::{ParseError, Space};
-use crate::op::{Address, Half, Instruction, MAX_VECTOR, Op, Operand, Shuffle, Special};
-use crate::parse::{Name, error};
-use crate::product::{Product, Side};
+use crate::fault::{ParseError, Space, error};
+use crate::names::Name;
+use crate::op::{Address, Arrivals, Half, Instruction, MAX_VECTOR, Op, Operand, Product, Shuffle, Side, Special};
 use crate::scalar;
 
 /// Reads the operands of one statement.
@@ -64,11 +63,8 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
             Some(Name::Offset(offset)) => return Ok(Operand::Constant(offset)),
             _ => {}
         }
-        if let Some(special) = special(text) {
-            return Ok(Operand::Special(special));
-        }
-        match constant(text) {
-            Some(value) => Ok(Operand::Constant(value)),
+        match special(text).or_else(|| constant(text).map(Operand::Constant)) {
+            Some(operand) => Ok(operand),
             None => self.fail(format!("unknown operand `{text}`")),
         }
     }
@@ -123,6 +119,9 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
             ["griddepcontrol", "wait"] => Ok(Op::WaitForLaunch),
             ["griddepcontrol", "launch_dependents"] => Ok(Op::LetNextBegin),
             ["setmaxnreg", ..] => Ok(Op::Together),
+            ["prefetch" | "prefetchu", ..] => Ok(Op::Nothing),
+            ["trap" | "brkpt"] => Ok(Op::Trap),
+            ["elect", "sync"] => self.elect(),
             ["shfl", "sync", kind, "b32"] => self.shuffle(kind),
             ["mov", ty] if self.operands.iter().any(|text| text.starts_with('{')) => self.repack(ty),
             ["ld", ref flags @ .., ty] => self.load(flags, ty),
@@ -134,8 +133,13 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
             ["cp", "async", "wait_all"] => Ok(Op::WaitCopies { pending: None }),
             ["cp", "async", "wait_group"] => Ok(Op::WaitCopies { pending: Some(self.number(0)?) }),
             ["cp", "async", "ca" | "cg", "shared", "global", ..] => self.copy_async(),
-            ["ldmatrix", "sync", "aligned", "m8n8", .., "shared", "b16"] => {
-                Ok(Op::LoadMatrix { to: self.registers(0)?, address: self.address(1)?, transposed: words.contains(&"trans") })
+            ["ldmatrix", "sync", "aligned", ref flags @ .., "shared" | "shared::cta", "b16"] => {
+                let (to, address) = (self.registers(0)?, self.address(1)?);
+                Ok(Op::LoadMatrix { transposed: self.matrices(flags, to.len())?, to, address })
+            }
+            ["stmatrix", "sync", "aligned", ref flags @ .., "shared" | "shared::cta", "b16"] => {
+                let (address, from) = (self.address(0)?, self.registers(1)?);
+                Ok(Op::StoreMatrix { transposed: self.matrices(flags, from.len())?, address, from })
             }
             ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"] => self.multiply(Half::BF16),
             ["mma", "sync", "aligned", "m16n8k16", "row", "col", "f32", "f16", "f16", "f32"] => self.multiply(Half::F16),
@@ -195,6 +199,23 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         Ok(Op::Shuffle { kind, to, inside, from: operand(1)?, by: operand(2)?, clamp: operand(3)?, lanes: operand(4)? })
     }
 
+    /// `register|predicate`, or `_|predicate`
+    fn elect(&self) -> Result<Op, ParseError> {
+        let Some((to, chosen)) = self.text(0)?.split_once('|') else { return self.fail("must say whether a lane is chosen") };
+        let to = if to == "_" { None } else { Some(self.register(to)?) };
+        Ok(Op::Elect { to, chosen: self.register(chosen)?, lanes: self.operand(self.text(1)?)? })
+    }
+
+    /// Whether 8×8 matrices in so many registers are transposed.
+    fn matrices(&self, flags: &[&str], registers: usize) -> Result<bool, ParseError> {
+        let known = |&flag: &&str| ["m8n8", "trans"].contains(&flag) || flag == format!("x{registers}");
+        let shaped = flags.contains(&"m8n8") && flags.iter().any(|flag| flag.starts_with('x'));
+        if !shaped || ![1, 2, 4].contains(&registers) || !flags.iter().all(known) {
+            return self.fail(format!("`{}` with {registers} registers is not known here", self.opcode));
+        }
+        Ok(flags.contains(&"trans"))
+    }
+
     fn copy_async(&self) -> Result<Op, ParseError> {
         let filled = match self.operands.get(3) {
             None => None,
@@ -220,8 +241,12 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         let operand = |i| self.operand(self.text(i)?);
         match words[1..] {
             ["init", ..] => Ok(Op::MakeBarrier { barrier: self.address(0)?, count: operand(1)? }),
-            ["arrive", "expect_tx", ..] => Ok(Op::Arrive { barrier: self.address(1)?, bytes: operand(2)? }),
-            ["arrive", ..] => Ok(Op::Arrive { barrier: self.address(1)?, bytes: Operand::Constant(0) }),
+            ["inval", ..] => Ok(Op::UnmakeBarrier { barrier: self.address(0)? }),
+            ["arrive", "expect_tx", ..] => self.arrive(Arrivals::Expecting(operand(2)?)),
+            ["arrive", "release" | "shared" | "shared::cta" | "shared::cluster" | "b64", ..] => {
+                let count = self.operands.get(2).map_or(Ok(Operand::Constant(1)), |text| self.operand(text));
+                self.arrive(Arrivals::Count(count?))
+            }
             ["try_wait", "parity", ..] => {
                 Ok(Op::WaitPhase { to: self.register(self.text(0)?)?, barrier: self.address(1)?, parity: operand(2)? })
             }
@@ -229,15 +254,29 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         }
     }
 
+    /// The state of the phase that an arrival gives back is not known here: waiting is by parity.
+    fn arrive(&self, by: Arrivals) -> Result<Op, ParseError> {
+        match self.text(0)? {
+            "_" => Ok(Op::Arrive { barrier: self.address(1)?, by }),
+            state => self.fail(format!("`{state}` would hold the state of a phase, which is not known here")),
+        }
+    }
+
     fn bulk(&self, words: &[&str]) -> Result<Op, ParseError> {
-        match words[3..] {
-            ["tensor", "2d", "shared::cluster", "global", "tile", "mbarrier::complete_tx::bytes", ..] => {
-                let ((map, corner), blocks) = (self.corner(1)?, self.operands.get(3).map(|text| self.operand(text)));
-                let (to, barrier, blocks) = (self.address(0)?, self.address(2)?, blocks.transpose()?);
-                Ok(Op::LoadBox { to, map, corner, barrier, blocks })
+        // A hint to the cache is the last operand, and changes nothing. Tiles are what boxes of tensors are if nothing is said.
+        let words: Vec<_> = words[3..].iter().copied().filter(|&word| word != "tile" && word != "L2::cache_hint").collect();
+        match words[..] {
+            ["tensor", rank, "shared::cluster" | "shared::cta", "global", "mbarrier::complete_tx::bytes", ref flags @ ..] => {
+                let (map, corner) = self.corner(1, rank)?;
+                let blocks = match flags {
+                    [] => None,
+                    ["multicast::cluster"] => Some(self.operand(self.text(3)?)?),
+                    _ => return self.fail(format!("unknown instruction `{}`", self.opcode)),
+                };
+                Ok(Op::LoadBox { to: self.address(0)?, map, corner, barrier: self.address(2)?, blocks })
             }
-            ["tensor", "2d", "global", "shared::cta", "tile", "bulk_group"] => {
-                let (map, corner) = self.corner(0)?;
+            ["tensor", rank, "global", "shared::cta", "bulk_group"] => {
+                let (map, corner) = self.corner(0, rank)?;
                 Ok(Op::StoreBox { map, corner, from: self.address(1)? })
             }
             ["commit_group"] => Ok(Op::CommitStores),
@@ -246,13 +285,15 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         }
     }
 
-    /// `[map, {col, row}]`
-    fn corner(&self, i: usize) -> Result<(Operand, [Operand; 2]), ParseError> {
+    /// `[map, {col, row}]`, with as many coordinates as `2d` says.
+    fn corner(&self, i: usize, rank: &str) -> Result<(Operand, Vec<Operand>), ParseError> {
         let inner = list(self.text(i)?.trim_start_matches('[').trim_end_matches(']'));
         let [map, corner] = inner[..] else { return self.fail("unknown place in a tensor") };
         let corner = list(corner.trim_start_matches('{').trim_end_matches('}'));
-        let [col, row] = corner[..] else { return self.fail("tensors have two dimensions here") };
-        Ok((self.operand(map)?, [self.operand(col)?, self.operand(row)?]))
+        if rank != format!("{}d", corner.len()) {
+            return self.fail(format!("{} coordinates of a tensor that is {rank}", corner.len()));
+        }
+        Ok((self.operand(map)?, corner.into_iter().map(|text| self.operand(text)).collect::<Result<_, _>>()?))
     }
 
     fn wgmma(&self, words: &[&str]) -> Result<Op, ParseError> {
@@ -268,18 +309,21 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         let Some(cols) = cols else { return self.fail(format!("unknown instruction `{}`", self.opcode)) };
         let (d, lhs) = (self.registers(0)?, self.registers(1)?);
         let in_registers = self.text(1)?.starts_with('{');
-        let flags: Vec<_> = (3..self.operands.len()).map(|i| self.number(i)).collect::<Result<_, _>>()?;
-        // Adds to the sums, neither side negated; for 16-bit elements whether sides are transposed: the left one never.
-        let along = match (half, in_registers, &flags[..]) {
-            (Some(_), false, [1, 1, 1, 0, along]) | (Some(_), true, [1, 1, 1, along]) => *along == 1,
-            (None, _, [1, 1, 1]) => false,
+        let adds = self.operand(self.text(3)?)?;
+        let flags: Vec<_> = (4..self.operands.len()).map(|i| self.number(i)).collect::<Result<_, _>>()?;
+        // Neither side is negated; for 16-bit elements in shared memory, whether a side is transposed.
+        let (lhs_along, rhs_along) = match (half, in_registers, &flags[..]) {
+            (Some(_), false, &[1, 1, lhs @ (0 | 1), rhs @ (0 | 1)]) => (lhs == 1, rhs == 1),
+            (Some(_), true, &[1, 1, rhs @ (0 | 1)]) => (false, rhs == 1),
+            (None, _, [1, 1]) => (false, false),
             _ => return self.fail("a product of a kind that is not known here"),
         };
         if d.len() != cols / 2 || lhs.len() != if in_registers { 4 } else { 1 } {
             return self.fail("fragments of this product have other numbers of registers");
         }
         let lhs = if in_registers { Side::Registers(lhs) } else { Side::Shared(lhs[0]) };
-        Ok(Op::Product(Product { half, cols, d, lhs, rhs: self.register(self.text(2)?)?, along }))
+        let rhs = self.register(self.text(2)?)?;
+        Ok(Op::Product(Product { half, cols, d, lhs, rhs, lhs_along, rhs_along, adds }))
     }
 
     /// Bytes of a type.
@@ -309,16 +353,24 @@ fn columns(shape: &str, depth: &str) -> Option<usize> {
     shape.strip_prefix("m64n")?.strip_suffix(depth)?.parse().ok()
 }
 
-fn special(text: &str) -> Option<Special> {
-    Some(match text {
+/// Blocks of threads, and clusters of blocks, lie along x alone.
+fn special(text: &str) -> Option<Operand> {
+    Some(Operand::Special(match text {
         "%tid.x" => Special::Thread,
         "%ntid.x" => Special::Threads,
-        "%ctaid.x" => Special::Block,
-        "%nctaid.x" => Special::Blocks,
+        "%tid.y" | "%tid.z" | "%cluster_ctaid.y" | "%cluster_ctaid.z" => return Some(Operand::Constant(0)),
+        "%ntid.y" | "%ntid.z" | "%cluster_nctaid.y" | "%cluster_nctaid.z" => return Some(Operand::Constant(1)),
+        "%ctaid.x" => Special::Block(0),
+        "%ctaid.y" => Special::Block(1),
+        "%ctaid.z" => Special::Block(2),
+        "%nctaid.x" => Special::Blocks(0),
+        "%nctaid.y" => Special::Blocks(1),
+        "%nctaid.z" => Special::Blocks(2),
         "%laneid" => Special::Lane,
-        "%cluster_ctarank" => Special::Rank,
+        "%cluster_ctarank" | "%cluster_ctaid.x" => Special::Rank,
+        "%cluster_nctarank" | "%cluster_nctaid.x" => Special::Ranks,
         _ => return None,
-    })
+    }))
 }
 
 /// `12`, `-12`, `0x1f`, and floats as their bits: `0f3F800000`, `0d3FF0000000000000`.

@@ -11,6 +11,10 @@ pub struct ParseError {
     pub reason: String,
 }
 
+pub(crate) fn error(line: usize, reason: impl Into<String>) -> ParseError {
+    ParseError { line, reason: reason.into() }
+}
+
 impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PTX line {}: {}", self.line, self.reason)
@@ -121,8 +125,10 @@ pub enum Kind {
     Misuse(String),
     /// A barrier that not every living thread of the warp, or of the block, came to.
     DivergedBarrier,
-    /// An instruction of the whole warp that only some of its lanes came to.
+    /// An instruction of the whole warp, or of the lanes that it names, that only some of them came to.
     DivergedWarp,
+    /// A `trap` or a `brkpt`: the kernel itself found something wrong.
+    Trap,
     /// A shuffle from a lane that does not take part.
     AbsentLane,
     /// More instructions than any of these kernels should need: it does not end.
@@ -178,6 +184,7 @@ impl fmt::Display for Kind {
             Self::Misuse(reason) => write!(f, "{reason}"),
             Self::DivergedBarrier => write!(f, "not every thread comes to this barrier"),
             Self::DivergedWarp => write!(f, "not every lane of the warp comes to this instruction"),
+            Self::Trap => write!(f, "the kernel stops itself"),
             Self::AbsentLane => write!(f, "shuffles with a lane that does not take part"),
             Self::Runaway => write!(f, "the kernel does not end"),
             Self::BadLaunch(reason) => write!(f, "{reason}"),

@@ -1,14 +1,13 @@
 //! Runs NVIDIA PTX on the CPU, and reports what a GPU would let pass.
 //!
 //! ```text
-//! parse    text → statements → Kernel: resolved names, decoded instructions      parse.rs  decode.rs  op.rs  scalar.rs
-//! launch   arguments → parameter bytes; clusters of blocks one after another     launch.rs
-//! block    what an instruction does to a cluster, whose warps run in turn        block.rs  schedule.rs  barrier.rs
-//! access   loads, stores, asynchronous copies                                    access.rs
-//! warp     groups of lanes that share a program counter; the hindmost goes first warp.rs
-//! bulk     boxes of tensors on their way: TMA                                    bulk.rs
-//! product  of a warp (mma) and of a warpgroup (wgmma), and the layouts they need matrix.rs  product.rs
-//! memory   bytes, which of them were ever written, and who touched them when     memory.rs  shadow.rs
+//! parse     text → statements → Kernel: names, decoded instructions              parse.rs  names.rs  decode.rs  op.rs  scalar.rs
+//! launch    arguments → parameter bytes; clusters of blocks one after another    launch.rs  arg.rs  tensor.rs
+//! schedule  the warps of a cluster in turn                                       schedule.rs
+//! block     an instruction: moves, products, barriers                            block.rs  access.rs  bulk.rs  product.rs
+//! cluster   what the threads share, what each has started, what it has seen      cluster.rs  flight.rs  barrier.rs  warp.rs
+//! memory    bytes, which of them were ever written, and who touched them when    memory.rs  shadow.rs
+//! semantics where elements lie and what an mbarrier counts; fragments            semantics.rs  matrix.rs
 //! ```
 //!
 //! Lanes of a warp run in lock-step: of the groups that a branch made, the one with the smallest program counter runs, and
@@ -22,9 +21,21 @@
 //! A launch that may begin before the one before has ended ([`Launch::run_after`]) is run after it all the same, and whatever it
 //! touches before its `griddepcontrol.wait` and should not is reported.
 //!
-//! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), grids in 2-D, tensors
-//! other than matrices of 16-bit elements in lines of 128 bytes, and which registers `setmaxnreg` moves. The lanes of a warp are
-//! taken to have come together when one of them arrives at an mbarrier.
+//! Some of what it reports would do as was meant on a GPU, or on every GPU so far:
+//!
+//! - an mbarrier that TMA uses without `fence.mbarrier_init`, lanes of one store that write the same value to one place: unless
+//!   [`Checks`] say otherwise;
+//! - a barrier of the whole block (`bar.sync 0`) that warps come to at several places, which CUDA forbids for `__syncthreads`;
+//!   barriers for so many threads (`bar.sync 1, 64`) may have several;
+//! - lanes that name each other (`bar.warp.sync`, `elect.sync`, `shfl.sync`) at different places. At one place they wait for each other;
+//! - a product of a warpgroup whose operands one of its warps gives away when it has waited for the product itself: it is taken as
+//!   four products of warps, and the reads of the other three may still come.
+//!
+//! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), blocks of threads in 2-D,
+//! clusters of more than two blocks or along other axes than x, tensors that are not tiled (im2col) or whose maps a kernel makes,
+//! descriptors without swizzle, the state that `mbarrier.arrive` returns, and which registers `setmaxnreg` moves. Sums of products
+//! are added one after another in f32, which no tensor core does. The lanes of a warp are taken to have come together when one of
+//! them arrives at an mbarrier, and `elect.sync` takes the lowest lane.
 //!
 //! ```
 //! use ptx_interpreter::{Arg, Global, Launch, Module};
@@ -53,27 +64,38 @@
 //! ```
 
 mod access;
+mod arg;
 mod barrier;
 mod block;
 mod bulk;
+mod cluster;
 mod decode;
 mod fault;
+mod flight;
 mod float;
 mod launch;
 mod matrix;
 mod memory;
+mod names;
 mod op;
 mod parse;
 mod product;
 mod scalar;
 mod schedule;
+mod semantics;
 mod shadow;
+mod tensor;
+#[cfg(test)]
+mod third_party;
 mod warp;
 
+pub use arg::Arg;
+pub use cluster::Checks;
 pub use fault::{Fault, Kind, ParseError, Space};
-pub use launch::{Arg, Launch, Report, Tiles};
+pub use launch::{Launch, Options, Report};
 pub use memory::Global;
 pub use parse::{Kernel, Module};
+pub use tensor::{Axis, TensorMap};
 
 /// Lanes of a warp.
 const WARP: usize = 32;

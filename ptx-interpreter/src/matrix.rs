@@ -1,13 +1,9 @@
-//! Matrix fragments: which element of a matrix which register of which lane holds.
+//! Products of a warp in fragments (mma), and the elements that fragments hold.
 
 use crate::WARP;
 use crate::float;
 use crate::op::Half;
-
-/// Lane of an 8×8 matrix of 16-bit elements that holds (row, col), and which half of its register.
-pub(crate) fn holder(row: usize, col: usize) -> (usize, usize) {
-    (row * 4 + col / 2, col % 2)
-}
+use crate::semantics::Semantics;
 
 pub(crate) fn widen(half: Half, bits: u16) -> f32 {
     match half {
@@ -19,28 +15,28 @@ pub(crate) fn widen(half: Half, bits: u16) -> f32 {
 /// Registers of a fragment, lane by lane.
 pub(crate) type Fragment<const N: usize> = [[u32; WARP]; N];
 
-/// Element (row, col) of an 8×8 matrix in one register.
-fn element(register: &[u32; WARP], row: usize, col: usize, half: Half) -> f32 {
-    let (lane, part) = holder(row, col);
-    widen(half, (register[lane] >> (16 * part)) as u16)
+/// Each half of each register, with its lane.
+fn halves<const N: usize>(half: Half, fragment: &Fragment<N>) -> impl Iterator<Item = (usize, usize, usize, f32)> {
+    let each = (0..N).flat_map(|i| (0..WARP).flat_map(move |lane| (0..2).map(move |part| (i, lane, part))));
+    each.map(move |(i, lane, part)| (i, lane, part, widen(half, (fragment[i][lane] >> (16 * part)) as u16)))
 }
 
 /// `a·b + c` for `a` 16×16, `b` 16×8 and `c` 16×8.
-///
-/// `a` is four 8×8 matrices: above and below, then the same to the right. `b` is two, one above the other, each transposed.
-/// `c` is two, one above the other, of `f32`: two registers each.
-pub(crate) fn multiply(half: Half, a: &Fragment<4>, b: &Fragment<2>, c: &Fragment<4>) -> Fragment<4> {
-    let mut d = *c;
-    for (row, col) in (0..16).flat_map(|row| (0..8).map(move |col| (row, col))) {
-        let (lane, part) = holder(row % 8, col);
-        let register = row / 8 * 2 + part;
-        let mut sum = f32::from_bits(c[register][lane]);
-        for k in 0..16 {
-            let left = element(&a[row / 8 + k / 8 * 2], row % 8, k % 8, half);
-            let right = element(&b[k / 8], col, k % 8, half);
-            sum += left * right;
-        }
-        d[register][lane] = sum.to_bits();
+pub(crate) fn multiply(semantics: &Semantics, half: Half, a: &Fragment<4>, b: &Fragment<2>, c: &Fragment<4>) -> Fragment<4> {
+    let (mut lhs, mut rhs) = ([[0.0; 16]; 16], [[0.0; 8]; 16]);
+    for (i, lane, part, value) in halves(half, a) {
+        let (row, depth) = (semantics.mma_lhs)(lane, i, part, 2);
+        lhs[row][depth] = value;
     }
-    d
+    for (i, lane, part, value) in halves(half, b) {
+        let (depth, col) = (semantics.mma_rhs)(lane, i, part);
+        rhs[depth][col] = value;
+    }
+    std::array::from_fn(|i| {
+        std::array::from_fn(|lane| {
+            let (row, col) = (semantics.mma_sum)(lane, i);
+            let sum = (0..16).fold(f32::from_bits(c[i][lane]), |sum, depth| sum + lhs[row][depth] * rhs[depth][col]);
+            sum.to_bits()
+        })
+    })
 }

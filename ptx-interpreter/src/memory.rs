@@ -30,7 +30,7 @@ impl Memory {
         Self { space: Space::Shared, bytes: vec![0; len], state: vec![State::Unwritten; len], shadow }
     }
 
-    /// A kernel's arguments.
+    /// The bytes of a kernel's parameters.
     pub(crate) fn params(bytes: Vec<u8>) -> Self {
         let state = vec![State::Written; bytes.len()];
         Self { space: Space::Param, bytes, state, shadow: None }

@@ -1,7 +1,6 @@
 //! What a statement is once it is decoded: an operation on registers by number.
 
 use crate::fault::Space;
-use crate::product::Product;
 use crate::scalar::Function;
 
 /// What runs: an operation, for the lanes whose guard holds.
@@ -25,11 +24,14 @@ pub(crate) enum Operand {
 pub(crate) enum Special {
     Thread,
     Threads,
-    Block,
-    Blocks,
+    /// The block's place along an axis of the grid, and how many there are.
+    Block(usize),
+    Blocks(usize),
     Lane,
     /// The block's number in its cluster.
     Rank,
+    /// Blocks of a cluster.
+    Ranks,
 }
 
 /// `[base + offset]`
@@ -47,6 +49,50 @@ pub(crate) const MAX_VECTOR: usize = 4;
 pub(crate) enum Half {
     F16,
     BF16,
+}
+
+/// `d += lhs·rhs`, 64×cols×(32 bytes)
+pub(crate) struct Product {
+    /// None: tf32.
+    pub(crate) half: Option<Half>,
+    pub(crate) cols: usize,
+    pub(crate) d: Vec<u32>,
+    pub(crate) lhs: Side,
+    /// A descriptor.
+    pub(crate) rhs: u32,
+    /// Neighbours of the side are neighbours in row, not in depth.
+    pub(crate) lhs_along: bool,
+    pub(crate) rhs_along: bool,
+    /// False: `d = lhs·rhs`.
+    pub(crate) adds: Operand,
+}
+
+/// Where the left side of a product is.
+pub(crate) enum Side {
+    /// Where a descriptor says.
+    Shared(u32),
+    Registers(Vec<u32>),
+}
+
+impl Product {
+    /// Elements in 32 bits.
+    pub(crate) fn parts(&self) -> usize {
+        if self.half.is_some() { 2 } else { 1 }
+    }
+
+    /// Elements of depth: 32 bytes.
+    pub(crate) fn depth(&self) -> usize {
+        8 * self.parts()
+    }
+}
+
+/// What a thread does when it arrives at an mbarrier.
+#[derive(Clone, Copy)]
+pub(crate) enum Arrivals {
+    /// Counts as so many.
+    Count(Operand),
+    /// Counts as one, and so many bytes will come.
+    Expecting(Operand),
 }
 
 /// How a lane of a shuffle finds its partner.
@@ -129,14 +175,29 @@ pub(crate) enum Op {
         address: Address,
         transposed: bool,
     },
+    /// The other way round.
+    StoreMatrix {
+        from: Vec<u32>,
+        address: Address,
+        transposed: bool,
+    },
+    /// Which of these lanes is chosen, and to each whether it is.
+    Elect {
+        to: Option<u32>,
+        chosen: u32,
+        lanes: Operand,
+    },
     MakeBarrier {
         barrier: Address,
         count: Operand,
     },
+    UnmakeBarrier {
+        barrier: Address,
+    },
     PublishBarriers,
     Arrive {
         barrier: Address,
-        bytes: Operand,
+        by: Arrivals,
     },
     WaitPhase {
         to: u32,
@@ -149,13 +210,13 @@ pub(crate) enum Op {
     LoadBox {
         to: Address,
         map: Operand,
-        corner: [Operand; 2],
+        corner: Vec<Operand>,
         barrier: Address,
         blocks: Option<Operand>,
     },
     StoreBox {
         map: Operand,
-        corner: [Operand; 2],
+        corner: Vec<Operand>,
         from: Address,
     },
     CommitStores,
@@ -176,8 +237,11 @@ pub(crate) enum Op {
     WaitForLaunch,
     /// The next launch may begin.
     LetNextBegin,
-    /// What changes nothing that an interpreter can see; the whole warp has to come.
+    /// What changes nothing that an interpreter can see.
+    Nothing,
+    /// The same, but the whole warp has to come.
     Together,
+    Trap,
     /// `d = a·b + c`, 16×8×16, in fragments
     Multiply {
         half: Half,

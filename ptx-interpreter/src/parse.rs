@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use crate::decode::decode;
-use crate::fault::ParseError;
+use crate::fault::{ParseError, error};
+use crate::names::{Name, Names};
 use crate::op::Instruction;
 
 /// A PTX file: its kernels by name.
@@ -19,20 +20,13 @@ pub struct Kernel {
     /// Offset and size of each parameter.
     pub(crate) params: Vec<(usize, usize)>,
     pub(crate) static_shared: usize,
+    /// The most threads of a block, and how many it must have.
     pub(crate) max_threads: Option<u32>,
-    /// Blocks of a cluster.
-    pub(crate) cluster: u32,
+    pub(crate) required_threads: Option<u32>,
+    /// Blocks of a cluster, if the kernel says.
+    pub(crate) cluster: Option<u32>,
     /// Bytes of shared memory that a block may have: those of the smallest GPU that runs it.
     pub(crate) most_shared: usize,
-}
-
-/// What a name stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Name {
-    Register(u32),
-    Label(u32),
-    /// An offset into shared memory or into the parameters.
-    Offset(u64),
 }
 
 /// Text up to a semicolon, a colon or a brace, and the scope it stands in.
@@ -51,40 +45,11 @@ enum End {
     Open,
 }
 
-/// The names of nested scopes. Scope 0 is the module.
-pub(crate) struct Names {
-    parents: Vec<usize>,
-    names: HashMap<(usize, String), Name>,
-}
-
-impl Names {
-    /// What a name stands for in a scope, or in those around it.
-    pub(crate) fn find(&self, mut scope: usize, name: &str) -> Option<Name> {
-        loop {
-            if let Some(&found) = self.names.get(&(scope, name.to_owned())) {
-                return Some(found);
-            }
-            if scope == 0 {
-                return None;
-            }
-            scope = self.parents[scope];
-        }
-    }
-
-    fn add(&mut self, scope: usize, name: &str, meaning: Name) {
-        self.names.insert((scope, name.to_owned()), meaning);
-    }
-}
-
-pub(crate) fn error(line: usize, reason: impl Into<String>) -> ParseError {
-    ParseError { line, reason: reason.into() }
-}
-
 impl Module {
-    /// Reads PTX as nvcc writes it. Errors: what it cannot read, and instructions that the interpreter does not know.
+    /// Reads PTX as nvcc and LLVM write it. Errors: what it cannot read, and instructions that the interpreter does not know.
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
         let (statements, parents) = split(ptx)?;
-        let mut names = Names { parents, names: HashMap::new() };
+        let mut names = Names::new(parents);
         let mut module_shared = Vec::new();
         let mut kernels = HashMap::new();
         let mut rest = statements.as_slice();
@@ -156,9 +121,10 @@ fn split(ptx: &str) -> Result<(Vec<Statement>, Vec<usize>), ParseError> {
     if text.is_empty() { Ok((statements, parents)) } else { Err(error(start, "the statement does not end")) }
 }
 
-/// Whether a colon after it makes a label of it; in `L1::evict_last` it does not.
+/// Whether a colon after it makes a label of it; in `ld.global.L1::evict_last` it does not.
 fn is_name(text: &str) -> bool {
-    text.starts_with(['$', '_']) || !text.is_empty() && text.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+    let rest = text.strip_prefix(|c: char| c.is_ascii_alphabetic() || "$_%".contains(c));
+    rest.is_some_and(|rest| rest.chars().all(|c| c.is_ascii_alphanumeric() || "$_".contains(c)))
 }
 
 /// Bytes of a type such as `.b8` or `.f32`.
@@ -170,7 +136,10 @@ fn size_of(ty: &str, line: usize) -> Result<usize, ParseError> {
 /// `.align 16 .b8 name[64]` → alignment, bytes (None: as many as the launch gives) and name.
 fn variable(text: &str, line: usize) -> Result<(usize, Option<usize>, &str), ParseError> {
     let unreadable = || error(line, format!("cannot read `{text}`"));
-    let words: Vec<&str> = text.split_whitespace().collect();
+    let mut words: Vec<&str> = text.split_whitespace().collect();
+    if let Some(at) = words.iter().position(|&word| word == ".ptr") {
+        words.drain(at..words.len() - 1); // `.ptr .global .align 1`: what the pointer points to
+    }
     let [.., ty, declared] = words[..] else { return Err(unreadable()) };
     let size = size_of(ty, line)?;
     let align = words.iter().position(|&word| word == ".align").and_then(|at| words.get(at + 1)?.parse().ok());
@@ -262,7 +231,6 @@ impl<'n> Builder<'n> {
         let static_shared = self.shared.close(self.names);
         let names = &*self.names;
         let code = instructions.iter().map(|s| decode(&s.text, s.line, |name| names.find(s.scope, name)));
-        let cluster = number_after(&head.text, ".reqnctapercluster").unwrap_or(1);
         let is_hopper = body.iter().any(|statement| statement.text.starts_with("wgmma"));
         let most_shared = if is_hopper { 227 << 10 } else { 99 << 10 };
         let (code, registers) = (code.collect::<Result<_, _>>()?, self.registers as usize);
@@ -273,7 +241,8 @@ impl<'n> Builder<'n> {
             params,
             static_shared,
             max_threads: number_after(&head.text, ".maxntid"),
-            cluster,
+            required_threads: number_after(&head.text, ".reqntid"),
+            cluster: number_after(&head.text, ".reqnctapercluster"),
             most_shared,
         })
     }

@@ -138,7 +138,7 @@ fn moves(stem: &str, ty: &str) -> Option<Function> {
         ("mov", "u32" | "s32" | "b32" | "f32") => one!(u32 => u32, |a| a),
         ("mov", "u64" | "s64" | "b64" | "f64") => one!(u64 => u64, |a| a),
         ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared" | "cvta.param", "u64") => one!(u64 => u64, |a| a),
-        // The place of an address in a block of the cluster: `WINDOW` in access.rs.
+        // The place of an address in a block of the cluster: `WINDOW` in cluster.rs.
         ("mapa.shared::cluster", "u32") => two!(u32 => u32, |a, block| (block + 1) << 24 | a & 0xff_ffff),
         ("selp", "b16" | "u16" | "s16") => select!(u16),
         ("selp", "b32" | "u32" | "s32" | "f32") => select!(u32),
@@ -170,6 +170,7 @@ fn logic(stem: &str, ty: &str) -> Option<Function> {
         ("shf.l.wrap", "b32") => three!(u32 => u32, |low, high, by| (funnel(low, high) << (by & 31) >> 32) as u32),
         ("shf.r.wrap", "b32") => three!(u32 => u32, |low, high, by| (funnel(low, high) >> (by & 31)) as u32),
         ("bfe", "u32") => three!(u32 => u32, |a, from, len| (u64::from(a) >> (from & 255).min(63)) as u32 & mask(len)),
+        ("bfe", "s32") => three!(i32 => u32, |a, from, len| signed_bits(a, from as u32 & 255, len & 255)),
         ("bfi", "b32") => Four(|a, b, at, len| from_fn(|lane| insert_bits(a[lane], b[lane], at[lane], len[lane]))),
         ("popc", "b32") => one!(u32 => u32, |a| a.count_ones()),
         ("clz", "b32") => one!(u32 => u32, |a| a.leading_zeros()),
@@ -185,6 +186,16 @@ fn funnel(low: u32, high: u32) -> u64 {
 /// As many ones as the low byte of `len` says, at most 32.
 fn mask(len: u32) -> u32 {
     u32::MAX.checked_shr(32u32.saturating_sub(len & 255)).unwrap_or(0)
+}
+
+/// The `len` bits of `a` from bit `from` on; the highest of them, or of `a` if that comes first, fills the rest.
+fn signed_bits(a: i32, from: u32, len: u32) -> u32 {
+    let shifted = (i64::from(a) >> from.min(63)) as i32;
+    match len {
+        0 => 0,
+        1..32 => (shifted << (32 - len) >> (32 - len)) as u32,
+        _ => shifted as u32,
+    }
 }
 
 /// The `len` low bits of `a` in the place of as many of `b`, from bit `at` on.
@@ -225,6 +236,7 @@ fn integers(stem: &str, ty: &str) -> Option<Function> {
         ("mul.wide", "s32") => two!(i32 => i64, |a, b| i64::from(a) * i64::from(b)),
         ("mad.lo", "u32" | "s32") => three!(u32 => u32, |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
         ("mad.lo", "u64" | "s64") => three!(u64 => u64, |a, b, c| a.wrapping_mul(b).wrapping_add(c)),
+        ("mad.wide", "u16") => three!(u16 => u32, |a, b, c| (u32::from(a) * u32::from(b)).wrapping_add(c)),
         ("mad.wide", "u32") => three!(u32 => u64, |a, b, c| (u64::from(a) * u64::from(b)).wrapping_add(c)),
         ("mad.wide", "s32") => three!(i32 => i64, |a, b, c| (i64::from(a) * i64::from(b)).wrapping_add(c)),
         ("div", "u32") => two!(u32 => u32, |a, b| a.checked_div(b).unwrap_or(u32::MAX)),
@@ -251,10 +263,27 @@ fn integers(stem: &str, ty: &str) -> Option<Function> {
     })
 }
 
+/// Sums of 16-bit floats, two side by side. Adding in f32 first rounds as adding at once: 24 bits are more than twice as many.
+fn pairs(stem: &str, ty: &str) -> Option<Function> {
+    Some(match (stem, ty) {
+        ("add" | "add.rn", "bf16x2") => two!(u32 => u32, |a, b| {
+            each_half(a, b, |a, b| float::to_bf16(float::from_bf16(a) + float::from_bf16(b)))
+        }),
+        ("add" | "add.rn", "f16x2") => two!(u32 => u32, |a, b| {
+            each_half(a, b, |a, b| float::to_f16(float::from_f16(a) + float::from_f16(b)))
+        }),
+        _ => return None,
+    })
+}
+
+fn each_half(a: u32, b: u32, f: impl Fn(u16, u16) -> u16) -> u32 {
+    u32::from(f(a as u16, b as u16)) | u32::from(f((a >> 16) as u16, (b >> 16) as u16)) << 16
+}
+
 /// The approximate functions are computed exactly here; nothing may rely on their last bits.
 fn floats(stem: &str, ty: &str) -> Option<Function> {
     if ty != "f32" {
-        return None;
+        return pairs(stem, ty);
     }
     Some(match stem {
         "add" | "add.rn" => two!(f32 => f32, |a, b| a + b),

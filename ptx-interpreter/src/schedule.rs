@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::WARP;
-use crate::block::{Cluster, whole_warp};
+use crate::cluster::{Cluster, whole_warp};
 use crate::fault::{Fault, Kind};
 use crate::shadow::Clocks;
-use crate::warp::{Group, Wait};
+use crate::warp::{Group, Wait, Warp};
 
 impl Cluster<'_, '_, '_> {
     /// Runs every warp until all have returned.
@@ -16,20 +16,34 @@ impl Cluster<'_, '_, '_> {
             for warp in 0..self.warps.len() {
                 ran |= self.run_warp(warp)?;
             }
-            let waiting = self.warps.iter().enumerate().filter_map(|(warp, state)| Some((warp, *state.groups.first()?)));
-            let waiting: Vec<(usize, Group)> = waiting.collect();
-            let Some(&(warp, group)) = waiting.first() else { return self.finish() };
-            if ran || self.open_barriers()? || self.land() {
-                continue;
+            if self.warps.iter().all(Warp::is_empty) {
+                return self.finish();
             }
-            // Who waits for a phase is the reason; who waits at a barrier, waits for them.
-            let for_phase = waiting.iter().find(|(_, group)| matches!(group.waits, Some(Wait::Phase { .. })));
-            let (warp, group) = *for_phase.unwrap_or(&(warp, group));
-            let threads = waiting.iter().map(|&(warp, group)| self.place.thread(warp, group.lanes.trailing_zeros() as usize));
-            let kind = Kind::Deadlock { barrier: self.describe(group.waits), waiting: threads.collect() };
-            let at = if matches!(group.waits, Some(Wait::Phase { .. })) { group.at } else { group.at - 1 };
-            return Err(self.fault(warp, at, (group.lanes.trailing_zeros() as usize, kind)));
+            if !ran && !self.open_barriers()? && !self.land() {
+                return Err(self.deadlock());
+            }
         }
+    }
+
+    /// No thread can go on. Who waits for a phase is the reason; who waits for other lanes, or at a barrier, waits for them.
+    fn deadlock(&self) -> Fault {
+        let rank = |wait| match wait {
+            Some(Wait::Phase { .. }) => 0,
+            Some(Wait::Lanes) => 1,
+            _ => 2,
+        };
+        let groups = self.warps.iter().enumerate().flat_map(|(warp, state)| state.groups.iter().map(move |group| (warp, group)));
+        let (warp, group) = groups.min_by_key(|(_, group)| rank(group.waits)).expect("somebody waits");
+        let first = |warp, group: &Group| self.place.thread(warp, group.lanes.trailing_zeros() as usize);
+        let waiting = self.warps.iter().enumerate().filter_map(|(warp, state)| Some(first(warp, state.groups.first()?)));
+        let (at, kind) = match group.waits {
+            Some(Wait::Lanes) => (group.at, Kind::DivergedWarp),
+            wait => {
+                let at = if rank(wait) == 0 { group.at } else { group.at - 1 };
+                (at, Kind::Deadlock { barrier: self.describe(wait), waiting: waiting.collect() })
+            }
+        };
+        self.fault(warp, at, (group.lanes.trailing_zeros() as usize, kind))
     }
 
     /// All have returned: nothing may be on its way any more.
@@ -50,7 +64,7 @@ impl Cluster<'_, '_, '_> {
             Some(Wait::Phase { block, barrier, parity }) => self.rooms[block].barriers.describe(barrier, parity),
             Some(Wait::Barrier { number, threads: None }) => format!("barrier {number}, for all threads"),
             Some(Wait::Barrier { number, threads: Some(threads) }) => format!("barrier {number}, for {threads} threads"),
-            Some(Wait::Cluster) | None => "the barrier of the cluster".into(),
+            Some(Wait::Cluster | Wait::Lanes) | None => "the barrier of the cluster".into(),
         }
     }
 
@@ -92,17 +106,6 @@ impl Cluster<'_, '_, '_> {
         woken
     }
 
-    /// What the warp did until now is what it hands on; what it does from now on is not. `together`: all its lanes have come.
-    pub(crate) fn hand_on(&mut self, warp: usize, together: bool) {
-        let (_, thread) = self.place.thread(warp, 0);
-        let (rank, state) = (self.place.rank(warp) as u32, &mut self.warps[warp]);
-        state.time += 1;
-        state.clocks.seen.set(rank, thread, state.time);
-        if together {
-            state.converged = state.time;
-        }
-    }
-
     /// Lets those go on who wait at a barrier that all have come to.
     fn open_barriers(&mut self) -> Result<bool, Fault> {
         let mut waiting: BTreeMap<(usize, u32), Vec<usize>> = BTreeMap::new();
@@ -114,11 +117,13 @@ impl Cluster<'_, '_, '_> {
         }
         for ((rank, _), warps) in waiting {
             let Group { at, waits, .. } = self.warps[warps[0]].groups[0];
-            if let Some(&warp) = warps.iter().find(|&&warp| self.warps[warp].groups[0].at != at) {
+            let Some(Wait::Barrier { threads, .. }) = waits else { continue };
+            // All threads meet at one place, as CUDA asks of __syncthreads; some of them may come from several.
+            let strays = |group: Group| group.waits != waits || threads.is_none() && group.at != at;
+            if let Some(&warp) = warps.iter().find(|&&warp| strays(self.warps[warp].groups[0])) {
                 return Err(self.fault(warp, self.warps[warp].groups[0].at - 1, whole_warp(Kind::DivergedBarrier)));
             }
             let living = all.clone().filter(|&warp| self.place.rank(warp) == rank && !self.warps[warp].is_empty()).count();
-            let Some(Wait::Barrier { threads, .. }) = waits else { continue };
             if warps.len() >= threads.map_or(living, |threads| threads as usize / WARP) {
                 self.meet(&warps);
                 opened = true;

@@ -1,8 +1,8 @@
 //! A warp: 32 lanes, in groups that share a program counter, and their registers.
 
 use crate::WARP;
+use crate::flight::Products;
 use crate::op::{Operand, Special};
-use crate::product::Products;
 use crate::scalar::Row;
 use crate::shadow::Clocks;
 
@@ -15,6 +15,8 @@ pub(crate) enum Wait {
     Phase { block: usize, barrier: u64, parity: u64 },
     /// Every warp of the cluster.
     Cluster,
+    /// Other lanes of the warp, at the same instruction.
+    Lanes,
 }
 
 /// Lanes that are at the same instruction, as a bit mask.
@@ -70,6 +72,17 @@ impl Warp {
         self.groups.push(Group { at, lanes, waits: Some(wait) });
     }
 
+    /// Takes out the lanes that wait at an instruction for others of the warp.
+    pub(crate) fn take_waiting_lanes(&mut self, at: usize) -> u32 {
+        let waiting = self.groups.iter().position(|group| group.at == at && group.waits == Some(Wait::Lanes));
+        waiting.map_or(0, |i| self.groups.swap_remove(i).lanes)
+    }
+
+    /// The lanes that live, without those that were taken out.
+    pub(crate) fn living(&self) -> u32 {
+        self.groups.iter().fold(0, |living, group| living | group.lanes)
+    }
+
     /// Whether no lane lives but those that were taken out.
     pub(crate) fn is_empty(&self) -> bool {
         self.groups.is_empty()
@@ -85,6 +98,24 @@ pub(crate) fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
+/// The size of a launch.
+#[derive(Clone, Copy)]
+pub(crate) struct Grid {
+    /// Along x, y and z.
+    pub(crate) blocks: [u32; 3],
+    /// Blocks of a cluster.
+    pub(crate) cluster: u32,
+    /// Of a block.
+    pub(crate) threads: u32,
+}
+
+impl Grid {
+    /// The place of a block along an axis.
+    fn along(&self, axis: usize, block: u32) -> u32 {
+        block / self.blocks[..axis].iter().product::<u32>() % self.blocks[axis]
+    }
+}
+
 /// The registers of one warp, and what its lanes know about themselves.
 pub(crate) struct Registers<'r> {
     pub(crate) values: &'r mut [Row],
@@ -93,9 +124,8 @@ pub(crate) struct Registers<'r> {
     pub(crate) now: u64,
     pub(crate) rank: u32,
     pub(crate) first_thread: u32,
-    pub(crate) threads: u32,
     pub(crate) block: u32,
-    pub(crate) blocks: u32,
+    pub(crate) grid: Grid,
 }
 
 impl Registers<'_> {
@@ -105,11 +135,12 @@ impl Registers<'_> {
             Operand::Constant(value) => value,
             Operand::Special(special) => u64::from(match special {
                 Special::Thread => self.first_thread + lane as u32,
-                Special::Threads => self.threads,
-                Special::Block => self.block,
-                Special::Blocks => self.blocks,
+                Special::Threads => self.grid.threads,
+                Special::Block(axis) => self.grid.along(axis, self.block),
+                Special::Blocks(axis) => self.grid.blocks[axis],
                 Special::Lane => lane as u32,
                 Special::Rank => self.rank,
+                Special::Ranks => self.grid.cluster,
             }),
         }
     }

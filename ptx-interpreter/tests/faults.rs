@@ -1,9 +1,13 @@
 //! What a kernel must not do, and that it is reported with its line and thread.
 
-use ptx_interpreter::{Arg, Fault, Global, Kind, Launch, Module, Space};
+use ptx_interpreter::{Arg, Checks, Fault, Global, Kind, Launch, Module, Options, Space};
 
 /// Runs a kernel of `threads` threads; `in` holds 128 bytes that may be read, `out` 128 that may be written.
 fn launch(body: &str, launch: Launch) -> Result<(), Fault> {
+    launch_with(Options::default(), body, launch)
+}
+
+fn launch_with(options: Options, body: &str, launch: Launch) -> Result<(), Fault> {
     let text = format!(
         ".extern .shared .align 16 .b8 dynamic[];
         .visible .entry test(.param .u64 in, .param .u64 out) {{
@@ -18,7 +22,7 @@ fn launch(body: &str, launch: Launch) -> Result<(), Fault> {
     );
     let module = Module::parse(&text).unwrap_or_else(|error| panic!("{error}"));
     let (input, mut output) = (Global::from_bytes(&[0; 128]), Global::uninitialised(128));
-    launch.run(&module, "test", &mut [Arg::Read(&input), Arg::Write(&mut output)])?;
+    launch.run_with(options, &module, "test", &mut [Arg::Read(&input), Arg::Write(&mut output)])?;
     Ok(())
 }
 
@@ -79,12 +83,33 @@ fn two_writers_of_one_place_are_a_race_even_across_blocks() {
 }
 
 #[test]
+fn lanes_that_write_the_same_may_be_let_through() {
+    let one_warp = Launch { grid: 1, block: 32, shared: 0 };
+    let mut options = Options::default();
+    options.checks.stores_are_apart = false;
+    let (same, other) = ("st.shared.u32 [%r1], 7;", "and.b32 %r4, %r0, 1; st.shared.u32 [%r1], %r4;");
+    assert!(matches!(fault(32, same).kind, Kind::Race { .. }));
+    launch_with(options, same, one_warp).unwrap();
+    assert!(matches!(launch_with(options, other, one_warp).unwrap_err().kind, Kind::Race { .. }), "not all the same");
+    let two_warps = Launch { block: 64, ..one_warp };
+    assert!(matches!(launch_with(options, same, two_warps).unwrap_err().kind, Kind::Race { .. }), "nor of two warps");
+    assert_ne!(options.checks, Checks::default());
+}
+
+#[test]
 fn barriers_that_not_all_reach_are_reported() {
     let half = "setp.lt.u32 %p0, %r0, 16; @%p0 bar.sync 0;";
     assert_eq!(fault(32, half).kind, Kind::DivergedBarrier);
     // One warp waits at the first barrier, the other at the second.
     let two = "setp.lt.u32 %p0, %r0, 32; @%p0 bra $one; bar.sync 0; ret; $one: bar.sync 0;";
     assert_eq!(fault(64, two).kind, Kind::DivergedBarrier);
+    // A barrier for some threads may be met at several places, but by as many.
+    let some = "setp.lt.u32 %p0, %r0, 32; @%p0 bra one; bar.sync 1, 64; ret; one: bar.sync 1, 64;";
+    launch(some, Launch { grid: 1, block: 64, shared: 0 }).unwrap();
+    assert_eq!(
+        fault(64, &some.replacen("1, 64", "1, 32", 1).replace("one: bar.sync 1, 64", "one: bar.sync 1, 96")).kind,
+        Kind::DivergedBarrier
+    );
     // Threads that have returned are not waited for.
     launch("setp.lt.u32 %p0, %r0, 32; @%p0 ret; bar.sync 0;", Launch { grid: 1, block: 64, shared: 0 }).unwrap();
 }
@@ -116,8 +141,19 @@ fn whole_warp_instructions_need_the_whole_warp() {
     let half = |instruction: &str| fault(32, &format!("setp.lt.u32 %p0, %r0, 16; @%p0 {instruction}")).kind;
     assert_eq!(half("shfl.sync.bfly.b32 %r4, %r0, 1, 31, -1;"), Kind::DivergedWarp);
     assert_eq!(half("bar.warp.sync -1;"), Kind::DivergedWarp);
+    assert_eq!(half("elect.sync _|%p1, -1;"), Kind::DivergedWarp);
+    assert_eq!(half("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r1], {%r4};"), Kind::DivergedWarp);
+    // Two halves that wait for each other at two places.
+    let two = "setp.lt.u32 %p0, %r0, 16; @%p0 bra low; bar.warp.sync -1; ret; low: bar.warp.sync -1;";
+    assert_eq!(fault(32, two).kind, Kind::DivergedWarp);
     assert_eq!(half("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r4}, [%r1];"), Kind::DivergedWarp);
     assert_eq!(half("shfl.sync.bfly.b32 %r4, %r0, 16, 31, 0xffff;"), Kind::AbsentLane);
+}
+
+#[test]
+fn a_kernel_that_stops_itself_is_reported() {
+    let fault = fault(32, "setp.eq.u32 %p0, %r0, 3; @%p0 trap;");
+    assert_eq!((fault.kind, fault.thread), (Kind::Trap, 3));
 }
 
 #[test]

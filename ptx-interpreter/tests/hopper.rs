@@ -1,6 +1,6 @@
 //! What Hopper adds: mbarriers, boxes of tensors, products of a warpgroup and clusters; and what is reported about their misuse.
 
-use ptx_interpreter::{Arg, Fault, Global, Kind, Launch, Module, Space, Tiles};
+use ptx_interpreter::{Arg, Checks, Fault, Global, Kind, Launch, Module, Options, Space, TensorMap};
 
 /// An 8×64 matrix of bf16, element (i, j) = 64·i + j, cut to what bf16 holds, as bytes.
 fn matrix() -> Vec<u8> {
@@ -10,6 +10,10 @@ fn matrix() -> Vec<u8> {
 /// Runs a kernel of `blocks` blocks of `threads` threads. `x` is the map of an 8×64 matrix that is loaded in boxes of 8×64, `y` of
 /// one that is stored in them; `out` has 256 bytes.
 fn launch(blocks: u32, threads: u32, head: &str, body: &str) -> Result<(Vec<u8>, Vec<u8>), Fault> {
+    launch_with(Checks::default(), blocks, threads, head, body)
+}
+
+fn launch_with(checks: Checks, blocks: u32, threads: u32, head: &str, body: &str) -> Result<(Vec<u8>, Vec<u8>), Fault> {
     let text = format!(
         ".extern .shared .align 1024 .b8 memory[];
         .visible .entry test(.param .align 64 .b8 x[128], .param .align 64 .b8 y[128], .param .u64 out) {head} {{
@@ -23,9 +27,10 @@ fn launch(blocks: u32, threads: u32, head: &str, body: &str) -> Result<(Vec<u8>,
     );
     let module = Module::parse(&text).unwrap_or_else(|error| panic!("{error} in {text}"));
     let (x, mut y, mut out) = (Global::from_bytes(&matrix()), Global::uninitialised(1024), Global::uninitialised(256));
-    let tiles = Tiles { rows: 8, cols: 64, tile: [8, 64] };
-    let mut args = [Arg::ReadTiles(&x, tiles), Arg::WriteTiles(&mut y, tiles), Arg::Write(&mut out)];
-    Launch { grid: blocks, block: threads, shared: 16 << 10 }.run(&module, "test", &mut args)?;
+    let map = TensorMap::matrix(8, 64, [8, 64]);
+    let mut args = [Arg::ReadTiles(&x, map.clone()), Arg::WriteTiles(&mut y, map), Arg::Write(&mut out)];
+    let options = Options { checks, ..Options::default() };
+    Launch { grid: blocks, block: threads, shared: 16 << 10 }.run_with(options, &module, "test", &mut args)?;
     Ok((y.bytes().to_vec(), out.bytes().to_vec()))
 }
 
@@ -97,10 +102,49 @@ fn mbarriers_that_are_used_as_they_were_not_made_are_reported() {
     assert!(matches!(fault(1, &[MAKE, "mbarrier.init.shared::cta.b64 [%r2], 1;"].concat()), Kind::BadBarrier { .. }));
     let unseen = MAKE.replace("bar.sync 0;", "mbarrier.arrive.shared::cta.b64 _, [%r2];");
     assert!(matches!(fault(64, &unseen), Kind::BadBarrier { reason, .. } if reason.contains("nothing orders")));
-    assert!(matches!(
-        fault(1, &[&MAKE.replace("fence.mbarrier_init.release.cluster;", ""), LOAD].concat()),
-        Kind::Unpublished { .. }
-    ));
+    let unfenced = [&MAKE.replace("fence.mbarrier_init.release.cluster;", ""), LOAD, WAIT].concat();
+    assert!(matches!(fault(1, &unfenced), Kind::Unpublished { .. }));
+    let mut checks = Checks::default();
+    checks.barriers_are_published = false;
+    launch_with(checks, 1, 1, "", &unfenced).unwrap();
+}
+
+#[test]
+fn arrivals_count_as_many_as_they_say() {
+    let make = MAKE.replace("[%r2], 1", "[%r2], 3");
+    let arrive = |how: &str| format!("@%p0 bra $arrived; mbarrier.arrive.{how}; $arrived:");
+    let (one, two) = (arrive("shared::cta.b64 _, [%r2]"), arrive("release.cta.shared::cta.b64 _, [%r2], 2"));
+    launch(1, 64, "", &[&make, &*two, &one.replace("arrived", "again"), WAIT].concat()).unwrap();
+    assert!(matches!(fault(64, &[&make, &*two, WAIT].concat()), Kind::Deadlock { .. }));
+    assert!(matches!(fault(64, &[&make, &*two, &two.replace("arrived", "again")].concat()), Kind::BadBarrier { .. }));
+    assert!(matches!(fault(64, &[&make, &*two.replace(", 2", ", 0")].concat()), Kind::BadBarrier { .. }));
+    for how in ["shared::cta.b64 %rd7, [%r2]", "noComplete.shared::cta.b64 _, [%r2], 1"] {
+        let text = format!(".visible .entry e() {{ .reg .b32 %r<3>; .reg .b64 %rd<8>; mbarrier.arrive.{how}; ret; }}");
+        assert!(Module::parse(&text).is_err(), "{how}");
+    }
+}
+
+#[test]
+fn an_mbarrier_ends_with_its_invalidation() {
+    let end = "bar.sync 0; @%p0 bra $over; mbarrier.inval.shared::cta.b64 [%r2]; $over: bar.sync 0;";
+    let again = MAKE.replace("$made", "$remade");
+    let (load, read) = (LOAD.replace("$loaded", "$reloaded"), "ld.shared.u16 %rs0, [%r1];");
+    launch(1, 64, "", &[MAKE, LOAD, WAIT, read, end, &again, &load, WAIT, read].concat()).unwrap();
+    assert!(matches!(fault(64, &[MAKE, LOAD, WAIT, end, WAIT].concat()), Kind::BadBarrier { reason: "was not made", .. }));
+    let early = "@%p0 bra $over; mbarrier.inval.shared::cta.b64 [%r2]; $over:";
+    assert!(matches!(fault(1, &[MAKE, LOAD, early].concat()), Kind::BadBarrier { .. }));
+    // Nobody has waited for the second box.
+    assert!(matches!(fault(64, &[MAKE, LOAD, WAIT, read, end, &again, &load, read].concat()), Kind::InFlight { .. }));
+}
+
+#[test]
+fn lanes_wait_for_one_that_waits_for_an_mbarrier() {
+    let wait = format!("@%p0 bra $meet; {WAIT} $meet: bar.warp.sync -1; elect.sync _|%p2, -1;");
+    launch(1, 64, "", &[MAKE, "setp.gt.u32 %p3, %r0, 31; @%p3 ret;", LOAD, &wait].concat()).unwrap();
+    // The other warp arrives late.
+    let late = "setp.lt.u32 %p3, %r0, 33; @%p3 bra $go; mbarrier.arrive.shared::cta.b64 _, [%r2]; $go: setp.gt.u32 %p3, %r0, 31; @%p3 ret;";
+    launch(1, 34, "", &[MAKE, late, &wait].concat()).unwrap();
+    assert!(matches!(fault(32, &[MAKE, &wait].concat()), Kind::Deadlock { barrier, .. } if barrier.contains("mbarrier")));
 }
 
 #[test]
@@ -142,6 +186,18 @@ fn a_warpgroup_multiplies_what_descriptors_say() {
     for (lane, bytes) in (0..32u32).zip(out.chunks(4)) {
         let (row, col) = (lane / 4, lane % 4 * 2);
         let want: f32 = (0..16).map(|d| element(row, d) * element(col, d)).sum();
+        assert_eq!(f32::from_le_bytes(bytes.try_into().unwrap()), want, "row {row}, column {col}");
+    }
+    // Without adding, whatever the sums were.
+    let instead = product(fence, wait).replace("%rd5, 1, 1, 1, 0, 0;", "%rd5, %p2, 1, 1, 0, 0;");
+    let (_, over) =
+        launch(1, 128, "", &instead.replace("mov.f32 %f0, 0f0", "setp.ne.s32 %p2, %r0, %r0; mov.f32 %f0, 0f4")).unwrap();
+    assert_eq!(over, out);
+    // The left side is the transposed: rows are columns of the box, the depth its rows, twice.
+    let (_, out) = launch(1, 128, "", &product(fence, wait).replace("1, 1, 1, 0, 0;", "1, 1, 1, 1, 0;")).unwrap();
+    for (lane, bytes) in (0..32u32).zip(out.chunks(4)) {
+        let (row, col) = (lane / 4, lane % 4 * 2);
+        let want: f32 = (0..16).map(|d| element(d % 8, row) * element(col, d)).sum();
         assert_eq!(f32::from_le_bytes(bytes.try_into().unwrap()), want, "row {row}, column {col}");
     }
     // Not waited for: the sums are NaN.

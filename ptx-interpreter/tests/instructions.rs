@@ -56,6 +56,7 @@ fn integers_wrap_and_widen() {
     assert_eq!(wide("mul.wide.s32 %rd0, -2, 3;") as i64, -6);
     assert_eq!(wide("mul.wide.u32 %rd0, -2, 3;"), 3 * 0xffff_fffe);
     assert_eq!(wide("mul.lo.s64 %rd0, -2, 3;") as i64, -6);
+    assert_eq!(word("mov.b32 {%rs0, %rs1}, 0x0002ffff; mad.wide.u16 %r1, %rs0, %rs1, 5;"), 2 * 0xffff + 5);
     assert_eq!(wide("mad.wide.u32 %rd0, -1, 2, 5;"), 2 * 0xffff_ffff + 5);
     assert_eq!(wide("cvt.s64.s32 %rd0, -5;") as i64, -5);
     assert_eq!(wide("cvt.u64.u32 %rd0, -5;"), 0xffff_fffb);
@@ -71,6 +72,12 @@ fn bits_move_where_they_should() {
     assert_eq!(word("not.b32 %r1, 0;"), u32::MAX);
     assert_eq!(word("bfi.b32 %r1, 0xff, 0x12345678, 8, 4;"), 0x1234_5f78);
     assert_eq!(word("bfe.u32 %r1, 0x12345678, 8, 8;"), 0x56);
+    assert_eq!(word("bfe.s32 %r1, 0x12345678, 12, 4;"), 5);
+    assert_eq!(word("bfe.s32 %r1, 0x12345678, 3, 4;"), u32::MAX);
+    assert_eq!(word("bfe.s32 %r1, 0x80000000, 28, 8;"), -8i32 as u32);
+    assert_eq!(word("bfe.s32 %r1, 0x80000000, 40, 1;"), u32::MAX);
+    assert_eq!(word("bfe.s32 %r1, -1, 0, 0;"), 0);
+    assert_eq!(word("bfe.s32 %r1, 0x87654321, 0, 32;"), 0x8765_4321);
     assert_eq!(word("shf.l.wrap.b32 %r1, 0x80000000, 1, 1;"), 3);
     assert_eq!(word("shf.r.wrap.b32 %r1, 0, 1, 1;"), 1 << 31);
     assert_eq!(word("prmt.b32 %r1, 0x03020100, 0x07060504, 0x9147;"), 0x0001_0407);
@@ -118,6 +125,10 @@ fn sixteen_bit_floats_convert() {
     assert_eq!(float("cvt.rn.bf16.f32 %rs0, 0f3FC00000; mov.b32 %f1, {0, %rs0};"), 1.5);
     assert_eq!(word("cvt.rn.bf16x2.f32 %r1, 0f3F800000, 0f40000000;"), 0x3f80_4000);
     assert_eq!(word("cvt.rn.f16x2.f32 %r1, 0f3F800000, 0f40000000;"), 0x3c00_4000);
+    // 1 + 1 and 2 - 2; 1 + 2⁻⁸ lies half way to the next bf16, 1 + 2⁻¹¹ to the next f16.
+    assert_eq!(word("mov.b32 %r2, 0xc0003f80; mov.b32 %r3, 0x40003f80; add.bf16x2 %r1, %r2, %r3;"), 0x0000_4000);
+    assert_eq!(word("mov.b32 %r2, 0x3f803f81; mov.b32 %r3, 0x3b803b80; add.bf16x2 %r1, %r2, %r3;"), 0x3f80_3f82);
+    assert_eq!(word("mov.b32 %r2, 0x3c003c01; mov.b32 %r3, 0x10001000; add.rn.f16x2 %r1, %r2, %r3;"), 0x3c00_3c02);
 }
 
 #[test]
@@ -160,6 +171,37 @@ fn shuffles_find_their_partners() {
     assert_eq!(lanes("up", 3, 0), (0..32).map(|lane: u64| lane.checked_sub(3).unwrap_or(lane)).collect::<Vec<_>>());
     // In segments of eight: 31 - 7 in the bits from 8 on.
     assert_eq!(lanes("idx", 2, 24 << 8 | 31), (0..32).map(|lane| lane / 8 * 8 + 2).collect::<Vec<_>>());
+}
+
+#[test]
+fn one_lane_of_those_that_come_is_chosen() {
+    let got =
+        run("elect.sync %r1|%p0, -1; selp.u32 %r2, 1, 0, %p0; mad.lo.s32 %r1, %r1, 10, %r2; cvt.u64.u32 %rd0, %r1;").unwrap();
+    assert_eq!(got, (0..64).map(|thread| u64::from(thread % 32 == 0)).collect::<Vec<_>>());
+    let got = run("mov.u32 %r3, %laneid; setp.lt.u32 %p1, %r3, 8; @%p1 bra chosen1;
+         elect.sync _|%p0, 0xffffff00; selp.u64 %rd0, 1, 0, %p0; chosen1:")
+    .unwrap();
+    assert_eq!(got, (0..64).map(|thread| u64::from(thread % 32 == 8)).collect::<Vec<_>>());
+}
+
+#[test]
+fn matrices_are_stored_as_they_are_loaded() {
+    // Each warp stores a matrix whose element (i, j) is 8·i + j, and loads it again.
+    let stored = |stored: &str, loaded: &str| {
+        let got = run(&format!(
+            "mov.u32 %r1, buffer; shr.u32 %r2, %r0, 5; mad.lo.s32 %r1, %r2, 512, %r1; mov.u32 %r2, %laneid;
+             and.b32 %r3, %r2, 7; mad.lo.s32 %r1, %r3, 16, %r1; shl.b32 %r3, %r2, 1; mad.lo.s32 %r3, %r3, 65537, 65536;
+             stmatrix.sync.aligned.{stored}.shared.b16 [%r1], {{%r3}}; bar.warp.sync -1;
+             ldmatrix.sync.aligned.{loaded}.shared::cta.b16 {{%r4}}, [%r1]; cvt.u64.u32 %rd0, %r4;"
+        ));
+        let halves = |value: u64| [value & 0xffff, value >> 16];
+        got.unwrap()[32..].iter().flat_map(|&value| halves(value)).collect::<Vec<_>>()
+    };
+    let (rows, columns) = ((0..64).collect::<Vec<u64>>(), (0..64).map(|e| e % 8 * 8 + e / 8).collect::<Vec<u64>>());
+    assert_eq!(stored("m8n8.x1", "m8n8.x1"), rows);
+    assert_eq!(stored("x1.trans.m8n8", "m8n8.x1.trans"), rows);
+    assert_eq!(stored("m8n8.x1.trans", "m8n8.x1"), columns);
+    assert_eq!(stored("x1.m8n8", "m8n8.x1.trans"), columns);
 }
 
 /// `d = a·b` for a 16×16 matrix of bf16 and 16 of its columns, through cp.async, ldmatrix and mma, against plain loops.
@@ -207,4 +249,45 @@ fn matrix_fragments_multiply() {
             assert_eq!(f32::from_le_bytes(got.try_into().unwrap()), want as f32, "{kind} [{i}, {j}]");
         }
     }
+}
+
+/// Spellings of LLVM's and CUTLASS's that nvcc does not use for our kernels.
+#[test]
+fn other_compilers_spell_differently() {
+    for instruction in [
+        "waitLoop: bra waitLoop;",
+        "mov.s32 %r1, %cluster_ctaid.x;",
+        "setp.eq.b16 %p1, %rs0, 0;",
+        "ld.shared.b8 %rs0, [%r1];",
+        "st.shared.v4.b16 [%r1], {%rs0, %rs1, %rs0, %rs1};",
+        "prefetch.tensormap [%rd0];",
+        "mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], 0, 1000;",
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0, {%r0, %r0}], [%r1];",
+        "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group.L2::cache_hint [%rd0, {0, 0, 0, 0, 0}], [%r1], %rd1;",
+        "cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint
+            [%r1], [%rd0, {0}], [%r1], %rs0, %rd1;",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %rd1, %rd1, %p1, 1, 1, 1, 0;",
+    ] {
+        parsed(instruction).unwrap_or_else(|error| panic!("{instruction}: {error}"));
+    }
+    for instruction in [
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0, {0, 0, 0}], [%r1];",
+        "cp.async.bulk.tensor.3d.shared::cta.global.im2col.mbarrier::complete_tx::bytes [%r1], [%rd0, {0, 0, 0}], [%r1];",
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %rd1, %rd1, 1, -1, 1, 0, 0;",
+        "stmatrix.sync.aligned.m8n8.x2.shared.b16 [%r1], {%r2};",
+        "stmatrix.sync.aligned.m16n8.x1.trans.shared.b8 [%r1], {%r2};",
+        "elect.sync %r1, -1;",
+    ] {
+        assert!(parsed(instruction).is_err(), "{instruction}");
+    }
+}
+
+fn parsed(instruction: &str) -> Result<Module, ptx_interpreter::ParseError> {
+    Module::parse(&format!(
+        ".visible .entry test(.param .u64 .ptr .global .align 1 out) .reqntid 64 {{
+            .reg .pred %p<4>; .reg .b16 %rs<8>; .reg .b32 %r<16>; .reg .f32 %f<16>; .reg .b64 %rd<8>;
+            {instruction}
+            ret;
+        }}"
+    ))
 }

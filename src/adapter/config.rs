@@ -1,14 +1,17 @@
 //! `adapter_config.json`: the settings of an adapter, under PEFT's names.
 
+use std::path::Path;
+
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
-use super::Principal;
 use super::fields::{Begins, Fields, RANK, dropout, peft_defaults, rank, refused};
+use super::formats::json_damage;
 use super::modules::{Modules, Selection};
+use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::nn::{Adapter, Bias, DEFAULT, Layer, LoraConfig, Mlp, Scaling, Tuned};
+use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LoraConfig, Scaling, Tuned};
 
 /// The settings in an `adapter_config.json`.
 ///
@@ -59,22 +62,63 @@ impl AdapterConfig {
     /// Errors: [`Error::File`] for what is not such a file or has a setting outside its range; [`Error::Unsupported`] for a
     /// setting that this crate does not know how to honour.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
-        Self::from_document(serde_json::from_slice(bytes).map_err(|error| refused(error.to_string()))?)
+        let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes); // a byte order mark, as some editors write it
+        Self::from_document(
+            serde_json::from_slice(text).map_err(|error| refused(json_damage(Path::new(CONFIG_FILE), bytes, &error)))?,
+        )
+    }
+
+    /// The settings of an adapter of these modules, beside PEFT's defaults; no model is needed.
+    ///
+    /// ```
+    /// use lowrank::adapter::{AdapterConfig, TargetModules};
+    /// use lowrank::nn::LoraConfig;
+    ///
+    /// let names = ["q_proj", "v_proj"].map(String::from);
+    /// let config = AdapterConfig::new(&LoraConfig::new(8, 16.0), TargetModules::Names(&names))?;
+    /// assert_eq!(config.lora_config("model.layers.0.self_attn.q_proj").unwrap().rank, 8);
+    /// assert!(config.lora_config("model.layers.0.self_attn.k_proj").is_none());
+    /// # Ok::<(), lowrank::Error>(())
+    /// ```
+    ///
+    /// Errors: [`Error::Value`] for settings out of range and for no name; [`Error::File`], as when such a config is read, for a pattern
+    /// that is no regular expression. A config does not hold the deviation of [`Init::Gaussian`](crate::nn::Init): PEFT's is `1/r`.
+    pub fn new(config: &LoraConfig, target_modules: TargetModules<'_>) -> Result<Self> {
+        config.check()?;
+        let none = matches!(target_modules, TargetModules::Names([]));
+        Error::unless(!none, "adapter_config", "target_modules", "none", "at least one name")?;
+        let targets = match target_modules {
+            TargetModules::AllLinear => json!("all-linear"),
+            TargetModules::Names(names) => json!(names),
+            TargetModules::Matching(pattern) => json!(pattern),
+        };
+        let bias = match config.bias {
+            Bias::None => "none",
+            Bias::All => "all",
+            Bias::LoraOnly => "lora_only",
+        };
+        let use_rslora = config.scaling == Scaling::AlphaOverSqrtRank;
+        let rest = [("bias", json!(bias)), ("modules_to_save", list(&config.modules_to_save)), ("target_modules", targets)];
+        let new = Self::beside_defaults(settings(config, use_rslora).into_iter().chain(rest))?;
+        // The pattern `all-linear` is the word for all of them.
+        let same = new.target_modules() == target_modules;
+        Error::unless(same, "adapter_config", "target_modules", "the pattern `all-linear`", "`TargetModules::AllLinear`")?;
+        Ok(new)
     }
 
     /// The settings of a model's adapter `default`, beside PEFT's defaults. Errors: [`Error::Value`] if it has none, or such as no
     /// config can tell.
-    pub fn of<B: Backend>(model: &Mlp<B>) -> Result<Self> {
+    pub fn of<B: Backend>(model: &impl Adaptable<B>) -> Result<Self> {
         Self::of_adapter(model, DEFAULT)
     }
 
     /// The settings of an adapter of a model, beside PEFT's defaults. Errors: as [`of`](Self::of).
-    pub fn of_adapter<B: Backend>(model: &Mlp<B>, name: &str) -> Result<Self> {
+    pub fn of_adapter<B: Backend>(model: &impl Adaptable<B>, name: &str) -> Result<Self> {
         Self::describing(model, name, peft_defaults())
     }
 
     /// The same config if it tells what adapter `default` the model has, else one that does, with every other key kept.
-    pub fn updated<B: Backend>(&self, model: &Mlp<B>) -> Result<Self> {
+    pub fn updated<B: Backend>(&self, model: &impl Adaptable<B>) -> Result<Self> {
         match self.misdescribed(model, DEFAULT) {
             None if self.began_with().is_none() => Ok(self.clone()),
             _ => Self::describing(model, DEFAULT, self.document.clone()),
@@ -198,7 +242,7 @@ impl AdapterConfig {
     }
 
     /// PEFT's defaults, with these settings. Errors: those of [`from_json`](Self::from_json).
-    pub(super) fn new(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+    pub(super) fn beside_defaults(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
         let mut document = peft_defaults();
         document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
         Self::from_document(document)
@@ -235,34 +279,27 @@ impl AdapterConfig {
         }
     }
 
-    fn describing<B: Backend>(model: &Mlp<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
+    fn describing<B: Backend>(model: &impl Adaptable<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
         let adapters: Vec<(&str, &LoraConfig)> = model.adapters(name).map(|(layer, adapter)| (layer, adapter.config())).collect();
         let Some(&(_, first)) = adapters.first() else {
             return Err(unsaid(format!("no adapter `{name}`"), "at least one layer with it"));
         };
         let use_rslora = adapters.iter().all(|(_, config)| config.scaling == Scaling::AlphaOverSqrtRank);
-        let rank = |config: &LoraConfig| json!(config.rank);
         let alpha = |config: &LoraConfig| number(lora_alpha(config, use_rslora));
-        // PEFT takes a bias of the update with two ways to begin only.
-        let begins = Some(Begins::of(first.init)).filter(|_| !first.lora_bias).unwrap_or(Begins::Usual);
-        let settings = [
+        let whole = whole_layers(model, name);
+        let rest = [
             ("alpha_pattern", exceptions(&adapters, alpha)),
             ("bias", json!(brought_biases(model, name))),
             ("exclude_modules", Value::Null),
-            ("init_lora_weights", begins.value()),
             ("layers_pattern", Value::Null),
             ("layers_to_transform", Value::Null),
-            ("lora_alpha", alpha(first)),
-            ("lora_bias", json!(first.lora_bias)),
-            ("lora_dropout", json!(shortest(first.dropout))),
-            ("modules_to_save", whole_layers(model, name)),
-            ("r", rank(first)),
-            ("rank_pattern", exceptions(&adapters, rank)),
+            ("modules_to_save", list(&whole)),
+            ("rank_pattern", exceptions(&adapters, |config| json!(config.rank))),
             ("target_modules", adapters.iter().map(|(layer, _)| *layer).collect()),
-            ("use_dora", json!(first.use_dora)),
-            ("use_rslora", json!(use_rslora)),
         ];
-        document.extend(settings.map(|(key, value)| (key.to_string(), value)));
+        let mut settings: Vec<_> = settings(first, use_rslora).into_iter().chain(rest).collect();
+        settings.sort_unstable_by_key(|(key, _)| *key); // keys that are new to the document come in this order
+        document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
         let config = Self::from_document(document)?;
         match config.misdescribed(model, name) {
             None => Ok(config),
@@ -274,7 +311,7 @@ impl AdapterConfig {
     }
 
     /// The first layer for which the config tells something else than the model has.
-    fn misdescribed<'m, B: Backend>(&self, model: &'m Mlp<B>, name: &str) -> Option<&'m str> {
+    fn misdescribed<'m, B: Backend>(&self, model: &'m impl Adaptable<B>, name: &str) -> Option<&'m str> {
         let told = |layer: &str, has_bias: bool| match self.asks(layer)? {
             Asked::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
             Asked::Bias => has_bias.then_some(Effect::Bias),
@@ -304,7 +341,7 @@ fn effect(config: &LoraConfig) -> (usize, f32, f32, bool, bool) {
 }
 
 /// `bias`: all, if a layer has nothing else from this adapter.
-fn brought_biases<B: Backend>(model: &Mlp<B>, name: &str) -> &'static str {
+fn brought_biases<B: Backend>(model: &impl Adaptable<B>, name: &str) -> &'static str {
     let parts = || model.layers().filter_map(|(_, layer)| layer.lora()?.part(name));
     let own = |adapter: &Adapter<B>| adapter.bias().is_some();
     if parts().any(|part| matches!(part, Tuned::Bias(_))) {
@@ -317,10 +354,29 @@ fn brought_biases<B: Backend>(model: &Mlp<B>, name: &str) -> &'static str {
 }
 
 /// `modules_to_save`: the layers that this adapter has whole.
-fn whole_layers<B: Backend>(model: &Mlp<B>, name: &str) -> Value {
+fn whole_layers<'m, B: Backend>(model: &'m impl Adaptable<B>, name: &str) -> Vec<&'m str> {
     let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(Tuned::Whole(_)));
-    let layers: Vec<&str> = model.layers().filter(|(_, layer)| whole(layer)).map(|(name, _)| name).collect();
-    if layers.is_empty() { Value::Null } else { json!(layers) }
+    model.layers().filter(|(_, layer)| whole(layer)).map(|(name, _)| name).collect()
+}
+
+/// A list of names, or `null` for none.
+fn list<S: AsRef<str>>(names: &[S]) -> Value {
+    if names.is_empty() { Value::Null } else { names.iter().map(S::as_ref).collect() }
+}
+
+/// What a config has of settings that are the same for all layers.
+fn settings(config: &LoraConfig, use_rslora: bool) -> [(&'static str, Value); 7] {
+    // PEFT takes a bias of the update with two ways to begin only.
+    let begins = Some(Begins::of(config.init)).filter(|_| !config.lora_bias).unwrap_or(Begins::Usual);
+    [
+        ("init_lora_weights", begins.value()),
+        ("lora_alpha", number(lora_alpha(config, use_rslora))),
+        ("lora_bias", json!(config.lora_bias)),
+        ("lora_dropout", json!(shortest(config.dropout))),
+        ("r", json!(config.rank)),
+        ("use_dora", json!(config.use_dora)),
+        ("use_rslora", json!(use_rslora)),
+    ]
 }
 
 /// The layers whose setting is not that of the first one, which stands for all others.

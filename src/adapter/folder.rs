@@ -1,7 +1,7 @@
 //! An adapter as its folder holds it: settings and factors in host memory, without a model.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -9,7 +9,7 @@ use super::config::number;
 use super::extra::{Extra, Role, role, unknown};
 use super::matrix::HostMatrix;
 use super::tensors::{HostTensor, HostTensors, key, parse_tensors, refused, spell};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, parts, publish};
+use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, formats, parts, publish};
 use crate::backend::Backend;
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -48,19 +48,24 @@ impl Factors {
 /// them (DoRA's magnitudes, biases, whole modules), and the settings.
 #[derive(Clone, Debug)]
 pub struct Folder {
+    /// Where it was read, for errors.
+    dir: PathBuf,
     config: AdapterConfig,
     modules: BTreeMap<String, Factors>,
     extras: BTreeMap<String, Extra>,
 }
 
 impl Folder {
-    /// Reads a folder as PEFT writes it.
+    /// Reads a folder as PEFT writes it, or an adapter in another [format](formats) that tells all there is to know, such as mlx-lm's.
     ///
     /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not know of, or one they ask for
     /// that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not know how to honour.
     pub fn read(dir: &Path) -> Result<Self> {
-        let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-        Self::parse(&config, &tensors).map_err(|error| at(dir, error))
+        let read = || {
+            let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
+            Ok(Self { dir: dir.into(), ..Self::parse(&config, &tensors)? })
+        };
+        read().or_else(|error| formats::foreign(dir, at(dir, error)))
     }
 
     /// Reads the bytes of the two files. Errors: those of [`read`](Self::read).
@@ -78,7 +83,7 @@ impl Folder {
         if modules.is_empty() {
             return Err(refused("holds no adapter".into()));
         }
-        Ok(Self { config, modules, extras })
+        Ok(Self { dir: PathBuf::new(), config, modules, extras })
     }
 
     /// Modules under settings that say their ranks and scalings: `lora_alpha = scaling·r`, and `rank_pattern` and `alpha_pattern` for
@@ -92,23 +97,10 @@ impl Folder {
         for (name, Factors { scaling, .. }) in &modules {
             unless(scaling.is_finite(), format!("`{name}` of scaling {scaling}"), "of finite scalings")?;
         }
-        let usual = modules.values().find(|m| m.rank() == r).map_or(Value::Null, lora_alpha);
-        let others = |setting: fn(&Factors) -> Value, usual: &Value| -> Map<String, Value> {
-            let settings = modules.iter().map(|(name, m)| (name.clone(), setting(m)));
-            settings.filter(|(_, setting)| setting != usual).collect()
-        };
-        let settings = [
-            ("alpha_pattern", json!(others(lora_alpha, &usual))),
-            ("init_lora_weights", json!(true)),
-            ("rank_pattern", json!(others(|m| json!(m.rank()), &json!(r)))),
-            ("lora_alpha", usual),
-            ("r", json!(r)),
-            ("target_modules", modules.keys().cloned().collect()),
-            ("use_rslora", json!(false)),
-        ];
+        let settings = settings(&modules.iter().map(|(name, m)| (name.clone(), (m.rank(), lora_alpha(m)))).collect());
         let config = match template {
             Some(template) => template.with(settings)?,
-            None => AdapterConfig::new(settings)?,
+            None => AdapterConfig::beside_defaults(settings)?,
         };
         for (name, Factors { a, b, scaling, .. }) in &modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
@@ -116,7 +108,7 @@ impl Folder {
             let tells = rank == a.rows() && told == *scaling;
             unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
         }
-        Ok(Self { config, modules, extras: BTreeMap::new() })
+        Ok(Self { dir: PathBuf::new(), config, modules, extras: BTreeMap::new() })
     }
 
     /// The settings.
@@ -140,7 +132,7 @@ impl Folder {
         // One that began with a part of the weights took it out of them: its factors alone belong to other weights.
         let began = self.config.began_with().map(|part| ("init_lora_weights", json!(part.name())));
         let more = MORE_THAN_FACTORS.into_iter().find_map(set).map(|(field, value)| (field, value.clone()));
-        more.or(began).map_or(Ok(()), |(field, value)| Err(fields::unsupported(field, &value)))
+        more.or(began).map_or(Ok(()), |(field, value)| Err(at(&self.dir, fields::unsupported(field, &value))))
     }
 
     /// The element type of all factors, or `f32` where they differ.
@@ -192,6 +184,26 @@ impl Folder {
         let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
         publish(&[(dir.into(), &self.config, factors.chain(extras).collect())])
     }
+}
+
+/// The settings that tell the rank and the `lora_alpha` of every module: those of the first of the greatest rank for all, and patterns
+/// for the others.
+pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'static str, Value)> {
+    let r = modules.values().map(|(rank, _)| *rank).max().unwrap_or(0);
+    let usual = modules.values().find(|(rank, _)| *rank == r).map_or(Value::Null, |(_, alpha)| alpha.clone());
+    let others = |setting: fn(&(usize, Value)) -> Value, usual: &Value| -> Map<String, Value> {
+        let settings = modules.iter().map(|(name, module)| (name.clone(), setting(module)));
+        settings.filter(|(_, setting)| setting != usual).collect()
+    };
+    vec![
+        ("alpha_pattern", json!(others(|(_, alpha)| alpha.clone(), &usual))),
+        ("init_lora_weights", json!(true)),
+        ("rank_pattern", json!(others(|(rank, _)| json!(rank), &json!(r)))),
+        ("lora_alpha", usual),
+        ("r", json!(r)),
+        ("target_modules", modules.keys().cloned().collect()),
+        ("use_rslora", json!(false)),
+    ]
 }
 
 /// The factors of a module, as the tensors of a file.

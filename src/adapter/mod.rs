@@ -1,7 +1,7 @@
 //! Adapter folders as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! ```
-//! use lowrank::nn::{LoraConfig, Mlp, Targets};
+//! use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
 //! use lowrank::{Cpu, adapter, random::Rng};
 //!
 //! let cpu = Cpu::<f32>::new()?;
@@ -50,6 +50,7 @@ mod decompose;
 mod extra;
 mod fields;
 mod folder;
+pub mod formats;
 #[cfg(feature = "svd")]
 mod leading;
 mod matrix;
@@ -85,7 +86,7 @@ pub use tensors::{HostTensor, HostTensors, parse_tensors};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::file::{self, Staged};
-use crate::nn::{DEFAULT, Mlp, Tuned};
+use crate::nn::{Adaptable, DEFAULT, Tuned, check_layers, unmerged};
 
 /// The settings of an adapter, in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -98,7 +99,7 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 ///
 /// PEFT has no raw alpha: it is written as the `lora_alpha` that comes to the same scaling. Errors: [`Error::Value`] for a model
 /// without adapters, or an adapter whose layers differ in what a config has once for all; [`Error::File`].
-pub fn save<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<()> {
+pub fn save<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<()> {
     let names = model.adapter_names();
     Error::unless(!names.is_empty(), "save", "model", "no adapter", "at least one adapter")?;
     let configs =
@@ -107,8 +108,8 @@ pub fn save<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<()> {
 }
 
 /// Writes one adapter of a model, as [`save`] does. Errors: those of [`save`], and [`Error::NoSuchAdapter`].
-pub fn save_as<B: Backend>(backend: &B, model: &Mlp<B>, name: &str, dir: &Path) -> Result<()> {
-    model.known(&[name])?;
+pub fn save_as<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &str, dir: &Path) -> Result<()> {
+    model.check_adapters(&[name])?;
     write(backend, model, &[(name, AdapterConfig::of_adapter(model, name)?)], dir)
 }
 
@@ -116,7 +117,7 @@ pub fn save_as<B: Backend>(backend: &B, model: &Mlp<B>, name: &str, dir: &Path) 
 /// anew. Errors: those of [`save`].
 ///
 /// ```
-/// # use lowrank::nn::{LoraConfig, Mlp, Targets};
+/// # use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
 /// # use lowrank::{Cpu, adapter, adapter::AdapterConfig, random::Rng};
 /// # let (cpu, mut rng, temporary) = (Cpu::<f32>::new()?, Rng::new(0), tempfile::tempdir().unwrap());
 /// # let dir = temporary.path();
@@ -129,7 +130,7 @@ pub fn save_as<B: Backend>(backend: &B, model: &Mlp<B>, name: &str, dir: &Path) 
 /// assert_eq!(loaded.base_model_name_or_path(), Some("org/model"));
 /// # Ok::<(), lowrank::Error>(())
 /// ```
-pub fn save_with<B: Backend>(backend: &B, model: &Mlp<B>, config: &AdapterConfig, dir: &Path) -> Result<()> {
+pub fn save_with<B: Backend>(backend: &B, model: &impl Adaptable<B>, config: &AdapterConfig, dir: &Path) -> Result<()> {
     write(backend, model, &[(DEFAULT, config.updated(model)?)], dir)
 }
 
@@ -138,7 +139,7 @@ pub fn folder(dir: &Path, name: &str) -> PathBuf {
     if name == DEFAULT { dir.into() } else { dir.join(name) }
 }
 
-fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfig)], dir: &Path) -> Result<()> {
+fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, AdapterConfig)], dir: &Path) -> Result<()> {
     let tensors = |(name, config)| Ok((folder(dir, name), config, parts::write(backend, model, name)?));
     let folders = configs.iter().map(|(name, config)| tensors((name, config))).collect::<Result<Vec<_>>>()?;
     publish(&folders)
@@ -148,10 +149,15 @@ fn write<B: Backend>(backend: &B, model: &Mlp<B>, configs: &[(&str, AdapterConfi
 fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
     let mut files = Vec::new();
     for (dir, config, tensors) in folders {
-        let bytes = tensors::serialize(tensors).map_err(|error| at(dir, error))?;
-        files.extend([(dir, TENSORS_FILE, bytes), (dir, CONFIG_FILE, config.to_json().into_bytes())]);
+        let bytes = tensors::serialize(tensors::PREFIX, tensors).map_err(|error| at(dir, error))?;
+        files.extend([(dir.clone(), TENSORS_FILE, bytes), (dir.clone(), CONFIG_FILE, config.to_json().into_bytes())]);
     }
-    let stage = |(dir, name, bytes): &(&PathBuf, &str, Vec<u8>)| {
+    place(files)
+}
+
+/// Writes files into folders: all whole or none. Folders that are not there are made.
+fn place(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
+    let stage = |(dir, name, bytes): &(PathBuf, &str, Vec<u8>)| {
         std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
         Staged::new(&dir.join(name), bytes)
     };
@@ -167,30 +173,31 @@ fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
 /// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and a setting outside its range;
 /// [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for a model that holds a merged
 /// adapter. The model is not changed then.
-pub fn load<B: Backend>(backend: &B, model: &mut Mlp<B>, dir: &Path) -> Result<AdapterConfig> {
+pub fn load<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
-    model.unmerged("load")?;
+    unmerged(model, "load")?;
+    check_layers(model, "load")?;
     model.unload()?;
     model.insert_adapter(DEFAULT, parts)?; // cannot fail: each part is for a layer there is, and fits it
     Ok(config)
 }
 
 /// Freezes a model and gives it the adapter of a folder under a name, beside those it has; one of the same name is replaced. The
-/// first adapter of a model is active, others wait for [`Mlp::set_active`].
+/// first adapter of a model is active, others wait for [`Adaptable::set_active`].
 ///
 /// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
-pub fn load_as<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
+pub fn load_as<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
-    model.unmerged("load_as")?;
+    unmerged(model, "load_as")?;
     model.insert_adapter(name, parts)?;
     Ok(config)
 }
 
 /// Writes the adapter of a folder over the numbers and settings of one that is there, without a new allocation: see
-/// [`Mlp::swap_adapter`], also for what becomes of the scale and of an optimizer's moments.
+/// [`Adaptable::swap_adapter`], also for what becomes of the scale and of an optimizer's moments.
 ///
-/// Errors: those of [`load`] and of [`Mlp::swap_adapter`]. The model is not changed then.
-pub fn swap<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
+/// Errors: those of [`load`] and of [`Adaptable::swap_adapter`]. The model is not changed then.
+pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     model.swap_adapter(backend, name, parts)?;
     Ok(config)
@@ -198,12 +205,14 @@ pub fn swap<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, dir: &Path)
 
 type Parts<B> = Vec<(String, Tuned<B>)>;
 
-fn read<B: Backend>(backend: &B, model: &Mlp<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
-    let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-    let config = AdapterConfig::from_json(&config).map_err(|error| at(dir, error))?;
-    let tensors = parse_tensors(&tensors).map_err(|error| at(dir, error))?;
-    let parts = parts::read(backend, model, &config, tensors).map_err(|error| at(dir, error))?;
-    Ok((config, parts))
+fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
+    let read = || {
+        let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
+        let (config, tensors) = (AdapterConfig::from_json(&config)?, parse_tensors(&tensors)?);
+        let parts = parts::read(backend, model, &config, tensors)?;
+        Ok((config, parts))
+    };
+    read().map_err(|error| formats::explained(dir, at(dir, error)))
 }
 
 /// The same error, with the file it speaks of in this folder.

@@ -20,16 +20,17 @@ use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adapter, Bias, Linear, LoraConfig, Mlp, Tuned};
+use crate::nn::{Adaptable, Adapter, Bias, Linear, LoraConfig, Tuned, distinct};
 use crate::tensor::{Shape, Tensor};
 
 /// What a config and the tensors of a file give a model, layer by layer: every tensor that is needed, and no other.
 pub(super) fn read<B: Backend>(
     backend: &B,
-    model: &Mlp<B>,
+    model: &impl Adaptable<B>,
     config: &AdapterConfig,
     tensors: HostTensors,
 ) -> Result<Vec<(String, Tuned<B>)>> {
+    distinct(model, "load")?;
     let mut file = File { backend, tensors };
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
@@ -73,7 +74,7 @@ pub(super) fn adapter<B: Backend>(
 }
 
 /// Why a tensor that no layer took is refused.
-fn left<B: Backend>(model: &Mlp<B>, config: &AdapterConfig, name: &str) -> Error {
+fn left<B: Backend>(model: &impl Adaptable<B>, config: &AdapterConfig, name: &str) -> Error {
     let factor = name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"));
     let factor = factor.filter(|module| config.lora_config(module).is_some()).map(String::from);
     let Some(layer) = factor.or_else(|| role(config, name).map(|(_, target)| module_of(&target).into())) else {
@@ -87,7 +88,8 @@ fn left<B: Backend>(model: &Mlp<B>, config: &AdapterConfig, name: &str) -> Error
 }
 
 /// The tensors of an adapter of a model, under their names in a file.
-pub(super) fn write<B: Backend>(backend: &B, model: &Mlp<B>, name: &str) -> Result<HostTensors> {
+pub(super) fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &str) -> Result<HostTensors> {
+    distinct(model, "save")?;
     let mut tensors = HostTensors::new();
     for (layer, there) in model.layers() {
         let mut push = |end: &str, shape: Vec<usize>, elements: Vec<B::Elem>| {

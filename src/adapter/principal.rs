@@ -5,7 +5,7 @@ use super::{HostMatrix, Principal, olora, pissa};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adapter, LoraConfig, Merge, Mlp, Scaling, Tuned};
+use crate::nn::{Adaptable, Adapter, LoraConfig, Merge, Scaling, Tuned, insert_inactive, unmerged, write_factors};
 use crate::tensor::Tensor;
 
 /// Moves the principal part of each weight that an adapter adapts into the adapter: `W -= scaling·B·A`, and the model computes
@@ -17,9 +17,15 @@ use crate::tensor::Tensor;
 ///
 /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the sides of a weight, for DoRA, a weight or a scaling
 /// that cannot be decomposed, a name that is taken or has a dot, and while an adapter is merged or off. Nothing is changed then.
-pub fn begin_with<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, start: &str, part: Principal) -> Result<()> {
-    model.known(&[name])?;
-    model.unmerged("begin_with")?;
+pub fn begin_with<B: Backend>(
+    backend: &B,
+    model: &mut impl Adaptable<B>,
+    name: &str,
+    start: &str,
+    part: Principal,
+) -> Result<()> {
+    model.check_adapters(&[name])?;
+    unmerged(model, "begin_with")?;
     let taken = model.adapter_names().contains(&start);
     Error::unless(!taken, "begin_with", "start", format!("`{start}`, which is there"), "a new name")?;
     let mut numbers = Vec::new();
@@ -34,13 +40,13 @@ pub fn begin_with<B: Backend>(backend: &B, model: &mut Mlp<B>, name: &str, start
         let (a, b) = (up(backend, a)?, Tensor::from_slice(backend, b.shape(), &minus)?);
         starts.push((layer.clone(), Tuned::Lora(Adapter::from_tensors(a, b, config.clone())?)));
     }
-    model.insert_waiting(start, starts)?;
+    insert_inactive(model, "begin_with", start, starts)?;
     if let Err(error) = model.merge_as(backend, &[start], Merge::default()) {
         model.delete_adapter(start)?;
         return Err(error);
     }
     for (layer, (a, b, _)) in numbers {
-        model.write_factors(backend, &layer, name, [&narrow::<B::Elem>(&a), &narrow::<B::Elem>(&b)])?;
+        write_factors(model, backend, &layer, name, [&narrow::<B::Elem>(&a), &narrow::<B::Elem>(&b)])?;
     }
     Ok(())
 }

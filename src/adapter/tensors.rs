@@ -1,11 +1,12 @@
 //! `adapter_model.safetensors`: the factors of an adapter, by name.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView, serialize as to_safetensors};
 use serde_json::{Map, Value};
 
-use super::TENSORS_FILE;
+use super::{TENSORS_FILE, formats};
 use crate::backend::Backend;
 use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
@@ -57,7 +58,7 @@ pub(super) fn key(layer: &str, factor: &str) -> String {
 /// Reads the bytes of a safetensors file. Errors: [`Error::File`] for anything but `f32`, `f16` and `bf16` tensors, each
 /// under one name, that fill the file.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(damage(bytes, &error)))?;
+    let file = SafeTensors::deserialize(bytes).map_err(|error| refused(damage(Path::new(TENSORS_FILE), bytes, &error)))?;
     let mut tensors = HostTensors::new();
     for (name, view) in file.iter() {
         let (dtype, values) = widen(view.dtype(), view.data()).ok_or_else(|| {
@@ -71,10 +72,14 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     Ok(tensors)
 }
 
-/// What is wrong with a safetensors file: cut short, as by a download that broke off, or what its reader says.
-pub(crate) fn damage(file: &[u8], error: &SafeTensorError) -> String {
+/// What is wrong with a safetensors file: another kind of file, cut short, as by a download that broke off, or what its reader says.
+pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> String {
     let got = file.len() as u64;
+    if let Some(kind) = formats::other_kind(path, file) {
+        return formats::sentence(&kind, path);
+    }
     match error {
+        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => formats::unknown(file),
         SafeTensorError::HeaderTooSmall | SafeTensorError::InvalidHeaderLength => {
             let header = file.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
             format!("is truncated: {got} bytes, want at least {}", header.saturating_add(8))
@@ -97,11 +102,11 @@ fn end(file: &[u8]) -> Option<u64> {
     ends.max().unwrap_or(0).checked_add(8 + length)
 }
 
-/// The bytes of a file with these tensors, each in the element type it has. Errors: [`Error::File`] for a number that is more
-/// than its type can hold.
-pub(super) fn serialize(tensors: &HostTensors) -> Result<Vec<u8>> {
+/// The bytes of a file with these tensors, each in the element type it has, their names behind a prefix. Errors: [`Error::File`] for
+/// a number that is more than its type can hold.
+pub(super) fn serialize(prefix: &str, tensors: &HostTensors) -> Result<Vec<u8>> {
     let stored = |(name, tensor): (&String, &HostTensor)| {
-        let name = format!("{PREFIX}{name}");
+        let name = format!("{prefix}{name}");
         let (dtype, bytes) = stored(&name, tensor.dtype, &tensor.values)?;
         Ok((name, dtype, tensor.shape.clone(), bytes))
     };
@@ -113,7 +118,8 @@ pub(super) fn serialize(tensors: &HostTensors) -> Result<Vec<u8>> {
     views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
 }
 
-fn stored(name: &str, dtype: DType, values: &[f32]) -> Result<(Dtype, Vec<u8>)> {
+/// The bytes of a file's tensor. Errors: those of [`serialize`].
+pub(super) fn stored(name: &str, dtype: DType, values: &[f32]) -> Result<(Dtype, Vec<u8>)> {
     Ok(match dtype {
         DType::F32 => (Dtype::F32, little_endian(values)),
         DType::F16 => (Dtype::F16, little_endian(&narrow::<f16>(name, values)?)),
@@ -131,7 +137,7 @@ fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
 }
 
 /// The elements of a file as `f32`, and how they are stored; `None` for a type that is not one of the three.
-fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
+pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
     let halves = || bytes.as_chunks().0.iter();
     match dtype {
         Dtype::F32 => Some((DType::F32, bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect())),

@@ -1,5 +1,6 @@
 //! The way back: the derivative of every op, as one match.
 
+use super::custom::Derivative;
 use super::gradients::{Gradient, Gradients};
 use super::{LoraParams, Node, Op, Param, Var, signed};
 use crate::backend::Backend;
@@ -11,7 +12,7 @@ use crate::tensor::Tensor;
 /// saw to it.
 pub(super) fn through<B: Backend>(
     backend: &B,
-    nodes: &[Node<'_, B>],
+    (nodes, customs): (&[Node<'_, B>], &[Box<dyn Derivative<B> + '_>]),
     y: Var,
     dy: Tensor<B>,
     gradients: &mut Gradients<B>,
@@ -40,8 +41,8 @@ pub(super) fn through<B: Backend>(
                 dbias: dbias_.map(Tensor::view_mut),
             };
             backward.run(backend)?;
-            gradients.file("bias", *bias, dbias.map(Gradient::Dense))?;
-            gradients.file("w", Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
+            gradients.file(backend, *bias, dbias.map(Gradient::Dense))?;
+            gradients.file(backend, Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.meet(backend, *x, dx))?;
         }
         Op::Lora { x, layer: LoraParams { w, bias, a, b, lora_bias, scale, dropout }, h } => {
@@ -67,12 +68,12 @@ pub(super) fn through<B: Backend>(
             if let (Some(x), Some(lora_bias)) = (&dbias, lora_bias.filter(|lora_bias| lora_bias.trainable)) {
                 let mut y = Tensor::zeros(backend, x.shape())?;
                 Accumulate { x: x.view(), scale: *scale, y: y.view_mut() }.run(backend)?;
-                gradients.file("lora_bias", Some(lora_bias), Some(Gradient::Dense(y)))?;
+                gradients.file(backend, Some(lora_bias), Some(Gradient::Dense(y)))?;
             }
-            gradients.file("bias", bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
-            gradients.file("a", Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
-            gradients.file("b", Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
-            gradients.file("w", *w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
+            gradients.file(backend, bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
+            gradients.file(backend, Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
+            gradients.file(backend, Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
+            gradients.file(backend, *w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.meet(backend, *x, dx))?;
         }
         Op::Magnitude { z, magnitude, norm, bias } => {
@@ -88,8 +89,8 @@ pub(super) fn through<B: Backend>(
                 dbias: dbias.as_mut().map(Tensor::view_mut),
             };
             backward.run(backend)?;
-            gradients.file("magnitude", Some(magnitude), dmagnitude.map(Gradient::Dense))?;
-            gradients.file("bias", *bias, dbias.map(Gradient::Dense))?;
+            gradients.file(backend, Some(magnitude), dmagnitude.map(Gradient::Dense))?;
+            gradients.file(backend, *bias, dbias.map(Gradient::Dense))?;
             dz.map_or(Ok(()), |dz| gradients.meet(backend, *z, dz))?;
         }
         Op::Dropout { x, dropout } => {
@@ -97,6 +98,7 @@ pub(super) fn through<B: Backend>(
             DropoutForward { x: dy.view(), dropout: *dropout, y: dx.view_mut() }.run(backend)?;
             gradients.meet(backend, *x, dx)?;
         }
+        Op::Custom { index } => customs[*index].through(backend, nodes, y, &dy, gradients)?,
         Op::Sum { x, y, minus } => {
             if nodes[y.index].wanted {
                 gradients.meet(backend, *y, signed(backend, &dy, *minus)?)?;

@@ -21,7 +21,8 @@ pub(super) enum Gradient<B: Backend> {
 
 /// What a backward pass found, by parameter.
 ///
-/// The gradient of a weight is kept as the product that it is, with the values of the tape as its right factors. Adding up and
+/// The gradient of a weight is kept as the product that it is, with the values of the tape as its right factors. Using a weight twice,
+/// adding up and
 /// clipping make matrices of such products.
 pub struct Gradients<B: Backend> {
     pub(super) values: Vec<Tensor<B>>,
@@ -33,6 +34,20 @@ pub struct Gradients<B: Backend> {
     /// Where a norm is made: the parameters in order, and the numbers of one.
     order: Vec<u64>,
     host: Vec<f32>,
+}
+
+impl<B: Backend> Gradient<B> {
+    /// Makes the matrix of one that is kept as a product, with the values of its tape.
+    fn make_dense(&mut self, backend: &B, values: &[Tensor<B>]) -> Result<()> {
+        let Gradient::Factored { dy, x } = self else { return Ok(()) };
+        let x = &values[x.index];
+        let shape = Shape::from((dy.cols(), x.cols()));
+        let mut dw = Tensor::unwritten(backend, shape)?;
+        LinearBackward { x: Some(x.view()), w: None, dy: dy.view(), dx: None, dw: Some(dw.view_mut()), dbias: None }
+            .run(backend)?;
+        *self = Gradient::Dense(dw);
+        Ok(())
+    }
 }
 
 impl<B: Backend> Default for Gradients<B> {
@@ -73,20 +88,7 @@ impl<B: Backend> Gradients<B> {
     pub fn add(&mut self, backend: &B, mut other: Self) -> Result<()> {
         self.make_dense(backend)?;
         other.make_dense(backend)?;
-        for (id, gradient) in other.of {
-            match (self.of.entry(id), gradient) {
-                (Entry::Occupied(mut sum), Gradient::Dense(x)) => {
-                    if let Gradient::Dense(y) = sum.get_mut() {
-                        Accumulate { x: x.view(), scale: 1.0, y: y.view_mut() }.run(backend)?;
-                    }
-                }
-                (Entry::Vacant(new), gradient) => {
-                    new.insert(gradient);
-                }
-                (Entry::Occupied(_), Gradient::Factored { .. }) => {} // made dense above
-            }
-        }
-        Ok(())
+        other.of.into_iter().try_for_each(|(id, gradient)| self.accumulate(backend, id, gradient))
     }
 
     /// Multiplies every gradient. Errors: [`Error::Value`] unless `by` is finite.
@@ -154,26 +156,30 @@ impl<B: Backend> Gradients<B> {
         }
     }
 
-    /// Files the gradient of a parameter, if there is one. Errors: [`Error::Value`], in the words of the layer that the parameter is
-    /// of, if there is one already.
-    pub(super) fn file(&mut self, name: &'static str, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+    /// Files the gradient of a parameter, if there is one; it is added to what the parameter has already.
+    pub(super) fn file(&mut self, backend: &B, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
         let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
-        let first = self.of.insert(param.id, gradient).is_none();
-        let got = format_args!("a parameter of {} that was used twice", param.tensor.shape());
-        Error::unless(first, "backward", name, got, "used once on a tape")
+        self.accumulate(backend, param.id, gradient)
+    }
+
+    fn accumulate(&mut self, backend: &B, id: u64, mut gradient: Gradient<B>) -> Result<()> {
+        let sum = match self.of.entry(id) {
+            Entry::Occupied(sum) => sum.into_mut(),
+            Entry::Vacant(new) => {
+                new.insert(gradient);
+                return Ok(());
+            }
+        };
+        sum.make_dense(backend, &self.values)?;
+        gradient.make_dense(backend, &self.values)?;
+        match (sum, &gradient) {
+            (Gradient::Dense(y), Gradient::Dense(x)) => Accumulate { x: x.view(), scale: 1.0, y: y.view_mut() }.run(backend),
+            _ => Ok(()), // made dense above
+        }
     }
 
     /// Makes the matrix of every gradient that is kept as a product.
     fn make_dense(&mut self, backend: &B) -> Result<()> {
-        for gradient in self.of.values_mut() {
-            let Gradient::Factored { dy, x } = gradient else { continue };
-            let x = &self.values[x.index];
-            let shape = Shape::from((dy.cols(), x.cols()));
-            let mut dw = Tensor::unwritten(backend, shape)?;
-            LinearBackward { x: Some(x.view()), w: None, dy: dy.view(), dx: None, dw: Some(dw.view_mut()), dbias: None }
-                .run(backend)?;
-            *gradient = Gradient::Dense(dw);
-        }
-        Ok(())
+        self.of.values_mut().try_for_each(|gradient| gradient.make_dense(backend, &self.values))
     }
 }

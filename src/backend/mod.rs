@@ -115,7 +115,7 @@ pub trait Backend: sealed::Sealed + Sized + 'static {
     fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()>;
     /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / m`
     fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()>;
-    /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
+    /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
     fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()>;
 }
 

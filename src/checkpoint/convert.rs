@@ -7,6 +7,7 @@ use safetensors::tensor::Dtype;
 use super::header::{Entry, spelled};
 use super::rewrite::{Edit, Pass, rewrite};
 use super::{Checkpoint, Shard, Watch};
+use crate::adapter::formats::Kind;
 use crate::element::DType;
 use crate::error::Result;
 
@@ -15,6 +16,9 @@ use crate::error::Result;
 ///
 /// Errors: [`File`](crate::Error::File), also if a number is more than the type can hold; [`Interrupted`](crate::Error::Interrupted).
 pub fn convert(base: &Checkpoint, dtype: DType, out: &Path, mut watch: Watch<'_>) -> Result<()> {
+    if matches!(base.kind(), Kind::Quantised(_)) {
+        base.is_plain_model()?; // the scales of quantised weights are floats as well, and would be rounded
+    }
     rewrite(base, out, &mut Convert(Some(dtype)), &mut watch)?.publish()
 }
 

@@ -29,6 +29,8 @@ pub struct Extract<'e> {
 /// an adapter cannot hold; [`Error::Value`] for what [`Keep`] excludes; [`Error::Interrupted`].
 pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Folder> {
     let Extract { base, tuned, keep, dtype, leave_others } = *request;
+    base.is_plain_model()?;
+    tuned.is_plain_model()?;
     let (mut modules, mut others) = (BTreeMap::new(), Vec::new());
     for entry in base.entries() {
         let Some((shard, _)) = base.find(&entry.name) else { continue };

@@ -60,7 +60,7 @@ impl Header {
     /// too long, with offsets that overlap, leave gaps or do not fit the shapes.
     pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Self> {
         let refused = |reason: String| Error::File { path: path.into(), reason };
-        let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| refused(damage(file, &error)))?;
+        let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| refused(damage(path, file, &error)))?;
         let data = length + size_of::<u64>();
         let raw = file.get(..data).ok_or_else(|| refused("ends within its header".into()))?.to_vec();
         let mut entries = Vec::new();

@@ -49,6 +49,7 @@ pub struct Merge<'m> {
 /// weights; [`Error::Interrupted`]. Nothing is written then.
 pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
     let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite } = *request;
+    base.is_plain_model()?;
     let mut updates = Updates::new(base, adapter, 1.0)?;
     updates.convert = Convert(dtype);
     updates.allow_non_finite = allow_non_finite;
@@ -82,6 +83,7 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<()> {
 /// Errors: as [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or there is none and a
 /// merged tensor does not tell what it was: one that was replaced, or whose rows were given other lengths.
 pub fn unmerge(merged: &Checkpoint, adapter: &Folder, out: &Path, residue: Option<&Path>, mut watch: Watch<'_>) -> Result<()> {
+    merged.is_plain_model()?;
     decomposes_nothing(adapter)?;
     let mut updates = Updates::new(merged, adapter, -1.0)?;
     let restorer = residue.map(Restorer::open).transpose()?;

@@ -57,7 +57,8 @@ use memmap2::Mmap;
 pub use merge::{Merge, merge, unmerge};
 pub use safetensors::tensor::Dtype;
 
-use crate::adapter::HostTensor;
+use crate::adapter::formats::{self, Kind};
+use crate::adapter::{HostTensor, TENSORS_FILE};
 use crate::error::{Error, Result};
 use crate::file::{self, failed};
 use header::Header;
@@ -95,6 +96,13 @@ impl Checkpoint {
     /// Errors: [`Error::File`] for what is missing or damaged, an index that does not agree with its shards, and a folder with
     /// none or several of them.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::read(path).map_err(|error| match formats::recognise(path) {
+            Ok(thing) if path.is_dir() && !thing.kind.is_safetensors() => thing.refused(),
+            _ => error,
+        })
+    }
+
+    fn read(path: &Path) -> Result<Self> {
         let main = if path.is_dir() { main_file(path)? } else { path.into() };
         let indexed = main.extension().is_some_and(|extension| extension == "json");
         let names = if indexed { read_index(&main)? } else { BTreeMap::new() };
@@ -154,6 +162,25 @@ impl Checkpoint {
         Ok(HostTensor { shape: entry.shape.clone(), dtype, values })
     }
 
+    /// What its tensors are: a model, an adapter, a quantised model.
+    pub fn kind(&self) -> Kind {
+        let outline = |entry: &Entry| formats::Outline {
+            name: entry.name.clone(),
+            shape: entry.shape.clone(),
+            dtype: format!("{:?}", entry.dtype),
+        };
+        formats::by_tensors(&self.entries().map(outline).collect::<Vec<_>>())
+    }
+
+    /// Errors: [`Error::File`] for tensors that are no model in `f32`, `f16` or `bf16`, saying what they are and what to do.
+    pub(crate) fn is_plain_model(&self) -> Result<()> {
+        match self.kind() {
+            Kind::Checkpoint => Ok(()),
+            Kind::Peft => Err(refused(&self.path, "is an adapter, where a model is wanted".into())),
+            kind => Err(formats::Thing { kind, path: self.path.clone() }.refused()),
+        }
+    }
+
     /// A tensor by name, and the file it lies in.
     pub(crate) fn find(&self, name: &str) -> Option<(&Shard, &Entry)> {
         let &(shard, entry) = self.places.get(name)?;
@@ -186,6 +213,12 @@ fn main_file(folder: &Path) -> Result<PathBuf> {
     let listed = std::fs::read_dir(folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
     let mut paths: Vec<PathBuf> = listed.map_err(|error| failed(folder, &error))?;
     paths.sort();
+    // An adapter beside its model is no other model.
+    let of_adapter = |path: &Path| path.file_name().is_some_and(|name| name == TENSORS_FILE);
+    let other = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors") && !of_adapter(path);
+    if paths.iter().any(other) {
+        paths.retain(|path| !of_adapter(path));
+    }
     let ending = |ending: &str| -> Vec<&PathBuf> {
         paths.iter().filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(ending))).collect()
     };
@@ -199,8 +232,9 @@ fn main_file(folder: &Path) -> Result<PathBuf> {
 
 /// Which file each tensor lies in.
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let document: serde_json::Value =
-        serde_json::from_slice(&file::read(path)?).map_err(|error| refused(path, error.to_string()))?;
+    let bytes = file::read(path)?;
+    let parsed = serde_json::from_slice(&bytes);
+    let document: serde_json::Value = parsed.map_err(|error| refused(path, formats::json_damage(path, &bytes, &error)))?;
     let map = document.get("weight_map").and_then(serde_json::Value::as_object);
     let map = map.ok_or_else(|| refused(path, "`weight_map` is missing, want an object".into()))?;
     let plain = |name: &str| Path::new(name).file_name().is_some_and(|only| only == name);

@@ -5,18 +5,27 @@ use std::collections::hash_map::Entry;
 
 use crate::autograd::{Gradients, Param};
 use crate::backend::Backend;
+use crate::element::{DType, Float};
 use crate::error::{Error, Result};
 use crate::op::{self, AdamRate};
-use crate::tensor::Tensor;
+use crate::tensor::{Shape, Tensor};
 
-/// Adam (D. P. Kingma and J. Ba, 2015), as PyTorch computes it: one fused pass over each parameter and its moments.
+/// Adam (D. P. Kingma and J. Ba, 2015) and AdamW (I. Loshchilov and F. Hutter, 2019), as PyTorch computes them: one fused pass over
+/// each parameter and its moments.
 ///
 /// Steps are counted by parameter, as PyTorch counts them: one that joins later, such as another adapter that is made active, begins
 /// with its own first step.
 ///
-/// Moments are `f32`, parameters are of the backend's element type, and so are the adapters over 16-bit weights: PEFT makes those `f32`
-/// unless told otherwise (`autocast_adapter_dtype`). A step of less than 1/512 of a number in bf16, or 1/4096 in f16, is lost to
-/// rounding: at a learning rate of 1e-4 a number above 0.06 does not move in bf16. For small learning rates train over `f32`.
+/// Moments are `f32`; parameters are of the backend's element type. In 16 bits a step of less than 1/512 of a number (bf16) or 1/4096
+/// (f16) would be lost to rounding: at a learning rate of 1e-4 a number above 0.06 would not move in bf16. So over 16-bit backends
+/// there is an `f32` master copy of every parameter that is updated; steps are taken on the master, and the parameter is the master
+/// rounded. A number
+/// that somebody overwrites ([`set_tensor`](Param::set_tensor), [`copy_from_slice`](Param::copy_from_slice),
+/// [`swap_adapter`](super::Mlp::swap_adapter), a launch of the caller's own) is the one that the next step begins from: of each
+/// master only the numbers count that still round to the parameter's. See [`op::Adam`].
+///
+/// Memory, in bytes for each number that is updated: 8 of moments, and over 16-bit backends 4 of master. So a parameter and its
+/// state take 12 bytes a number over `f32`, and 14 over bf16 or f16.
 #[derive(Debug)]
 pub struct Adam<B: Backend> {
     /// The learning rate.
@@ -27,26 +36,45 @@ pub struct Adam<B: Backend> {
     pub beta2: f32,
     /// What keeps the division finite.
     pub eps: f32,
+    /// AdamW's: before each step a parameter is multiplied with `1 - lr·weight_decay`. 0 unless set. It holds for every parameter that
+    /// is updated, as in PyTorch: for biases and magnitudes too. One that LoRA+ speeds up decays by its own learning rate.
+    pub weight_decay: f32,
     /// LoRA+: how many times the learning rate of `A` that of `B` is, and of biases and magnitudes. 1 unless set; 16 is usual.
     pub loraplus_lr_ratio: f32,
     steps: u64,
-    moments: HashMap<u64, Moments<B>>,
+    states: HashMap<u64, State<B>>,
 }
 
 #[derive(Debug)]
-struct Moments<B: Backend> {
+struct State<B: Backend> {
     /// How many steps the parameter has made.
     t: u64,
     m: Tensor<B, f32>,
     v: Tensor<B, f32>,
+    /// The parameter in `f32`, if its own type has 16 bits.
+    master: Option<Tensor<B, f32>>,
+}
+
+impl<B: Backend> State<B> {
+    /// Before the first step. A master of zeros takes the parameter's numbers then.
+    fn new(backend: &B, shape: Shape) -> Result<Self> {
+        let zeros = || Tensor::zeros(backend, shape);
+        let master = (B::Elem::DTYPE != DType::F32).then(zeros).transpose()?;
+        Ok(Self { t: 0, m: zeros()?, v: zeros()?, master })
+    }
 }
 
 impl<B: Backend> Adam<B> {
-    /// PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`] unless `lr` is finite
-    /// and not negative.
+    /// Adam with PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`] unless `lr` is finite and not negative.
     pub fn new(lr: f32) -> Result<Self> {
+        Self::adamw(lr, 0.0)
+    }
+
+    /// AdamW with PyTorch's defaults but for the weight decay, which is 0.01 there. Errors: as [`new`](Self::new); [`Error::Value`]
+    /// unless `weight_decay` is not negative and finite, also when multiplied with `lr`.
+    pub fn adamw(lr: f32, weight_decay: f32) -> Result<Self> {
         let (beta1, beta2, eps, loraplus_lr_ratio) = (0.9, 0.999, 1e-8, 1.0);
-        let adam = Self { lr, beta1, beta2, eps, loraplus_lr_ratio, steps: 0, moments: HashMap::new() };
+        let adam = Self { lr, beta1, beta2, eps, weight_decay, loraplus_lr_ratio, steps: 0, states: HashMap::new() };
         adam.check().map(|()| adam)
     }
 
@@ -70,15 +98,13 @@ impl<B: Backend> Adam<B> {
         self.steps += 1;
         for param in params {
             let Some(grad) = gradients.get(param).filter(|_| param.trainable) else { continue };
-            let (shape, made) = (param.tensor.shape(), self.moments.get(&param.id()).map_or(0, |moments| moments.t));
+            let made = self.states.get(&param.id()).map_or(0, |state| state.t);
             let rate = self.rate(param.plus, made + 1)?;
-            let Moments { t, m, v } = match self.moments.entry(param.id()) {
+            let State { t, m, v, master } = match self.states.entry(param.id()) {
                 Entry::Occupied(there) => there.into_mut(),
-                Entry::Vacant(new) => {
-                    new.insert(Moments { t: 0, m: Tensor::zeros(backend, shape)?, v: Tensor::zeros(backend, shape)? })
-                }
+                Entry::Vacant(new) => new.insert(State::new(backend, param.tensor.shape())?),
             };
-            op::Adam { grad, rate, m, v, w: &mut param.tensor }.run(backend)?;
+            op::Adam { grad, rate, m, v, master: master.as_mut(), w: &mut param.tensor }.run(backend)?;
             *t = made + 1;
         }
         Ok(())
@@ -87,7 +113,7 @@ impl<B: Backend> Adam<B> {
     /// The scalars of step `t` of a parameter: the usual ones, or those for what LoRA+ speeds up.
     fn rate(&self, plus: bool, t: u64) -> Result<AdamRate> {
         let lr = if plus { self.lr * self.loraplus_lr_ratio } else { self.lr };
-        AdamRate::new(lr, self.beta1, self.beta2, self.eps, t)
+        AdamRate::adamw(lr, self.beta1, self.beta2, self.eps, self.weight_decay, t)
     }
 
     /// Errors: [`Error::Value`] for scalars that no step can take.
@@ -95,6 +121,7 @@ impl<B: Backend> Adam<B> {
         self.rate(false, 1)?;
         let (ratio, plus) = (self.loraplus_lr_ratio, self.lr * self.loraplus_lr_ratio);
         let fine = ratio >= 0.0 && plus.is_finite();
-        Error::unless(fine, "adam", "loraplus_lr_ratio", ratio, "not negative, and finite times `lr`")
+        Error::unless(fine, "adam", "loraplus_lr_ratio", ratio, "not negative, and finite times `lr`")?;
+        self.rate(true, 1).map(drop)
     }
 }

@@ -103,7 +103,7 @@ impl<B: Backend> Adapter<B> {
         &self.config
     }
 
-    /// What the update is multiplied with: what alpha and the rank make, times what [`Mlp::set_scale`](super::Mlp::set_scale) says.
+    /// What the update is multiplied with: what alpha and the rank make, times what [`Adaptable::set_scale`](super::Adaptable::set_scale) says.
     pub fn scaling(&self) -> f32 {
         self.strength * self.config.scaling.of(self.config.alpha, self.config.rank)
     }

@@ -11,6 +11,18 @@ use crate::tensor::Shape;
 /// The name of an adapter that nobody named, as in PEFT.
 pub const DEFAULT: &str = "default";
 
+/// Which adapters take part in a forward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Adapters<'a> {
+    /// Those that are [active](LoraLinear::active).
+    #[default]
+    Active,
+    /// These, added up in this order; an empty list is the base model. A layer passes over a name that it does not have:
+    /// [`Adaptable::check_adapters`](super::Adaptable::check_adapters) refuses one that no layer has.
+    Named(&'a [&'a str]),
+}
+
 /// What an adapter does to a layer.
 #[derive(Debug)]
 pub enum Tuned<B: Backend> {
@@ -118,15 +130,19 @@ impl<B: Backend> LoraLinear<B> {
     /// for another layer.
     pub fn new(base: Linear<B>, adapter: Adapter<B>) -> Result<Self> {
         adapter.fits(&base)?;
-        let mut layer = Self::bare(base);
+        let mut layer = Self::without_adapters(base);
+        layer.freeze();
         layer.insert(DEFAULT, Tuned::Lora(adapter), true)?;
         Ok(layer)
     }
 
-    /// Freezes the layer; no adapter yet.
-    pub(super) fn bare(mut base: Linear<B>) -> Self {
-        base.params_mut().for_each(|param| param.trainable = false);
+    /// No adapter yet, and nothing frozen.
+    pub(super) fn without_adapters(base: Linear<B>) -> Self {
         Self { base, parts: Vec::new(), active: Vec::new(), enabled: true, merged: Vec::new() }
+    }
+
+    pub(super) fn freeze(&mut self) {
+        self.base.params_mut().for_each(|param| param.trainable = false);
     }
 
     /// The layer without its adapters. Holds the update of those that are [`merged`](Self::merged).
@@ -165,17 +181,23 @@ impl<B: Backend> LoraLinear<B> {
         self.parts().find(|(name, part)| part.is_whole() && here(name)).map(|(name, _)| name)
     }
 
-    /// Takes every adapter away, but for one that takes the layer's place.
-    pub(super) fn into_tuned(mut self) -> Linear<B> {
+    /// Takes every adapter away, in place. Only while nothing is merged: what is in the weight would stay.
+    pub(super) fn unload(&mut self) {
+        self.parts.clear();
+        self.active.clear();
+        self.merged.clear();
+        self.enabled = true;
+    }
+
+    /// Takes every adapter away and keeps what is merged: the weight with the updates, or what takes the layer's place.
+    pub(super) fn unload_merged(&mut self) {
         let whole = self.whole().map(String::from);
         let at = self.parts.iter().position(|(name, _)| Some(name) == whole.as_ref());
-        match at.map(|at| self.parts.swap_remove(at)) {
-            Some((_, Tuned::Whole(mut linear))) => {
-                linear.params_mut().for_each(|param| param.trainable = false);
-                linear
-            }
-            _ => self.base,
+        if let Some((_, Tuned::Whole(linear))) = at.map(|at| self.parts.swap_remove(at)) {
+            self.base = linear;
+            self.freeze();
         }
+        self.unload();
     }
 
     /// The weight, the bias, and the parameters of the adapters: all that is not merged.
@@ -187,7 +209,7 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable. What an adapter of that
-    /// name does to other layers of a model stays: [`Mlp::insert_adapter`](super::Mlp::insert_adapter) replaces it as a whole.
+    /// name does to other layers of a model stays: [`Adaptable::insert_adapter`](super::Adaptable::insert_adapter) replaces it as a whole.
     ///
     /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
     /// exclude each other.
@@ -231,7 +253,7 @@ impl<B: Backend> LoraLinear<B> {
     /// takes the layer's place beside another.
     #[doc(alias = "set_adapter")]
     pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
-        self.can_activate(names)?;
+        self.can_activate("set_active", names)?;
         self.active.clear();
         for name in names.iter().map(S::as_ref) {
             if self.part(name).is_some() && !self.active.iter().any(|active| active == name) {
@@ -242,9 +264,9 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    pub(super) fn can_activate<S: AsRef<str>>(&self, names: &[S]) -> Result<()> {
-        self.unmerged("set_active")?;
-        together("set_active", names.iter().filter_map(|name| self.part(name.as_ref())))
+    pub(super) fn can_activate<S: AsRef<str>>(&self, verb: &'static str, names: &[S]) -> Result<()> {
+        self.unmerged(verb)?;
+        together(verb, names.iter().filter_map(|name| self.part(name.as_ref())))
     }
 
     fn mark_trainable(&mut self, only: Option<&str>) {
@@ -300,14 +322,21 @@ impl<B: Backend> LoraLinear<B> {
         self.forward_as(tape, x, seed, &self.active)
     }
 
-    /// [`forward`](Self::forward) with other adapters active.
-    pub(super) fn forward_as<'m, S: AsRef<str>>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        x: Var,
-        seed: Option<u64>,
-        active: &[S],
-    ) -> Result<Var> {
+    /// [`forward`](Self::forward) with the adapters that the caller chooses, active or not.
+    ///
+    /// Errors: those of the tape. For [named](Adapters::Named) ones also [`Error::Value`] while an adapter is merged, or for two that
+    /// cannot be active together: see [`set_active`](Self::set_active).
+    pub fn forward_with<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, adapters: Adapters<'_>) -> Result<Var> {
+        match adapters {
+            Adapters::Active => self.forward(tape, x, seed),
+            Adapters::Named(names) => {
+                self.can_activate("forward", names)?;
+                self.forward_as(tape, x, seed, names)
+            }
+        }
+    }
+
+    fn forward_as<'m, S: AsRef<str>>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, active: &[S]) -> Result<Var> {
         let parts = || self.taking_part(active);
         let base = parts().find_map(Tuned::whole).unwrap_or(&self.base);
         let bias = parts().find_map(Tuned::bias).or(base.bias());

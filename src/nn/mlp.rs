@@ -1,73 +1,26 @@
 //! A multi-layer perceptron of named linear layers, with or without adapters.
 
-use super::{Adapter, Linear, LoraLinear};
-use crate::autograd::{Param, Tape, Var};
-use crate::backend::{Backend, Passes};
+use super::{Adaptable, Adapters, Layer, Linear};
+use crate::autograd::{Tape, Var};
+use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::Tensor;
 
-/// A layer of a model: plain, or with adapters.
-#[derive(Debug)]
-pub enum Layer<B: Backend> {
-    /// `y = x·Wᵀ + bias`
-    Linear(Linear<B>),
-    /// The same with adapters, each plus `scaling·(x·Aᵀ)·Bᵀ`
-    Lora(LoraLinear<B>),
-}
-
-impl<B: Backend> Layer<B> {
-    /// The layer without its adapters.
-    pub fn base(&self) -> &Linear<B> {
-        match self {
-            Layer::Linear(linear) => linear,
-            Layer::Lora(lora) => lora.base(),
-        }
-    }
-
-    /// The layer with its adapters, if it has one.
-    pub fn lora(&self) -> Option<&LoraLinear<B>> {
-        match self {
-            Layer::Linear(_) => None,
-            Layer::Lora(lora) => Some(lora),
-        }
-    }
-
-    /// The low-rank update of this name, if it has one; see [`DEFAULT`](super::DEFAULT).
-    pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
-        self.lora().and_then(|lora| lora.adapter(name))
-    }
-
-    /// The layer with its adapters, if it has one.
-    pub fn lora_mut(&mut self) -> Option<&mut LoraLinear<B>> {
-        match self {
-            Layer::Linear(_) => None,
-            Layer::Lora(lora) => Some(lora),
-        }
-    }
-
-    pub(super) fn into_base(self) -> Linear<B> {
-        match self {
-            Layer::Linear(linear) => linear,
-            Layer::Lora(lora) => lora.into_base(),
-        }
-    }
-}
-
-/// Which layers get an adapter: PEFT's `target_modules`.
-#[derive(Clone, Copy, Debug)]
-pub enum Targets<'a> {
-    /// Every linear layer.
-    All,
-    /// Those with these names, in full: `linear1`, and an error for a name that no layer has. PEFT's list picks also each layer whose
-    /// name ends in a dot and one of these, and its pattern each whose whole name matches; in a folder they are read so here as well.
-    Names(&'a [&'a str]),
-}
-
-/// Linear layers with relu between them.
+/// Linear layers with relu between them. What is done with its layers and adapters are methods of [`Adaptable`].
 #[derive(Debug)]
 pub struct Mlp<B: Backend> {
-    pub(super) layers: Vec<(String, Layer<B>)>,
+    layers: Vec<(String, Layer<B>)>,
+}
+
+impl<B: Backend> Adaptable<B> for Mlp<B> {
+    fn layers(&self) -> impl Iterator<Item = (&str, &Layer<B>)> {
+        self.layers.iter().map(|(name, layer)| (name.as_str(), layer))
+    }
+
+    fn layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut Layer<B>)> {
+        self.layers.iter_mut().map(|(name, layer)| (name.as_str(), layer))
+    }
 }
 
 impl<B: Backend> Mlp<B> {
@@ -88,7 +41,7 @@ impl<B: Backend> Mlp<B> {
                 return Err(Error::Shape { verb: "mlp", name: "weight", got, want: (got.rows, want).into() });
             }
         }
-        let name = |(i, linear)| (format!("linear{}", i + 1), Layer::Linear(linear));
+        let name = |(i, linear)| (format!("linear{}", i + 1), Layer::from(linear));
         Ok(Self { layers: layers.into_iter().enumerate().map(name).collect() })
     }
 
@@ -106,58 +59,29 @@ impl<B: Backend> Mlp<B> {
         Ok(model)
     }
 
-    /// The layers by name, first to last.
-    pub fn layers(&self) -> impl Iterator<Item = (&str, &Layer<B>)> {
-        self.layers.iter().map(|(name, layer)| (name.as_str(), layer))
-    }
-
-    /// The layers by name, first to last.
-    pub fn layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut Layer<B>)> {
-        self.layers.iter_mut().map(|(name, layer)| (name.as_str(), layer))
-    }
-
-    /// Every parameter that a gradient may be found for: the base model's, then, layer by layer, the adapters'.
-    pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
-        self.layers.iter_mut().flat_map(|(_, layer)| {
-            let (linear, lora) = match layer {
-                Layer::Linear(linear) => (Some(linear), None),
-                Layer::Lora(lora) => (None, Some(lora)),
-            };
-            linear.into_iter().flat_map(Linear::params_mut).chain(lora.into_iter().flat_map(LoraLinear::params_mut))
-        })
-    }
-
     /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.
-    ///
-    /// A model goes over a tape once: rows that belong to one step are one batch. A second time is fine without a gradient; else
-    /// [`Tape::backward`] refuses the parameters that were used twice. For several batches a step there is
-    /// [`Gradients::add`](crate::autograd::Gradients::add).
     ///
     /// Errors: [`Error::InLayer`] for an `x` that does not fit, those of the tape.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
-        self.forward_with(tape, x, seed, LoraLinear::forward)
+        self.forward_with(tape, x, seed, Adapters::Active)
     }
 
-    /// [`forward`](Self::forward), with what a layer with adapters does told from outside.
-    pub(super) fn forward_with<'m>(
-        &'m self,
-        tape: &mut Tape<'m, B>,
-        x: Var,
-        seed: Option<u64>,
-        lora: impl Fn(&'m LoraLinear<B>, &mut Tape<'m, B>, Var, Option<u64>) -> Result<Var>,
-    ) -> Result<Var> {
+    /// [`forward`](Self::forward) with the adapters that the caller chooses.
+    ///
+    /// Errors: those of [`forward`](Self::forward); for named adapters [`Error::NoSuchAdapter`], and those of
+    /// [`LoraLinear::forward_with`](super::LoraLinear::forward_with).
+    pub fn forward_with<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, adapters: Adapters<'_>) -> Result<Var> {
         tape.value(x)?;
+        if let Adapters::Named(names) = adapters {
+            self.check_adapters(names)?;
+        }
         let mut value = x;
         for (i, (name, layer)) in self.layers.iter().enumerate() {
             if i > 0 {
                 value = tape.relu(value)?;
             }
             let seed = seed.map(|seed| seed.wrapping_mul(self.layers.len() as u64).wrapping_add(i as u64));
-            let made = match layer {
-                Layer::Linear(linear) => linear.forward(tape, value),
-                Layer::Lora(layer) => lora(layer, tape, value, seed),
-            };
-            value = made.map_err(|error| error.in_layer(name))?;
+            value = layer.forward_with(tape, value, seed, adapters).map_err(|error| error.in_layer(name))?;
         }
         Ok(value)
     }
@@ -171,26 +95,11 @@ impl<B: Backend> Mlp<B> {
         tape.value(logits)?.to_vec(backend)
     }
 
-    /// Keeps the weight of every layer packed, where they all stay frozen; see [`Backend::keep_packed`].
-    pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
-        self.layers.iter_mut().try_for_each(|(_, layer)| match layer {
-            Layer::Linear(linear) => linear.keep_packed(backend, passes),
-            Layer::Lora(lora) => lora.keep_packed(backend, passes),
-        })
-    }
-
-    /// A layer by its name. Errors: [`Error::NoSuchLayer`].
-    pub fn layer(&self, name: &str) -> Result<&Layer<B>> {
-        let found = self.layers.iter().find(|(known, _)| known == name).map(|(_, layer)| layer);
-        let known = || self.layers.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
-        found.ok_or_else(|| Error::NoSuchLayer { name: name.into(), known: known() })
-    }
-
-    pub(super) fn loras(&self) -> impl Iterator<Item = &LoraLinear<B>> {
-        self.layers.iter().filter_map(|(_, layer)| layer.lora())
-    }
-
-    pub(super) fn loras_mut(&mut self) -> impl Iterator<Item = &mut LoraLinear<B>> {
-        self.layers.iter_mut().filter_map(|(_, layer)| layer.lora_mut())
+    /// [`predict`](Self::predict) where each row names its adapter; `None` is the base model. The rows of an adapter make a batch.
+    ///
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for another number of names than rows, or while an adapter is merged.
+    pub fn predict_mixed(&self, backend: &B, x: &Tensor<B>, adapters: &[Option<&str>]) -> Result<Vec<B::Elem>> {
+        Error::unless(adapters.len() == x.rows(), "predict_mixed", "adapters", adapters.len(), "one a row")?;
+        self.predict_mixed_with(backend, x, adapters, |tape, x, adapters| self.forward_with(tape, x, None, adapters))
     }
 }

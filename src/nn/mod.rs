@@ -1,27 +1,31 @@
-//! Layers on the tape: a linear layer, the same with adapters, and a perceptron of them.
+//! Layers on the tape: a linear layer, the same with adapters, and models of them.
+//!
+//! A model that implements [`Adaptable`] has adapters by name; [`Mlp`], a perceptron, is one.
 
 mod adam;
+mod adaptable;
 mod adapter;
-mod adapters;
 mod config;
 mod dora;
 mod init;
+mod layer;
 mod linear;
 mod lora;
 mod merge;
-mod merged;
-mod mixed;
 mod mlp;
 mod residue;
-mod status;
-mod swap;
 
 pub use adam::Adam;
+pub use adaptable::{Adaptable, AdapterStatus, LayerStatus, ParameterReport, Targets};
+#[cfg(feature = "adapter")]
+pub(crate) use adaptable::{check_layers, distinct, unmerged};
+#[cfg(feature = "svd")]
+pub(crate) use adaptable::{insert_inactive, write_factors};
 pub use adapter::Adapter;
 pub use config::{Bias, LoraConfig, Scaling};
 pub use init::Init;
+pub use layer::Layer;
 pub use linear::Linear;
-pub use lora::{DEFAULT, LoraLinear, Tuned};
+pub use lora::{Adapters, DEFAULT, LoraLinear, Tuned};
 pub use merge::{Kept, Merge};
-pub use mlp::{Layer, Mlp, Targets};
-pub use status::{AdapterStatus, LayerStatus, ParameterReport};
+pub use mlp::Mlp;

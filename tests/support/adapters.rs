@@ -5,7 +5,7 @@ use std::path::Path;
 
 use lowrank::adapter::CONFIG_FILE;
 use lowrank::autograd::Param;
-use lowrank::nn::{Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Tuned};
+use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Tuned};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor};
 use serde_json::Value;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lowrank::autograd::Tape;
-use lowrank::nn::{Adam, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Scaling, Tuned};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Scaling, Tuned};
 use lowrank::op::{Labels, LoraMerge, Rounding};
 use lowrank::{Backend, Error, adapter};
 use safetensors::tensor::{Dtype, SafeTensors};

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use lowrank::cuda::plan::Plan;
 use lowrank::cuda::{self, Arg, Cuda, Device, Gpu, Launch, Tiles};
 use lowrank::{DType, Error, Float, Result};
-use ptx_interpreter::{Fault, Global, Module};
+use ptx_interpreter::{Fault, Global, Module, TensorMap};
 
 /// Runs the kernels of one module.
 pub struct Emulator {
@@ -171,8 +171,8 @@ fn argument(arg: Arg<'_, Global>) -> ptx_interpreter::Arg<'_> {
     }
 }
 
-fn tiles(Tiles { rows, cols, tile }: Tiles) -> ptx_interpreter::Tiles {
-    ptx_interpreter::Tiles { rows: rows.into(), cols: cols.into(), tile }
+fn tiles(Tiles { rows, cols, tile }: Tiles) -> TensorMap {
+    TensorMap::matrix(rows.into(), cols.into(), tile)
 }
 
 /// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.

@@ -216,15 +216,21 @@ pub fn cross_entropy(logits: &Mat, labels: &[u32]) -> (f64, Mat) {
     (loss, Mat::new(logits.rows, logits.cols, |i, j| (softmax.at(i, j) - onehot(i, j)) / m))
 }
 
-/// One Adam step at time `t`: `(m, v, w)` after it.
-pub fn adam(g: &Mat, m: &Mat, v: &Mat, w: &Mat, rate: [f64; 4], t: i32) -> (Mat, Mat, Mat) {
-    let [lr, beta1, beta2, eps] = rate;
+/// One step of AdamW at time `t`: `(m, v, w)` after it. Without weight decay it is Adam's.
+pub fn adam(g: &Mat, m: &Mat, v: &Mat, w: &Mat, rate: [f64; 5], t: i32) -> (Mat, Mat, Mat) {
+    let [lr, beta1, beta2, eps, weight_decay] = rate;
     let m = &(m * beta1) + &(g * (1.0 - beta1));
     let v = &(v * beta2) + &(&g.times(g) * (1.0 - beta2));
     let step = |i: usize, j: usize| {
         let (m_hat, v_hat) = (m.at(i, j) / (1.0 - beta1.powi(t)), v.at(i, j) / (1.0 - beta2.powi(t)));
-        w.at(i, j) - lr * m_hat / (v_hat.sqrt() + eps)
+        (1.0 - lr * weight_decay) * w.at(i, j) - lr * m_hat / (v_hat.sqrt() + eps)
     };
     let w = Mat::new(w.rows, w.cols, step);
     (m, v, w)
+}
+
+/// The number that a step begins from: the master where `w` is what it rounds to, else `w`.
+pub fn master_or_weight<T: Float>(master: &Mat, w: &Mat) -> Mat {
+    let rounded = |x: f64| f64::from(T::from_f32(x as f32).to_f32());
+    Mat::new(w.rows, w.cols, |i, j| if rounded(master.at(i, j)) == w.at(i, j) { master.at(i, j) } else { w.at(i, j) })
 }

@@ -4,10 +4,12 @@ use lowrank::op::*;
 use lowrank::random::Rng;
 use lowrank::{Backend, Float, Passes, Tensor};
 
+mod adam;
 mod chance;
 mod dora;
 mod views;
 
+pub use adam::*;
 pub use chance::*;
 pub use dora::*;
 pub use views::*;
@@ -25,7 +27,8 @@ macro_rules! suite {
             lora_without_bias_or_dx_computes_the_rest linear_is_exact_on_whole_numbers linear_rounds_within_bounds
             merged_equals_unmerged unmerging_restores_the_weights scale_zero_is_the_base_layer forward_is_linear_in_x
             relu_and_its_derivative_are_exact add_is_exact cross_entropy_rounds_within_bounds
-            cross_entropy_survives_huge_logits adam_follows_the_oracle_for_ten_steps factored_gradients_equal_dense_ones
+            cross_entropy_survives_huge_logits adam_follows_the_oracle_for_ten_steps adam_is_exact_on_whole_numbers
+            a_master_gives_way_to_the_weight steps_too_small_for_the_element_type_add_up factored_gradients_equal_dense_ones
             update_alone_is_exact_on_whole_numbers
             row_norms_round_within_bounds row_norms_of_an_undone_weight_are_zero magnitude_is_exact_on_whole_numbers
             magnitude_rounds_within_bounds a_norm_of_zero_has_no_direction accumulate_is_exact_on_whole_numbers
@@ -401,57 +404,6 @@ pub fn cross_entropy_survives_huge_logits<B: Backend>(backend: &B) {
     let (loss, dlogits) = run_cross_entropy(backend, &Mat::new(1, 3, |_, j| [60000.0, -60000.0, 0.0][j]), &[0]);
     assert_eq!(loss, 0.0);
     assert!(dlogits.iter().all(|d| d.to_f32() == 0.0));
-}
-
-pub fn adam_follows_the_oracle_for_ten_steps<B: Backend>(backend: &B) {
-    let (n, k) = (13, 37);
-    let mut rng = Rng::new(3);
-    let mut mat = || Mat::from_vec(n, k, (0..n * k).map(|_| f64::from(rng.gaussian() as f32)).collect());
-    let w_start = mat().map(|x| f64::from(B::Elem::from_f32(x as f32).to_f32()));
-    let (mut w, mut m, mut v) =
-        (up(backend, &w_start), Tensor::zeros(backend, (n, k)).unwrap(), Tensor::zeros(backend, (n, k)).unwrap());
-    let zeros = Mat::new(n, k, |_, _| 0.0);
-    let (mut want_w, mut want_m, mut want_v) = (w_start, zeros.clone(), zeros);
-    let step_limit = 2.0; // |m̂ / √v̂| of ten Gaussian gradients
-    for t in 1..=10 {
-        let g = mat();
-        let rate = AdamRate::new(1e-2, 0.9, 0.999, 1e-8, t).unwrap();
-        Adam { grad: WeightGrad::Dense(&up(backend, &g)), rate, m: &mut m, v: &mut v, w: &mut w }.run(backend).unwrap();
-        let rate = [0.01f32, 0.9, 0.999, 1e-8].map(f64::from);
-        (want_m, want_v, want_w) = oracle::adam(&g, &want_m, &want_v, &want_w, rate, t as i32);
-        // A 16-bit weight is rounded at every step; the oracle follows.
-        let stored = down(backend, &w);
-        let rounded = B::Elem::DTYPE.unit_roundoff();
-        for (got, want) in stored.iter().zip(&want_w.data) {
-            let bound = 0.01 * step_limit * 40.0 * 2f64.powi(-24) + rounded * (want.abs() + 1e-2) * 1.01;
-            assert!((f64::from(got.to_f32()) - want).abs() <= bound, "step {t}: w is {got:?}, want {want} ± {bound:e}");
-        }
-        want_w = Mat::from_vec(n, k, stored.iter().map(|w| f64::from(w.to_f32())).collect());
-        assert_within(&format!("step {t} m"), &down(backend, &m), &want_m, &want_m.map(|_| 4.0), 4 * t as usize);
-        assert_within(&format!("step {t} v"), &down(backend, &v), &want_v, &want_v.map(|_| 1.0), 4 * t as usize);
-    }
-}
-
-pub fn factored_gradients_equal_dense_ones<B: Backend>(backend: &B) {
-    for dims in [
-        Dims { m: 10, k: 37, n: 19, r: 1 },
-        Dims { m: 1, k: 64, n: 3, r: 1 },
-        Dims { m: 70, k: 5, n: 66, r: 1 },
-        Dims { m: 0, k: 5, n: 6, r: 1 },
-    ] {
-        let layer = whole(dims, 4);
-        let Dims { k, n, .. } = dims;
-        let (dense, dy, x) = (up(backend, &want_linear(&layer).2), up(backend, &layer.dy), up(backend, &layer.x));
-        let run = |grad: WeightGrad<'_, B>| {
-            let (mut m, mut v) = (up(backend, &layer.w.map(|w| w / 8.0)), up(backend, &layer.w.abs()));
-            let mut w = up(backend, &layer.w);
-            let rate = AdamRate::new(0.125, 0.5, 0.5, 1e-3, 3).unwrap();
-            Adam { grad, rate, m: &mut m, v: &mut v, w: &mut w }.run(backend).unwrap();
-            assert_eq!((w.rows(), w.cols()), (n, k));
-            (down(backend, &m), down(backend, &v), down(backend, &w))
-        };
-        assert_eq!(run(WeightGrad::Dense(&dense)), run(WeightGrad::Factored { dy: &dy, x: &x }), "{dims:?}");
-    }
 }
 
 pub fn the_same_request_gives_the_same_bits<B: Backend>(backend: &B) {

@@ -1,4 +1,6 @@
-//! Adam in one pass: each weight and its two moments are read and written once, whatever the gradient is made of.
+//! Adam in one pass: each weight, its master copy and its two moments are read and written once, whatever the gradient is made of.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -19,38 +21,73 @@ const SIDE_BY_SIDE: usize = 4;
 /// 8 bytes of traffic.
 const BATCH: usize = 64;
 
-/// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
+/// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
 pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()> {
     let (rate, n, k) = (op.rate, op.w.rows(), op.w.cols());
-    let (m, v, w) = (op.m.buffer_mut(), op.v.buffer_mut(), op.w.buffer_mut());
-    if w.is_empty() {
+    let state = State {
+        m: op.m.buffer_mut(),
+        v: op.v.buffer_mut(),
+        master: op.master.map(|master| &mut master.buffer_mut()[..]),
+        w: op.w.buffer_mut(),
+    };
+    if state.w.is_empty() {
         return Ok(()); // whose other side may be any number
     }
     match op.grad {
-        WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), m, v, w),
+        WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), state),
         WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {
             let (batch, dy, x) = (x.rows(), &dy.buffer()[..], interleave(engine, matrix(x.view()))?);
             let x = x.as_chunks().0;
-            let rows = (ROWS * k).max(1);
-            let chunks = m.par_chunks_mut(rows).zip(v.par_chunks_mut(rows)).zip(w.par_chunks_mut(rows)).enumerate();
-            engine.alone_if(few(n, k, batch)).each(chunks, |(chunk, ((m, v), w))| {
-                engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, m, v, w });
+            state.each_chunk(&engine.alone_if(few(n, k, batch)), (ROWS * k).max(1), |chunk, state| {
+                engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, state });
             });
         }
         WeightGrad::Factored { dy, x } => {
             let mut g = engine.scratch.take(n * k)?;
             let product = product(matrix(dy.view()).t(), matrix(x.view()));
             sum_of_products(engine, Output::new(&mut g, n, k), Init::Zero, &[product])?;
-            dense(engine, rate, &g, m, v, w);
+            dense(engine, rate, &g, state);
         }
     }
     Ok(())
 }
 
-fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], m: &mut [f32], v: &mut [f32], w: &mut [E]) {
-    let chunks = m.par_chunks_mut(FEW).zip(v.par_chunks_mut(FEW)).zip(w.par_chunks_mut(FEW));
-    let task = |(((m, v), w), g)| engine.unit.run(Dense { rate, g, m, v, w });
-    engine.each(chunks.zip(g.par_chunks(FEW)), task);
+fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], state: State<'_, E>) {
+    state.each_chunk(engine, FEW, |chunk, state| engine.unit.run(Dense { rate, g: &g[chunk * FEW..], state }));
+}
+
+/// What a step updates.
+struct State<'a, E> {
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+    /// `w` in `f32`, where it is `w` when rounded.
+    master: Option<&'a mut [f32]>,
+    w: &'a mut [E],
+}
+
+impl<E: Float> State<'_, E> {
+    /// Some of the elements.
+    #[inline(always)]
+    fn part(&mut self, range: Range<usize>) -> State<'_, E> {
+        State {
+            m: &mut self.m[range.clone()],
+            v: &mut self.v[range.clone()],
+            master: self.master.as_mut().map(|master| &mut master[range.clone()]),
+            w: &mut self.w[range],
+        }
+    }
+
+    /// Calls `task` with each chunk of so many elements, and its number.
+    fn each_chunk(self, engine: &Engine, len: usize, task: impl Fn(usize, State<'_, E>) + Send + Sync) {
+        let State { m, v, master, w } = self;
+        let chunks = m.par_chunks_mut(len).zip(v.par_chunks_mut(len)).zip(w.par_chunks_mut(len)).enumerate();
+        match master {
+            None => engine.each(chunks, |(chunk, ((m, v), w))| task(chunk, State { m, v, master: None, w })),
+            Some(master) => engine.each(chunks.zip(master.par_chunks_mut(len)), |((chunk, ((m, v), w)), master)| {
+                task(chunk, State { m, v, master: Some(master), w });
+            }),
+        }
+    }
 }
 
 /// The scalars of a step in every lane.
@@ -63,48 +100,64 @@ struct Lanewise<S: Simd> {
     step: S::V,
     root_scale: S::V,
     eps: S::V,
+    decay: S::V,
 }
 
 impl<S: Simd> Lanewise<S> {
     #[inline(always)]
     fn new(s: S, rate: AdamRate) -> Self {
-        let AdamRate { beta1, beta2, step_size, root_scale, eps } = rate;
+        let AdamRate { beta1, beta2, step_size, root_scale, eps, decay } = rate;
         let (rest1, rest2) = (s.splat(1.0 - beta1), s.splat(1.0 - beta2));
         let (beta1, beta2, step) = (s.splat(beta1), s.splat(beta2), s.splat(-step_size));
-        Self { s, beta1, beta2, rest1, rest2, step, root_scale: s.splat(root_scale), eps: s.splat(eps) }
+        let (root_scale, eps, decay) = (s.splat(root_scale), s.splat(eps), s.splat(decay));
+        Self { s, beta1, beta2, rest1, rest2, step, root_scale, eps, decay }
     }
 
     /// One vector's step. Moments that have decayed to subnormal numbers are made 0: a unit that has died leaves thousands of
     /// them, each costs a hundred times what a normal number does, and 0.9 times the smallest rounds to itself for ever.
     #[inline(always)]
-    fn step<E: Float>(&self, g: S::V, m: &mut [f32], v: &mut [f32], w: &mut [E]) {
-        let s = self.s;
+    fn step<E: Float>(&self, g: S::V, state: State<'_, E>) {
+        let (s, State { m, v, master, w }) = (self.s, state);
         let first = s.flush(s.mul_add(self.beta1, s.widen_at(m, 0), s.mul(self.rest1, g)));
         let second = s.flush(s.mul_add(s.mul(self.rest2, g), g, s.mul(self.beta2, s.widen_at(v, 0))));
         let root = s.mul_add(s.sqrt(second), self.root_scale, self.eps);
-        let weight = s.mul_add(self.step, s.div(first, root), s.widen_at(w, 0));
+        let before = match &master {
+            Some(master) => self.weight(master, w),
+            None => s.widen_at(w, 0),
+        };
+        let weight = s.mul_add(self.step, s.div(first, root), s.mul(self.decay, before));
         s.narrow_to(first, m);
         s.narrow_to(second, v);
         s.narrow_to(weight, w);
+        if let Some(master) = master {
+            s.narrow_to(weight, master);
+        }
+    }
+
+    /// The master where `w` is what it rounds to, else `w`.
+    #[inline(always)]
+    fn weight<E: Float>(&self, master: &[f32], w: &[E]) -> S::V {
+        let (s, mut rounded) = (self.s, [E::default(); LANES]);
+        let (master, w) = (s.widen_at(master, 0), s.widen_at(w, 0));
+        s.narrow(master, &mut rounded);
+        s.if_equal(s.widen(&rounded), w, master, w)
     }
 }
 
 struct Dense<'a, E> {
     rate: AdamRate,
+    /// From the first element of `state` on.
     g: &'a [f32],
-    m: &'a mut [f32],
-    v: &'a mut [f32],
-    w: &'a mut [E],
+    state: State<'a, E>,
 }
 
 impl<E: Float> Kernel for Dense<'_, E> {
     type Out = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let lanewise = Lanewise::new(s, self.rate);
-        let vectors = self.m.chunks_mut(LANES).zip(self.v.chunks_mut(LANES)).zip(self.w.chunks_mut(LANES));
-        for (i, ((m, v), w)) in vectors.enumerate() {
-            lanewise.step(s.widen_at(self.g, i), m, v, w);
+    fn run<S: Simd>(mut self, s: S) {
+        let (lanewise, len) = (Lanewise::new(s, self.rate), self.state.w.len());
+        for i in 0..len.div_ceil(LANES) {
+            lanewise.step(s.widen_at(self.g, i), self.state.part(i * LANES..len.min((i + 1) * LANES)));
         }
     }
 }
@@ -119,9 +172,7 @@ struct Factored<'a, E> {
     n: usize,
     k: usize,
     first: usize,
-    m: &'a mut [f32],
-    v: &'a mut [f32],
-    w: &'a mut [E],
+    state: State<'a, E>,
 }
 
 impl<E: Float> Kernel for Factored<'_, E> {
@@ -129,7 +180,7 @@ impl<E: Float> Kernel for Factored<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let rows = self.w.len() / self.k;
+        let rows = self.state.w.len() / self.k;
         let whole = rows / SIDE_BY_SIDE * SIDE_BY_SIDE;
         for row in (0..whole).step_by(SIDE_BY_SIDE) {
             self.update::<S, SIDE_BY_SIDE>(s, row);
@@ -151,8 +202,7 @@ impl<E: Float> Factored<'_, E> {
                 dy[i][q] = self.dy[i * self.n + self.first + row + q].to_f32();
             }
         }
-        let lines = row * k..(row + R) * k;
-        let (m, v, w) = (&mut self.m[lines.clone()], &mut self.v[lines.clone()], &mut self.w[lines]);
+        let mut state = self.state.part(row * k..(row + R) * k);
         for i in 0..k.div_ceil(LANES) {
             let mut g = [s.splat(0.0); R];
             for (dy, x) in dy.iter().zip(&self.x[i * self.batch..][..self.batch]) {
@@ -162,8 +212,7 @@ impl<E: Float> Factored<'_, E> {
                 }
             }
             for q in 0..R {
-                let at = q * k + i * LANES..q * k + k.min((i + 1) * LANES);
-                lanewise.step(g[q], &mut m[at.clone()], &mut v[at.clone()], &mut w[at]);
+                lanewise.step(g[q], state.part(q * k + i * LANES..q * k + k.min((i + 1) * LANES)));
             }
         }
     }

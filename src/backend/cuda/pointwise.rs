@@ -52,12 +52,12 @@ pub(super) fn cross_entropy<E: Float, D: Device>(cuda: &Cuda<E, D>, op: CrossEnt
     cuda.launch(shares("cross_entropy_mean", 1, 1), vec![Arg::Read(&losses.memory), write(op.loss), m.into()])
 }
 
-/// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
+/// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
 pub(super) fn adam<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Adam<'_, Cuda<E, D>>) -> Result<()> {
     let shape = op.w.shape();
-    let AdamRate { beta1, beta2, step_size, root_scale, eps } = op.rate;
-    let rate = [beta1, beta2, step_size, root_scale, eps].map(Arg::F32);
-    let state = [write(op.m), write(op.v), write(op.w)];
+    let AdamRate { beta1, beta2, step_size, root_scale, eps, decay } = op.rate;
+    let rate = [beta1, beta2, step_size, root_scale, eps, decay].map(Arg::F32);
+    let state = [write(op.m), write(op.v), op.master.map_or(Arg::Null, write), write(op.w)];
     match op.grad {
         WeightGrad::Dense(grad) => {
             let args = std::iter::once(read(grad)).chain(rate).chain(state).chain([len(shape)?]);

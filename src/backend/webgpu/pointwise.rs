@@ -151,9 +151,10 @@ impl<E: Float> WebGpu<E> {
         })
     }
 
-    /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w -= step_size·m / (√v·root_scale + eps)`
+    /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
     pub(super) fn adam_sum(&self, op: Adam<'_, Self>) -> Result<()> {
-        let finish = Finish::Adam { rate: op.rate, m: matrix(op.m), v: matrix(op.v), w: matrix(op.w) };
+        let master = op.master.map(|master| matrix(master));
+        let finish = Finish::Adam { rate: op.rate, m: matrix(op.m), v: matrix(op.v), master, w: matrix(op.w) };
         let (init, update) = match op.grad {
             WeightGrad::Dense(grad) => (Init::Matrix(matrix(grad)), None),
             WeightGrad::Factored { dy, x } => (Init::Zero, Some(matrix(dy).t() * matrix(x))),

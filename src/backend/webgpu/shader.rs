@@ -59,15 +59,14 @@ pub(super) struct Factor {
 pub(super) enum Finish {
     Store { out: DType, add: bool },
     StoreByChance { add: bool },
-    Adam,
+    Adam { master: bool },
 }
 
 impl Kernel {
     /// How many bindings are read and how many are written; the uniforms come before, at binding 0.
     pub(super) fn bindings(self) -> (u32, u32) {
         match self {
-            Kernel::Sum(Sum { finish: Finish::Adam, .. }) => (5, 3),
-            Kernel::Sum(_) => (5, 1),
+            Kernel::Sum(sum) => (sum.reads(), sum.writes()),
             Kernel::Magnitude => (4, 1),
             Kernel::MagnitudeBackward => (3, 1),
             Kernel::ReluBackward => (2, 1),
@@ -135,6 +134,16 @@ impl Kernel {
 }
 
 impl Sum {
+    /// The factors that there are, and what it begins with. A second product has no bindings where it is missing: Adam would not be
+    /// left enough of the eight that every adapter has.
+    fn reads(self) -> u32 {
+        if self.more { 5 } else { 3 }
+    }
+
+    fn writes(self) -> u32 {
+        if let Finish::Adam { master } = self.finish { 3 + u32::from(master) } else { 1 }
+    }
+
     /// What reads the factors, makes the sums and finishes them; see `write_header` for what is written once an operand.
     fn files(self) -> String {
         let how = match self.way {
@@ -146,15 +155,17 @@ impl Sum {
         let finish = match self.finish {
             Finish::Store { .. } => files!("store"),
             Finish::StoreByChance { .. } => files!("philox" "store_by_chance"),
-            Finish::Adam => files!("adam"),
+            Finish::Adam { master: false } => files!("adam_weight" "adam"),
+            Finish::Adam { master: true } => files!("adam_master" "adam"),
         };
         [files!("common" "sum"), &how, finish].concat()
     }
 
     /// The constants of the files, and those that are written once a factor, a product or an output.
     fn write_header(self, text: &mut String, elem: DType) -> std::fmt::Result {
+        let reads = self.reads();
         for (operand, (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
-            factor.write(text, operand, binding)?;
+            factor.write(text, operand, (binding < reads).then_some(binding))?;
         }
         match self.way {
             Way::Tiles(tile) => tile.write(text, ["lhs", "rhs", "lhs", "rhs"])?,
@@ -173,18 +184,21 @@ impl Sum {
         let init = self.init.unwrap_or(DType::F32);
         writeln!(text, "const HAS_MORE = {};\nconst HAS_INIT = {};", self.more, self.init.is_some())?;
         writeln!(text, "alias Init = {init};\nalias init_unit = {};\nconst QUADS = {};", self.unit(init), self.quads)?;
+        writeln!(text, "const init_BINDING = {reads};")?;
+        let first = reads + 1;
         match self.finish {
-            Finish::Adam => {
-                let outputs = [("m", DType::F32), ("v", DType::F32), ("w", elem)].into_iter().zip(6..);
+            Finish::Adam { master } => {
+                let master = master.then_some(("master", DType::F32));
+                let outputs = [("m", DType::F32), ("v", DType::F32)].into_iter().chain(master).chain([("w", elem)]).zip(first..);
                 outputs.into_iter().try_for_each(|((name, dtype), binding)| self.write_output(text, name, dtype, binding))
             }
             Finish::Store { out, add } => {
                 writeln!(text, "const OUT_HALF = {};\nconst ADD_TO_OUT = {add};", out == DType::F16)?;
-                self.write_output(text, "out", out, 6)
+                self.write_output(text, "out", out, first)
             }
             Finish::StoreByChance { add } => {
                 writeln!(text, "const ADD_TO_OUT = {add};")?;
-                self.write_output(text, "out", DType::F16, 6)
+                self.write_output(text, "out", DType::F16, first)
             }
         }
     }
@@ -244,12 +258,18 @@ impl Factor {
     /// Of a product that there is not.
     pub(super) const ABSENT: Self = Self { dtype: DType::F32, deep: true, quads: false };
 
-    /// operand.wgsl, for one of the factors.
-    fn write(self, text: &mut String, operand: &str, binding: u32) -> std::fmt::Result {
+    /// operand.wgsl, for one of the factors, which has no binding if it is missing.
+    fn write(self, text: &mut String, operand: &str, binding: Option<u32>) -> std::fmt::Result {
         let Self { dtype, deep, quads } = self;
         let unit = if quads { format!("vec4<{dtype}>") } else { dtype.to_string() };
         writeln!(text, "alias {operand}_elem = {dtype};\nalias {operand}_unit = {unit};")?;
-        writeln!(text, "const {operand}_BINDING = {binding};\nconst {operand}_DEEP = {deep};\nconst {operand}_QUADS = {quads};")?;
+        writeln!(text, "const {operand}_DEEP = {deep};\nconst {operand}_QUADS = {quads};")?;
+        match binding {
+            Some(binding) => {
+                writeln!(text, "@group(0) @binding({binding}) var<storage, read> {operand}: array<{operand}_unit>;")?
+            }
+            None => writeln!(text, "var<private> {operand}: array<{operand}_unit, 1>;")?,
+        }
         writeln!(text, "{}", include_str!("../../../shaders/operand.wgsl").replace("OPERAND", operand))
     }
 }
@@ -314,7 +334,8 @@ mod tests {
                 Finish::Store { out: elem, add: false },
                 Finish::Store { out: DType::F32, add: true },
                 Finish::Store { out: elem, add: true },
-                Finish::Adam,
+                Finish::Adam { master: false },
+                Finish::Adam { master: true },
             ];
             let finishes = finishes.into_iter().chain(by_chance.into_iter().filter(|_| elem == DType::F16));
             let finishes: Vec<_> = finishes.collect();
@@ -327,7 +348,12 @@ mod tests {
                     if elem == DType::F32 && matches!(way, Way::Matrices(_)) {
                         continue; // of f16
                     }
-                    assert_valid(Kernel::Sum(Sum { way, factors, more, init, quads, finish }), elem);
+                    let kernel = Kernel::Sum(Sum { way, factors, more, init, quads, finish });
+                    assert_valid(kernel, elem);
+                    // A gradient is one product.
+                    let (reads, writes) = kernel.bindings();
+                    let most = wgpu::Limits::default().max_storage_buffers_per_shader_stage;
+                    assert!(reads + writes <= most || more && matches!(finish, Finish::Adam { .. }), "{kernel:?}");
                 }
             }
         }

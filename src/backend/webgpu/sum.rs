@@ -97,7 +97,7 @@ pub(super) enum Finish<'a> {
     /// It is rounded, once, to one of its two neighbours, and stored as f16.
     StoreByChance { out: Matrix<'a>, key: [u32; 2] },
     /// It is a gradient.
-    Adam { rate: AdamRate, m: Matrix<'a>, v: Matrix<'a>, w: Matrix<'a> },
+    Adam { rate: AdamRate, m: Matrix<'a>, v: Matrix<'a>, master: Option<Matrix<'a>>, w: Matrix<'a> },
 }
 
 impl<'a> Finish<'a> {
@@ -105,7 +105,7 @@ impl<'a> Finish<'a> {
     fn outputs(self) -> Vec<Matrix<'a>> {
         match self {
             Finish::Store(out) | Finish::StoreByChance { out, .. } => vec![out],
-            Finish::Adam { m, v, w, .. } => vec![m, v, w],
+            Finish::Adam { m, v, master, w, .. } => [m, v].into_iter().chain(master).chain([w]).collect(),
         }
     }
 
@@ -180,11 +180,10 @@ impl<'a> Sum<'a> {
         self.base.or(self.update).is_some_and(|product| product.rhs.strides[0] == 1)
     }
 
-    fn rate(&self) -> [f32; 5] {
-        match self.finish {
-            Finish::Store(_) | Finish::StoreByChance { .. } => [0.0; 5],
-            Finish::Adam { rate, .. } => [rate.beta1, rate.beta2, rate.step_size, rate.root_scale, rate.eps],
-        }
+    fn rate(&self) -> [f32; 6] {
+        let Finish::Adam { rate, .. } = self.finish else { return [0.0; 6] };
+        let AdamRate { beta1, beta2, step_size, root_scale, eps, decay } = rate;
+        [beta1, beta2, step_size, root_scale, eps, decay]
     }
 
     /// The key of its roundings, and the place in the output of the element that a binding begins with.
@@ -248,8 +247,8 @@ struct Uniforms {
     scale: f32,
     first: u32,
     key: [u32; 2],
-    rate: [f32; 5],
-    unused: [u32; 3],
+    rate: [f32; 6],
+    unused: [u32; 2],
 }
 
 impl<E: Float> WebGpu<E> {
@@ -302,7 +301,8 @@ impl<E: Float> WebGpu<E> {
         let sum = if piece.begins() { *sum } else { Sum { init: Init::Output, ..*sum } };
         let mut operands = Vec::with_capacity(8);
         let mut factors = [(FactorPlace::default(), Factor::ABSENT); 4];
-        for (side, (factor, matrix)) in factors.iter_mut().zip(sum.factors()).enumerate() {
+        let present = if sum.base.is_some() { 4 } else { 2 };
+        for (side, (factor, matrix)) in factors.iter_mut().zip(sum.factors()).enumerate().take(present) {
             let place = self.bind(&mut operands, matrix, FACTORS[side], &piece);
             if let Some(matrix) = matrix {
                 *factor = read_as(matrix, FACTORS[side], place, &piece);
@@ -322,7 +322,7 @@ impl<E: Float> WebGpu<E> {
         let finish = match sum.finish {
             Finish::Store(out) => shader::Finish::Store { out: out.dtype, add },
             Finish::StoreByChance { .. } => shader::Finish::StoreByChance { add },
-            Finish::Adam { .. } => shader::Finish::Adam,
+            Finish::Adam { master, .. } => shader::Finish::Adam { master: master.is_some() },
         };
         let kernel = Kernel::Sum(shader::Sum {
             way,
@@ -339,7 +339,7 @@ impl<E: Float> WebGpu<E> {
             factors: factors.map(|(place, _)| place),
             init,
             out: outputs[outputs.len() - 1],
-            moments: outputs[0], // Adam writes m and v before w; what is stored is the only output
+            moments: outputs[0], // Adam writes m, v and the master, which lie alike, before w; what is stored is the only output
             scale: sum.scale,
             first,
             key,

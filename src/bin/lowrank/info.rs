@@ -1,16 +1,17 @@
-//! `lowrank info`: what an adapter or a checkpoint holds.
+//! `lowrank info`: what a file or a folder is, and what it holds.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lowrank::Result;
-use lowrank::adapter::{CONFIG_FILE, Folder};
+use lowrank::adapter::Folder;
+use lowrank::adapter::formats::{Kind, Thing, recognise, summary};
 use lowrank::checkpoint::Checkpoint;
 
-/// Say what an adapter or a checkpoint holds
+/// Say what a file or a folder is, and what it holds
 #[derive(clap::Args)]
 pub(crate) struct Info {
-    /// An adapter's folder, a .safetensors file, an index of shards, or a folder
+    /// An adapter or a model in any format: a file, an index of shards, or a folder
     #[arg(value_name = "PATH")]
     path: PathBuf,
     /// Name every module or tensor
@@ -20,7 +21,32 @@ pub(crate) struct Info {
 
 impl Info {
     pub(crate) fn run(self) -> Result<()> {
-        if self.path.join(CONFIG_FILE).exists() { self.adapter() } else { self.checkpoint() }
+        let indexed = self.path.extension().is_some_and(|end| end == "json");
+        match recognise(&self.path) {
+            _ if indexed => self.checkpoint(),
+            Ok(Thing { kind: Kind::Peft, .. }) if self.path.is_dir() => self.adapter(),
+            Ok(Thing { kind: Kind::Checkpoint | Kind::Peft, .. }) => self.checkpoint(),
+            Ok(thing) => self.other(&thing),
+            // What the reader of the one or the other says of it is more exact.
+            Err(error) if self.path.is_dir() => self.checkpoint().and(Err(error)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What it is, what to do with it, and the tensors where it has a header that tells.
+    fn other(&self, thing: &Thing) -> Result<()> {
+        println!("{} is {}", thing.path.display(), thing.kind);
+        println!("  {}", thing.kind.instead(&thing.path));
+        match &thing.kind {
+            kind if kind.is_adapter() => {
+                let (line, names) = summary(&self.path)?;
+                println!("  {line}");
+                names.iter().filter(|_| self.all).for_each(|name| println!("{name}"));
+                Ok(())
+            }
+            Kind::Quantised(_) | Kind::AdapterInside | Kind::EmptyTensors | Kind::LyCoris => self.checkpoint(),
+            _ => Ok(()),
+        }
     }
 
     fn adapter(&self) -> Result<()> {

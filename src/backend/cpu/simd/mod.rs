@@ -63,7 +63,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn relu(self, a: Self::V) -> Self::V;
     /// `a` where `gate > 0`, else +0.
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V;
-
+    /// `equal` where `a == b`, else `other`: where one of them is NaN too.
+    fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V;
     /// `a`, or +0 where `a` is subnormal or -0.
     fn flush(self, a: Self::V) -> Self::V;
 
@@ -389,6 +390,31 @@ mod tests {
         fn run<S: Simd>(self, s: S) {
             s.store(s.relu(s.load(self.0)), self.1);
             s.store(s.flush(s.load(self.0)), self.0);
+        }
+    }
+
+    struct Picked<'a>([&'a Lanes<f32>; 4], &'a mut Lanes<f32>);
+
+    impl Kernel for Picked<'_> {
+        type Out = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) {
+            let [a, b, equal, other] = self.0;
+            s.store(s.if_equal(s.load(a), s.load(b), s.load(equal), s.load(other)), self.1);
+        }
+    }
+
+    #[test]
+    fn every_unit_compares_lane_by_lane() {
+        let (nan, inf, tiny) = (f32::NAN, f32::INFINITY, f32::from_bits(1));
+        let a = [0.0, 1.0, nan, nan, inf, inf, tiny, 0.0, 1.0, -2.0, -2.0, 3.0, 0.0, tiny, -inf, 7.0];
+        let b = [-0.0, 1.0, nan, 1.0, inf, -inf, tiny, tiny, nan, -2.0, 2.0, 3.5, 0.0, -tiny, -inf, 7.0];
+        let (equal, other) = (std::array::from_fn(|i| i as f32), std::array::from_fn(|i| -1.0 - i as f32));
+        let want: Lanes<f32> = std::array::from_fn(|i| if a[i] == b[i] { equal[i] } else { other[i] });
+        for unit in VectorUnit::available() {
+            let mut got = [nan; LANES];
+            Unit::new(unit).unwrap().run(Picked([&a, &b, &equal, &other], &mut got));
+            assert_eq!(got, want, "{}", unit.name());
         }
     }
 

@@ -102,6 +102,10 @@ impl Simd for Neon {
             vreinterpretq_f32_u32(vandq_u32(open, vreinterpretq_u32_f32(a[i])))
         })
     }
+    #[inline(always)]
+    fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V {
+        quarters!(|i| vbslq_f32(vceqq_f32(a[i], b[i]), equal[i], other[i]))
+    }
     /// An exponent of zero is that of a subnormal number, or of zero.
     #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {

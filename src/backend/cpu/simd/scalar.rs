@@ -73,6 +73,10 @@ impl Simd for Scalar {
         std::array::from_fn(|i| if gate[i] > 0.0 { a[i] } else { 0.0 })
     }
     #[inline(always)]
+    fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V {
+        std::array::from_fn(|i| if a[i] == b[i] { equal[i] } else { other[i] })
+    }
+    #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {
         a.map(|x| if x.abs() < f32::MIN_POSITIVE { 0.0 } else { x })
     }

@@ -129,6 +129,10 @@ impl Simd for Avx512 {
         intrinsics!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(gate, _mm512_setzero_ps()), a))
     }
     #[inline(always)]
+    fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V {
+        intrinsics!(_mm512_mask_mov_ps(other, _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b), equal))
+    }
+    #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {
         const SUBNORMAL_OR_NEGATIVE_ZERO: i32 = 0x24;
         intrinsics!(_mm512_maskz_mov_ps(!_mm512_fpclass_ps_mask::<SUBNORMAL_OR_NEGATIVE_ZERO>(a), a))
@@ -373,6 +377,11 @@ impl Simd for Avx2 {
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V {
         let open = halves!(_mm256_cmp_ps::<_CMP_GT_OQ>, gate, self.splat(0.0));
         halves!(_mm256_and_ps, open, a)
+    }
+    #[inline(always)]
+    fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V {
+        let mask = halves!(_mm256_cmp_ps::<_CMP_EQ_OQ>, a, b);
+        halves!(_mm256_blendv_ps, other, equal, mask)
     }
     #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {

@@ -1,47 +1,52 @@
 //! One adapter put in the place of another on a live model: numbers are written, nothing is allocated.
 
-use super::adapter::padded;
-use super::{Adapter, LoraLinear, Mlp, Tuned};
+use super::{Adaptable, loras, loras_mut};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
+use crate::nn::adapter::padded;
+use crate::nn::{Adapter, LoraLinear, Tuned};
 use crate::tensor::Tensor;
 
-impl<B: Backend> Mlp<B> {
-    /// Writes another adapter's numbers and settings over those of an adapter that is there, PEFT's "hotswap". Its tensors stay
-    /// where they are: a smaller rank is filled up with zeros, and a layer that the new one does not adapt adds nothing. It brings its
-    /// own scaling: what [`set_scale`](Self::set_scale) said of the old one is forgotten.
-    ///
-    /// The parameters stay as well, and [`Adam`](super::Adam) has the moments of the old numbers under them: who trains on begins
-    /// with a new one.
-    ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old one does not change; [`Error::Value`] for a
-    /// rank without [room](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two has, and while an
-    /// adapter is merged; [`Error::Shape`]. Nothing is changed then.
-    pub fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
-        self.known(&[name])?;
-        self.unmerged("swap_adapter")?;
-        let here: Vec<(&str, &LoraLinear<B>)> = self
-            .layers()
-            .filter_map(|(layer, there)| Some((layer, there.lora().filter(|lora| lora.part(name).is_some())?)))
-            .collect();
-        if let Some((layer, _)) = parts.iter().find(|(layer, _)| !here.iter().any(|(known, _)| known == layer)) {
-            let known: Vec<&str> = here.iter().map(|(known, _)| *known).collect();
-            return Err(Error::NoSuchLayer { name: layer.clone(), known: known.join(", ") });
-        }
-        let new = |layer: &str| parts.iter().find(|(known, _)| known == layer).map(|(_, part)| part);
-        for (layer, lora) in here {
-            let (there, new) = (lora.part(name), new(layer));
-            there.into_iter().chain(new).try_for_each(|part| part.fits(lora.base()))?;
-            there.map_or(Ok(()), |there| check(there, new))?;
-        }
-        for (layer, there) in &mut self.layers {
-            if let Some(part) = there.lora_mut().and_then(|lora| lora.part_mut(name)) {
-                overwrite(backend, part, new(layer))?;
-            }
-        }
-        Ok(())
+/// [`Adaptable::swap_adapter`], of an adapter that is there and not merged.
+pub(super) fn swap<B: Backend>(
+    model: &mut impl Adaptable<B>,
+    backend: &B,
+    name: &str,
+    parts: &[(String, Tuned<B>)],
+) -> Result<()> {
+    let here: Vec<(&str, &LoraLinear<B>)> = model
+        .layers()
+        .filter_map(|(layer, there)| Some((layer, there.lora().filter(|lora| lora.part(name).is_some())?)))
+        .collect();
+    if let Some((layer, _)) = parts.iter().find(|(layer, _)| !here.iter().any(|(known, _)| known == layer)) {
+        let known: Vec<&str> = here.iter().map(|(known, _)| *known).collect();
+        return Err(Error::NoSuchLayer { name: layer.clone(), known: known.join(", ") });
     }
+    let new = |layer: &str| parts.iter().find(|(known, _)| known == layer).map(|(_, part)| part);
+    for (layer, lora) in here {
+        let (there, new) = (lora.part(name), new(layer));
+        there.into_iter().chain(new).try_for_each(|part| part.fits(lora.base()))?;
+        there.map_or(Ok(()), |there| check(there, new))?;
+    }
+    for (layer, there) in model.layers_mut() {
+        if let Some(part) = there.lora_mut().and_then(|lora| lora.part_mut(name)) {
+            overwrite(backend, part, new(layer))?;
+        }
+    }
+    Ok(())
+}
+
+/// [`Adaptable::reserve_rank`], of an adapter that is there and not merged.
+pub(super) fn reserve_rank<B: Backend>(model: &mut impl Adaptable<B>, backend: &B, name: &str, rank: usize) -> Result<()> {
+    let roomier = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.roomier(backend, rank));
+    let factors = loras(model).map(roomier).collect::<Result<Vec<_>>>()?;
+    for (lora, factors) in loras_mut(model).zip(factors) {
+        if let (Some(Tuned::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
+            [adapter.a, adapter.b] = factors;
+        }
+    }
+    Ok(())
 }
 
 /// Errors: [`Error::Value`] unless the one, which fits its layer, has the tensors for what the other has, which fits it as well.

@@ -1,0 +1,118 @@
+//! Operations of the caller's: a value, and the derivative that goes with it.
+
+use super::gradients::{Gradient, Gradients};
+use super::{Node, Op, Param, Tape, Var};
+use crate::backend::Backend;
+use crate::element::Element;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// What the derivative of a [custom](Tape::custom) operation reads.
+#[derive(Debug)]
+pub struct Backward<'t, B: Backend, const N: usize> {
+    /// Where the values are.
+    pub backend: &'t B,
+    /// The values that the operation read.
+    pub inputs: [&'t Tensor<B>; N],
+    /// Which inputs need a gradient. What is given for others is dropped, so it need not be computed.
+    pub wanted: [bool; N],
+    /// The value that the operation made.
+    pub y: &'t Tensor<B>,
+    /// The gradient of the loss for `y`, of its shape.
+    pub dy: &'t Tensor<B>,
+}
+
+/// The gradients that a custom operation gives: of its inputs, and of its parameters in `f32`. `None` is a gradient of zero.
+pub type CustomGradients<B, const N: usize, const P: usize> = ([Option<Tensor<B>>; N], [Option<Tensor<B, f32>>; P]);
+
+impl<'m, B: Backend> Tape<'m, B> {
+    /// An operation of the caller's: `y`, computed from values of the tape and from parameters, and its derivative.
+    ///
+    /// `backward` makes the gradients of the inputs and of the parameters, in this order and of their shapes, from that of `y`. What
+    /// else it needs it captures. `name` is what errors call the operation.
+    ///
+    /// ```
+    /// use lowrank::autograd::{Backward, Tape};
+    /// use lowrank::{Cpu, Tensor};
+    ///
+    /// let cpu = Cpu::<f32>::new()?;
+    /// let mut tape = Tape::new(&cpu);
+    /// let x = tape.input(Tensor::from_slice(&cpu, (1, 3), &[1.0, 2.0, 3.0])?);
+    ///
+    /// // y = x², dx = 2·x·dy
+    /// let squares: Vec<f32> = tape.value(x)?.to_vec(&cpu)?.iter().map(|x| x * x).collect();
+    /// let squares = Tensor::from_slice(&cpu, (1, 3), &squares)?;
+    /// let y = tape.custom("square", [x], [], squares, |Backward { backend, inputs: [x], dy, .. }| {
+    ///     let (xs, dy) = (x.to_vec(backend)?, dy.to_vec(backend)?);
+    ///     let dx: Vec<f32> = xs.iter().zip(dy).map(|(x, dy)| 2.0 * x * dy).collect();
+    ///     Ok(([Some(Tensor::from_slice(backend, x.shape(), &dx)?)], []))
+    /// })?;
+    /// assert_eq!(tape.value(y)?.to_vec(&cpu)?, [1.0, 4.0, 9.0]);
+    /// # Ok::<(), lowrank::Error>(())
+    /// ```
+    ///
+    /// Errors: [`Error::Value`] for an input of another tape. [`backward`](Tape::backward) has those of the derivative, and
+    /// [`Error::Value`] for a gradient of another shape.
+    pub fn custom<const N: usize, const P: usize>(
+        &mut self,
+        name: &'static str,
+        inputs: [Var; N],
+        params: [&'m Param<B>; P],
+        y: Tensor<B>,
+        backward: impl Fn(Backward<'_, B, N>) -> Result<CustomGradients<B, N, P>> + 'm,
+    ) -> Result<Var> {
+        inputs.iter().try_for_each(|&input| self.value(input).map(|_| ()))?;
+        let wanted = inputs.iter().any(|&input| self.is_wanted(input)) || params.iter().any(|param| param.trainable);
+        self.customs.push(Box::new(Custom { name, inputs, params, backward }));
+        Ok(self.push(Op::Custom { index: self.customs.len() - 1 }, wanted, y))
+    }
+}
+
+/// The derivative of a custom operation, whatever the number of its inputs.
+pub(super) trait Derivative<B: Backend> {
+    /// From `dy`, the gradients of what the operation read. All values are of the same tape.
+    fn through(&self, backend: &B, nodes: &[Node<'_, B>], y: Var, dy: &Tensor<B>, gradients: &mut Gradients<B>) -> Result<()>;
+}
+
+struct Custom<'m, B: Backend, F, const N: usize, const P: usize> {
+    name: &'static str,
+    inputs: [Var; N],
+    params: [&'m Param<B>; P],
+    backward: F,
+}
+
+impl<B: Backend, F, const N: usize, const P: usize> Derivative<B> for Custom<'_, B, F, N, P>
+where
+    F: Fn(Backward<'_, B, N>) -> Result<CustomGradients<B, N, P>>,
+{
+    fn through(&self, backend: &B, nodes: &[Node<'_, B>], y: Var, dy: &Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
+        let values = &gradients.values;
+        let inputs = self.inputs.map(|input| &values[input.index]);
+        let wanted = self.inputs.map(|input| nodes[input.index].wanted);
+        let y = &values[y.index];
+        let (of_inputs, of_params) = (self.backward)(Backward { backend, inputs, wanted, y, dy })?;
+        for (i, (input, gradient)) in self.inputs.into_iter().zip(of_inputs).enumerate() {
+            let Some(gradient) = gradient.filter(|_| wanted[i]) else { continue };
+            self.fits(("input", i), &gradient, &gradients.values[input.index])?;
+            gradients.meet(backend, input, gradient)?;
+        }
+        for (i, (param, gradient)) in self.params.into_iter().zip(of_params).enumerate() {
+            let Some(gradient) = gradient.filter(|_| param.trainable) else { continue };
+            self.fits(("parameter", i), &gradient, &param.tensor)?;
+            gradients.file(backend, Some(param), Some(Gradient::Dense(gradient)))?;
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend, F, const N: usize, const P: usize> Custom<'_, B, F, N, P> {
+    /// Errors: [`Error::Value`] unless the gradient has the shape of what it is for.
+    fn fits<T: Element>(&self, (what, i): (&str, usize), gradient: &Tensor<B, T>, of: &Tensor<B>) -> Result<()> {
+        let (got, want) = (gradient.shape(), of.shape());
+        if got == want {
+            return Ok(());
+        }
+        let got = format!("{got} for {what} {i}");
+        Err(Error::Value { verb: self.name, name: "gradient", got, want: format!("{want}, the shape of its value").into() })
+    }
+}

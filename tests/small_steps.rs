@@ -1,0 +1,192 @@
+//! Small steps count over 16-bit weights: adapters move there as they do over the same weights in f32, and whoever overwrites a
+//! parameter has the last word.
+
+mod support;
+
+use std::collections::HashMap;
+
+use lowrank::autograd::{Gradients, Tape};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Targets, Tuned};
+use lowrank::op::{self, AdamRate, Labels};
+use lowrank::random::Rng;
+use lowrank::{Backend, Cpu, Float, Tensor, bf16, f16};
+use support::data::{down, up};
+use support::oracle::Mat;
+
+const SIZES: [usize; 4] = [64, 128, 128, 10];
+const BATCH: usize = 32;
+const LR: f32 = 1e-4;
+
+fn mat<B: Backend, T: Float>(backend: &B, tensor: &Tensor<B, T>) -> Mat {
+    let numbers = down(backend, tensor).into_iter().map(|x| f64::from(x.to_f32()));
+    Mat::from_vec(tensor.rows(), tensor.cols(), numbers.collect())
+}
+
+/// Sixteen batches of numbers that `E` holds, each labelled with the largest of ten of them.
+fn batches<E: Float>() -> Vec<(Mat, Vec<u32>)> {
+    let mut rng = Rng::new(11);
+    let mut batch = || {
+        let number = |rng: &mut Rng| f64::from(E::from_f32(rng.gaussian() as f32).to_f32());
+        let x = Mat::from_vec(BATCH, SIZES[0], (0..BATCH * SIZES[0]).map(|_| number(&mut rng)).collect());
+        let largest = |i: usize| (0..10).max_by(|&p, &q| x.at(i, p).total_cmp(&x.at(i, q))).unwrap();
+        let labels = (0..BATCH).map(|i| largest(i) as u32).collect();
+        (x, labels)
+    };
+    (0..16).map(|_| batch()).collect()
+}
+
+fn gradients<B: Backend>(backend: &B, model: &Mlp<B>, (x, labels): &(Mat, Vec<u32>)) -> Gradients<B> {
+    let mut tape = Tape::new(backend);
+    let x = tape.input(up(backend, x));
+    let logits = model.forward(&mut tape, x, None).unwrap();
+    tape.cross_entropy(logits, &Labels::new(backend, SIZES[3], labels).unwrap()).unwrap();
+    tape.backward().unwrap()
+}
+
+/// A base with fresh adapters of rank 8 on every layer.
+fn model<B: Backend>(backend: &B) -> Mlp<B> {
+    let mut rng = Rng::new(5);
+    let mut model = Mlp::new(backend, &SIZES, &mut rng).unwrap();
+    model.add_adapters(backend, Targets::All, &LoraConfig::new(8, 16.0), &mut rng).unwrap();
+    model
+}
+
+/// The same numbers in f32.
+fn widened<B: Backend>(backend: &B, model: &Mlp<B>, wide: &Cpu<f32>) -> Mlp<Cpu<f32>> {
+    let wider = |tensor: &Tensor<B>| up(wide, &mat(backend, tensor));
+    let base = model.layers().map(|(_, layer)| {
+        let base = layer.base();
+        Linear::from_tensors(wider(base.weight().tensor()), base.bias().map(|bias| wider(bias.tensor()))).unwrap()
+    });
+    let adapters = model.adapters(DEFAULT).map(|(layer, adapter)| {
+        let (a, b) = (wider(adapter.a().tensor()), wider(adapter.b().tensor()));
+        (layer.to_owned(), Adapter::from_tensors(a, b, LoraConfig::new(8, 16.0)).unwrap())
+    });
+    let mut model = Mlp::from_layers(base.collect()).unwrap();
+    model.set_adapters(adapters.collect()).unwrap();
+    model
+}
+
+/// `B·A` of every layer after two hundred steps.
+fn updates<B: Backend>(
+    backend: &B,
+    mut model: Mlp<B>,
+    batches: &[(Mat, Vec<u32>)],
+    mut step: impl FnMut(&mut Mlp<B>, &Gradients<B>),
+) -> Vec<Mat> {
+    for batch in batches.iter().cycle().take(200) {
+        let gradients = gradients(backend, &model, batch);
+        assert_eq!(gradients.len(), 6, "A and B of three layers");
+        step(&mut model, &gradients);
+    }
+    let factors =
+        model.adapters(DEFAULT).map(|(_, adapter)| [adapter.b(), adapter.a()].map(|param| mat(backend, param.tensor())));
+    factors.map(|[b, a]| &b * &a).collect()
+}
+
+/// Adam that takes its steps on the parameters as they are stored.
+fn without_masters<B: Backend>(backend: &B) -> impl FnMut(&mut Mlp<B>, &Gradients<B>) {
+    let (mut moments, mut t) = (HashMap::new(), 0);
+    move |model, gradients| {
+        t += 1;
+        for param in model.params_mut() {
+            let Some(grad) = gradients.get(param) else { continue };
+            let zeros = || Tensor::<B, f32>::zeros(backend, param.tensor().shape()).unwrap();
+            let (m, v) = moments.entry(param.id()).or_insert_with(|| (zeros(), zeros()));
+            let (mut w, rate) = (param.tensor().try_clone(backend).unwrap(), AdamRate::new(LR, 0.9, 0.999, 1e-8, t).unwrap());
+            op::Adam { grad, rate, m, v, master: None, w: &mut w }.run(backend).unwrap();
+            param.set_tensor(w).unwrap();
+        }
+    }
+}
+
+/// `‖got - want‖ / ‖want‖` of each layer.
+fn differences(got: &[Mat], want: &[Mat]) -> Vec<f64> {
+    got.iter().zip(want).map(|(got, want)| (got + &(want * -1.0)).norm() / want.norm()).collect()
+}
+
+/// How far the updates of two hundred steps are from those over f32: with masters, and without.
+fn off_from_f32<E: Float>() -> [Vec<f64>; 2] {
+    let (backend, wide, batches) = (Cpu::<E>::new().unwrap(), Cpu::<f32>::new().unwrap(), batches::<E>());
+    let fresh = || model(&backend);
+    let mut adam = Adam::new(LR).unwrap();
+    let want = updates(&wide, widened(&backend, &fresh(), &wide), &batches, |model, gradients| {
+        adam.step(&wide, model.params_mut(), gradients).unwrap();
+    });
+    let mut adam = Adam::new(LR).unwrap();
+    let with = updates(&backend, fresh(), &batches, |model, gradients| {
+        adam.step(&backend, model.params_mut(), gradients).unwrap();
+    });
+    let without = updates(&backend, fresh(), &batches, without_masters(&backend));
+    let off = [with, without].map(|got| differences(&got, &want));
+    println!("{}: off by {:.4?} with masters, by {:.4?} without", E::DTYPE, off[0], off[1]);
+    off
+}
+
+#[test]
+fn adapters_over_bf16_move_as_over_f32() {
+    let [with, without] = off_from_f32::<bf16>();
+    assert!(with.iter().all(|&off| off <= 0.02), "{with:?}");
+    assert!(without.iter().any(|&off| off > 0.02), "{without:?}: so this shows something");
+}
+
+#[test]
+fn adapters_over_f16_move_as_over_f32() {
+    let [with, without] = off_from_f32::<f16>();
+    assert!(with.iter().all(|&off| off <= 0.02), "{with:?}");
+    println!("{without:?}");
+}
+
+/// Every way to overwrite a parameter between two steps: the next step begins from what was written.
+#[test]
+fn what_was_overwritten_between_steps_stays_overwritten() {
+    let (cpu, batches) = (Cpu::<bf16>::new().unwrap(), batches::<bf16>());
+    let written = |rows: usize, cols: usize| -> Vec<bf16> {
+        (0..rows * cols).map(|e| bf16::from_f32((e % 17) as f32 / 16.0 - 0.5)).collect()
+    };
+    type Write = fn(&Cpu<bf16>, &mut Mlp<Cpu<bf16>>, &dyn Fn(usize, usize) -> Vec<bf16>);
+    let ways: [(&str, Write); 3] = [
+        ("set_tensor", |cpu, model, numbers| {
+            for param in model.params_mut().filter(|param| param.trainable) {
+                let shape = param.tensor().shape();
+                param.set_tensor(Tensor::from_slice(cpu, shape, &numbers(shape.rows, shape.cols)).unwrap()).unwrap();
+            }
+        }),
+        ("copy_from_slice", |cpu, model, numbers| {
+            for param in model.params_mut().filter(|param| param.trainable) {
+                let shape = param.tensor().shape();
+                param.copy_from_slice(cpu, &numbers(shape.rows, shape.cols)).unwrap();
+            }
+        }),
+        ("swap_adapter", |cpu, model, numbers| {
+            let shapes: Vec<_> = model
+                .adapters(DEFAULT)
+                .map(|(layer, there)| (layer.to_owned(), [there.a(), there.b()].map(|param| param.tensor().shape())))
+                .collect();
+            let parts = shapes.into_iter().map(|(layer, shapes)| {
+                let [a, b] = shapes.map(|shape| Tensor::from_slice(cpu, shape, &numbers(shape.rows, shape.cols)).unwrap());
+                (layer, Tuned::Lora(Adapter::from_tensors(a, b, LoraConfig::new(8, 16.0)).unwrap()))
+            });
+            model.swap_adapter(cpu, DEFAULT, parts.collect()).unwrap();
+        }),
+    ];
+    for (name, write) in ways {
+        let (mut model, mut adam) = (model(&cpu), Adam::new(LR).unwrap());
+        let mut step = |model: &mut Mlp<_>, batch| {
+            let gradients = gradients(&cpu, model, batch);
+            adam.step(&cpu, model.params_mut(), &gradients).unwrap();
+        };
+        batches.iter().for_each(|batch| step(&mut model, batch));
+        write(&cpu, &mut model, &written);
+        step(&mut model, &batches[0]);
+        for param in model.params_mut().filter(|param| param.trainable) {
+            let (rows, cols) = (param.tensor().rows(), param.tensor().cols());
+            for (got, want) in down(&cpu, param.tensor()).into_iter().zip(written(rows, cols)) {
+                let [got, want] = [got, want].map(f64::from);
+                // One step of at most some ten learning rates, and half a unit in the last place.
+                let bound = 10.0 * f64::from(LR) + want.abs() / 256.0;
+                assert!((got - want).abs() <= bound, "{name}: {got}, written was {want}");
+            }
+        }
+    }
+}

@@ -11,6 +11,7 @@
 
 mod adam;
 mod buffer;
+mod caches;
 mod dora;
 mod few;
 mod gemm;
@@ -27,6 +28,7 @@ use std::fmt;
 use std::sync::Arc;
 
 pub use buffer::Buffer;
+use caches::Caches;
 use few::Request;
 pub use gemm::PackedWeight;
 use idle::Idle;
@@ -52,16 +54,18 @@ use crate::view::{MatMut, MatRef};
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
     unit: Unit,
+    caches: Caches,
     verbs: &'static Verbs<E>,
     pool: Option<Arc<rayon::ThreadPool>>,
     idle: Arc<Idle>,
     scratch: Arc<Scratch>,
 }
 
-/// What computes: a vector unit, memory to work in, and whether this thread does all of it.
+/// What computes: a vector unit with its caches, memory to work in, and whether this thread does all of it.
 #[derive(Clone, Copy)]
 struct Engine<'c> {
     unit: Unit,
+    caches: Caches,
     idle: &'c Arc<Idle>,
     scratch: &'c Scratch,
     alone: bool,
@@ -79,6 +83,9 @@ impl<E: Float> Cpu<E> {
     ///
     /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors:
     /// [`Error::Value`] if it names none, [`Error::Unavailable`] if this CPU does not have it.
+    ///
+    /// `LOWRANK_CACHES` says how large the caches of a core are, L1d, L2 and L3, where a virtual machine tells otherwise: `32K,512K,32M`.
+    /// It changes how products are cut into blocks, and no bit of them. Errors: [`Error::Value`] if it is not three sizes.
     pub fn new() -> Result<Self> {
         let unit = match std::env::var_os("LOWRANK_UNIT") {
             Some(name) => VectorUnit::from_name(&name.to_string_lossy())?,
@@ -86,7 +93,8 @@ impl<E: Float> Cpu<E> {
         };
         let idle: Arc<Idle> = Arc::default();
         let scratch = Arc::new(Scratch::new(idle.clone()));
-        Ok(Self { unit: Unit::new(unit)?, verbs: Verbs::of()?, pool: None, idle, scratch })
+        let caches = Caches::new()?;
+        Ok(Self { unit: Unit::new(unit)?, caches, verbs: Verbs::of()?, pool: None, idle, scratch })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
@@ -108,13 +116,19 @@ impl<E: Float> Cpu<E> {
         self.unit.name()
     }
 
+    /// How `y = x·Wᵀ` is computed, `x m×k`, `W n×k`: the loop nest and its blocks, and the caches that they were made for. For people to
+    /// read: the words may change.
+    pub fn explain(&self, m: usize, k: usize, n: usize) -> String {
+        format!("{} ({}; {})", gemm::explain::<E>(&self.engine(true), m, k, n), self.unit().name(), self.caches)
+    }
+
     /// How many threads share the work.
     pub fn threads(&self) -> usize {
         self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
     fn engine(&self, alone: bool) -> Engine<'_> {
-        Engine { unit: self.unit, idle: &self.idle, scratch: &self.scratch, alone }
+        Engine { unit: self.unit, caches: self.caches, idle: &self.idle, scratch: &self.scratch, alone }
     }
 
     /// Runs a verb, whose loops then use this backend's threads; if it is little work, here, and no loop uses another thread.
@@ -291,5 +305,41 @@ impl<E: Float> Backend for Cpu<E> {
     }
     fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
         self.run(self.verbs.adam, op)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::element::bf16;
+    use crate::random::Rng;
+
+    /// `x·Wᵀ` and `x·W` with these caches.
+    fn products<E: Float>(caches: &str, m: usize, k: usize) -> Vec<f32> {
+        let mut cpu = Cpu::<E>::new().unwrap();
+        cpu.caches = Caches::parse(caches).unwrap();
+        let mut rng = Rng::new(1);
+        let mut random = |rows, cols| {
+            let numbers: Vec<E> = (0..rows * cols).map(|_| E::from_f32(rng.unit() as f32 - 0.5)).collect();
+            Tensor::from_slice(&cpu, (rows, cols), &numbers).unwrap()
+        };
+        let (x, w) = (random(m, k), random(k, k));
+        let (mut y, mut dx) = (random(m, k), random(m, k));
+        let forward = LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() };
+        cpu.linear_forward(forward.check().unwrap()).unwrap();
+        let dx_of =
+            LinearBackward { x: None, w: Some((&w).into()), dy: y.view(), dx: Some((&mut dx).into()), dw: None, dbias: None };
+        cpu.linear_backward(dx_of.check().unwrap()).unwrap();
+        y.buffer().iter().chain(dx.buffer().iter()).map(|number| number.to_f32()).collect()
+    }
+
+    #[test]
+    fn caches_change_no_bit() {
+        for (m, k) in [(7, 40), (31, 130), (150, 610)] {
+            let (wide, narrow) = (products::<f32>("32K,512K,32M", m, k), products::<bf16>("32K,512K,32M", m, k));
+            for caches in ["4K,4K,4K", "32K,256K,8M", "48K,2M,30M", "128K,12M,12M"] {
+                assert!(products::<f32>(caches, m, k) == wide && products::<bf16>(caches, m, k) == narrow, "{caches}, {m}×{k}");
+            }
+        }
     }
 }

@@ -2,15 +2,18 @@
 //! functionality", ACM TOMS 2015), with the terms of the sum laid end to end along the depth:
 //!
 //! ```text
-//! for each ROWS of the output                          loop 3 (ic)
+//! for each ROWS of the output
 //!   pack the left side, all of its depth, into MR panels              (parallel)
-//!   for each strip of columns                          loop 5 (jc)    (parallel)
+//!   for each strip of NC columns                       loop 5 (jc)    (parallel)
 //!     for each KC of the depth                         loop 4 (pc)
-//!       pack the right side into NR panels: they stay in the L2 of the core that multiplies them
-//!       for each MR rows                               loop 1 (ir)
+//!       pack the right side into NR panels
+//!       for each MC rows                               loop 3 (ic)
 //!         for each NR columns                          loop 2 (jr)
-//!           tile: registers += left panel · right panel
+//!           for each MR rows                           loop 1 (ir)
+//!             tile: registers += left panel · right panel
 //! ```
+//!
+//! Which panels stay in which cache, and so MC and NC, is for [the plan](super::plan) to say.
 //!
 //! BLIS shares the packed right side among the cores; here each core packs the strip that it owns, so there is no barrier in
 //! the depth and nothing that was packed travels between cores but the left side, which is the smaller one.
@@ -24,23 +27,20 @@ use std::ops::Range;
 use super::super::Engine;
 use super::super::pointwise::ConvertChunk;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
-use super::depth::{Depth, SHORT};
+use super::depth::Depth;
 use super::kept;
-use super::left::{Left, ROWS, chunks};
+use super::left::{Left, chunks};
 use super::micro::Micro;
 use super::outer::Outer;
 use super::pack::{Panels, Side};
 use super::pairs::Split;
+use super::plan::{Blocks, SHORT};
 use super::{Block, Factor, Init, LowRank, Output, Parts, Product};
 use crate::element::{DType, Float};
 use crate::error::Result;
 
-/// Bytes of a strip's right panels: 256 columns of 512 steps in `f32`. They stay in a 1 MiB L2.
-const NEAR: usize = 512 << 10;
 /// How far ahead the output is asked for where the depth is short, in tiles.
 const TILES_AHEAD: usize = 4;
-/// Rows a task has, where there are too few columns for every thread to own some.
-const FEW_ROWS: usize = 84;
 
 /// The largest tile of any micro-kernel, in vectors: 32 × 32 numbers.
 const MAX_TILE: usize = 32 * 2;
@@ -115,25 +115,34 @@ fn strips<E: Float, O: Float, M: Micro>(
 ) -> Result<()> {
     let depth = Depth::of::<E, M>(terms);
     let deepest = depth.longest();
-    let (_, nr) = left.micro.shape(engine.unit, out.cols());
+    let blocks = blocks(engine, left.micro, out.cols(), deepest);
     let threads = engine.threads();
-    // A shallow product is as wide as L2 allows: its rows are read and written in long runs.
-    let near = NEAR / size_of::<M::Number>() / deepest.max(1);
-    let across = Parts::new(out.cols(), nr, near, threads);
-    let rows = if across.count() < threads { FEW_ROWS } else { ROWS };
-    let down = Parts::new(out.rows(), left.mr, rows, 1);
-    let blocks = if O::DTYPE == DType::F32 || depth.total() <= deepest { 0 } else { down.longest() * across.longest() };
+    let across = Parts::new(out.cols(), blocks.nr, blocks.nc, threads);
+    let down = Parts::new(out.rows(), blocks.mr, Blocks::rows(across.count(), threads), 1);
+    let sums = if O::DTYPE == DType::F32 || depth.total() <= deepest { 0 } else { down.longest() * across.longest() };
     let len = (across.longest() * deepest * size_of::<M::Number>()).div_ceil(size_of::<f32>());
-    engine.scratch.reserve(threads.min(down.count() * across.count()), len + blocks)?;
+    engine.scratch.reserve(threads.min(down.count() * across.count()), len + sums)?;
     out.for_each_block(engine, down, across, depth.total(), |block| {
-        let mut memory = engine.scratch.take(len + blocks)?;
+        let mut memory = engine.scratch.take(len + sums)?;
         let (right, sums) = memory.split_at_mut(len);
-        engine.unit.run(Strip { block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, nr });
+        engine.unit.run(Strip { block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, blocks });
         Ok(())
     })
 }
 
-/// Loops 4, 1 and 2 over one strip of the output.
+/// How a product so wide is cut, whose deepest block is `depth` deep.
+fn blocks<M: Micro>(engine: &Engine, micro: M, cols: usize, depth: usize) -> Blocks {
+    Blocks::new(micro.shape(engine.unit, cols), size_of::<M::Number>(), M::DEPTH, depth, engine.caches)
+}
+
+/// The plan of a product `k` deep and `n` wide, in words.
+pub(super) fn explain<M: Micro>(engine: &Engine, micro: M, k: usize, n: usize) -> String {
+    let depth = Depth::new::<M>(k, 0).longest();
+    let Blocks { mr, nr, mc, nc } = blocks(engine, micro, n, depth);
+    format!("blocked: MR {mr}, NR {nr}, KC {depth}, MC {mc}, NC {nc}")
+}
+
+/// Loops 4 to 1 over one strip of the output.
 struct Strip<'a, 'o, E, O, M: Micro> {
     block: Block<'o, O>,
     init: Init<'a, E>,
@@ -143,7 +152,7 @@ struct Strip<'a, 'o, E, O, M: Micro> {
     right: &'a mut [M::Number],
     /// Room for the sums, where they must not be rounded between two blocks of the depth; else empty.
     sums: &'a mut [f32],
-    nr: usize,
+    blocks: Blocks,
 }
 
 impl<E: Float, O: Float, M: Micro> Kernel for Strip<'_, '_, E, O, M> {
@@ -160,7 +169,7 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
     #[inline(always)]
     fn sum<S: Simd>(mut self, s: S, ready: &M::Ready) {
         if self.sums.is_empty() {
-            return depth_loop(s, &mut self.block, self.init, self.terms, (self.left, ready), self.right, self.nr);
+            return depth_loop(s, &mut self.block, self.init, self.terms, (self.left, ready), self.right, self.blocks);
         }
         let (rows, cols) = (self.block.rows(), self.block.cols());
         let sums = &mut self.sums[..rows.len() * cols.len()];
@@ -170,7 +179,7 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
             }
         }
         let mut block = Block::over(sums, rows, cols);
-        depth_loop(s, &mut block, self.init, self.terms, (self.left, ready), self.right, self.nr);
+        depth_loop(s, &mut block, self.init, self.terms, (self.left, ready), self.right, self.blocks);
         for i in 0..block.rows().len() {
             ConvertChunk { from: block.line(i), to: self.block.line(i) }.run(s);
         }
@@ -186,18 +195,18 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     terms: &[Product<'_, E>],
     (left, ready): (&Left<'_, M>, &M::Ready),
     right: &mut [M::Number],
-    nr: usize,
+    blocks: Blocks,
 ) {
     let depth = Depth::of::<E, M>(terms);
     let mut start = 0;
     loop {
         let within = depth.block(start);
-        let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, nr);
+        let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, blocks.nr);
         let init = if start == 0 { init } else { Init::Output };
-        if (S::NV == 2 || !M::WIDE) && nr == 2 * LANES {
-            tiles::<S, E, O, M, 2>(s, ready, block, init, &within, left, right);
+        if (S::NV == 2 || !M::WIDE) && blocks.nr == 2 * LANES {
+            tiles::<S, E, O, M, 2>(s, ready, block, init, &within, (left, right), blocks);
         } else {
-            tiles::<S, E, O, M, 1>(s, ready, block, init, &within, left, right);
+            tiles::<S, E, O, M, 1>(s, ready, block, init, &within, (left, right), blocks);
         }
         start = within.end;
         if start == depth.total() {
@@ -236,7 +245,7 @@ fn pack_right<'r, S: Simd, E: Float, M: Micro>(
     [(if as_they_are { bytemuck::cast_slice(kept) } else { wide }, steps), (to, rest.len())]
 }
 
-/// Loops 1 and 2, on tiles `NV` vectors wide.
+/// Loops 3 to 1, on tiles `NV` vectors wide.
 #[inline(always)]
 fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     s: S,
@@ -244,32 +253,53 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     within: &Range<usize>,
-    left: &Left<'_, M>,
-    right: Right<'_, M::Number>,
+    (left, right): (&Left<'_, M>, Right<'_, M::Number>),
+    blocks: Blocks,
 ) {
-    let (mr, nr, col) = (left.mr, NV * LANES, block.cols().start);
-    let (height, width) = (block.rows().len(), block.cols().len());
+    let (mr, nr, mc) = (blocks.mr, NV * LANES, blocks.mc(within.len()));
+    let (first, height, width) = (block.rows().start / mr, block.rows().len(), block.cols().len());
+    let left = left.panels(within);
     let mut tile = [[0.0; LANES]; MAX_TILE];
-    // A shallow tile is done before its own lines of the output could come: ask for those of a later one.
-    let ahead = if within.len() < SHORT { TILES_AHEAD * nr } else { 0 };
-    for i in (0..height).step_by(mr) {
-        let left = left.panel((block.rows().start + i) / mr, within);
-        for j in (0..width).step_by(nr) {
-            let (rows, cols) = (i..height.min(i + mr), j..width.min(j + nr));
-            for row in rows.clone() {
-                for v in 0..NV {
-                    s.prefetch(&block.line(row)[cols.clone()], ahead + v * LANES);
-                }
+    for rows in (0..height).step_by(mc).map(|ic| ic..height.min(ic + mc)) {
+        for cols in (0..width).step_by(nr).map(|j| j..width.min(j + nr)) {
+            let right = right.map(|(panels, steps)| &panels[cols.start * steps..][..nr * steps]);
+            for i in rows.clone().step_by(mr) {
+                let rows = i..rows.end.min(i + mr);
+                ask_for::<S, O, NV>(s, block, rows.clone(), cols.clone(), within.len());
+                M::tile::<S, NV>(ready, s, left.panel(first + i / mr), right, &mut tile);
+                write::<S, E, O, NV>(s, block, init, rows, cols.clone(), &tile);
             }
-            let right = right.map(|(panels, steps)| &panels[j * steps..][..nr * steps]);
-            M::tile::<S, NV>(ready, s, left, right, &mut tile);
-            for (row, sums) in rows.zip(tile.as_chunks::<NV>().0) {
-                let line = &mut block.line(row)[cols.clone()];
-                match line.as_chunks_mut().0.first_chunk_mut::<NV>() {
-                    Some(line) => finish_whole(s, sums, init, col + j, line),
-                    None => super::finish(s, sums, init, col + j, line),
-                }
-            }
+        }
+    }
+}
+
+/// Asks for the lines that a tile is added to. One of little depth is done before its own could come: ask for those of a later one.
+#[inline(always)]
+fn ask_for<S: Simd, O, const NV: usize>(s: S, block: &mut Block<'_, O>, rows: Range<usize>, cols: Range<usize>, depth: usize) {
+    let ahead = if depth < SHORT { TILES_AHEAD * NV * LANES } else { 0 };
+    for row in rows {
+        for v in 0..NV {
+            s.prefetch(&block.line(row)[cols.clone()], ahead + v * LANES);
+        }
+    }
+}
+
+/// Writes a tile.
+#[inline(always)]
+fn write<S: Simd, E: Float, O: Float, const NV: usize>(
+    s: S,
+    block: &mut Block<'_, O>,
+    init: Init<'_, E>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    tile: &[Lanes<f32>],
+) {
+    let col = block.cols().start + cols.start;
+    for (row, sums) in rows.zip(tile.as_chunks::<NV>().0) {
+        let line = &mut block.line(row)[cols.clone()];
+        match line.as_chunks_mut().0.first_chunk_mut::<NV>() {
+            Some(line) => finish_whole(s, sums, init, col, line),
+            None => super::finish(s, sums, init, col, line),
         }
     }
 }

@@ -4,9 +4,7 @@ use std::ops::Range;
 
 use super::Product;
 use super::micro::Micro;
-
-/// The most that a term may be deep to share a block with the term before it.
-pub(super) const SHORT: usize = 128;
+use super::plan::SHORT;
 
 /// How deep the terms of a sum are, laid end to end, and how that depth is cut into blocks: each term into equal ones of at
 /// most `M::DEPTH`, but a short term joins the block before it.

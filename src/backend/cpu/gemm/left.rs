@@ -11,11 +11,10 @@ use super::Product;
 use super::depth::Depth;
 use super::micro::Micro;
 use super::pack::{Panels, Side};
+use super::plan::ROWS;
 use crate::element::Float;
 use crate::error::Result;
 
-/// Rows whose packed left side is kept at a time: 16 MiB at a depth of 4096. What is packed on the right is used on as many.
-pub(super) const ROWS: usize = 1008;
 /// Left panels that a task packs together: of a left side that is turned, each step of the depth gives them one run of numbers.
 const GROUP: usize = 8;
 
@@ -71,11 +70,12 @@ impl<'e, M: Micro> Left<'e, M> {
         }
     }
 
-    /// Panel `i`, for a block of the depth or the beginning of one.
+    /// The panels of a block of the depth, or of the beginning of one.
     #[inline(always)]
-    pub(super) fn panel(&self, i: usize, within: &Range<usize>) -> &[M::Number] {
-        let whole = self.mr * self.depth.block(within.start).len();
-        &self.numbers.as_ref::<M::Number>()[self.panels * self.mr * within.start + i * whole..][..self.mr * within.len()]
+    pub(super) fn panels(&self, within: &Range<usize>) -> LeftPanels<'_, M::Number> {
+        let stride = self.mr * self.depth.block(within.start).len();
+        let numbers = &self.numbers.as_ref::<M::Number>()[self.panels * self.mr * within.start..];
+        LeftPanels { numbers, stride, len: self.mr * within.len() }
     }
 
     /// What some steps of the depth have of its blocks.
@@ -89,6 +89,20 @@ impl<'e, M: Micro> Left<'e, M> {
     pub(super) fn panel_part(&self, i: usize, within: &Range<usize>) -> &[M::Number] {
         let mut blocks = self.depth.blocks();
         let start = blocks.find(|block| block.end > within.start).map_or(0, |block| block.start);
-        &self.panel(i, &(start..within.end))[self.mr * (within.start - start)..]
+        &self.panels(&(start..within.end)).panel(i)[self.mr * (within.start - start)..]
+    }
+}
+
+/// What left panels have of a block of the depth.
+pub(super) struct LeftPanels<'l, N> {
+    numbers: &'l [N],
+    stride: usize,
+    len: usize,
+}
+
+impl<'l, N> LeftPanels<'l, N> {
+    #[inline(always)]
+    pub(super) fn panel(&self, i: usize) -> &'l [N] {
+        &self.numbers[i * self.stride..][..self.len]
     }
 }

@@ -3,6 +3,7 @@
 use super::super::simd::{LANES, Lanes, Simd, Unit};
 use super::Matrix;
 use super::pack::{Part, Side};
+use super::plan::KC;
 use super::tile;
 use crate::element::{Element, Float};
 
@@ -16,7 +17,7 @@ pub(super) trait Micro: Copy + Send + Sync {
     const STEP: usize;
     /// Whether panels hold `f32`, and so any factor.
     const WIDE: bool;
-    /// Depth of a block: the sums of a tile are added to the output once for each.
+    /// KC, the most depth of a block: the sums of a tile are added to the output once for each.
     const DEPTH: usize;
 
     /// Rows and columns of the tile, for an output with so many columns.
@@ -47,8 +48,7 @@ impl Micro for Fma {
     type Ready = ();
     const STEP: usize = 1;
     const WIDE: bool = true;
-    /// Adding a tile to the output costs about as much as 10 steps of depth.
-    const DEPTH: usize = 512;
+    const DEPTH: usize = KC;
 
     fn shape(self, unit: Unit, cols: usize) -> (usize, usize) {
         let (rows, vectors) = unit.run(tile::Shape);

@@ -21,6 +21,7 @@ mod outer;
 mod output;
 mod pack;
 mod pairs;
+mod plan;
 mod shallow;
 mod skinny;
 mod tile;
@@ -30,6 +31,7 @@ use micro::Fma;
 pub(super) use outer::Outer;
 pub(super) use output::Output;
 use output::{Block, Parts};
+use plan::{Regime, SHALLOW_DEPTH, SKINNY_ROWS};
 pub(super) use tile::multiply as tile;
 
 use std::ops::Range;
@@ -276,25 +278,21 @@ impl<'a, E: Float> Init<'a, E> {
     }
 }
 
-/// Which loop nest computes a sum.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Plan {
-    Blocked,
-    Skinny,
-}
-
-/// The most rows that are cheaper without packing (measured at 4096 × 2048 and its transpose, see `benches/RESULTS.md`): a
-/// right side that is turned while it is packed costs about what sixteen rows of dot products do.
-const DOT_ROWS: usize = 16;
-/// One that is contiguous along the output is slower to pack, and quicker to use as it is.
-const SKINNY_ROWS: usize = 24;
-
-fn plan<E>(rows: usize, terms: &[Product<'_, E>]) -> Plan {
+/// The loop nest for an output of so many rows.
+fn regime<E>(rows: usize, terms: &[Product<'_, E>]) -> Regime {
     let dots = terms.iter().any(|term| term.rhs.transposed());
     // Dot products are made of lines that are contiguous along the depth on both sides.
     let crossed = terms.iter().any(|term| term.lhs.transposed() && term.rhs.transposed());
-    let most = if dots { DOT_ROWS } else { SKINNY_ROWS };
-    if rows <= most && !crossed { Plan::Skinny } else { Plan::Blocked }
+    plan::regime(rows, dots, crossed)
+}
+
+/// The plan of `lhs·rhsᵀ`, `lhs m×k`, `rhs n×k`, in words.
+pub(super) fn explain<E: Float>(engine: &Engine, m: usize, k: usize, n: usize) -> String {
+    match (plan::regime(m, true, false), pairs::unit(engine).filter(|_| kept::same::<E, bf16>())) {
+        (Regime::Skinny, _) => format!("skinny: dot products, {} columns a task", plan::DOTS),
+        (Regime::Blocked, Some(unit)) => blocked::explain(engine, unit, k, n),
+        (Regime::Blocked, None) => blocked::explain(engine, Fma, k, n),
+    }
 }
 
 /// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the type of the output.
@@ -312,12 +310,12 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         return Ok(()); // whose other side, or whose depth, may be any number
     }
     if let (Init::Output, [term]) = (init, terms)
-        && term.depth() <= shallow::DEPTH
+        && term.depth() <= SHALLOW_DEPTH
     {
         return shallow::run(engine, out, term);
     }
-    match plan(out.rows(), terms) {
-        Plan::Blocked => {
+    match regime(out.rows(), terms) {
+        Regime::Blocked => {
             if let Some(sum) = pairs::Sum::of(engine, init, terms) {
                 return sum.run(engine, out);
             }
@@ -326,7 +324,7 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
                 _ => blocked::run(engine, Fma, out, init, terms),
             }
         }
-        Plan::Skinny => skinny::run(engine, out, init, terms),
+        Regime::Skinny => skinny::run(engine, out, init, terms),
     }
 }
 
@@ -354,7 +352,7 @@ pub(super) fn low_rank<E: Float, O: Float>(
     if h.is_empty() && out.is_empty() {
         return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
     }
-    if plan(out.rows(), &[op.narrowed(), op.base()]) == Plan::Blocked {
+    if regime(out.rows(), &[op.narrowed(), op.base()]) == Regime::Blocked {
         if let Some(unit) = pairs::unit(engine)
             && let (Some(op), Some(init)) = (op.as_bf16(), init.as_bf16())
         {
@@ -445,26 +443,4 @@ pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>)
         engine.unit.run(pack::Interleave { lines, first: 0, width: lines.rows, to: to.as_chunks_mut().0 });
     }
     Ok(to)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_plan_packs_what_is_tall_or_turned() {
-        let numbers = [0f32; 100];
-        let lines = |turned| {
-            let matrix = Matrix::new(&numbers, 10, 10);
-            Factor::Stored(if turned { matrix.t() } else { matrix })
-        };
-        let plan = |rows, lhs, rhs| plan(rows, &[Product { scale: 1.0, lhs: lines(lhs), rhs: lines(rhs) }]);
-        for turned in [false, true] {
-            assert_eq!(plan(SKINNY_ROWS, turned, false), Plan::Skinny);
-            assert_eq!(plan(SKINNY_ROWS + 1, turned, false), Plan::Blocked);
-            assert_eq!(plan(DOT_ROWS + 1, turned, true), Plan::Blocked);
-        }
-        assert_eq!(plan(DOT_ROWS, false, true), Plan::Skinny);
-        assert_eq!(plan(1, true, true), Plan::Blocked);
-    }
 }

@@ -78,34 +78,74 @@ impl Part<'_, f32> {
         }
         if !lines.transposed {
             for (panel, to) in to.chunks_mut(stride).enumerate() {
+                let (first, to) = (first + panel * width, &mut to[..width * depth.len()]);
+                if S::REGISTERS < 32 {
+                    transpose(s, lines, scale, depth.clone(), first, width, to);
+                    continue;
+                }
                 for i in (0..width).step_by(LANES) {
-                    turn(s, lines, scale, depth.clone(), first + panel * width + i, (i, width), &mut to[..width * depth.len()]);
+                    turn(s, lines, scale, depth.clone(), first + i, (i, width), to);
                 }
             }
             return;
         }
         // Lines are columns in memory: a step of the depth is one run, cut into pieces for the panels.
         let last = lines.rows.min(first + to.len().div_ceil(stride) * width);
+        let end = width * depth.len();
         for (step, p) in depth.enumerate() {
             let run = &lines.run(p)[first..last];
             // The next runs lie in other pages, where no hardware looks ahead.
             for at in (0..run.len()).step_by(64 / size_of::<T>()) {
                 s.prefetch(run, RUNS_AHEAD * lines.stride + at);
             }
-            for (from, to) in run.chunks(width).zip(to.chunks_mut(stride)) {
-                copy_scaled(s, from, scale, &mut to[step * width..][..width]);
+            for (panel, to) in to.chunks_mut(stride).enumerate() {
+                copy_scaled(s, &run[panel * width..], scale, width, &mut to[step * width..end]);
             }
         }
     }
 }
 
-/// `to = scale·from`; what is missing is zeros.
+/// `to[..width] = scale·from`; what is missing is zeros. Whole vectors are written: what they write beyond the step belongs to
+/// the steps that follow, which overwrite it.
 #[inline(always)]
-fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, to: &mut [f32]) {
+fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, width: usize, to: &mut [f32]) {
     let factor = s.splat(scale);
-    for (v, to) in to.chunks_mut(LANES).enumerate() {
-        let numbers = if v * LANES < from.len() { s.widen_at(from, v) } else { s.splat(0.0) };
-        s.narrow_to(s.mul(numbers, factor), to);
+    for at in (0..width).step_by(LANES) {
+        let numbers = if at < from.len() { s.widen_at(&from[at..], 0) } else { s.splat(0.0) };
+        let to = &mut to[at..];
+        let len = to.len().min(LANES);
+        s.narrow_to(s.mul(numbers, factor), &mut to[..len]);
+    }
+}
+
+/// `to[p][i] = scale·lines[first + i][p]` for the `width` lines of a panel, which are contiguous along the depth; what is missing is
+/// zeros.
+///
+/// Eight lines at a time, the last ones first: where fewer than eight are left of the panel, the vectors that are written end in the
+/// first lines of the next step, which are written after them.
+#[inline(always)]
+fn transpose<S: Simd, T: Float>(
+    s: S,
+    lines: Matrix<'_, T>,
+    scale: f32,
+    depth: Range<usize>,
+    first: usize,
+    width: usize,
+    to: &mut [f32],
+) {
+    for at in (0..width).step_by(8).rev() {
+        let to = &mut to[at..];
+        let there = lines.rows.saturating_sub(first + at).min(8).min(width - at);
+        if there > 0 {
+            let mut eight = [&lines.run(first + at)[depth.clone()]; 8];
+            for i in 1..there {
+                eight[i] = &lines.run(first + at + i)[depth.clone()];
+            }
+            s.transpose_lines(eight, scale, to, width);
+        }
+        for i in there..8.min(width - at) {
+            to[i..].iter_mut().step_by(width).for_each(|number| *number = 0.0);
+        }
     }
 }
 

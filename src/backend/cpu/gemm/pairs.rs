@@ -8,6 +8,7 @@ use super::super::simd::pairs::{COLS, PairUnit, Ready, STEP};
 use super::super::simd::{LANES, Lanes, Simd, Unit};
 use super::micro::Micro;
 use super::pack::{Part, Side};
+use super::plan::KC_PAIRS;
 use super::{Factor, Init, Matrix, Output, Product, blocked};
 use crate::element::{Float, bf16};
 use crate::error::Result;
@@ -64,8 +65,7 @@ impl Micro for Pairs {
     type Number = bf16;
     type Ready = Ready;
     const STEP: usize = STEP;
-    /// As many bytes as a block of `f32` has. Not measured: no CPU here has such a unit.
-    const DEPTH: usize = 1024;
+    const DEPTH: usize = KC_PAIRS;
     const WIDE: bool = false;
 
     fn shape(self, _: Unit, _: usize) -> (usize, usize) {

@@ -9,19 +9,12 @@ use std::ops::Range;
 use super::super::Engine;
 use super::super::scratch::Taken;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
-use super::dots::together;
 use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
-use super::{Block, DOT_ROWS, Factor, Init, Matrix, Output, Parts, Product, SKINNY_ROWS, narrow};
+use super::plan::{self, DOT_ROWS, DOTS, SKINNY_ROWS, SUMS};
+use super::{Block, Factor, Init, Matrix, Output, Parts, Product, narrow};
 use crate::element::Float;
 use crate::error::Result;
-
-/// Numbers of a task's sums where the weights are contiguous along the columns (20 KiB), which stay in L1.
-const SUMS: usize = 5 * 1024;
-/// Columns such a task owns at most: runs of 2 KiB.
-const WIDTH: usize = 512;
-/// Columns a task owns where each is a row of the weights to be read whole.
-const DOTS: usize = 64;
 
 /// `out = init + Σ scale·lhs·rhs`
 pub(super) fn run<E: Float, O: Float>(
@@ -41,7 +34,8 @@ pub(super) fn run<E: Float, O: Float>(
     let lefts = [left(0)?, left(1)?];
     let dots = terms.iter().any(|term| term.rhs.transposed());
     let down = Parts::new(out.rows(), SKINNY_ROWS, SKINNY_ROWS, 1);
-    let width = if dots { DOTS } else { WIDTH.min(SUMS / down.longest().min(out.rows()).max(1)) };
+    let height = down.longest().min(out.rows());
+    let width = if dots { DOTS } else { plan::run(engine.unit.run(Registers), height, out.cols(), engine.threads()) };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
     out.for_each_block(engine, down, across, depth, |block| {
@@ -77,7 +71,7 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
         }
         return Ok(left);
     }
-    let width = unit.run(Together { rows });
+    let width = plan::together(unit.run(Registers), rows);
     let group = width * depth.next_multiple_of(LANES);
     let mut left = engine.scratch.take(rows.div_ceil(width) * group)?;
     for (first, to) in (0..rows).step_by(width).zip(left.chunks_exact_mut(group.max(1))) {
@@ -90,16 +84,14 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
     Ok(left)
 }
 
-/// How many lines a group of dot products takes.
-struct Together {
-    rows: usize,
-}
+/// How many vectors the unit's registers hold.
+struct Registers;
 
-impl Kernel for Together {
+impl Kernel for Registers {
     type Out = usize;
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> usize {
-        together::<S>(self.rows)
+        S::REGISTERS
     }
 }
 

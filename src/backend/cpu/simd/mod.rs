@@ -20,7 +20,7 @@ mod x86;
 pub(crate) use neon::Neon;
 pub(crate) use scalar::Scalar;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512, cache_levels};
 
 use self::pairs::PairUnit;
 use crate::element::{DType, Float};
@@ -94,6 +94,16 @@ pub(crate) trait Simd: Copy + Send + Sync {
             cols[j] = self.load(&turned[j]);
         }
         cols
+    }
+
+    /// Eight lines become columns: `to[p·width + i] = scale·lines[i][p]`, as far as `to` goes.
+    #[inline(always)]
+    fn transpose_lines<T: Float>(self, lines: [&[T]; 8], scale: f32, to: &mut [f32], width: usize) {
+        for (p, to) in to.chunks_mut(width).enumerate() {
+            for (to, line) in to.iter_mut().zip(lines) {
+                *to = scale * line[p].to_f32();
+            }
+        }
     }
 
     /// Asks for the cache line that lies `ahead` elements after the first: a hint, wherever that is.

@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::{Kernel, LANES, Lanes, Simd};
+use crate::element::{DType, Float};
 
 /// Proof that this CPU has AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -173,6 +174,33 @@ impl Simd for Avx512 {
     }
 }
 
+/// Bytes of the levels 1, 2 and 3 of data cache, 0 for one that is not there.
+pub(crate) fn cache_levels() -> Option<[usize; 3]> {
+    // SAFETY: every x86-64 CPU has the instruction; a leaf that it does not know reads as another one, or as zeros.
+    #[allow(unused_unsafe, reason = "safe in newer compilers")]
+    let leaf = |leaf: u32, sub: u32| unsafe { __cpuid_count(leaf, sub) };
+    // AMD describes its caches in a leaf of its own, in the same words.
+    let amd = leaf(0x8000_0000, 0).eax >= 0x8000_001d && leaf(0x8000_001d, 0).eax & 31 != 0;
+    if !amd && leaf(0, 0).eax < 4 {
+        return None;
+    }
+    let mut levels = [0; 3];
+    for sub in 0..8 {
+        let cache = leaf(if amd { 0x8000_001d } else { 4 }, sub);
+        let (kind, level) = (cache.eax & 31, (cache.eax >> 5 & 7) as usize);
+        let field = |shift: u32, bits: u32| (cache.ebx >> shift & ((1 << bits) - 1)) as usize + 1;
+        match kind {
+            0 => break,
+            // Data, or both.
+            1 | 3 if (1..=3).contains(&level) => {
+                levels[level - 1] = field(22, 10) * field(12, 10) * field(0, 12) * (cache.ecx as usize + 1);
+            }
+            _ => {}
+        }
+    }
+    (levels != [0; 3]).then_some(levels)
+}
+
 /// Pairs of lanes, taken by turns from `a` and `b`: the lower ones of each quarter, and the upper ones.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -225,6 +253,17 @@ macro_rules! halves {
 
 /// Functions, not closures: what is not inlined for certain would call intrinsics instead of being them.
 impl Avx2 {
+    /// # Safety
+    /// Eight numbers lie at `from`.
+    #[inline(always)]
+    unsafe fn widen8<T: Float>(self, from: *const T) -> __m256 {
+        match T::DTYPE {
+            DType::F32 => intrinsics!(_mm256_loadu_ps(from.cast())),
+            DType::F16 => intrinsics!(_mm256_cvtph_ps(_mm_loadu_si128(from.cast()))),
+            DType::BF16 => intrinsics!(self.widen_bf16(from.cast())),
+        }
+    }
+
     /// # Safety
     /// Eight `u16` lie at `from`.
     #[inline(always)]
@@ -354,6 +393,30 @@ impl Simd for Avx2 {
             let low = fours(a[0], b[0], c[0], d[0]);
             add_halves(_mm256_add_ps(low, fours(a[1], b[1], c[1], d[1])))
         })
+    }
+    /// Blocks of eight by eight.
+    #[inline(always)]
+    fn transpose_lines<T: Float>(self, lines: [&[T]; 8], scale: f32, to: &mut [f32], width: usize) {
+        let steps = lines[0].len();
+        assert!(lines.iter().all(|line| line.len() == steps));
+        let (factor, mut p) = (intrinsics!(_mm256_set1_ps(scale)), 0);
+        let mut block = [factor; 8];
+        while p + 8 <= steps && (p + 7) * width + 8 <= to.len() {
+            for i in 0..8 {
+                // SAFETY: eight numbers lie there.
+                block[i] = intrinsics!(_mm256_mul_ps(self.widen8(lines[i].as_ptr().add(p)), factor));
+            }
+            block = intrinsics!(transpose8(block));
+            for i in 0..8 {
+                intrinsics!(_mm256_storeu_ps(to.as_mut_ptr().add((p + i) * width), block[i]));
+            }
+            p += 8;
+        }
+        for (p, to) in to.chunks_mut(width).enumerate().skip(p) {
+            for (to, line) in to.iter_mut().zip(lines) {
+                *to = scale * line[p].to_f32();
+            }
+        }
     }
     /// Four blocks of eight by eight.
     #[inline(always)]

@@ -175,7 +175,7 @@ pub struct Tape<'m, B: Backend> {
     backend: &'m B,
     nodes: Vec<Node<'m, B>>,
     /// The derivatives of the caller's operations, in order.
-    customs: Vec<Box<dyn custom::Derivative<B> + 'm>>,
+    customs: Vec<custom::BoxedDerivative<'m, B>>,
     /// The values, what losses sent to them, and where the gradients of parameters will be filed.
     gradients: Gradients<B>,
 }

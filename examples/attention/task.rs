@@ -33,7 +33,7 @@ impl<B: Backend> Batch<B> {
             embedding.map(move |(j, x)| B::Elem::from_f32(x + 0.7 * (place * (1 + j % 4) as f32 + j as f32).cos()))
         });
         let rows: Vec<B::Elem> = rows.collect();
-        let before = |at: usize| tokens[at - usize::from(at % attention.length > 0)] as u32;
+        let before = |at: usize| tokens[at - usize::from(!at.is_multiple_of(attention.length))] as u32;
         let labels: Vec<u32> = (0..tokens.len()).map(before).collect();
         Ok(Self {
             x: Tensor::from_slice(backend, (tokens.len(), width), &rows)?,

@@ -68,6 +68,9 @@ impl<'m, B: Backend> Tape<'m, B> {
     }
 }
 
+/// The derivative of a custom operation, as a tape holds it.
+pub(super) type BoxedDerivative<'m, B> = Box<dyn Derivative<B> + 'm>;
+
 /// The derivative of a custom operation, whatever the number of its inputs.
 pub(super) trait Derivative<B: Backend> {
     /// From `dy`, the gradients of what the operation read. All values are of the same tape.

@@ -1,6 +1,6 @@
 //! The way back: the derivative of every op, as one match.
 
-use super::custom::Derivative;
+use super::custom::BoxedDerivative;
 use super::gradients::{Gradient, Gradients};
 use super::{LoraParams, Node, Op, Param, Var, signed};
 use crate::backend::Backend;
@@ -12,7 +12,7 @@ use crate::tensor::Tensor;
 /// saw to it.
 pub(super) fn through<B: Backend>(
     backend: &B,
-    (nodes, customs): (&[Node<'_, B>], &[Box<dyn Derivative<B> + '_>]),
+    (nodes, customs): (&[Node<'_, B>], &[BoxedDerivative<'_, B>]),
     y: Var,
     dy: Tensor<B>,
     gradients: &mut Gradients<B>,

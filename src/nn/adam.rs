@@ -21,7 +21,7 @@ use crate::tensor::{Shape, Tensor};
 /// there is an `f32` master copy of every parameter that is updated; steps are taken on the master, and the parameter is the master
 /// rounded. A number
 /// that somebody overwrites ([`set_tensor`](Param::set_tensor), [`copy_from_slice`](Param::copy_from_slice),
-/// [`swap_adapter`](super::Mlp::swap_adapter), a launch of the caller's own) is the one that the next step begins from: of each
+/// [`swap_adapter`](super::Adaptable::swap_adapter), a launch of the caller's own) is the one that the next step begins from: of each
 /// master only the numbers count that still round to the parameter's. See [`op::Adam`].
 ///
 /// Memory, in bytes for each number that is updated: 8 of moments, and over 16-bit backends 4 of master. So a parameter and its

@@ -7,7 +7,7 @@
 //! block     an instruction: moves, products, barriers                            block.rs  access.rs  bulk.rs  product.rs
 //! cluster   what the threads share, what each has started, what it has seen      cluster.rs  flight.rs  barrier.rs  warp.rs
 //! memory    bytes, which of them were ever written, and who touched them when    memory.rs  shadow.rs
-//! semantics where elements lie and what an mbarrier counts; fragments            semantics.rs  matrix.rs
+//! semantics where elements lie, what an mbarrier counts, how products add up     semantics.rs  matrix.rs  sums.rs
 //! ```
 //!
 //! Lanes of a warp run in lock-step: of the groups that a branch made, the one with the smallest program counter runs, and
@@ -33,8 +33,7 @@
 //!
 //! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), blocks of threads in 2-D,
 //! clusters of more than two blocks or along other axes than x, tensors that are not tiled (im2col) or whose maps a kernel makes,
-//! descriptors without swizzle, the state that `mbarrier.arrive` returns, and which registers `setmaxnreg` moves. Sums of products
-//! are added one after another in f32, which no tensor core does. The lanes of a warp are taken to have come together when one of
+//! descriptors without swizzle, the state that `mbarrier.arrive` returns, and which registers `setmaxnreg` moves. The lanes of a warp are taken to have come together when one of
 //! them arrives at an mbarrier, and `elect.sync` takes the lowest lane.
 //!
 //! ```
@@ -84,6 +83,7 @@ mod scalar;
 mod schedule;
 mod semantics;
 mod shadow;
+mod sums;
 mod tensor;
 #[cfg(test)]
 mod third_party;

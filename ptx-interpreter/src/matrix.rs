@@ -4,6 +4,7 @@ use crate::WARP;
 use crate::float;
 use crate::op::Half;
 use crate::semantics::Semantics;
+use crate::sums::MMA;
 
 pub(crate) fn widen(half: Half, bits: u16) -> f32 {
     match half {
@@ -32,11 +33,16 @@ pub(crate) fn multiply(semantics: &Semantics, half: Half, a: &Fragment<4>, b: &F
         let (depth, col) = (semantics.mma_rhs)(lane, i, part);
         rhs[depth][col] = value;
     }
+    let (place, mut sums) = (semantics.mma_sum, [[0.0; 8]; 16]);
+    for (i, lane) in (0..4).flat_map(|i| (0..WARP).map(move |lane| (i, lane))) {
+        let (row, col) = place(lane, i);
+        sums[row][col] = f32::from_bits(c[i][lane]);
+    }
+    MMA.multiply(&lhs, &rhs, &mut sums);
     std::array::from_fn(|i| {
         std::array::from_fn(|lane| {
-            let (row, col) = (semantics.mma_sum)(lane, i);
-            let sum = (0..16).fold(f32::from_bits(c[i][lane]), |sum, depth| sum + lhs[row][depth] * rhs[depth][col]);
-            sum.to_bits()
+            let (row, col) = place(lane, i);
+            sums[row][col].to_bits()
         })
     })
 }

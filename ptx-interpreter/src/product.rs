@@ -12,6 +12,7 @@ use crate::op::{Op, Product, Side};
 use crate::scalar::Row;
 use crate::semantics::Layout;
 use crate::shadow::Moment;
+use crate::sums::WGMMA;
 
 /// What the sums hold for who reads them too early: a NaN.
 const POISON: Row = [0x7fc0_dead; WARP];
@@ -41,15 +42,6 @@ impl Product {
             Some(half) => widen(half, (chunk >> (bits * i)) as u16),
             None => float::cut_to_tf32(f32::from_bits((chunk >> (bits * i)) as u32)),
         })
-    }
-}
-
-/// `sums += lhs·rhs` for 16 rows: `lhs[row][d]`, `rhs[d][col]`, `sums[row][col]`
-fn multiply(lhs: &[Vec<f32>], rhs: &[Vec<f32>], sums: &mut [Vec<f32>]) {
-    for (left, sums) in lhs.iter().zip(sums) {
-        for (left, right) in left.iter().zip(rhs) {
-            sums.iter_mut().zip(right).for_each(|(sum, right)| *sum += left * right);
-        }
     }
 }
 
@@ -114,7 +106,7 @@ impl Cluster<'_, '_, '_> {
                 tile[row][col] = f32::from_bits(*value as u32);
             }
         }
-        multiply(&lhs, &rhs, &mut tile);
+        WGMMA.multiply(&lhs, &rhs, &mut tile);
         for (i, &d) in product.d.iter().enumerate() {
             let value = |(row, col): (usize, usize)| u64::from(tile[row][col].to_bits());
             sums.insert(d, std::array::from_fn(|lane| value(place(lane, i))));

@@ -36,7 +36,9 @@ impl Sums<'_> {
     ) {
         let (vectors, groups) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X));
         let left: &[[Lanes<f32>; X]] = left.as_chunks().0;
-        let stretch = (STAYS / (groups * X)).div_ceil(LANES);
+        // By rows alone, not by X: every unit cuts the depth alike, and so sums in the same order.
+        let rows = if X == 1 { 1 } else { self.height.next_multiple_of(5) };
+        let stretch = (STAYS / rows).div_ceil(LANES);
         for start in (0..vectors).step_by(stretch) {
             let end = vectors.min(start + stretch);
             let depth = start * LANES..rhs.rows.min(end * LANES);

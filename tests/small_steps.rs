@@ -107,8 +107,15 @@ fn difference(got: &[Mat], want: &[Mat]) -> f64 {
     norm(&mut got.iter().zip(want).map(apart)) / norm(&mut want.iter().cloned())
 }
 
+/// How far an adapter is from the one over f32: as a whole, and layer by layer.
+#[derive(Debug)]
+struct Off {
+    whole: f64,
+    layers: Vec<f64>,
+}
+
 /// How far the updates of two hundred steps are from those over f32: with masters, and without.
-fn off_from_f32<E: Float>() -> [f64; 2] {
+fn off_from_f32<E: Float>() -> [Off; 2] {
     let (backend, wide, batches) = (Cpu::<E>::new().unwrap(), Cpu::<f32>::new().unwrap(), batches::<E>());
     let fresh = || model(&backend);
     let mut adam = Adam::new(LR).unwrap();
@@ -120,24 +127,24 @@ fn off_from_f32<E: Float>() -> [f64; 2] {
         adam.step(&backend, model.params_mut(), gradients).unwrap();
     });
     let without = updates(&backend, fresh(), &batches, without_masters(&backend));
-    let each = |got: &[Mat]| (0..want.len()).map(|i| difference(&got[i..=i], &want[i..=i])).collect::<Vec<_>>();
-    println!("{}: the layers are off by {:.4?} with masters, by {:.4?} without", E::DTYPE, each(&with), each(&without));
-    [with, without].map(|got| difference(&got, &want))
+    let layers = |got: &[Mat]| (0..want.len()).map(|i| difference(&got[i..=i], &want[i..=i])).collect();
+    let off = [with, without].map(|got| Off { whole: difference(&got, &want), layers: layers(&got) });
+    println!("{}: with masters {:.4?}, without {:.4?}", E::DTYPE, off[0], off[1]);
+    off
 }
 
 #[test]
 fn adapters_over_bf16_move_as_over_f32() {
     let [with, without] = off_from_f32::<bf16>();
-    println!("bf16: off by {with:.4} with masters, by {without:.4} without");
-    assert!(with <= 0.02, "{with}");
-    assert!(without > 0.02, "{without}: so this shows something");
+    // The adapter as a whole. Its second layer is off by 2.2 %, so the bar of 2 % is not met by each layer: see benches/RESULTS.md.
+    assert!(with.whole <= 0.02, "{with:?}");
+    assert!(without.layers.iter().all(|&off| off > 0.02), "{without:?}: so this shows something");
 }
 
 #[test]
 fn adapters_over_f16_move_as_over_f32() {
     let [with, without] = off_from_f32::<f16>();
-    println!("f16: off by {with:.4} with masters, by {without:.4} without");
-    assert!(with <= 0.02, "{with}");
+    assert!(with.layers.iter().all(|&off| off <= 0.02), "{with:?}, without masters {without:?}");
 }
 
 /// Every way to overwrite a parameter between two steps: the next step begins from what was written.

@@ -214,7 +214,7 @@ fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
         op::DropoutForward { x: z.view(), dropout, y: y.view_mut() }.run(backend)
     });
     let rounding = Rounding::Stochastic { seed: 1 };
-    bench.run("lora_merge_by_chance", bytes(2 * n * k, elem), |backend| {
+    bench.run("lora_merge_stochastic", bytes(2 * n * k, elem), |backend| {
         LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: 1e-6, rounding, w: w.view_mut() }.run(backend)
     });
 }

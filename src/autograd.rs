@@ -21,8 +21,8 @@
 //! A loop works in the same memory again and again: a tape takes over the lists of a step that is done
 //! ([`reusing`](Tape::reusing), [`reset`](Tape::reset)), and the backend lends again what tensors gave back.
 
+mod backward;
 mod custom;
-mod flow;
 mod gradients;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -345,7 +345,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         let mut dlogits = Tensor::unwritten(self.backend, self.value(logits)?.shape())?;
         CrossEntropy { logits: self.value(logits)?.view(), labels, loss: loss.view_mut(), dlogits: dlogits.view_mut() }
             .run(self.backend)?;
-        self.gradients.meet(self.backend, logits, dlogits)?;
+        self.gradients.add_to_value(self.backend, logits, dlogits)?;
         Ok(loss)
     }
 
@@ -355,7 +355,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         if got != want {
             return Err(Error::Shape { verb: "seed", name: "gradient", got, want });
         }
-        self.gradients.meet(self.backend, var, gradient)
+        self.gradients.add_to_value(self.backend, var, gradient)
     }
 
     /// The gradients of the sum of all losses, for every trainable parameter. One that was used several times, such as a tied weight,
@@ -368,7 +368,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         Error::unless(begins, "backward", "loss", "missing", "a cross_entropy or a seed on the tape")?;
         for (index, node) in nodes.iter().enumerate().rev() {
             if let (true, Some(dy)) = (node.wanted, gradients.arrived[index].take()) {
-                flow::through(backend, (&nodes, &customs), Var { tape: id, index }, dy, &mut gradients)?;
+                backward::through(backend, (&nodes, &customs), Var { tape: id, index }, dy, &mut gradients)?;
             }
         }
         gradients.arrived.clear();

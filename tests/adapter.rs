@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Factors, Folder, HostMatrix, TENSORS_FILE, TargetModules};
+use lowrank::adapter::{self, AdapterConfig, CONFIG_FILE, Factors, Folder, HostMatrix, LayerTarget, TENSORS_FILE, TargetModules};
 use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, DType, Error, Float, Tensor, bf16, f16};
@@ -233,7 +233,7 @@ fn layers_are_excluded_and_picked_by_number_as_in_peft() {
         config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
         AdapterConfig::from_json(config.to_string().as_bytes()).unwrap().asks(layer)
     };
-    let is_lora = |extra: Value, layer: &str| matches!(asked(extra, layer), Some(Asked::Lora(_)));
+    let is_lora = |extra: Value, layer: &str| matches!(asked(extra, layer), Some(LayerTarget::Lora(_)));
     assert!(!is_lora(json!({"exclude_modules": ["v"]}), "h.1.v") && is_lora(json!({"exclude_modules": ["v"]}), "h.1.q"));
     assert!(!is_lora(json!({"exclude_modules": r".*\.1\..*"}), "h.1.q") && is_lora(json!({"exclude_modules": ".*1"}), "h.1.q"));
     for (layer, want) in
@@ -248,8 +248,8 @@ fn layers_are_excluded_and_picked_by_number_as_in_peft() {
     }
     assert!(!is_lora(json!({"layers_to_transform": 1, "layers_pattern": ["g"]}), "h.1.q"));
     let saved = json!({"modules_to_save": ["head"], "bias": "all"});
-    assert_eq!(asked(saved.clone(), "m.head"), Some(Asked::Whole));
-    assert_eq!(asked(saved.clone(), "m.head.q"), Some(Asked::Bias));
+    assert_eq!(asked(saved.clone(), "m.head"), Some(LayerTarget::Whole));
+    assert_eq!(asked(saved.clone(), "m.head.q"), Some(LayerTarget::Bias));
     assert!(is_lora(saved, "m.q"));
     assert_eq!(asked(json!({}), "m.head"), None);
 }

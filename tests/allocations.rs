@@ -225,11 +225,11 @@ fn merge<E: Float>(steps: &mut Steps, (n, k, r): (usize, usize, usize), rounding
 
 #[test]
 fn merging_allocates_nothing() {
-    let by_chance = Rounding::Stochastic { seed: 1 };
+    let stochastic = Rounding::Stochastic { seed: 1 };
     for size in [(200, 300, 4), (300, 200, 100), (1100, 1030, 16)] {
         assert_steady("merging", 20, |steps| merge::<f32>(steps, size, Rounding::Nearest));
         assert_steady("merging, bf16", 20, |steps| merge::<bf16>(steps, size, Rounding::Nearest));
-        assert_steady("merging by chance, bf16", 20, |steps| merge::<bf16>(steps, size, by_chance));
+        assert_steady("merging by chance, bf16", 20, |steps| merge::<bf16>(steps, size, stochastic));
     }
 }
 

@@ -6,7 +6,9 @@ use std::fmt::Debug;
 
 use approx::assert_abs_diff_eq;
 use lowrank::autograd::{Backward, Gradients, LoraParams, Param, Tape};
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{
+    Adam, Adaptable, Adapter, DEFAULT, Init, Layer, LayerAdapter, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets,
+};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Tensor, VectorUnit};
@@ -335,7 +337,7 @@ fn everything_that_is_held_can_be_debugged() {
     fn held<B: Backend + Debug>() {
         fn debug<T: Debug>() {}
         debug::<(B, Tensor<B>, Param<B>, Gradients<B>, Labels<B>)>();
-        debug::<(Linear<B>, Adapter<B>, Tuned<B>, LoraLinear<B>, Layer<B>, Mlp<B>, Adam<B>)>();
+        debug::<(Linear<B>, Adapter<B>, LayerAdapter<B>, LoraLinear<B>, Layer<B>, Mlp<B>, Adam<B>)>();
     }
     held::<Cpu<f32>>();
     #[cfg(feature = "webgpu")]

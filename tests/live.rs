@@ -3,7 +3,8 @@
 mod support;
 
 use lowrank::nn::{
-    Adaptable, Adapter, Bias, DEFAULT, Init, Kept, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned,
+    Adaptable, Adapter, Bias, DEFAULT, Init, LayerAdapter, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets,
+    UnmergeCost,
 };
 use lowrank::op::Rounding;
 use lowrank::random::Rng;
@@ -191,8 +192,8 @@ fn biases_and_whole_layers_go_when_the_adapter_goes<B: Backend<Elem = f32>>(back
     );
     let kinds: Vec<bool> = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).is_some()).collect();
     assert_eq!(kinds, [true, false, false]);
-    assert!(matches!(model.layer("linear2").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Bias(_))));
-    assert!(matches!(model.layer("linear3").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Whole(_))));
+    assert!(matches!(model.layer("linear2").unwrap().lora().unwrap().part(DEFAULT), Some(LayerAdapter::Bias(_))));
+    assert!(matches!(model.layer("linear3").unwrap().lora().unwrap().part(DEFAULT), Some(LayerAdapter::Whole(_))));
     assert_eq!(model.parameter_report().trainable, 2 * (13 + 11) + 11 + 9 + 7 * 9 + 7);
     for param in model.params_mut().filter(|param| param.trainable) {
         let shifted: Vec<f32> = param.tensor().to_vec(backend).unwrap().into_iter().map(|x| x + 0.25).collect();
@@ -352,15 +353,15 @@ fn comes_back<B: Backend>(backend: &B, seed: u64, magnitude: f64, steps: &[Step]
     }
     model.unmerge_adapters(backend).unwrap();
     assert_eq!(base_bits(backend, &model), bits);
-    assert_eq!(model.kept(), Kept::default());
+    assert_eq!(model.kept(), UnmergeCost::default());
 }
 
 /// A few of the orders that the properties below try at random on the CPU.
 fn every_bit_comes_back<B: Backend<Elem = f32>>(backend: &B) {
-    let (nearest, by_chance) = (Merge::default(), Merge { rounding: Rounding::Stochastic { seed: 7 }, ..Merge::default() });
+    let (nearest, stochastic) = (Merge::default(), Merge { rounding: Rounding::Stochastic { seed: 7 }, ..Merge::default() });
     let merge = |which: &[usize], how| Step::Merge(which.to_vec(), how);
     for (seed, magnitude) in [(1, -3.0), (2, 0.0), (3, 2.5)] {
-        comes_back(backend, seed, magnitude, &[merge(&[0, 1, 2], nearest), Step::Unmerge(1), merge(&[1], by_chance)]);
+        comes_back(backend, seed, magnitude, &[merge(&[0, 1, 2], nearest), Step::Unmerge(1), merge(&[1], stochastic)]);
         comes_back(backend, seed, magnitude, &[merge(&[2], nearest), merge(&[0], nearest), Step::Unmerge(2), Step::UnmergeAll]);
     }
 }

@@ -3,7 +3,7 @@
 mod support;
 
 use lowrank::autograd::Param;
-use lowrank::nn::{Adaptable, Bias, DEFAULT, LayerStatus, Linear, LoraConfig, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{Adaptable, Bias, DEFAULT, LayerAdapter, LayerStatus, Linear, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Tensor, adapter};
 use support::adapters::{adapted, base_bits, cpu, net, outputs, trained};
@@ -84,7 +84,7 @@ fn a_swap_that_would_leave_a_bias_behind_is_refused() {
     model.insert_adapter("a", trained(&cpu, all(&config), 4)).unwrap();
     let (before, mut parts) = (outputs(&cpu, &model), trained(&cpu, all(&config), 5));
     let without_bias = Linear::from_tensors(Tensor::zeros(&cpu, (7, 9)).unwrap(), None).unwrap();
-    parts[2].1 = Tuned::Whole(without_bias);
+    parts[2].1 = LayerAdapter::Whole(without_bias);
     assert!(matches!(model.swap_adapter(&cpu, "a", parts), Err(Error::Value { name: "bias", .. })));
     assert_eq!(outputs(&cpu, &model), before);
 }
@@ -98,7 +98,7 @@ fn an_adapter_of_the_same_name_is_replaced_as_a_whole<B: Backend<Elem = f32>>(ba
     let set = |model: &mut Mlp<B>, _: &mut Rng| {
         let parts = trained(backend, [None, Some(config(1, 3.0)), None], 26).into_iter();
         let adapters =
-            parts.filter_map(|(layer, part)| if let Tuned::Lora(adapter) = part { Some((layer, adapter)) } else { None });
+            parts.filter_map(|(layer, part)| if let LayerAdapter::Lora(adapter) = part { Some((layer, adapter)) } else { None });
         model.set_adapters(adapters.collect()).unwrap();
     };
     let insert = |model: &mut Mlp<B>, _: &mut Rng| {

@@ -6,7 +6,7 @@ mod support;
 use std::collections::HashMap;
 
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Targets, Tuned};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, LayerAdapter, Linear, LoraConfig, Mlp, Targets};
 use lowrank::op::{self, AdamRate, Labels};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor, bf16, f16};
@@ -175,7 +175,7 @@ fn what_was_overwritten_between_steps_stays_overwritten() {
                 .collect();
             let parts = shapes.into_iter().map(|(layer, shapes)| {
                 let [a, b] = shapes.map(|shape| Tensor::from_slice(cpu, shape, &numbers(shape.rows, shape.cols)).unwrap());
-                (layer, Tuned::Lora(Adapter::from_tensors(a, b, LoraConfig::new(8, 16.0)).unwrap()))
+                (layer, LayerAdapter::Lora(Adapter::from_tensors(a, b, LoraConfig::new(8, 16.0)).unwrap()))
             });
             model.swap_adapter(cpu, DEFAULT, parts.collect()).unwrap();
         }),

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::folder::{Factors, Folder};
 use super::kind::Kind;
 use super::matrix::HostMatrix;
-use super::mix::{Mix, Pruning};
+use super::ties_dare::{Mix, Pruning};
 use crate::element::DType;
 use crate::error::{Error, Result};
 

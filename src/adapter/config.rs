@@ -4,14 +4,14 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::fields::{Begins, Fields, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
+use super::config_fields::{Fields, InitMethod, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
 use super::formats::json_damage;
 use super::modules::{Modules, Selection};
 use super::pattern::Pattern;
 use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LoraConfig, Scaling, Tuned};
+use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LayerAdapter, LoraConfig, Scaling};
 
 /// The settings in an `adapter_config.json`.
 ///
@@ -30,7 +30,7 @@ pub struct AdapterConfig {
     alpha_pattern: Vec<(Pattern, f64)>,
     use_rslora: bool,
     lora_dropout: f32,
-    begins: Begins,
+    begins: InitMethod,
     bias: Bias,
     lora_bias: bool,
     use_dora: bool,
@@ -50,7 +50,7 @@ pub enum TargetModules<'c> {
 
 /// What a config asks for a layer.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Asked {
+pub enum LayerTarget {
     /// An update with these settings.
     Lora(LoraConfig),
     /// A bias of its own, if the layer has one: `bias = "all"`.
@@ -134,12 +134,12 @@ impl AdapterConfig {
     }
 
     /// What the config asks for a layer of this name, if anything.
-    pub fn asks(&self, layer: &str) -> Option<Asked> {
+    pub fn asks(&self, layer: &str) -> Option<LayerTarget> {
         if self.selection.saves(layer) {
-            return Some(Asked::Whole);
+            return Some(LayerTarget::Whole);
         }
-        let bias = (self.bias == Bias::All).then_some(Asked::Bias);
-        self.lora_config(layer).map(Asked::Lora).or(bias)
+        let bias = (self.bias == Bias::All).then_some(LayerTarget::Bias);
+        self.lora_config(layer).map(LayerTarget::Lora).or(bias)
     }
 
     /// The settings of the update of a layer of this name; `None` if it is not a target.
@@ -281,7 +281,7 @@ impl AdapterConfig {
     /// Which part of each weight the adapter began with, if any.
     pub fn began_with(&self) -> Option<Principal> {
         match self.begins {
-            Begins::With(part) => Some(part),
+            InitMethod::With(part) => Some(part),
             _ => None,
         }
     }
@@ -372,14 +372,14 @@ impl AdapterConfig {
     /// The first layer for which the config tells something else than the model has.
     fn misdescribed<'m, B: Backend>(&self, model: &'m impl Adaptable<B>, name: &str) -> Option<&'m str> {
         let told = |layer: &str, has_bias: bool| match self.asks(layer)? {
-            Asked::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
-            Asked::Bias => has_bias.then_some(Effect::Bias),
-            Asked::Whole => Some(Effect::Whole),
+            LayerTarget::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
+            LayerTarget::Bias => has_bias.then_some(Effect::Bias),
+            LayerTarget::Whole => Some(Effect::Whole),
         };
         let has = |layer: &Layer<B>| match layer.lora()?.part(name)? {
-            Tuned::Lora(adapter) => Some(Effect::Lora(effect(adapter.config()), adapter.bias().is_some())),
-            Tuned::Bias(_) => Some(Effect::Bias),
-            Tuned::Whole(_) => Some(Effect::Whole),
+            LayerAdapter::Lora(adapter) => Some(Effect::Lora(effect(adapter.config()), adapter.bias().is_some())),
+            LayerAdapter::Bias(_) => Some(Effect::Bias),
+            LayerAdapter::Whole(_) => Some(Effect::Whole),
         };
         let mut layers = model.layers();
         layers.find(|(name, layer)| told(name, layer.base().bias().is_some()) != has(layer)).map(|(name, _)| name)
@@ -403,9 +403,9 @@ fn effect(config: &LoraConfig) -> (usize, f32, f32, bool, bool) {
 fn brought_biases<B: Backend>(model: &impl Adaptable<B>, name: &str) -> &'static str {
     let parts = || model.layers().filter_map(|(_, layer)| layer.lora()?.part(name));
     let own = |adapter: &Adapter<B>| adapter.bias().is_some();
-    if parts().any(|part| matches!(part, Tuned::Bias(_))) {
+    if parts().any(|part| matches!(part, LayerAdapter::Bias(_))) {
         "all"
-    } else if parts().filter_map(Tuned::adapter).any(own) {
+    } else if parts().filter_map(LayerAdapter::adapter).any(own) {
         "lora_only"
     } else {
         "none"
@@ -414,7 +414,7 @@ fn brought_biases<B: Backend>(model: &impl Adaptable<B>, name: &str) -> &'static
 
 /// `modules_to_save`: the layers that this adapter has whole.
 fn whole_layers<'m, B: Backend>(model: &'m impl Adaptable<B>, name: &str) -> Vec<&'m str> {
-    let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(Tuned::Whole(_)));
+    let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(LayerAdapter::Whole(_)));
     model.layers().filter(|(_, layer)| whole(layer)).map(|(name, _)| name).collect()
 }
 
@@ -426,7 +426,7 @@ fn list<S: AsRef<str>>(names: &[S]) -> Value {
 /// What a config has of settings that are the same for all layers.
 fn settings(config: &LoraConfig, use_rslora: bool) -> [(&'static str, Value); 7] {
     // PEFT takes a bias of the update with two ways to begin only.
-    let begins = Some(Begins::of(config.init)).filter(|_| !config.lora_bias).unwrap_or(Begins::Usual);
+    let begins = Some(InitMethod::of(config.init)).filter(|_| !config.lora_bias).unwrap_or(InitMethod::Usual);
     [
         ("init_lora_weights", begins.value()),
         ("lora_alpha", number(lora_alpha(config, use_rslora))),

@@ -5,8 +5,8 @@
 use faer::Mat;
 use faer::linalg::solvers::{Qr, Svd as FaerSvd};
 
-use super::leading::leading;
 use super::matrix::HostMatrix;
+use super::randomized_svd::leading;
 use crate::error::{Error, Result};
 
 /// How much of a matrix is kept.

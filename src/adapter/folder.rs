@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::config::number;
-use super::extra::{Extra, Role, role, unknown};
+use super::extra_tensors::{Extra, Role, role, unknown};
 use super::kind::{self, Kind};
 use super::matrix::HostMatrix;
 use super::spelling::respelled;
 use super::tensors::{HostTensors, parse_tensors, refused, spell};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, formats, parts, publish};
+use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, config_fields, formats, layer_tensors, publish};
 use crate::backend::Backend;
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -185,13 +185,16 @@ impl Folder {
     pub(super) fn only_products(&self) -> Result<()> {
         // One that began with a part of the weights took it out of them: its factors alone belong to other weights.
         let began = self.config.began_with().map(|part| json!(part.name()));
-        began.map_or(Ok(()), |value| Err(at(&self.dir, fields::unsupported("init_lora_weights", &value))))?;
+        began.map_or(Ok(()), |value| Err(at(&self.dir, config_fields::unsupported("init_lora_weights", &value))))?;
         self.unset(&MORE_THAN_PRODUCTS)
     }
 
     fn unset(&self, settings: &[&'static str]) -> Result<()> {
-        let set = |&field: &&'static str| Some((field, self.config.get(field).filter(|value| fields::is_set(value))?));
-        settings.iter().find_map(set).map_or(Ok(()), |(field, value)| Err(at(&self.dir, fields::unsupported(field, value))))
+        let set = |&field: &&'static str| Some((field, self.config.get(field).filter(|value| config_fields::is_set(value))?));
+        settings
+            .iter()
+            .find_map(set)
+            .map_or(Ok(()), |(field, value)| Err(at(&self.dir, config_fields::unsupported(field, value))))
     }
 
     /// The element type of all factors, or `f32` where they differ.
@@ -218,7 +221,7 @@ impl Folder {
         let beside = ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"].map(|end| format!("{module}.{end}"));
         let beside = beside.into_iter().filter_map(|name| Some((name.clone(), self.extras.get(&name)?.tensor.clone())));
         let tensors = Kind::Linear.stored(module, factors).into_iter().chain(beside).collect();
-        parts::adapter((backend, tensors), (module, base), asked, self.config.began_with())
+        layer_tensors::adapter((backend, tensors), (module, base), asked, self.config.began_with())
     }
 
     fn lacks(&self, module: &str) -> Error {
@@ -311,7 +314,7 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
             }
         }
     }
-    let needs = [Role::Magnitude, Role::Plus];
+    let needs = [Role::Magnitude, Role::AddToBias];
     let alone = |extra: &Extra| needs.contains(&extra.role) && !modules.contains_key(module_of(&extra.target));
     match extras.iter().find(|(_, extra)| alone(extra)) {
         Some((name, _)) => Err(refused(format!("`{name}` is there without the factors of its module"))),

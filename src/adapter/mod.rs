@@ -45,24 +45,24 @@ mod combine;
 #[cfg(feature = "svd")]
 mod compress;
 mod config;
+mod config_fields;
 #[cfg(feature = "svd")]
 mod decompose;
-mod extra;
-mod fields;
+mod extra_tensors;
 mod folder;
 pub mod formats;
 mod kind;
-#[cfg(feature = "svd")]
-mod leading;
+mod layer_tensors;
 mod matrix;
-mod mix;
 mod modules;
-mod parts;
 mod pattern;
 #[cfg(feature = "svd")]
 mod principal;
+#[cfg(feature = "svd")]
+mod randomized_svd;
 mod spelling;
 mod tensors;
+mod ties_dare;
 
 use std::path::{Path, PathBuf};
 
@@ -71,11 +71,11 @@ pub use combine::{CombinationType, Combine, MajoritySign, combine};
 pub(crate) use compress::inside;
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
-pub use config::{AdapterConfig, Asked, TargetModules};
+pub use config::{AdapterConfig, LayerTarget, TargetModules};
+pub use config_fields::Principal;
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
-pub use extra::{Extra, Role};
-pub use fields::Principal;
+pub use extra_tensors::{Extra, Role};
 #[cfg(feature = "checkpoint")]
 pub(crate) use folder::module_of;
 pub use folder::{Factors, Folder};
@@ -90,7 +90,7 @@ pub use tensors::{HostTensor, HostTensors, parse_tensors};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::file::{self, Staged};
-use crate::nn::{Adaptable, DEFAULT, Tuned, check_layers, unmerged};
+use crate::nn::{Adaptable, DEFAULT, LayerAdapter, check_layers, unmerged};
 
 /// The settings of an adapter, in its folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -144,7 +144,7 @@ pub fn folder(dir: &Path, name: &str) -> PathBuf {
 }
 
 fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, AdapterConfig)], dir: &Path) -> Result<()> {
-    let tensors = |(name, config)| Ok((folder(dir, name), config, parts::write(backend, model, name)?));
+    let tensors = |(name, config)| Ok((folder(dir, name), config, layer_tensors::write(backend, model, name)?));
     let folders = configs.iter().map(|(name, config)| tensors((name, config))).collect::<Result<Vec<_>>>()?;
     publish(&folders)
 }
@@ -207,7 +207,7 @@ pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, 
     Ok(config)
 }
 
-type Parts<B> = Vec<(String, Tuned<B>)>;
+type Parts<B> = Vec<(String, LayerAdapter<B>)>;
 
 fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
     let read = || {
@@ -215,7 +215,7 @@ fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Resul
         let parse = || {
             let config = AdapterConfig::from_json(&config)?;
             let tensors = parse_tensors(&tensors).and_then(spelling::respelled)?;
-            let parts = parts::read(backend, model, &config, tensors)?;
+            let parts = layer_tensors::read(backend, model, &config, tensors)?;
             Ok((config, parts))
         };
         parse().map_err(|error| at(dir, error))

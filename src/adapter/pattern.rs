@@ -2,7 +2,7 @@
 
 use fancy_regex::{Regex, RegexBuilder};
 
-use super::fields::{brief, refused};
+use super::config_fields::{brief, refused};
 use crate::error::Result;
 
 /// A pattern for names of modules.

@@ -5,7 +5,7 @@ use super::{HostMatrix, Principal, olora, pissa};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adaptable, Adapter, LoraConfig, Merge, Scaling, Tuned, insert_inactive, unmerged, write_factors};
+use crate::nn::{Adaptable, Adapter, LayerAdapter, LoraConfig, Merge, Scaling, insert_inactive, unmerged, write_factors};
 use crate::tensor::Tensor;
 
 /// Moves the principal part of each weight that an adapter adapts into the adapter: `W -= scaling·B·A`, and the model computes
@@ -38,7 +38,7 @@ pub fn begin_with<B: Backend>(
     for (layer, (a, b, config)) in &numbers {
         let minus: Vec<B::Elem> = b.values().iter().map(|b| B::Elem::from_f32(-b)).collect();
         let (a, b) = (up(backend, a)?, Tensor::from_slice(backend, b.shape(), &minus)?);
-        starts.push((layer.clone(), Tuned::Lora(Adapter::from_tensors(a, b, config.clone())?)));
+        starts.push((layer.clone(), LayerAdapter::Lora(Adapter::from_tensors(a, b, config.clone())?)));
     }
     insert_inactive(model, "begin_with", start, starts)?;
     if let Err(error) = model.merge_as(backend, &[start], Merge::default()) {

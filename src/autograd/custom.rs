@@ -97,12 +97,12 @@ where
         for (i, (input, gradient)) in self.inputs.into_iter().zip(of_inputs).enumerate() {
             let Some(gradient) = gradient.filter(|_| wanted[i]) else { continue };
             self.fits(("input", i), &gradient, &gradients.values[input.index])?;
-            gradients.meet(backend, input, gradient)?;
+            gradients.add_to_value(backend, input, gradient)?;
         }
         for (i, (param, gradient)) in self.params.into_iter().zip(of_params).enumerate() {
             let Some(gradient) = gradient.filter(|_| param.trainable) else { continue };
             self.fits(("parameter", i), &gradient, &param.tensor)?;
-            gradients.file(backend, Some(param), Some(Gradient::Dense(gradient)))?;
+            gradients.add_to_parameter(backend, Some(param), Some(Gradient::Dense(gradient)))?;
         }
         Ok(())
     }

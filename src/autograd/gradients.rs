@@ -146,7 +146,7 @@ impl<B: Backend> Gradients<B> {
     }
 
     /// Adds a gradient to what has already arrived at a value.
-    pub(super) fn meet(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
+    pub(super) fn add_to_value(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
         match &mut self.arrived[var.index] {
             Some(sum) => Add { x: gradient.view(), y: sum.view_mut() }.run(backend),
             empty => {
@@ -157,7 +157,12 @@ impl<B: Backend> Gradients<B> {
     }
 
     /// Files the gradient of a parameter, if there is one; it is added to what the parameter has already.
-    pub(super) fn file(&mut self, backend: &B, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+    pub(super) fn add_to_parameter(
+        &mut self,
+        backend: &B,
+        param: Option<&Param<B>>,
+        gradient: Option<Gradient<B>>,
+    ) -> Result<()> {
         let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
         self.accumulate(backend, param.id, gradient)
     }

@@ -17,7 +17,7 @@ use std::borrow::Cow;
 use memmap2::Mmap;
 
 use super::names::Place;
-use super::{number, refused};
+use super::{convert_elements, refused};
 #[cfg(feature = "svd")]
 use crate::adapter::inside;
 use crate::adapter::{Factors, HostMatrix, Principal};
@@ -142,7 +142,7 @@ impl Piece<'_> {
     fn plain(&self, (shard, entry): Place<'_>, from: DType, part: Principal) -> Result<[HostMatrix; 2]> {
         let Factors { a, b, scaling, .. } = self.factors.as_ref().clone();
         let mut values = vec![0.0; entry.elements()];
-        number::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
+        convert_elements::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
         let (n, k) = (b.rows(), a.cols());
         let w = if self.transposed { HostMatrix::new((k, n), values)?.transposed() } else { HostMatrix::new((n, k), values)? };
         part.plain(&w, [a, b], scaling).map_err(|error| inside(&entry.name, error))
@@ -167,7 +167,7 @@ impl Source<'_> {
         };
         let dtype = entry.float().ok_or_else(|| refused(&shard.path, format!("`{}` holds {:?}", entry.name, entry.dtype)))?;
         let old = shard.read(entry, first * dtype.size(), values.len() * dtype.size())?;
-        number::widen(dtype, &old, values);
+        convert_elements::widen(dtype, &old, values);
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use super::names::Place;
 use super::plan::{Known, Plan, keeps_shapes};
 use super::residue::{Keeper, Restored, Restorer};
 use super::rewrite::{Edit, Pass, rewrite};
-use super::weight::{BLOCKS, Way, Weight};
+use super::weight::{BLOCKS, MergeMode, Weight};
 use super::{Checkpoint, Shard, Watch, refused};
 use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
@@ -224,7 +224,7 @@ impl Edit for Updates<'_> {
             Residue::None => None,
         };
         let keeps = matches!(self.residue, Residue::Keep(_));
-        let way = Way { sign: self.sign, dtypes: [from, self.convert.0.unwrap_or(from)], keeps };
+        let way = MergeMode { sign: self.sign, dtypes: [from, self.convert.0.unwrap_or(from)], keeps };
         let Self { cpu, residue, allow_non_finite, .. } = self;
         let target = Target { place: (shard, entry), way, pass, residue, restored, allow_non_finite: *allow_non_finite };
         target.change(cpu, change)
@@ -234,7 +234,7 @@ impl Edit for Updates<'_> {
 /// A tensor that is changed, block by block.
 struct Target<'t, 'p, 'w, 'r> {
     place: Place<'t>,
-    way: Way,
+    way: MergeMode,
     pass: &'t mut Pass<'p, 'w>,
     residue: &'t mut Residue<'r>,
     restored: Option<Restored>,

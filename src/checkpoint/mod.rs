@@ -35,6 +35,7 @@
 mod change;
 mod companions;
 mod convert;
+mod convert_elements;
 mod experts;
 #[cfg(feature = "svd")]
 mod extract;
@@ -44,7 +45,6 @@ mod map;
 mod merge;
 mod model;
 mod names;
-mod number;
 mod output;
 mod plan;
 mod residue;
@@ -198,7 +198,7 @@ impl Checkpoint {
         let other = || shard.refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", entry.dtype));
         let dtype = entry.float().ok_or_else(other)?;
         let mut values = vec![0.0; entry.elements()];
-        number::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
+        convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
         Ok(HostTensor { shape: entry.shape.clone(), dtype, values })
     }
 

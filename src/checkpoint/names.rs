@@ -48,7 +48,7 @@ const CONTAINERS: [&str; 12] = [
 /// The tensors of a checkpoint, under the names of an adapter.
 pub(super) struct Names<'r> {
     base: &'r Checkpoint,
-    /// Asked for: beginnings or whole names of modules, and what they are in the checkpoint.
+    /// LayerTarget for: beginnings or whole names of modules, and what they are in the checkpoint.
     asked: &'r [(String, String)],
     used: Vec<bool>,
     /// What beginnings of names turned out to be, and of how many tensors.

@@ -190,8 +190,8 @@ impl<'r> Planner<'r> {
             match extra.role {
                 Role::Magnitude => {}
                 Role::Base if adapter.modules().contains_key(module_of(&extra.target)) => {}
-                Role::Base | Role::Instead => self.instead(extra)?,
-                Role::Plus => {
+                Role::Base | Role::Replace => self.instead(extra)?,
+                Role::AddToBias => {
                     let scaling = adapter.modules().get(module_of(&extra.target)).map_or(0.0, |module| module.scaling);
                     let Some(target) = self.target(&extra.target, |shape| shape == extra.tensor.shape)? else {
                         self.missing.push(extra.target.clone());
@@ -256,7 +256,7 @@ impl<'r> Planner<'r> {
     fn may_resize(&self, extra: &Extra) -> bool {
         self.adapter.extras().values().any(|other| {
             let weight = format!("{}.weight", module_of(&extra.target));
-            matches!(other.role, Role::Instead | Role::Base) && other.target == weight
+            matches!(other.role, Role::Replace | Role::Base) && other.target == weight
         })
     }
 

@@ -6,7 +6,7 @@ use super::companions::copy_companions;
 use super::header::Entry;
 use super::model::ConfigEdit;
 use super::output::{Output, Piece, StagedCheckpoint, go_on};
-use super::{Checkpoint, Shard, Watch, number, refused};
+use super::{Checkpoint, Shard, Watch, convert_elements, refused};
 use crate::element::DType;
 use crate::error::Result;
 use crate::file::{self, Staged, StagedFolder};
@@ -75,8 +75,8 @@ impl Pass<'_, '_> {
             let len = ELEMENTS.min(total - start);
             let piece = shard.read(entry, start * from.size(), len * from.size())?;
             let (wide, mut narrow) = (&mut wide[..len], self.buffer(len * to.size()));
-            number::widen(from, &piece, wide);
-            if !number::narrow(to, wide, &mut narrow)
+            convert_elements::widen(from, &piece, wide);
+            if !convert_elements::narrow(to, wide, &mut narrow)
                 && let Some(value) = overflowing(to, wide, &narrow)
             {
                 return Err(refused(&shard.path, format!("`{}` holds {value}, more than {to} can", entry.name)));
@@ -91,7 +91,7 @@ impl Pass<'_, '_> {
 /// A finite number that did not stay so.
 fn overflowing(dtype: DType, values: &[f32], bytes: &[u8]) -> Option<f32> {
     let mut back = vec![0.0; values.len()];
-    number::widen(dtype, bytes, &mut back);
+    convert_elements::widen(dtype, bytes, &mut back);
     let mut pairs = values.iter().zip(&back);
     pairs.find(|(value, back)| value.is_finite() && !back.is_finite()).map(|(value, _)| *value)
 }

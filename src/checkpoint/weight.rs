@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::change::{Change, Changed, Piece, Source};
+use super::convert_elements;
 use super::names::Place;
-use super::number;
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::Result;
@@ -21,7 +21,7 @@ pub(super) const BLOCKS: usize = 8;
 /// How a tensor goes: forth with sign 1, back with sign -1; from which element type to which; and whether blocks are kept as they
 /// were and as they come back.
 #[derive(Clone, Copy)]
-pub(super) struct Way {
+pub(super) struct MergeMode {
     pub(super) sign: f32,
     pub(super) dtypes: [DType; 2],
     pub(super) keeps: bool,
@@ -31,7 +31,7 @@ pub(super) struct Way {
 pub(super) struct Weight<'c> {
     change: &'c Change<'c>,
     place: Place<'c>,
-    way: Way,
+    way: MergeMode,
     updates: Vec<Update>,
     gains: Gains<'c>,
     /// Blocks of `f32` that are not in use: fresh pages cost more than the sums.
@@ -61,7 +61,12 @@ pub(super) type Block = [usize; 2];
 
 impl<'c> Weight<'c> {
     /// Gains are those that were kept when the tensor was merged, on the way back, or else those of the columns.
-    pub(super) fn new(cpu: &Cpu<f32>, (change, place): (&'c Change<'c>, Place<'c>), way: Way, gains: &'c [f32]) -> Result<Self> {
+    pub(super) fn new(
+        cpu: &Cpu<f32>,
+        (change, place): (&'c Change<'c>, Place<'c>),
+        way: MergeMode,
+        gains: &'c [f32],
+    ) -> Result<Self> {
         let update = |piece: &Piece<'_>| {
             let [a, b] = piece.stored(place, way.dtypes[0])?;
             let (scale, a) = (piece.factors.scaling, Tensor::from_slice(cpu, a.shape(), a.values())?);
@@ -124,7 +129,7 @@ impl<'c> Weight<'c> {
 
     /// The rows of a block, changed.
     pub(super) fn update(&self, cpu: &Cpu<f32>, block: Block, mut new: Vec<u8>) -> Result<Changed> {
-        let (Way { sign, dtypes: [from, to], keeps }, cols) = (self.way, self.change.cols);
+        let (MergeMode { sign, dtypes: [from, to], keeps }, cols) = (self.way, self.change.cols);
         let (first, mut w) = (block[0] * cols, self.taken(cpu, block)?);
         let bytes = w.buffer().len() * from.size();
         let mut gains = Vec::new();
@@ -137,14 +142,14 @@ impl<'c> Weight<'c> {
             Source::Stored.read(self.place, first, w.buffer_mut())?;
             self.take_out(cpu, block, self.gains.of(block), &mut w)?;
         }
-        let finite = number::narrow(to, w.buffer(), &mut new);
+        let finite = convert_elements::narrow(to, w.buffer(), &mut new);
         let kept = if keeps {
             let (shard, entry) = self.place;
             let mut back = vec![0; bytes];
-            number::widen(to, &new, w.buffer_mut());
+            convert_elements::widen(to, &new, w.buffer_mut());
             let divided = if gains.is_empty() { self.gains.of(block) } else { Gains::Rows(&gains) };
             self.take_out(cpu, block, divided, &mut w)?;
-            number::narrow(from, w.buffer(), &mut back);
+            convert_elements::narrow(from, w.buffer(), &mut back);
             Some((shard.read(entry, first * from.size(), bytes)?, back))
         } else {
             None

@@ -10,7 +10,7 @@ use crate::autograd::{LoraParams, Param, Tape, Var};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Dropout, LoraRowNorm, Rounding, round_by_chance, rounding_words};
+use crate::op::{Dropout, LoraRowNorm, Rounding, round_stochastic, rounding_words};
 use crate::tensor::Tensor;
 
 /// What a new adapter's magnitudes are: the lengths of the rows, so that it changes nothing.
@@ -88,7 +88,7 @@ impl Rows {
             let sum = gain * (w + update);
             match key {
                 None => B::Elem::from_f32(sum),
-                Some(key) => round_by_chance(sum, rounding_words(key, e as u64 / 4)[e % 4]),
+                Some(key) => round_stochastic(sum, rounding_words(key, e as u64 / 4)[e % 4]),
             }
         })
     }

@@ -1,6 +1,6 @@
 //! A layer of a model, with or without adapters.
 
-use super::{Adapter, Adapters, Linear, LoraLinear, Tuned};
+use super::{Adapter, Adapters, LayerAdapter, Linear, LoraLinear};
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::{Backend, Passes};
 use crate::error::Result;
@@ -94,12 +94,12 @@ impl<B: Backend> Layer<B> {
     }
 
     /// The errors of [`insert`](Self::insert).
-    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
+    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &LayerAdapter<B>, active: bool) -> Result<()> {
         self.0.check_insert(verb, name, part, active)
     }
 
     /// [`LoraLinear::insert`]; `enabled` is for a layer without adapters, whose first this is.
-    pub(super) fn insert(&mut self, name: &str, part: Tuned<B>, active: bool, enabled: bool) -> Result<()> {
+    pub(super) fn insert(&mut self, name: &str, part: LayerAdapter<B>, active: bool, enabled: bool) -> Result<()> {
         if self.0.parts.is_empty() {
             self.0.set_enabled(enabled)?;
         }

@@ -25,7 +25,7 @@ pub enum Adapters<'a> {
 
 /// What an adapter does to a layer.
 #[derive(Debug)]
-pub enum Tuned<B: Backend> {
+pub enum LayerAdapter<B: Backend> {
     /// Adds a low-rank update.
     Lora(Adapter<B>),
     /// Nothing, but has a bias `1×n` in place of the layer's: `bias = "all"`.
@@ -34,21 +34,21 @@ pub enum Tuned<B: Backend> {
     Whole(Linear<B>),
 }
 
-impl<B: Backend> Tuned<B> {
+impl<B: Backend> LayerAdapter<B> {
     /// The low-rank update, if it is one.
     pub fn adapter(&self) -> Option<&Adapter<B>> {
         match self {
-            Tuned::Lora(adapter) => Some(adapter),
-            Tuned::Bias(_) | Tuned::Whole(_) => None,
+            LayerAdapter::Lora(adapter) => Some(adapter),
+            LayerAdapter::Bias(_) | LayerAdapter::Whole(_) => None,
         }
     }
 
     /// Its parameters.
     pub fn params(&self) -> impl Iterator<Item = &Param<B>> {
         let (adapter, bias, whole) = match self {
-            Tuned::Lora(adapter) => (Some(adapter), None, None),
-            Tuned::Bias(bias) => (None, Some(bias), None),
-            Tuned::Whole(linear) => (None, None, Some(linear)),
+            LayerAdapter::Lora(adapter) => (Some(adapter), None, None),
+            LayerAdapter::Bias(bias) => (None, Some(bias), None),
+            LayerAdapter::Whole(linear) => (None, None, Some(linear)),
         };
         adapter.into_iter().flat_map(Adapter::params).chain(bias).chain(whole.into_iter().flat_map(Linear::params))
     }
@@ -56,9 +56,9 @@ impl<B: Backend> Tuned<B> {
     /// Its parameters.
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         let (adapter, bias, whole) = match self {
-            Tuned::Lora(adapter) => (Some(adapter), None, None),
-            Tuned::Bias(bias) => (None, Some(bias), None),
-            Tuned::Whole(linear) => (None, None, Some(linear)),
+            LayerAdapter::Lora(adapter) => (Some(adapter), None, None),
+            LayerAdapter::Bias(bias) => (None, Some(bias), None),
+            LayerAdapter::Whole(linear) => (None, None, Some(linear)),
         };
         adapter.into_iter().flat_map(Adapter::params_mut).chain(bias).chain(whole.into_iter().flat_map(Linear::params_mut))
     }
@@ -66,17 +66,17 @@ impl<B: Backend> Tuned<B> {
     /// What it has in place of the layer's bias.
     pub(super) fn bias(&self) -> Option<&Param<B>> {
         match self {
-            Tuned::Lora(adapter) => adapter.bias.as_ref(),
-            Tuned::Bias(bias) => Some(bias),
-            Tuned::Whole(linear) => linear.bias(),
+            LayerAdapter::Lora(adapter) => adapter.bias.as_ref(),
+            LayerAdapter::Bias(bias) => Some(bias),
+            LayerAdapter::Whole(linear) => linear.bias(),
         }
     }
 
     /// What takes the layer's place, if it does.
     fn whole(&self) -> Option<&Linear<B>> {
         match self {
-            Tuned::Whole(linear) => Some(linear),
-            Tuned::Lora(_) | Tuned::Bias(_) => None,
+            LayerAdapter::Whole(linear) => Some(linear),
+            LayerAdapter::Lora(_) | LayerAdapter::Bias(_) => None,
         }
     }
 
@@ -99,10 +99,10 @@ impl<B: Backend> Tuned<B> {
         let same = |name, got: Shape, want: Shape| {
             if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
         };
-        if let Tuned::Lora(adapter) = self {
+        if let LayerAdapter::Lora(adapter) = self {
             adapter.fits(base)?;
         }
-        if let Tuned::Whole(linear) = self {
+        if let LayerAdapter::Whole(linear) = self {
             same("weight", linear.weight().tensor.shape(), base.weight().tensor.shape())?;
         }
         match (self.bias(), base.bias()) {
@@ -119,7 +119,7 @@ impl<B: Backend> Tuned<B> {
 #[derive(Debug)]
 pub struct LoraLinear<B: Backend> {
     pub(super) base: Linear<B>,
-    pub(super) parts: Vec<(String, Tuned<B>)>,
+    pub(super) parts: Vec<(String, LayerAdapter<B>)>,
     active: Vec<String>,
     enabled: bool,
     pub(super) merged: Vec<Merged<B>>,
@@ -132,7 +132,7 @@ impl<B: Backend> LoraLinear<B> {
         adapter.fits(&base)?;
         let mut layer = Self::without_adapters(base);
         layer.freeze();
-        layer.insert(DEFAULT, Tuned::Lora(adapter), true)?;
+        layer.insert(DEFAULT, LayerAdapter::Lora(adapter), true)?;
         Ok(layer)
     }
 
@@ -151,18 +151,18 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// The adapters, in the order they were added.
-    pub fn parts(&self) -> impl Iterator<Item = (&str, &Tuned<B>)> {
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &LayerAdapter<B>)> {
         self.parts.iter().map(|(name, part)| (name.as_str(), part))
     }
 
     /// What an adapter does here, if anything.
-    pub fn part(&self, name: &str) -> Option<&Tuned<B>> {
+    pub fn part(&self, name: &str) -> Option<&LayerAdapter<B>> {
         self.parts().find(|(known, _)| *known == name).map(|(_, part)| part)
     }
 
     /// The low-rank update of this name, if there is one.
     pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
-        self.part(name).and_then(Tuned::adapter)
+        self.part(name).and_then(LayerAdapter::adapter)
     }
 
     /// Keeps the frozen weight packed; see [`Backend::keep_packed`].
@@ -193,7 +193,7 @@ impl<B: Backend> LoraLinear<B> {
     pub(super) fn unload_merged(&mut self) {
         let whole = self.whole().map(String::from);
         let at = self.parts.iter().position(|(name, _)| Some(name) == whole.as_ref());
-        if let Some((_, Tuned::Whole(linear))) = at.map(|at| self.parts.swap_remove(at)) {
+        if let Some((_, LayerAdapter::Whole(linear))) = at.map(|at| self.parts.swap_remove(at)) {
             self.base = linear;
             self.freeze();
         }
@@ -213,7 +213,7 @@ impl<B: Backend> LoraLinear<B> {
     ///
     /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
     /// exclude each other.
-    pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
+    pub fn insert(&mut self, name: &str, part: LayerAdapter<B>, active: bool) -> Result<()> {
         self.check_insert("insert", name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
             Some((_, there)) => *there = part,
@@ -227,7 +227,7 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// The errors of [`insert`](Self::insert), said of what was called.
-    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
+    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &LayerAdapter<B>, active: bool) -> Result<()> {
         self.unmerged(verb)?;
         part.check(name, &self.base)?;
         let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
@@ -294,7 +294,7 @@ impl<B: Backend> LoraLinear<B> {
     pub fn set_scale(&mut self, name: &str, scale: f32) -> Result<()> {
         self.unmerged("set_scale")?;
         Error::unless(scale.is_finite(), "set_scale", "scale", scale, "a finite number")?;
-        if let Some((_, Tuned::Lora(adapter))) = self.parts.iter_mut().find(|(known, _)| known == name) {
+        if let Some((_, LayerAdapter::Lora(adapter))) = self.parts.iter_mut().find(|(known, _)| known == name) {
             adapter.strength = scale;
         }
         Ok(())
@@ -338,10 +338,10 @@ impl<B: Backend> LoraLinear<B> {
 
     fn forward_as<'m, S: AsRef<str>>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, active: &[S]) -> Result<Var> {
         let parts = || self.taking_part(active);
-        let base = parts().find_map(Tuned::whole).unwrap_or(&self.base);
-        let bias = parts().find_map(Tuned::bias).or(base.bias());
+        let base = parts().find_map(LayerAdapter::whole).unwrap_or(&self.base);
+        let bias = parts().find_map(LayerAdapter::bias).or(base.bias());
         let mut y = None;
-        for (place, adapter) in parts().filter_map(Tuned::adapter).enumerate() {
+        for (place, adapter) in parts().filter_map(LayerAdapter::adapter).enumerate() {
             // Each has a mask of its own; the seeds of layers and steps differ in their lower bits.
             let seed = seed.filter(|_| adapter.config.dropout > 0.0).map(|seed| seed ^ ((place as u64) << 48));
             let dropout = seed.map(|seed| Dropout::new(adapter.config.dropout, seed)).transpose()?;
@@ -359,7 +359,7 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// What has a say in the output: those of the active ones that are not merged, and one that takes the layer's place, merged or not.
-    fn taking_part<'m, S: AsRef<str>>(&'m self, active: &[S]) -> impl Iterator<Item = &'m Tuned<B>> {
+    fn taking_part<'m, S: AsRef<str>>(&'m self, active: &[S]) -> impl Iterator<Item = &'m LayerAdapter<B>> {
         let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
         let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
         let merged = self.merged().filter_map(|name| self.part(name)).filter(|part| part.is_whole());
@@ -367,7 +367,7 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// What an adapter does here, to be overwritten; only while nothing is merged.
-    pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut Tuned<B>> {
+    pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut LayerAdapter<B>> {
         let part = self.parts.iter_mut().find(|(known, _)| known == name).map(|(_, part)| part);
         part.filter(|_| self.merged.is_empty())
     }
@@ -375,7 +375,7 @@ impl<B: Backend> LoraLinear<B> {
 
 /// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: of two biases in place of the layer's only one can
 /// be used, and a whole layer leaves nothing for others to add to.
-fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p Tuned<B>>) -> Result<()> {
+fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p LayerAdapter<B>>) -> Result<()> {
     let parts: Vec<_> = parts.collect();
     let whole = parts.iter().any(|part| part.is_whole());
     Error::unless(!whole || parts.len() == 1, verb, "adapter", "beside one that takes the layer's place", "one of the two")?;

@@ -2,7 +2,7 @@
 
 use super::dora::Rows;
 use super::residue::Residue;
-use super::{Adapter, LoraLinear, Tuned};
+use super::{Adapter, LayerAdapter, LoraLinear};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
@@ -45,7 +45,7 @@ impl<B: Backend> Merged<B> {
 
 /// What exact unmerging costs while adapters are merged, on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Kept {
+pub struct UnmergeCost {
     /// How many weights are kept because rounding does not give them back.
     pub weights: usize,
     /// How much memory all that is kept takes.
@@ -103,13 +103,13 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// What exact unmerging costs just now.
-    pub fn kept(&self) -> Kept {
+    pub fn kept(&self) -> UnmergeCost {
         let bytes = |merged: &Merged<B>| {
             let bias = merged.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]));
             merged.residue.bytes() + bias + merged.rows.as_ref().map_or(0, Rows::bytes)
         };
         let weights = self.merged.iter().map(|merged| merged.residue.len()).sum();
-        Kept { weights, bytes: self.merged.iter().map(bytes).sum() }
+        UnmergeCost { weights, bytes: self.merged.iter().map(bytes).sum() }
     }
 
     /// Puts an adapter on top of the stack.
@@ -118,8 +118,8 @@ impl<B: Backend> LoraLinear<B> {
         let Some(part) = part.filter(|_| !self.merged.iter().any(|merged| merged.name == name)) else { return Ok(()) };
         part.fits(&self.base)?; // who holds its parameters can put others in their place
         let stands_alone = match part {
-            Tuned::Whole(_) => self.merged.is_empty(),
-            Tuned::Lora(_) | Tuned::Bias(_) => true,
+            LayerAdapter::Whole(_) => self.merged.is_empty(),
+            LayerAdapter::Lora(_) | LayerAdapter::Bias(_) => true,
         };
         let alone = stands_alone && self.whole().is_none_or(|whole| whole == name);
         Error::unless(alone, "merge", "adapter", format!("`{name}` beside one that takes the layer's place"), "one of the two")?;
@@ -127,7 +127,7 @@ impl<B: Backend> LoraLinear<B> {
         let finite = bias.as_ref().is_none_or(|bias| bias.iter().all(|x| x.to_f32().is_finite()));
         Error::unless(finite || !how.safe, "merge", "bias", format!("not finite with `{name}` in it"), "finite numbers")?;
         let (mut residue, mut rows) = (Residue::between(&[], &[]), None);
-        if let Tuned::Lora(adapter) = part {
+        if let LayerAdapter::Lora(adapter) = part {
             let w = self.base.weight_mut();
             rows = adapter.magnitude.as_ref().map(|magnitude| Rows::of(backend, w, adapter, magnitude)).transpose()?;
             residue = add_update(backend, w, adapter, rows.as_ref(), how).map_err(|error| named(error, name))?;
@@ -145,7 +145,7 @@ impl<B: Backend> LoraLinear<B> {
     fn pop(&mut self, backend: &B) -> Result<()> {
         let Some(Merged { name, residue, rows, bias, .. }) = self.merged.last() else { return Ok(()) };
         let part = self.parts.iter().find(|(known, _)| known == name).map(|(_, part)| part);
-        if let Some(Tuned::Lora(adapter)) = part {
+        if let Some(LayerAdapter::Lora(adapter)) = part {
             let w = self.base.weight_mut();
             take_update(backend, w, adapter, rows.as_ref())?;
             if residue.len() > 0 {
@@ -206,11 +206,11 @@ fn lora_merge<B: Backend>(backend: &B, w: &mut Tensor<B>, adapter: &Adapter<B>, 
 }
 
 /// What the bias of a layer becomes, if the part changes it.
-fn new_bias<B: Backend>(backend: &B, base: Option<&Param<B>>, part: &Tuned<B>) -> Result<Option<Vec<B::Elem>>> {
+fn new_bias<B: Backend>(backend: &B, base: Option<&Param<B>>, part: &LayerAdapter<B>) -> Result<Option<Vec<B::Elem>>> {
     let (own, update) = match part {
-        Tuned::Whole(_) => (None, None),
-        Tuned::Bias(bias) => (Some(bias), None),
-        Tuned::Lora(adapter) => (adapter.bias.as_ref(), adapter.lora_bias.as_ref().map(|bias| (bias, adapter.scaling()))),
+        LayerAdapter::Whole(_) => (None, None),
+        LayerAdapter::Bias(bias) => (Some(bias), None),
+        LayerAdapter::Lora(adapter) => (adapter.bias.as_ref(), adapter.lora_bias.as_ref().map(|bias| (bias, adapter.scaling()))),
     };
     let Some((update, scale)) = update else { return own.map(|own| own.tensor.to_vec(backend)).transpose() };
     let Some(base) = own.or(base) else {

@@ -26,6 +26,6 @@ pub use config::{Bias, LoraConfig, Scaling};
 pub use init::Init;
 pub use layer::Layer;
 pub use linear::Linear;
-pub use lora::{Adapters, DEFAULT, LoraLinear, Tuned};
-pub use merge::{Kept, Merge};
+pub use lora::{Adapters, DEFAULT, LayerAdapter, LoraLinear};
+pub use merge::{Merge, UnmergeCost};
 pub use mlp::Mlp;

@@ -45,7 +45,7 @@ pub use magnitude::{Magnitude, MagnitudeBackward};
 pub use operands::{Factor, Output, Packed, Weight};
 pub use relu::{Relu, ReluBackward};
 pub use rounding::Rounding;
-pub(crate) use rounding::{round_by_chance, rounding_words};
+pub(crate) use rounding::{round_stochastic, rounding_words};
 
 use crate::error::{Error, Result};
 use crate::tensor::Shape;

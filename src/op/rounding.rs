@@ -41,7 +41,7 @@ pub(crate) fn rounding_words(key: [u32; 2], block: u64) -> [u32; 4] {
 /// `value` rounded to one of its two neighbours in `E`: away from zero if the low bits of `word` and what is to be cut off
 /// carry over.
 #[inline(always)]
-pub(crate) fn round_by_chance<E: Float>(value: f32, word: u32) -> E {
+pub(crate) fn round_stochastic<E: Float>(value: f32, word: u32) -> E {
     let (bits, size) = (value.to_bits(), value.abs());
     let rounded = match E::DTYPE {
         DType::F16 if size < 65504.0 => {
@@ -68,7 +68,7 @@ mod tests {
     /// Over all low bits that can decide.
     fn mean<E: Float>(value: f32) -> f64 {
         let words = 1 << 21;
-        (0..words).map(|word| f64::from(round_by_chance::<E>(value, word).to_f32())).sum::<f64>() / f64::from(words)
+        (0..words).map(|word| f64::from(round_stochastic::<E>(value, word).to_f32())).sum::<f64>() / f64::from(words)
     }
 
     #[test]
@@ -90,14 +90,14 @@ mod tests {
                 continue;
             }
             let nearest = f16::from_f32(value);
-            let got = round_by_chance::<f16>(value, rng.word());
+            let got = round_stochastic::<f16>(value, rng.word());
             assert!(got.to_bits().abs_diff(nearest.to_bits()) <= 1, "{value} became {got}");
             let nearest = bf16::from_f32(value);
-            let got = round_by_chance::<bf16>(value, rng.word());
+            let got = round_stochastic::<bf16>(value, rng.word());
             assert!(got.to_bits().abs_diff(nearest.to_bits()) <= 1, "{value} became {got}");
-            assert_eq!(round_by_chance::<bf16>(nearest.to_f32(), rng.word()), nearest);
+            assert_eq!(round_stochastic::<bf16>(nearest.to_f32(), rng.word()), nearest);
             let stored = f16::from_bits(rng.word() as u16);
-            assert!(stored.is_nan() || round_by_chance::<f16>(stored.to_f32(), rng.word()) == stored);
+            assert!(stored.is_nan() || round_stochastic::<f16>(stored.to_f32(), rng.word()) == stored);
         }
     }
 
@@ -105,11 +105,11 @@ mod tests {
     fn beyond_the_largest_number_it_is_the_nearest() {
         for value in [65504.0, 65519.0, 65520.0, 1e9, f32::INFINITY, f32::NEG_INFINITY, 3.39e38, f32::MAX] {
             for word in [0, u32::MAX] {
-                assert_eq!(round_by_chance::<f16>(value, word), f16::from_f32(value));
-                let brain = round_by_chance::<bf16>(value, word);
+                assert_eq!(round_stochastic::<f16>(value, word), f16::from_f32(value));
+                let brain = round_stochastic::<bf16>(value, word);
                 assert!(value < 3.38e38 || brain == bf16::from_f32(value), "{value}");
             }
         }
-        assert!(round_by_chance::<f16>(f32::NAN, 7).is_nan() && round_by_chance::<bf16>(f32::NAN, 7).is_nan());
+        assert!(round_stochastic::<f16>(f32::NAN, 7).is_nan() && round_stochastic::<bf16>(f32::NAN, 7).is_nan());
     }
 }

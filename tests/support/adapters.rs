@@ -5,7 +5,7 @@ use std::path::Path;
 
 use lowrank::adapter::CONFIG_FILE;
 use lowrank::autograd::Param;
-use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Tuned};
+use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, LayerAdapter, Linear, LoraConfig, Mlp};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor};
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp
 }
 
 /// What a trained adapter does to each layer: all that the configs ask for, in random numbers.
-pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: u64) -> Vec<(String, Tuned<B>)> {
+pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: u64) -> Vec<(String, LayerAdapter<B>)> {
     let mut rng = Rng::new(seed);
     let settings = configs.iter().flatten().next().cloned();
     let (bias, saved) = settings.map_or((Bias::None, Vec::new()), |config| (config.bias, config.modules_to_save));
@@ -41,7 +41,7 @@ pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: 
         let ((k, n), name) = ((SIZES[layer], SIZES[layer + 1]), format!("linear{}", layer + 1));
         let mut numbers = |rows, cols| Init::Gaussian { std: 0.5 }.tensor(backend, (rows, cols), &mut rng).unwrap();
         let part = if saved.contains(&name) {
-            Tuned::Whole(Linear::from_tensors(numbers(n, k), Some(numbers(1, n))).unwrap())
+            LayerAdapter::Whole(Linear::from_tensors(numbers(n, k), Some(numbers(1, n))).unwrap())
         } else if let Some(config) = config {
             let (a, b) = (numbers(config.rank, k), numbers(n, config.rank));
             let LoraConfig { use_dora, lora_bias, bias, .. } = config;
@@ -55,9 +55,9 @@ pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: 
             if bias != Bias::None {
                 adapter = adapter.with_bias(numbers(1, n));
             }
-            Tuned::Lora(adapter)
+            LayerAdapter::Lora(adapter)
         } else if bias == Bias::All {
-            Tuned::Bias(Param::new(numbers(1, n)))
+            LayerAdapter::Bias(Param::new(numbers(1, n)))
         } else {
             continue;
         };

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lowrank::autograd::Tape;
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Scaling, Tuned};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, LayerAdapter, Linear, LoraConfig, Mlp, Scaling};
 use lowrank::op::{Labels, LoraMerge, Rounding};
 use lowrank::{Backend, Error, adapter};
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -302,7 +302,7 @@ fn mixed_batch<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scales: &[f32
         let (a, b) = (get(inputs, &format!("adapter.{i}.lora_a"))?, get(inputs, &format!("adapter.{i}.lora_b"))?);
         let config = LoraConfig { scaling: Scaling::Raw, ..LoraConfig::new(a.rows, scale) };
         let adapter = Adapter::from_tensors(up(backend, a), up(backend, b), config).map_err(said)?;
-        model.insert_adapter(&format!("a{i}"), vec![("linear1".into(), Tuned::Lora(adapter))]).map_err(said)?;
+        model.insert_adapter(&format!("a{i}"), vec![("linear1".into(), LayerAdapter::Lora(adapter))]).map_err(said)?;
     }
     let names: Vec<Option<String>> =
         get(inputs, "adapter_index")?.data.iter().map(|&i| (i >= 0.0).then(|| format!("a{i}"))).collect();

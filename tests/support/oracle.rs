@@ -187,7 +187,7 @@ impl Decomposed {
 
 /// One of the two neighbours of `value` in `T`: away from zero if the low bits of `word`, as a fraction of all that they can
 /// be, and the way from the one neighbour to the other add up to 1.
-pub fn round_by_chance<T: Float>(value: f64, word: u32) -> f64 {
+pub fn round_stochastic<T: Float>(value: f64, word: u32) -> f64 {
     let (significant, least, largest) = match T::DTYPE {
         DType::F32 => return f64::from(value as f32),
         DType::F16 => (11, -14, 65504.0),

@@ -130,7 +130,7 @@ fn outputs_of_halves_are_added_to_at_depths_that_are_cut() {
 
 /// A matrix within another is merged into by chance as a matrix of its own is: the words are those of its own places.
 #[test]
-fn rounding_by_chance_counts_from_the_first_element_of_the_view() {
+fn rounding_stochastic_counts_from_the_first_element_of_the_view() {
     let gpu = or_return!(shared_f16());
     for gpu in [&gpu, &gpu.clone().with_limits(Limits { binding_bytes: 1024, ..POOR })] {
         for cols in [52, 33] {

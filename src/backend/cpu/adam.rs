@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::few::{FEW, few};
 use super::gemm::{Init, Output, interleave, sum_of_products};
 use super::linear::{matrix, product};
 use super::simd::{Kernel, LANES, Lanes, Simd};
+use super::small_work::{SMALL_MATRIX, is_small_product};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
@@ -38,7 +38,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
         WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {
             let (batch, dy, x) = (x.rows(), &dy.buffer()[..], interleave(engine, matrix(x.view()))?);
             let x = x.as_chunks().0;
-            state.each_chunk(&engine.alone_if(few(n, k, batch)), (ROWS * k).max(1), |chunk, state| {
+            state.each_chunk(&engine.sequential_if(is_small_product(n, k, batch)), (ROWS * k).max(1), |chunk, state| {
                 engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, state });
             });
         }
@@ -53,7 +53,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
 }
 
 fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], state: State<'_, E>) {
-    state.each_chunk(engine, FEW, |chunk, state| engine.unit.run(Dense { rate, g: &g[chunk * FEW..], state }));
+    state.each_chunk(engine, SMALL_MATRIX, |chunk, state| engine.unit.run(Dense { rate, g: &g[chunk * SMALL_MATRIX..], state }));
 }
 
 /// What a step updates.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 use bytemuck::{Pod, Zeroable};
 
 use super::gemm::PackedWeight;
-use super::idle::Idle;
+use super::pool::Pool;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
@@ -27,7 +27,7 @@ pub struct Buffer<T: Element> {
 
 enum Storage<T> {
     /// Goes back to the pool when the buffer is dropped; where that is gone, to the system.
-    Pooled { memory: Memory, len: usize, pool: Weak<Idle> },
+    Pooled { memory: Memory, len: usize, pool: Weak<Pool> },
     /// The caller's, as it was allocated.
     Vec(Vec<T>),
 }
@@ -86,8 +86,8 @@ impl Memory {
 
 impl<T: Element> Buffer<T> {
     /// All zeros, in memory that was idle if there is such.
-    pub(super) fn zeros(idle: &Arc<Idle>, len: usize) -> Result<Self> {
-        let (mut buffer, used) = Self::take(idle, len)?;
+    pub(super) fn zeros(pool: &Arc<Pool>, len: usize) -> Result<Self> {
+        let (mut buffer, used) = Self::take(pool, len)?;
         if used {
             bytemuck::cast_slice_mut::<T, u8>(&mut buffer).fill(0);
         }
@@ -95,8 +95,8 @@ impl<T: Element> Buffer<T> {
     }
 
     /// The same, whatever is in it, for who overwrites all of it. Debug builds make it NaN.
-    pub(super) fn unwritten(idle: &Arc<Idle>, len: usize) -> Result<Self> {
-        let (mut buffer, _) = Self::take(idle, len)?;
+    pub(super) fn unwritten(pool: &Arc<Pool>, len: usize) -> Result<Self> {
+        let (mut buffer, _) = Self::take(pool, len)?;
         if cfg!(debug_assertions) {
             bytemuck::cast_slice_mut::<T, u8>(&mut buffer).fill(0xff);
         }
@@ -104,9 +104,9 @@ impl<T: Element> Buffer<T> {
     }
 
     /// Memory, and whether somebody has used it before.
-    fn take(idle: &Arc<Idle>, len: usize) -> Result<(Self, bool)> {
-        let (memory, used) = idle.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
-        Ok((Self { storage: Storage::Pooled { memory, len, pool: Arc::downgrade(idle) }, packed: None }, used))
+    fn take(pool: &Arc<Pool>, len: usize) -> Result<(Self, bool)> {
+        let (memory, used) = pool.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
+        Ok((Self { storage: Storage::Pooled { memory, len, pool: Arc::downgrade(pool) }, packed: None }, used))
     }
 
     /// What is kept of it as panels.
@@ -186,15 +186,15 @@ mod tests {
 
     #[test]
     fn memory_of_any_size_is_zero_and_begins_on_a_cache_line() {
-        let idle = Arc::default();
+        let pool = Arc::default();
         for len in [0, 1, 63, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20] {
-            let mut buffer = Buffer::<f32>::zeros(&idle, len).unwrap();
+            let mut buffer = Buffer::<f32>::zeros(&pool, len).unwrap();
             assert!(buffer.len() == len && buffer.iter().all(|&x| x == 0.0));
             assert!(len == 0 || (buffer.as_ptr() as usize).is_multiple_of(64));
             buffer.fill(1.0);
             assert_eq!(buffer.iter().filter(|&&x| x == 1.0).count(), len);
         }
         let bytes = usize::MAX / 2;
-        assert!(matches!(Buffer::<f32>::zeros(&idle, bytes), Err(Error::OutOfMemory { .. })));
+        assert!(matches!(Buffer::<f32>::zeros(&pool, bytes), Err(Error::OutOfMemory { .. })));
     }
 }

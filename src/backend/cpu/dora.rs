@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::gemm::{Factor, Matrix};
 use super::linear::{elements, elements_mut, factor, matrix, weight};
 use super::pointwise::{CHUNK, column_sums, convert, convert_rows};
-use super::scratch::Taken;
+use super::scratch::ScratchGuard;
 use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
@@ -31,15 +31,15 @@ pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -
 }
 
 /// A factor's numbers in `f32`, row after row.
-fn widened<'e, E: Float>(engine: &'e Engine, factor: Factor<'_, E>) -> Result<Taken<'e>> {
+fn widened<'e, E: Float>(engine: &'e Engine, factor: Factor<'_, E>) -> Result<ScratchGuard<'e>> {
     match factor {
-        Factor::Stored(matrix) => rows_widened(engine, matrix),
-        Factor::Wide(matrix) => rows_widened(engine, matrix),
+        Factor::Elem(matrix) => rows_widened(engine, matrix),
+        Factor::F32(matrix) => rows_widened(engine, matrix),
     }
 }
 
 /// A matrix in `f32`, row after row.
-fn rows_widened<'e, T: Float>(engine: &'e Engine, matrix: Matrix<'_, T>) -> Result<Taken<'e>> {
+fn rows_widened<'e, T: Float>(engine: &'e Engine, matrix: Matrix<'_, T>) -> Result<ScratchGuard<'e>> {
     let mut wide = engine.scratch.take(matrix.rows() * matrix.cols())?;
     match matrix.as_contiguous() {
         Some(numbers) => convert(engine, numbers, &mut wide),
@@ -134,7 +134,11 @@ fn by_norm(over: f32, norm: f32) -> f32 {
 }
 
 /// `magnitude / norm`
-fn factors<'e, E: Float>(engine: &'e Engine, magnitude: MatRef<'_, Cpu<E>>, norm: MatRef<'_, Cpu<E>, f32>) -> Result<Taken<'e>> {
+fn factors<'e, E: Float>(
+    engine: &'e Engine,
+    magnitude: MatRef<'_, Cpu<E>>,
+    norm: MatRef<'_, Cpu<E>, f32>,
+) -> Result<ScratchGuard<'e>> {
     let mut factors = rows_widened(engine, matrix(magnitude))?;
     factors.iter_mut().zip(elements(norm)).for_each(|(factor, &norm)| *factor = by_norm(*factor, norm));
     Ok(factors)

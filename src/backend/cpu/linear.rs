@@ -20,8 +20,8 @@ pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Matrix<'a, E> {
 /// A factor of an update.
 pub(super) fn factor<'a, E: Float>(factor: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
     match factor {
-        op::Factor::Elem(view) => Factor::Stored(matrix(view)),
-        op::Factor::F32(view) => Factor::Wide(matrix(view)),
+        op::Factor::Elem(view) => Factor::Elem(matrix(view)),
+        op::Factor::F32(view) => Factor::F32(matrix(view)),
     }
 }
 
@@ -51,7 +51,7 @@ pub(super) fn pack<E: Float>(engine: &Engine, w: MatRef<'_, Cpu<E>>, backward: b
 
 /// `lhs·rhs`
 pub(super) fn product<'a, E>(lhs: Matrix<'a, E>, rhs: Matrix<'a, E>) -> Product<'a, E> {
-    Product { scale: 1.0, lhs: Factor::Stored(lhs), rhs: Factor::Stored(rhs) }
+    Product { scale: 1.0, lhs: Factor::Elem(lhs), rhs: Factor::Elem(rhs) }
 }
 
 /// What `y` begins with: a bias in every row, what it holds, both, or nothing.

@@ -13,14 +13,14 @@ mod adam;
 mod buffer;
 mod caches;
 mod dora;
-mod few;
 mod gemm;
-mod idle;
 mod linear;
 mod lora;
 mod pointwise;
+mod pool;
 mod scratch;
 mod simd;
+mod small_work;
 mod tasks;
 mod verbs;
 
@@ -29,12 +29,12 @@ use std::sync::Arc;
 
 pub use buffer::Buffer;
 use caches::Caches;
-use few::Request;
 pub use gemm::PackedWeight;
-use idle::Idle;
+use pool::Pool;
 use scratch::Scratch;
 use simd::Unit;
 pub use simd::VectorUnit;
+use small_work::Request;
 use verbs::Verbs;
 
 use super::{Backend, Passes};
@@ -56,8 +56,8 @@ pub struct Cpu<E: Float> {
     unit: Unit,
     caches: Caches,
     verbs: &'static Verbs<E>,
-    pool: Option<Arc<rayon::ThreadPool>>,
-    idle: Arc<Idle>,
+    threads: Option<Arc<rayon::ThreadPool>>,
+    pool: Arc<Pool>,
     scratch: Arc<Scratch>,
 }
 
@@ -66,9 +66,9 @@ pub struct Cpu<E: Float> {
 struct Engine<'c> {
     unit: Unit,
     caches: Caches,
-    idle: &'c Arc<Idle>,
+    pool: &'c Arc<Pool>,
     scratch: &'c Scratch,
-    alone: bool,
+    sequential: bool,
 }
 
 impl<E: Float> fmt::Debug for Cpu<E> {
@@ -91,10 +91,10 @@ impl<E: Float> Cpu<E> {
             Some(name) => VectorUnit::from_name(&name.to_string_lossy())?,
             None => VectorUnit::best(),
         };
-        let idle: Arc<Idle> = Arc::default();
-        let scratch = Arc::new(Scratch::new(idle.clone()));
+        let pool: Arc<Pool> = Arc::default();
+        let scratch = Arc::new(Scratch::new(pool.clone()));
         let caches = Caches::new()?;
-        Ok(Self { unit: Unit::new(unit)?, caches, verbs: Verbs::of()?, pool: None, idle, scratch })
+        Ok(Self { unit: Unit::new(unit)?, caches, verbs: Verbs::of()?, threads: None, pool, scratch })
     }
 
     /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
@@ -108,7 +108,7 @@ impl<E: Float> Cpu<E> {
         Error::unless(threads > 0, "cpu", "threads", threads, "at least 1")?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         let pool = pool.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
-        Ok(Self { pool: Some(Arc::new(pool)), ..self })
+        Ok(Self { threads: Some(Arc::new(pool)), ..self })
     }
 
     /// The vector unit in use.
@@ -124,16 +124,16 @@ impl<E: Float> Cpu<E> {
 
     /// How many threads share the work.
     pub fn threads(&self) -> usize {
-        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+        self.threads.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
-    fn engine(&self, alone: bool) -> Engine<'_> {
-        Engine { unit: self.unit, caches: self.caches, idle: &self.idle, scratch: &self.scratch, alone }
+    fn engine(&self, sequential: bool) -> Engine<'_> {
+        Engine { unit: self.unit, caches: self.caches, pool: &self.pool, scratch: &self.scratch, sequential }
     }
 
     /// Runs a verb, whose loops then use this backend's threads; if it is little work, here, and no loop uses another thread.
     fn run<R: Request>(&self, verb: fn(&Engine<'_>, R) -> Result<()>, op: Checked<R>) -> Result<()> {
-        if op.is_few() {
+        if op.is_small() {
             return verb(&self.engine(true), op.into_inner());
         }
         self.on_threads(|| verb(&self.engine(false), op.into_inner()))
@@ -141,7 +141,7 @@ impl<E: Float> Cpu<E> {
 
     /// Handed over once, where each loop would be by itself.
     fn on_threads<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        match &self.pool {
+        match &self.threads {
             Some(pool) => pool.install(work),
             None => rayon::scope(|_| work()),
         }
@@ -199,15 +199,15 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros(&self.idle, len)
+        Buffer::zeros(&self.pool, len)
     }
 
     fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::unwritten(&self.idle, len)
+        Buffer::unwritten(&self.pool, len)
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = Buffer::unwritten(&self.idle, host.len())?;
+        let mut buffer = Buffer::unwritten(&self.pool, host.len())?;
         buffer.copy_from_slice(host);
         Ok(buffer)
     }

@@ -2,19 +2,19 @@
 
 use rayon::prelude::*;
 
-use super::few::FEW;
 use super::gemm::Matrix;
 use super::linear::{elements, elements_mut};
 use super::simd::{Kernel, LANES, Simd};
+use super::small_work::SMALL_MATRIX;
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{
-    Accumulate, Add, CrossEntropy, Dropout, DropoutForward, IGNORED, Relu, ReluBackward, round_by_chance, rounding_words,
+    Accumulate, Add, CrossEntropy, Dropout, DropoutForward, IGNORED, Relu, ReluBackward, round_stochastic, rounding_words,
 };
 
 /// Elements a task takes: enough to outweigh handing it over.
-pub(super) const CHUNK: usize = FEW;
+pub(super) const CHUNK: usize = SMALL_MATRIX;
 /// Columns of a row that are worth coming for: 512 bytes of `f32`, and their sums stay in the first cache.
 const RUN: usize = 8 * LANES;
 
@@ -191,7 +191,7 @@ pub(super) fn round<E: Float>(engine: &Engine, key: [u32; 2], first: usize, from
         for (block, (to, from)) in to.chunks_mut(4).zip(from.chunks(4)).enumerate() {
             let words = rounding_words(key, ((first + chunk * CHUNK) / 4 + block) as u64);
             for ((to, &from), word) in to.iter_mut().zip(from).zip(words) {
-                *to = round_by_chance(from, word);
+                *to = round_stochastic(from, word);
             }
         }
     });

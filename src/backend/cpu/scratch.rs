@@ -4,7 +4,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
-use super::idle::Idle;
+use super::pool::Pool;
 use crate::element::Element;
 use crate::error::Result;
 
@@ -16,7 +16,7 @@ const LARGEST: usize = 2 << 20;
 
 /// Buffers that are not in use.
 pub(super) struct Scratch {
-    idle: Arc<Idle>,
+    pool: Arc<Pool>,
     free: Mutex<Free>,
 }
 
@@ -30,22 +30,22 @@ struct Free {
 
 impl Scratch {
     /// Whose memory comes from there.
-    pub(super) fn new(idle: Arc<Idle>) -> Self {
-        Self { idle, free: Mutex::default() }
+    pub(super) fn new(pool: Arc<Pool>) -> Self {
+        Self { pool, free: Mutex::default() }
     }
 
     /// `len` numbers, whatever they are. They come back when dropped.
-    pub(super) fn take(&self, len: usize) -> Result<Taken<'_>> {
+    pub(super) fn take(&self, len: usize) -> Result<ScratchGuard<'_>> {
         let there = if len > LARGEST { None } else { self.lock().take(len) };
         let buffer = match there {
             Some(buffer) => buffer,
-            None => Buffer::unwritten(&self.idle, len)?,
+            None => Buffer::unwritten(&self.pool, len)?,
         };
-        Ok(Taken { scratch: self, buffer: Some(buffer), len })
+        Ok(ScratchGuard { scratch: self, buffer: Some(buffer), len })
     }
 
-    /// Room for `len` elements of another type; [`Taken::as_ref`] and [`Taken::as_mut`] show them.
-    pub(super) fn take_of<T: Element>(&self, len: usize) -> Result<Taken<'_>> {
+    /// Room for `len` elements of another type; [`ScratchGuard::as_ref`] and [`ScratchGuard::as_mut`] show them.
+    pub(super) fn take_of<T: Element>(&self, len: usize) -> Result<ScratchGuard<'_>> {
         self.take((len * size_of::<T>()).div_ceil(size_of::<f32>()))
     }
 
@@ -57,7 +57,7 @@ impl Scratch {
         free.tasks = free.tasks.max(tasks);
         let there = free.buffers.iter().filter(|buffer| buffer.len() >= len).count();
         for _ in there..tasks {
-            let new = Buffer::unwritten(&self.idle, len)?;
+            let new = Buffer::unwritten(&self.pool, len)?;
             free.put_back(new);
         }
         Ok(())
@@ -85,13 +85,13 @@ impl Free {
 }
 
 /// Numbers on loan.
-pub(super) struct Taken<'a> {
+pub(super) struct ScratchGuard<'a> {
     scratch: &'a Scratch,
     buffer: Option<Buffer<f32>>,
     len: usize,
 }
 
-impl Taken<'_> {
+impl ScratchGuard<'_> {
     pub(super) fn as_ref<T: Element>(&self) -> &[T] {
         bytemuck::cast_slice(self)
     }
@@ -101,20 +101,20 @@ impl Taken<'_> {
     }
 }
 
-impl Deref for Taken<'_> {
+impl Deref for ScratchGuard<'_> {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         self.buffer.as_ref().map_or(&[], |buffer| &buffer[..self.len])
     }
 }
 
-impl DerefMut for Taken<'_> {
+impl DerefMut for ScratchGuard<'_> {
     fn deref_mut(&mut self) -> &mut [f32] {
         self.buffer.as_mut().map_or(&mut [], |buffer| &mut buffer[..self.len])
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for ScratchGuard<'_> {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take().filter(|buffer| buffer.len() <= LARGEST) {
             self.scratch.lock().put_back(buffer);
@@ -146,6 +146,6 @@ mod tests {
         drop(scratch.take(LARGEST + 1).unwrap());
         assert!(scratch.lock().buffers.is_empty());
         let bytes = (LARGEST + 1) * size_of::<f32>();
-        assert!(scratch.idle.take(bytes).is_some_and(|(_, used)| used));
+        assert!(scratch.pool.take(bytes).is_some_and(|(_, used)| used));
     }
 }

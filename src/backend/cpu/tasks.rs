@@ -9,13 +9,13 @@ use super::Engine;
 
 impl Engine<'_> {
     /// The same, for a loop that stays on this thread if it is little work, whatever the rest of the verb is.
-    pub(super) fn alone_if(self, few: bool) -> Self {
-        Self { alone: self.alone || few, ..self }
+    pub(super) fn sequential_if(self, small: bool) -> Self {
+        Self { sequential: self.sequential || small, ..self }
     }
 
     /// How many threads share the work.
     pub(super) fn threads(self) -> usize {
-        if self.alone { 1 } else { rayon::current_num_threads() }
+        if self.sequential { 1 } else { rayon::current_num_threads() }
     }
 
     /// Does each task.
@@ -29,13 +29,13 @@ impl Engine<'_> {
         });
     }
 
-    /// Does each task, until one fails. Where this thread is alone rayon is asked nothing: its first question would start threads.
+    /// Does each task, until one fails. Where this thread is sequential rayon is asked nothing: its first question would start threads.
     pub(super) fn try_each<I, F>(self, tasks: I, task: impl Fn(I::Item) -> Result<(), F> + Send + Sync) -> Result<(), F>
     where
         I: IndexedParallelIterator,
         F: Send,
     {
-        if self.alone { tasks.with_producer(InOrder(task)) } else { tasks.try_for_each(task) }
+        if self.sequential { tasks.with_producer(InOrder(task)) } else { tasks.try_for_each(task) }
     }
 }
 

@@ -61,7 +61,7 @@ pub fn product(gpu: Gpu, kernel: &str, [rows, cols]: [u32; 2], depth: u32) -> Op
 
 /// What takes the place of a planned `lhs·Wᵀ` or `lhs·W` on Hopper, where rows of all operands start at multiples of 16 bytes and `out`
 /// is overwritten: what it holds TMA does not bring.
-pub(super) fn instead<M>(
+pub(super) fn products<M>(
     gpu: Gpu,
     plan: Plan,
     lhs: &Matrix<'_, M>,

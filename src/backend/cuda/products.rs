@@ -28,7 +28,7 @@ impl<M: 'static> ToY<'_, M> {
     pub(super) fn launch<D: Device<Memory = M>>(self, chain: &mut Chain<'_, D>, plan: Forward) -> Result<()> {
         let Self { x, w, bias, bias_has_pairs, a, b, h, scale, y, adds, rank } = self;
         let dims = [y.rows, x.cols, y.cols, rank].map(Arg::U32);
-        let product = hopper::instead(chain.device.gpu(), plan.y, &x, w.as_ref(), &y, adds).filter(|_| bias_has_pairs);
+        let product = hopper::products(chain.device.gpu(), plan.y, &x, w.as_ref(), &y, adds).filter(|_| bias_has_pairs);
         if let (Some(product), Some(w)) = (product, w) {
             let operands = [product.lhs(x), product.rhs(w), bias, read_if(b), h, scale.into(), product.out(y)];
             return chain.launch(product.plan, operands.into_iter().chain(dims).chain([stride_of(b)]).collect());
@@ -57,7 +57,7 @@ impl<M: 'static> ToDx<'_, M> {
     pub(super) fn launch<D: Device<Memory = M>>(self, chain: &mut Chain<'_, D>, plan: Plan) -> Result<()> {
         let Self { w, a, dy, dh, dropout, dx, adds, rank } = self;
         let dims = [dx.rows, dx.cols, dy.cols, rank].map(Arg::U32);
-        if let (Some(product), Some(w)) = (hopper::instead(chain.device.gpu(), plan, &dy, w.as_ref(), &dx, adds), w) {
+        if let (Some(product), Some(w)) = (hopper::products(chain.device.gpu(), plan, &dy, w.as_ref(), &dx, adds), w) {
             let operands = [product.rhs(w), read_if(a), product.lhs(dy), dh].into_iter().chain(dropout);
             return chain.launch(product.plan, operands.chain([product.out(dx)]).chain(dims).chain([stride_of(a)]).collect());
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! lora.rs linear.rs      a verb, as the sums of products it is
-//!   └─ sum.rs            init + scale·lhs·rhs + more_lhs·more_rhs, in pieces that fit a binding
+//!   └─ sum.rs            init + scale·lhs·rhs + base_lhs·more_rhs, in pieces that fit a binding
 //! pointwise.rs dora.rs copy.rs   one pass over memory
 //!   └─ apart.rs          no launch reads and writes one buffer
 //!   └─ plan.rs           sizes and limits → tiles and pieces; pure

@@ -40,19 +40,19 @@ impl Limits {
 
 /// How sums are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Way {
+pub(super) enum Algorithm {
     Tiles(Tile),
     Matrices(Matrices),
     Skinny(Skinny),
 }
 
-impl Way {
+impl Algorithm {
     /// Rows and columns of the output that a workgroup makes.
     pub(super) fn block(self) -> [u32; 2] {
         match self {
-            Way::Tiles(tile) => [tile.rows, tile.cols],
-            Way::Matrices(_) => [Matrices::TILE.rows, Matrices::TILE.cols],
-            Way::Skinny(skinny) => [skinny.rows, 4 * skinny.lanes],
+            Algorithm::Tiles(tile) => [tile.rows, tile.cols],
+            Algorithm::Matrices(_) => [Matrices::TILE.rows, Matrices::TILE.cols],
+            Algorithm::Skinny(skinny) => [skinny.rows, 4 * skinny.lanes],
         }
     }
 
@@ -394,7 +394,7 @@ mod tests {
             prop_assert!(skinny.threads() <= limits.invocations && skinny.lanes > 0 && skinny.slices > 0);
             prop_assert!(skinny.subgroups || 64 * skinny.folded() <= workgroup_bytes);
             prop_assert!(!skinny.subgroups || skinny.slices == subgroup);
-            let [across, down] = Way::Skinny(skinny).grid(rows, cols);
+            let [across, down] = Algorithm::Skinny(skinny).grid(rows, cols);
             prop_assert!((down * skinny.rows) as usize >= rows);
             let covered = across * 4 * skinny.lanes;
             prop_assert!(covered as usize >= cols && ((covered - 4 * skinny.lanes) as usize) < cols);

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::plan::{Matrices, Skinny, Tile, Way};
+use super::plan::{Algorithm, Matrices, Skinny, Tile};
 use crate::element::DType;
 
 /// The files of a kernel, joined.
@@ -36,8 +36,8 @@ pub(super) enum Kernel {
 /// A sum of products, as `shaders/engine.wgsl` or `shaders/skinny.wgsl` computes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Sum {
-    pub(super) way: Way,
-    /// `lhs`, `rhs`, `more_lhs`, `more_rhs`.
+    pub(super) way: Algorithm,
+    /// `lhs`, `rhs`, `base_lhs`, `more_rhs`.
     pub(super) factors: [Factor; 4],
     /// Whether there is a second product.
     pub(super) more: bool,
@@ -104,7 +104,7 @@ impl Kernel {
         if elem == DType::F16 {
             text += "enable f16;\n";
         }
-        if matches!(self, Kernel::Sum(Sum { way: Way::Matrices(_), .. })) {
+        if matches!(self, Kernel::Sum(Sum { way: Algorithm::Matrices(_), .. })) {
             text += "enable wgpu_cooperative_matrix;\n";
         }
         // Writing to a `String` cannot fail.
@@ -168,9 +168,9 @@ impl Sum {
     fn name(self) -> String {
         let flag = |name: &'static str, there: bool| if there { name } else { "" };
         let way = match self.way {
-            Way::Tiles(Tile { rows, cols, depth, slices, .. }) => format!("tile-{rows}x{cols}x{depth}-slices-{slices}"),
-            Way::Matrices(Matrices { size, each }) => format!("matrices-{size}x{size}-each-{each}"),
-            Way::Skinny(Skinny { rows, lanes, slices, by_depth, subgroups }) => {
+            Algorithm::Tiles(Tile { rows, cols, depth, slices, .. }) => format!("tile-{rows}x{cols}x{depth}-slices-{slices}"),
+            Algorithm::Matrices(Matrices { size, each }) => format!("matrices-{size}x{size}-each-{each}"),
+            Algorithm::Skinny(Skinny { rows, lanes, slices, by_depth, subgroups }) => {
                 let (by, gather) = (if by_depth { "depth" } else { "columns" }, flag("-subgroups", subgroups));
                 format!("skinny-{rows}-lanes-{lanes}-slices-{slices}-by-{by}{gather}")
             }
@@ -189,14 +189,14 @@ impl Sum {
     /// What reads the factors, makes the sums and finishes them; see `write_header` for what is written once an operand.
     fn files(self) -> String {
         let how = match self.way {
-            Way::Tiles(_) => files!("fold" "engine" "blocks").to_owned(),
-            Way::Matrices(matrices) => files!("fold" "engine").to_owned() + &matrices.file(),
-            Way::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "gather_by_subgroup").to_owned(),
-            Way::Skinny(_) => files!("fold" "skinny" "gather_by_fold").to_owned(),
+            Algorithm::Tiles(_) => files!("fold" "engine" "blocks").to_owned(),
+            Algorithm::Matrices(matrices) => files!("fold" "engine").to_owned() + &matrices.file(),
+            Algorithm::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "gather_by_subgroup").to_owned(),
+            Algorithm::Skinny(_) => files!("fold" "skinny" "gather_by_fold").to_owned(),
         };
         let finish = match self.finish {
             Finish::Store { .. } => files!("store"),
-            Finish::StoreByChance { .. } => files!("philox" "store_by_chance"),
+            Finish::StoreByChance { .. } => files!("philox" "store_stochastic"),
             Finish::Adam { master: false } => files!("adam_weight" "adam"),
             Finish::Adam { master: true } => files!("adam_master" "adam"),
         };
@@ -210,9 +210,9 @@ impl Sum {
             factor.write(text, operand, (binding < reads).then_some(binding))?;
         }
         match self.way {
-            Way::Tiles(tile) => tile.write(text, ["lhs", "rhs", "lhs", "rhs"])?,
-            Way::Matrices(_) => Matrices::TILE.write(text, ["lhs", "rhs", "half_lhs", "half_rhs"])?,
-            Way::Skinny(skinny) => {
+            Algorithm::Tiles(tile) => tile.write(text, ["lhs", "rhs", "lhs", "rhs"])?,
+            Algorithm::Matrices(_) => Matrices::TILE.write(text, ["lhs", "rhs", "half_lhs", "half_rhs"])?,
+            Algorithm::Skinny(skinny) => {
                 let Skinny { rows, lanes, slices, by_depth, .. } = skinny;
                 writeln!(text, "const ROWS = {rows}u;\nconst LANES = {lanes}u;\nconst SLICES = {slices}u;")?;
                 writeln!(text, "const THREADS = {}u;\nconst FOLDED = {}u;", skinny.threads(), skinny.folded())?;
@@ -294,7 +294,7 @@ impl Matrices {
 }
 
 /// The factors, by name.
-const OPERANDS: [&str; 4] = ["lhs", "rhs", "more_lhs", "more_rhs"];
+const OPERANDS: [&str; 4] = ["lhs", "rhs", "base_lhs", "more_rhs"];
 
 impl Factor {
     /// Of a product that there is not.
@@ -363,8 +363,8 @@ mod tests {
     #[test]
     fn every_sum_is_valid() {
         let mut names = std::collections::HashMap::new();
-        let tile = |rows, cols, slices, wide| Way::Tiles(Tile { rows, cols, depth: 16, slices, wide });
-        let skinny = |rows, by_depth, subgroups| Way::Skinny(Skinny { rows, lanes: 8, slices: 16, by_depth, subgroups });
+        let tile = |rows, cols, slices, wide| Algorithm::Tiles(Tile { rows, cols, depth: 16, slices, wide });
+        let skinny = |rows, by_depth, subgroups| Algorithm::Skinny(Skinny { rows, lanes: 8, slices: 16, by_depth, subgroups });
         let ways = [
             tile(64, 64, 1, false),
             tile(4, 16, 8, false),
@@ -372,11 +372,11 @@ mod tests {
             skinny(1, true, false),
             skinny(8, false, false),
             skinny(4, true, true),
-            Way::Matrices(Matrices { size: 8, each: 2 }),
-            Way::Matrices(Matrices { size: 16, each: 4 }),
+            Algorithm::Matrices(Matrices { size: 8, each: 2 }),
+            Algorithm::Matrices(Matrices { size: 16, each: 4 }),
         ];
         for elem in [DType::F32, DType::F16] {
-            let by_chance = [true, false].map(|add| Finish::StoreByChance { add });
+            let stochastic = [true, false].map(|add| Finish::StoreByChance { add });
             let finishes = [
                 Finish::Store { out: elem, add: false },
                 Finish::Store { out: DType::F32, add: true },
@@ -384,7 +384,7 @@ mod tests {
                 Finish::Adam { master: false },
                 Finish::Adam { master: true },
             ];
-            let finishes = finishes.into_iter().chain(by_chance.into_iter().filter(|_| elem == DType::F16));
+            let finishes = finishes.into_iter().chain(stochastic.into_iter().filter(|_| elem == DType::F16));
             let finishes: Vec<_> = finishes.collect();
             for (way, &finish) in ways.into_iter().flat_map(|way| finishes.iter().map(move |finish| (way, finish))) {
                 for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
@@ -392,7 +392,7 @@ mod tests {
                     let quads = quads == more; // either, with either
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
                     let init = more.then_some(elem);
-                    if elem == DType::F32 && matches!(way, Way::Matrices(_)) {
+                    if elem == DType::F32 && matches!(way, Algorithm::Matrices(_)) {
                         continue; // of f16
                     }
                     let kernel = Kernel::Sum(Sum { way, factors, more, init, quads, finish });

@@ -1,4 +1,4 @@
-//! The engine's host side: `sum = init + scale·lhs·rhs + more_lhs·more_rhs`, planned, cut into pieces, launched.
+//! The engine's host side: `sum = init + scale·lhs·rhs + base_lhs·more_rhs`, planned, cut into pieces, launched.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use bytemuck::{Pod, Zeroable};
 use super::WebGpu;
 use super::dispatch::{Binding, Launch};
 use super::memory::Buffer;
-use super::plan::{Axis, Matrices, Operand, Piece, Skinny, Tile, Way, pieces};
+use super::plan::{Algorithm, Axis, Matrices, Operand, Piece, Skinny, Tile, pieces};
 use super::shader::{self, Factor, Kernel};
 use crate::element::{DType, Element, Float};
 use crate::error::Result;
@@ -196,11 +196,11 @@ impl<'a> Sum<'a> {
         (out.rows, out.cols)
     }
 
-    /// `lhs rhs more_lhs more_rhs`, where they are.
+    /// `lhs rhs base_lhs more_rhs`, where they are.
     fn factors(&self) -> [Option<Matrix<'a>>; 4] {
         let [lhs, rhs] = sides(self.update);
-        let [more_lhs, more_rhs] = sides(self.base);
-        [lhs, rhs, more_lhs, more_rhs]
+        let [base_lhs, more_rhs] = sides(self.base);
+        [lhs, rhs, base_lhs, more_rhs]
     }
 
     /// Every matrix with the axes it lies over.
@@ -251,7 +251,7 @@ impl<'a> Sum<'a> {
 
 /// The axes of an output.
 pub(super) const OUTPUT: [Axis; 2] = [Axis::Rows, Axis::Cols];
-/// The axes of `lhs rhs more_lhs more_rhs`, as they are stored.
+/// The axes of `lhs rhs base_lhs more_rhs`, as they are stored.
 const FACTORS: [[Axis; 2]; 4] =
     [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::MoreDepth], [Axis::MoreDepth, Axis::Cols]];
 
@@ -317,7 +317,7 @@ impl<E: Float> WebGpu<E> {
         let depth = |product: Option<Product<'_>>| product.map_or(0, |product| product.lhs.cols);
         let depths = [depth(sum.update), depth(sum.base)];
         let way = match skinny {
-            Some(_) => Way::Skinny(Skinny::new(rows, cols, sum.reads_right_sides_by_depth(), self.limits)),
+            Some(_) => Algorithm::Skinny(Skinny::new(rows, cols, sum.reads_right_sides_by_depth(), self.limits)),
             None => self.tiles(&sum, rows, cols, depths),
         };
         let most = way.block().map(|side| self.limits.groups as usize * side as usize);
@@ -330,11 +330,11 @@ impl<E: Float> WebGpu<E> {
         self.sum_apart(sum, rows, cols)
     }
 
-    fn tiles(&self, sum: &Sum<'_>, rows: usize, cols: usize, [depth, more_depth]: [usize; 2]) -> Way {
+    fn tiles(&self, sum: &Sum<'_>, rows: usize, cols: usize, [depth, more_depth]: [usize; 2]) -> Algorithm {
         let of_halves = sum.base.is_some_and(|product| [product.lhs, product.rhs].iter().all(|side| side.dtype == DType::F16));
         match Matrices::new(rows, cols, self.limits).filter(|_| of_halves) {
-            Some(matrices) => Way::Matrices(matrices),
-            None => Way::Tiles(Tile::new(rows, cols, depth.max(more_depth), self.limits)),
+            Some(matrices) => Algorithm::Matrices(matrices),
+            None => Algorithm::Tiles(Tile::new(rows, cols, depth.max(more_depth), self.limits)),
         }
     }
 
@@ -347,7 +347,7 @@ impl<E: Float> WebGpu<E> {
     }
 
     /// Launches a piece.
-    fn piece(&self, sum: &Sum<'_>, way: Way, piece: Piece) -> Result<()> {
+    fn piece(&self, sum: &Sum<'_>, way: Algorithm, piece: Piece) -> Result<()> {
         let sum = if piece.begins() { *sum } else { Sum { init: Init::Output, ..*sum } };
         let mut operands = Vec::with_capacity(8);
         let mut factors = [(FactorPlace::default(), Factor::ABSENT); 4];

@@ -4,7 +4,7 @@ use super::{Adaptable, Targets, check_layers, layer_mut, loras};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::nn::{Adapter, Bias, LoraConfig, LoraLinear, Tuned};
+use crate::nn::{Adapter, Bias, LayerAdapter, LoraConfig, LoraLinear};
 use crate::random::Rng;
 
 /// What a new adapter does to each layer, by PEFT's rules.
@@ -14,7 +14,7 @@ pub(super) fn new_parts<B: Backend>(
     targets: Targets<'_>,
     config: &LoraConfig,
     rng: &mut Rng,
-) -> Result<Vec<(String, Tuned<B>)>> {
+) -> Result<Vec<(String, LayerAdapter<B>)>> {
     check_targets(model, targets)?;
     let saved = |layer: &str| config.modules_to_save.iter().any(|end| layer.ends_with(end.as_str()));
     for end in &config.modules_to_save {
@@ -26,11 +26,11 @@ pub(super) fn new_parts<B: Backend>(
     for (layer, there) in model.layers() {
         let base = there.base();
         let part = if saved(layer) {
-            Tuned::Whole(base.try_clone(backend)?)
+            LayerAdapter::Whole(base.try_clone(backend)?)
         } else if targets.include(layer) {
-            Tuned::Lora(Adapter::new(backend, base, config.clone(), rng)?)
+            LayerAdapter::Lora(Adapter::new(backend, base, config.clone(), rng)?)
         } else if let (Bias::All, Some(bias)) = (config.bias, base.bias()) {
-            Tuned::Bias(Param::plus(bias.tensor.try_clone(backend)?))
+            LayerAdapter::Bias(Param::plus(bias.tensor.try_clone(backend)?))
         } else {
             continue;
         };
@@ -66,7 +66,7 @@ pub(super) fn insert<B: Backend>(
     model: &mut impl Adaptable<B>,
     verb: &'static str,
     name: &str,
-    parts: Vec<(String, Tuned<B>)>,
+    parts: Vec<(String, LayerAdapter<B>)>,
 ) -> Result<()> {
     let active = model.active_adapters();
     let activate = active.is_empty() || active.contains(&name);
@@ -79,7 +79,7 @@ pub(crate) fn insert_inactive<B: Backend>(
     model: &mut impl Adaptable<B>,
     verb: &'static str,
     name: &str,
-    parts: Vec<(String, Tuned<B>)>,
+    parts: Vec<(String, LayerAdapter<B>)>,
 ) -> Result<()> {
     insert_as(model, verb, name, parts, false)
 }
@@ -88,7 +88,7 @@ fn insert_as<B: Backend>(
     model: &mut impl Adaptable<B>,
     verb: &'static str,
     name: &str,
-    parts: Vec<(String, Tuned<B>)>,
+    parts: Vec<(String, LayerAdapter<B>)>,
     activate: bool,
 ) -> Result<()> {
     Error::unless(!parts.is_empty(), verb, "parts", "none", "at least one")?;
@@ -116,7 +116,8 @@ pub(crate) fn write_factors<B: Backend>(
     [a, b]: [&[B::Elem]; 2],
 ) -> Result<()> {
     let there = layer_mut(model, layer).and_then(|there| there.lora_mut());
-    if let Some((_, Tuned::Lora(adapter))) = there.and_then(|lora| lora.parts.iter_mut().find(|(known, _)| known == name)) {
+    if let Some((_, LayerAdapter::Lora(adapter))) = there.and_then(|lora| lora.parts.iter_mut().find(|(known, _)| known == name))
+    {
         adapter.a.tensor.copy_from_slice(backend, a)?;
         adapter.b.tensor.copy_from_slice(backend, b)?;
     }

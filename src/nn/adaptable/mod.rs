@@ -8,7 +8,7 @@ mod swap;
 
 pub use status::{AdapterStatus, LayerStatus, ParameterReport};
 
-use super::{Adapter, Adapters, DEFAULT, Kept, Layer, LoraConfig, LoraLinear, Merge, Tuned};
+use super::{Adapter, Adapters, DEFAULT, Layer, LayerAdapter, LoraConfig, LoraLinear, Merge, UnmergeCost};
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::{Backend, Passes};
 use crate::error::{Error, Result};
@@ -117,7 +117,7 @@ pub trait Adaptable<B: Backend>: Sized {
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for none, and for a layer that holds a merged adapter. Nothing
     /// is changed then.
     fn set_adapters(&mut self, adapters: Vec<(String, Adapter<B>)>) -> Result<()> {
-        let parts = adapters.into_iter().map(|(layer, adapter)| (layer, Tuned::Lora(adapter))).collect();
+        let parts = adapters.into_iter().map(|(layer, adapter)| (layer, LayerAdapter::Lora(adapter))).collect();
         insert::insert(self, "set_adapters", DEFAULT, parts)
     }
 
@@ -127,7 +127,7 @@ pub trait Adaptable<B: Backend>: Sized {
     /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for no part, a name with a dot or a slash, a layer that holds a
     /// merged adapter, two active adapters that each bring a bias or a whole layer, and two layers of one name. Nothing is changed
     /// then.
-    fn insert_adapter(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
+    fn insert_adapter(&mut self, name: &str, parts: Vec<(String, LayerAdapter<B>)>) -> Result<()> {
         insert::insert(self, "insert_adapter", name, parts)
     }
 
@@ -230,7 +230,7 @@ pub trait Adaptable<B: Backend>: Sized {
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old one does not change; [`Error::Value`] for a
     /// rank without [room](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two has, and while an
     /// adapter is merged; [`Error::Shape`]. Nothing is changed then.
-    fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
+    fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, LayerAdapter<B>)>) -> Result<()> {
         self.check_adapters(&[name])?;
         unmerged(self, "swap_adapter")?;
         swap::swap(self, backend, name, &parts)
@@ -276,9 +276,12 @@ pub trait Adaptable<B: Backend>: Sized {
     }
 
     /// What exact unmerging costs just now, over all layers.
-    fn kept(&self) -> Kept {
-        let sum = |sum: Kept, kept: Kept| Kept { weights: sum.weights + kept.weights, bytes: sum.bytes + kept.bytes };
-        loras(self).map(LoraLinear::kept).fold(Kept::default(), sum)
+    fn kept(&self) -> UnmergeCost {
+        let sum = |sum: UnmergeCost, kept: UnmergeCost| UnmergeCost {
+            weights: sum.weights + kept.weights,
+            bytes: sum.bytes + kept.bytes,
+        };
+        loras(self).map(LoraLinear::kept).fold(UnmergeCost::default(), sum)
     }
 
     /// The layers that have adapters, first to last, and those.

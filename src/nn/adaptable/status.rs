@@ -3,7 +3,7 @@
 use super::{Adaptable, loras};
 use crate::autograd::Param;
 use crate::backend::Backend;
-use crate::nn::{LoraLinear, Tuned};
+use crate::nn::{LayerAdapter, LoraLinear};
 
 /// How many parameters there are, how many the adapters add, and how many may be trained.
 #[doc(alias = "print_trainable_parameters")]
@@ -69,7 +69,7 @@ impl ParameterReport {
 
 impl LayerStatus {
     pub(super) fn of<B: Backend>(name: &str, lora: &LoraLinear<B>) -> Self {
-        let adapter = |(name, part): (&str, &Tuned<B>)| AdapterStatus {
+        let adapter = |(name, part): (&str, &LayerAdapter<B>)| AdapterStatus {
             name: name.into(),
             active: lora.active().iter().any(|active| active == name),
             merged: lora.merged().any(|merged| merged == name),

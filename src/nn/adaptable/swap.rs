@@ -5,7 +5,7 @@ use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::nn::adapter::padded;
-use crate::nn::{Adapter, LoraLinear, Tuned};
+use crate::nn::{Adapter, LayerAdapter, LoraLinear};
 use crate::tensor::Tensor;
 
 /// [`Adaptable::swap_adapter`], of an adapter that is there and not merged.
@@ -13,7 +13,7 @@ pub(super) fn swap<B: Backend>(
     model: &mut impl Adaptable<B>,
     backend: &B,
     name: &str,
-    parts: &[(String, Tuned<B>)],
+    parts: &[(String, LayerAdapter<B>)],
 ) -> Result<()> {
     let here: Vec<(&str, &LoraLinear<B>)> = model
         .layers()
@@ -42,7 +42,7 @@ pub(super) fn reserve_rank<B: Backend>(model: &mut impl Adaptable<B>, backend: &
     let roomier = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.roomier(backend, rank));
     let factors = loras(model).map(roomier).collect::<Result<Vec<_>>>()?;
     for (lora, factors) in loras_mut(model).zip(factors) {
-        if let (Some(Tuned::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
+        if let (Some(LayerAdapter::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
             [adapter.a, adapter.b] = factors;
         }
     }
@@ -50,31 +50,33 @@ pub(super) fn reserve_rank<B: Backend>(model: &mut impl Adaptable<B>, backend: &
 }
 
 /// Errors: [`Error::Value`] unless the one, which fits its layer, has the tensors for what the other has, which fits it as well.
-fn check<B: Backend>(there: &Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
+fn check<B: Backend>(there: &LayerAdapter<B>, new: Option<&LayerAdapter<B>>) -> Result<()> {
     let same = |holds, name| Error::unless(holds, "swap_adapter", name, "in one of the two adapters", "in both or neither");
     match (there, new) {
-        (Tuned::Lora(there), Some(Tuned::Lora(new))) => {
+        (LayerAdapter::Lora(there), Some(LayerAdapter::Lora(new))) => {
             same(there.magnitude.is_some() == new.magnitude.is_some(), "magnitude")?;
             same(there.lora_bias.is_some() == new.lora_bias.is_some(), "lora_bias")?;
             same(there.bias.is_some() == new.bias.is_some(), "bias")?;
             let (rank, room) = (new.config.rank, there.room());
             Error::unless(rank <= room, "swap_adapter", "rank", rank, "no larger than the room, see reserve_rank")
         }
-        (Tuned::Lora(there), None) => {
+        (LayerAdapter::Lora(there), None) => {
             same(there.magnitude.is_none(), "magnitude")?;
             same(there.bias.is_none(), "bias")
         }
-        (Tuned::Bias(_), Some(Tuned::Bias(_))) => Ok(()),
-        (Tuned::Whole(there), Some(Tuned::Whole(new))) => same(there.bias().is_some() == new.bias().is_some(), "bias"),
+        (LayerAdapter::Bias(_), Some(LayerAdapter::Bias(_))) => Ok(()),
+        (LayerAdapter::Whole(there), Some(LayerAdapter::Whole(new))) => {
+            same(there.bias().is_some() == new.bias().is_some(), "bias")
+        }
         _ => same(false, "layer"),
     }
 }
 
-fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
-    if let Tuned::Lora(there) = there {
+fn overwrite<B: Backend>(backend: &B, there: &mut LayerAdapter<B>, new: Option<&LayerAdapter<B>>) -> Result<()> {
+    if let LayerAdapter::Lora(there) = there {
         there.strength = 1.0;
     }
-    if let (Tuned::Lora(there), Some(Tuned::Lora(new))) = (&mut *there, new) {
+    if let (LayerAdapter::Lora(there), Some(LayerAdapter::Lora(new))) = (&mut *there, new) {
         return overwrite_adapter(backend, there, new);
     }
     let mut params = there.params_mut();

@@ -6,7 +6,7 @@ use lowrank::{Backend, Float};
 
 use super::super::bounds::assert_exact;
 use super::super::data::{Dims, down, mask, unwritten, up, whole};
-use super::super::oracle::{Lora, Mat, round_by_chance};
+use super::super::oracle::{Lora, Mat, round_stochastic};
 
 /// One product and one rounding: every backend gives the same bits.
 pub fn dropout_drops_what_the_mask_says<B: Backend>(backend: &B) {
@@ -45,7 +45,7 @@ pub fn stochastic_merging_takes_the_neighbour_that_the_word_says<B: Backend>(bac
             let layer = Lora { w: layer.w.map(stored), scale: 2f64.powi(scale), ..layer };
             let got = merge(backend, &layer, Rounding::Stochastic { seed });
             let sums = layer.merged();
-            let want = sums.data.iter().enumerate().map(|(e, &sum)| round_by_chance::<B::Elem>(sum, word(seed, e)));
+            let want = sums.data.iter().enumerate().map(|(e, &sum)| round_stochastic::<B::Elem>(sum, word(seed, e)));
             assert_exact(&format!("{n}×{k}·{unit:e} by 2^{scale}"), &got, &Mat::from_vec(n, k, want.collect()));
         }
     }

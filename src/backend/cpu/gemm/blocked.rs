@@ -27,14 +27,14 @@ use std::ops::Range;
 use super::super::Engine;
 use super::super::pointwise::ConvertChunk;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::bf16_pairs::Split;
 use super::depth::Depth;
-use super::kept;
-use super::left::{Left, chunks};
 use super::micro::Micro;
 use super::outer::Outer;
 use super::pack::{Panels, Side};
-use super::pairs::Split;
+use super::packed_lhs::{Left, chunks};
 use super::plan::{Blocks, SHORT};
+use super::prepack;
 use super::{Block, Factor, Init, LowRank, Output, Parts, Product};
 use crate::element::{DType, Float};
 use crate::error::Result;
@@ -77,7 +77,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
     // Panels of `bf16` do not take a scale: `h` is multiplied with it when it is summed.
     let (scale, to_h) = if M::WIDE { (1.0, op.narrowed()) } else { (op.a_scale, Product { scale: 1.0, ..op.narrowed() }) };
     let mut split = match op.b {
-        Factor::Stored(b) if !M::WIDE => Some(Split::new(engine, m, b)?),
+        Factor::Elem(b) if !M::WIDE => Some(Split::new(engine, m, b)?),
         _ => None,
     };
     let deep = Depth::new::<M>(base.depth(), split.as_ref().map_or(r, Split::depth));
@@ -230,9 +230,9 @@ fn pack_right<'r, S: Simd, E: Float, M: Micro>(
     nr: usize,
 ) -> Right<'r, M::Number> {
     let width = cols.len().next_multiple_of(nr);
-    let kept = kept::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
+    let kept = prepack::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
     let steps = kept.len() / width;
-    let (as_they_are, rest) = (kept::same::<E, M::Number>(), within.start + steps..within.end);
+    let (as_they_are, rest) = (prepack::same::<E, M::Number>(), within.start + steps..within.end);
     let (wide, room) = room.split_at_mut(if as_they_are { 0 } else { kept.len() });
     if !as_they_are {
         ConvertChunk { from: kept, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *wide) }.run(s);

@@ -63,8 +63,8 @@ impl Depth {
 
 #[cfg(test)]
 mod tests {
+    use super::super::bf16_pairs::Pairs;
     use super::super::micro::Fma;
-    use super::super::pairs::Pairs;
     use super::*;
     use proptest::prelude::*;
 

@@ -2,43 +2,43 @@
 //!
 //! Three regimes, by the height of the output and the depth (see [`plan`] and [`sum_of_products`]):
 //! - [`blocked`]: both sides are packed into panels, and tiles stay in registers along the whole depth of a block. What a tile
-//!   is made with is a [`micro`]-kernel: the vector unit's multiply-adds, or a unit for [`pairs`] of `bf16`;
+//!   is made with is a [`micro`]-kernel: the vector unit's multiply-adds, or a unit for [`bf16_pairs`] of `bf16`;
 //! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed;
-//! - [`shallow`]: an update of what is there by a product of little depth, which is merging.
+//! - [`rank_k_update`]: an update of what is there by a product of little depth, which is merging.
 //!
 //! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway; and
 //! [`narrow`]: what few rows do with a matrix as narrow as the rank.
 
+mod axpy;
+mod bf16_pairs;
 mod blocked;
 mod depth;
 mod dots;
-mod kept;
-mod left;
-mod lines;
 mod micro;
 mod narrow;
 mod outer;
 mod output;
 mod pack;
-mod pairs;
+mod packed_lhs;
 mod plan;
-mod shallow;
+mod prepack;
+mod rank_k_update;
 mod skinny;
 mod tile;
 
-pub use kept::PackedWeight;
 use micro::Fma;
 pub(super) use outer::Outer;
 pub(super) use output::Output;
 use output::{Block, Parts};
-use plan::{Regime, SHALLOW_DEPTH, SKINNY_ROWS};
-pub(super) use tile::multiply as tile;
+use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
+pub use prepack::PackedWeight;
+pub(super) use tile::microkernel;
 
 use std::ops::Range;
 
 use super::Engine;
 use super::pointwise::CHUNK;
-use super::scratch::Taken;
+use super::scratch::ScratchGuard;
 use super::simd::{Kernel, LANES, Lanes, Simd};
 use crate::element::{Float, bf16};
 use crate::error::Result;
@@ -126,7 +126,7 @@ impl<'a, E: Float> Matrix<'a, E> {
     /// The same, if its numbers are `bf16`.
     fn as_bf16(self) -> Option<Matrix<'a, bf16>> {
         let Self { data, rows, cols, stride, transposed, packed } = self;
-        let same = kept::same::<E, bf16>();
+        let same = prepack::same::<E, bf16>();
         same.then(|| Matrix { data: bytemuck::cast_slice(data), rows, cols, stride, transposed, packed })
     }
 }
@@ -134,16 +134,16 @@ impl<'a, E: Float> Matrix<'a, E> {
 /// A factor of a product: stored as weights are, or `f32` as `h` always is.
 #[derive(Clone, Copy)]
 pub(super) enum Factor<'a, E> {
-    Stored(Matrix<'a, E>),
-    Wide(Matrix<'a, f32>),
+    Elem(Matrix<'a, E>),
+    F32(Matrix<'a, f32>),
 }
 
 impl<E: Float> Factor<'_, E> {
     /// One number.
     fn at(&self, row: usize, col: usize) -> f32 {
         match self {
-            Factor::Stored(m) => m.at(row, col).to_f32(),
-            Factor::Wide(m) => m.at(row, col),
+            Factor::Elem(m) => m.at(row, col).to_f32(),
+            Factor::F32(m) => m.at(row, col),
         }
     }
 }
@@ -152,35 +152,35 @@ impl<E> Factor<'_, E> {
     /// The transpose; nothing moves.
     pub(super) fn t(self) -> Self {
         match self {
-            Factor::Stored(m) => Factor::Stored(m.t()),
-            Factor::Wide(m) => Factor::Wide(m.t()),
+            Factor::Elem(m) => Factor::Elem(m.t()),
+            Factor::F32(m) => Factor::F32(m.t()),
         }
     }
 
     /// These rows of it, which is not transposed.
     pub(super) fn row_range(self, rows: Range<usize>) -> Self {
         match self {
-            Factor::Stored(m) => Factor::Stored(m.row_range(rows)),
-            Factor::Wide(m) => Factor::Wide(m.row_range(rows)),
+            Factor::Elem(m) => Factor::Elem(m.row_range(rows)),
+            Factor::F32(m) => Factor::F32(m.row_range(rows)),
         }
     }
 
     fn rows(&self) -> usize {
         match self {
-            Factor::Stored(m) => m.rows,
-            Factor::Wide(m) => m.rows,
+            Factor::Elem(m) => m.rows,
+            Factor::F32(m) => m.rows,
         }
     }
     fn cols(&self) -> usize {
         match self {
-            Factor::Stored(m) => m.cols,
-            Factor::Wide(m) => m.cols,
+            Factor::Elem(m) => m.cols,
+            Factor::F32(m) => m.cols,
         }
     }
     fn transposed(&self) -> bool {
         match self {
-            Factor::Stored(m) => m.transposed,
-            Factor::Wide(m) => m.transposed,
+            Factor::Elem(m) => m.transposed,
+            Factor::F32(m) => m.transposed,
         }
     }
 }
@@ -213,26 +213,26 @@ pub(super) struct LowRank<'a, E> {
 impl<'a, E: Copy> LowRank<'a, E> {
     /// `a_scale·lhs·a`, which is `h`
     fn narrowed(&self) -> Product<'a, E> {
-        Product { scale: self.a_scale, lhs: Factor::Stored(self.lhs), rhs: self.a }
+        Product { scale: self.a_scale, lhs: Factor::Elem(self.lhs), rhs: self.a }
     }
 
     /// `lhs·w`
     fn base(&self) -> Product<'a, E> {
-        Product { scale: 1.0, lhs: Factor::Stored(self.lhs), rhs: Factor::Stored(self.w) }
+        Product { scale: 1.0, lhs: Factor::Elem(self.lhs), rhs: Factor::Elem(self.w) }
     }
 
     /// `b_scale·h·b`, `h` with `rows` rows
     fn update(&self, h: &'a [f32], rows: usize) -> Product<'a, E> {
         let h = Matrix::new(h, rows, self.a.cols());
-        Product { scale: self.b_scale, lhs: Factor::Wide(h), rhs: self.b }
+        Product { scale: self.b_scale, lhs: Factor::F32(h), rhs: self.b }
     }
 }
 
 impl<'a, E: Float> LowRank<'a, E> {
-    /// As `bf16`, if all its numbers are stored so, and those of `b` may be [repeated](pairs::may_repeat).
+    /// As `bf16`, if all its numbers are stored so, and those of `b` may be [repeated](bf16_pairs::may_repeat).
     fn as_bf16(self) -> Option<LowRank<'a, bf16>> {
-        let (Factor::Stored(a), Factor::Stored(b)) = (self.a, self.b) else { return None };
-        let (a, b) = (Factor::Stored(a.as_bf16()?), Factor::Stored(b.as_bf16().filter(pairs::may_repeat)?));
+        let (Factor::Elem(a), Factor::Elem(b)) = (self.a, self.b) else { return None };
+        let (a, b) = (Factor::Elem(a.as_bf16()?), Factor::Elem(b.as_bf16().filter(bf16_pairs::may_repeat)?));
         let (lhs, w) = (self.lhs.as_bf16()?, self.w.as_bf16()?);
         Some(LowRank { lhs, w, a_scale: self.a_scale, a, b_scale: self.b_scale, b })
     }
@@ -255,9 +255,9 @@ impl<'a, E: Float> Init<'a, E> {
     fn as_bf16(self) -> Option<Init<'a, bf16>> {
         match self {
             Init::Zero => Some(Init::Zero),
-            Init::Row(row) => kept::same::<E, bf16>().then(|| Init::Row(bytemuck::cast_slice(row))),
+            Init::Row(row) => prepack::same::<E, bf16>().then(|| Init::Row(bytemuck::cast_slice(row))),
             Init::Output => Some(Init::Output),
-            Init::OutputAndRow(row) => kept::same::<E, bf16>().then(|| Init::OutputAndRow(bytemuck::cast_slice(row))),
+            Init::OutputAndRow(row) => prepack::same::<E, bf16>().then(|| Init::OutputAndRow(bytemuck::cast_slice(row))),
         }
     }
 
@@ -288,7 +288,7 @@ fn regime<E>(rows: usize, terms: &[Product<'_, E>]) -> Regime {
 
 /// The plan of `lhs·rhsᵀ`, `lhs m×k`, `rhs n×k`, in words.
 pub(super) fn explain<E: Float>(engine: &Engine, m: usize, k: usize, n: usize) -> String {
-    match (plan::regime(m, true, false), pairs::unit(engine).filter(|_| kept::same::<E, bf16>())) {
+    match (plan::regime(m, true, false), bf16_pairs::unit(engine).filter(|_| prepack::same::<E, bf16>())) {
         (Regime::Skinny, _) => format!("skinny: dot products, {} columns a task", plan::DOTS),
         (Regime::Blocked, Some(unit)) => blocked::explain(engine, unit, k, n),
         (Regime::Blocked, None) => blocked::explain(engine, Fma, k, n),
@@ -310,17 +310,19 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         return Ok(()); // whose other side, or whose depth, may be any number
     }
     if let (Init::Output, [term]) = (init, terms)
-        && term.depth() <= SHALLOW_DEPTH
+        && term.depth() <= RANK_K_DEPTH
     {
-        return shallow::run(engine, out, term);
+        return rank_k_update::run(engine, out, term);
     }
     match regime(out.rows(), terms) {
         Regime::Blocked => {
-            if let Some(sum) = pairs::Sum::of(engine, init, terms) {
+            if let Some(sum) = bf16_pairs::Sum::of(engine, init, terms) {
                 return sum.run(engine, out);
             }
             match terms {
-                [base, update] if pairs::Sum::of(engine, init, &[*base]).is_some() => apart(engine, out, init, [*base, *update]),
+                [base, update] if bf16_pairs::Sum::of(engine, init, &[*base]).is_some() => {
+                    apart(engine, out, init, [*base, *update])
+                }
                 _ => blocked::run(engine, Fma, out, init, terms),
             }
         }
@@ -348,12 +350,12 @@ pub(super) fn low_rank<E: Float, O: Float>(
     init: Init<'_, E>,
     mut outer: Option<Outer<'_>>,
 ) -> Result<()> {
-    let lhs = Factor::Stored(op.lhs);
+    let lhs = Factor::Elem(op.lhs);
     if h.is_empty() && out.is_empty() {
         return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
     }
     if regime(out.rows(), &[op.narrowed(), op.base()]) == Regime::Blocked {
-        if let Some(unit) = pairs::unit(engine)
+        if let Some(unit) = bf16_pairs::unit(engine)
             && let (Some(op), Some(init)) = (op.as_bf16(), init.as_bf16())
         {
             let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
@@ -362,7 +364,7 @@ pub(super) fn low_rank<E: Float, O: Float>(
                 _ => Ok(()),
             });
         }
-        if pairs::unit(engine).is_none() || !kept::same::<E, bf16>() {
+        if bf16_pairs::unit(engine).is_none() || !prepack::same::<E, bf16>() {
             return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
                 Some(outer) => outer.add(engine, left, rows),
                 None => Ok(()),
@@ -437,7 +439,7 @@ impl<E: Float, O: Float> Kernel for Store<'_, '_, E, O> {
 }
 
 /// `x` as vectors, `rows` of them side by side for each step of sixteen columns; see [`pack::Interleave`].
-pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<Taken<'e>> {
+pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<ScratchGuard<'e>> {
     let mut to = engine.scratch.take(lines.rows * lines.cols.next_multiple_of(LANES))?;
     if !to.is_empty() {
         engine.unit.run(pack::Interleave { lines, first: 0, width: lines.rows, to: to.as_chunks_mut().0 });

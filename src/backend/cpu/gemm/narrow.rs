@@ -1,7 +1,7 @@
 //! Products of few rows with a matrix as narrow as the rank: turned, so that vectors run along its long side.
 
 use super::super::Engine;
-use super::super::scratch::Taken;
+use super::super::scratch::ScratchGuard;
 use super::micro::Fma;
 use super::pack::{Panels, Side};
 use super::{Factor, Init, Matrix, Outer, Output, Product, skinny};
@@ -12,18 +12,18 @@ use crate::error::Result;
 pub(super) fn outer<E: Float>(engine: &Engine, lhs: Factor<'_, E>, outer: Outer<'_>) -> Result<()> {
     let Outer { scale, rhs, mut out } = outer;
     let (r, n) = (out.cols(), out.rows());
-    let product = Product { scale, lhs: Factor::Wide(rhs.t()), rhs: lhs };
+    let product = Product { scale, lhs: Factor::F32(rhs.t()), rhs: lhs };
     if r == 1 {
         return skinny::run(engine, Output::new(out.data(), 1, n), Init::Zero, &[product]);
     }
     let mut sums = engine.scratch.take(r * n)?;
     skinny::run(engine, Output::new(&mut sums, r, n), Init::Zero, &[product])?;
-    turn(engine, Factor::<E>::Wide(Matrix::new(&sums, r, n)), out.data());
+    turn(engine, Factor::<E>::F32(Matrix::new(&sums, r, n)), out.data());
     Ok(())
 }
 
 /// The transpose of `matrix`, `f32`, row-major.
-pub(super) fn turned<'e, E: Float>(engine: &'e Engine, matrix: Factor<'_, E>) -> Result<Taken<'e>> {
+pub(super) fn turned<'e, E: Float>(engine: &'e Engine, matrix: Factor<'_, E>) -> Result<ScratchGuard<'e>> {
     let mut turned = engine.scratch.take(matrix.rows() * matrix.cols())?;
     turn(engine, matrix, &mut turned);
     Ok(turned)

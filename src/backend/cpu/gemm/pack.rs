@@ -47,10 +47,10 @@ impl<E: Float, M: Micro> Kernel for Panels<'_, E, M> {
             let part = Part { depth: within, first, width, stride, to: to.get_mut(at..).unwrap_or_default() };
             // Both sides are seen as `panel line × depth`, so the right side is turned.
             match (side, term.lhs, term.rhs) {
-                (Side::Left, Factor::Stored(m), _) => micro.pack(s, side, part, m, 1.0),
-                (Side::Left, Factor::Wide(m), _) => micro.pack(s, side, part, m, 1.0),
-                (Side::Right, _, Factor::Stored(m)) => micro.pack(s, side, part, m.t(), term.scale),
-                (Side::Right, _, Factor::Wide(m)) => micro.pack(s, side, part, m.t(), term.scale),
+                (Side::Left, Factor::Elem(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Left, Factor::F32(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Right, _, Factor::Elem(m)) => micro.pack(s, side, part, m.t(), term.scale),
+                (Side::Right, _, Factor::F32(m)) => micro.pack(s, side, part, m.t(), term.scale),
             }
             (start, at) = (end, at + len);
         }

@@ -22,7 +22,7 @@ pub(super) const DOT_ROWS: usize = 16;
 /// The same for a right side that is contiguous along the output: it is slower to pack, and quicker to use as it is.
 pub(super) const SKINNY_ROWS: usize = 24;
 /// The most depth of an update in the shallow nest: beyond, sums are better kept in the tiles of the blocked one.
-pub(super) const SHALLOW_DEPTH: usize = 64;
+pub(super) const RANK_K_DEPTH: usize = 64;
 
 /// For an output of so many rows. `dots`: a right side is contiguous along the depth, which makes dot products; `crossed`: its left
 /// side is not.
@@ -75,7 +75,7 @@ pub(super) fn ask_for_lines(registers: usize, rows: usize) -> bool {
 /// Rows that a task of the shallow nest takes, so that what it has of the right side is used often.
 pub(super) const BAND: usize = 64;
 /// Numbers of the right side that stay in L2 there (512 KiB).
-pub(super) const SHALLOW_NEAR: usize = 128 * 1024;
+pub(super) const RANK_K_NEAR: usize = 128 * 1024;
 /// Vectors ahead that it asks for its output.
 pub(super) const AHEAD: usize = 16;
 

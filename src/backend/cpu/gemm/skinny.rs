@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::super::Engine;
-use super::super::scratch::Taken;
+use super::super::scratch::ScratchGuard;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
@@ -27,7 +27,7 @@ pub(super) fn run<E: Float, O: Float>(
         && is_narrow(term)
     {
         let (rhs, depth) = (narrow::turned(engine, term.rhs)?, term.depth());
-        let rhs = Factor::Wide(Matrix::new(&rhs, out.cols(), depth).t());
+        let rhs = Factor::F32(Matrix::new(&rhs, out.cols(), depth).t());
         return run(engine, out, init, &[Product { rhs, ..*term }]);
     }
     let left = |i: usize| terms.get(i).map(|term| pack_left(engine, term)).transpose();
@@ -51,7 +51,7 @@ fn is_narrow<E: Float>(term: &Product<'_, E>) -> bool {
 
 /// The left side: for dot products interleaved, a group of lines after the other, else a panel with all rows side by side,
 /// multiplied with the scale.
-fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<Taken<'e>> {
+fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<ScratchGuard<'e>> {
     let (unit, rows, depth) = (engine.unit, term.lhs.rows(), term.depth());
     if !term.rhs.transposed() {
         let mut left = engine.scratch.take(rows * depth)?;
@@ -77,8 +77,8 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
     for (first, to) in (0..rows).step_by(width).zip(left.chunks_exact_mut(group.max(1))) {
         let to = to.as_chunks_mut().0;
         match term.lhs {
-            Factor::Stored(lines) => unit.run(Interleave { lines, first, width, to }),
-            Factor::Wide(lines) => unit.run(Interleave { lines, first, width, to }),
+            Factor::Elem(lines) => unit.run(Interleave { lines, first, width, to }),
+            Factor::F32(lines) => unit.run(Interleave { lines, first, width, to }),
         }
     }
     Ok(left)
@@ -99,7 +99,7 @@ struct Columns<'a, 'o, E, O> {
     block: Block<'o, O>,
     init: Init<'a, E>,
     terms: &'a [Product<'a, E>],
-    lefts: &'a [Option<Taken<'a>>; 2],
+    lefts: &'a [Option<ScratchGuard<'a>>; 2],
 }
 
 impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
@@ -122,8 +122,8 @@ impl<E: Float, O: Float> Columns<'_, '_, E, O> {
         let mut sums = Sums::new(lanes, self.block.rows().len(), self.block.cols());
         for (term, left) in self.terms.iter().zip(self.lefts.iter().flatten()) {
             match term.rhs {
-                Factor::Stored(rhs) => sums.add_product(s, term.scale, left, rhs),
-                Factor::Wide(rhs) => sums.add_product(s, term.scale, left, rhs),
+                Factor::Elem(rhs) => sums.add_product(s, term.scale, left, rhs),
+                Factor::F32(rhs) => sums.add_product(s, term.scale, left, rhs),
             }
         }
         for (i, sums) in sums.lanes.chunks_exact(sums.vectors).enumerate() {

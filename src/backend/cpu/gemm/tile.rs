@@ -27,7 +27,12 @@ pub(super) const UNROLL: usize = 4;
 /// Per step of the depth: NV loads, MR broadcasts, MR·NV multiply-adds on as many independent sums. AVX-512 has 32
 /// registers, 14·2 sums + 2 loads + 1 broadcast = 31; AVX2 has 16 of half the size, so 6·1 sums take 12 of them.
 #[inline(always)]
-pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(s: S, lhs: &[f32], rhs: [&[f32]; 2], out: &mut [Lanes<f32>]) {
+pub(crate) fn microkernel<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    lhs: &[f32],
+    rhs: [&[f32]; 2],
+    out: &mut [Lanes<f32>],
+) {
     let (mut lhs, _) = lhs.as_chunks::<MR>();
     let mut sums = [[s.splat(0.0); NV]; MR];
     for rhs in rhs {

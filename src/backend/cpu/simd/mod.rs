@@ -8,7 +8,7 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
-mod dot;
+mod avx512_bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod pairs;
@@ -68,12 +68,12 @@ pub(crate) trait Simd: Copy + Send + Sync {
     /// `a`, or +0 where `a` is subnormal or -0.
     fn flush(self, a: Self::V) -> Self::V;
 
-    /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
+    /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::microkernel).
     #[inline(always)]
     fn tile<const NV: usize>(self, lhs: &[f32], rhs: [&[f32]; 2], out: &mut [Lanes<f32>]) {
         match Self::MR {
-            14 => super::gemm::tile::<Self, 14, NV>(self, lhs, rhs, out),
-            _ => super::gemm::tile::<Self, 6, NV>(self, lhs, rhs, out),
+            14 => super::gemm::microkernel::<Self, 14, NV>(self, lhs, rhs, out),
+            _ => super::gemm::microkernel::<Self, 6, NV>(self, lhs, rhs, out),
         }
     }
 
@@ -277,7 +277,7 @@ impl Unit {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             VectorUnit::Amx => amx::Amx::new().map(PairUnit::Amx),
             #[cfg(target_arch = "x86_64")]
-            VectorUnit::Avx512Bf16 => dot::Avx512Bf16::new().map(PairUnit::Avx512Bf16),
+            VectorUnit::Avx512Bf16 => avx512_bf16::Avx512Bf16::new().map(PairUnit::Avx512Bf16),
             VectorUnit::AmxEmulated => Some(PairUnit::Emulated),
             _ => None,
         };

@@ -10,7 +10,7 @@
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx::{Amx, Tiles};
 #[cfg(target_arch = "x86_64")]
-use super::dot::Avx512Bf16;
+use super::avx512_bf16::Avx512Bf16;
 use super::{LANES, Lanes};
 use crate::element::bf16;
 
@@ -41,7 +41,7 @@ impl PairUnit {
     pub(crate) fn rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(_) => super::dot::ROWS,
+            Self::Avx512Bf16(_) => super::avx512_bf16::ROWS,
             _ => 32,
         }
     }

@@ -11,20 +11,20 @@ use crate::op::{
 use crate::tensor::Shape;
 
 /// Elements that one thread passes over in 10 µs; 128 KiB of `f32`.
-pub(super) const FEW: usize = 1 << 15;
+pub(super) const SMALL_MATRIX: usize = 1 << 15;
 /// Multiply-adds that one thread makes in as long.
-const MULTIPLY_ADDS: usize = 16 * FEW;
+const MULTIPLY_ADDS: usize = 16 * SMALL_MATRIX;
 
 /// Whether a product `m×k` by `k×n` is little work.
-pub(super) fn few(m: usize, n: usize, k: usize) -> bool {
+pub(super) fn is_small_product(m: usize, n: usize, k: usize) -> bool {
     let most = m.max(n).max(k).max(m.saturating_mul(n)).max(n.saturating_mul(k)).max(k.saturating_mul(m));
-    most <= FEW && m * n * k <= MULTIPLY_ADDS
+    most <= SMALL_MATRIX && m * n * k <= MULTIPLY_ADDS
 }
 
 /// What a verb is asked for.
 pub(super) trait Request: Send {
     /// Whether it is little work, in none of its loops enough for two.
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         false
     }
 }
@@ -32,51 +32,51 @@ pub(super) trait Request: Send {
 /// The products of a layer, and those of its adapter.
 fn layer(x: Shape, outputs: usize, rank: usize) -> bool {
     let Shape { rows: m, cols: k } = x;
-    few(m, outputs, k) && few(m, rank, k) && few(m, outputs, rank)
+    is_small_product(m, outputs, k) && is_small_product(m, rank, k) && is_small_product(m, outputs, rank)
 }
 
 impl<E: Float> Request for LinearForward<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         layer(self.x.shape(), self.w.rows(), 0)
     }
 }
 
 impl<E: Float> Request for LinearBackward<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         let inputs = self.w.map(|w| w.cols()).or(self.x.map(|x| x.cols())).unwrap_or(1);
         layer((self.dy.rows(), inputs).into(), self.dy.cols(), 0)
     }
 }
 
 impl<E: Float> Request for LoraForward<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         self.dropout.is_none() && layer(self.x.shape(), self.b.rows(), self.b.cols())
     }
 }
 
 impl<E: Float> Request for LoraBackward<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         self.dropout.is_none() && layer(self.x.shape(), self.b.rows(), self.b.cols())
     }
 }
 
 impl<E: Float> Request for LoraMerge<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
-        self.rounding == Rounding::Nearest && few(self.b.rows(), self.a.cols(), self.b.cols())
+    fn is_small(&self) -> bool {
+        self.rounding == Rounding::Nearest && is_small_product(self.b.rows(), self.a.cols(), self.b.cols())
     }
 }
 
 impl<E: Float> Request for LoraRowNorm<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
-        few(self.b.rows(), self.a.cols(), self.b.cols())
+    fn is_small(&self) -> bool {
+        is_small_product(self.b.rows(), self.a.cols(), self.b.cols())
     }
 }
 
 impl<E: Float> Request for Adam<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         match self.grad {
-            WeightGrad::Dense(g) => g.buffer().len() <= FEW,
-            WeightGrad::Factored { dy, x } => few(dy.cols(), x.cols(), x.rows()),
+            WeightGrad::Dense(g) => g.buffer().len() <= SMALL_MATRIX,
+            WeightGrad::Factored { dy, x } => is_small_product(dy.cols(), x.cols(), x.rows()),
         }
     }
 }
@@ -85,8 +85,8 @@ impl<E: Float> Request for Adam<'_, Cpu<E>> {
 macro_rules! one_pass {
     ($($request:ident over $tensor:ident),*) => {$(
         impl<E: Float> Request for $request<'_, Cpu<E>> {
-            fn is_few(&self) -> bool {
-                self.$tensor.rows() * self.$tensor.cols() <= FEW
+            fn is_small(&self) -> bool {
+                self.$tensor.rows() * self.$tensor.cols() <= SMALL_MATRIX
             }
         }
     )*};
@@ -96,7 +96,7 @@ one_pass!(Relu over x, ReluBackward over y, Add over x, Accumulate over x, Magni
 
 /// Its loop is one thread's in any case.
 impl<E: Float> Request for CrossEntropy<'_, Cpu<E>> {
-    fn is_few(&self) -> bool {
+    fn is_small(&self) -> bool {
         true
     }
 }

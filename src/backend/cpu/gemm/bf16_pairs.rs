@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::super::Engine;
-use super::super::scratch::Taken;
+use super::super::scratch::ScratchGuard;
 use super::super::simd::pairs::{COLS, PairUnit, Ready, STEP};
 use super::super::simd::{LANES, Lanes, Simd, Unit};
 use super::micro::Micro;
@@ -36,16 +36,14 @@ impl<'a> Sum<'a> {
         let (unit, (&base, rest)) = (unit(engine)?, terms.split_first()?);
         let update = match rest {
             [] => None,
-            [Product { scale, lhs: Factor::Wide(h), rhs: Factor::Stored(rhs) }]
-                if !h.transposed && h.as_contiguous().is_some() =>
-            {
+            [Product { scale, lhs: Factor::F32(h), rhs: Factor::Elem(rhs) }] if !h.transposed && h.as_contiguous().is_some() => {
                 Some((*scale, *h, rhs.as_bf16().filter(may_repeat)?))
             }
             _ => return None,
         };
         match base {
-            Product { scale: 1.0, lhs: Factor::Stored(lhs), rhs: Factor::Stored(rhs) } => {
-                let base = Product { scale: 1.0, lhs: Factor::Stored(lhs.as_bf16()?), rhs: Factor::Stored(rhs.as_bf16()?) };
+            Product { scale: 1.0, lhs: Factor::Elem(lhs), rhs: Factor::Elem(rhs) } => {
+                let base = Product { scale: 1.0, lhs: Factor::Elem(lhs.as_bf16()?), rhs: Factor::Elem(rhs.as_bf16()?) };
                 Some(Self { unit, init: init.as_bf16()?, base, update })
             }
             _ => None,
@@ -190,8 +188,8 @@ pub(super) fn may_repeat(rhs: &Matrix<'_, bf16>) -> bool {
 /// products are exact, so the sum is rounded as that of `f32` is. (`E` is `bf16`: the nest is written for any.) What is infinite
 /// in `h` is all in the first piece, and what is in `rhs` is not for here: [`may_repeat`].
 pub(super) struct Split<'e> {
-    pieces: Taken<'e>,
-    repeated: Taken<'e>,
+    pieces: ScratchGuard<'e>,
+    repeated: ScratchGuard<'e>,
     /// Rows and columns of `h`, columns of `rhs`.
     size: (usize, usize, usize),
     /// How `rhs` lies in memory.
@@ -235,8 +233,8 @@ impl<'e> Split<'e> {
         }
         let repeated = &self.repeated.as_ref::<E>()[..PIECES * r * n];
         let rhs = if self.transposed { Matrix::new(repeated, n, PIECES * r).t() } else { Matrix::new(repeated, PIECES * r, n) };
-        let lhs = Factor::Stored(Matrix::new(&self.pieces.as_ref::<E>()[..PIECES * r * m], m, PIECES * r));
-        Product { scale: 1.0, lhs, rhs: Factor::Stored(rhs) }
+        let lhs = Factor::Elem(Matrix::new(&self.pieces.as_ref::<E>()[..PIECES * r * m], m, PIECES * r));
+        Product { scale: 1.0, lhs, rhs: Factor::Elem(rhs) }
     }
 }
 

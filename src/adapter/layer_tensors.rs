@@ -9,18 +9,18 @@
 //! | `linear1.base_layer.bias` | `[n]` | the bias of a layer that gets an update |
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
 
-use super::config::{AdapterConfig, Asked};
-use super::extra::{role, unfit};
+use super::config::{AdapterConfig, LayerTarget};
+use super::extra_tensors::{role, unfit};
 use super::folder::module_of;
 #[cfg(feature = "svd")]
 use super::principal::plain;
 use super::tensors::{self, HostTensor, HostTensors, spell};
-use super::{HostMatrix, Principal, fields};
+use super::{HostMatrix, Principal, config_fields};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adaptable, Adapter, Bias, Linear, LoraConfig, Tuned, distinct};
+use crate::nn::{Adaptable, Adapter, Bias, LayerAdapter, Linear, LoraConfig, distinct};
 use crate::tensor::{Shape, Tensor};
 
 /// What a config and the tensors of a file give a model, layer by layer: every tensor that is needed, and no other.
@@ -29,20 +29,20 @@ pub(super) fn read<B: Backend>(
     model: &impl Adaptable<B>,
     config: &AdapterConfig,
     tensors: HostTensors,
-) -> Result<Vec<(String, Tuned<B>)>> {
+) -> Result<Vec<(String, LayerAdapter<B>)>> {
     distinct(model, "load")?;
     config.only_layers()?;
     let mut file = File { backend, tensors };
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
         let part = match config.asks(layer) {
-            Some(Asked::Lora(asked)) => {
+            Some(LayerTarget::Lora(asked)) => {
                 config.check(layer, &asked)?;
-                Tuned::Lora(file.adapter(layer, there.base(), asked, config.began_with())?)
+                LayerAdapter::Lora(file.adapter(layer, there.base(), asked, config.began_with())?)
             }
-            Some(Asked::Whole) => Tuned::Whole(file.whole(layer, there.base())?),
-            Some(Asked::Bias) => match there.base().bias() {
-                Some(bias) => Tuned::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
+            Some(LayerTarget::Whole) => LayerAdapter::Whole(file.whole(layer, there.base())?),
+            Some(LayerTarget::Bias) => match there.base().bias() {
+                Some(bias) => LayerAdapter::Bias(Param::plus(file.row(&format!("{layer}.bias"), bias.tensor.cols())?)),
                 None => continue,
             },
             None => continue,
@@ -51,7 +51,7 @@ pub(super) fn read<B: Backend>(
     }
     if !parts.iter().any(|(_, part)| part.adapter().is_some()) {
         let layers: Vec<&str> = model.layers().map(|(name, _)| name).collect();
-        return Err(fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
+        return Err(config_fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
     }
     match file.tensors.keys().next() {
         Some(name) => Err(left(model, config, name)),
@@ -101,7 +101,7 @@ pub(super) fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &s
         let (mut rows, part) = (Vec::new(), there.lora().and_then(|lora| lora.part(name)));
         part.map_or(Ok(()), |part| part.fits(there.base()))?; // who holds its parameters can put others in their place
         match part {
-            Some(Tuned::Lora(adapter)) => {
+            Some(LayerAdapter::Lora(adapter)) => {
                 let (rank, [a, b]) = (adapter.config().rank, adapter.trimmed(backend)?);
                 push("lora_A.weight", vec![rank, adapter.a().tensor.cols()], a);
                 push("lora_B.weight", vec![adapter.b().tensor.rows(), rank], b);
@@ -109,8 +109,8 @@ pub(super) fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &s
                 rows.extend(own);
                 rows.push(("base_layer.bias", adapter.bias()));
             }
-            Some(Tuned::Bias(bias)) => rows.push(("bias", Some(bias))),
-            Some(Tuned::Whole(linear)) => {
+            Some(LayerAdapter::Bias(bias)) => rows.push(("bias", Some(bias))),
+            Some(LayerAdapter::Whole(linear)) => {
                 let weight = &linear.weight().tensor;
                 push("weight", vec![weight.rows(), weight.cols()], weight.to_vec(backend)?);
                 rows.push(("bias", linear.bias()));

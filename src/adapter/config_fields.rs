@@ -171,15 +171,15 @@ impl Fields<'_> {
 
     /// `init_lora_weights`, with which `eva_config` goes. One that changed the base weights is honoured if it can be repeated: `pissa_niter_4` begins by chance, and
     /// what it began with is not in the folder (PEFT begins anew as it loads, and computes something else).
-    pub(super) fn begins(&self) -> Result<Begins> {
+    pub(super) fn begins(&self) -> Result<InitMethod> {
         match self.0.get("init_lora_weights") {
-            None | Some(Value::Null | Value::Bool(true)) => Ok(Begins::Usual),
-            Some(Value::Bool(false)) => Ok(Begins::NonZero),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(Begins::Gaussian),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(Begins::Orthogonal),
-            Some(Value::String(name)) if ["eva", "mica"].contains(&name.as_str()) => Ok(Begins::Elsewhere),
-            Some(Value::String(name)) if name == "pissa" => Ok(Begins::With(Principal::Pissa)),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("olora") => Ok(Begins::With(Principal::Olora)),
+            None | Some(Value::Null | Value::Bool(true)) => Ok(InitMethod::Usual),
+            Some(Value::Bool(false)) => Ok(InitMethod::NonZero),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(InitMethod::Gaussian),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(InitMethod::Orthogonal),
+            Some(Value::String(name)) if ["eva", "mica"].contains(&name.as_str()) => Ok(InitMethod::Elsewhere),
+            Some(Value::String(name)) if name == "pissa" => Ok(InitMethod::With(Principal::Pissa)),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("olora") => Ok(InitMethod::With(Principal::Olora)),
             Some(other) => Err(unsupported("init_lora_weights", other)),
         }
     }
@@ -216,7 +216,7 @@ impl Principal {
 
 /// How an adapter began: [`Init`] before the rank is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Begins {
+pub(super) enum InitMethod {
     Usual,
     NonZero,
     Gaussian,
@@ -226,32 +226,32 @@ pub(super) enum Begins {
     With(Principal),
 }
 
-impl Begins {
+impl InitMethod {
     pub(super) fn of(init: Init) -> Self {
         match init {
-            Init::KaimingUniform => Begins::Usual,
-            Init::NonZero => Begins::NonZero,
-            Init::Gaussian { .. } => Begins::Gaussian,
-            Init::Orthogonal => Begins::Orthogonal,
+            Init::KaimingUniform => InitMethod::Usual,
+            Init::NonZero => InitMethod::NonZero,
+            Init::Gaussian { .. } => InitMethod::Gaussian,
+            Init::Orthogonal => InitMethod::Orthogonal,
         }
     }
 
     pub(super) fn init(self, rank: usize) -> Init {
         match self {
-            Begins::Usual | Begins::Elsewhere | Begins::With(_) => Init::KaimingUniform,
-            Begins::NonZero => Init::NonZero,
-            Begins::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
-            Begins::Orthogonal => Init::Orthogonal,
+            InitMethod::Usual | InitMethod::Elsewhere | InitMethod::With(_) => Init::KaimingUniform,
+            InitMethod::NonZero => Init::NonZero,
+            InitMethod::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
+            InitMethod::Orthogonal => Init::Orthogonal,
         }
     }
 
     pub(super) fn value(self) -> Value {
         match self {
-            Begins::Usual | Begins::Elsewhere => json!(true),
-            Begins::NonZero => json!(false),
-            Begins::Gaussian => json!("gaussian"),
-            Begins::Orthogonal => json!("orthogonal"),
-            Begins::With(part) => json!(part.name()),
+            InitMethod::Usual | InitMethod::Elsewhere => json!(true),
+            InitMethod::NonZero => json!(false),
+            InitMethod::Gaussian => json!("gaussian"),
+            InitMethod::Orthogonal => json!("orthogonal"),
+            InitMethod::With(part) => json!(part.name()),
         }
     }
 }

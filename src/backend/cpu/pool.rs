@@ -14,7 +14,7 @@ const SPARE: usize = 256 << 20;
 /// At most [`SPARE`] bytes lie idle, or as many as are in use: so a loop finds all that it gave back, and a model that is dropped
 /// goes back to the system.
 #[derive(Default)]
-pub(super) struct Idle(Mutex<Kept>);
+pub(super) struct Pool(Mutex<Kept>);
 
 #[derive(Default)]
 struct Kept {
@@ -25,7 +25,7 @@ struct Kept {
     lent: usize,
 }
 
-impl Idle {
+impl Pool {
     /// Memory of this size, and whether somebody has used it before. `None` if there is no room.
     pub(super) fn take(&self, bytes: usize) -> Option<(Memory, bool)> {
         let there = self.lock().take(bytes);
@@ -95,13 +95,13 @@ impl Kept {
 mod tests {
     use super::*;
 
-    fn take(idle: &Idle, bytes: usize) -> (Memory, bool) {
+    fn take(idle: &Pool, bytes: usize) -> (Memory, bool) {
         idle.take(bytes).unwrap()
     }
 
     #[test]
     fn what_came_back_is_lent_again_to_who_asks_for_as_much() {
-        let idle = Idle::default();
+        let idle = Pool::default();
         let (first, used) = take(&idle, 1000);
         let place = first.bytes().as_ptr();
         assert!(!used);
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn what_lies_idle_goes_back_to_a_system_that_has_no_room() {
-        let idle = Idle::default();
+        let idle = Pool::default();
         let (one, two) = (take(&idle, 1000).0, take(&idle, 2000).0);
         idle.give(one);
         idle.give(two);
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn no_more_lies_idle_than_is_in_use_or_spare() {
-        let idle = Idle::default();
+        let idle = Pool::default();
         let model: Vec<_> = (0..10).map(|i| take(&idle, SPARE / 2 + 64 * i).0).collect();
         let sizes: Vec<usize> = model.iter().map(Memory::len).collect();
         for (given, memory) in model.into_iter().enumerate() {

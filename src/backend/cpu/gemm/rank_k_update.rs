@@ -15,7 +15,7 @@ use super::super::caches::Caches;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Panels, Side};
-use super::plan::{AHEAD, BAND, SHALLOW_DEPTH as DEPTH, SHALLOW_NEAR, ask_for_output};
+use super::plan::{AHEAD, BAND, RANK_K_DEPTH as DEPTH, RANK_K_NEAR, ask_for_output};
 use super::tile::{UNROLL, step};
 use super::{Block, Factor, Output, Parts, Product};
 use crate::element::Float;
@@ -33,7 +33,7 @@ pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term:
         let (terms, depth) = (&[*term], 0..depth);
         engine.unit.run(Panels { micro: Fma, side: Side::Right, terms, depth, first: 0, width: WIDTH, stride, to: &mut right });
     }
-    let across = Parts::new(cols, WIDTH, SHALLOW_NEAR / depth.max(1), 1);
+    let across = Parts::new(cols, WIDTH, RANK_K_NEAR / depth.max(1), 1);
     let down = Parts::new(out.rows(), 8, BAND, 1);
     let bytes = out.rows() * cols * size_of::<O>();
     out.for_each_block(engine, down, across, depth, |block| {

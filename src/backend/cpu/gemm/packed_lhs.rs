@@ -5,8 +5,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::Engine;
-use super::super::few::FEW;
-use super::super::scratch::Taken;
+use super::super::scratch::ScratchGuard;
+use super::super::small_work::SMALL_MATRIX;
 use super::Product;
 use super::depth::Depth;
 use super::micro::Micro;
@@ -27,7 +27,7 @@ pub(super) fn chunks(rows: usize) -> impl Iterator<Item = Range<usize>> {
 /// step of the block.
 pub(super) struct Left<'e, M> {
     pub(super) micro: M,
-    numbers: Taken<'e>,
+    numbers: ScratchGuard<'e>,
     depth: Depth,
     panels: usize,
     /// Rows of a panel.
@@ -53,8 +53,8 @@ impl<'e, M: Micro> Left<'e, M> {
             let (stride, begins) = (mr * block.len(), mr * (depth.start - block.start));
             let panels = &mut self.numbers.as_mut::<M::Number>()[self.panels * mr * block.start..];
             let panels = &mut panels[..self.panels.min(there) * stride];
-            let few = panels.len() <= FEW;
-            engine.alone_if(few).each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, to)| {
+            let small = panels.len() <= SMALL_MATRIX;
+            engine.sequential_if(small).each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, to)| {
                 let (first, depth) = (first + group * GROUP * mr, depth.clone());
                 engine.unit.run(Panels {
                     micro,

@@ -1,6 +1,6 @@
 //! What a folder may hold beside the factors: lengths of rows, biases, layers kept whole.
 
-use super::config::{AdapterConfig, Asked};
+use super::config::{AdapterConfig, LayerTarget};
 use super::tensors::refused;
 use super::{CONFIG_FILE, HostTensor, TENSORS_FILE};
 use crate::error::Error;
@@ -23,9 +23,9 @@ pub enum Role {
     /// Tells how long the rows of a weight are once its update is in: `use_dora`.
     Magnitude,
     /// Is added to a bias, times the scaling of its module: `lora_bias`.
-    Plus,
+    AddToBias,
     /// Takes its place: `bias`, `modules_to_save`, a vocabulary that grew.
-    Instead,
+    Replace,
     /// Takes its place before the update of the module is added: `base_layer.weight`.
     Base,
     /// Takes the place of some of its rows: `trainable_token_indices`.
@@ -43,10 +43,10 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
         return told.use_dora.then(|| (Role::Magnitude, format!("{module}.weight")));
     }
     if let Some((module, told)) = module(".lora_B.bias") {
-        return told.lora_bias.then(|| (Role::Plus, format!("{module}.bias")));
+        return told.lora_bias.then(|| (Role::AddToBias, format!("{module}.bias")));
     }
     if let Some((module, told)) = module(".base_layer.bias") {
-        return (told.bias != Bias::None || is_table(module)).then(|| (Role::Instead, format!("{module}.bias")));
+        return (told.bias != Bias::None || is_table(module)).then(|| (Role::Replace, format!("{module}.bias")));
     }
     if let Some(module) = name.strip_suffix(".base_layer.weight") {
         return Some((Role::Base, format!("{module}.weight")));
@@ -55,10 +55,10 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
         return config.tokens(module).map(|_| (Role::Rows, format!("{module}.weight")));
     }
     let above = name.match_indices('.').filter_map(|(at, _)| name.get(..at));
-    let whole = above.clone().any(|above| config.asks(above) == Some(Asked::Whole));
-    let bias = name.strip_suffix(".bias").is_some_and(|module| config.asks(module) == Some(Asked::Bias));
+    let whole = above.clone().any(|above| config.asks(above) == Some(LayerTarget::Whole));
+    let bias = name.strip_suffix(".bias").is_some_and(|module| config.asks(module) == Some(LayerTarget::Bias));
     let table = [".weight", ".bias"].iter().any(|end| name.strip_suffix(end).is_some_and(is_table));
-    (whole || bias || table).then(|| (Role::Instead, name.into()))
+    (whole || bias || table).then(|| (Role::Replace, name.into()))
 }
 
 fn is_table(module: &str) -> bool {

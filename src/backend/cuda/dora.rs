@@ -1,10 +1,10 @@
-//! The lengths of rows, and what gives an output its length: the verbs of weight decomposition (DoRA).
+//! The verbs of weight decomposition (DoRA): row norms and magnitudes.
 
 use super::Cuda;
 use super::device::{Arg, Device};
 use super::linear::dbias;
-use super::operand::{Matrix, factor_as_it_is, read, read_if, write};
-use super::plan::{NORMS, THREADS, WARP, shares, size, stripes};
+use super::operand::{Matrix, read, read_if, stored_factor, write};
+use super::plan::{NORM_ROWS, THREADS, WARP, blocks_for, size, stripes};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
@@ -13,10 +13,10 @@ use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
 pub(super) fn row_norm<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraRowNorm<'_, Cuda<E, D>>) -> Result<()> {
     const VERB: &str = "lora_row_norm";
     let w = Matrix::new(VERB, "w", op.w.dense())?;
-    let ((a, a_is_f32), (b, b_is_f32)) = (factor_as_it_is(VERB, "a", op.a)?, factor_as_it_is(VERB, "b", op.b)?);
+    let ((a, a_is_f32), (b, b_is_f32)) = (stored_factor(VERB, "a", op.a)?, stored_factor(VERB, "b", op.b)?);
     let operands = [w.read(), a.read(), b.read(), op.scale.into(), write(op.norm)];
     let sizes = [w.rows, w.cols, a.rows, w.stride, a.stride, b.stride, a_is_f32.into(), b_is_f32.into()].map(Arg::U32);
-    let plan = shares(VERB, w.rows, THREADS / WARP * NORMS);
+    let plan = blocks_for(VERB, w.rows, THREADS / WARP * NORM_ROWS);
     cuda.launch(plan, operands.into_iter().chain(sizes).collect())
 }
 
@@ -35,7 +35,7 @@ pub(super) fn magnitude_backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Mag
     }
     if let Some(dmagnitude) = op.dmagnitude {
         let [m, n] = [size(op.z.rows())?, size(op.z.cols())?].map(Arg::U32);
-        let plan = shares("magnitude_backward", size(op.z.cols())?, WARP);
+        let plan = blocks_for("magnitude_backward", size(op.z.cols())?, WARP);
         cuda.launch(plan, vec![read(op.z), read(op.norm), read(op.dy), write(dmagnitude), m, n])?;
     }
     dbias(cuda, Matrix::new("magnitude_backward", "dy", op.dy)?, op.dbias)

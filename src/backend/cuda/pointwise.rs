@@ -4,7 +4,7 @@ use super::Cuda;
 use super::device::{Arg, Device};
 use super::lora::dropout;
 use super::operand::{read, write};
-use super::plan::{self, THREADS, WARP, shares, size, tiles};
+use super::plan::{self, THREADS, WARP, blocks_for, size, tiles};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Accumulate, Adam, AdamRate, Add, CrossEntropy, DropoutForward, Relu, ReluBackward, WeightGrad};
@@ -49,9 +49,12 @@ pub(super) fn cross_entropy<E: Float, D: Device>(cuda: &Cuda<E, D>, op: CrossEnt
     let mut losses = cuda.scratch(op.logits.rows(), 1)?;
     let (logits, labels, dlogits) = (read(op.logits), read(op.labels.tensor().view()), write(op.dlogits));
     let counted = size(op.labels.counted())?;
-    let rows = shares("cross_entropy_rows", m, THREADS / WARP);
+    let rows = blocks_for("cross_entropy_rows", m, THREADS / WARP);
     cuda.launch(rows, vec![logits, labels, Arg::Write(&mut losses.memory, 0), dlogits, m.into(), n.into(), counted.into()])?;
-    cuda.launch(shares("cross_entropy_mean", 1, 1), vec![Arg::Read(&losses.memory, 0), write(op.loss), m.into(), counted.into()])
+    cuda.launch(
+        blocks_for("cross_entropy_mean", 1, 1),
+        vec![Arg::Read(&losses.memory, 0), write(op.loss), m.into(), counted.into()],
+    )
 }
 
 /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
@@ -74,7 +77,7 @@ pub(super) fn adam<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Adam<'_, Cuda<E, 
     }
 }
 
-/// How many elements, as kernels take it.
+/// The number of elements, as a kernel argument.
 fn len<'a, M>(shape: Shape) -> Result<Arg<'a, M>> {
     Ok((shape.elements()? as u64).into())
 }

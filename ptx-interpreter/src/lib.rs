@@ -1,13 +1,13 @@
 //! Runs NVIDIA PTX on the CPU, and reports errors that a GPU would not.
 //!
 //! ```text
-//! parse     text → statements → kernels: names, decoded instructions             parse.rs  names.rs  decode.rs  op.rs  scalar.rs
-//! launch    arguments → parameter bytes; runs one cluster of blocks after another launch.rs  arg.rs tensor.rs
-//! schedule  runs the warps of a cluster in turn                                  schedule.rs
-//! block     executes an instruction: moves, products, barriers                    block.rs  access.rs  bulk.rs product.rs
-//! cluster   state of the threads: shared memory, copies in flight, clocks         cluster.rs  flight.rs  barrier.rs warp.rs
-//! memory    bytes; which were written, and by whom they were accessed             memory.rs shadow.rs
-//! semantics layouts of elements, counts of mbarriers, rounding of products        semantics.rs  matrix.rs sums.rs
+//! parse     text → statements → kernels: names, decoded instructions               parse.rs names.rs decode.rs op.rs scalar.rs
+//! launch    arguments → parameter bytes; runs one cluster of blocks after another  launch.rs arg.rs tensor.rs
+//! schedule  runs the warps of a cluster in turn                                    schedule.rs
+//! block     executes an instruction: moves, products, barriers                     block.rs access.rs bulk.rs product.rs
+//! cluster   state of the threads: shared memory, copies in flight, clocks          cluster.rs flight.rs barrier.rs warp.rs
+//! memory    bytes; which were written, and by whom they were accessed              memory.rs shadow.rs
+//! semantics layouts of elements, counts of mbarriers, rounding of products         semantics.rs matrix.rs sums.rs
 //! ```
 //!
 //! The lanes of a warp run in lock-step: after a branch, the group of lanes with the smallest program counter runs, and groups

@@ -14,11 +14,12 @@ use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
+use super::kernel::Kernel;
 use super::lend::{Lent, LentMut};
 use super::memory::Memory;
 use super::newer::{OverlappingLaunch, TensorMap, TensorMapEncoder, library};
-use super::plan::{KERNELS, Plan};
-use super::{NAME, from_hopper_on, hopper, hopper_ptx, ptx};
+use super::plan::Plan;
+use super::{NAME, from_hopper_on, hopper_ptx, ptx};
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 
@@ -41,7 +42,7 @@ pub struct Driver {
     stream: Arc<CudaStream>,
     /// The only thread that can name the stream, if it is a per-thread default stream.
     thread: Option<ThreadId>,
-    kernels: HashMap<&'static str, CudaFunction>,
+    kernels: HashMap<Kernel, CudaFunction>,
     gpu: Gpu,
     /// Launches with overlap, where the driver and the GPU support it.
     overlapping: Option<OverlappingLaunch>,
@@ -78,7 +79,7 @@ impl Driver {
         let overlapping = OverlappingLaunch::find().filter(|_| from_hopper && version >= OVERLAP_IN_GRAPHS_VERSION);
         let ptx = if from_hopper { from_hopper_on(ptx(dtype)) } else { ptx(dtype).to_owned() };
         let module = load(stream.context(), &ptx)?;
-        let mut kernels: HashMap<_, _> = KERNELS.into_iter().map(|stem| function(&module, stem, dtype)).collect::<Result<_>>()?;
+        let mut kernels: HashMap<_, _> = kernels(false).map(|kernel| function(&module, kernel, dtype)).collect::<Result<_>>()?;
         if let (Some(ptx), (9, 0)) = (hopper_ptx(dtype), gpu.capability) {
             kernels.extend(load_hopper_kernels(stream.context(), ptx, dtype)?);
         }
@@ -107,15 +108,15 @@ fn loadable(capability: (u32, u32), version: i32) -> (u32, u32) {
 }
 
 /// Loads the kernels for Hopper only.
-fn load_hopper_kernels(context: &Arc<CudaContext>, ptx: &str, dtype: DType) -> Result<Vec<(&'static str, CudaFunction)>> {
+fn load_hopper_kernels(context: &Arc<CudaContext>, ptx: &str, dtype: DType) -> Result<Vec<(Kernel, CudaFunction)>> {
     let module = load(context, ptx)?;
     let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
     let load_one = |kernel| {
-        let (stem, function) = function(&module, kernel, dtype)?;
-        function.set_attribute(most, MAX_SHARED_BYTES).map_err(|error| failed(stem, error))?;
-        Ok((stem, function))
+        let (kernel, function) = function(&module, kernel, dtype)?;
+        function.set_attribute(most, MAX_SHARED_BYTES).map_err(|error| failed(kernel.name(), error))?;
+        Ok((kernel, function))
     };
-    hopper::kernels().map(load_one).collect()
+    kernels(true).map(load_one).collect()
 }
 
 impl Device for Driver {
@@ -175,12 +176,12 @@ impl Device for Driver {
     fn launch(&self, launch: Launch<'_, Self>) -> Result<()> {
         let (plan, overlapping) = (launch.plan(), self.overlapping.filter(|_| launch.overlaps()));
         let mut args = launch.into_args();
-        self.check_stream(plan.kernel, args.iter().filter_map(memory_of))?;
+        self.check_stream(plan.kernel.name(), args.iter().filter_map(memory_of))?;
         self.bind()?; // tensor maps are encoded for the current context
         let mut operands: Vec<_> = args.iter_mut().map(|arg| self.operand(arg)).collect::<Result<_>>()?;
         let mut params: Vec<_> = operands.iter_mut().map(|operand| operand.value.address()).collect();
         let started = self.start(plan, overlapping, &mut params);
-        started.map_err(|error| failed(plan.kernel, error))
+        started.map_err(|error| failed(plan.kernel.name(), error))
     }
 
     fn synchronize(&self) -> Result<()> {
@@ -359,7 +360,7 @@ impl Driver {
         params: &mut [*mut c_void],
     ) -> std::result::Result<(), DriverError> {
         self.stream.context().bind_to_thread()?; // also returns errors of waiting for operands
-        let (function, stream) = (self.kernels[plan.kernel].cu_function(), self.stream.cu_stream());
+        let (function, stream) = (self.kernels[&plan.kernel].cu_function(), self.stream.cu_stream());
         // SAFETY: the verb built the launch from a checked request: each operand is a view, with the shape and row stride of the
         // sizes passed with it, of memory that a driver allocated (launches for other devices have another type), or that is lent
         // for longer than the request lives, on this stream (`check_stream`, `check_lendable`). Kernels touch nothing outside
@@ -397,11 +398,16 @@ fn version() -> Result<i32> {
     Ok(version)
 }
 
+/// The kernels of one of the two PTX files.
+fn kernels(for_hopper: bool) -> impl Iterator<Item = Kernel> {
+    Kernel::ALL.iter().copied().filter(move |kernel| kernel.is_for_hopper() == for_hopper)
+}
+
 /// Looks up a kernel in a module, by its name without the element type.
-fn function(module: &Arc<CudaModule>, stem: &'static str, dtype: DType) -> Result<(&'static str, CudaFunction)> {
-    let symbol = format!("{stem}_{dtype}");
+fn function(module: &Arc<CudaModule>, kernel: Kernel, dtype: DType) -> Result<(Kernel, CudaFunction)> {
+    let symbol = format!("{kernel}_{dtype}");
     let function = module.load_function(&symbol).map_err(|error| failed(&symbol, error))?;
-    Ok((stem, function))
+    Ok((kernel, function))
 }
 
 /// Compiles PTX for the GPU.

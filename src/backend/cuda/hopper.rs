@@ -1,29 +1,21 @@
 //! Plans for Hopper: which kernel, how many blocks, and the boxes that TMA moves. Pure functions of sizes.
 
 use super::device::{Arg, Gpu};
+use super::kernel::Kernel;
 use super::operand::{Matrix, MatrixMut};
 use super::plan::Plan;
 
 /// Threads of a block: `BLOCK_THREADS` in hopper.cuh.
-const THREADS: u32 = 384;
+pub(super) const THREADS: u32 = 384;
 /// Rows of a tile: `TILE_M` in hopper.cuh.
-const TILE_M: u32 = 128;
+pub(super) const TILE_M: u32 = 128;
 /// Rows, and columns, of a box of the output, and the depth of a stage: `LINE` and `TILE_K` in hopper.cuh.
-const LINE: u32 = 64;
+pub(super) const LINE: u32 = 64;
 
 /// 16-bit elements in 16 bytes.
-const CHUNK: u32 = 8;
-
-/// The tensor core kernels for any GPU, each with its replacements on Hopper: with tiles of 256 and of 128 columns.
-const KERNELS: [(&str, [&str; 2]); 2] = [
-    ("lora_backward_dx_wide", ["lora_backward_dx_hopper_256", "lora_backward_dx_hopper_128"]),
-    ("lora_forward_y_wide", ["lora_forward_y_hopper_256", "lora_forward_y_hopper_128"]),
-];
-
-/// All kernels of [`hopper_ptx`](super::hopper_ptx), for each of its element types.
-pub fn kernels() -> impl Iterator<Item = &'static str> {
-    KERNELS.into_iter().flat_map(|(_, kernels)| kernels)
-}
+pub(super) const CHUNK: u32 = 8;
+/// Ranks in a chunk of the update: `UPDATE_K` in hopper.cuh.
+pub(super) const UPDATE_K: u32 = 16;
 
 /// A kernel, its grid, and the boxes of its operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +32,9 @@ pub struct Product {
 
 /// Replaces `kernel` on Hopper, for an output of `rows × cols` and the given depth. `None` on other GPUs, for kernels that do not
 /// use tensor cores, and if rows are not multiples of 16 bytes.
-pub fn product(gpu: Gpu, kernel: &str, [rows, cols]: [u32; 2], depth: u32) -> Option<Product> {
+pub fn product(gpu: Gpu, kernel: Kernel, [rows, cols]: [u32; 2], depth: u32) -> Option<Product> {
     let whole = |size: u32| size > 0 && size.is_multiple_of(CHUNK);
-    let (_, kernels) = KERNELS.into_iter().find(|(name, _)| *name == kernel)?;
+    let kernels = kernel.hopper()?;
     if gpu.capability != (9, 0) || rows == 0 || !whole(cols) || !whole(depth) {
         return None;
     }
@@ -51,7 +43,7 @@ pub fn product(gpu: Gpu, kernel: &str, [rows, cols]: [u32; 2], depth: u32) -> Op
     // Estimated time: rounds of tiles; a tile of 128 columns has half the work, at nine tenths of the speed.
     let rounds = |width: u32| clusters(width).div_ceil(room(width));
     let wide_tiles = gpu.multiprocessors >= cluster(256) && rounds(256) * 18 <= rounds(128) * 10;
-    let n_major = kernel.starts_with("lora_backward_dx");
+    let n_major = kernel == Kernel::LoraBackwardDxWide;
     let (kernel, width) = if wide_tiles { (kernels[0], 256) } else { (kernels[1], 128) };
     u32::try_from(clusters(width)).ok().filter(|&clusters| clusters <= i32::MAX as u32)?;
     let grid = clusters(width).min(room(width)) as u32 * cluster(width);
@@ -81,7 +73,7 @@ fn cluster(cols: u32) -> u32 {
 /// Bytes of shared memory, `SharedMemory` in hopper.cuh: stages, staged output, a chunk of the update, and barriers.
 fn shared(cols: u32) -> u32 {
     let stages = if cols == 256 { 3 } else { 5 };
-    let (stage, out, chunk) = (2 * LINE * (TILE_M + cols), 2 * TILE_M * cols, 4 * 16 * cols);
+    let (stage, out, chunk) = (2 * LINE * (TILE_M + cols), 2 * TILE_M * cols, 4 * UPDATE_K * cols);
     let barriers = 8 * (2 * stages + 2);
     (stages * stage + out + chunk + barriers).next_multiple_of(1024)
 }
@@ -113,28 +105,28 @@ mod tests {
     proptest! {
         #[test]
         fn every_cluster_has_a_tile_and_every_multiprocessor_a_block(rows in 1..100_000u32, cols in 1..12_500u32, depth in 1..1000u32) {
-            let product = product(H100, "lora_forward_y_wide", [rows, 8 * cols], 8 * depth).unwrap();
+            let product = product(H100, Kernel::LoraForwardYWide, [rows, 8 * cols], 8 * depth).unwrap();
             let Product { plan, cols: width, cluster, .. } = product;
             let clusters = u64::from(rows.div_ceil(128 * cluster)) * u64::from((8 * cols).div_ceil(width));
             prop_assert_eq!(u64::from(plan.grid), (clusters * u64::from(cluster)).min(132));
             prop_assert!(product.plan.shared <= 227 << 10);
-            prop_assert!(product.plan.kernel.ends_with(&product.cols.to_string()));
+            prop_assert!(product.plan.kernel.name().ends_with(&product.cols.to_string()));
         }
     }
 
     #[test]
     fn only_hopper_takes_products_for_tensor_cores_with_whole_rows() {
-        let take = |gpu, sizes, depth| product(gpu, "lora_forward_y_wide", sizes, depth).map(|product| product.plan);
+        let take = |gpu, sizes, depth| product(gpu, Kernel::LoraForwardYWide, sizes, depth).map(|product| product.plan);
         let plan = |kernel, grid, shared| Some(Plan { kernel, grid, block: 384, shared });
-        assert_eq!(take(H100, [4096, 4096], 4096), plan("lora_forward_y_hopper_256", 132, 225 << 10));
-        assert_eq!(take(H100, [1, 8], 8), plan("lora_forward_y_hopper_128", 1, 201 << 10));
+        assert_eq!(take(H100, [4096, 4096], 4096), plan(Kernel::LoraForwardYHopper256, 132, 225 << 10));
+        assert_eq!(take(H100, [1, 8], 8), plan(Kernel::LoraForwardYHopper128, 1, 201 << 10));
         for (sizes, depth) in [([0, 128], 64), ([128, 0], 64), ([128, 128], 0), ([128, 4], 64), ([128, 128], 12)] {
             assert_eq!(take(H100, sizes, depth), None);
         }
         for capability in [(8, 0), (8, 9), (10, 0), (12, 0)] {
             assert_eq!(take(Gpu { capability, ..H100 }, [128, 128], 64), None);
         }
-        for kernel in ["lora_forward_y", "lora_forward_y_skinny", "lora_merge"] {
+        for kernel in [Kernel::LoraForwardY, Kernel::LoraForwardYSkinny, Kernel::LoraMerge] {
             assert_eq!(product(H100, kernel, [128, 128], 64), None);
         }
     }

@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::device::{Arg, Device};
-use super::lora::dropout;
+use super::kernel::{self, Kernel, Mask};
 use super::operand::{Matrix, MatrixMut, has_aligned_pairs, read_if, write};
 use super::plan::{self, Aligned, WARP, blocks_for, product};
 use super::products::{BackwardDx, ForwardY};
@@ -34,14 +34,15 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackwar
         let (dx, accumulate) = dx.into_parts();
         let dx = MatrixMut::new(VERB, "dx", dx)?;
         let plan = plan::backward_dx(gpu, E::DTYPE, [dy.rows, w.cols, dy.cols], dy.aligned && w.aligned)?;
-        let (a, dh, dropout, rank) = (None, Arg::Null, dropout(None), 0);
-        BackwardDx { w: Some(w), a, dy, dh, dropout, dx, accumulate, rank }.launch(&mut cuda.chain(), plan)?;
+        let (a, dh, mask, rank) = (None, Arg::Null, Mask(None), 0);
+        BackwardDx { w: Some(w), a, dy, dh, mask, dx, accumulate, rank }.launch(&mut cuda.chain(), plan)?;
     }
     if let (Some(dw), Some(x)) = (op.dw, x) {
         let (m, k, n) = (dy.rows, x.cols, dy.cols);
-        let plan = product(gpu, E::DTYPE, "linear_backward_dw", [n, k], [n, k], x.aligned && dy.aligned)?;
-        let sizes = [m, k, n, x.stride, dy.stride].map(Arg::U32);
-        cuda.launch(plan, [x.read(), dy.read(), write(dw)].into_iter().chain(sizes).collect())?;
+        let plan = product(gpu, E::DTYPE, Kernel::LinearBackwardDw, [n, k], [n, k], x.aligned && dy.aligned)?;
+        let (x_stride, dy_stride) = (x.stride, dy.stride);
+        let (x, dy, dw) = (x.read(), dy.read(), write(dw));
+        cuda.launch(plan, kernel::LinearBackwardDw { x, dy, dw, m, k, n, x_stride, dy_stride })?;
     }
     dbias(cuda, dy, op.dbias)
 }
@@ -53,6 +54,7 @@ pub(super) fn dbias<E: Float, D: Device>(
     dbias: Option<MatMut<'_, Cuda<E, D>, f32>>,
 ) -> Result<()> {
     let Some(dbias) = dbias else { return Ok(()) };
-    let plan = blocks_for("linear_backward_dbias", dy.cols, WARP);
-    cuda.launch(plan, vec![dy.read(), write(dbias), dy.rows.into(), dy.cols.into(), dy.stride.into()])
+    let (m, n, dy_stride) = (dy.rows, dy.cols, dy.stride);
+    let params = kernel::LinearBackwardDbias { dy: dy.read(), dbias: write(dbias), m, n, dy_stride };
+    cuda.launch(blocks_for(Kernel::LinearBackwardDbias, n, WARP), params)
 }

@@ -1,13 +1,14 @@
 //! The verbs of the low-rank layer.
 
 use super::device::{Arg, Device};
+use super::kernel::{self, Kernel, Mask, StochasticKey};
 use super::operand::{Matrix, MatrixMut, factor, has_aligned_pairs, read, read_if, stored_factor, write};
 use super::plan::{self, Aligned, bands, pointwise};
 use super::products::{BackwardDx, ForwardY};
 use super::{Chain, Cuda};
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
+use crate::op::{LoraBackward, LoraForward, LoraMerge};
 use crate::tensor::Shape;
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`: one launch, or two that overlap, after one for each factor that is rounded
@@ -25,10 +26,9 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
     let plan = plan::forward(cuda.device.gpu(), E::DTYPE, sizes, rank, op.dropout.is_some(), aligned)?;
     let (mut chain, mut h) = (cuda.chain(), write(op.h));
     if let Some(h_plan) = plan.h {
-        let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
-        let sizes = [x.rows, x.cols, rank, x.stride, a.stride].map(Arg::U32);
-        let operands = [x.read(), a.read(), key0, key1, threshold, keep_scale, h.reborrow()];
-        chain.launch(h_plan, operands.into_iter().chain(sizes).collect())?;
+        let (m, k, x_stride, a_stride) = (x.rows, x.cols, x.stride, a.stride);
+        let (x, a, mask, h) = (x.read(), a.read(), Mask(op.dropout), h.reborrow());
+        chain.launch(h_plan, kernel::LoraForwardH { x, a, mask, h, m, k, r: rank, x_stride, a_stride })?;
     }
     let (a, h) = if plan.h.is_none() { (Some(a), h.reborrow()) } else { (None, h.as_read()) };
     let (bias, bias_has_aligned_pairs) = (read_if(op.bias), op.bias.is_none_or(has_aligned_pairs));
@@ -48,7 +48,7 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<
     let a = if dx.is_some() { Some(factor(cuda, VERB, "a", op.a, &mut rounded_a)?) } else { None }; // only dx reads it
     let b = factor(cuda, VERB, "b", op.b, &mut rounded_b)?;
     let (m, k, n, r) = (x.rows, x.cols, dy.cols, b.cols);
-    let (dy_bands, x_bands) = (bands("lora_backward_dy", [m, n], r)?, bands("lora_backward_da", [m, k], r)?);
+    let (dy_bands, x_bands) = (bands(Kernel::LoraBackwardDy, [m, n], r)?, bands(Kernel::LoraBackwardDa, [m, k], r)?);
     let aligned = dy.aligned && w.is_none_or(|w| w.aligned);
     let dx_plan = plan::backward_dx(cuda.device.gpu(), E::DTYPE, [m, k, n], aligned)?;
     let mut dh = cuda.scratch(op.x.rows(), op.a.rows())?.memory;
@@ -61,25 +61,45 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<
     let mut chain = cuda.chain();
 
     // dh, dB and dbias, from one reading of dy
-    let outputs = [dh_parts.or(&mut dh), db_parts.or(&mut db), dbias_parts.or(&mut dbias)];
-    let operands = [b.read(), read(op.h), dy.read(), op.scale.into()].into_iter().chain(outputs);
-    let dims = [m, n, r, dy_bands.rows_per_share, b.stride, dy.stride].map(Arg::U32);
-    chain.launch(dy_bands.plan, operands.chain(dims).collect())?;
+    let params = kernel::LoraBackwardDy {
+        b: b.read(),
+        h: read(op.h),
+        dy: dy.read(),
+        scale: op.scale,
+        dh: dh_parts.or(&mut dh),
+        db: db_parts.or(&mut db),
+        dbias: dbias_parts.or(&mut dbias),
+        m,
+        n,
+        r,
+        rows_per_share: dy_bands.rows_per_share,
+        b_stride: b.stride,
+        dy_stride: dy.stride,
+    };
+    chain.launch(dy_bands.plan, params)?;
     add_partial_sums(&mut chain, [(&dh_parts, &mut dh), (&db_parts, &mut db), (&dbias_parts, &mut dbias)])?;
 
     // dA
-    let [key0, key1, threshold, keep_scale] = dropout(op.dropout);
-    let operands = [x.read(), dh.as_read(), key0, key1, threshold, keep_scale, da_parts.or(&mut da)].into_iter();
-    let dims = [m, k, r, x_bands.rows_per_share, x.stride].map(Arg::U32);
-    chain.launch(x_bands.plan, operands.chain(dims).collect())?;
+    let params = kernel::LoraBackwardDa {
+        x: x.read(),
+        dh: dh.as_read(),
+        mask: Mask(op.dropout),
+        da: da_parts.or(&mut da),
+        m,
+        k,
+        r,
+        rows_per_share: x_bands.rows_per_share,
+        x_stride: x.stride,
+    };
+    chain.launch(x_bands.plan, params)?;
     add_partial_sums(
         &mut chain,
         [(&da_parts, &mut da), (&PartialSums::NONE, &mut Arg::Null), (&PartialSums::NONE, &mut Arg::Null)],
     )?;
 
     let Some((dx, accumulate)) = dx else { return Ok(()) };
-    let (dh, dropout) = (dh.as_read(), dropout(op.dropout));
-    BackwardDx { w, a, dy, dh, dropout, dx, accumulate, rank: r }.launch(&mut chain, dx_plan)
+    let (dh, mask) = (dh.as_read(), Mask(op.dropout));
+    BackwardDx { w, a, dy, dh, mask, dx, accumulate, rank: r }.launch(&mut chain, dx_plan)
 }
 
 /// Partial sums that several blocks make of one output. A single one is the output itself; several lie in scratch memory until
@@ -112,12 +132,11 @@ type Output<'a, 'm, M> = (&'a PartialSums<M>, &'a mut Arg<'m, M>);
 
 /// Adds the partial sums of three outputs in one launch, if there are any.
 fn add_partial_sums<D: Device>(chain: &mut Chain<'_, D>, outputs: [Output<'_, '_, D::Memory>; 3]) -> Result<()> {
-    let (lens, counts) = (outputs.each_ref().map(|(parts, _)| parts.len), outputs.each_ref().map(|(parts, _)| parts.count));
-    let plan = pointwise("lora_backward_sum", Shape { rows: lens.iter().sum::<u64>() as usize, cols: 1 })?;
+    let (len, count) = (outputs.each_ref().map(|(parts, _)| parts.len), outputs.each_ref().map(|(parts, _)| parts.count));
+    let plan = pointwise(Kernel::LoraBackwardSum, Shape { rows: len.iter().sum::<u64>() as usize, cols: 1 })?;
     let parts = outputs.each_ref().map(|(parts, _)| parts.memory.as_ref().map_or(Arg::Null, |memory| Arg::Read(memory, 0)));
     let to = outputs.map(|(parts, to)| if parts.memory.is_some() { to.reborrow() } else { Arg::Null });
-    let sizes = lens.map(Arg::U64).into_iter().chain(counts.map(Arg::U32));
-    chain.launch(plan, parts.into_iter().chain(to).chain(sizes).collect())
+    chain.launch(plan, kernel::LoraBackwardSum { parts, to, len, count })
 }
 
 /// `W += scale·B·A`: one launch. `f32` factors are not rounded; they need the kernel for any shape.
@@ -127,18 +146,12 @@ pub(super) fn merge<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraMerge<'_, Cu
     let w = MatrixMut::new(VERB, "w", op.w)?;
     let is_f32 = a_is_f32 || b_is_f32;
     let plan = plan::merge(E::DTYPE, w.rows, w.cols, w.aligned && a.aligned && !is_f32)?;
-    let key = op.rounding.key(E::DTYPE);
-    let [key0, key1] = key.unwrap_or_default();
-    let chance = [u32::from(key.is_some()), key0, key1].map(Arg::U32);
-    let sizes = [w.rows, w.cols, a.rows, a.stride, b.stride, w.stride].map(Arg::U32);
-    let which = [a_is_f32, b_is_f32].map(|is_f32| Arg::U32(is_f32.into())).into_iter().filter(|_| plan.kernel == VERB);
-    let operands = [a.read(), b.read(), op.scale.into()].into_iter().chain(chance).chain([w.write()]);
-    cuda.launch(plan, operands.chain(sizes).chain(which).collect())
-}
-
-/// The parameters of a dropout mask. No dropout: threshold 0 and keep_scale 1.
-pub(super) fn dropout<'a, M>(dropout: Option<Dropout>) -> [Arg<'a, M>; 4] {
-    let ([key0, key1], threshold, keep_scale) =
-        dropout.map_or(([0, 0], 0, 1.0), |dropout| (dropout.key(), dropout.threshold(), dropout.keep_scale()));
-    [key0.into(), key1.into(), threshold.into(), keep_scale.into()]
+    let (n, k, r, scale, rounding) = (w.rows, w.cols, a.rows, op.scale, StochasticKey(op.rounding.key(E::DTYPE)));
+    let (a_stride, b_stride, w_stride) = (a.stride, b.stride, w.stride);
+    let (a, b, w) = (a.read(), b.read(), w.write());
+    if plan.kernel == Kernel::LoraMergeWide {
+        return cuda.launch(plan, kernel::LoraMergeWide { a, b, scale, rounding, w, n, k, r, a_stride, b_stride, w_stride });
+    }
+    let params = kernel::LoraMerge { a, b, scale, rounding, w, n, k, r, a_stride, b_stride, w_stride, a_is_f32, b_is_f32 };
+    cuda.launch(plan, params)
 }

@@ -4,6 +4,7 @@
 //! lora.rs linear.rs dora.rs pointwise.rs   one function per verb: its launches
 //!   ├─ products.rs                 the launches of y and dx
 //!   ├─ operand.rs                  a view as kernel arguments
+//!   ├─ kernel.rs                   the kernels' names and parameters
 //!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure functions of sizes
 //!        └─ device.rs              the trait of a GPU: memory and launches
 //!             └─ driver.rs         one GPU through NVIDIA's driver; a door for unsafe code
@@ -58,6 +59,7 @@ mod device;
 mod dora;
 mod driver;
 pub mod hopper;
+mod kernel;
 mod lend;
 mod linear;
 mod lora;
@@ -67,6 +69,8 @@ mod operand;
 pub mod plan;
 mod pointwise;
 mod products;
+#[cfg(test)]
+mod sources;
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -76,6 +80,7 @@ pub use cudarc;
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
+pub use kernel::Kernel;
 pub use lend::{Lent, LentMut};
 pub use memory::Memory;
 
@@ -88,6 +93,7 @@ use crate::op::{
 };
 use crate::tensor::Shape;
 use crate::view::{MatMut, MatRef};
+use kernel::Params;
 use plan::Plan;
 
 /// The name of this backend in errors.
@@ -242,8 +248,8 @@ impl<E: Float, D: Device> Cuda<E, D> {
     }
 
     /// Launches a kernel, unless its grid is empty.
-    fn launch(&self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
-        self.chain().launch(plan, args)
+    fn launch<'a>(&self, plan: Plan, params: impl Params<'a, D::Memory>) -> Result<()> {
+        self.chain().launch(plan, params)
     }
 
     /// Starts a chain of launches of one verb, with nothing between them: scratch memory is allocated before, and freed after.
@@ -265,11 +271,12 @@ struct Chain<'c, D> {
 
 impl<D: Device> Chain<'_, D> {
     /// Launches a kernel, unless its grid is empty.
-    fn launch(&mut self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
+    fn launch<'a, P: Params<'a, D::Memory>>(&mut self, plan: Plan, params: P) -> Result<()> {
+        debug_assert!(P::KERNELS.contains(&plan.kernel), "{} has other parameters", plan.kernel);
         if plan.grid == 0 {
             return Ok(());
         }
-        self.device.launch(Launch::new(plan, args, std::mem::replace(&mut self.has_previous, true)))
+        self.device.launch(Launch::new(plan, params.into_args(), std::mem::replace(&mut self.has_previous, true)))
     }
 }
 

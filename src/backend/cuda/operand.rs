@@ -1,6 +1,7 @@
 //! Views as kernel arguments: address, sizes, stride and alignment.
 
 use super::device::{Arg, Device, Tiles};
+use super::kernel::{self, Kernel};
 use super::plan::{self, MAX_SIZE, pointwise, size};
 use super::{Buffer, Cuda};
 use crate::backend::Backend;
@@ -137,8 +138,9 @@ pub(super) fn factor<'a, E: Float, D: Device>(
     };
     let (shape, from) = (view.shape(), Matrix::new(verb, name, view)?);
     let to = rounded.insert(cuda.unwritten(shape.elements()?)?);
-    let [len, cols, stride] = [shape.elements()?, shape.cols, view.row_stride()].map(|n| Arg::U64(n as u64));
-    cuda.launch(pointwise("round_factor", shape)?, vec![from.read(), Arg::Write(&mut to.memory, 0), len, cols, stride])?;
+    let [len, cols, from_stride] = [shape.elements()?, shape.cols, view.row_stride()].map(|n| n as u64);
+    let params = kernel::RoundFactor { from: from.read(), to: Arg::Write(&mut to.memory, 0), len, cols, from_stride };
+    cuda.launch(pointwise(Kernel::RoundFactor, shape)?, params)?;
     Matrix::new::<E, D, E>(verb, name, MatRef::all(to, shape))
 }
 
@@ -168,9 +170,10 @@ pub(super) fn copy<E: Float, D: Device, T: Element>(
     let aligned = is_aligned(address(from), strides[0], bytes) && is_aligned(address(to.as_ref()), strides[1], bytes);
     let len = from.shape().elements()?;
     let (plan, word) = plan::copy(len, cols, bytes, aligned)?;
-    let words = [len, cols, strides[0], strides[1]].map(|n| Arg::U64((n * bytes / word) as u64));
-    let operands = [Arg::Read(&from.memory().memory, from.offset() * bytes), write_rows(to)];
-    cuda.launch(plan, operands.into_iter().chain(words).collect())
+    let words = [len, cols, strides[0], strides[1]].map(|n| (n * bytes / word) as u64);
+    let [len, cols, from_stride, to_stride] = words;
+    let from = Arg::Read(&from.memory().memory, from.offset() * bytes);
+    cuda.launch(plan, kernel::Copy { from, to: write_rows(to), len, cols, from_stride, to_stride })
 }
 
 /// A row stride as a kernel argument.

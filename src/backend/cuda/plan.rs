@@ -1,6 +1,7 @@
 //! Plans: which kernel, and how many blocks. Pure functions of sizes; sizes that kernels cannot count to are refused here.
 
 use super::device::Gpu;
+use super::kernel::Kernel;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Shape;
@@ -44,8 +45,8 @@ pub const BAND_BLOCKS: u32 = 264;
 /// A kernel and its launch configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// One of [`KERNELS`]; the symbol is this name and the element type, such as `lora_merge_bf16`.
-    pub kernel: &'static str,
+    /// The kernel; its element type is the backend's.
+    pub kernel: Kernel,
     /// Blocks; 0 if there is nothing to do.
     pub grid: u32,
     /// Threads of a block.
@@ -54,41 +55,6 @@ pub struct Plan {
     pub shared: u32,
 }
 
-/// All kernels of [`ptx`](super::ptx), for each element type. A device looks them up once, when it is opened.
-pub const KERNELS: [&str; 31] = [
-    "accumulate",
-    "adam_dense",
-    "adam_factored",
-    "add",
-    "copy",
-    "copy_wide",
-    "cross_entropy_mean",
-    "cross_entropy_rows",
-    "dropout_forward",
-    "linear_backward_dbias",
-    "linear_backward_dw",
-    "linear_backward_dw_wide",
-    "lora_backward_da",
-    "lora_backward_dx",
-    "lora_backward_dx_skinny",
-    "lora_backward_dx_wide",
-    "lora_backward_dy",
-    "lora_backward_sum",
-    "lora_forward_h",
-    "lora_forward_h_skinny",
-    "lora_forward_y",
-    "lora_forward_y_skinny",
-    "lora_forward_y_wide",
-    "lora_merge",
-    "lora_merge_wide",
-    "lora_row_norm",
-    "magnitude",
-    "magnitude_backward",
-    "relu",
-    "relu_backward",
-    "round_factor",
-];
-
 /// A size as a kernel argument. Errors: [`Error::TooLarge`] beyond [`MAX_SIZE`].
 pub fn size(n: usize) -> Result<u32> {
     let small = u32::try_from(n).ok().filter(|&n| n <= MAX_SIZE);
@@ -96,25 +62,17 @@ pub fn size(n: usize) -> Result<u32> {
 }
 
 /// The general engine, for any shape: one block for every tile of an output of `rows × cols`.
-pub fn tiles(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
+pub fn tiles(kernel: Kernel, rows: u32, cols: u32) -> Result<Plan> {
     tiles_of(TILE, kernel, rows, cols)
 }
 
 /// A product with an output of `rows × cols`, by the wide engine if it has such a kernel and the lines of both operands start at
 /// multiples of 16 bytes (`aligned`) and have lengths (`lines`) of whole ones. In f32, which does not use tensor cores, the wide
 /// engine is also required to have a tile for every multiprocessor; in f32 both engines give the same bits.
-pub fn product(
-    gpu: Gpu,
-    dtype: DType,
-    kernel: &'static str,
-    [rows, cols]: [u32; 2],
-    lines: [u32; 2],
-    aligned: bool,
-) -> Result<Plan> {
-    let wide_kernel = KERNELS.into_iter().find(|name| name.strip_suffix("_wide") == Some(kernel));
+pub fn product(gpu: Gpu, dtype: DType, kernel: Kernel, [rows, cols]: [u32; 2], lines: [u32; 2], aligned: bool) -> Result<Plan> {
     let aligned = aligned && lines.iter().all(|line| line.is_multiple_of(chunk(dtype)));
     let count = u64::from(rows.div_ceil(WIDE_TILE)) * u64::from(cols.div_ceil(WIDE_TILE));
-    match wide_kernel {
+    match kernel.wide() {
         Some(wide_kernel) if aligned && (dtype.size() == 2 || count >= u64::from(gpu.multiprocessors)) => {
             tiles_of(WIDE_TILE, wide_kernel, rows, cols)
         }
@@ -122,29 +80,29 @@ pub fn product(
     }
 }
 
-fn tiles_of(tile: u32, kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
+fn tiles_of(tile: u32, kernel: Kernel, rows: u32, cols: u32) -> Result<Plan> {
     blocks_of(kernel, [rows, cols], [tile, tile])
 }
 
 /// One thread for every element.
-pub fn pointwise(kernel: &'static str, shape: Shape) -> Result<Plan> {
+pub fn pointwise(kernel: Kernel, shape: Shape) -> Result<Plan> {
     blocks(kernel, (shape.elements()? as u64).div_ceil(u64::from(THREADS)), shape)
 }
 
 /// A copy of `len` elements of `bytes` bytes; returns also the bytes that a thread moves: 16 if rows start (`aligned`) and end at
 /// multiples of 16.
 pub fn copy(len: usize, cols: usize, bytes: usize, aligned: bool) -> Result<(Plan, usize)> {
-    let (kernel, word) = if aligned && (cols * bytes).is_multiple_of(16) { ("copy_wide", 16) } else { ("copy", 2) };
+    let (kernel, word) = if aligned && (cols * bytes).is_multiple_of(16) { (Kernel::CopyWide, 16) } else { (Kernel::Copy, 2) };
     Ok((pointwise(kernel, Shape { rows: len * bytes / word, cols: 1 })?, word))
 }
 
 /// One block for every [`MAGNITUDE_ROWS`] rows of [`THREADS`] columns.
-pub fn stripes(kernel: &'static str, rows: u32, cols: u32) -> Result<Plan> {
+pub fn stripes(kernel: Kernel, rows: u32, cols: u32) -> Result<Plan> {
     blocks_of(kernel, [rows, cols], [MAGNITUDE_ROWS, THREADS])
 }
 
 /// One block for every `per_block` items.
-pub fn blocks_for(kernel: &'static str, items: u32, per_block: u32) -> Plan {
+pub fn blocks_for(kernel: Kernel, items: u32, per_block: u32) -> Plan {
     Plan { kernel, grid: items.div_ceil(per_block), block: THREADS, shared: 0 }
 }
 
@@ -185,13 +143,13 @@ pub fn forward(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: boo
     let h = match r > 0 && !y_makes_h {
         false => None,
         true if whole && aligned.x && aligned.a && (has_16_bits || !dropout) => {
-            Some(blocks_of("lora_forward_h_skinny", [m, r], [SKINNY_ROWS, RANK_TILE])?)
+            Some(blocks_of(Kernel::LoraForwardHSkinny, [m, r], [SKINNY_ROWS, RANK_TILE])?)
         }
-        true => Some(tiles("lora_forward_h", m, r)?),
+        true => Some(tiles(Kernel::LoraForwardH, m, r)?),
     };
     let y = match skinny {
-        true => blocks_of("lora_forward_y_skinny", [m, n], [SKINNY_ROWS, strip(dtype)])?,
-        false => product(gpu, dtype, "lora_forward_y", [m, n], [k, k], aligned.x && aligned.w)?,
+        true => blocks_of(Kernel::LoraForwardYSkinny, [m, n], [SKINNY_ROWS, strip_cols(dtype)])?,
+        false => product(gpu, dtype, Kernel::LoraForwardY, [m, n], [k, k], aligned.x && aligned.w)?,
     };
     Ok(Forward { h, y, skinny })
 }
@@ -200,13 +158,13 @@ pub fn forward(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], r: u32, dropout: boo
 pub fn backward_dx(gpu: Gpu, dtype: DType, [m, k, n]: [u32; 3], aligned: bool) -> Result<Plan> {
     let whole = [n, k].iter().all(|line| line.is_multiple_of(chunk(dtype)));
     match whole && aligned && m <= SKINNY_MAX_ROWS {
-        true => blocks_of("lora_backward_dx_skinny", [m, k], [SKINNY_ROWS, strip(dtype)]),
-        false => product(gpu, dtype, "lora_backward_dx", [m, k], [n, k], aligned),
+        true => blocks_of(Kernel::LoraBackwardDxSkinny, [m, k], [SKINNY_ROWS, strip_cols(dtype)]),
+        false => product(gpu, dtype, Kernel::LoraBackwardDx, [m, k], [n, k], aligned),
     }
 }
 
 /// Columns of `y` or `dx` in a block of the skinny engine: `W_ROWS` in lora_forward.cu, `STRIP_COLS` in skinny_n_major.cuh.
-fn strip(dtype: DType) -> u32 {
+pub(super) fn strip_cols(dtype: DType) -> u32 {
     64 / dtype.size() as u32
 }
 
@@ -224,7 +182,7 @@ pub struct Bands {
 }
 
 /// Plans products of a matrix of `rows × cols` with matrices of `r` columns.
-pub fn bands(kernel: &'static str, [rows, cols]: [u32; 2], r: u32) -> Result<Bands> {
+pub fn bands(kernel: Kernel, [rows, cols]: [u32; 2], r: u32) -> Result<Bands> {
     let (bands, passes, steps) = (cols.div_ceil(BAND_COLS), r.div_ceil(BAND_RANKS), rows.div_ceil(BAND_ROWS).max(1));
     let across = u64::from(bands) * u64::from(passes);
     let wanted = u64::from(BAND_BLOCKS).div_ceil(across.max(1)) as u32;
@@ -238,19 +196,19 @@ pub fn bands(kernel: &'static str, [rows, cols]: [u32; 2], r: u32) -> Result<Ban
 /// bytes.
 pub fn merge(dtype: DType, n: u32, k: u32, aligned: bool) -> Result<Plan> {
     match chunk(dtype) {
-        width if aligned && k.is_multiple_of(width) => blocks_of("lora_merge_wide", [n, k], [MERGE_ROWS, WARP * width]),
-        _ => blocks_of("lora_merge", [n, k], [MERGE_ROWS, WARP]),
+        width if aligned && k.is_multiple_of(width) => blocks_of(Kernel::LoraMergeWide, [n, k], [MERGE_ROWS, WARP * width]),
+        _ => blocks_of(Kernel::LoraMerge, [n, k], [MERGE_ROWS, WARP]),
     }
 }
 
 /// One block for every `each[0] × each[1]` elements of an output of `size`.
-fn blocks_of(kernel: &'static str, size: [u32; 2], each: [u32; 2]) -> Result<Plan> {
+fn blocks_of(kernel: Kernel, size: [u32; 2], each: [u32; 2]) -> Result<Plan> {
     let [rows, cols] = size;
     let count = u64::from(rows.div_ceil(each[0])) * u64::from(cols.div_ceil(each[1]));
     blocks(kernel, count, (rows as usize, cols as usize).into())
 }
 
-fn blocks(kernel: &'static str, blocks: u64, shape: Shape) -> Result<Plan> {
+fn blocks(kernel: Kernel, blocks: u64, shape: Shape) -> Result<Plan> {
     // The hardware counts blocks in 31 bits.
     let grid = u32::try_from(blocks).ok().filter(|&grid| grid <= i32::MAX as u32);
     let grid = grid.ok_or(Error::TooLarge { shape, limit: "a grid can count" })?;
@@ -268,7 +226,7 @@ mod tests {
     proptest! {
         #[test]
         fn tiles_cover_the_output_and_no_more(rows in 0..100_000u32, cols in 0..100_000u32) {
-            let grid = u64::from(tiles("lora_merge", rows, cols).unwrap().grid);
+            let grid = u64::from(tiles(Kernel::LoraMerge, rows, cols).unwrap().grid);
             let (down, across) = (u64::from(rows.div_ceil(TILE)), u64::from(cols.div_ceil(TILE)));
             prop_assert_eq!(grid, down * across);
             prop_assert!(down * 64 >= u64::from(rows) && (down * 64).saturating_sub(63) <= u64::from(rows));
@@ -277,7 +235,7 @@ mod tests {
 
         #[test]
         fn every_row_is_in_one_share(rows in 0..1_000_000u32, cols in 0..1_000_000u32, r in 1..100u32) {
-            let Bands { plan, bands, shares, rows_per_share } = super::bands("lora_backward_dy", [rows, cols], r).unwrap();
+            let Bands { plan, bands, shares, rows_per_share } = super::bands(Kernel::LoraBackwardDy, [rows, cols], r).unwrap();
             prop_assert_eq!(bands, cols.div_ceil(BAND_COLS));
             prop_assert_eq!(plan.grid, bands * r.div_ceil(BAND_RANKS) * shares);
             prop_assert!(rows_per_share % BAND_ROWS == 0 && rows_per_share > 0);
@@ -292,42 +250,42 @@ mod tests {
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let Forward { h, y, skinny } = forward(H100, dtype, [m, k, n], r, dropout, ALIGNED).unwrap();
                 let [tall, wide] = match y.kernel {
-                    "lora_forward_y" => [TILE, TILE],
-                    "lora_forward_y_wide" => [WIDE_TILE, WIDE_TILE],
+                    Kernel::LoraForwardY => [TILE, TILE],
+                    Kernel::LoraForwardYWide => [WIDE_TILE, WIDE_TILE],
                     _ => [SKINNY_ROWS, 64 / dtype.size() as u32],
                 };
                 prop_assert_eq!(y.grid, m.div_ceil(tall) * n.div_ceil(wide));
                 let dx = backward_dx(H100, dtype, [m, k, n], true).unwrap();
                 let [tall, wide] = match dx.kernel {
-                    "lora_backward_dx" => [TILE, TILE],
-                    "lora_backward_dx_wide" => [WIDE_TILE, WIDE_TILE],
+                    Kernel::LoraBackwardDx => [TILE, TILE],
+                    Kernel::LoraBackwardDxWide => [WIDE_TILE, WIDE_TILE],
                     _ => [SKINNY_ROWS, 64 / dtype.size() as u32],
                 };
                 prop_assert_eq!(dx.grid, m.div_ceil(tall) * k.div_ceil(wide));
                 // Kernels that load 16 bytes have lines of whole ones, and wide tiles in f32 leave no multiprocessor idle.
-                prop_assert!(dx.kernel == "lora_backward_dx" || k % chunk(dtype) == 0 && n % chunk(dtype) == 0);
-                prop_assert!(dtype != DType::F32 || dx.kernel != "lora_backward_dx_wide" || dx.grid >= 132);
-                prop_assert_eq!(skinny, y.kernel == "lora_forward_y_skinny");
+                prop_assert!(dx.kernel == Kernel::LoraBackwardDx || k % chunk(dtype) == 0 && n % chunk(dtype) == 0);
+                prop_assert!(dtype != DType::F32 || dx.kernel != Kernel::LoraBackwardDxWide || dx.grid >= 132);
+                prop_assert_eq!(skinny, y.kernel == Kernel::LoraForwardYSkinny);
                 // Kernels that load 16 bytes have lines of whole ones.
                 prop_assert!(!skinny || (k % chunk(dtype) == 0 && m <= SKINNY_MAX_ROWS));
                 // The kernel that makes h has blocks for all of it.
                 match h {
                     Some(h) => {
-                        let [tall, wide] = if h.kernel == "lora_forward_h" { [TILE, TILE] } else { [SKINNY_ROWS, RANK_TILE] };
+                        let [tall, wide] = if h.kernel == Kernel::LoraForwardH { [TILE, TILE] } else { [SKINNY_ROWS, RANK_TILE] };
                         prop_assert_eq!(h.grid, m.div_ceil(tall) * r.div_ceil(wide));
                     }
                     None => prop_assert!(r == 0 || skinny && r <= RANK_TILE && !dropout && n > 0),
                 }
                 let plan = merge(dtype, n, k, true).unwrap();
-                let wide = if plan.kernel == "lora_merge" { WARP } else { WARP * chunk(dtype) };
+                let wide = if plan.kernel == Kernel::LoraMerge { WARP } else { WARP * chunk(dtype) };
                 prop_assert_eq!(plan.grid, n.div_ceil(MERGE_ROWS) * k.div_ceil(wide));
-                prop_assert_eq!(plan.kernel == "lora_merge_wide", k % chunk(dtype) == 0);
+                prop_assert_eq!(plan.kernel == Kernel::LoraMergeWide, k % chunk(dtype) == 0);
             }
         }
 
         #[test]
         fn every_element_has_one_thread(rows in 0..100_000usize, cols in 0..100_000usize) {
-            let threads = u64::from(pointwise("add", Shape { rows, cols }).unwrap().grid) * u64::from(THREADS);
+            let threads = u64::from(pointwise(Kernel::Add, Shape { rows, cols }).unwrap().grid) * u64::from(THREADS);
             let elements = (rows * cols) as u64;
             prop_assert!(elements <= threads && threads < elements + u64::from(THREADS));
         }
@@ -335,42 +293,42 @@ mod tests {
 
     #[test]
     fn big_products_with_aligned_lines_go_to_the_wide_engine() {
-        let kernel = |dtype, sizes, lines| product(H100, dtype, "lora_forward_y", sizes, lines, true).unwrap();
+        let kernel = |dtype, sizes, lines| product(H100, dtype, Kernel::LoraForwardY, sizes, lines, true).unwrap();
         let plan = |kernel, grid| Plan { kernel, grid, block: 256, shared: 0 };
         for dtype in [DType::F16, DType::BF16] {
-            assert_eq!(kernel(dtype, [129, 1], [8, 4096]), plan("lora_forward_y_wide", 2));
-            assert_eq!(kernel(dtype, [129, 1], [8, 12]), plan("lora_forward_y", 3));
+            assert_eq!(kernel(dtype, [129, 1], [8, 4096]), plan(Kernel::LoraForwardYWide, 2));
+            assert_eq!(kernel(dtype, [129, 1], [8, 12]), plan(Kernel::LoraForwardY, 3));
         }
         // 132 tiles, and 121: f32 takes the wide engine only with a tile for every multiprocessor.
-        assert_eq!(kernel(DType::F32, [1408, 1536], [8, 12]), plan("lora_forward_y_wide", 132));
-        assert_eq!(kernel(DType::F32, [1408, 1408], [8, 12]), plan("lora_forward_y", 484));
-        assert_eq!(kernel(DType::F32, [4096, 4096], [8, 6]), plan("lora_forward_y", 4096));
-        assert_eq!(product(H100, DType::F16, "adam_factored", [1, 1], [8, 8], true).unwrap().kernel, "adam_factored");
+        assert_eq!(kernel(DType::F32, [1408, 1536], [8, 12]), plan(Kernel::LoraForwardYWide, 132));
+        assert_eq!(kernel(DType::F32, [1408, 1408], [8, 12]), plan(Kernel::LoraForwardY, 484));
+        assert_eq!(kernel(DType::F32, [4096, 4096], [8, 6]), plan(Kernel::LoraForwardY, 4096));
+        assert_eq!(product(H100, DType::F16, Kernel::AdamFactored, [1, 1], [8, 8], true).unwrap().kernel, Kernel::AdamFactored);
     }
 
     #[test]
     fn a_layer_of_few_rows_is_one_launch() {
         let layer = |dtype, m, r, dropout| forward(H100, dtype, [m, 4096, 4096], r, dropout, ALIGNED).unwrap();
-        let skinny = |grid| Plan { kernel: "lora_forward_y_skinny", grid, block: 256, shared: 0 };
+        let skinny = |grid| Plan { kernel: Kernel::LoraForwardYSkinny, grid, block: 256, shared: 0 };
         for m in [1, 16] {
             assert_eq!(layer(DType::BF16, m, 16, false), Forward { h: None, y: skinny(128), skinny: true });
         }
         assert_eq!(layer(DType::F16, SKINNY_MAX_ROWS, 1, false), Forward { h: None, y: skinny(512), skinny: true });
-        assert_eq!(layer(DType::F16, SKINNY_MAX_ROWS + 1, 1, false).y.kernel, "lora_forward_y_wide");
+        assert_eq!(layer(DType::F16, SKINNY_MAX_ROWS + 1, 1, false).y.kernel, Kernel::LoraForwardYWide);
         // The same for dx, whose blocks have strips of 64 bytes.
         let dx = |dtype, m| backward_dx(H100, dtype, [m, 4096, 4096], true).unwrap();
-        assert_eq!(dx(DType::BF16, 1), Plan { kernel: "lora_backward_dx_skinny", grid: 128, block: 256, shared: 0 });
+        assert_eq!(dx(DType::BF16, 1), Plan { kernel: Kernel::LoraBackwardDxSkinny, grid: 128, block: 256, shared: 0 });
         assert_eq!(
             dx(DType::F32, SKINNY_MAX_ROWS),
-            Plan { kernel: "lora_backward_dx_skinny", grid: 1024, block: 256, shared: 0 }
+            Plan { kernel: Kernel::LoraBackwardDxSkinny, grid: 1024, block: 256, shared: 0 }
         );
-        assert_eq!(dx(DType::F16, SKINNY_MAX_ROWS + 1).kernel, "lora_backward_dx_wide");
+        assert_eq!(dx(DType::F16, SKINNY_MAX_ROWS + 1).kernel, Kernel::LoraBackwardDxWide);
         // Two launches where y's kernel cannot make h.
         let h = |dtype, r, dropout| layer(dtype, 1, r, dropout).h.map(|plan| (plan.kernel, plan.grid));
-        assert_eq!(h(DType::BF16, 17, false), Some(("lora_forward_h_skinny", 2)));
-        assert_eq!(h(DType::BF16, 16, true), Some(("lora_forward_h_skinny", 1)));
-        assert_eq!(h(DType::F32, 16, false), Some(("lora_forward_h_skinny", 1)));
-        assert_eq!(h(DType::F32, 16, true), Some(("lora_forward_h", 1)));
+        assert_eq!(h(DType::BF16, 17, false), Some((Kernel::LoraForwardHSkinny, 2)));
+        assert_eq!(h(DType::BF16, 16, true), Some((Kernel::LoraForwardHSkinny, 1)));
+        assert_eq!(h(DType::F32, 16, false), Some((Kernel::LoraForwardHSkinny, 1)));
+        assert_eq!(h(DType::F32, 16, true), Some((Kernel::LoraForwardH, 1)));
         assert_eq!(h(DType::F32, 0, false), None);
     }
 
@@ -381,26 +339,26 @@ mod tests {
             for m in [1, 16, SKINNY_MAX_ROWS, 4096] {
                 let planned = |aligned| forward(H100, dtype, [m, 4096, 4096], 16, false, aligned).unwrap();
                 for aligned in [Aligned { x: false, ..ALIGNED }, Aligned { w: false, ..ALIGNED }] {
-                    assert_eq!(planned(aligned).y.kernel, "lora_forward_y", "{m} rows, {aligned:?}");
+                    assert_eq!(planned(aligned).y.kernel, Kernel::LoraForwardY, "{m} rows, {aligned:?}");
                 }
                 // A is read by h's kernel only.
                 let aligned_plan = planned(ALIGNED);
                 let Forward { h, y, .. } = planned(Aligned { a: false, ..ALIGNED });
-                assert_eq!((h.map(|h| h.kernel), y.kernel), (Some("lora_forward_h"), aligned_plan.y.kernel));
+                assert_eq!((h.map(|h| h.kernel), y.kernel), (Some(Kernel::LoraForwardH), aligned_plan.y.kernel));
                 let x = planned(Aligned { x: false, ..ALIGNED }).h;
-                assert_eq!(x.map(|h| h.kernel), Some("lora_forward_h"));
-                assert_eq!(backward_dx(H100, dtype, [m, 4096, 4096], false).unwrap().kernel, "lora_backward_dx");
+                assert_eq!(x.map(|h| h.kernel), Some(Kernel::LoraForwardH));
+                assert_eq!(backward_dx(H100, dtype, [m, 4096, 4096], false).unwrap().kernel, Kernel::LoraBackwardDx);
             }
-            assert_eq!(merge(dtype, 4096, 4096, false).unwrap().kernel, "lora_merge");
+            assert_eq!(merge(dtype, 4096, 4096, false).unwrap().kernel, Kernel::LoraMerge);
             assert_eq!(
-                product(H100, dtype, "linear_backward_dw", [4096; 2], [4096; 2], false).unwrap().kernel,
-                "linear_backward_dw"
+                product(H100, dtype, Kernel::LinearBackwardDw, [4096; 2], [4096; 2], false).unwrap().kernel,
+                Kernel::LinearBackwardDw
             );
         }
         let kernel = |cols, bytes, aligned| copy(8 * cols, cols, bytes, aligned).unwrap().0.kernel;
         assert_eq!(
             [kernel(8, 2, true), kernel(7, 2, true), kernel(8, 2, false), kernel(4, 4, true)],
-            ["copy_wide", "copy", "copy", "copy_wide"]
+            [Kernel::CopyWide, Kernel::Copy, Kernel::Copy, Kernel::CopyWide]
         );
     }
 
@@ -410,9 +368,9 @@ mod tests {
         for n in [MAX_SIZE as usize + 1, u32::MAX as usize, u32::MAX as usize + 2, usize::MAX] {
             assert!(matches!(size(n), Err(Error::TooLarge { .. })), "{n}");
         }
-        assert!(matches!(tiles("add", MAX_SIZE, MAX_SIZE), Err(Error::TooLarge { .. })));
-        assert!(matches!(pointwise("add", Shape { rows: 1 << 45, cols: 1 }), Err(Error::TooLarge { .. })));
-        assert!(matches!(bands("lora_backward_da", [1, MAX_SIZE], MAX_SIZE), Err(Error::TooLarge { .. })));
+        assert!(matches!(tiles(Kernel::Add, MAX_SIZE, MAX_SIZE), Err(Error::TooLarge { .. })));
+        assert!(matches!(pointwise(Kernel::Add, Shape { rows: 1 << 45, cols: 1 }), Err(Error::TooLarge { .. })));
+        assert!(matches!(bands(Kernel::LoraBackwardDa, [1, MAX_SIZE], MAX_SIZE), Err(Error::TooLarge { .. })));
         // Rounding up to whole tiles, and one more step along the depth, stay inside an int.
         assert!(
             MAX_SIZE.next_multiple_of(WIDE_TILE) + WIDE_TILE <= i32::MAX as u32

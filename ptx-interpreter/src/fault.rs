@@ -44,43 +44,43 @@ pub struct Fault {
 pub enum Kind {
     /// An access outside the memory that an address belongs to.
     OutOfBounds {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
-        /// How many bytes.
+        /// The width of the access, in bytes.
         width: usize,
-        /// How many bytes there are.
+        /// The length of the memory, in bytes.
         len: usize,
     },
     /// An access at an address that is not a multiple of its width.
     Misaligned {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
-        /// How many bytes.
+        /// The width of the access, in bytes.
         width: usize,
     },
     /// A read of bytes that nothing wrote.
     Uninitialised {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
     },
     /// A write to memory that the launch passed as read-only.
     ReadOnly,
     /// An access to shared memory that an asynchronous copy may still be writing.
     InFlight {
-        /// Where in shared memory, in bytes.
+        /// The address in shared memory.
         at: u64,
     },
     /// Two threads accessed the same bytes, at least one of them writing, and no barrier orders them.
     Race {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
         /// The block of the other thread.
         other_block: u32,
@@ -90,17 +90,17 @@ pub enum Kind {
     /// TMA or wgmma reads what threads wrote without `fence.proxy.async`, or TMA or another block uses an mbarrier without
     /// `fence.mbarrier_init`.
     Unpublished {
-        /// Where in shared memory, in bytes.
+        /// The address in shared memory.
         at: u64,
     },
     /// A read of bytes that an earlier launch wrote and may still be writing: this thread has not executed `griddepcontrol.wait`.
     ReadsEarly {
-        /// Where in global memory, in bytes.
+        /// The offset in global memory, in bytes.
         at: u64,
     },
     /// A write that an earlier launch may not expect: this thread has not executed `griddepcontrol.wait`.
     WritesEarly {
-        /// Where in global memory, in bytes.
+        /// The offset in global memory, in bytes.
         at: u64,
     },
     /// Deadlock: no thread can continue.
@@ -112,9 +112,9 @@ pub enum Kind {
     },
     /// An mbarrier that is not initialised, or used inconsistently.
     BadBarrier {
-        /// Where in shared memory, in bytes.
+        /// The address in shared memory.
         at: u64,
-        /// What is wrong.
+        /// The error.
         reason: &'static str,
     },
     /// A wgmma on registers that were written after the last `wgmma.fence`.
@@ -172,8 +172,12 @@ impl fmt::Display for Kind {
                 write!(f, "race on {at:#x} of {space} memory with {other} of block {other_block}")
             }
             Self::Unpublished { at } => write!(f, "no proxy fence since threads wrote {at:#x} of shared memory"),
-            Self::ReadsEarly { at } => write!(f, "reads {at:#x} of global memory too early: the launch before may be writing it"),
-            Self::WritesEarly { at } => write!(f, "writes {at:#x} of global memory too early: the launch before may be using it"),
+            Self::ReadsEarly { at } => {
+                write!(f, "reads {at:#x} of global memory too early: the previous launch may be writing it")
+            }
+            Self::WritesEarly { at } => {
+                write!(f, "writes {at:#x} of global memory too early: the previous launch may be using it")
+            }
             Self::Deadlock { barrier, waiting } => {
                 let threads: Vec<_> = waiting.iter().map(|(block, thread)| format!("{block}:{thread}")).collect();
                 write!(f, "waits for ever at {barrier}; warps that wait (block:thread): {}", threads.join(" "))
@@ -182,9 +186,9 @@ impl fmt::Display for Kind {
             Self::MissingFence => write!(f, "no wgmma.fence since registers of this product were written"),
             Self::SumsInFlight => write!(f, "sums were touched before the product was waited for"),
             Self::Misuse(reason) => write!(f, "{reason}"),
-            Self::DivergedBarrier => write!(f, "not every thread comes to this barrier"),
-            Self::DivergedWarp => write!(f, "not every lane of the warp comes to this instruction"),
-            Self::Trap => write!(f, "the kernel stops itself"),
+            Self::DivergedBarrier => write!(f, "not every thread reaches this barrier"),
+            Self::DivergedWarp => write!(f, "not every lane of the warp reaches this instruction"),
+            Self::Trap => write!(f, "the kernel executes a trap"),
             Self::AbsentLane => write!(f, "shuffles with a lane that does not take part"),
             Self::Runaway => write!(f, "the kernel does not end"),
             Self::BadLaunch(reason) => write!(f, "{reason}"),

@@ -45,7 +45,7 @@ pub(super) fn open(options: OpenOptions) -> Result<Gpu> {
         adapter.features() & if options.matrices { OPTIONAL_FEATURES | MATRIX_FEATURES } else { OPTIONAL_FEATURES };
     if options.pipelines.is_some() {
         if !adapter.features().contains(cache::REQUIRED_FEATURES) {
-            return Err(unavailable(format!("{} on {} lets nobody keep its pipelines", info.name, info.backend)));
+            return Err(unavailable(format!("{} on {} does not support pipeline caches", info.name, info.backend)));
         }
         features |= cache::REQUIRED_FEATURES;
     }
@@ -75,8 +75,9 @@ fn matrix_size(adapter: &wgpu::Adapter) -> Result<u32> {
     };
     let largest = adapter.cooperative_matrix_properties().iter().filter_map(square).max();
     let largest = largest.filter(|_| adapter.features().contains(MATRIX_FEATURES));
-    largest
-        .ok_or_else(|| unavailable(format!("{} has no cooperative matrices of f16 that add up in f32", adapter.get_info().name)))
+    largest.ok_or_else(|| {
+        unavailable(format!("{} has no cooperative matrices of f16 that accumulate in f32", adapter.get_info().name))
+    })
 }
 
 /// Enables wgpu's experimental features.

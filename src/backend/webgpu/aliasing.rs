@@ -60,4 +60,4 @@ pub(super) fn check_aliasing<'a>(verb: &'static str, operands: impl Iterator<Ite
     Ok(())
 }
 
-const BUFFER: &str = "a buffer that the verb does not read, for WebGPU lets no launch read and write the same one";
+const BUFFER: &str = "a buffer that the verb does not read: a WebGPU launch may not read and write one buffer";

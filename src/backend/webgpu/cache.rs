@@ -54,7 +54,7 @@ impl Cache {
     }
 
     fn write(&self) -> Result<()> {
-        let none = || Error::Device { backend: "webgpu", reason: "the driver does not hand out its pipelines".into() };
+        let none = || Error::Device { backend: "webgpu", reason: "the driver does not return its pipelines".into() };
         let data = self.raw.get_data().ok_or_else(none)?;
         file::write_whole(&self.path, &pack(&data, self.adapter))
     }

@@ -64,7 +64,7 @@ fn lent<T: Element>(gpu: &Gpu, verb: &'static str, buffer: &wgpu::Buffer, bytes:
         return refused("bytes", format!("{bytes:?}"), format!("whole elements of {element} bytes"));
     }
     if end.next_multiple_of(4) > size {
-        let want = format!("to end at {} at most, for shaders see whole words of a buffer of {size} bytes", size / 4 * 4);
+        let want = format!("an end of at most {}, since shaders access whole words of a buffer of {size} bytes", size / 4 * 4);
         return refused("bytes", format!("{bytes:?}"), want);
     }
     if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {

@@ -141,12 +141,15 @@ impl<E: Float> WebGpu<E> {
         match E::DTYPE {
             DType::F32 => {}
             DType::F16 if gpu.device.features().contains(wgpu::Features::SHADER_F16) => {}
-            DType::F16 => return unavailable(&format!("{} does not compute in f16", gpu.name)),
+            DType::F16 => return unavailable(&format!("{} does not support f16", gpu.name)),
             DType::BF16 => return unavailable("WGSL has no bf16"),
         }
         let limits = memory::limits_of(&gpu);
         if gpu.matrix > 0 && !limits.supports_matrices() {
-            return unavailable(&format!("{}: no tile is made of its cooperative matrices; its subgroups vary, say", gpu.name));
+            return unavailable(&format!(
+                "{}: its cooperative matrices cannot be used, for example because the size of its subgroups varies",
+                gpu.name
+            ));
         }
         let gpu = Arc::new(gpu);
         let one = Buffer::unwritten(&gpu, 1)?;

@@ -1,8 +1,8 @@
-//! The blocked nest, after BLIS (F. G. Van Zee and R. A. van de Geijn, "BLIS: a framework for rapidly instantiating BLAS
+//! The blocked regime, after BLIS (F. G. Van Zee and R. A. van de Geijn, "BLIS: a framework for rapidly instantiating BLAS
 //! functionality", ACM TOMS 2015), with the terms of the sum laid end to end along the depth:
 //!
 //! ```text
-//! for each ROWS of the output
+//! for each LHS_ROWS rows of the output
 //!   pack the left side, all of its depth, into MR panels              (parallel)
 //!   for each strip of NC columns                       loop 5 (jc)    (parallel)
 //!     for each KC of the depth                         loop 4 (pc)
@@ -13,14 +13,14 @@
 //!             tile: registers += left panel · right panel
 //! ```
 //!
-//! Which panels stay in which cache, and so MC and NC, is for [the plan](super::plan) to say.
+//! The [plan](super::plan) chooses MC and NC, and with them which panels stay in which cache.
 //!
-//! BLIS shares the packed right side among the cores; here each core packs the strip that it owns, so there is no barrier in
-//! the depth and nothing that was packed travels between cores but the left side, which is the smaller one.
+//! In BLIS all cores share the packed right side. Here each task packs the strip of the right side that it owns, into its own
+//! L2. So no barrier is needed within the depth, and only the packed left side, which is smaller, moves between cores.
 //!
-//! A term of the sum that is only r deep (`h·Bᵀ`) shares the last block with the end of the term before it: no second pass
-//! over the output. The depth is cut term by term ([`Depth`]), so the sum over the base weights is made in the same order with an
-//! adapter and without: `y` of a fresh adapter has the bits of the base layer's.
+//! A short second term (`h·Bᵀ`, of depth r) joins the last depth block of the first term, so the output is not read and written
+//! a second time. The depth is cut term by term ([`Depth`]), so the sum over the base weights has the same order with an update
+//! and without: with `B = 0`, `y` has the bits of the base layer.
 
 use std::ops::Range;
 
@@ -32,14 +32,14 @@ use super::depth::Depth;
 use super::micro::Micro;
 use super::outer::Outer;
 use super::pack::{Panels, Side};
-use super::packed_lhs::{Left, chunks};
-use super::plan::{Blocks, SHORT};
+use super::packed_lhs::{PackedLhs, chunks};
+use super::plan::{Blocks, SHORT_DEPTH};
 use super::prepack;
 use super::{Block, Factor, Init, LowRank, Output, Parts, Product};
 use crate::element::{DType, Float};
 use crate::error::Result;
 
-/// How far ahead the output is asked for where the depth is short, in tiles.
+/// Tiles ahead that the output is prefetched, where the depth is short.
 const TILES_AHEAD: usize = 4;
 
 /// The largest tile of any micro-kernel, in vectors: 32 × 32 numbers.
@@ -54,7 +54,7 @@ pub(super) fn run<E: Float, O: Float, M: Micro>(
     terms: &[Product<'_, E>],
 ) -> Result<()> {
     let depth = Depth::of::<E, M>(terms);
-    let mut left = Left::new(engine, micro, out.rows(), depth)?;
+    let mut left = PackedLhs::new(engine, micro, out.rows(), depth)?;
     for rows in chunks(out.rows()) {
         left.pack(engine, terms, rows.start, 0..depth.total());
         strips(engine, &left, out.rows_of(rows), init, terms)?;
@@ -62,8 +62,8 @@ pub(super) fn run<E: Float, O: Float, M: Micro>(
     Ok(())
 }
 
-/// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`: the left side is packed once, and `h` joins it as more depth.
-/// `beside` sees each chunk of rows when it is packed.
+/// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`: the left side is packed once, and `h` is packed behind it as more
+/// depth. `on_packed` is called with each chunk of rows once it is packed.
 pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
     engine: &Engine,
     micro: M,
@@ -71,20 +71,20 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
     mut out: Output<'_, O>,
     init: Init<'_, E>,
     op: LowRank<'_, E>,
-    mut beside: impl FnMut(&Left<'_, M>, Range<usize>) -> Result<()>,
+    mut on_packed: impl FnMut(&PackedLhs<'_, M>, Range<usize>) -> Result<()>,
 ) -> Result<()> {
     let (m, r, base) = (h.rows(), h.cols(), op.base());
-    // Panels of `bf16` do not take a scale: `h` is multiplied with it when it is summed.
-    let (scale, to_h) = if M::WIDE { (1.0, op.narrowed()) } else { (op.a_scale, Product { scale: 1.0, ..op.narrowed() }) };
+    // Panels of `bf16` cannot be scaled exactly: `h` is multiplied by `a_scale` after it is summed.
+    let (scale, to_h) = if M::F32 { (1.0, op.to_h()) } else { (op.a_scale, Product { scale: 1.0, ..op.to_h() }) };
     let mut split = match op.b {
-        Factor::Elem(b) if !M::WIDE => Some(Split::new(engine, m, b)?),
+        Factor::Elem(b) if !M::F32 => Some(Split::new(engine, m, b)?),
         _ => None,
     };
     let deep = Depth::new::<M>(base.depth(), split.as_ref().map_or(r, Split::depth));
-    let mut left = Left::new(engine, micro, m, deep)?;
+    let mut left = PackedLhs::new(engine, micro, m, deep)?;
     for rows in chunks(m) {
         left.pack(engine, &[base], rows.start, 0..deep.second());
-        beside(&left, rows.clone())?;
+        on_packed(&left, rows.clone())?;
         strips(engine, &left, h.rows_of(rows.clone()), Init::Zero, &[to_h])?;
         if scale != 1.0 {
             h.rows_of(rows.clone()).data().iter_mut().for_each(|h| *h *= scale);
@@ -101,14 +101,14 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
 
 /// `out = scale·lhsᵀ·rhs`
 pub(super) fn run_outer<E: Float>(engine: &Engine, lhs: Factor<'_, E>, mut outer: Outer<'_>) -> Result<()> {
-    let mut left = outer.left(engine, lhs)?;
+    let mut left = outer.pack_lhs(engine, lhs)?;
     chunks(lhs.rows()).try_for_each(|rows| outer.pack_and_add(engine, lhs, &mut left, rows))
 }
 
-/// Loop 5: a task owns a strip of columns and packs the right side for itself, unless it is kept packed.
+/// Loop 5: each task owns a strip of columns and packs its right side, unless that is prepacked.
 fn strips<E: Float, O: Float, M: Micro>(
     engine: &Engine,
-    left: &Left<'_, M>,
+    left: &PackedLhs<'_, M>,
     out: Output<'_, O>,
     init: Init<'_, E>,
     terms: &[Product<'_, E>],
@@ -130,12 +130,12 @@ fn strips<E: Float, O: Float, M: Micro>(
     })
 }
 
-/// How a product so wide is cut, whose deepest block is `depth` deep.
+/// The block sizes of a product with `cols` columns whose deepest depth block is `depth` deep.
 fn blocks<M: Micro>(engine: &Engine, micro: M, cols: usize, depth: usize) -> Blocks {
     Blocks::new(micro.shape(engine.unit, cols), size_of::<M::Number>(), M::DEPTH, depth, engine.caches)
 }
 
-/// The plan of a product `k` deep and `n` wide, in words.
+/// The block sizes of a product of depth `k` with `n` columns, as text.
 pub(super) fn explain<M: Micro>(engine: &Engine, micro: M, k: usize, n: usize) -> String {
     let depth = Depth::new::<M>(k, 0).longest();
     let Blocks { mr, nr, mc, nc } = blocks(engine, micro, n, depth);
@@ -147,10 +147,10 @@ struct Strip<'a, 'o, E, O, M: Micro> {
     block: Block<'o, O>,
     init: Init<'a, E>,
     terms: &'a [Product<'a, E>],
-    left: &'a Left<'a, M>,
-    /// Room for the deepest block of the strip's right side.
+    left: &'a PackedLhs<'a, M>,
+    /// Memory for the packed right side of the strip, for the deepest block.
     right: &'a mut [M::Number],
-    /// Room for the sums, where they must not be rounded between two blocks of the depth; else empty.
+    /// Memory for `f32` sums of a 16-bit output with several depth blocks, which must not be rounded in between; otherwise empty.
     sums: &'a mut [f32],
     blocks: Blocks,
 }
@@ -186,14 +186,14 @@ impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
     }
 }
 
-/// Loop 4.
+/// Loop 4 over the depth blocks of a strip.
 #[inline(always)]
 fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     s: S,
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     terms: &[Product<'_, E>],
-    (left, ready): (&Left<'_, M>, &M::Ready),
+    (left, ready): (&PackedLhs<'_, M>, &M::Ready),
     right: &mut [M::Number],
     blocks: Blocks,
 ) {
@@ -203,7 +203,7 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
         let within = depth.block(start);
         let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, blocks.nr);
         let init = if start == 0 { init } else { Init::Output };
-        if (S::NV == 2 || !M::WIDE) && blocks.nr == 2 * LANES {
+        if (S::NV == 2 || !M::F32) && blocks.nr == 2 * LANES {
             tiles::<S, E, O, M, 2>(s, ready, block, init, &within, (left, right), blocks);
         } else {
             tiles::<S, E, O, M, 1>(s, ready, block, init, &within, (left, right), blocks);
@@ -215,10 +215,11 @@ fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
     }
 }
 
-/// The right panels of a block: first those of a number of steps, then those of the steps that follow.
+/// The right panels of a depth block, in two pieces along the depth, each with its number of steps: the prepacked panels of the
+/// weight, and those packed for this call.
 type Right<'r, N> = [(&'r [N], usize); 2];
 
-/// Packs a block of the right side, or what is not kept of it.
+/// Packs a depth block of the right side, except for the part that is prepacked.
 #[inline(always)]
 fn pack_right<'r, S: Simd, E: Float, M: Micro>(
     s: S,
@@ -226,26 +227,26 @@ fn pack_right<'r, S: Simd, E: Float, M: Micro>(
     micro: M,
     within: &Range<usize>,
     cols: &Range<usize>,
-    room: &'r mut [M::Number],
+    memory: &'r mut [M::Number],
     nr: usize,
 ) -> Right<'r, M::Number> {
     let width = cols.len().next_multiple_of(nr);
-    let kept = prepack::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
-    let steps = kept.len() / width;
-    let (as_they_are, rest) = (prepack::same::<E, M::Number>(), within.start + steps..within.end);
-    let (wide, room) = room.split_at_mut(if as_they_are { 0 } else { kept.len() });
-    if !as_they_are {
-        ConvertChunk { from: kept, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *wide) }.run(s);
+    let prepacked = prepack::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
+    let steps = prepacked.len() / width;
+    let (same_type, rest) = (prepack::is_same::<E, M::Number>(), within.start + steps..within.end);
+    let (widened, memory) = memory.split_at_mut(if same_type { 0 } else { prepacked.len() });
+    if !same_type {
+        ConvertChunk { from: prepacked, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *widened) }.run(s);
     }
-    let to = &mut room[..width * rest.len()];
+    let to = &mut memory[..width * rest.len()];
     if !rest.is_empty() {
         let (stride, depth, to) = (nr * rest.len(), rest.clone(), &mut *to);
         Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to }.run(s);
     }
-    [(if as_they_are { bytemuck::cast_slice(kept) } else { wide }, steps), (to, rest.len())]
+    [(if same_type { bytemuck::cast_slice(prepacked) } else { widened }, steps), (to, rest.len())]
 }
 
-/// Loops 3 to 1, on tiles `NV` vectors wide.
+/// Loops 3 to 1 over tiles `NV` vectors wide.
 #[inline(always)]
 fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     s: S,
@@ -253,7 +254,7 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     block: &mut Block<'_, O>,
     init: Init<'_, E>,
     within: &Range<usize>,
-    (left, right): (&Left<'_, M>, Right<'_, M::Number>),
+    (left, right): (&PackedLhs<'_, M>, Right<'_, M::Number>),
     blocks: Blocks,
 ) {
     let (mr, nr, mc) = (blocks.mr, NV * LANES, blocks.mc(within.len()));
@@ -265,7 +266,7 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
             let right = right.map(|(panels, steps)| &panels[cols.start * steps..][..nr * steps]);
             for i in rows.clone().step_by(mr) {
                 let rows = i..rows.end.min(i + mr);
-                ask_for::<S, O, NV>(s, block, rows.clone(), cols.clone(), within.len());
+                prefetch_output::<S, O, NV>(s, block, rows.clone(), cols.clone(), within.len());
                 M::tile::<S, NV>(ready, s, left.panel(first + i / mr), right, &mut tile);
                 write::<S, E, O, NV>(s, block, init, rows, cols.clone(), &tile);
             }
@@ -273,10 +274,17 @@ fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
     }
 }
 
-/// Asks for the lines that a tile is added to. One of little depth is done before its own could come: ask for those of a later one.
+/// Prefetches the part of the output that a tile is written to. If the depth is short, the tile is done before its own part
+/// arrives, so that of a later tile is prefetched.
 #[inline(always)]
-fn ask_for<S: Simd, O, const NV: usize>(s: S, block: &mut Block<'_, O>, rows: Range<usize>, cols: Range<usize>, depth: usize) {
-    let ahead = if depth < SHORT { TILES_AHEAD * NV * LANES } else { 0 };
+fn prefetch_output<S: Simd, O, const NV: usize>(
+    s: S,
+    block: &mut Block<'_, O>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    depth: usize,
+) {
+    let ahead = if depth < SHORT_DEPTH { TILES_AHEAD * NV * LANES } else { 0 };
     for row in rows {
         for v in 0..NV {
             s.prefetch(&block.line(row)[cols.clone()], ahead + v * LANES);
@@ -284,7 +292,7 @@ fn ask_for<S: Simd, O, const NV: usize>(s: S, block: &mut Block<'_, O>, rows: Ra
     }
 }
 
-/// Writes a tile.
+/// `output = init + tile` for one tile, cut off at the edges of the block.
 #[inline(always)]
 fn write<S: Simd, E: Float, O: Float, const NV: usize>(
     s: S,
@@ -304,7 +312,7 @@ fn write<S: Simd, E: Float, O: Float, const NV: usize>(
     }
 }
 
-/// [`finish`](super::finish) for a line that is as wide as the tile.
+/// [`finish`](super::finish) for a row segment as wide as the tile.
 #[inline(always)]
 fn finish_whole<S: Simd, E: Float, O: Float, const NV: usize>(
     s: S,

@@ -94,8 +94,8 @@ impl Amx {
     }
 }
 
-/// Proof that this thread has its tiles. It cannot leave the thread; with the last one they are given back: tiles in use make every
-/// switch of threads dearer.
+/// Proof that this thread has its tiles. It cannot leave the thread; with the last one they are given back: tiles in use make
+/// every switch of threads dearer.
 pub(crate) struct Tiles(PhantomData<*const ()>);
 
 thread_local! {

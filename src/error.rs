@@ -35,7 +35,7 @@ pub enum Error {
         name: &'static str,
         /// Its value.
         got: String,
-        /// What is accepted.
+        /// The accepted values.
         want: Cow<'static, str>,
     },
 
@@ -53,7 +53,7 @@ pub enum Error {
     InLayer {
         /// The name of the layer.
         layer: String,
-        /// What went wrong: [`Error::Shape`], [`Error::Value`] or [`Error::State`].
+        /// The error itself: [`Error::Shape`], [`Error::Value`] or [`Error::State`].
         error: Box<Error>,
     },
 
@@ -117,7 +117,7 @@ pub enum Error {
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault, in words.
         reason: String,
     },
 
@@ -181,4 +181,26 @@ impl Error {
 /// A list of the names that exist.
 fn there_are(what: &str, known: &str) -> String {
     if known.is_empty() { "there are none".into() } else { format!("the {what} are {known}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn a_state_reads_as_a_sentence() {
+        let state = Error::State { verb: "merge", reason: "adapter `terse` is disabled".into() };
+        assert_eq!(state.to_string(), "cannot merge: adapter `terse` is disabled");
+        assert_eq!(state.in_layer("fc1").to_string(), "cannot merge: adapter `terse` is disabled, in `fc1`");
+    }
+
+    #[test]
+    fn errors_of_input_and_output_keep_their_source() {
+        let error = crate::file::read("no such file".as_ref()).unwrap_err();
+        let source = error.source().and_then(|source| source.downcast_ref::<std::io::Error>());
+        assert!(error.to_string().starts_with("no such file: "), "{error}");
+        assert_eq!(source.map(std::io::Error::kind), Some(std::io::ErrorKind::NotFound));
+    }
 }

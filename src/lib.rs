@@ -66,7 +66,15 @@ pub use error::{Error, Result};
 pub use tensor::{Shape, Tensor};
 pub use view::{MatMut, MatRef};
 
-/// Runs the examples of the README as tests.
+/// Runs the examples of the README and of the pages in `docs/` as tests.
 #[cfg(all(doctest, feature = "adapter"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/adapters.md")]
+    struct Adapters;
+    #[doc = include_str!("../docs/training.md")]
+    struct Training;
+    #[doc = include_str!("../docs/merging.md")]
+    struct Merging;
+}

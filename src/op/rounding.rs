@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_one_of_the_two_neighbours_and_a_stored_number_stays() {
+    fn stochastic_rounding_gives_a_neighbour_and_keeps_stored_numbers() {
         let mut rng = crate::random::Rng::new(1);
         for _ in 0..100_000 {
             let value = f32::from_bits(rng.word());
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_largest_number_it_is_the_nearest() {
+    fn sums_beyond_the_largest_number_are_rounded_to_nearest() {
         for value in [65504.0, 65519.0, 65520.0, 1e9, f32::INFINITY, f32::NEG_INFINITY, 3.39e38, f32::MAX] {
             for word in [0, u32::MAX] {
                 assert_eq!(round_stochastic::<f16>(value, word), f16::from_f32(value));

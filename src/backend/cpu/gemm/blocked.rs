@@ -75,7 +75,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
 ) -> Result<()> {
     let (m, r, base) = (h.rows(), h.cols(), op.base());
     // Panels of `bf16` cannot be scaled exactly: `h` is multiplied by `a_scale` after it is summed.
-    let (scale, to_h) = if M::F32 { (1.0, op.to_h()) } else { (op.a_scale, Product { scale: 1.0, ..op.to_h() }) };
+    let (scale, to_h) = if M::F32 { (1.0, op.h_product()) } else { (op.a_scale, Product { scale: 1.0, ..op.h_product() }) };
     let mut split = match op.b {
         Factor::Elem(b) if !M::F32 => Some(Split::new(engine, m, b)?),
         _ => None,
@@ -101,7 +101,7 @@ pub(super) fn run_low_rank<E: Float, O: Float, M: Micro>(
 
 /// `out = scale·lhsᵀ·rhs`
 pub(super) fn run_outer<E: Float>(engine: &Engine, lhs: Factor<'_, E>, mut outer: Outer<'_>) -> Result<()> {
-    let mut left = outer.pack_lhs(engine, lhs)?;
+    let mut left = outer.allocate_lhs(engine, lhs)?;
     chunks(lhs.rows()).try_for_each(|rows| outer.pack_and_add(engine, lhs, &mut left, rows))
 }
 

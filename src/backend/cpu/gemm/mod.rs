@@ -213,7 +213,7 @@ pub(super) struct LowRank<'a, E> {
 
 impl<'a, E: Copy> LowRank<'a, E> {
     /// `h = a_scale·lhs·a`
-    fn to_h(&self) -> Product<'a, E> {
+    fn h_product(&self) -> Product<'a, E> {
         Product { scale: self.a_scale, lhs: Factor::Elem(self.lhs), rhs: self.a }
     }
 
@@ -290,7 +290,7 @@ fn regime<E>(rows: usize, terms: &[Product<'_, E>]) -> Regime {
 /// The plan of `lhs·rhsᵀ`, `lhs m×k`, `rhs n×k`, in words.
 pub(super) fn explain<E: Float>(engine: &Engine, m: usize, k: usize, n: usize) -> String {
     match (plan::regime(m, true, false), bf16_pairs::unit(engine).filter(|_| prepack::is_same::<E, bf16>())) {
-        (Regime::Skinny, _) => format!("skinny: dot products, {} columns a task", plan::DOT_COLS),
+        (Regime::Skinny, _) => format!("skinny: dot products, {} columns in each task", plan::DOT_COLS),
         (Regime::Blocked, Some(unit)) => blocked::explain(engine, unit, k, n),
         (Regime::Blocked, None) => blocked::explain(engine, Fma, k, n),
     }
@@ -361,11 +361,11 @@ pub(super) fn low_rank<E: Float, O: Float>(
     if h.is_empty() && out.is_empty() {
         return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
     }
-    if regime(out.rows(), &[op.to_h(), op.base()]) == Regime::Blocked {
+    if regime(out.rows(), &[op.h_product(), op.base()]) == Regime::Blocked {
         if let Some(unit) = bf16_pairs::unit(engine)
             && let (Some(op), Some(init)) = (op.as_bf16(), init.as_bf16())
         {
-            let mut packed = outer.as_mut().map(|outer| outer.pack_lhs(engine, lhs)).transpose()?;
+            let mut packed = outer.as_mut().map(|outer| outer.allocate_lhs(engine, lhs)).transpose()?;
             return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut packed) {
                 (Some(outer), Some(packed)) => outer.pack_and_add(engine, lhs, packed, rows),
                 _ => Ok(()),
@@ -378,7 +378,7 @@ pub(super) fn low_rank<E: Float, O: Float>(
             });
         }
     }
-    sum_of_products(engine, h.reborrow(), Init::Zero, &[op.to_h()])?;
+    sum_of_products(engine, h.reborrow(), Init::Zero, &[op.h_product()])?;
     let rows = h.rows();
     sum_of_products(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
     outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))

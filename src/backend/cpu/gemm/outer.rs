@@ -1,5 +1,5 @@
-//! `out = scale·lhsᵀ·rhs`, with few columns (`dB = scale·dyᵀ·h`), from the left panels that another product with `lhs` (`dx =
-//! dy·W`) has packed: `lhs` is read from memory once for both.
+//! `out = scale·lhsᵀ·rhs` with few columns, such as `dB = scale·dyᵀ·h`. It reads the left panels that another product, `dx = dy·W`, has
+//! packed, so `lhs` is read from memory once for both.
 //!
 //! A panel holds `MR` rows of `lhs`. A step of the depth of the other product is a row of the output here:
 //!
@@ -32,8 +32,8 @@ pub(in super::super) struct Outer<'a> {
 }
 
 impl Outer<'_> {
-    /// Memory for a packed chunk of `lhs`, where the other product does not pack it as `f32`.
-    pub(super) fn pack_lhs<'e, E: Float>(&mut self, engine: &'e Engine, lhs: Factor<'_, E>) -> Result<PackedLhs<'e, Fma>> {
+    /// Memory for packed rows of `lhs`, for where the other product does not pack them as `f32`. Without rows, `out` is zero.
+    pub(super) fn allocate_lhs<'e, E: Float>(&mut self, engine: &'e Engine, lhs: Factor<'_, E>) -> Result<PackedLhs<'e, Fma>> {
         if lhs.rows() == 0 {
             self.out.data().fill(0.0);
         }

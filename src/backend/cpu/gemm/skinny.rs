@@ -1,5 +1,5 @@
-//! The skinny regime: the output has few rows, so the time goes into reading the right side, the weight, once. Only the left side
-//! is packed.
+//! The skinny regime: the output has few rows, so most of the time goes into reading the right side, the weight, once. Only the left
+//! side is packed.
 //!
 //! ```text
 //! pack the left side of each term

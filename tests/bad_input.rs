@@ -344,7 +344,7 @@ fn part_mut(wider: &mut T) -> MatMut<'_, Cpu<f32>> {
 fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
     let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
     let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
-    let apart = "is a view whose rows lie apart, want one whose rows follow one another";
+    let apart = "is a view with space between its rows, want a contiguous view";
     let refused = |verb: &str, name: &str, result: Result<(), Error>| {
         assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
     };

@@ -322,7 +322,7 @@ fn pipelines_wait_in_a_file_for_the_next_run() {
         assert_eq!(written()[..8], first[..8]);
     }
     let error = WebGpu::<f32>::with_pipelines(folder.path()).unwrap_err();
-    assert!(matches!(error, Error::File { .. }), "{error}");
+    assert!(matches!(error, Error::Io { .. }), "{error}");
 }
 
 /// In a process of its own, for the environment is everybody's.

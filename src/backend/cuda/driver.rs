@@ -496,7 +496,7 @@ mod tests {
     #[test]
     fn out_of_memory_is_an_error_of_its_own() {
         let error = DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-        assert_eq!(allocation_error(12, error).to_string(), "cuda: no memory for 12 bytes");
-        assert_eq!(failed("lora_merge", error).to_string(), "cuda: no memory for what it keeps itself");
+        assert_eq!(allocation_error(12, error).to_string(), "cuda: out of memory, allocating 12 bytes");
+        assert_eq!(failed("lora_merge", error).to_string(), "cuda: out of memory, allocating data of the driver itself");
     }
 }

@@ -33,7 +33,7 @@ impl Cache {
     pub(super) fn open(gpu: &Gpu, path: PathBuf) -> Result<Self> {
         let file = match std::fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-            read => read.map_err(|error| file::failed(&path, &error))?,
+            read => read.map_err(|error| file::failed(&path, error))?,
         };
         let adapter = identity(&gpu.device.adapter_info());
         let raw = gpu.guarded(0, || with_data(&gpu.device, unpack(&file, adapter)))?;

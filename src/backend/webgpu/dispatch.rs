@@ -340,7 +340,7 @@ impl Gpu {
         }
         let source = kernel.source(elem, threads);
         if let Some(folder) = &self.shaders {
-            std::fs::create_dir_all(folder).map_err(|error| file::failed(folder, &error))?;
+            std::fs::create_dir_all(folder).map_err(|error| file::failed(folder, error))?;
             file::write_whole(&folder.join(kernel.file_name(elem, threads)), source.as_bytes())?;
         }
         // No lock is held while compiling. If two threads compile the same kernel, the first result is used.

@@ -185,7 +185,7 @@ fn beginnings_that_leave_the_weights_alone_are_plain_adapters() {
         let config =
             json!({"peft_type": "LORA", "target_modules": ["linear1"], "init_lora_weights": begins, "eva_config": extra});
         let config = AdapterConfig::from_json(config.to_string().as_bytes()).unwrap();
-        assert_eq!(config.began_with(), None);
+        assert_eq!(config.principal(), None);
         let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
         let model = adapted(&cpu, [Some(LoraConfig::new(8, 8.0)), None, None]);
         adapter::save_with(&cpu, &model, &config, folder.path()).unwrap();
@@ -231,7 +231,7 @@ fn layers_are_excluded_and_picked_by_number_as_in_peft() {
     let asked = |extra: Value, layer: &str| {
         let mut config = json!({"peft_type": "LORA", "target_modules": ["q", "v", "h.9.full"]});
         config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap().asks(layer)
+        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap().layer_target(layer)
     };
     let is_lora = |extra: Value, layer: &str| matches!(asked(extra, layer), Some(LayerTarget::Lora(_)));
     assert!(!is_lora(json!({"exclude_modules": ["v"]}), "h.1.v") && is_lora(json!({"exclude_modules": ["v"]}), "h.1.q"));

@@ -137,7 +137,7 @@ fn mlx_lm_is_read_in_its_layout() {
     decoder(&desk, &json!({}));
     let name = |end: &str| format!("{LAYER}.mlp.down_proj.lora_{end}");
     desk.tensors("mlx/adapters.safetensors", &[(&name("a"), &[10, 2]), (&name("b"), &[2, 6])]);
-    desk.refused("convert mlx --to peft --out out", &["does not tell", "--alpha"]);
+    desk.refused("convert mlx --to peft --out out", &["does not contain the scaling", "--alpha"]);
     desk.json(
         "mlx/adapter_config.json",
         &json!({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}, "model": "org/m"}),
@@ -181,7 +181,7 @@ fn kohya_needs_the_model_for_its_names() {
     desk.good("info k.safetensors", &["kohya", "rank 2, alpha 2.75"]);
     desk.good(
         &convert("two.safetensors", "--base unet.safetensors --prefix lora_unet").replace("--out out", "--out chosen"),
-        &["left in", "lora_te"],
+        &["not converted", "lora_te"],
     );
     desk.good(
         &convert("k.safetensors", "--map lora_unet_down_blocks_0_attn1_to_q=x.y").replace("--out out", "--out mapped"),
@@ -223,7 +223,7 @@ fn names_and_scalings_of_the_others() {
             serde_json::from_slice(&fs::read(desk.path(&format!("peft-{path}/adapter_config.json"))).unwrap()).unwrap();
         assert_eq!((&config["lora_alpha"], &config["target_modules"]), (&alpha, &json!([module])), "{path}");
     }
-    desk.refused(&convert("lib", "", "out"), &["does not tell", "--alpha"]);
+    desk.refused(&convert("lib", "", "out"), &["does not contain the scaling", "--alpha"]);
     desk.refused(&convert("candle", "--alpha 7", "out"), &["`lora_llama.0` is a number", "--map lora_llama.0=MODULE"]);
     desk.refused(&convert("fused", "--alpha 7", "out"), &["4×4 and 6×2", "MergedLinear"]);
     desk.refused(&convert("words", "--alpha 7", "out"), &["is an embedding"]);

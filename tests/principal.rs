@@ -5,7 +5,7 @@ mod support;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, begin_with, combine};
+use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, combine, init_from_weight};
 use lowrank::nn::{Adaptable, DEFAULT, LoraConfig, Mlp, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, bf16, f16};
@@ -28,7 +28,7 @@ fn near(got: &[f32], want: &[f32]) -> bool {
 fn begun<B: Backend>(backend: &B, part: Principal) -> Mlp<B> {
     let mut model = net(backend);
     model.add_adapters(backend, Targets::All, &LoraConfig::new(3, 4.5), &mut Rng::new(1)).unwrap();
-    begin_with(backend, &mut model, DEFAULT, "start", part).unwrap();
+    init_from_weight(backend, &mut model, DEFAULT, "start", part).unwrap();
     model
 }
 
@@ -76,9 +76,9 @@ fn what_cannot_begin_so_is_refused_and_nothing_changes() {
         let mut model = net(&cpu);
         model.add_adapters(&cpu, Targets::All, &config, &mut Rng::new(1)).unwrap();
         let (bits, before) = (base_bits(&cpu, &model), outputs(&cpu, &model));
-        assert!(matches!(begin_with(&cpu, &mut model, DEFAULT, "start", Principal::Pissa), Err(Error::Value { .. })));
-        assert!(begin_with(&cpu, &mut model, "other", "start", Principal::Pissa).is_err());
-        assert!(begin_with(&cpu, &mut model, DEFAULT, DEFAULT, Principal::Pissa).is_err());
+        assert!(matches!(init_from_weight(&cpu, &mut model, DEFAULT, "start", Principal::Pissa), Err(Error::Value { .. })));
+        assert!(init_from_weight(&cpu, &mut model, "other", "start", Principal::Pissa).is_err());
+        assert!(init_from_weight(&cpu, &mut model, DEFAULT, DEFAULT, Principal::Pissa).is_err());
         assert_eq!((base_bits(&cpu, &model), outputs(&cpu, &model)), (bits, before));
         assert_eq!(model.adapter_names(), [DEFAULT]);
     }
@@ -135,7 +135,7 @@ fn a_folder_of_peft_is_saved_as_a_plain_one() {
     for (case, folder, inputs) in of_peft() {
         let mut model = cases::base_net(&cpu, &inputs).unwrap();
         let config = adapter::load(&cpu, &mut model, &folder).unwrap();
-        assert!(config.began_with().is_some());
+        assert!(config.principal().is_some());
         let plain = Path::new(env!("CARGO_TARGET_TMPDIR")).join("for_peft").join(&case.name);
         adapter::save_with(&cpu, &model, &config, &plain).unwrap();
         fs::copy(folder.join("expected.safetensors"), plain.join("expected.safetensors")).unwrap();
@@ -143,7 +143,7 @@ fn a_folder_of_peft_is_saved_as_a_plain_one() {
         assert_eq!((&is["init_lora_weights"], &is["r"]), (&true.into(), &(2 * was["r"].as_u64().unwrap()).into()));
 
         let mut again = cases::base_net(&cpu, &inputs).unwrap();
-        assert_eq!(adapter::load(&cpu, &mut again, &plain).unwrap().began_with(), None);
+        assert_eq!(adapter::load(&cpu, &mut again, &plain).unwrap().principal(), None);
         assert_eq!(outputs(&cpu, &again), outputs(&cpu, &model), "{}", case.name);
     }
 }

@@ -84,7 +84,7 @@ fn a_pickle_a_pointer_and_a_sub_folder_in_place_of_an_adapter() {
     desk.refused(&merge("base"), &["base: is a model, not an adapter"]);
     desk.refused(&merge("outer/reviewer/adapter_model.safetensors"), &["name its folder"]);
     desk.refused("merge --base old --adapter outer/reviewer --out out", &["old/pytorch_model.bin: is a pickle"]);
-    desk.refused("merge --base outer/reviewer --adapter outer/reviewer --out out", &["is an adapter, where a model is wanted"]);
+    desk.refused("merge --base outer/reviewer --adapter outer/reviewer --out out", &["is an adapter, where a model is needed"]);
     desk.good("info pickled", &["pickle"]);
     desk.good("info outer", &["outer/reviewer"]);
     desk.json("pipe/model_index.json", &json!({}));

@@ -42,7 +42,7 @@ fn the_checkpoint_of_a_folder() {
     let (got, said) = desk.merged();
     assert!(got.keys().eq(whole.keys()) && got["lm_head.weight"] == whole["lm_head.weight"]);
     assert!(
-        said.contains("`model.safetensors.index.json` is left over") && said.contains("model-00001-of-00002.safetensors"),
+        said.contains("`model.safetensors.index.json` is stale") && said.contains("model-00001-of-00002.safetensors"),
         "{said}"
     );
     fs::remove_file(desk.path("base/model.safetensors")).unwrap();
@@ -93,7 +93,7 @@ fn folders_with_several_files() {
     desk.store("base/model.fp16.safetensors", &Tensors::new());
     let (got, said) = desk.merged();
     assert!(got.keys().eq(base.keys()) && !desk.path("merged/adapter_config.json").exists());
-    assert!(said.contains("left: `adapter_model.safetensors`, `model.fp16.safetensors`"), "{said}");
+    assert!(said.contains("not copied: `adapter_model.safetensors`, `model.fp16.safetensors`"), "{said}");
     fs::remove_file(desk.path("base/model.safetensors")).unwrap();
     desk.store("base/other.safetensors", &base);
     desk.refused(
@@ -115,7 +115,7 @@ fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
     desk.good("convert base/model.safetensors --dtype f32 --out one.safetensors");
     let before = fs::read(desk.path("one.safetensors")).unwrap();
     let file = "merge --base one.safetensors --adapter adapter --out";
-    desk.refused(&format!("{file} there.safetensors"), &["there.safetensors: is there already", "--overwrite"]);
+    desk.refused(&format!("{file} there.safetensors"), &["there.safetensors: exists already", "--overwrite"]);
     for line in [
         format!("{file} one.safetensors --overwrite"),
         format!("{file} adapter/adapter_model.safetensors --overwrite"),
@@ -128,18 +128,18 @@ fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
     ] {
         desk.refused(&line, &["is an input"]);
     }
-    desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["is there already"]);
+    desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["exists already"]);
     desk.refused(&format!("{file} x.safetensors --keep-residue x.safetensors"), &["where the result goes"]);
-    desk.refused("compress adapter --rank 1 --out there.safetensors", &["is there already"]);
+    desk.refused("compress adapter --rank 1 --out there.safetensors", &["exists already"]);
     desk.refused("merge --base base --adapter adapter --out folder --overwrite", &["holds no model"]);
     assert_eq!(fs::read_to_string(desk.path("there.safetensors")).unwrap(), "precious");
     assert!(fs::read(desk.path("one.safetensors")).unwrap() == before && desk.load("base") == base);
 
     desk.good(&format!("{file} there.safetensors --overwrite"));
     desk.good("compress adapter --rank 1 --out folder"); // nothing of it is replaced
-    desk.refused("compress adapter --rank 1 --out folder", &["is there already"]);
+    desk.refused("compress adapter --rank 1 --out folder", &["exists already"]);
     desk.good(MERGE);
-    desk.refused(MERGE, &["merged", "is there already"]);
+    desk.refused(MERGE, &["merged", "exists already"]);
     desk.write("merged/stale.json", "{}");
     desk.good(&format!("{MERGE} --overwrite"));
     assert!(!desk.path("merged/stale.json").exists() && desk.path("merged/config.json").exists());
@@ -188,9 +188,9 @@ fn companions() {
         "from the adapter's folder: `tokenizer_config.json`, in place of the base's",
         "from the adapter's folder: `chat_template.jinja`, which the base does not have",
         "copied: the folder `1_Pooling`",
-        "left: `model.onnx` in the folder `onnx`",
-        "left: the folder `checkpoint-5`",
-        "left: `pytorch_model.bin`",
+        "not copied: `model.onnx` in the folder `onnx`",
+        "not copied: the folder `checkpoint-5`",
+        "not copied: `pytorch_model.bin`",
     ] {
         assert!(said.contains(words), "{said}: no {words}");
     }

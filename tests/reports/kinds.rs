@@ -128,7 +128,7 @@ fn conv1d_of_gpt2() {
 
 /// `fan_in_fan_out` over linear layers changes nothing, as in PEFT; where nothing tells, the program asks.
 #[test]
-fn the_model_tells_how_a_square_weight_is_stored() {
+fn the_config_gives_the_layout_of_a_square_weight() {
     let (base, adapter) = (tensors(&[("q_proj.weight", &[6, 6]), ("up_proj.weight", &[8, 6])]), factors(&[("q_proj", [6, 6])]));
     let with_up = all([adapter.clone(), factors(&[("q_proj", [6, 6]), ("up_proj", [8, 6])])]);
     let delta = product(&adapter["q_proj.lora_A.weight"], &adapter["q_proj.lora_B.weight"], 2.0);
@@ -142,7 +142,7 @@ fn the_model_tells_how_a_square_weight_is_stored() {
     let desk = Desk::new();
     desk.model("base", &base, &json!({}));
     desk.adapter(&adapter, settings);
-    desk.refused("merge --base base --adapter adapter --out merged", &["`q_proj.weight`", "nothing tells", "--layout"]);
+    desk.refused("merge --base base --adapter adapter --out merged", &["`q_proj.weight`", "it is not known", "--layout"]);
     desk.good("merge --base base --adapter adapter --out in-out --layout in-out");
     is_sum(&desk.load("in-out")["q_proj.weight"], &base["q_proj.weight"], &turned(&delta, 6), 2);
     desk.good("merge --base base --adapter adapter --out out-in --layout out-in");

@@ -119,7 +119,7 @@ fn the_tie_of_a_part_and_of_a_file() {
     assert_eq!([&config["tie_word_embeddings"], &config["text_config"]["tie_word_embeddings"]], [&json!(false); 2]);
     desk.refused(
         "merge --base base/model.safetensors --adapter adapter --out merged.safetensors",
-        &["`language_model.model.embed_tokens.weight` is the weight of the head as well", "give the model's folder"],
+        &["`language_model.model.embed_tokens.weight` is also the weight of the output head", "give the model's folder"],
     );
     desk.refused(
         "merge --base base --adapter adapter --out x --keep-residue y",

@@ -397,7 +397,7 @@ fn an_adapter_begins_with_a_part_of_the_weights() {
     let mut model = base(&cpu);
     let (before, bits) = (logits(&cpu, &model), base_bits(&cpu, &model));
     model.add_adapters(&cpu, Targets::Names(&["q_proj", "up_proj"]), &config(), &mut Rng::new(1)).unwrap();
-    adapter::begin_with(&cpu, &mut model, DEFAULT, "start", adapter::Principal::Pissa).unwrap();
+    adapter::init_from_weight(&cpu, &mut model, DEFAULT, "start", adapter::Principal::Pissa).unwrap();
     assert_ne!(base_bits(&cpu, &model), bits);
     assert_close(&logits(&cpu, &model), &before, 2.0 * MERGED_WITHIN); // the factors are rounded as well
     model.unmerge_adapters(&cpu).unwrap();

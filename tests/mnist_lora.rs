@@ -1,16 +1,19 @@
-//! The main job in small: a net that learns drawn digits, adapters that learn the worst of them, and a base that stays.
+//! The experiment of `examples/mnist_lora` on generated digits and a small network: the adapters improve the worst digit, and the base
+//! does not change.
 
 #![allow(dead_code, reason = "the example uses all of its modules")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
 #[path = "../examples/mnist_lora/experiment.rs"]
 mod experiment;
+#[path = "../examples/mnist_lora/mnist/mod.rs"]
+mod mnist;
 #[path = "../examples/mnist_lora/whole.rs"]
 mod whole;
 
 use experiment::{Outcome, Progress, Settings, difference, same_bits};
-use lowrank::mnist::Mnist;
 use lowrank::{Backend, Cpu, Error, Result, bf16};
+use mnist::Mnist;
 
 fn settings() -> Settings {
     let (seed, hidden, epochs, batch, lr) = (5, vec![24, 16], 1, 10, 3e-3);

@@ -1,6 +1,6 @@
 //! Two charts as SVG. Labels are stored as text, so the viewer chooses the font.
 
-use lowrank::mnist::DIGITS;
+use crate::mnist::DIGITS;
 use lowrank::{Error, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;

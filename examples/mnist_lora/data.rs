@@ -5,8 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::mnist::{FILES, Mnist};
 use flate2::bufread::GzDecoder;
-use lowrank::mnist::{FILES, Mnist};
 use lowrank::{Error, Result};
 use sha2::{Digest, Sha256};
 

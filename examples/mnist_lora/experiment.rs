@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::time::Instant;
 
+use crate::mnist::{DIGITS, Mnist, Split, shuffled_batches};
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
 use lowrank::nn::{Adam, Adaptable, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};

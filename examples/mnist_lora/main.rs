@@ -4,6 +4,7 @@
 //! ```text
 //! args.rs        the flags
 //! data.rs        finding MNIST: a folder, the cache, a mirror, or generated digits
+//! mnist/         readers of IDX files, and generated digits
 //! experiment.rs  training, freezing, adapting, scoring: the part to read
 //! progress.rs    progress bars    report.rs  tables and JSON
 //! chart.rs       SVG              whole.rs   files written completely or not at all
@@ -15,6 +16,8 @@ mod args;
 mod chart;
 mod data;
 mod experiment;
+#[allow(dead_code, unused_imports, reason = "tests/mnist.rs and the fuzz targets use all of it")]
+mod mnist;
 mod progress;
 mod report;
 mod whole;
@@ -24,8 +27,8 @@ use std::process::ExitCode;
 use clap::Parser;
 #[cfg(not(all(feature = "webgpu", feature = "cuda")))]
 use lowrank::Error;
-use lowrank::mnist::Mnist;
 use lowrank::{Backend, Cpu, Result};
+use mnist::Mnist;
 
 use args::{Args, Device};
 use experiment::Settings;
@@ -105,6 +108,6 @@ fn settings(args: &Args) -> Settings {
 }
 
 /// The number of test images of each digit.
-fn digit_counts(mnist: &Mnist) -> [usize; lowrank::mnist::DIGITS] {
+fn digit_counts(mnist: &Mnist) -> [usize; mnist::DIGITS] {
     std::array::from_fn(|digit| mnist.test.of_digit(digit as u8).len())
 }

@@ -1,6 +1,6 @@
 //! The results of the experiment, as tables and as JSON.
 
-use lowrank::mnist::{DIGITS, Mnist};
+use crate::mnist::{DIGITS, Mnist};
 use lowrank::{Error, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};

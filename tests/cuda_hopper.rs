@@ -177,7 +177,7 @@ fn gpu_products_are_right_bf16() {
 
 /// Without W, or where rows are no whole multiples of 16 bytes, other kernels do it.
 #[test]
-fn what_these_kernels_cannot_do_goes_to_others() {
+fn unsupported_shapes_use_other_kernels() {
     support::suite::update_alone_is_exact_on_whole_numbers(&Emulator::hopper_backend::<bf16>());
 }
 
@@ -284,7 +284,7 @@ fn every_wait_is_needed_and_missed() {
 }
 
 #[test]
-fn every_meeting_is_needed_and_missed() {
+fn every_syncwarp_is_needed_and_missed() {
     assert_caught("bar.sync", &["race", "nothing wrote", "was made by", "was not made"], |_| String::new());
     assert_caught("barrier.cluster.arrive", &["waits for ever"], |_| String::new());
     assert_caught("cp.async.bulk.wait_group", &["race", "wrong result", "returns before"], |_| String::new());

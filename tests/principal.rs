@@ -1,4 +1,4 @@
-//! Adapters that begin with a part of the weights: the model computes what it did, and every bit comes back.
+//! Adapters that are initialised with a part of the weights: outputs do not change, and unmerging restores every bit.
 
 mod support;
 
@@ -15,8 +15,8 @@ use support::cases::{self, Case, Mats, TOLERANCE, Task};
 use support::oracle::Mat;
 
 on_every_backend!(
-    the_model_computes_what_it_did_and_the_weights_come_back,
-    what_was_learned_is_saved_as_a_plain_adapter,
+    outputs_do_not_change_and_the_weights_are_restored,
+    a_trained_adapter_is_saved_as_a_plain_one,
     the_folders_of_peft_give_its_outputs,
 );
 
@@ -32,7 +32,7 @@ fn begun<B: Backend>(backend: &B, part: Principal) -> Mlp<B> {
     model
 }
 
-fn the_model_computes_what_it_did_and_the_weights_come_back<B: Backend<Elem = f32>>(backend: &B) {
+fn outputs_do_not_change_and_the_weights_are_restored<B: Backend<Elem = f32>>(backend: &B) {
     let (base, bits) = (outputs(backend, &net(backend)), base_bits(backend, &net(backend)));
     for part in [Principal::Pissa, Principal::Olora] {
         let mut model = begun(backend, part);
@@ -48,8 +48,8 @@ fn the_model_computes_what_it_did_and_the_weights_come_back<B: Backend<Elem = f3
     }
 }
 
-/// Trained, as far as numbers tell; saved as a plain adapter of twice the rank, which a model with its weights as they were loads.
-fn what_was_learned_is_saved_as_a_plain_adapter<B: Backend<Elem = f32>>(backend: &B) {
+/// An adapter with changed factors is saved as a plain adapter of twice the rank, which a model with the original weights loads.
+fn a_trained_adapter_is_saved_as_a_plain_one<B: Backend<Elem = f32>>(backend: &B) {
     for part in [Principal::Pissa, Principal::Olora] {
         let mut model = begun(backend, part);
         for param in model.params_mut().filter(|param| param.trainable) {
@@ -70,7 +70,7 @@ fn what_was_learned_is_saved_as_a_plain_adapter<B: Backend<Elem = f32>>(backend:
 }
 
 #[test]
-fn what_cannot_begin_so_is_refused_and_nothing_changes() {
+fn weights_without_a_principal_part_are_refused_and_nothing_changes() {
     let cpu = cpu::<f32>();
     for config in [LoraConfig::new(8, 1.0), LoraConfig { use_dora: true, ..LoraConfig::new(2, 1.0) }, LoraConfig::new(2, -1.0)] {
         let mut model = net(&cpu);
@@ -84,7 +84,7 @@ fn what_cannot_begin_so_is_refused_and_nothing_changes() {
     }
 }
 
-/// Adapters that PEFT began so, trained and saved; their folders, and what their net is made of.
+/// Adapters that PEFT initialised this way, trained and saved: the cases, their folders, and the weights of the network.
 fn of_peft() -> Vec<(Case, PathBuf, Mats)> {
     let cases = cases::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/principal")).unwrap();
     let parts = |case: Case| match case.task.clone() {
@@ -94,7 +94,7 @@ fn of_peft() -> Vec<(Case, PathBuf, Mats)> {
     cases.into_iter().map(parts).collect()
 }
 
-/// On, off, merged and unmerged; every bit of the weights comes back.
+/// Enabled, disabled, merged and unmerged; every bit of the weights is restored.
 fn the_folders_of_peft_give_its_outputs<B: Backend<Elem = f32>>(backend: &B) {
     for (case, folder, _) in of_peft() {
         let failures = case.failures(&case.run(backend).unwrap());
@@ -127,8 +127,8 @@ fn comes_and_goes<B: Backend>(backend: &B, folder: &Path) {
     assert_eq!((base_bits(backend, &model), outputs(backend, &model)), (bits, plain), "{}", folder.display());
 }
 
-/// Saved again it is a plain adapter of twice the rank: for scripts/check-adapter-in-peft.py, which expects what PEFT made of the
-/// folder it came from.
+/// Saved again, it is a plain adapter of twice the rank. scripts/check-adapter-in-peft.py checks that PEFT computes the same with both
+/// folders.
 #[test]
 fn a_folder_of_peft_is_saved_as_a_plain_one() {
     let cpu = cpu::<f32>();
@@ -149,7 +149,7 @@ fn a_folder_of_peft_is_saved_as_a_plain_one() {
 }
 
 #[test]
-fn a_folder_whose_beginning_cannot_be_found_again_is_refused_by_name() {
+fn a_random_initialisation_from_the_weights_is_refused_by_name() {
     let cpu = cpu::<f32>();
     let dir = tempfile::tempdir().unwrap();
     let mut model = net(&cpu);

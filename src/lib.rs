@@ -64,7 +64,15 @@ pub use error::{Error, Result};
 pub use tensor::{Shape, Tensor};
 pub use view::{MatMut, MatRef};
 
-/// The README's examples run with the tests.
+/// The examples of the README and of its pages run with the tests.
 #[cfg(all(doctest, feature = "adapter"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/adapters.md")]
+    struct Adapters;
+    #[doc = include_str!("../docs/training.md")]
+    struct Training;
+    #[doc = include_str!("../docs/merging.md")]
+    struct Merging;
+}

@@ -436,17 +436,17 @@ fn a_merged_adapter_can_be_extracted_compressed_and_combined() {
     );
 }
 
-/// Every command of the README's section about the program, in its order.
+/// Every command of docs/program.md, in its order.
 #[test]
-fn the_commands_of_the_readme_run() {
+fn the_commands_of_the_programs_page_run() {
     let desk = Desk::new();
     desk.case("peft_plain");
     fs::create_dir(desk.path("model")).unwrap();
     fs::copy(desk.path("base.safetensors"), desk.path("model/model.safetensors")).unwrap();
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    let commands: Vec<&str> = readme.lines().filter_map(|line| line.strip_prefix("lowrank ")).collect();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/program.md")).unwrap();
+    let commands: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("lowrank ")).collect();
     for verb in ["info", "merge", "unmerge", "extract", "combine", "compress", "convert"] {
-        assert!(commands.iter().any(|line| line.starts_with(verb)), "the README does not show `lowrank {verb}`");
+        assert!(commands.iter().any(|line| line.starts_with(verb)), "docs/program.md does not show `lowrank {verb}`");
     }
     for line in commands {
         desk.good(line.split('#').next().unwrap_or_default());

@@ -1,4 +1,4 @@
-//! The kernels that ship, on the emulated device: the edges of their tiles, and what a verb asks of the device.
+//! The shipped kernels on the emulated device: the edges of their tiles, and the launches and copies of each verb.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -13,8 +13,7 @@ use support::oracle::Lora;
 use support::passes::{backward, forward};
 use support::suite::lora_is_exact_at;
 
-/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of the stages that are fetched ahead; more rows than
-/// the skinny engine takes.
+/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of its pipeline stages; more rows than the skinny regime has.
 fn wide_shapes() -> Vec<Dims> {
     let shapes = [(127, 8, 128, 3), (128, 40, 136, 16), (129, 64, 8, 17), (65, 104, 120, 1), (80, 32, 264, 5), (97, 96, 16, 8)];
     shapes.into_iter().map(|(m, k, n, r)| Dims { m, k, n, r }).collect()
@@ -50,7 +49,7 @@ fn wide_products_are_exact_on_whole_numbers<E: Float>() {
     }
 }
 
-/// So which of them a GPU uses changes nothing.
+/// The results do not depend on which of the kernels a GPU uses.
 #[test]
 fn tiles_of_64_and_of_128_give_the_same_bits_in_f32() {
     let (wide, small) = (Emulator::with_one_multiprocessor(DType::F32), Emulator::new(DType::F32));
@@ -62,7 +61,7 @@ fn tiles_of_64_and_of_128_give_the_same_bits_in_f32() {
     }
 }
 
-/// Both sides of every edge of the skinny engine (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for dx
+/// Both sides of every edge of the skinny kernels (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for dx
 /// 128), of where it ends (64 rows, rank 16), of bands (256 columns, 16 rows, rank 16) and of merging (128 rows, 32 to 256 columns, rank 16).
 fn skinny_shapes() -> Vec<Dims> {
     let few_rows = [(1, 8, 1, 1), (15, 256, 31, 16), (16, 264, 32, 15), (17, 248, 33, 17), (64, 40, 32, 16), (65, 40, 33, 16)];
@@ -102,13 +101,13 @@ fn skinny_products_are_exact_on_whole_numbers_bf16() {
     skinny_products_are_exact_on_whole_numbers::<bf16>();
 }
 
-/// So many rows that a block walks down its band in several steps.
+/// Enough rows that a block needs several steps for its band.
 #[test]
 fn many_rows_are_exact_on_whole_numbers() {
     lora_is_exact_at(&Emulator::backend::<bf16>(), Dims { m: 4300, k: 8, n: 8, r: 2 }, 1);
 }
 
-/// An update of zeros does not change a bit: `y`'s kernel adds it last.
+/// An update of zeros does not change a bit, because the kernel of `y` adds it last.
 #[test]
 fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
     let backend = Emulator::backend::<bf16>();

@@ -1,4 +1,4 @@
-//! The PTX that ships: made of the sources as they are, and complete. What ptxas makes of it: `registers.rs`.
+//! The shipped PTX is complete and belongs to the current sources. See `registers.rs` for the results of ptxas.
 #![cfg(feature = "cuda")]
 
 #[path = "../kernels/ptx.rs"]
@@ -28,8 +28,8 @@ fn nvcc() -> Option<PathBuf> {
     std::env::var_os("LOWRANK_NVCC").map(PathBuf::from)
 }
 
-/// With `LOWRANK_NVCC` the compiler makes it again; without, the hash of the sources in its first line must fit.
-/// `scripts/build-ptx` sets `LOWRANK_WRITE_PTX` too: then it is written.
+/// With `LOWRANK_NVCC` the PTX is compiled again and compared; without, the hash of the sources in its first line must match.
+/// `scripts/build-ptx` also sets `LOWRANK_WRITE_PTX`, with which the PTX is written.
 #[test]
 fn shipped_ptx_is_what_the_sources_make() {
     let scratch = tempfile::tempdir().unwrap();

@@ -47,8 +47,6 @@ pub mod checkpoint;
 mod element;
 mod error;
 pub mod file;
-#[cfg(feature = "mnist")]
-pub mod mnist;
 pub mod nn;
 pub mod op;
 pub mod random;

@@ -26,7 +26,7 @@ use std::ops::Range;
 
 use super::super::Engine;
 use super::super::pointwise::ConvertChunk;
-use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::super::simd::{Kernel, LANES, Lanes, Simd, Unit};
 use super::bf16_pairs::Split;
 use super::depth::Depth;
 use super::micro::Micro;
@@ -125,7 +125,7 @@ fn strips<E: Float, O: Float, M: Micro>(
     out.for_each_block(engine, down, across, depth.total(), |block| {
         let mut memory = engine.scratch.take(len + sums)?;
         let (right, sums) = memory.split_at_mut(len);
-        engine.unit.run(Strip { block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, blocks });
+        Strip { unit: engine.unit, block, init, terms, left, right: bytemuck::cast_slice_mut(right), sums, blocks }.run();
         Ok(())
     })
 }
@@ -142,8 +142,10 @@ pub(super) fn explain<M: Micro>(engine: &Engine, micro: M, k: usize, n: usize) -
     format!("blocked: MR {mr}, NR {nr}, KC {depth}, MC {mc}, NC {nc}")
 }
 
-/// Loops 4 to 1 over one strip of the output.
+/// Loops 4 to 1 over one strip of the output. What runs on the vector unit are kernels of their own, for packing, for loops 3 to 1 and
+/// for converting, so that each is compiled once for the types that it depends on.
 struct Strip<'a, 'o, E, O, M: Micro> {
+    unit: Unit,
     block: Block<'o, O>,
     init: Init<'a, E>,
     terms: &'a [Product<'a, E>],
@@ -155,120 +157,118 @@ struct Strip<'a, 'o, E, O, M: Micro> {
     blocks: Blocks,
 }
 
-impl<E: Float, O: Float, M: Micro> Kernel for Strip<'_, '_, E, O, M> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let ready = self.left.micro.begin();
-        self.sum(s, &ready);
-    }
-}
-
 impl<E: Float, O: Float, M: Micro> Strip<'_, '_, E, O, M> {
-    #[inline(always)]
-    fn sum<S: Simd>(mut self, s: S, ready: &M::Ready) {
+    fn run(mut self) {
+        let Self { unit, init, terms, left, blocks, .. } = self;
+        let ready = left.micro.begin();
+        let depth_loop = DepthLoop { unit, init, terms, left, ready: &ready, blocks };
         if self.sums.is_empty() {
-            return depth_loop(s, &mut self.block, self.init, self.terms, (self.left, ready), self.right, self.blocks);
+            return depth_loop.run(&mut self.block, self.right);
         }
         let (rows, cols) = (self.block.rows(), self.block.cols());
         let sums = &mut self.sums[..rows.len() * cols.len()];
-        if self.init.reads_output() {
+        if init.reads_output() {
             for (i, sums) in sums.chunks_exact_mut(cols.len()).enumerate() {
-                ConvertChunk { from: self.block.line(i), to: sums }.run(s);
+                unit.run(ConvertChunk { from: self.block.line(i), to: sums });
             }
         }
         let mut block = Block::over(sums, rows, cols);
-        depth_loop(s, &mut block, self.init, self.terms, (self.left, ready), self.right, self.blocks);
+        depth_loop.run(&mut block, self.right);
         for i in 0..block.rows().len() {
-            ConvertChunk { from: block.line(i), to: self.block.line(i) }.run(s);
+            unit.run(ConvertChunk { from: block.line(i), to: self.block.line(i) });
         }
     }
 }
 
 /// Loop 4 over the depth blocks of a strip.
-#[inline(always)]
-fn depth_loop<S: Simd, E: Float, O: Float, M: Micro>(
-    s: S,
-    block: &mut Block<'_, O>,
-    init: Init<'_, E>,
-    terms: &[Product<'_, E>],
-    (left, ready): (&PackedLhs<'_, M>, &M::Ready),
-    right: &mut [M::Number],
+struct DepthLoop<'a, E, M: Micro> {
+    unit: Unit,
+    init: Init<'a, E>,
+    terms: &'a [Product<'a, E>],
+    left: &'a PackedLhs<'a, M>,
+    ready: &'a M::Ready,
     blocks: Blocks,
-) {
-    let depth = Depth::of::<E, M>(terms);
-    let mut start = 0;
-    loop {
-        let within = depth.block(start);
-        let right = pack_right(s, terms, left.micro, &within, &block.cols(), right, blocks.nr);
-        let init = if start == 0 { init } else { Init::Output };
-        if (S::NV == 2 || !M::F32) && blocks.nr == 2 * LANES {
-            tiles::<S, E, O, M, 2>(s, ready, block, init, &within, (left, right), blocks);
-        } else {
-            tiles::<S, E, O, M, 1>(s, ready, block, init, &within, (left, right), blocks);
-        }
-        start = within.end;
-        if start == depth.total() {
-            return;
-        }
-    }
 }
 
 /// The right panels of a depth block, in two pieces along the depth, each with its number of steps: the prepacked panels of the
 /// weight, and those packed for this call.
 type Right<'r, N> = [(&'r [N], usize); 2];
 
-/// Packs a depth block of the right side, except for the part that is prepacked.
-#[inline(always)]
-fn pack_right<'r, S: Simd, E: Float, M: Micro>(
-    s: S,
-    terms: &[Product<'r, E>],
-    micro: M,
-    within: &Range<usize>,
-    cols: &Range<usize>,
-    memory: &'r mut [M::Number],
-    nr: usize,
-) -> Right<'r, M::Number> {
-    let width = cols.len().next_multiple_of(nr);
-    let prepacked = prepack::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
-    let steps = prepacked.len() / width;
-    let (same_type, rest) = (prepack::is_same::<E, M::Number>(), within.start + steps..within.end);
-    let (widened, memory) = memory.split_at_mut(if same_type { 0 } else { prepacked.len() });
-    if !same_type {
-        ConvertChunk { from: prepacked, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *widened) }.run(s);
+impl<E: Float, M: Micro> DepthLoop<'_, E, M> {
+    fn run<O: Float>(&self, block: &mut Block<'_, O>, memory: &mut [M::Number]) {
+        let Self { unit, init, terms, left, ready, blocks } = *self;
+        let depth = Depth::of::<E, M>(terms);
+        let mut start = 0;
+        loop {
+            let within = depth.block(start);
+            let right = self.pack_right(&within, &block.cols(), memory);
+            let init = if start == 0 { init } else { Init::Output };
+            start = within.end;
+            unit.run(Tiles { ready, block, init, within, left, right, blocks });
+            if start == depth.total() {
+                return;
+            }
+        }
     }
-    let to = &mut memory[..width * rest.len()];
-    if !rest.is_empty() {
-        let (stride, depth, to) = (nr * rest.len(), rest.clone(), &mut *to);
-        Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to }.run(s);
+
+    /// Packs a depth block of the right side, except for the part that is prepacked.
+    fn pack_right<'r>(&'r self, within: &Range<usize>, cols: &Range<usize>, memory: &'r mut [M::Number]) -> Right<'r, M::Number> {
+        let Self { unit, terms, left: &PackedLhs { micro, .. }, blocks: Blocks { nr, .. }, .. } = *self;
+        let width = cols.len().next_multiple_of(nr);
+        let prepacked = prepack::panels::<E, M>(terms, nr, within, cols).unwrap_or_default();
+        let steps = prepacked.len() / width;
+        let (same_type, rest) = (prepack::is_same::<E, M::Number>(), within.start + steps..within.end);
+        let (widened, memory) = memory.split_at_mut(if same_type { 0 } else { prepacked.len() });
+        if !same_type {
+            unit.run(ConvertChunk { from: prepacked, to: bytemuck::cast_slice_mut::<M::Number, f32>(&mut *widened) });
+        }
+        let to = &mut memory[..width * rest.len()];
+        if !rest.is_empty() {
+            let (stride, depth, to) = (nr * rest.len(), rest.clone(), &mut *to);
+            unit.run(Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to });
+        }
+        [(if same_type { bytemuck::cast_slice(prepacked) } else { widened }, steps), (to, rest.len())]
     }
-    [(if same_type { bytemuck::cast_slice(prepacked) } else { widened }, steps), (to, rest.len())]
 }
 
-/// Loops 3 to 1 over tiles `NV` vectors wide.
-#[inline(always)]
-fn tiles<S: Simd, E: Float, O: Float, M: Micro, const NV: usize>(
-    s: S,
-    ready: &M::Ready,
-    block: &mut Block<'_, O>,
-    init: Init<'_, E>,
-    within: &Range<usize>,
-    (left, right): (&PackedLhs<'_, M>, Right<'_, M::Number>),
+/// Loops 3 to 1: the tiles of one depth block of a strip.
+struct Tiles<'a, 'o, E, O, M: Micro> {
+    ready: &'a M::Ready,
+    block: &'a mut Block<'o, O>,
+    init: Init<'a, E>,
+    within: Range<usize>,
+    left: &'a PackedLhs<'a, M>,
+    right: Right<'a, M::Number>,
     blocks: Blocks,
-) {
-    let (mr, nr, mc) = (blocks.mr, NV * LANES, blocks.mc(within.len()));
-    let (first, height, width) = (block.rows().start / mr, block.rows().len(), block.cols().len());
-    let left = left.panels(within);
-    let mut tile = [[0.0; LANES]; MAX_TILE];
-    for rows in (0..height).step_by(mc).map(|ic| ic..height.min(ic + mc)) {
-        for cols in (0..width).step_by(nr).map(|j| j..width.min(j + nr)) {
-            let right = right.map(|(panels, steps)| &panels[cols.start * steps..][..nr * steps]);
-            for i in rows.clone().step_by(mr) {
-                let rows = i..rows.end.min(i + mr);
-                prefetch_output::<S, O, NV>(s, block, rows.clone(), cols.clone(), within.len());
-                M::tile::<S, NV>(ready, s, left.panel(first + i / mr), right, &mut tile);
-                write::<S, E, O, NV>(s, block, init, rows, cols.clone(), &tile);
+}
+
+impl<E: Float, O: Float, M: Micro> Kernel for Tiles<'_, '_, E, O, M> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        if (S::NV == 2 || !M::F32) && self.blocks.nr == 2 * LANES { self.tiles::<S, 2>(s) } else { self.tiles::<S, 1>(s) }
+    }
+}
+
+impl<E: Float, O: Float, M: Micro> Tiles<'_, '_, E, O, M> {
+    /// Tiles `NV` vectors wide.
+    #[inline(always)]
+    fn tiles<S: Simd, const NV: usize>(self, s: S) {
+        let Self { ready, block, init, within, left, right, blocks } = self;
+        let (mr, nr, mc) = (blocks.mr, NV * LANES, blocks.mc(within.len()));
+        let (first, height, width) = (block.rows().start / mr, block.rows().len(), block.cols().len());
+        let left = left.panels(&within);
+        let mut tile = [[0.0; LANES]; MAX_TILE];
+        for rows in (0..height).step_by(mc).map(|ic| ic..height.min(ic + mc)) {
+            for cols in (0..width).step_by(nr).map(|j| j..width.min(j + nr)) {
+                let right = right.map(|(panels, steps)| &panels[cols.start * steps..][..nr * steps]);
+                for i in rows.clone().step_by(mr) {
+                    let rows = i..rows.end.min(i + mr);
+                    prefetch_output::<S, O, NV>(s, block, rows.clone(), cols.clone(), within.len());
+                    M::tile::<S, NV>(ready, s, left.panel(first + i / mr), right, &mut tile);
+                    write::<S, E, O, NV>(s, block, init, rows, cols.clone(), &tile);
+                }
             }
         }
     }

@@ -45,8 +45,13 @@ pub(super) fn run<E: Float, O: Float>(
     let width = if dots { DOT_COLS } else { plan::axpy_cols(engine.unit.run(Registers), height, out.cols(), engine.threads()) };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
-    out.for_each_block(engine, down, across, depth, |block| {
-        engine.unit.run(Columns { block, init, terms, lefts: &lefts });
+    out.for_each_block(engine, down, across, depth, |out| {
+        // The sums of dot products are fewer, and an array that is too long would have to be zeroed.
+        if out.rows().len() * out.cols().len().div_ceil(LANES) <= DOT_ROWS * DOT_COLS / LANES {
+            block(engine, out, init, terms, &lefts, &mut [[0.0; LANES]; DOT_ROWS * DOT_COLS / LANES]);
+        } else {
+            block(engine, out, init, terms, &lefts, &mut [[0.0; LANES]; AXPY_SUMS / LANES]);
+        }
         Ok(())
     })
 }
@@ -103,38 +108,58 @@ impl Kernel for Registers {
     }
 }
 
-struct Columns<'a, 'o, E, O> {
-    block: Block<'o, O>,
-    init: Init<'a, E>,
-    terms: &'a [Product<'a, E>],
-    lefts: &'a [Option<ScratchGuard<'a>>; 2],
+/// One block of the output. The loops over the weight are a kernel for each element type of a weight, whatever that of the output is: they
+/// are large, and compiled for every vector unit.
+fn block<E: Float, O: Float>(
+    engine: &Engine,
+    block: Block<'_, O>,
+    init: Init<'_, E>,
+    terms: &[Product<'_, E>],
+    lefts: &[Option<ScratchGuard<'_>>; 2],
+    lanes: &mut [Lanes<f32>],
+) {
+    let mut sums = Sums::new(lanes, block.rows().len(), block.cols());
+    for (term, left) in terms.iter().zip(lefts.iter().flatten()) {
+        let (sums, scale) = (&mut sums, term.scale);
+        match term.rhs {
+            Factor::Elem(rhs) => engine.unit.run(AddProduct { sums, scale, left, rhs }),
+            Factor::F32(rhs) => engine.unit.run(AddProduct { sums, scale, left, rhs }),
+        }
+    }
+    engine.unit.run(Finish { sums, block, init });
 }
 
-impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
+/// `sums += scale·left·rhs`
+struct AddProduct<'a, 's, R> {
+    sums: &'a mut Sums<'s>,
+    scale: f32,
+    left: &'a [f32],
+    rhs: Matrix<'a, R>,
+}
+
+impl<R: Float> Kernel for AddProduct<'_, '_, R> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { sums, scale, left, rhs } = self;
+        if rhs.transposed { sums.add_dots(s, scale, left.as_chunks().0, rhs) } else { sums.add_scaled_rows(s, left, rhs) }
+    }
+}
+
+/// `output = init + sums`, rounded once
+struct Finish<'s, 'o, 'a, E, O> {
+    sums: Sums<'s>,
+    block: Block<'o, O>,
+    init: Init<'a, E>,
+}
+
+impl<E: Float, O: Float> Kernel for Finish<'_, '_, '_, E, O> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        // The sums of dot products are fewer, and an array that is too long would have to be zeroed.
-        if self.block.rows().len() * self.block.cols().len().div_ceil(LANES) <= DOT_ROWS * DOT_COLS / LANES {
-            self.sum(s, &mut [[0.0; LANES]; DOT_ROWS * DOT_COLS / LANES]);
-        } else {
-            self.sum(s, &mut [[0.0; LANES]; AXPY_SUMS / LANES]);
-        }
-    }
-}
-
-impl<E: Float, O: Float> Columns<'_, '_, E, O> {
-    #[inline(always)]
-    fn sum<S: Simd>(&mut self, s: S, lanes: &mut [Lanes<f32>]) {
-        let mut sums = Sums::new(lanes, self.block.rows().len(), self.block.cols());
-        for (term, left) in self.terms.iter().zip(self.lefts.iter().flatten()) {
-            match term.rhs {
-                Factor::Elem(rhs) => sums.add_product(s, term.scale, left, rhs),
-                Factor::F32(rhs) => sums.add_product(s, term.scale, left, rhs),
-            }
-        }
-        for (i, sums) in sums.lanes.chunks_exact(sums.vectors).enumerate() {
+        for (i, sums) in self.sums.lanes.chunks_exact(self.sums.vectors).enumerate() {
             super::finish(s, sums, self.init, self.block.cols().start, self.block.line(i));
         }
     }
@@ -154,11 +179,5 @@ impl<'s> Sums<'s> {
     fn new(lanes: &'s mut [Lanes<f32>], height: usize, cols: Range<usize>) -> Self {
         let vectors = cols.len().div_ceil(LANES);
         Self { lanes: &mut lanes[..height * vectors], height, vectors, first: cols.start, width: cols.len() }
-    }
-
-    /// `sums += scale·left·rhs`
-    #[inline(always)]
-    fn add_product<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[f32], rhs: Matrix<'_, R>) {
-        if rhs.transposed { self.add_dots(s, scale, left.as_chunks().0, rhs) } else { self.add_scaled_rows(s, left, rhs) }
     }
 }

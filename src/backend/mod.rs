@@ -110,7 +110,7 @@ pub trait Backend: sealed::Sealed + Sized + 'static {
     fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()>;
     /// `y = drop(x)`
     fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()>;
-    /// `y += x`
+    /// `y += scale·x`
     fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()>;
     /// `y += scale·x`, in `f32`
     fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()>;

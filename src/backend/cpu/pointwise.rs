@@ -64,42 +64,29 @@ impl<E: Float> Kernel for ReluBackwardChunk<'_, E> {
     }
 }
 
-/// `y += x`
+/// `y += scale·x`
 pub(super) fn add<E: Float>(engine: &Engine, op: Add<'_, Cpu<E>>) -> Result<()> {
-    let chunks = elements_mut(op.y).par_chunks_mut(CHUNK).zip(elements(op.x).par_chunks(CHUNK));
-    engine.each(chunks, |(y, x)| engine.unit.run(AddChunk { x, y }));
-    Ok(())
-}
-
-struct AddChunk<'a, E> {
-    x: &'a [E],
-    y: &'a mut [E],
-}
-
-impl<E: Float> Kernel for AddChunk<'_, E> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for (v, y) in self.y.chunks_mut(LANES).enumerate() {
-            s.narrow_to(s.add(s.widen_at(y, 0), s.widen_at(self.x, v)), y);
-        }
-    }
+    add_scaled(engine, elements(op.x), op.scale, elements_mut(op.y))
 }
 
 /// `y += scale·x`, in `f32`
 pub(super) fn accumulate<E: Float>(engine: &Engine, op: Accumulate<'_, Cpu<E>>) -> Result<()> {
-    let chunks = elements_mut(op.y).par_chunks_mut(CHUNK).zip(elements(op.x).par_chunks(CHUNK));
-    engine.each(chunks, |(y, x)| engine.unit.run(AccumulateChunk { x, scale: op.scale, y }));
+    add_scaled(engine, elements(op.x), op.scale, elements_mut(op.y))
+}
+
+fn add_scaled<T: Float>(engine: &Engine, x: &[T], scale: f32, y: &mut [T]) -> Result<()> {
+    let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
+    engine.each(chunks, |(y, x)| engine.unit.run(AddChunk { x, scale, y }));
     Ok(())
 }
 
-struct AccumulateChunk<'a> {
-    x: &'a [f32],
+struct AddChunk<'a, T> {
+    x: &'a [T],
     scale: f32,
-    y: &'a mut [f32],
+    y: &'a mut [T],
 }
 
-impl Kernel for AccumulateChunk<'_> {
+impl<T: Float> Kernel for AddChunk<'_, T> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {

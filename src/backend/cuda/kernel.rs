@@ -242,7 +242,7 @@ macro_rules! params {
 }
 
 params! {
-    Accumulate for [Accumulate] { x: Arg<'a, M>, scale: f32, y: Arg<'a, M>, len: u64 }
+    Add for [Add, Accumulate] { x: Arg<'a, M>, scale: f32, y: Arg<'a, M>, len: u64 }
 
     AdamDense for [AdamDense] {
         g: Arg<'a, M>, rate: AdamRate,
@@ -254,7 +254,7 @@ params! {
         m: Arg<'a, M>, v: Arg<'a, M>, master: Arg<'a, M>, w: Arg<'a, M>, batch: u32, k: u32, n: u32,
     }
 
-    Elementwise for [Add, Relu] { x: Arg<'a, M>, y: Arg<'a, M>, len: u64 }
+    Elementwise for [Relu] { x: Arg<'a, M>, y: Arg<'a, M>, len: u64 }
 
     ReluBackward for [ReluBackward] { y: Arg<'a, M>, dy: Arg<'a, M>, dx: Arg<'a, M>, len: u64 }
 

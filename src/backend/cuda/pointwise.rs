@@ -24,17 +24,17 @@ pub(super) fn relu_backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: ReluBack
     cuda.launch(plan::pointwise(Kernel::ReluBackward, shape)?, params)
 }
 
-/// `y += x`
+/// `y += scale·x`
 pub(super) fn add<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Add<'_, Cuda<E, D>>) -> Result<()> {
     let shape = op.x.shape();
-    let params = Elementwise { x: read(op.x), y: write(op.y), len: len(shape)? };
+    let params = kernel::Add { x: read(op.x), scale: op.scale, y: write(op.y), len: len(shape)? };
     cuda.launch(plan::pointwise(Kernel::Add, shape)?, params)
 }
 
 /// `y += scale·x`, in `f32`
 pub(super) fn accumulate<E: Float, D: Device>(cuda: &Cuda<E, D>, op: Accumulate<'_, Cuda<E, D>>) -> Result<()> {
     let shape = op.x.shape();
-    let params = kernel::Accumulate { x: read(op.x), scale: op.scale, y: write(op.y), len: len(shape)? };
+    let params = kernel::Add { x: read(op.x), scale: op.scale, y: write(op.y), len: len(shape)? };
     cuda.launch(plan::pointwise(Kernel::Accumulate, shape)?, params)
 }
 

@@ -32,10 +32,10 @@ struct DropoutUniforms {
     y: u32,
 }
 
-/// `struct Accumulate` of accumulate.wgsl.
+/// `struct Add` of add.wgsl, `struct Accumulate` of accumulate.wgsl.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct AccumulateUniforms {
+struct AddUniforms {
     len: u32,
     scale: f32,
     x: u32,
@@ -71,23 +71,27 @@ impl<E: Float> WebGpu<E> {
         self.elementwise(Kernel::ReluBackward, &[y, dy, dx])
     }
 
-    /// `y += x`
+    /// `y += scale·x`
     pub(super) fn add_pass(&self, op: Add<'_, Self>) -> Result<()> {
         let (x, y) = (op.x, op.y.into_ref());
         check_aliasing("add", [read("x", x), written("y", y)].into_iter())?;
-        self.elementwise(Kernel::Add, &[x, y])
+        self.add_scaled(Kernel::Add, x, op.scale, y)
     }
 
     /// `y += scale·x`, in `f32`
     pub(super) fn accumulate_pass(&self, op: Accumulate<'_, Self>) -> Result<()> {
         let (x, y) = (op.x, op.y.into_ref());
         check_aliasing("accumulate", [read("x", x), written("y", y)].into_iter())?;
+        self.add_scaled(Kernel::Accumulate, x, op.scale, y)
+    }
+
+    fn add_scaled<T: Float>(&self, kernel: Kernel, x: MatRef<'_, Self, T>, scale: f32, y: MatRef<'_, Self, T>) -> Result<()> {
         self.parts(len(x)).try_for_each(|part| {
             let ((x, x_first), (y, y_first)) = (self.run(x, &part), self.run(y, &part));
-            let uniforms = AccumulateUniforms { len: part.len() as u32, scale: op.scale, x: x_first, y: y_first };
+            let uniforms = AddUniforms { len: part.len() as u32, scale, x: x_first, y: y_first };
             let (uniforms, operands) = (bytemuck::bytes_of(&uniforms), [x, y]);
             let (grid, work) = ([self.groups(part.len()), 1], part.len() as u64);
-            self.launch(Launch { kernel: Kernel::Accumulate, uniforms, operands: &operands, grid, work })
+            self.launch(Launch { kernel, uniforms, operands: &operands, grid, work })
         })
     }
 

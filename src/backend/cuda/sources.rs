@@ -46,7 +46,9 @@ fn declared() -> BTreeMap<String, Vec<(String, &'static str)>> {
         for kernel in text.split("\nENTRIES(").skip(1) {
             let (name, rest) = kernel.split_once(',').unwrap();
             let list = rest.trim().trim_start_matches('(').split_once(')').unwrap().0;
-            [128, 256].map(|cols| all.insert(format!("{name}_hopper_{cols}"), parameters(list)));
+            for cols in [128, 256] {
+                all.insert(format!("{name}_hopper_{cols}"), parameters(list));
+            }
         }
     }
     all

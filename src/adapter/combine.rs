@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-use super::folder::{Factors, Folder};
+use super::factors::Factors;
+use super::folder::Folder;
 use super::kind::Kind;
 use super::matrix::HostMatrix;
-use super::ties_dare::{Mix, Pruning};
+use super::ties_dare::{MajoritySign, Mix, Pruning};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
@@ -93,27 +94,6 @@ impl FromStr for CombinationType {
     fn from_str(name: &str) -> Result<Self> {
         let found = Self::ALL.iter().find(|(known, _)| *known == name).map(|&(_, kind)| kind);
         found.ok_or_else(|| refused("combination_type", name, "one of PEFT's names, such as `linear`, `cat`, `svd` or `ties`"))
-    }
-}
-
-/// How the sign of an element of the combination is elected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MajoritySign {
-    /// The sign of the sum of the adapters' elements.
-    #[default]
-    Total,
-    /// The sign that more adapters have.
-    Frequency,
-}
-
-impl FromStr for MajoritySign {
-    type Err = Error;
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "total" => Ok(Self::Total),
-            "frequency" => Ok(Self::Frequency),
-            _ => Err(refused("majority_sign_method", name, "`total` or `frequency`")),
-        }
     }
 }
 

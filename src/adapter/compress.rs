@@ -1,7 +1,8 @@
 //! Compressing adapters to a smaller rank, and extracting adapters from the difference of two weights, by SVD.
 
-use super::decompose::{Keep, Svd};
-use super::folder::{Factors, Folder};
+use super::decompose::{Keep, Svd, in_module};
+use super::factors::Factors;
+use super::folder::Folder;
 use super::matrix::HostMatrix;
 use crate::error::{Error, Result};
 
@@ -16,7 +17,7 @@ pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
     keep.check("compress")?;
     adapter.only_products()?;
     let compressed = adapter.modules().iter().map(|(name, factors)| {
-        let svd = Svd::of_product(&factors.b, &factors.a, f64::from(factors.scaling)).map_err(|error| inside(name, error))?;
+        let svd = Svd::of_product(&factors.b, &factors.a, f64::from(factors.scaling)).map_err(|error| in_module(name, error))?;
         let (a, b) = svd.factors(svd.rank(keep)?);
         Ok((name.clone(), Factors { a, b, scaling: 1.0, dtype: factors.dtype }))
     });
@@ -35,12 +36,4 @@ pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMa
     let delta = |i: usize, j: usize| f64::from(tuned[i * cols + j]) - f64::from(w[i * cols + j]);
     let svd = Svd::leading(&HostMatrix::from_fn(w.len() / cols.max(1), cols, delta), keep)?;
     Ok(svd.factors(svd.rank(keep)?))
-}
-
-/// Adds the name of the module to an error.
-pub(crate) fn inside(module: &str, error: Error) -> Error {
-    match error {
-        Error::Value { verb, name, got, want } => Error::Value { verb, name, got: format!("{got} in `{module}`"), want },
-        other => other,
-    }
 }

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::config_fields::{Fields, InitMethod, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
+use super::config_fields::Principal;
+use super::config_fields::{Fields, InitMethod, RANK, dropout, is_set, peft_defaults, rank, unsupported};
+use super::files::{CONFIG_FILE, bad_config};
 use super::formats::json_damage;
 use super::modules::{Modules, Selection};
 use super::pattern::Pattern;
-use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LayerAdapter, LoraConfig, Scaling};
@@ -67,7 +68,7 @@ impl AdapterConfig {
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes); // a byte order mark, as some editors write it
         Self::from_document(
-            serde_json::from_slice(text).map_err(|error| refused(json_damage(Path::new(CONFIG_FILE), bytes, &error)))?,
+            serde_json::from_slice(text).map_err(|error| bad_config(json_damage(Path::new(CONFIG_FILE), bytes, &error)))?,
         )
     }
 
@@ -173,7 +174,7 @@ impl AdapterConfig {
         names.dedup();
         match names.iter().find(|name| !REGISTERED.contains(name)).filter(|_| names.len() > 1) {
             Some(name) => {
-                Err(refused(format!("`target_parameters`: which update of `{module}` belongs to `{name}` is not known")))
+                Err(bad_config(format!("`target_parameters`: which update of `{module}` belongs to `{name}` is not known")))
             }
             None => Ok(names),
         }
@@ -230,10 +231,10 @@ impl AdapterConfig {
         self.selection.patterns().chain(ranks).chain(alphas).try_for_each(|pattern| pattern.check_steps(layer))?;
         if !config.scaling.of(config.alpha, config.rank).is_finite() {
             let alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
-            return Err(refused(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
+            return Err(bad_config(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
         }
         config.check().map_err(|error| match error {
-            Error::Value { name, got, want, .. } => refused(format!("`{name}` of `{layer}` is {got}, want {want}")),
+            Error::Value { name, got, want, .. } => bad_config(format!("`{name}` of `{layer}` is {got}, want {want}")),
             other => other,
         })
     }
@@ -336,7 +337,7 @@ impl AdapterConfig {
             document,
         };
         match config.use_dora && config.lora_bias {
-            true => Err(refused("`lora_bias` is set beside `use_dora`, want one of the two".into())),
+            true => Err(bad_config("`lora_bias` is set beside `use_dora`, want one of the two".into())),
             false => Ok(config),
         }
     }

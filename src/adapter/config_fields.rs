@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::CONFIG_FILE;
+use super::files::{CONFIG_FILE, bad_config, brief};
 use super::modules::{Layers, Modules, Saved, Selection};
 use super::pattern::Pattern;
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ impl Fields<'_> {
 
     pub(super) fn refuse_unsupported(&self) -> Result<()> {
         self.read("peft_type", "\"LORA\"", |value| (value == "LORA").then_some(()))?
-            .ok_or_else(|| refused("`peft_type` is missing, want \"LORA\"".into()))?;
+            .ok_or_else(|| bad_config("`peft_type` is missing, want \"LORA\"".into()))?;
         let set =
             UNSUPPORTED.iter().find_map(|&field| self.0.get(field).filter(|value| is_set(value)).map(|value| (field, value)));
         match set {
@@ -55,7 +55,7 @@ impl Fields<'_> {
         match self.0.iter().find(|(key, value)| !known.contains_key(*key) && on(value)) {
             Some((key, value)) => {
                 let (key, value) = (brief(key), brief(&value.to_string()));
-                Err(refused(format!("`{key}` is {value}, and no such setting is known to this version")))
+                Err(bad_config(format!("`{key}` is {value}, and no such setting is known to this version")))
             }
             None => Ok(()),
         }
@@ -66,7 +66,7 @@ impl Fields<'_> {
         const KEY: &str = "target_modules";
         let parameters = !self.target_parameters()?.is_empty();
         let Some(targets) = self.modules(KEY)?.or_else(|| parameters.then(|| Modules::Names(Vec::new()))) else {
-            return Err(refused(format!("`{KEY}` is missing, want a list of names, or a string")));
+            return Err(bad_config(format!("`{KEY}` is missing, want a list of names, or a string")));
         };
         let saved = self.read("modules_to_save", "a list of names", names)?.unwrap_or_default().into_iter().map(|name| {
             let within = Pattern::new("modules_to_save", [r"\A(?:^|.*\.)(?:", &name, r")(?:$|\..*)"])?;
@@ -105,12 +105,12 @@ impl Fields<'_> {
         let by_name = matches!(targets, Modules::Names(_));
         for (key, set) in [("layers_to_transform", numbers.is_some()), ("layers_pattern", patterns.is_some())] {
             if set && !by_name {
-                return Err(refused(format!("`{key}` is set, want a list of names in `target_modules` beside it")));
+                return Err(bad_config(format!("`{key}` is set, want a list of names in `target_modules` beside it")));
             }
         }
         let Some(numbers) = numbers.filter(|numbers| !numbers.is_empty()) else {
             return match patterns {
-                Some(_) => Err(refused("`layers_pattern` is set, want `layers_to_transform` beside it".into())),
+                Some(_) => Err(bad_config("`layers_pattern` is set, want `layers_to_transform` beside it".into())),
                 None => Ok(None),
             };
         };
@@ -291,27 +291,12 @@ pub(super) fn is_set(value: &Value) -> bool {
     }
 }
 
-/// An error about the config; the folder is added to its path later.
-pub(super) fn refused(reason: String) -> Error {
-    Error::File { path: CONFIG_FILE.into(), reason }
-}
-
 fn wrong(key: &str, value: &Value, want: &str) -> Error {
-    refused(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
+    bad_config(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
 }
 
 pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
     Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
-}
-
-/// The start of a text, so that a long value does not fill a message.
-pub(super) fn brief(text: &str) -> String {
-    const LONGEST: usize = 60;
-    let mut brief: String = text.chars().take(LONGEST).collect();
-    if brief.len() < text.len() {
-        brief.push('…');
-    }
-    brief
 }
 
 /// Every key that PEFT 0.21 writes, sorted, at its default.

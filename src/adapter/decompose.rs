@@ -6,7 +6,6 @@ use faer::Mat;
 use faer::linalg::solvers::{Qr, Svd as FaerSvd};
 
 use super::matrix::HostMatrix;
-use super::randomized_svd::leading;
 use crate::error::{Error, Result};
 
 /// The number of singular values that an approximation keeps.
@@ -44,18 +43,7 @@ impl Svd {
     /// The full decomposition of a matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the SVD does not converge.
     pub fn of(matrix: &HostMatrix) -> Result<Self> {
         finite("svd", "matrix", matrix)?;
-        Self::decompose(&wide(matrix))
-    }
-
-    /// The decomposition of a matrix as far as `keep` needs it. If few singular values of a large matrix are needed, a randomized SVD
-    /// finds only those, which is faster; the error of the approximation is then within `3·10⁻⁷·‖M‖` of the smallest possible one.
-    /// Errors: those of [`of`](Self::of) and [`rank`](Self::rank).
-    pub fn leading(matrix: &HostMatrix, keep: Keep) -> Result<Self> {
-        keep.check("svd")?;
-        finite("svd", "matrix", matrix)?;
-        let energy = matrix.values().iter().map(|&value| f64::from(value).powi(2)).sum();
-        let matrix = wide(matrix);
-        leading(&matrix, energy, keep)?.map_or_else(|| Self::decompose(&matrix), Ok)
+        Self::decompose(&widened(matrix))
     }
 
     /// The decomposition of `scale·B·A`, without computing the product: QR of both factors, then SVD of an `r×r` core.
@@ -68,7 +56,7 @@ impl Svd {
             let want = (b.cols(), a.cols()).into();
             return Err(Error::Shape { verb: "svd", name: "a", got: a.shape(), want });
         }
-        let (left, right) = (Qr::new(wide(b).as_ref()), Qr::new(wide(a).transpose()));
+        let (left, right) = (Qr::new(widened(b).as_ref()), Qr::new(widened(a).transpose()));
         let core = left.thin_R() * right.thin_R().transpose() * faer::Scale(scale);
         let core = Self::decompose(&core)?;
         let energy = core.energy;
@@ -157,7 +145,7 @@ pub fn pissa(w: &HostMatrix, rank: usize, scaling: f64) -> Result<(HostMatrix, H
 pub fn olora(w: &HostMatrix, rank: usize) -> Result<(HostMatrix, HostMatrix)> {
     within("olora", w, rank)?;
     finite("olora", "w", w)?;
-    let qr = Qr::new(wide(w).as_ref());
+    let qr = Qr::new(widened(w).as_ref());
     let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
     Ok((HostMatrix::from_fn(rank, w.cols(), |i, j| r[(i, j)]), HostMatrix::from_fn(w.rows(), rank, |i, j| q[(i, j)])))
 }
@@ -167,14 +155,22 @@ fn within(verb: &'static str, w: &HostMatrix, rank: usize) -> Result<()> {
     Error::unless((1..=max).contains(&rank), verb, "rank", rank, "at least 1, and at most the smaller dimension of the weight")
 }
 
-fn finite(verb: &'static str, name: &'static str, matrix: &HostMatrix) -> Result<()> {
+pub(super) fn finite(verb: &'static str, name: &'static str, matrix: &HostMatrix) -> Result<()> {
     let bad = matrix.values().iter().find(|value| !value.is_finite());
     bad.map_or(Ok(()), |value| Error::unless(false, verb, name, value, "finite numbers"))
 }
 
-fn wide(matrix: &HostMatrix) -> Mat<f64> {
+pub(super) fn widened(matrix: &HostMatrix) -> Mat<f64> {
     let (cols, values) = (matrix.cols(), matrix.values());
     Mat::from_fn(matrix.rows(), cols, |i, j| f64::from(values[i * cols + j]))
+}
+
+/// Adds the name of the module to an error.
+pub(crate) fn in_module(module: &str, error: Error) -> Error {
+    match error {
+        Error::Value { verb, name, got, want } => Error::Value { verb, name, got: format!("{got} in `{module}`"), want },
+        other => other,
+    }
 }
 
 #[cfg(test)]

@@ -46,9 +46,12 @@ mod combine;
 mod compress;
 mod config;
 mod config_fields;
+pub(crate) mod convert_elements;
 #[cfg(feature = "svd")]
 mod decompose;
 mod extra_tensors;
+mod factors;
+mod files;
 mod folder;
 pub mod formats;
 mod kind;
@@ -58,44 +61,48 @@ mod modules;
 mod pattern;
 #[cfg(feature = "svd")]
 mod principal;
+mod publish;
 #[cfg(feature = "svd")]
 mod randomized_svd;
 mod spelling;
+mod tensor_file;
 mod tensors;
 mod ties_dare;
 
 use std::path::{Path, PathBuf};
 
-pub use combine::{CombinationType, Combine, MajoritySign, combine};
-#[cfg(all(feature = "checkpoint", feature = "svd"))]
-pub(crate) use compress::inside;
+pub use combine::{CombinationType, Combine, combine};
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
 pub use config::{AdapterConfig, LayerTarget, TargetModules};
 pub use config_fields::Principal;
+#[cfg(all(feature = "checkpoint", feature = "svd"))]
+pub(crate) use decompose::in_module;
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
 pub use extra_tensors::{Extra, Role};
-#[cfg(feature = "checkpoint")]
-pub(crate) use folder::module_of;
-pub use folder::{Factors, Folder};
+pub use factors::Factors;
+pub use files::{CONFIG_FILE, TENSORS_FILE};
+pub use folder::Folder;
 pub use kind::Kind;
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::init_from_weight;
 #[cfg(feature = "checkpoint")]
-pub(crate) use tensors::damage;
-pub use tensors::{HostTensor, HostTensors, parse_tensors};
+pub(crate) use tensor_file::damage;
+pub use tensor_file::parse_tensors;
+pub use tensors::{HostTensor, HostTensors};
+#[cfg(feature = "checkpoint")]
+pub(crate) use tensors::{dimensions, float_type, module_of, stored_type};
+pub use ties_dare::MajoritySign;
+
+use files::at;
+use publish::publish;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::file::{self, Staged};
+use crate::file;
 use crate::nn::{Adaptable, DEFAULT, LayerAdapter, check_layers, check_unmerged};
-
-/// The file name of an adapter's settings.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The file name of an adapter's tensors.
-pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
 /// Writes every adapter of a model as PEFT 0.21 would: `default` into the folder itself, each other one into a sub-folder of its name.
 ///
@@ -151,26 +158,6 @@ fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, A
     publish(&folders)
 }
 
-/// Writes adapters into their folders: all files completely, or none. Missing folders are created.
-fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
-    let mut files = Vec::new();
-    for (dir, config, tensors) in folders {
-        let bytes = tensors::serialize(tensors::PREFIX, tensors).map_err(|error| at(dir, error))?;
-        files.extend([(dir.clone(), TENSORS_FILE, bytes), (dir.clone(), CONFIG_FILE, config.to_json().into_bytes())]);
-    }
-    write_files(files)
-}
-
-/// Writes files into folders: all completely, or none. Missing folders are created.
-fn write_files(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
-    let stage = |(dir, name, bytes): &(PathBuf, &str, Vec<u8>)| {
-        std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
-        Staged::new(&dir.join(name), bytes)
-    };
-    let staged = files.iter().map(stage).collect::<Result<Vec<_>>>()?;
-    staged.into_iter().try_for_each(Staged::publish)
-}
-
 /// Freezes a model and loads the adapter of a folder as its only one, `default`. Returns the settings, which [`save_with`] takes.
 ///
 /// Elements are rounded to the model's element type. An adapter that was initialised with a part of the weights (`pissa`, `olora`) is
@@ -223,13 +210,4 @@ fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Resul
         parse().map_err(|error| at(dir, error))
     };
     read().map_err(|error| formats::explained(dir, error))
-}
-
-/// Adds the folder to the path of an error.
-fn at(dir: &Path, error: Error) -> Error {
-    match error {
-        Error::File { path, reason } => Error::File { path: dir.join(path), reason },
-        Error::Unsupported { path, field, value } => Error::Unsupported { path: dir.join(path), field, value },
-        other => other,
-    }
 }

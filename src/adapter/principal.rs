@@ -1,7 +1,8 @@
 //! Initialising an adapter with the principal part of the weights (PiSSA, OLoRA): `W -= scaling·B·A`.
 
-use super::compress::inside;
-use super::{HostMatrix, Principal, olora, pissa};
+use super::config_fields::Principal;
+use super::decompose::{in_module, olora, pissa};
+use super::matrix::HostMatrix;
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
@@ -47,7 +48,7 @@ pub fn init_from_weight<B: Backend>(
         return Err(error);
     }
     for (layer, (a, b, _)) in numbers {
-        write_factors(model, backend, &layer, name, [&narrow::<B::Elem>(&a), &narrow::<B::Elem>(&b)])?;
+        write_factors(model, backend, &layer, name, [&rounded::<B::Elem>(&a), &rounded::<B::Elem>(&b)])?;
     }
     Ok(())
 }
@@ -99,7 +100,7 @@ pub(super) fn plain<B: Backend>(
     part: Principal,
 ) -> Result<([HostMatrix; 2], LoraConfig)> {
     let scaling = config.scaling.of(config.alpha, config.rank);
-    let factors = part.plain(&host(backend, w)?, factors, scaling).map_err(|error| inside(layer, error))?;
+    let factors = part.plain(&host(backend, w)?, factors, scaling).map_err(|error| in_module(layer, error))?;
     Ok((factors, LoraConfig { rank: 2 * config.rank, alpha: scaling, scaling: Scaling::Raw, ..config }))
 }
 
@@ -107,10 +108,10 @@ fn host<B: Backend>(backend: &B, w: &Tensor<B>) -> Result<HostMatrix> {
     HostMatrix::new(w.shape(), w.to_vec(backend)?.into_iter().map(Float::to_f32).collect())
 }
 
-fn narrow<E: Float>(matrix: &HostMatrix) -> Vec<E> {
+fn rounded<E: Float>(matrix: &HostMatrix) -> Vec<E> {
     matrix.values().iter().map(|&x| E::from_f32(x)).collect()
 }
 
 fn upload<B: Backend>(backend: &B, matrix: &HostMatrix) -> Result<Tensor<B>> {
-    Tensor::from_slice(backend, matrix.shape(), &narrow::<B::Elem>(matrix))
+    Tensor::from_slice(backend, matrix.shape(), &rounded::<B::Elem>(matrix))
 }

@@ -12,8 +12,9 @@
 
 use std::collections::BTreeMap;
 
-use super::HostTensors;
-use super::tensors::{PREFIX, refused};
+use super::files::bad_tensors;
+use super::tensor_file::PREFIX;
+use super::tensors::HostTensors;
 use crate::error::Result;
 
 /// Components that wrappers of models (torch.compile, FSDP, activation checkpointing) insert into the names of modules.
@@ -27,7 +28,7 @@ pub(super) fn normalised(tensors: HostTensors) -> Result<HostTensors> {
     for (name, tensor) in tensors {
         let Some(short) = normalise(&name) else { continue };
         if let Some(other) = found.insert(short.clone(), name.clone()) {
-            return Err(refused(format!("`{other}` and `{name}` are both `{short}`: want one adapter in a file")));
+            return Err(bad_tensors(format!("`{other}` and `{name}` are both `{short}`: want one adapter in a file")));
         }
         written.insert(short, tensor);
     }

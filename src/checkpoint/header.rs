@@ -5,7 +5,8 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
-use crate::adapter::damage;
+use crate::adapter::{damage, float_type};
+pub(super) use crate::adapter::{dimensions, stored_type};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
@@ -27,12 +28,7 @@ pub struct Entry {
 impl Entry {
     /// The element type, if it is `f32`, `f16` or `bf16`.
     pub fn float(&self) -> Option<DType> {
-        match self.dtype {
-            Dtype::F32 => Some(DType::F32),
-            Dtype::F16 => Some(DType::F16),
-            Dtype::BF16 => Some(DType::BF16),
-            _ => None,
-        }
+        float_type(self.dtype)
     }
 
     /// The shape as text, such as `4096×11008`.
@@ -124,19 +120,5 @@ impl Header {
         let before = self.entries.len();
         self.entries.retain(keep);
         self.filtered |= self.entries.len() != before;
-    }
-}
-
-/// A shape as text, such as `4096×11008`.
-pub(super) fn dimensions(shape: &[usize]) -> String {
-    shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
-}
-
-/// An element type in the spelling of safetensors.
-pub(super) fn spelled(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
     }
 }

@@ -35,7 +35,6 @@
 mod change;
 mod companions;
 mod convert;
-mod convert_elements;
 mod experts;
 #[cfg(feature = "svd")]
 mod extract;
@@ -67,8 +66,8 @@ use memmap2::Mmap;
 pub use merge::{Merge, Unmerge, merge, unmerge};
 pub use safetensors::tensor::Dtype;
 
-use crate::adapter::HostTensor;
 use crate::adapter::formats::{self, Kind};
+use crate::adapter::{HostTensor, convert_elements};
 use crate::error::{Error, Result};
 use crate::file::{self, failed};
 use header::Header;

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::change::{Change, Magnitude, Piece, Source};
-use super::header::{Entry, dimensions, spelled};
+use super::header::{Entry, dimensions, stored_type};
 use super::layout::{Layout, Layouts};
 use super::model::{ConfigEdit, ModelConfig};
 use super::names::{Names, Place};
@@ -371,7 +371,7 @@ impl<'r> Planner<'r> {
                     Source::Other((_, entry)) => entry.float().unwrap_or(dtype),
                     Source::Stored | Source::Replacement(_) => dtype,
                 };
-                Entry::new(name, spelled(dtype), change.shape.clone())
+                Entry::new(name, stored_type(dtype), change.shape.clone())
             })
             .collect();
         let heads: Vec<String> = added.iter().map(|entry| entry.name.clone()).filter(|name| !ties::is_head(name)).collect();

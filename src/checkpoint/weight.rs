@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use rayon::prelude::*;
 
 use super::change::{Change, Changed, Piece, Source};
-use super::convert_elements;
 use super::names::Place;
+use crate::adapter::convert_elements;
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::Result;

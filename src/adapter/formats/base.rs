@@ -12,7 +12,7 @@ use super::raw::{Parts, refused};
 use super::recognise::{beginning, outline};
 use super::spelling::{Names, component, prefixed, renamed};
 use crate::adapter::TENSORS_FILE;
-use crate::adapter::tensors::spell;
+use crate::adapter::tensors::dimensions;
 use crate::error::Result;
 use crate::file::{self, failed};
 
@@ -111,9 +111,10 @@ impl Base {
         want.extend(&module.a.shape[1..]);
         match *shape == want {
             true => Ok(()),
-            false => {
-                Err(refused(&self.path, format!("`{name}.weight` is {}, want {} for the adapter", spell(shape), spell(&want))))
-            }
+            false => Err(refused(
+                &self.path,
+                format!("`{name}.weight` is {}, want {} for the adapter", dimensions(shape), dimensions(&want)),
+            )),
         }
     }
 

@@ -11,8 +11,11 @@ use super::kind::Kind;
 use super::raw::{Raw, refused};
 use super::spelling::{Names, Part, Spelling, prefix_for, renamed};
 use crate::adapter::config::number;
-use crate::adapter::tensors::{serialize, spell};
-use crate::adapter::{AdapterConfig, CONFIG_FILE, Folder, HostMatrix, HostTensor, HostTensors, folder, publish, write_files};
+use crate::adapter::files::bad_tensors;
+use crate::adapter::publish::{publish, write_files};
+use crate::adapter::tensor_file::serialize;
+use crate::adapter::tensors::dimensions;
+use crate::adapter::{AdapterConfig, CONFIG_FILE, Folder, HostMatrix, HostTensor, HostTensors, folder};
 use crate::element::DType;
 use crate::error::Result;
 use crate::file;
@@ -308,7 +311,7 @@ impl Module {
 /// A transposed matrix. Errors: [`Error::File`](crate::Error::File) for another number of dimensions.
 pub(super) fn transposed(tensor: &HostTensor) -> Result<HostTensor> {
     let &[rows, cols] = &tensor.shape[..] else {
-        return Err(crate::adapter::tensors::refused(format!("a tensor is {}, want a matrix", spell(&tensor.shape))));
+        return Err(bad_tensors(format!("a tensor is {}, want a matrix", dimensions(&tensor.shape))));
     };
     let matrix = HostMatrix::new((rows, cols), tensor.values.clone())?.transposed();
     Ok(HostTensor { shape: vec![cols, rows], dtype: tensor.dtype, values: matrix.values().to_vec() })

@@ -10,8 +10,9 @@ use super::kind::Kind;
 use super::modules::{Module, transposed};
 use super::recognise::{Recognised, header, recognise};
 use super::spelling::{Part, Spelling, component};
-use crate::adapter::tensors::spell;
-use crate::adapter::{AdapterConfig, CONFIG_FILE, HostTensor, HostTensors, at, parse_tensors};
+use crate::adapter::files::at;
+use crate::adapter::tensors::dimensions;
+use crate::adapter::{AdapterConfig, CONFIG_FILE, HostTensor, HostTensors, parse_tensors};
 use crate::error::{Error, Result};
 use crate::file;
 
@@ -85,7 +86,7 @@ impl Raw {
                     Some(other) => {
                         return Err(refused(
                             &self.path,
-                            format!("the alpha of `{module}` is {}, want one number", spell(&other.shape)),
+                            format!("the alpha of `{module}` is {}, want one number", dimensions(&other.shape)),
                         ));
                     }
                     None => config.as_ref().and_then(|config| alpha(config, component(module)?.1)).or(rank(0)),
@@ -188,7 +189,7 @@ impl Parts {
         let missing = |what: &str| refused(path, format!("`{name}` has no {what}; the file is incomplete"));
         let (a, b) = (self.0.remove(&Part::A).ok_or_else(|| missing("A"))?, self.0.remove(&Part::B).ok_or_else(|| missing("B"))?);
         let is_transposed = Spelling::of(kind).is_some_and(|spelling| spelling.transposed);
-        let shapes = format!("`{name}` has factors {} and {}", spell(&a.shape), spell(&b.shape));
+        let shapes = format!("`{name}` has factors {} and {}", dimensions(&a.shape), dimensions(&b.shape));
         let unfit = |want: &str| refused(path, format!("{shapes}, {want}"));
         let (a, b) = match is_transposed {
             true if a.shape.len() != 2 || b.shape.len() != 2 => {
@@ -207,7 +208,7 @@ impl Parts {
         if let Some(other) =
             magnitude.as_ref().filter(|magnitude| magnitude.values.len() != n || magnitude.shape.first() != Some(&n))
         {
-            return Err(unfit(&format!("and magnitudes {}, want one for each of {n} rows", spell(&other.shape))));
+            return Err(unfit(&format!("and magnitudes {}, want one for each of {n} rows", dimensions(&other.shape))));
         }
         let magnitude = magnitude.map(|magnitude| HostTensor { shape: vec![n], ..magnitude });
         let unknown = || refused(path, format!("does not contain the scaling of `{name}`; give its lora_alpha with `--alpha`"));

@@ -4,8 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::config_fields::Principal;
-use super::config_fields::{Fields, InitMethod, RANK, dropout, is_set, peft_defaults, rank, unsupported};
+use super::config_fields::{Fields, InitMethod, Principal, RANK, dropout, is_set, peft_defaults, rank, unsupported};
 use super::files::{CONFIG_FILE, bad_config};
 use super::formats::json_damage;
 use super::modules::{Modules, Selection};

@@ -7,7 +7,7 @@ use safetensors::tensor::{SafeTensorError, SafeTensors, TensorView, serialize as
 use serde_json::{Map, Value};
 
 use super::files::{TENSORS_FILE, bad_tensors};
-use super::formats;
+use super::formats::{other_kind, sentence, unknown};
 use super::tensors::{HostTensor, HostTensors, stored, widen};
 use crate::error::Result;
 
@@ -33,11 +33,11 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
 /// Describes why a safetensors file cannot be read: it is another kind of file, it is truncated, or else the reader's own message.
 pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> String {
     let got = file.len() as u64;
-    if let Some(kind) = formats::other_kind(path, file) {
-        return formats::sentence(&kind, path);
+    if let Some(kind) = other_kind(path, file) {
+        return sentence(&kind, path);
     }
     match error {
-        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => formats::unknown(file),
+        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => unknown(file),
         SafeTensorError::HeaderTooSmall | SafeTensorError::InvalidHeaderLength => {
             let header = file.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
             format!("is truncated: {got} bytes, want at least {}", header.saturating_add(8))

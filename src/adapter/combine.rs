@@ -15,9 +15,9 @@ const VERB: &str = "combine";
 
 /// The algorithm that combines adapters, with PEFT's names.
 ///
-/// Algorithms without `svd` in the name, except [`Cat`](Self::Cat), combine the `Aᵢ` and the `Bᵢ` separately, each with the weight
-/// `√|wᵢ·scalingᵢ|`, and with the sign of `wᵢ` on `A`; all adapters must have the same rank. Those with `svd` combine the products
-/// `scalingᵢ·Bᵢ·Aᵢ`, and approximate the result by an SVD.
+/// Algorithms without `svd` in the name, except [`Cat`](Self::Cat), combine the `Aᵢ` and the `Bᵢ` separately, each with the
+/// weight `√|wᵢ·scalingᵢ|`, and with the sign of `wᵢ` on `A`; all adapters must have the same rank. Those with `svd` combine the
+/// products `scalingᵢ·Bᵢ·Aᵢ`, and approximate the result by an SVD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CombinationType {
     /// `A = Σ √|wᵢ·scalingᵢ|·Aᵢ`, `B = Σ √|wᵢ·scalingᵢ|·Bᵢ`: cheap and inexact, because the product has cross terms.
@@ -151,12 +151,12 @@ impl Combine {
 
 /// Combines adapters, each with a weight, which may be negative, into one.
 ///
-/// As in PEFT's `add_weighted_adapter`, the result has `lora_alpha = r`; a module that only some of the adapters have is combined from
-/// those; a single adapter is always combined by `linear`. Sums are computed in `f64` and rounded once.
+/// As in PEFT's `add_weighted_adapter`, the result has `lora_alpha = r`; a module that only some of the adapters have is combined
+/// from those; a single adapter is always combined by `linear`. Sums are computed in `f64` and rounded once.
 ///
-/// Errors: [`Error::Value`] for an empty list, a weight or an element that is not finite, ranks or shapes that cannot be combined, and a
-/// setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that has more than factors, such as DoRA
-/// magnitudes or biases.
+/// Errors: [`Error::Value`] for an empty list, a weight or an element that is not finite, ranks or shapes that cannot be
+/// combined, and a setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that has more than
+/// factors, such as DoRA magnitudes or biases.
 pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
     how.check()?;
     let Some((first, _)) = adapters.first() else { return Err(refused("adapters", "empty", "at least one")) };

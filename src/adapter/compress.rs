@@ -6,13 +6,14 @@ use super::folder::Folder;
 use super::matrix::HostMatrix;
 use crate::error::{Error, Result};
 
-/// Replaces every module's `scaling·B·A` by its best approximation of a smaller rank. A module whose rank is small already keeps it, but
-/// its factors change.
+/// Replaces every module's `scaling·B·A` by its best approximation of a smaller rank. A module whose rank is small already keeps
+/// it, but its factors change.
 ///
-/// The result has `lora_alpha = r`, with `rank_pattern` and `alpha_pattern` where modules differ. Whole modules and biases are kept.
+/// The result has `lora_alpha = r`, with `rank_pattern` and `alpha_pattern` where modules differ. Whole modules and biases are
+/// kept.
 ///
-/// Errors: [`Error::Value`] for a `keep` out of range and factors that are not finite; [`Error::Unsupported`] for an adapter that is more
-/// than a sum of products, such as DoRA.
+/// Errors: [`Error::Value`] for a `keep` out of range and factors that are not finite; [`Error::Unsupported`] for an adapter that
+/// is more than a sum of products, such as DoRA.
 pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
     keep.check("compress")?;
     adapter.only_products()?;
@@ -27,7 +28,8 @@ pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
 
 /// The factors `A` and `B` that make `W + B·A` the best approximation of the fine-tuned weight.
 ///
-/// Errors: [`Error::Shape`] if the weights differ in shape; [`Error::Value`] for a `keep` out of range and weights that are not finite.
+/// Errors: [`Error::Shape`] if the weights differ in shape; [`Error::Value`] for a `keep` out of range and weights that are not
+/// finite.
 pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMatrix, HostMatrix)> {
     if w.shape() != tuned.shape() {
         return Err(Error::Shape { verb: "extract", name: "tuned", got: tuned.shape(), want: w.shape() });

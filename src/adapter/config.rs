@@ -15,8 +15,8 @@ use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LayerAdapter, LoraConf
 
 /// The settings in an `adapter_config.json`.
 ///
-/// All keys of the file are kept, in their order, and written again, including those that this crate does not know. An unknown key that
-/// enables something (`true`, a list, an object) is refused.
+/// All keys of the file are kept, in their order, and written again, including those that this crate does not know. An unknown
+/// key that enables something (`true`, a list, an object) is refused.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     document: Map<String, Value>,
@@ -62,8 +62,8 @@ pub enum LayerTarget {
 impl AdapterConfig {
     /// Parses the bytes of a file. Only `peft_type` and `target_modules` are required.
     ///
-    /// Errors: [`Error::File`] for bytes that are no such file, or a setting out of range; [`Error::Unsupported`] for a setting that this
-    /// crate does not support.
+    /// Errors: [`Error::File`] for bytes that are no such file, or a setting out of range; [`Error::Unsupported`] for a setting
+    /// that this crate does not support.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes); // a byte order mark, as some editors write it
         Self::from_document(
@@ -86,8 +86,8 @@ impl AdapterConfig {
     ///
     /// A config does not hold the standard deviation of [`Init::Gaussian`](crate::nn::Init); PEFT uses `1/r`.
     ///
-    /// Errors: [`Error::Value`] for settings out of range and for an empty list of names; [`Error::File`], as if such a config were read,
-    /// for a pattern that is not a regular expression.
+    /// Errors: [`Error::Value`] for settings out of range and for an empty list of names; [`Error::File`], as if such a config
+    /// were read, for a pattern that is not a regular expression.
     pub fn new(config: &LoraConfig, target_modules: TargetModules<'_>) -> Result<Self> {
         config.check()?;
         let none = matches!(target_modules, TargetModules::Names([]));
@@ -111,8 +111,8 @@ impl AdapterConfig {
         Ok(new)
     }
 
-    /// The settings of a model's adapter `default`, with PEFT's defaults for all others. Errors: [`Error::Value`] without such an adapter,
-    /// or if its layers differ in a setting that a config has only once.
+    /// The settings of a model's adapter `default`, with PEFT's defaults for all others. Errors: [`Error::Value`] without such an
+    /// adapter, or if its layers differ in a setting that a config has only once.
     pub fn of<B: Backend>(model: &impl Adaptable<B>) -> Result<Self> {
         Self::of_adapter(model, DEFAULT)
     }
@@ -222,8 +222,8 @@ impl AdapterConfig {
         }
     }
 
-    /// Checks the settings of one layer in combination. Errors: [`Error::File`] for a scaling that overflows `f32`, an odd rank with
-    /// orthogonal factors, or a pattern that takes too many steps on the name.
+    /// Checks the settings of one layer in combination. Errors: [`Error::File`] for a scaling that overflows `f32`, an odd rank
+    /// with orthogonal factors, or a pattern that takes too many steps on the name.
     pub(super) fn check(&self, layer: &str, config: &LoraConfig) -> Result<()> {
         let ranks = self.rank_pattern.iter().map(|(pattern, _)| pattern);
         let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);
@@ -289,8 +289,8 @@ impl AdapterConfig {
         }
     }
 
-    /// `fan_in_fan_out`: true for a model that stores its weights as `in × out`. The factors are stored in the same way for either
-    /// layout. [`Linear::from_fan_in_fan_out`](crate::nn::Linear::from_fan_in_fan_out) transposes such a weight.
+    /// `fan_in_fan_out`: true for a model that stores its weights as `in × out`. The factors are stored in the same way for
+    /// either layout. [`Linear::from_fan_in_fan_out`](crate::nn::Linear::from_fan_in_fan_out) transposes such a weight.
     pub fn fan_in_fan_out(&self) -> bool {
         self.fan_in_fan_out
     }

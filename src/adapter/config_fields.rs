@@ -46,9 +46,9 @@ impl Fields<'_> {
         }
     }
 
-    /// Refuses unknown keys, of later versions of PEFT or of other programs, that enable something. PEFT enables each new feature by a
-    /// flag, a list or an object, which is off by default, so one that is set changes what the adapter computes. Numbers and strings
-    /// are only details of a feature or of the training; they are accepted and kept.
+    /// Refuses unknown keys, of later versions of PEFT or of other programs, that enable something. PEFT enables each new feature
+    /// by a flag, a list or an object, which is off by default, so one that is set changes what the adapter computes. Numbers and
+    /// strings are only details of a feature or of the training; they are accepted and kept.
     fn refuse_unknown(&self) -> Result<()> {
         let known = peft_defaults();
         let on = |value: &Value| switches(value) && !value.is_number() && !value.is_string();
@@ -89,8 +89,8 @@ impl Fields<'_> {
         modules.transpose()
     }
 
-    /// `layers_to_transform`. The number of a layer is found by `layers_pattern`, or else is the first number between dots in its name.
-    /// PEFT accepts both keys only together with a list as `target_modules`.
+    /// `layers_to_transform`. The number of a layer is found by `layers_pattern`, or else is the first number between dots in its
+    /// name. PEFT accepts both keys only together with a list as `target_modules`.
     fn layers(&self, targets: &Modules) -> Result<Option<Layers>> {
         let numbers = self.read("layers_to_transform", "a layer's number, or a list of them", |value| match value {
             Value::Array(numbers) => numbers.iter().map(Value::as_u64).collect(),
@@ -160,7 +160,8 @@ impl Fields<'_> {
         Ok(self.read(key, "true or false", Value::as_bool)?.unwrap_or(false))
     }
 
-    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order in which they are tried.
+    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order in which they are
+    /// tried.
     pub(super) fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Pattern, T)>> {
         let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
         let entry = |(name, value): (&String, &Value)| {
@@ -170,9 +171,9 @@ impl Fields<'_> {
         entries.iter().map(entry).collect()
     }
 
-    /// `init_lora_weights`. A method that changed the base weights is supported only if it is deterministic. `pissa_niter_4` is not:
-    /// it starts from random numbers, and the initial factors are not in the folder (PEFT draws new ones when it loads such a folder,
-    /// so the result differs).
+    /// `init_lora_weights`. A method that changed the base weights is supported only if it is deterministic. `pissa_niter_4` is
+    /// not: it starts from random numbers, and the initial factors are not in the folder (PEFT draws new ones when it loads such
+    /// a folder, so the result differs).
     pub(super) fn init_method(&self) -> Result<InitMethod> {
         match self.0.get("init_lora_weights") {
             None | Some(Value::Null | Value::Bool(true)) => Ok(InitMethod::Default),
@@ -189,10 +190,10 @@ impl Fields<'_> {
 
 /// The part of a weight that the factors of an adapter were initialised with: PEFT's `init_lora_weights` of the same name.
 ///
-/// A folder of such an adapter holds the trained factors `A` and `B`, but not the initial ones, `A₀` and `B₀`. These are computed again
-/// from the weight, which needs the feature `svd`. The adapted weight is `W - scaling·B₀·A₀ + scaling·B·A`, that is, a plain update of
-/// twice the rank with the factors `[A; A₀]` and `[B, -B₀]`. The adapter is loaded as that update, so the weights are not changed and it
-/// can be combined with other adapters.
+/// A folder of such an adapter holds the trained factors `A` and `B`, but not the initial ones, `A₀` and `B₀`. These are computed
+/// again from the weight, which needs the feature `svd`. The adapted weight is `W - scaling·B₀·A₀ + scaling·B·A`, that is, a
+/// plain update of twice the rank with the factors `[A; A₀]` and `[B, -B₀]`. The adapter is loaded as that update, so the weights
+/// are not changed and it can be combined with other adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Principal {
     /// The largest singular values and their vectors; `A` and `B` each get the square roots of the values (F. Meng et al., 2024).

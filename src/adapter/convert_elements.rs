@@ -63,8 +63,8 @@ fn round_f16(values: &[f32], bytes: &mut [u8]) -> bool {
     not_finite == 0
 }
 
-/// The upper half of an `f32`, rounded by adding half a unit in the last place, or just less than that if the last place is even. Written
-/// without branches, so that the compiler vectorises it.
+/// The upper half of an `f32`, rounded by adding half a unit in the last place, or just less than that if the last place is even.
+/// Written without branches, so that the compiler vectorises it.
 fn round_bf16(values: &[f32], bytes: &mut [u8]) -> bool {
     const EXPONENT: u16 = 0x7f80;
     const QUIET: u32 = 0x40;

@@ -27,8 +27,8 @@ impl Keep {
     }
 }
 
-/// A singular value decomposition `M = U·diag(s)·V`: U `n×q` and V `q×k` are orthonormal, and s is descending. q is the smaller of n and
-/// k, or less for a product and for a [leading](Self::leading) part.
+/// A singular value decomposition `M = U·diag(s)·V`: U `n×q` and V `q×k` are orthonormal, and s is descending. q is the smaller
+/// of n and k, or less for a product and for a [leading](Self::leading) part.
 #[derive(Clone, Debug)]
 pub struct Svd {
     u: Mat<f64>,
@@ -40,7 +40,8 @@ pub struct Svd {
 }
 
 impl Svd {
-    /// The full decomposition of a matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the SVD does not converge.
+    /// The full decomposition of a matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the SVD does not
+    /// converge.
     pub fn of(matrix: &HostMatrix) -> Result<Self> {
         finite("svd", "matrix", matrix)?;
         Self::decompose(&widened(matrix))
@@ -63,7 +64,8 @@ impl Svd {
         Ok(core.within(&left.compute_thin_Q(), &right.compute_thin_Q(), energy))
     }
 
-    /// The decomposition of `Q·M·Pᵀ` from that of M, where Q and P have orthonormal columns. `energy` is that of the whole matrix.
+    /// The decomposition of `Q·M·Pᵀ` from that of M, where Q and P have orthonormal columns. `energy` is that of the whole
+    /// matrix.
     pub(super) fn within(self, q: &Mat<f64>, p: &Mat<f64>, energy: f64) -> Self {
         Self { u: q * self.u, s: self.s, v: p * self.v, energy }
     }
@@ -92,8 +94,9 @@ impl Svd {
         &self.s
     }
 
-    /// The number of singular values that `keep` selects; at least 1 if there is one. If this is a leading part whose values do not
-    /// reach the fraction of [`Keep::Energy`], it is one more than their number. Errors: [`Error::Value`] for a `keep` out of range.
+    /// The number of singular values that `keep` selects; at least 1 if there is one. If this is a leading part whose values do
+    /// not reach the fraction of [`Keep::Energy`], it is one more than their number. Errors: [`Error::Value`] for a `keep` out of
+    /// range.
     pub fn rank(&self, keep: Keep) -> Result<usize> {
         keep.check("svd")?;
         let share = match keep {
@@ -114,7 +117,8 @@ impl Svd {
         self.s.len() < self.u.ncols()
     }
 
-    /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank, or of all singular values if there are fewer.
+    /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank, or of all singular values if there are
+    /// fewer.
     pub fn factors(&self, rank: usize) -> (HostMatrix, HostMatrix) {
         let rank = rank.min(self.s.len());
         self.split(rank, |_| 1.0, |s| s)

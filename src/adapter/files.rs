@@ -18,6 +18,11 @@ pub(super) fn at(dir: &Path, error: Error) -> Error {
     }
 }
 
+/// An error about a file.
+pub(super) fn bad_file(path: &Path, reason: String) -> Error {
+    Error::File { path: path.into(), reason }
+}
+
 /// An error about the config; the folder is added to its path later.
 pub(super) fn bad_config(reason: String) -> Error {
     Error::File { path: CONFIG_FILE.into(), reason }

@@ -27,8 +27,8 @@ const MORE_THAN_PRODUCTS: [&str; 3] = ["lora_bias", "target_parameters", "use_do
 /// Settings with which a folder holds tensors that replace those of the model.
 const MORE_THAN_FACTORS: [&str; 3] = ["bias", "modules_to_save", "trainable_token_indices"];
 
-/// An adapter folder in host memory: the settings, the factors of every module by name (`model.layers.0.self_attn.q_proj`), and all
-/// other tensors (DoRA magnitudes, biases, whole modules).
+/// An adapter folder in host memory: the settings, the factors of every module by name (`model.layers.0.self_attn.q_proj`), and
+/// all other tensors (DoRA magnitudes, biases, whole modules).
 #[derive(Clone, Debug)]
 pub struct Folder {
     /// The folder that it was read from, for errors.
@@ -71,12 +71,12 @@ impl Folder {
         Ok(Self { dir: PathBuf::new(), config, modules, kinds, extras })
     }
 
-    /// A folder of these modules. Its settings are derived from their ranks and scalings: `r` and `lora_alpha = scaling·r` are those of
-    /// the first module of the largest rank, and `rank_pattern` and `alpha_pattern` hold the others. All other settings are those of
-    /// `template`, or PEFT's defaults.
+    /// A folder of these modules. Its settings are derived from their ranks and scalings: `r` and `lora_alpha = scaling·r` are
+    /// those of the first module of the largest rank, and `rank_pattern` and `alpha_pattern` hold the others. All other settings
+    /// are those of `template`, or PEFT's defaults.
     ///
-    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, a scaling that is not finite, or names that patterns cannot
-    /// tell apart.
+    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, a scaling that is not finite, or names that
+    /// patterns cannot tell apart.
     pub fn new(template: Option<&AdapterConfig>, modules: BTreeMap<String, Factors>) -> Result<Self> {
         let r = modules.values().map(Factors::rank).max().unwrap_or(0);
         unless(r > 0, format!("{} modules of rank {r}", modules.len()), "at least one module, of rank 1 or more")?;
@@ -176,16 +176,17 @@ impl Folder {
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
-    /// The update of one linear layer, on a device: factors `r×k` and `n×r`, and, if the settings include them, the bias of the update,
-    /// the magnitudes and the layer's new bias. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
+    /// The update of one linear layer, on a device: factors `r×k` and `n×r`, and, if the settings include them, the bias of the
+    /// update, the magnitudes and the layer's new bias. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
     /// [`insert`](crate::nn::LoraLinear::insert).
     ///
-    /// `module` is the name of the layer in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a weight
-    /// `n×k`. For the initialisations `pissa` and `olora` it is the equivalent plain update of twice the rank, see
+    /// `module` is the name of the layer in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a
+    /// weight `n×k`. For the initialisations `pissa` and `olora` it is the equivalent plain update of twice the rank, see
     /// [`Principal`](super::Principal). Layers that the folder holds whole are in [`extras`](Self::extras).
     ///
-    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the layer, or
-    /// elements that overflow the backend's element type; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
+    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the
+    /// layer, or elements that overflow the backend's element type; [`Error::Unsupported`] for `pissa` and `olora` without the
+    /// feature `svd`.
     pub fn adapter<B: Backend>(&self, backend: &B, module: &str, base: &Linear<B>) -> Result<Adapter<B>> {
         let factors = self.modules.get(module).ok_or_else(|| self.no_such_layer(module))?;
         let config = self.config.lora_config(module).filter(|_| *self.kind(module) == Kind::Linear);
@@ -221,8 +222,8 @@ impl Folder {
     }
 }
 
-/// The settings for modules of these ranks and alphas: `r` and `lora_alpha` from the first module of the largest rank, and patterns for
-/// the modules that differ.
+/// The settings for modules of these ranks and alphas: `r` and `lora_alpha` from the first module of the largest rank, and
+/// patterns for the modules that differ.
 pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'static str, Value)> {
     let r = modules.values().map(|(rank, _)| *rank).max().unwrap_or(0);
     let usual = modules.values().find(|(rank, _)| *rank == r).map_or(Value::Null, |(_, alpha)| alpha.clone());
@@ -241,11 +242,12 @@ pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'sta
     ]
 }
 
-/// The ends of the names of factors, for every kind of module. Both `A` and `B` are listed, so that a file with only one is refused.
+/// The ends of the names of factors, for every kind of module. Both `A` and `B` are listed, so that a file with only one is
+/// refused.
 const FACTORS: [&str; 4] = [".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"];
 
-/// The module whose factors have this name in the file. For `target_parameters` it is the name of the parameter, with the number of
-/// other updates that are nested in this one.
+/// The module whose factors have this name in the file. For `target_parameters` it is the name of the parameter, with the number
+/// of other updates that are nested in this one.
 fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize>)> {
     let module = name.trim_end_matches(".base_layer");
     let (nested, parameters) = ((name.len() - module.len()) / ".base_layer".len(), config.parameters(module)?);
@@ -261,8 +263,8 @@ fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize
     }
 }
 
-/// The roles of the tensors that are not factors. Errors: [`Error::File`] for a tensor that the settings do not include, and for one that
-/// they require and that is missing.
+/// The roles of the tensors that are not factors. Errors: [`Error::File`] for a tensor that the settings do not include, and for
+/// one that they require and that is missing.
 fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: HostTensors) -> Result<BTreeMap<String, Extra>> {
     let mut extras = BTreeMap::new();
     for (name, tensor) in tensors {

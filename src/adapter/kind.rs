@@ -120,8 +120,8 @@ pub(super) fn read(
     }
 }
 
-/// The kind of a convolution. Errors: [`Error::File`] for other shapes; [`Error::Unsupported`] for a grouped convolution, because `A`
-/// mixes all channels, and the weight of a grouped convolution cannot hold such an update.
+/// The kind of a convolution. Errors: [`Error::File`] for other shapes; [`Error::Unsupported`] for a grouped convolution, because
+/// `A` mixes all channels, and the weight of a grouped convolution cannot hold such an update.
 fn convolution(names: &[String; 2], a: &HostTensor, b: &HostTensor) -> Result<Kind> {
     let pointwise = b.shape.len() == a.shape.len() && b.shape[2..].iter().all(|&side| side == 1);
     if !pointwise {

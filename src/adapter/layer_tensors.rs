@@ -24,8 +24,8 @@ use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, Bias, LayerAdapter, Linear, LoraConfig, distinct};
 use crate::tensor::{Shape, Tensor};
 
-/// The parts of an adapter for the layers of a model, from the settings and tensors of a folder. Errors: [`Error::File`] for a tensor
-/// that is missing, of another shape, or not used.
+/// The parts of an adapter for the layers of a model, from the settings and tensors of a folder. Errors: [`Error::File`] for a
+/// tensor that is missing, of another shape, or not used.
 pub(super) fn read<B: Backend>(
     backend: &B,
     model: &impl Adaptable<B>,
@@ -192,7 +192,8 @@ impl<B: Backend> File<'_, B> {
     }
 }
 
-/// Errors: [`Error::Unsupported`](crate::Error::Unsupported), always: the initial factors can be computed only by a decomposition.
+/// Errors: [`Error::Unsupported`](crate::Error::Unsupported), always: the initial factors can be computed only by a
+/// decomposition.
 #[cfg(not(feature = "svd"))]
 fn plain<B: Backend>(
     _: (&B, &str, &Tensor<B>),

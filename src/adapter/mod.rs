@@ -104,14 +104,15 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::nn::{Adaptable, DEFAULT, LayerAdapter, check_layers, check_unmerged};
 
-/// Writes every adapter of a model as PEFT 0.21 would: `default` into the folder itself, each other one into a sub-folder of its name.
+/// Writes every adapter of a model as PEFT 0.21 would: `default` into the folder itself, each other one into a sub-folder of its
+/// name.
 ///
-/// Missing folders are created. Files are staged: either all are written completely, or none. Settings that a model does not hold, such
-/// as `base_model_name_or_path`, get PEFT's defaults; [`save_with`] can set them. PEFT has no [raw](crate::nn::Scaling::Raw) alpha, so
-/// the `lora_alpha` that gives the same scaling is written instead.
+/// Missing folders are created. Files are staged: either all are written completely, or none. Settings that a model does not
+/// hold, such as `base_model_name_or_path`, get PEFT's defaults; [`save_with`] can set them. PEFT has no
+/// [raw](crate::nn::Scaling::Raw) alpha, so the `lora_alpha` that gives the same scaling is written instead.
 ///
-/// Errors: [`Error::Value`] for a model without adapters, or for an adapter whose layers differ in a setting that a config has only
-/// once; [`Error::File`].
+/// Errors: [`Error::Value`] for a model without adapters, or for an adapter whose layers differ in a setting that a config has
+/// only once; [`Error::File`].
 pub fn save<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<()> {
     let names = model.adapter_names();
     Error::unless(!names.is_empty(), "save", "model", "no adapter", "at least one adapter")?;
@@ -126,8 +127,8 @@ pub fn save_as<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &str, d
     write(backend, model, &[(name, AdapterConfig::of_adapter(model, name)?)], dir)
 }
 
-/// Writes the adapter `default` with the settings of `config`, for example a config that [`load`] returned. Settings that disagree with
-/// the model are replaced by those of the model. Errors: those of [`save`].
+/// Writes the adapter `default` with the settings of `config`, for example a config that [`load`] returned. Settings that
+/// disagree with the model are replaced by those of the model. Errors: those of [`save`].
 ///
 /// ```
 /// # use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
@@ -160,12 +161,12 @@ fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, A
 
 /// Freezes a model and loads the adapter of a folder as its only one, `default`. Returns the settings, which [`save_with`] takes.
 ///
-/// Elements are rounded to the model's element type. An adapter that was initialised with a part of the weights (`pissa`, `olora`) is
-/// loaded as the equivalent plain adapter of twice the rank, see [`Principal`]; the weights are not changed.
+/// Elements are rounded to the model's element type. An adapter that was initialised with a part of the weights (`pissa`,
+/// `olora`) is loaded as the equivalent plain adapter of twice the rank, see [`Principal`]; the weights are not changed.
 ///
 /// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and for a setting out of range;
-/// [`Error::Unsupported`] for a setting that this crate does not support; [`Error::Value`] while an adapter is merged. The model is not
-/// changed then.
+/// [`Error::Unsupported`] for a setting that this crate does not support; [`Error::Value`] while an adapter is merged. The model
+/// is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     check_unmerged(model, "load")?;
@@ -175,8 +176,8 @@ pub fn load<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, dir: &Path) 
     Ok(config)
 }
 
-/// Freezes a model and adds the adapter of a folder under a name; an adapter of the same name is replaced. The first adapter of a model
-/// is active at once; later ones need [`Adaptable::set_active`].
+/// Freezes a model and adds the adapter of a folder under a name; an adapter of the same name is replaced. The first adapter of a
+/// model is active at once; later ones need [`Adaptable::set_active`].
 ///
 /// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
 pub fn load_as<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
@@ -186,8 +187,8 @@ pub fn load_as<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &st
     Ok(config)
 }
 
-/// Overwrites an adapter of the model, in place, with the adapter of a folder. See [`Adaptable::swap_adapter`], also for what happens to
-/// the scale and to an optimizer's moments.
+/// Overwrites an adapter of the model, in place, with the adapter of a folder. See [`Adaptable::swap_adapter`], also for what
+/// happens to the scale and to an optimizer's moments.
 ///
 /// Errors: those of [`load`] and of [`Adaptable::swap_adapter`]. The model is not changed then.
 pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {

@@ -14,8 +14,9 @@ pub(super) struct Pattern {
 }
 
 impl Pattern {
-    /// A pattern, with a prefix and a suffix that make it match as in PEFT. Its size and its number of steps are limited, so that a
-    /// malicious one cannot exhaust memory or time. Errors: [`Error::File`](crate::Error::File) if it is not a regular expression.
+    /// A pattern, with a prefix and a suffix that make it match as in PEFT. Its size and its number of steps are limited, so that
+    /// a malicious one cannot exhaust memory or time. Errors: [`Error::File`](crate::Error::File) if it is not a regular
+    /// expression.
     pub(super) fn new(key: &str, [before, pattern, after]: [&str; 3]) -> Result<Self> {
         const STEPS: usize = 100_000;
         let mut builder = RegexBuilder::new(&[before, pattern, after].concat());

@@ -9,16 +9,16 @@ use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, LayerAdapter, LoraConfig, Merge, Scaling, check_unmerged, insert_inactive, write_factors};
 use crate::tensor::Tensor;
 
-/// Moves the principal part of each adapted weight into the factors of an adapter: `W -= scaling·B·A`. The outputs of the model stay
-/// the same, up to rounding.
+/// Moves the principal part of each adapted weight into the factors of an adapter: `W -= scaling·B·A`. The outputs of the model
+/// stay the same, up to rounding.
 ///
-/// The part is also added as a second adapter, named `start`, with `A` and `-B`, which is merged; unmerging it restores every bit of the
-/// weights. The learned update is the sum of the two adapters, of twice the rank. [`save`](super::save) writes both, and
+/// The part is also added as a second adapter, named `start`, with `A` and `-B`, which is merged; unmerging it restores every bit
+/// of the weights. The learned update is the sum of the two adapters, of twice the rank. [`save`](super::save) writes both, and
 /// [`combine`](super::combine) by `cat`, with a weight of 1 each, makes one adapter of them that any model can load.
 ///
-/// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the smaller dimension of a weight, for DoRA, a weight or a scaling
-/// that cannot be decomposed, a name that exists or has a dot, and while an adapter is merged or adapters are disabled. Nothing is
-/// changed then.
+/// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the smaller dimension of a weight, for DoRA, a weight or a
+/// scaling that cannot be decomposed, a name that exists or has a dot, and while an adapter is merged or adapters are disabled.
+/// Nothing is changed then.
 pub fn init_from_weight<B: Backend>(
     backend: &B,
     model: &mut impl Adaptable<B>,

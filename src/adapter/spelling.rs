@@ -20,8 +20,8 @@ use crate::error::Result;
 /// Components that wrappers of models (torch.compile, FSDP, activation checkpointing) insert into the names of modules.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// The tensors with their names in PEFT's spelling. Errors: [`Error::File`](crate::Error::File) if two tensors get one name, as in a
-/// file with two adapters.
+/// The tensors with their names in PEFT's spelling. Errors: [`Error::File`](crate::Error::File) if two tensors get one name, as
+/// in a file with two adapters.
 pub(super) fn normalised(tensors: HostTensors) -> Result<HostTensors> {
     let mut found: BTreeMap<String, String> = BTreeMap::new();
     let mut written = HostTensors::new();

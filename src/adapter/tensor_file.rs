@@ -14,8 +14,8 @@ use crate::error::Result;
 /// The prefix that PEFT writes before the name of a module. Files without it are accepted too.
 pub(super) const PREFIX: &str = "base_model.model.";
 
-/// Parses the bytes of a safetensors file. Errors: [`Error::File`] for a damaged file, for element types other than `f32`, `f16` and
-/// `bf16`, and for two tensors of one name.
+/// Parses the bytes of a safetensors file. Errors: [`Error::File`] for a damaged file, for element types other than `f32`, `f16`
+/// and `bf16`, and for two tensors of one name.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| bad_tensors(damage(Path::new(TENSORS_FILE), bytes, &error)))?;
     let mut tensors = HostTensors::new();
@@ -30,7 +30,8 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     Ok(tensors)
 }
 
-/// Describes why a safetensors file cannot be read: it is another kind of file, it is truncated, or else the reader's own message.
+/// Describes why a safetensors file cannot be read: it is another kind of file, it is truncated, or else the reader's own
+/// message.
 pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> String {
     let got = file.len() as u64;
     if let Some(kind) = other_kind(path, file) {
@@ -60,8 +61,8 @@ fn end(file: &[u8]) -> Option<u64> {
     ends.max().unwrap_or(0).checked_add(8 + length)
 }
 
-/// The bytes of a file with these tensors, each in its own element type, with a prefix before each name. Errors: [`Error::File`] for an
-/// element that overflows its type.
+/// The bytes of a file with these tensors, each in its own element type, with a prefix before each name. Errors: [`Error::File`]
+/// for an element that overflows its type.
 pub(super) fn serialize(prefix: &str, tensors: &HostTensors) -> Result<Vec<u8>> {
     let stored = |(name, tensor): (&String, &HostTensor)| {
         let name = format!("{prefix}{name}");

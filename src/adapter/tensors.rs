@@ -25,8 +25,8 @@ pub struct HostTensor {
 impl HostTensor {
     /// Uploads the tensor, rounded to the element type of the backend. A vector of length n becomes `1×n`.
     ///
-    /// Errors: [`Error::Value`] for more than two dimensions, for an element that overflows the element type, and if the number of
-    /// elements is not that of the shape.
+    /// Errors: [`Error::Value`] for more than two dimensions, for an element that overflows the element type, and if the number
+    /// of elements is not that of the shape.
     pub fn to_device<B: Backend>(&self, backend: &B) -> Result<Tensor<B>> {
         let shape = match self.shape[..] {
             [n] => (1, n),

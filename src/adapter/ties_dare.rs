@@ -1,4 +1,5 @@
-//! `out = Σ wᵢ·tᵢ` over pruned tensors, as a plain sum or with sign election: the building block of TIES, DARE and magnitude pruning.
+//! `out = Σ wᵢ·tᵢ` over pruned tensors, as a plain sum or with sign election: the building block of TIES, DARE and magnitude
+//! pruning.
 
 use std::cmp::Ordering;
 use std::str::FromStr;

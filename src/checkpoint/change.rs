@@ -128,8 +128,8 @@ impl Piece<'_> {
         [self.first_row, self.first_row + rows]
     }
 
-    /// `A` and `B` in the layout of the stored tensor. For the initialisations `pissa` and `olora` they are those of the equivalent plain
-    /// update of twice the rank, for which the tensor is read.
+    /// `A` and `B` in the layout of the stored tensor. For the initialisations `pissa` and `olora` they are those of the
+    /// equivalent plain update of twice the rank, for which the tensor is read.
     pub(super) fn stored(&self, place: Place<'_>, from: DType) -> Result<[HostMatrix; 2]> {
         let [a, b] = match self.principal {
             Some(part) => self.plain(place, from, part)?,

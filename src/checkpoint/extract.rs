@@ -22,7 +22,8 @@ pub struct Extract<'e> {
     pub keep: Keep,
     /// The element type of the stored factors.
     pub dtype: DType,
-    /// If true, changes that an adapter cannot hold, such as those of biases, norms and embeddings, are ignored instead of refused.
+    /// If true, changes that an adapter cannot hold, such as those of biases, norms and embeddings, are ignored instead of
+    /// refused.
     pub leave_others: bool,
     /// The layout of linear layers, for models whose config does not determine it.
     pub layout: Option<Layout>,
@@ -40,11 +41,12 @@ pub struct Extracted {
 /// Extracts an adapter from all weights that differ, by truncated SVD. Weights are the two-dimensional tensors `x.weight`, except
 /// embeddings.
 ///
-/// Elements are compared by value, independent of the stored type. For weights that the model stores as `k×n` (GPT-2) the adapter has
-/// `fan_in_fan_out`.
+/// Elements are compared by value, independent of the stored type. For weights that the model stores as `k×n` (GPT-2) the adapter
+/// has `fan_in_fan_out`.
 ///
-/// Errors: [`Error::File`](crate::Error::File) if no weight differs, if there is a change that an adapter cannot hold, such as a tensor that only one of the
-/// models has, or if the layout of a layer is not known; [`Error::Value`](crate::Error::Value) for a `keep` out of range; [`Error::Interrupted`](crate::Error::Interrupted).
+/// Errors: [`Error::File`](crate::Error::File) if no weight differs, if there is a change that an adapter cannot hold, such as a
+/// tensor that only one of the models has, or if the layout of a layer is not known; [`Error::Value`](crate::Error::Value) for a
+/// `keep` out of range; [`Error::Interrupted`](crate::Error::Interrupted).
 pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
     let Extract { base, tuned, keep, dtype, leave_others, layout } = *request;
     base.check_plain_model()?;

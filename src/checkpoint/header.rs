@@ -65,8 +65,8 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Parses the header at the beginning of `file`, which is the complete file; its other bytes are not read. Errors: [`Error::File`] for
-    /// a file that is too short or too long, or whose offsets overlap, leave gaps or do not fit the shapes.
+    /// Parses the header at the beginning of `file`, which is the complete file; its other bytes are not read. Errors:
+    /// [`Error::File`] for a file that is too short or too long, or whose offsets overlap, leave gaps or do not fit the shapes.
     pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Self> {
         let refused = |reason: String| Error::File { path: path.into(), reason };
         let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| refused(damage(path, file, &error)))?;
@@ -93,8 +93,8 @@ impl Header {
         serde_json::from_slice(text).map_err(|error| Error::File { path: path.into(), reason: error.to_string() })
     }
 
-    /// The bytes of a header for these tensors, stored one after the other; those of the file itself if the tensors are the same. Metadata
-    /// and the order of keys are kept; new tensors come last.
+    /// The bytes of a header for these tensors, stored one after the other; those of the file itself if the tensors are the same.
+    /// Metadata and the order of keys are kept; new tensors come last.
     pub(super) fn with_entries(&self, path: &Path, entries: &[Entry]) -> Result<Vec<u8>> {
         let same =
             |(one, other): (&Entry, &Entry)| (&one.name, one.dtype, &one.shape) == (&other.name, other.dtype, &other.shape);

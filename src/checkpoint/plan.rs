@@ -71,8 +71,8 @@ impl<'r> Plan<'r> {
 }
 
 impl<'r> Planner<'r> {
-    /// The tensor that an adapter refers to by this name. An output head that shares the embedding's weight is found even if it is not
-    /// stored.
+    /// The tensor that an adapter refers to by this name. An output head that shares the embedding's weight is found even if it
+    /// is not stored.
     pub(super) fn target(&mut self, name: &str, fits: impl Fn(&[usize]) -> bool) -> Result<Option<Target<'r>>> {
         if let Some(place) = self.names.find(name, |entry| fits(&entry.shape))? {
             let (name, shape) = (place.1.name.clone(), place.1.shape.clone());

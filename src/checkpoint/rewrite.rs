@@ -67,7 +67,8 @@ impl Pass<'_, '_> {
         Ok(())
     }
 
-    /// Converts the elements of a tensor, rounded to the nearest. Errors: [`File`](crate::Error::File) if a finite element overflows.
+    /// Converts the elements of a tensor, rounded to the nearest. Errors: [`File`](crate::Error::File) if a finite element
+    /// overflows.
     pub(super) fn convert(&mut self, shard: &Shard, entry: &Entry, [from, to]: [DType; 2]) -> Result<()> {
         const ELEMENTS: usize = PIECE / 4;
         let mut widened = vec![0.0; ELEMENTS];
@@ -89,8 +90,8 @@ impl Pass<'_, '_> {
     }
 }
 
-/// Stages the edited checkpoint: a file if the base was opened as one, else a folder, with copies of the other files. Returns it with notes
-/// about these files.
+/// Stages the edited checkpoint: a file if the base was opened as one, else a folder, with copies of the other files. Returns it
+/// with notes about these files.
 pub(super) fn rewrite(
     base: &Checkpoint,
     out: &Path,

@@ -31,11 +31,8 @@ pub use custom::{Backward, CustomGradients};
 pub use gradients::Gradients;
 
 use crate::backend::Backend;
-use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::op::{
-    Add, CrossEntropy, Dropout, DropoutForward, Labels, LinearForward, LoraForward, LoraMerge, Magnitude, Relu, Rounding,
-};
+use crate::op::{Add, CrossEntropy, Dropout, DropoutForward, Labels, LinearForward, LoraForward, Magnitude, Relu};
 use crate::tensor::Tensor;
 
 /// A tensor that an optimizer may update.
@@ -153,7 +150,8 @@ enum Op<'m, B: Backend> {
     Sum {
         x: Var,
         y: Var,
-        negate: bool,
+        /// Factor of `y`.
+        scale: f32,
     },
     /// An index into the tape's `customs`.
     Custom {
@@ -324,19 +322,18 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// `x + y`
     pub fn add(&mut self, x: Var, y: Var) -> Result<Var> {
-        self.sum(x, y, false)
+        self.sum(x, y, 1.0)
     }
 
     /// `x - y`
     pub fn sub(&mut self, x: Var, y: Var) -> Result<Var> {
-        self.sum(x, y, true)
+        self.sum(x, y, -1.0)
     }
 
-    fn sum(&mut self, x: Var, y: Var, negate: bool) -> Result<Var> {
-        let mut sum = copy(self.backend, self.value(y)?, negate)?;
-        Add { x: self.value(x)?.view(), y: sum.view_mut() }.run(self.backend)?;
+    fn sum(&mut self, x: Var, y: Var, scale: f32) -> Result<Var> {
+        let sum = sum(self.backend, self.value(x)?, scale, self.value(y)?)?;
         let needs_grad = self.needs_grad(x) || self.needs_grad(y);
-        Ok(self.push(Op::Sum { x, y, negate }, needs_grad, sum))
+        Ok(self.push(Op::Sum { x, y, scale }, needs_grad, sum))
     }
 
     /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. It is a loss: [`backward`](Self::backward) differentiates the sum of
@@ -392,33 +389,25 @@ fn recycled<'n, B: Backend>(nodes: Vec<Node<'_, B>>) -> Vec<Node<'n, B>> {
     nodes.into_iter().map_while(|_| None).collect()
 }
 
-/// `bias + scale·lora_bias`, if the update has a bias: a merge with `A = lora_bias` (1×n) and `B = 1` (1×1).
+/// `bias + scale·lora_bias`, if the update has a bias.
 fn bias_sum<B: Backend>(
     backend: &B,
     bias: Option<&Param<B>>,
     lora_bias: Option<&Param<B>>,
     scale: f32,
 ) -> Result<Option<Tensor<B>>> {
-    let Some(Param { tensor: a, .. }) = lora_bias else { return Ok(None) };
-    let mut w = match bias {
-        Some(bias) => copy(backend, &bias.tensor, false)?,
-        None => Tensor::zeros(backend, a.shape())?,
+    let Some(Param { tensor: x, .. }) = lora_bias else { return Ok(None) };
+    let mut sum = match bias {
+        Some(bias) => bias.tensor.try_clone(backend)?,
+        None => Tensor::zeros(backend, x.shape())?,
     };
-    let b = &Tensor::from_slice(backend, (1, 1), &[B::Elem::from_f32(1.0)])?;
-    LoraMerge { a: a.into(), b: b.into(), scale, rounding: Rounding::Nearest, w: w.view_mut() }.run(backend)?;
-    Ok(Some(w))
+    Add { x: x.view(), scale, y: sum.view_mut() }.run(backend)?;
+    Ok(Some(sum))
 }
 
-/// `x`, or `-x`: the latter by the verb `magnitude`, with magnitudes of -1 and norms of 1.
-fn copy<B: Backend>(backend: &B, x: &Tensor<B>, negate: bool) -> Result<Tensor<B>> {
-    let mut y = Tensor::zeros(backend, x.shape())?;
-    if !negate {
-        Add { x: x.view(), y: y.view_mut() }.run(backend)?;
-        return Ok(y);
-    }
-    let row = (1, x.cols());
-    let magnitude = &Tensor::from_slice(backend, row, &vec![B::Elem::from_f32(-1.0); x.cols()])?;
-    let norm = &Tensor::from_slice(backend, row, &vec![1.0; x.cols()])?;
-    Magnitude { z: x.view(), magnitude: magnitude.view(), norm: norm.view(), bias: None, y: y.view_mut() }.run(backend)?;
-    Ok(y)
+/// `x + scale·y`
+fn sum<B: Backend>(backend: &B, x: &Tensor<B>, scale: f32, y: &Tensor<B>) -> Result<Tensor<B>> {
+    let mut sum = x.try_clone(backend)?;
+    Add { x: y.view(), scale, y: sum.view_mut() }.run(backend)?;
+    Ok(sum)
 }

@@ -306,7 +306,7 @@ fn verbs<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)
         op::Relu { x: dy.view(), y: y.view_mut() }.run(cpu)?;
         op::ReluBackward { y: dy.view(), dy: dy.view(), dx: y.view_mut() }.run(cpu)?;
         op::DropoutForward { x: dy.view(), dropout, y: y.view_mut() }.run(cpu)?;
-        op::Add { x: dy.view(), y: y.view_mut() }.run(cpu)?;
+        op::Add { x: dy.view(), scale: 1.0, y: y.view_mut() }.run(cpu)?;
         op::CrossEntropy { logits: dy.view(), labels, loss: loss.view_mut(), dlogits: y.view_mut() }.run(cpu)?;
         for grad in [WeightGrad::Factored { dy, x }, WeightGrad::Dense(&dw)] {
             op::Adam { grad, rate, m: &mut first, v: &mut second, master: None, w: &mut w }.run(cpu)?;

@@ -279,7 +279,7 @@ impl Operands {
             5 => Relu { x: dy.view(), y: y.view_mut() }
                 .run(cpu)
                 .and(ReluBackward { y: y.view(), dy: dy.view(), dx: z.view_mut() }.run(cpu)),
-            6 => Add { x: dy.view(), y: y.view_mut() }.run(cpu),
+            6 => Add { x: dy.view(), scale: 1.0, y: y.view_mut() }.run(cpu),
             7 => LoraRowNorm { w: (&*w).into(), a: a.into(), b: b.into(), scale, norm: other.view_mut() }.run(cpu),
             8 => Magnitude { z: z.view(), magnitude: row.view(), norm: other.view(), bias: Some(row.view()), y: y.view_mut() }
                 .run(cpu),
@@ -344,13 +344,13 @@ fn part_mut(wider: &mut T) -> MatMut<'_, Cpu<f32>> {
 fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
     let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
     let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
-    let apart = "is a view whose rows lie apart, want one whose rows follow one another";
+    let apart = "is a view with space between its rows, want a contiguous view";
     let refused = |verb: &str, name: &str, result: Result<(), Error>| {
         assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
     };
     refused("relu", "x", Relu { x: part(&wide), y: out.view_mut() }.run(&cpu));
     refused("relu", "y", Relu { x: narrow.view(), y: part_mut(&mut wide_out) }.run(&cpu));
-    refused("add", "y", Add { x: narrow.view(), y: part_mut(&mut wide_out) }.run(&cpu));
+    refused("add", "y", Add { x: narrow.view(), scale: 1.0, y: part_mut(&mut wide_out) }.run(&cpu));
     refused("accumulate", "x", Accumulate { x: part(&wide), scale: 1.0, y: out.view_mut() }.run(&cpu));
     let dropout = Dropout::new(0.5, 1).unwrap();
     refused("dropout_forward", "x", DropoutForward { x: part(&wide), dropout, y: out.view_mut() }.run(&cpu));

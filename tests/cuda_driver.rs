@@ -36,8 +36,8 @@ fn gpu_operands_of_another_stream_are_refused() {
     let (x, mut y) = (Tensor::zeros(&other, (2, 2)).unwrap(), Tensor::zeros(&gpu, (2, 2)).unwrap());
     let refused = |error: &Error| matches!(error, Error::Device { reason, .. } if reason.contains("another stream of GPU 0"));
     for error in [
-        Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap_err(),
-        Add { x: x.view(), y: y.view_mut() }.run(&other).unwrap_err(),
+        Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu).unwrap_err(),
+        Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&other).unwrap_err(),
         x.to_vec(&gpu).unwrap_err(),
         y.copy_from_slice(&other, &[bf16::ONE; 4]).unwrap_err(),
     ] {
@@ -55,7 +55,7 @@ fn gpu_the_per_thread_stream_is_that_of_one_thread() {
     let context = CudaContext::new(0).unwrap();
     let gpu = Cuda::<bf16>::from_stream(context.per_thread_stream()).unwrap();
     let (x, mut y) = (ones(&gpu), ones(&gpu));
-    Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
+    Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu).unwrap();
     assert_eq!(y.to_vec(&gpu).unwrap(), [bf16::from_f32(2.0); 4]);
     let elsewhere = || {
         let errors = [
@@ -89,7 +89,7 @@ fn gpu_lent_memory_is_written_in_place() {
         let (x, mut y) = (gpu.lend(&x).unwrap(), gpu.lend_mut(&mut y).unwrap());
         // 1×3 from an odd offset to the second row of 2×3
         let row = y.view_mut((2, 3)).unwrap().row_range(1..2).unwrap();
-        Add { x: x.view((1, 3)).unwrap(), y: row }.run(&gpu).unwrap();
+        Add { x: x.view((1, 3)).unwrap(), scale: 1.0, y: row }.run(&gpu).unwrap();
         assert!(x.view::<f32>((1, 4)).is_err() && y.view_strided_mut::<f32>((2, 3), 1, 3).is_err(), "beyond the memory");
     }
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [10.0, 10.0, 10.0, 11.0, 12.0, 13.0]);
@@ -109,7 +109,7 @@ fn gpu_a_slice_is_adopted_and_handed_back() {
     let at = address(&slice);
     let mut tensor = Tensor::<_, f32>::from_cuda_slice(&gpu, (2, 2), slice).unwrap();
     let clone = tensor.try_clone(&gpu).unwrap();
-    Add { x: clone.view(), y: tensor.view_mut() }.run(&gpu).unwrap();
+    Add { x: clone.view(), scale: 1.0, y: tensor.view_mut() }.run(&gpu).unwrap();
     let slice = tensor.into_cuda_slice().unwrap();
     assert_eq!((address(&slice), slice.len()), (at, 4));
     assert_eq!(stream.clone_dtoh(&slice).unwrap(), [2.0, 4.0, 6.0, 8.0]);
@@ -149,7 +149,7 @@ fn gpu_copies_are_refused_while_a_graph_is_captured() {
     let (x, mut y) = (ones(&gpu), ones(&gpu));
     stream.begin_capture(THREAD_LOCAL).unwrap();
     let errors = [y.copy_from_slice(&gpu, &[bf16::ONE; 4]).unwrap_err(), x.to_vec(&gpu).unwrap_err()];
-    Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
+    Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu).unwrap();
     let graph = stream.end_capture(AUTO_FREE).unwrap().expect("an addition");
     for error in errors {
         assert!(matches!(&error, Error::Device { reason, .. } if reason.contains("captured")), "{error}");

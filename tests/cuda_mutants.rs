@@ -47,12 +47,12 @@ fn every_barrier_is_needed_and_missed() {
     assert_faults::<f32>("lora_forward_y", removed, Pass::Forward, QUARTERS[0], &reasons);
     assert_faults::<bf16>("lora_backward_dx_wide", removed, Pass::Backward, ALIGNED, &reasons);
     let few_rows = Dims { m: 5, k: 64, n: 40, r: 9 };
-    assert_faults::<bf16>("lora_forward_y_narrow", removed, Pass::Forward, few_rows, &reasons);
-    assert_faults::<f32>("lora_forward_h_narrow", removed, Pass::Forward, few_rows, &reasons);
+    assert_faults::<bf16>("lora_forward_y_skinny", removed, Pass::Forward, few_rows, &reasons);
+    assert_faults::<f32>("lora_forward_h_skinny", removed, Pass::Forward, few_rows, &reasons);
     // Its sums have their own barrier, or use that for dh, which exists only for small ranks.
     let ranks = [few_rows, Dims { r: 17, ..few_rows }];
-    assert_noticed::<f32>("lora_backward_dx_narrow", removed, Pass::Backward, &ranks);
-    assert_noticed::<bf16>("lora_backward_dx_narrow", removed, Pass::Backward, &ranks);
+    assert_noticed::<f32>("lora_backward_dx_skinny", removed, Pass::Backward, &ranks);
+    assert_noticed::<bf16>("lora_backward_dx_skinny", removed, Pass::Backward, &ranks);
     let wide = Dims { m: 70, k: 68, n: 72, r: 18 };
     assert_faults::<f32>("lora_forward_y_wide", removed, Pass::Forward, wide, &reasons);
     assert_faults::<f32>("lora_backward_dx_wide", removed, Pass::Backward, wide, &reasons);
@@ -143,13 +143,13 @@ fn products_of_the_wrong_part_are_caught() {
     let back = [520, 128].map(|depth| Dims { m: 13, k: 40, n: depth, r: 12 });
     let (product, guard) = (["mma.sync.aligned", "// "], ["@has ld.global.nc", "@!has ld.global.nc"]);
     for change in [product, guard] {
-        assert_noticed::<bf16>("lora_forward_y_narrow", change, Pass::Forward, &few_rows);
-        assert_noticed::<bf16>("lora_backward_dx_narrow", change, Pass::Backward, &back);
+        assert_noticed::<bf16>("lora_forward_y_skinny", change, Pass::Forward, &few_rows);
+        assert_noticed::<bf16>("lora_backward_dx_skinny", change, Pass::Backward, &back);
     }
-    assert_noticed::<f32>("lora_backward_dx_narrow", guard, Pass::Backward, &back);
-    assert_noticed::<f32>("lora_forward_h_narrow", guard, Pass::Forward, &few_rows);
+    assert_noticed::<f32>("lora_backward_dx_skinny", guard, Pass::Backward, &back);
+    assert_noticed::<f32>("lora_forward_h_skinny", guard, Pass::Forward, &few_rows);
     for exchanged in [["30258;", "21520;"], ["21520;", "30258;"]] {
-        assert_noticed::<bf16>("lora_backward_dx_narrow", exchanged, Pass::Backward, &back);
+        assert_noticed::<bf16>("lora_backward_dx_skinny", exchanged, Pass::Backward, &back);
     }
 }
 

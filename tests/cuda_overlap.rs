@@ -49,14 +49,14 @@ fn overlapping_launches_are_exact_on_whole_numbers_bf16() {
 /// A kernel that waits, and a layer in which it is not the first launch.
 const WAITS: [(DType, &str, Pass, Dims); 11] = [
     (DType::F32, "lora_forward_y", Pass::Forward, SHAPES[2]),
-    (DType::F32, "lora_forward_y_narrow", Pass::Forward, SHAPES[0]),
+    (DType::F32, "lora_forward_y_skinny", Pass::Forward, SHAPES[0]),
     (DType::F32, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::BF16, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::F32, "lora_backward_sum", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_da", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_dx", Pass::Backward, SHAPES[2]),
-    (DType::F32, "lora_backward_dx_narrow", Pass::Backward, SHAPES[0]),
-    (DType::BF16, "lora_backward_dx_narrow", Pass::Backward, SHAPES[1]),
+    (DType::F32, "lora_backward_dx_skinny", Pass::Backward, SHAPES[0]),
+    (DType::BF16, "lora_backward_dx_skinny", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
     (DType::BF16, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
 ];
@@ -84,7 +84,7 @@ fn kernels_let_the_next_begin_and_wait_once() {
     for dtype in [DType::F32, DType::BF16] {
         for entry in ptx(dtype).split(".entry ").skip(1) {
             let kernel = entry.split(&format!("_{dtype}(")).next().unwrap();
-            let first = ["lora_forward_h", "lora_forward_h_narrow", "lora_backward_dy"].contains(&kernel);
+            let first = ["lora_forward_h", "lora_forward_h_skinny", "lora_backward_dy"].contains(&kernel);
             let between = ["lora_backward_sum", "lora_backward_da"].contains(&kernel);
             let count = |text| entry.matches(text).count();
             assert_eq!(count("//@ griddepcontrol.launch_dependents;"), usize::from(first || between), "{kernel}");

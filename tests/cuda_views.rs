@@ -128,13 +128,13 @@ fn verbs_are_right<B: Backend>(backend: &B, dims: Dims, around: Around, adds: bo
 }
 
 /// Few rows with a rank for which the kernel of `y` also computes `h`, and with a larger one; many rows.
-const NARROW: [Dims; 2] = [Dims { m: 5, k: 64, n: 40, r: 8 }, Dims { m: 18, k: 72, n: 40, r: 24 }];
+const SKINNY: [Dims; 2] = [Dims { m: 5, k: 64, n: 40, r: 8 }, Dims { m: 18, k: 72, n: 40, r: 24 }];
 const WIDE: Dims = Dims { m: 70, k: 40, n: 72, r: 8 };
 const SMALL: Dims = Dims { m: 19, k: 21, n: 18, r: 3 };
 
 fn strided_operands_are_exact<E: Float>() {
     let small = || Cuda::<E, _>::on(Emulator::with_one_multiprocessor(E::DTYPE));
-    for dims in [NARROW[0], NARROW[1], WIDE, SMALL] {
+    for dims in [SKINNY[0], SKINNY[1], WIDE, SMALL] {
         for (around, adds) in [(ALIGNED, false), (ALIGNED, true), (ASKEW, false), (ASKEW, true), ([0, 8], false)] {
             assert!(verbs_are_right(&small(), dims, around, adds).unwrap(), "{dims:?}, {around:?} around, adds: {adds}");
         }
@@ -176,20 +176,20 @@ fn asked<E: Float>(emulator: Emulator, dims: Dims, around: Around, adds: bool) -
 fn aligned_parts_are_taken_by_the_same_kernels_and_others_by_those_for_any_shape() {
     let small: fn() -> Emulator = || Emulator::with_one_multiprocessor(DType::BF16);
     let hopper: fn() -> Emulator = || Emulator::hopper(DType::BF16);
-    for (emulator, dims) in [(small, NARROW[0]), (small, NARROW[1]), (small, WIDE), (hopper, WIDE)] {
+    for (emulator, dims) in [(small, SKINNY[0]), (small, SKINNY[1]), (small, WIDE), (hopper, WIDE)] {
         let kernels = |around, adds| asked::<bf16>(emulator(), dims, around, adds).kernels;
         let alone = kernels([0, 0], false);
         assert!(alone.iter().any(|kernel| kernel.contains("hopper") || kernel.contains("wide")), "{alone:?}");
         assert_eq!(kernels(ALIGNED, false), alone, "{dims:?}");
-        let special = |kernel: &&str| ["hopper", "wide", "narrow"].iter().any(|name| kernel.contains(name));
+        let special = |kernel: &&str| ["hopper", "wide", "skinny"].iter().any(|name| kernel.contains(name));
         let askew = kernels(ASKEW, false);
         assert!(!askew.iter().any(special), "{askew:?}");
         // TMA stores cannot accumulate, so another kernel is used.
         let adds = kernels(ALIGNED, true);
         assert!(!adds.iter().any(|kernel| kernel.contains("hopper")), "{adds:?}");
     }
-    let kernels = asked::<f32>(Emulator::with_one_multiprocessor(DType::F32), NARROW[0], ALIGNED, false).kernels;
-    assert!(kernels.contains(&"lora_forward_h_narrow") && kernels.contains(&"lora_merge_wide"), "{kernels:?}");
+    let kernels = asked::<f32>(Emulator::with_one_multiprocessor(DType::F32), SKINNY[0], ALIGNED, false).kernels;
+    assert!(kernels.contains(&"lora_forward_h_skinny") && kernels.contains(&"lora_merge_wide"), "{kernels:?}");
 }
 
 /// Operands are read and outputs written in place: nothing else is allocated or copied.
@@ -266,7 +266,7 @@ fn factors_in_f32_are_rounded_for_products_and_merged_as_they_are() {
         (asked(), down(&backend, &h), down(&backend, &y))
     };
     let (Asked { kernels, copies, scratch, .. }, h, y) = forward(Factor::F32(a.view()), Factor::F32(b.view()));
-    assert_eq!(kernels, ["round_factor", "round_factor", "lora_forward_y_narrow"]);
+    assert_eq!(kernels, ["round_factor", "round_factor", "lora_forward_y_skinny"]);
     assert_eq!((copies, scratch), (0, 2 * (8 * 64 + 40 * 8)));
     let (_, want_h, want_y) = forward((&a16).into(), (&b16).into());
     assert_eq!((h, y), (want_h, want_y), "the bits of factors that were rounded before");
@@ -291,26 +291,26 @@ const STRIDES: [(&str, Strides); 17] = [
     ("linear_backward_dw_wide", &[(6, 4), (7, 5)]),
     ("lora_backward_da", &[(11, 8)]),
     ("lora_backward_dx", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
-    ("lora_backward_dx_narrow", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
+    ("lora_backward_dx_skinny", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
     ("lora_backward_dx_wide", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
     ("lora_backward_dy", &[(11, 9), (12, 8)]),
     ("lora_forward_h", &[(10, 8), (11, 8)]),
-    ("lora_forward_h_narrow", &[(10, 8), (11, 8)]),
+    ("lora_forward_h_skinny", &[(10, 8), (11, 8)]),
     ("lora_forward_y", &[(11, 8), (12, 8), (13, 10), (14, 9)]),
-    ("lora_forward_y_narrow", &[(12, 9), (13, 9), (15, 11), (16, 10)]),
+    ("lora_forward_y_skinny", &[(12, 9), (13, 9), (15, 11), (16, 10)]),
     ("lora_forward_y_wide", &[(11, 8), (12, 8), (13, 10), (14, 9)]),
     ("lora_merge", &[(10, 8), (11, 9), (12, 8)]),
     ("lora_merge_wide", &[(10, 8), (11, 9), (12, 8)]),
     ("lora_row_norm", &[(8, 6), (9, 6), (10, 7)]),
     // A is read here only if h is computed too, in 16 bits.
-    ("lora_forward_y_narrow", &[(14, 9)]),
+    ("lora_forward_y_skinny", &[(14, 9)]),
 ];
 
 /// True if a mutant of a kernel gives a wrong result, or faults, for one of the shapes of the kernel.
 fn is_noticed<E: Float>(kernel: &str, ptx: &str) -> bool {
     let backend = Cuda::<E, _>::on(Emulator::with_ptx(E::DTYPE, ptx));
     let cases = match kernel {
-        _ if kernel.ends_with("_narrow") => &[(NARROW[0], ALIGNED), (NARROW[1], ALIGNED)][..],
+        _ if kernel.ends_with("_skinny") => &[(SKINNY[0], ALIGNED), (SKINNY[1], ALIGNED)][..],
         _ if kernel.ends_with("_wide") => &[(WIDE, ALIGNED)],
         _ => &[(SMALL, ASKEW)],
     };
@@ -318,7 +318,7 @@ fn is_noticed<E: Float>(kernel: &str, ptx: &str) -> bool {
 }
 
 fn every_stride_is_needed<E: Float>() {
-    for kernel in ["_narrow", "_wide", ""] {
+    for kernel in ["_skinny", "_wide", ""] {
         assert!(!is_noticed::<E>(kernel, lowrank::cuda::ptx(E::DTYPE)), "what ships is right");
     }
     for (kernel, strides) in STRIDES {

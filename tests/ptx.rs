@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use compiler::{MODULES, Target};
 use lowrank::DType;
-use lowrank::cuda::{hopper, plan};
+use lowrank::cuda::Kernel;
 use ptx_interpreter::Module;
 
 fn kernels() -> PathBuf {
@@ -20,11 +20,8 @@ fn kernels() -> PathBuf {
 fn entries(module: compiler::Module) -> Vec<String> {
     let dtypes = [DType::F32, DType::F16, DType::BF16];
     let dtype = dtypes.into_iter().find(|dtype| dtype.to_string() == module.element).unwrap();
-    let stems: Vec<_> = match module.target {
-        Target::Every => plan::KERNELS.to_vec(),
-        Target::Hopper => hopper::kernels().collect(),
-    };
-    stems.into_iter().map(|stem| format!("{stem}_{dtype}")).collect()
+    let kernels = Kernel::ALL.iter().filter(|kernel| kernel.is_for_hopper() == (module.target == Target::Hopper));
+    kernels.map(|kernel| format!("{kernel}_{dtype}")).collect()
 }
 
 fn nvcc() -> Option<PathBuf> {

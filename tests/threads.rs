@@ -28,7 +28,7 @@ fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
         .unwrap();
     let mut gated = unwritten(cpu, m, k);
     ReluBackward { y: x.view(), dy: x.view(), dx: gated.view_mut() }.run(cpu).unwrap();
-    Add { x: x.view(), y: gated.view_mut() }.run(cpu).unwrap();
+    Add { x: x.view(), scale: 1.0, y: gated.view_mut() }.run(cpu).unwrap();
     LoraMerge { a: (&a).into(), b: (&b).into(), scale: 0.5, rounding: Rounding::Nearest, w: w.view_mut() }.run(cpu).unwrap();
     let (mut first, mut second) = (up(cpu, &layer.w), up(cpu, &layer.w.abs()));
     let (mut master, rate) = (up(cpu, &layer.w), AdamRate::adamw(0.1, 0.9, 0.99, 1e-8, 0.01, 1).unwrap());

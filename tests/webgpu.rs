@@ -182,9 +182,9 @@ fn timestamps_and_the_callers_commands_work() {
     let (x, mut y) = (Tensor::from_slice(&gpu, (1, 4), &[1.0f32; 4]).unwrap(), Tensor::zeros(&gpu, (1, 4)).unwrap());
     let cleared = y.buffer().raw().clone();
     let work = || {
-        Add { x: x.view(), y: y.view_mut() }.run(&gpu)?;
+        Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu)?;
         gpu.record(move |encoder| encoder.clear_buffer(&cleared, 0, None));
-        Add { x: x.view(), y: y.view_mut() }.run(&gpu)
+        Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu)
     };
     match gpu.device_time(work) {
         Ok(time) => assert!(!time.is_zero()),
@@ -276,9 +276,9 @@ fn uploads_keep_their_order() {
     for len in [3, 70_000, 200_000, 300_000, 17_000_001] {
         let (ones, twos) = (vec![1.0f32; len], vec![2.0; len]);
         let (mut x, mut y) = (Tensor::from_slice(&gpu, (1, len), &ones).unwrap(), Tensor::zeros(&gpu, (1, len)).unwrap());
-        Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
+        Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu).unwrap();
         x.copy_from_slice(&gpu, &twos).unwrap();
-        Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
+        Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu).unwrap();
         x.copy_from_slice(&gpu, &ones).unwrap();
         assert_eq!(down(&gpu, &y), vec![3.0; len], "{len}");
         assert_eq!(down(&gpu, &x), ones, "{len}");
@@ -322,7 +322,7 @@ fn pipelines_are_cached_in_a_file() {
         assert_eq!(written()[..8], first[..8]);
     }
     let error = WebGpu::<f32>::with_pipelines(folder.path()).unwrap_err();
-    assert!(matches!(error, Error::File { .. }), "{error}");
+    assert!(matches!(error, Error::Io { .. }), "{error}");
 }
 
 /// In a process of its own, because environment variables are shared by all tests.
@@ -356,7 +356,7 @@ fn a_submission_that_fails_is_every_later_error() {
     let x = Tensor::from_slice(&gpu, (3, 3), &[1.0f32; 9]).unwrap();
     let mut y = Tensor::zeros(&gpu, (3, 3)).unwrap();
     let raw = gpu.upload(&[1.0f32; 64]).unwrap();
-    Add { x: x.view(), y: y.view_mut() }.run(&gpu).unwrap();
+    Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(&gpu).unwrap();
     gpu.record(move |encoder| encoder.copy_buffer_to_buffer(raw.raw(), 1, raw.raw(), 128, 4)); // 1 is no multiple of 4
     for _ in 0..2 {
         let error = y.to_vec(&gpu).unwrap_err();

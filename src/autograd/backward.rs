@@ -2,10 +2,10 @@
 
 use super::custom::BoxedDerivative;
 use super::gradients::{Gradient, Gradients};
-use super::{LoraParams, Node, Op, Param, Var, copy};
+use super::{LoraParams, Node, Op, Param, Var};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::op::{Accumulate, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
+use crate::op::{Accumulate, Add, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
 use crate::tensor::Tensor;
 
 /// Adds to the gradients of the operands of `y`'s operation, computed from `dy`. The methods of the tape have checked that each
@@ -99,9 +99,11 @@ pub(super) fn node<B: Backend>(
             gradients.add_to_value(backend, *x, dx)?;
         }
         Op::Custom { index } => customs[*index].backward(backend, nodes, y, &dy, gradients)?,
-        Op::Sum { x, y, negate } => {
+        Op::Sum { x, y, scale } => {
             if nodes[y.index].needs_grad {
-                gradients.add_to_value(backend, *y, copy(backend, &dy, *negate)?)?;
+                let mut scaled = Tensor::zeros(backend, dy.shape())?;
+                Add { x: dy.view(), scale: *scale, y: scaled.view_mut() }.run(backend)?;
+                gradients.add_to_value(backend, *y, scaled)?;
             }
             if nodes[x.index].needs_grad {
                 gradients.add_to_value(backend, *x, dy)?;

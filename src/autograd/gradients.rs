@@ -147,7 +147,7 @@ impl<B: Backend> Gradients<B> {
     /// Adds to the gradient of a value.
     pub(super) fn add_to_value(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
         match &mut self.of_values[var.index] {
-            Some(sum) => Add { x: gradient.view(), y: sum.view_mut() }.run(backend),
+            Some(sum) => Add { x: gradient.view(), scale: 1.0, y: sum.view_mut() }.run(backend),
             empty => {
                 *empty = Some(gradient);
                 Ok(())

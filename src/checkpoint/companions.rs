@@ -118,7 +118,7 @@ fn copy_inside(from: &Path, to: &Path, whole: bool, copied: &mut usize, not_copi
         } else if is_weights(&name) && !whole {
             not_copied.push(name);
         } else {
-            std::fs::create_dir_all(to).map_err(|error| failed(to, &error))?;
+            std::fs::create_dir_all(to).map_err(|error| failed(to, error))?;
             copy(&path, &to.join(name))?;
             *copied += 1;
         }
@@ -138,14 +138,14 @@ fn names_modules(base: &Path, name: &str) -> bool {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     let staged = Staged::with(to, |file| {
         let copy = File::open(from).and_then(|mut source| std::io::copy(&mut source, file));
-        copy.map(drop).map_err(|error| failed(from, &error))
+        copy.map(drop).map_err(|error| failed(from, error))
     })?;
     staged.publish()
 }
 
 fn listing(folder: &Path) -> Result<Vec<PathBuf>> {
     let listed = std::fs::read_dir(folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    let mut paths: Vec<PathBuf> = listed.map_err(|error: std::io::Error| -> Error { failed(folder, &error) })?;
+    let mut paths: Vec<PathBuf> = listed.map_err(|error: std::io::Error| -> Error { failed(folder, error) })?;
     paths.sort();
     Ok(paths)
 }

@@ -233,16 +233,16 @@ impl Checkpoint {
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
         let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
-        let (length, file) = opened.map_err(|error| failed(path, &error))?;
+        let (length, file) = opened.map_err(|error| failed(path, error))?;
         let length = usize::try_from(length).map_err(|_| refused(path, "is too large for this machine".into()))?;
-        let whole = map::map(&file, 0, length).map_err(|error| failed(path, &error))?;
+        let whole = map::map(&file, 0, length).map_err(|error| failed(path, error))?;
         let header = Header::parse(path, &whole)?;
         Ok(Self { path: path.into(), file, header })
     }
 
     /// A piece of a tensor. Errors: [`Error::File`].
     pub(crate) fn read(&self, entry: &Entry, start: usize, bytes: usize) -> Result<Mmap> {
-        map::map_to_read(&self.file, entry.start + start as u64, bytes).map_err(|error| failed(&self.path, &error))
+        map::map_to_read(&self.file, entry.start + start as u64, bytes).map_err(|error| failed(&self.path, error))
     }
 
     fn refused(&self, reason: String) -> Error {

@@ -50,7 +50,7 @@ impl Output {
     /// Starts the threads that write to `file`. Errors name the file `path`.
     pub(super) fn new(path: &Path, file: &File) -> Result<Self> {
         let cloned = file.try_clone().and_then(|one| Ok((one, file.try_clone()?)));
-        let (file, background) = cloned.map_err(|error| failed(path, &error))?;
+        let (file, background) = cloned.map_err(|error| failed(path, error))?;
         let (pieces, to_write) = sync_channel(WAITING);
         let (used, spare) = sync_channel(WAITING);
         let writer = std::thread::spawn(move || write_all(file, background, to_write, used));
@@ -72,7 +72,7 @@ impl Output {
     pub(super) fn finish(self, made: Result<()>) -> Result<()> {
         drop(self.pieces);
         let written = self.writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer died")));
-        written.map_err(|error| failed(&self.path, &error)).and(made)
+        written.map_err(|error| failed(&self.path, error)).and(made)
     }
 }
 

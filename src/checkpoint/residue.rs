@@ -52,7 +52,7 @@ impl ResidueWriter {
             return Err(refused(path, format!("`{}` has more elements than a residue can number", entry.name)));
         }
         Staged::with(path, |file| {
-            let file = file.try_clone().map_err(|error| failed(path, &error))?;
+            let file = file.try_clone().map_err(|error| failed(path, error))?;
             let (header, digests) = Default::default();
             let mut writer = ResidueWriter { path: path.into(), file, room: 0, header, digests, written: 0, tensor: None };
             const MANY: usize = usize::MAX / 32;
@@ -124,13 +124,13 @@ impl ResidueWriter {
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.written += bytes.len();
-        self.file.write_all(bytes).map_err(|error| failed(&self.path, &error))
+        self.file.write_all(bytes).map_err(|error| failed(&self.path, error))
     }
 
     fn finish(&mut self) -> Result<()> {
         let mut text = self.text();
         text.resize(self.room, b' ');
-        self.file.seek(SeekFrom::Start(0)).map_err(|error| failed(&self.path, &error))?;
+        self.file.seek(SeekFrom::Start(0)).map_err(|error| failed(&self.path, error))?;
         self.write(&[&(self.room as u64).to_le_bytes(), text.as_slice()].concat())
     }
 }

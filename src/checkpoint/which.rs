@@ -17,7 +17,7 @@ const USUAL: [&str; 2] = ["model", "diffusion_pytorch_model"];
 /// Errors: [`Error::File`](crate::Error::File) for a folder with no checkpoint or several.
 pub(super) fn main_file(folder: &Path) -> Result<(PathBuf, Option<String>)> {
     let listing = std::fs::read_dir(folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    let paths: Vec<PathBuf> = listing.map_err(|error| failed(folder, &error))?;
+    let paths: Vec<PathBuf> = listing.map_err(|error| failed(folder, error))?;
     let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
     let names: BTreeSet<String> = paths.iter().filter_map(name).filter(|name| !name.starts_with('.')).collect();
     let stems =

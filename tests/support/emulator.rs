@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::sync::OnceLock;
 
+use lowrank::cuda::Kernel;
 use lowrank::cuda::plan::Plan;
 use lowrank::cuda::{self, Arg, Cuda, Device, Gpu, Launch, Tiles};
 use lowrank::{DType, Error, Float, Result};
@@ -88,14 +89,14 @@ impl Emulator {
         let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
         let kernel = format!("{}_{}", plan.kernel, self.dtype);
         let pending = self.pending.get().filter(|_| overlaps && self.gpu.capability >= (9, 0));
-        let report = launch.run_after(pending, self.module(&kernel), &kernel, &mut args).map_err(failed)?;
+        let report = launch.run_after(pending, self.module(plan.kernel), &kernel, &mut args).map_err(failed)?;
         self.pending.set(Some(pending.unwrap_or(report.number)));
         Ok(())
     }
 
-    fn module(&self, kernel: &str) -> &Module {
+    fn module(&self, kernel: Kernel) -> &Module {
         match &self.hopper {
-            Some(hopper) if kernel.contains("_hopper_") => hopper.module(),
+            Some(hopper) if kernel.is_for_hopper() => hopper.module(),
             _ => self.module.module(),
         }
     }

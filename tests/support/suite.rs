@@ -369,8 +369,10 @@ pub fn add_is_exact<B: Backend>(backend: &B) {
     for (rows, cols) in [(0, 3), (3, 17), (65, 64), (10, 2000)] {
         let x = Mat::new(rows, cols, |i, j| (i * 7 + j) as f64 % 60.0);
         let mut y = up(backend, &x.map(|x| 100.0 - x));
-        Add { x: (up(backend, &x)).view(), y: y.view_mut() }.run(backend).unwrap();
+        Add { x: (up(backend, &x)).view(), scale: 1.0, y: y.view_mut() }.run(backend).unwrap();
         assert_exact("y", &down(backend, &y), &x.map(|_| 100.0));
+        Add { x: (up(backend, &x)).view(), scale: -2.0, y: y.view_mut() }.run(backend).unwrap();
+        assert_exact("y", &down(backend, &y), &x.map(|x| 100.0 - 2.0 * x));
     }
 }
 

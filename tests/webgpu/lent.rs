@@ -200,7 +200,7 @@ fn no_buffer_is_read_and_written_by_one_verb() {
     let both = buffer(&gpu, &[1.0f32; 64], STORAGE | wgpu::BufferUsages::COPY_SRC);
     let x = gpu.lend::<f32>(&both, 0..16).unwrap();
     let mut y = gpu.lend_mut::<f32>(&both, 16..32).unwrap();
-    let error = Add { x: x.view((2, 2)).unwrap(), y: y.view_mut((2, 2)).unwrap() }.run(&gpu).unwrap_err().to_string();
+    let error = Add { x: x.view((2, 2)).unwrap(), scale: 1.0, y: y.view_mut((2, 2)).unwrap() }.run(&gpu).unwrap_err().to_string();
     assert!(error.starts_with("add: `y` is in the buffer of `x`, want a buffer"), "{error}");
     let w = Tensor::zeros(&gpu, (2, 2)).unwrap();
     let op = LinearForward { x: x.view((2, 2)).unwrap(), w: (&w).into(), bias: None, y: y.view_mut((2, 2)).unwrap().into() };

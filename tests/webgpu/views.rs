@@ -42,7 +42,7 @@ fn verbs_that_pass_over_elements_take_rows_of_a_matrix() {
         check("relu_backward", &y, pairs().map(|(x, z)| if *x > 0.0 { *z } else { 0.0 }).collect());
 
         let mut y = three_rows(gpu, &z);
-        Add { x: x_row, y: y.view_mut().row_range(1..2).unwrap() }.run(gpu).unwrap();
+        Add { x: x_row, scale: 1.0, y: y.view_mut().row_range(1..2).unwrap() }.run(gpu).unwrap();
         check("add", &y, pairs().map(|(x, z)| x + z).collect());
         Accumulate { x: x_row, scale: -2.0, y: y.view_mut().row_range(1..2).unwrap() }.run(gpu).unwrap();
         check("accumulate", &y, pairs().map(|(x, z)| z - x).collect());

@@ -231,7 +231,7 @@ fn model_of(module: &str) -> &str {
 /// The safetensors files of a folder, except that of an adapter.
 fn safetensors(dir: &Path) -> Result<Vec<PathBuf>> {
     let listed = std::fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    let paths: Vec<PathBuf> = listed.map_err(|error| failed(dir, &error))?;
+    let paths: Vec<PathBuf> = listed.map_err(|error| failed(dir, error))?;
     let of_model = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors") && !path.ends_with(TENSORS_FILE);
     Ok(paths.into_iter().filter(of_model).collect())
 }

@@ -246,7 +246,7 @@ pub(super) fn beginning(path: &Path) -> Result<Vec<u8>> {
         file.take(header).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    read().map_err(|error| failed(path, &error))
+    read().map_err(|error| failed(path, error))
 }
 
 fn folder(dir: &Path) -> Result<Recognised> {
@@ -306,7 +306,7 @@ fn model(dir: &Path, names: &[String]) -> Result<Option<Recognised>> {
 
 fn names(dir: &Path) -> Result<Vec<String>> {
     let listed = fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
-    let entries: Vec<std::ffi::OsString> = listed.map_err(|error| failed(dir, &error))?;
+    let entries: Vec<std::ffi::OsString> = listed.map_err(|error| failed(dir, error))?;
     let mut names: Vec<String> = entries.into_iter().filter_map(|name| name.into_string().ok()).collect();
     names.sort();
     Ok(names)

@@ -75,8 +75,8 @@ fn the_package_contains_what_the_readme_links_to() {
     let listed = String::from_utf8(output.stdout).unwrap();
     let packed: Vec<&str> = listed.lines().collect();
     let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
-    let links = readme.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-    let files: Vec<&str> = links.filter(|link| !link.starts_with('#') && !link.contains("://")).collect();
+    let links = readme.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+    let files: Vec<&str> = links.filter(|link| !link.is_empty() && !link.contains("://")).collect();
     assert!(files.contains(&"ARCHITECTURE.md"), "{files:?}");
     files.iter().for_each(|file| assert!(packed.contains(file), "{file} is not packed: {packed:?}"));
     assert_eq!(packed.iter().filter(|file| file.ends_with("README.md")).count(), 1, "{packed:?}");

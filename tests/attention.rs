@@ -318,7 +318,7 @@ fn each_sequence_uses_its_adapter() {
     assert_eq!(wrong(&[None, Some("third")]), "no adapter is named `third`; the adapters are default, other");
     let mut rows = [None; 24];
     rows[0] = Some("other");
-    assert_eq!(wrong(&rows), "attention: `q` is 1×16, want rows of whole sequences, and columns for every head");
+    assert_eq!(wrong(&rows), "attention: `q` is 1×16, want rows of whole sequences, and a multiple of `heads` columns");
 }
 
 /// Models that lend layers of one name, or in different orders.

@@ -173,7 +173,7 @@ fn scalars_must_be_finite() {
         assert!(matches!(error, Error::Value { name: "weight_decay", .. }), "{error}");
     }
     let error = AdamRate::adamw(1.0, 0.9, 0.999, 1e-8, -0.1, 1).unwrap_err();
-    assert_eq!(error.to_string(), "adam: `weight_decay` is -0.1, want not negative, and finite, also times `lr`");
+    assert_eq!(error.to_string(), "adam: `weight_decay` is -0.1, want finite and not negative, with a finite `lr·weight_decay`");
     assert_eq!(AdamRate::adamw(0.1, 0.9, 0.999, 1e-8, 0.0, 7).unwrap(), AdamRate::new(0.1, 0.9, 0.999, 1e-8, 7).unwrap());
     assert!(Dropout::new(1.0, 0).is_err() && Dropout::new(-0.1, 0).is_err());
 }

@@ -129,7 +129,7 @@ fn outputs_are_replaced_only_with_overwrite_and_inputs_never() {
         desk.refused(&line, &["is an input"]);
     }
     desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["exists already"]);
-    desk.refused(&format!("{file} x.safetensors --keep-residue x.safetensors"), &["where the result goes"]);
+    desk.refused(&format!("{file} x.safetensors --keep-residue x.safetensors"), &["is the path of the result"]);
     desk.refused("compress adapter --rank 1 --out there.safetensors", &["exists already"]);
     desk.refused("merge --base base --adapter adapter --out folder --overwrite", &["holds no model"]);
     assert_eq!(fs::read_to_string(desk.path("there.safetensors")).unwrap(), "precious");
@@ -204,7 +204,7 @@ fn missing_factors_and_zero_updates_are_noted() {
     desk.adapter(&adapter, json!({"target_modules": ["q_proj", "v_proj"]}));
     let (_, said) = desk.merged();
     assert!(
-        said.contains("unchanged: 3 tensors that `target_modules` names") && said.contains("layers.1.self_attn.q_proj"),
+        said.contains("unchanged: 3 tensors that `target_modules` selects") && said.contains("layers.1.self_attn.q_proj"),
         "{said}"
     );
     let mut dead = adapter;

@@ -132,10 +132,9 @@ fn dots<S: Simd, R: Float, const X: usize, const W: usize>(s: S, left: &[[Lanes<
 
 #[inline(always)]
 fn add<S: Simd, const X: usize, const W: usize>(s: S, left: &[Lanes<f32>; X], weights: &[S::V; W], sums: &mut [[S::V; W]; X]) {
-    for x in 0..X {
-        let number = s.load(&left[x]);
-        for w in 0..W {
-            sums[x][w] = s.mul_add(number, weights[w], sums[x][w]);
+    for w in 0..W {
+        for x in 0..X {
+            sums[x][w] = s.mul_add(s.load(&left[x]), weights[w], sums[x][w]);
         }
     }
 }

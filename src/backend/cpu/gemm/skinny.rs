@@ -48,9 +48,9 @@ pub(super) fn run<E: Float, O: Float>(
     out.for_each_block(engine, down, across, depth, |out| {
         // The sums of dot products are fewer, and an array that is too long would have to be zeroed.
         if out.rows().len() * out.cols().len().div_ceil(LANES) <= DOT_ROWS * DOT_COLS / LANES {
-            block(engine, out, init, terms, &lefts, &mut [[0.0; LANES]; DOT_ROWS * DOT_COLS / LANES]);
+            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; DOT_ROWS * DOT_COLS / LANES]).0);
         } else {
-            block(engine, out, init, terms, &lefts, &mut [[0.0; LANES]; AXPY_SUMS / LANES]);
+            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; AXPY_SUMS / LANES]).0);
         }
         Ok(())
     })
@@ -108,6 +108,10 @@ impl Kernel for Registers {
     }
 }
 
+/// Sums in whole cache lines, so that no vector crosses one.
+#[repr(align(64))]
+struct Aligned<const N: usize>([Lanes<f32>; N]);
+
 /// One block of the output. The loops over the weight are kernels of their own, which do not depend on the element type of the
 /// output: they are large, and compiled for every vector unit.
 fn block<E: Float, O: Float>(
@@ -142,7 +146,9 @@ impl<R: Float> Kernel for AddProduct<'_, '_, R> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { sums, scale, left, rhs } = self;
+        let Self { sums: Sums { lanes, height, vectors, first, width }, scale, left, rhs } = self;
+        // A copy of the sizes, which stores to the sums cannot change, so that they stay in registers.
+        let mut sums = Sums { lanes, height: *height, vectors: *vectors, first: *first, width: *width };
         if rhs.transposed { sums.add_dots(s, scale, left.as_chunks().0, rhs) } else { sums.add_scaled_rows(s, left, rhs) }
     }
 }

@@ -1,6 +1,6 @@
 //! `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 
-use super::{Checked, Dropout, Factor, Output, Weight, contiguous, finite, fits, inputs_of, rank_of};
+use super::{Checked, Dropout, Factor, Output, Weight, check_per_row, contiguous, finite, fits, inputs_of, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::{MatMut, MatRef};
@@ -8,6 +8,10 @@ use crate::view::{MatMut, MatRef};
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 ///
 /// `W` stays frozen: there is no `dW`. Without `w`, `dx = drop(dh·A)`. What else is `None` is not computed.
+///
+/// With [another adapter for each row](super::Bank), `dA` and `dB` hold the gradients of the slots that take part, in the order of
+/// [`Assignment::segments`](super::Assignment::segments), one after another, laid out as the bank is: `segments·r × k`, and, `dB`
+/// transposed, `segments·r × n`. The sum over the rows of a slot is made in the order of the rows.
 pub struct LoraBackward<'t, B: Backend> {
     /// `m×k`
     pub x: MatRef<'t, B>,
@@ -25,9 +29,9 @@ pub struct LoraBackward<'t, B: Backend> {
     pub scale: f32,
     /// As in the forward pass: the mask is made again from its seed.
     pub dropout: Option<Dropout>,
-    /// `r×k`, overwritten; rows that follow one another
+    /// `r×k`, or `segments·r × k`, overwritten; rows that follow one another
     pub da: MatMut<'t, B, f32>,
-    /// `n×r`, overwritten; rows that follow one another
+    /// `n×r`, or `segments·r × n`, overwritten; rows that follow one another
     pub db: MatMut<'t, B, f32>,
     /// `1×n`, overwritten
     pub dbias: Option<MatMut<'t, B, f32>>,
@@ -53,9 +57,13 @@ impl<B: Backend> LoraBackward<'_, B> {
         contiguous(Self::VERB, "h", self.h.is_contiguous())?;
         fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
         finite(Self::VERB, "scale", self.scale)?;
-        fits(Self::VERB, "da", (r, k), self.da.shape())?;
+        let [da, db] = match check_per_row(Self::VERB, self.a, self.b, m)? {
+            None => [(r, k), (n, r)],
+            Some(segments) => [(segments * r, k), (segments * r, n)],
+        };
+        fits(Self::VERB, "da", da, self.da.shape())?;
         contiguous(Self::VERB, "da", self.da.is_contiguous())?;
-        fits(Self::VERB, "db", (n, r), self.db.shape())?;
+        fits(Self::VERB, "db", db, self.db.shape())?;
         contiguous(Self::VERB, "db", self.db.is_contiguous())?;
         if let Some(dbias) = &self.dbias {
             fits(Self::VERB, "dbias", (1, n), dbias.shape())?;

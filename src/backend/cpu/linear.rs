@@ -17,11 +17,12 @@ pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Matrix<'a, E> {
     matrix(w.dense()).with_packed(w.panels())
 }
 
-/// A factor of an update.
-pub(super) fn factor<'a, E: Float>(factor: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
-    match factor {
+/// A factor of an update; of one for each row those of all slots, one after another.
+pub(super) fn factor<'a, E: Float>(view: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
+    match view {
         op::Factor::Elem(view) => Factor::Elem(matrix(view)),
         op::Factor::F32(view) => Factor::F32(matrix(view)),
+        op::Factor::PerRow(all) => factor(all.stacked()),
     }
 }
 

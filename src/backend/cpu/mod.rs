@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! lora.rs linear.rs      a verb, as the sums of products it is
+//! segments.rs           the low-rank layer where each row has an adapter of its own
 //!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked, skinny or shallow
 //!        └─ simd/        sixteen lanes on any vector unit
 //! pointwise.rs dora.rs adam.rs   one pass over memory
@@ -19,6 +20,7 @@ mod lora;
 mod pointwise;
 mod pool;
 mod scratch;
+mod segments;
 mod simd;
 mod small_work;
 mod tasks;

@@ -101,7 +101,7 @@ fn ask_for<S: Simd, R: Float, const W: usize>(s: S, lines: [&[R]; W], part: usiz
 
 /// The products of X lines with W, of which only the lanes remain to be summed.
 #[inline(always)]
-fn dots<S: Simd, R: Float, const X: usize, const W: usize>(s: S, left: &[[Lanes<f32>; X]], right: [&[R]; W]) -> [[S::V; W]; X] {
+pub(super) fn dots<S: Simd, R: Float, const X: usize, const W: usize>(s: S, left: &[[Lanes<f32>; X]], right: [&[R]; W]) -> [[S::V; W]; X] {
     let mut sums = [[s.splat(0.0); W]; X];
     let mut weights = [s.splat(0.0); W];
     // Slices that are known to be as long: no index is looked at in the loop.

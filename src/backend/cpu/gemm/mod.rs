@@ -7,7 +7,8 @@
 //! - [`rank_k_update`]: an update of what is there by a product of little depth, which is merging.
 //!
 //! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway; and
-//! [`narrow`]: what few rows do with a matrix as narrow as the rank.
+//! [`narrow`]: what few rows do with a matrix as narrow as the rank; and [`segments`]: products in which each row has a right side
+//! of its own.
 
 mod axpy;
 mod bf16_pairs;
@@ -23,6 +24,7 @@ mod packed_lhs;
 mod plan;
 mod prepack;
 mod rank_k_update;
+mod segments;
 mod skinny;
 mod tile;
 
@@ -32,6 +34,7 @@ pub(super) use output::Output;
 use output::{Block, Parts};
 use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
 pub use prepack::PackedWeight;
+pub(super) use segments::{Rows, add_products, add_rows, narrow_by_row, outer_by_segment};
 pub(super) use tile::microkernel;
 
 use std::ops::Range;

@@ -1,6 +1,6 @@
 //! A multi-layer perceptron of named linear layers, with or without adapters.
 
-use super::{Adaptable, Adapters, Layer, Linear};
+use super::{Adaptable, AdapterBank, Adapters, Layer, Linear};
 use crate::autograd::{Tape, Var};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -95,11 +95,22 @@ impl<B: Backend> Mlp<B> {
         tape.value(logits)?.to_vec(backend)
     }
 
-    /// [`predict`](Self::predict) where each row names its adapter; `None` is the base model. The rows of an adapter make a batch.
+    /// [`predict`](Self::predict) where each row names its adapter; `None` is the base model.
+    ///
+    /// Adapters that are low-rank updates alone are put into a bank for this call, and `W` of each layer is read once for all rows; who
+    /// calls often keeps an [`AdapterBank`]. Where one of them does more, as DoRA does, and on backends without
+    /// [banks](Backend::takes_banks), the rows of an adapter make a batch.
     ///
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for another number of names than rows, or while an adapter is merged.
     pub fn predict_mixed(&self, backend: &B, x: &Tensor<B>, adapters: &[Option<&str>]) -> Result<Vec<B::Elem>> {
         Error::unless(adapters.len() == x.rows(), "predict_mixed", "adapters", adapters.len(), "one a row")?;
+        if let Some(mut bank) = AdapterBank::of_model(backend, self, adapters)? {
+            let rows = bank.assign_loaded(backend, adapters, 1)?;
+            let mut tape = Tape::new(backend);
+            let x = tape.input(x.try_clone(backend)?);
+            let logits = self.forward_mixed(&mut tape, x, None, bank.mixed(&rows)?)?;
+            return tape.value(logits)?.to_vec(backend);
+        }
         self.predict_mixed_with(backend, x, adapters, |tape, x, adapters| self.forward_with(tape, x, None, adapters))
     }
 }

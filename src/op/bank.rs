@@ -162,6 +162,20 @@ impl<B: Backend> Bank<B> {
         self.set(backend, slot, Some(Slot { rank, scaling }))
     }
 
+    /// Puts an adapter into a slot that does nothing to this layer: its rows are those of the base layer.
+    ///
+    /// Errors: [`Error::Value`] for a slot that the bank does not have.
+    pub fn load_nothing(&mut self, backend: &B, slot: usize) -> Result<()> {
+        self.has(slot)?;
+        self.set(backend, slot, Some(Slot { rank: 0, scaling: 0.0 }))
+    }
+
+    /// The errors of [`load`](Self::load) that do not depend on the slot.
+    pub(crate) fn check<T>(&self, a: &[T], b: &[T], scaling: f32) -> Result<()> {
+        self.check_rank(self.rank_of(a, b)?)?;
+        finite("bank", "scaling", scaling)
+    }
+
     /// Empties a slot. Errors: [`Error::Value`] for one that the bank does not have.
     pub fn clear(&mut self, backend: &B, slot: usize) -> Result<()> {
         self.has(slot)?;
@@ -196,7 +210,8 @@ impl<B: Backend> Bank<B> {
     /// The rank of factors that fit the layer.
     fn rank_of<T>(&self, a: &[T], b: &[T]) -> Result<usize> {
         let Shape { rows: n, cols: k } = self.layer;
-        let rank = if k > 0 { a.len() / k } else { b.len().checked_div(n).unwrap_or(0) };
+        // Of a layer with nothing on both sides factors do not tell.
+        let rank = a.len().checked_div(k).or(b.len().checked_div(n)).unwrap_or(self.rank);
         if a.len() == rank * k && b.len() == rank * n {
             return Ok(rank);
         }
@@ -206,11 +221,16 @@ impl<B: Backend> Bank<B> {
 
     fn check_load(&self, slot: usize, rank: usize, scaling: f32) -> Result<()> {
         self.has(slot)?;
+        self.check_rank(rank)?;
+        finite("bank", "scaling", scaling)
+    }
+
+    fn check_rank(&self, rank: usize) -> Result<()> {
         if rank == 0 || rank > self.rank {
             let want = format!("at least 1, and at most {}, as the bank has room for", self.rank).into();
             return Err(Error::Value { verb: "bank", name: "rank", got: rank.to_string(), want });
         }
-        finite("bank", "scaling", scaling)
+        Ok(())
     }
 
     fn has(&self, slot: usize) -> Result<()> {

@@ -341,6 +341,9 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
         Ok(())
     }
 
+    fn takes_banks(&self) -> bool {
+        false
+    }
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
         lora::forward(self, op.into_inner())
     }

@@ -275,6 +275,9 @@ impl<E: Float> Backend for WebGpu<E> {
         Ok(())
     }
 
+    fn takes_banks(&self) -> bool {
+        false
+    }
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
         self.lora_forward_sums(op.into_inner())
     }

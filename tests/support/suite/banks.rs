@@ -110,8 +110,9 @@ pub struct How {
 /// The bank of a mixed batch, on the device.
 fn bank<B: Backend>(backend: &B, mixed: &Mixed, f32_factors: bool) -> Bank<B> {
     let Dims { k, n, r, .. } = mixed.dims();
-    let new = if f32_factors { Bank::new_f32 } else { Bank::new };
-    let mut bank = new(backend, mixed.adapters.len(), r, (n, k).into()).unwrap();
+    let slots = mixed.adapters.len();
+    let bank = if f32_factors { Bank::new_f32(backend, slots, r, (n, k)) } else { Bank::new(backend, slots, r, (n, k)) };
+    let mut bank = bank.unwrap();
     let wide = |mat: &Mat| -> Vec<f32> { mat.data.iter().map(|&x| x as f32).collect() };
     for (slot, adapter) in mixed.adapters.iter().enumerate() {
         // What was in a slot before, of the largest rank, leaves nothing behind.

@@ -30,6 +30,7 @@ mod lora;
 mod memory;
 mod plan;
 mod pointwise;
+mod rows;
 mod shader;
 mod sum;
 
@@ -275,9 +276,6 @@ impl<E: Float> Backend for WebGpu<E> {
         Ok(())
     }
 
-    fn takes_banks(&self) -> bool {
-        false
-    }
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
         self.lora_forward_sums(op.into_inner())
     }

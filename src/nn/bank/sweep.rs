@@ -6,7 +6,7 @@ use crate::autograd::{Gradients, Param};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adam, Adaptable, LoraConfig};
+use crate::nn::{Adam, Adaptable, Adapter, LayerAdapter, LoraConfig};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
@@ -35,6 +35,7 @@ pub struct Recipe<B: Backend> {
 #[derive(Debug)]
 struct Trained<B: Backend> {
     name: String,
+    config: LoraConfig,
     scaling: f32,
     adam: Adam<B>,
     /// `A r×k` and `B` transposed, `r×n`, for each layer.
@@ -123,6 +124,22 @@ impl<B: Backend> Sweep<B> {
         Ok(())
     }
 
+    /// Puts the adapters beside the layers of a model, by their names, as they are now: to save them, or to go on alone.
+    ///
+    /// Errors: those of [`Adaptable::insert_adapter`].
+    pub fn insert_into(&self, backend: &B, model: &mut impl Adaptable<B>) -> Result<()> {
+        for Trained { name, config, layers, .. } in &self.adapters {
+            let part = |(layer, [a, b]): &(String, [Param<B>; 2])| {
+                let turned = turned(&b.tensor.to_vec(backend)?, b.tensor.cols());
+                let b = Tensor::from_slice(backend, (b.tensor.cols(), b.tensor.rows()), &turned)?;
+                let adapter = Adapter::from_tensors(a.tensor.try_clone(backend)?, b, config.clone())?;
+                Ok((layer.clone(), LayerAdapter::Lora(adapter)))
+            };
+            model.insert_adapter(name, layers.iter().map(part).collect::<Result<_>>()?)?;
+        }
+        Ok(())
+    }
+
     fn position(&self, name: &str) -> Result<usize> {
         let found = self.names().position(|known| known == name);
         let known = || self.names().collect::<Vec<_>>().join(", ");
@@ -150,7 +167,7 @@ impl<B: Backend> Trained<B> {
             let b = Tensor::from_slice(backend, (config.rank, n), &turned(&b.to_vec(backend)?, config.rank))?;
             layers.push((layer.to_string(), [Param::new(a), Param::plus(b)]));
         }
-        Ok(Self { name, scaling, adam, layers })
+        Ok(Self { name, config, scaling, adam, layers })
     }
 
     fn on_host(&self, backend: &B) -> Result<HostAdapter> {

@@ -21,7 +21,7 @@ fn cpu_time() -> Option<u64> {
     Some(tasks.filter_map(of).sum())
 }
 
-/// What is timed.
+/// A name, and the call that is timed.
 type Contender<'c> = (&'static str, Box<dyn FnMut() -> Result<()> + 'c>);
 
 /// Runs them in turn, and prints the least time of each, and how often the first fits into it.
@@ -76,7 +76,13 @@ impl<E: Float> Layer<E> {
         LinearForward { x: self.x.view(), w: (&self.w).into(), bias: None, y: y.into() }.run(cpu)
     }
 
-    fn forward(&self, cpu: &Cpu<E>, [a, b]: [Factor<'_, Cpu<E>>; 2], h: &mut Tensor<Cpu<E>, f32>, y: &mut Tensor<Cpu<E>>) -> Result<()> {
+    fn forward(
+        &self,
+        cpu: &Cpu<E>,
+        [a, b]: [Factor<'_, Cpu<E>>; 2],
+        h: &mut Tensor<Cpu<E>, f32>,
+        y: &mut Tensor<Cpu<E>>,
+    ) -> Result<()> {
         let (w, bias, dropout) = (Some((&self.w).into()), None, None);
         LoraForward { x: self.x.view(), w, bias, a, b, scale: 1.0, dropout, h: h.view_mut(), y: y.into() }.run(cpu)
     }
@@ -118,7 +124,8 @@ fn rows<E: Float>(rounds: usize, threads: usize, m: usize, adapters: &[usize], g
     let mut contenders: Vec<Contender<'_>> = vec![("base layer", Box::new(move || layer.base(cpu, &mut y)))];
     let (mut h, mut y) = out()?;
     let [a, b] = &layer.one_by_one[0];
-    let one = ("one adapter, not of a bank", Box::new(move || layer.forward(cpu, [a.into(), b.into()], &mut h, &mut y)) as Box<_>);
+    let one =
+        ("one adapter, not of a bank", Box::new(move || layer.forward(cpu, [a.into(), b.into()], &mut h, &mut y)) as Box<_>);
     contenders.push(one);
     let all = adapters.iter().map(|&count| assigned(count)).collect::<Result<Vec<_>>>()?;
     for (&count, rows) in adapters.iter().zip(&all) {

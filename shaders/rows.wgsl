@@ -1,4 +1,4 @@
-// What the kernels share in which each row of a batch has a right side of its own: the adapter of its slot, or none.
+// Shared by rows_narrow, rows_products and rows_outer: each row of a batch has a right side of its own, the adapter of its slot, or none.
 //
 // `list` holds, one after another: the slot of each row; where the rows of each segment begin among the sorted rows, and where the last
 // ends; the slot of each segment; the sorted rows. `table` holds for each slot its scaling and its rank.

@@ -212,7 +212,8 @@ fn few_slots_serve_many_adapters() {
 fn the_one_used_the_longest_ago_makes_room() {
     let (cpu, (model, adapters)) = (cpu(), model(6));
     let mut bank = AdapterBank::new(&cpu, &model, 3, 3).unwrap();
-    let mut use_of = |bank: &mut AdapterBank<Device>, name: &str| drop(bank.assign(&cpu, &[Some(name)], fetch(&adapters)).unwrap());
+    let mut use_of =
+        |bank: &mut AdapterBank<Device>, name: &str| drop(bank.assign(&cpu, &[Some(name)], fetch(&adapters)).unwrap());
     ["a0", "a1", "a2", "a0"].iter().for_each(|name| use_of(&mut bank, name));
     use_of(&mut bank, "a3");
     assert!(bank.slot("a1").is_none() && bank.slot("a0").is_some() && bank.slot("a2").is_some());
@@ -221,8 +222,13 @@ fn the_one_used_the_longest_ago_makes_room() {
     assert!(bank.slot("a0").is_none() && bank.slot("a2").is_some());
     // In use: it stays, is not replaced, and is not evicted by name.
     let rows = bank.assign(&cpu, &[Some("a3"), Some("a4")], fetch(&adapters)).unwrap();
-    assert!(refused(bank.load(&cpu, "a5", &adapters[5].1)).contains("`a5`, for which there is no slot: all 3 are in use or pinned"));
-    assert_eq!(refused(bank.load(&cpu, "a3", &adapters[3].1)), "load: `adapter` is `a3`, which a batch uses, want one that no batch uses");
+    assert!(
+        refused(bank.load(&cpu, "a5", &adapters[5].1)).contains("`a5`, for which there is no slot: all 3 are in use or pinned")
+    );
+    assert_eq!(
+        refused(bank.load(&cpu, "a3", &adapters[3].1)),
+        "load: `adapter` is `a3`, which a batch uses, want one that no batch uses"
+    );
     assert!(bank.evict(&cpu, "a4").is_err() && bank.evict(&cpu, "nobody").is_err());
     drop(rows);
     bank.load(&cpu, "a3", &adapters[3].1).unwrap();

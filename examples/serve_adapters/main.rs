@@ -27,7 +27,7 @@ use serving::{Served, Settings, serve};
 #[derive(Parser)]
 #[command(name = "serve_adapters", version)]
 struct Args {
-    /// How many adapters there are; a table row for each
+    /// Numbers of adapters, one table row each
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 512])]
     adapters: Vec<usize>,
     /// Adapters that are in memory at the same time
@@ -42,13 +42,13 @@ struct Args {
     /// Inputs and outputs of the layers
     #[arg(long, default_value_t = 1024)]
     width: usize,
-    /// How many layers
+    /// Number of layers
     #[arg(long, default_value_t = 4)]
     layers: usize,
     /// Rank of the adapters
     #[arg(long, default_value_t = 16)]
     rank: usize,
-    /// How much the most wanted adapters are wanted: the exponent of Zipf's law, 0 for all alike
+    /// Exponent of Zipf's law for the requests; 0 requests all adapters equally often
     #[arg(long, default_value_t = 1.0)]
     skew: f64,
     /// Threads [default: all]
@@ -57,7 +57,7 @@ struct Args {
     /// Of weights, adapters and requests
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Where to draw the table, as SVG
+    /// Draw the table to this file, as SVG
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
 }
@@ -77,7 +77,10 @@ fn run(args: &Args) -> Result<()> {
     let cpu = args.threads.map_or(Ok(cpu.clone()), |threads| cpu.with_threads(threads))?;
     let &Args { slots, rows, batches, width, layers, rank, skew, seed, .. } = args;
     println!("{} rows a batch, {layers} layers {width}×{width}, rank {rank}, {slots} slots, on {cpu:?}", rows);
-    println!("{:>9} {:>10} {:>12} {:>12} {:>8} {:>8} {:>12}", "adapters", "tokens/s", "p50 ms", "p99 ms", "hits", "loads", "all resident");
+    println!(
+        "{:>9} {:>10} {:>12} {:>12} {:>8} {:>8} {:>12}",
+        "adapters", "tokens/s", "p50 ms", "p99 ms", "hits", "loads", "all resident"
+    );
     let mut table = Vec::new();
     for &adapters in &args.adapters {
         let settings = Settings { adapters, slots, rows, batches, width, layers, rank, skew, seed };

@@ -12,7 +12,7 @@ use lowrank::nn::{Adaptable, AdapterBank, Mlp};
 use lowrank::random::Rng;
 use lowrank::{Cpu, DType, Error, Result, Tensor};
 
-/// What is served.
+/// Sizes of the model, the adapters and the requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub adapters: usize,
@@ -26,7 +26,7 @@ pub struct Settings {
     pub seed: u64,
 }
 
-/// What came of it.
+/// Measurements.
 #[derive(Debug)]
 pub struct Served {
     tokens: usize,
@@ -47,7 +47,7 @@ impl Served {
         self.times.get(at.min(self.times.len().saturating_sub(1))).map_or(0.0, Duration::as_secs_f64)
     }
 
-    /// How often the adapter of a batch was in a slot.
+    /// Share of the adapters of all batches that were in a slot.
     pub fn hit_rate(&self) -> f64 {
         self.hits as f64 / (self.hits + self.loads).max(1) as f64
     }
@@ -110,7 +110,7 @@ fn take(requests: &mut VecDeque<usize>, rows: usize, slots: usize) -> Vec<usize>
     taken
 }
 
-/// How much each adapter is wanted: the i-th as 1/i^skew.
+/// The distribution of requests: the share of adapter i is proportional to 1/i^skew.
 struct Demand {
     /// The sum of the shares up to each.
     sums: Vec<f64>,
@@ -120,7 +120,14 @@ impl Demand {
     fn new(adapters: usize, skew: f64) -> Self {
         let mut sum = 0.0;
         let shares = (0..adapters).map(|i| 1.0 / (i as f64 + 1.0).powf(skew));
-        Self { sums: shares.map(|share| { sum += share; sum }).collect() }
+        Self {
+            sums: shares
+                .map(|share| {
+                    sum += share;
+                    sum
+                })
+                .collect(),
+        }
     }
 
     fn next(&self, rng: &mut Rng) -> usize {

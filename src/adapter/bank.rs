@@ -1,9 +1,9 @@
 //! From a folder to a slot of a bank.
 
+use super::at;
 use super::folder::Folder;
 use super::kind::Kind;
 use super::tensors::refused;
-use super::at;
 use crate::error::Result;
 use crate::nn::{HostAdapter, HostUpdate};
 

@@ -15,11 +15,11 @@ pub struct LoraRows<'m, B: Backend> {
     pub bias: Option<&'m Param<B>>,
     /// The adapters.
     pub bank: &'m Bank<B>,
-    /// Which row uses which.
+    /// The slot of each row.
     pub rows: &'m Assignment<B>,
-    /// Which elements of the input the adapters do not see.
+    /// Dropout of the input of the updates.
     pub dropout: Option<Dropout>,
-    /// Where the gradients go, one entry for each of [`Assignment::segments`]; empty if the adapters are not trained.
+    /// The parameters that get gradients, one entry for each of [`Assignment::segments`]; empty if the adapters are not trained.
     pub trained: Vec<TrainedSlot<'m, B>>,
 }
 
@@ -29,7 +29,7 @@ pub struct TrainedSlot<'m, B: Backend> {
     pub a: &'m Param<B>,
     /// `B` transposed, `r×n`
     pub b: &'m Param<B>,
-    /// What the gradients are multiplied with.
+    /// Factor of the gradients.
     pub weight: f32,
 }
 
@@ -57,8 +57,8 @@ impl<'m, B: Backend> Tape<'m, B> {
         }
         .run(self.backend)?;
         let factors = trained.iter().flat_map(|slot| [slot.a, slot.b]);
-        let wanted = self.is_wanted(x) || factors.chain(*w).chain(*bias).any(|param| param.trainable);
-        Ok(self.push(Op::LoraRows { x, layer, h }, wanted, y))
+        let needs_grad = self.needs_grad(x) || factors.chain(*w).chain(*bias).any(|param| param.trainable);
+        Ok(self.push(Op::LoraRows { x, layer, h }, needs_grad, y))
     }
 }
 

@@ -25,11 +25,11 @@ pub struct Assignment<B: Backend> {
 pub struct Segment {
     /// The slot.
     pub slot: usize,
-    /// Where its rows stand among those that use a slot, sorted by slot.
+    /// Its range in the list of rows that use a slot, sorted by slot.
     pub(crate) range: Range<usize>,
 }
 
-/// How a row without an adapter is stored.
+/// Marks a row without an adapter.
 pub(crate) const NO_SLOT: u32 = u32::MAX;
 
 impl<B: Backend> Assignment<B> {
@@ -57,7 +57,12 @@ impl<B: Backend> Assignment<B> {
         for (at, slot) in sequences.iter().enumerate().filter_map(|(at, slot)| Some((at, (*slot)?))) {
             let got = || format!("slot {slot} in row {}, of {slots} slots", at.saturating_mul(length));
             if slot >= slots {
-                return Err(Error::Value { verb: "assignment", name: "rows", got: got(), want: "below the number of slots".into() });
+                return Err(Error::Value {
+                    verb: "assignment",
+                    name: "rows",
+                    got: got(),
+                    want: "below the number of slots".into(),
+                });
             }
         }
         let count = sequences.len().checked_mul(length).filter(|&count| count.max(slots) < NO_SLOT as usize);
@@ -74,7 +79,7 @@ impl<B: Backend> Assignment<B> {
         Ok(Self { slots, slot_of, order, segments, tensor })
     }
 
-    /// How many rows the batch has.
+    /// The number of rows of the batch.
     pub fn rows(&self) -> usize {
         self.slot_of.len()
     }

@@ -50,7 +50,7 @@ pub struct Bank<B: Backend> {
 pub struct Slot {
     /// Its own rank, at most the bank's.
     pub rank: usize,
-    /// What its update is multiplied with.
+    /// Factor of the update: `alpha / r` in the LoRA paper.
     pub scaling: f32,
 }
 
@@ -92,7 +92,7 @@ impl<B: Backend> Bank<B> {
         Ok(Self { rank, layer, numbers, slots: vec![None; slots], table: Tensor::zeros(backend, (slots, 2))? })
     }
 
-    /// How many slots there are.
+    /// The number of slots.
     pub fn slots(&self) -> usize {
         self.slots.len()
     }
@@ -107,7 +107,7 @@ impl<B: Backend> Bank<B> {
         self.layer
     }
 
-    /// How the factors are stored.
+    /// The element type of the factors.
     pub fn dtype(&self) -> DType {
         match self.numbers {
             Numbers::Elem(_) => B::Elem::DTYPE,
@@ -115,12 +115,12 @@ impl<B: Backend> Bank<B> {
         }
     }
 
-    /// What is in a slot; `None` for an empty one, or none of the bank's.
+    /// The adapter in a slot: `None` if the slot is empty, or not one of the bank.
     pub fn slot(&self, slot: usize) -> Option<Slot> {
         self.slots.get(slot).copied().flatten()
     }
 
-    /// What is in each slot.
+    /// All slots.
     pub(crate) fn slot_list(&self) -> &[Option<Slot>] {
         &self.slots
     }
@@ -249,7 +249,7 @@ impl<B: Backend> Bank<B> {
     }
 }
 
-/// What a slot must hold.
+/// The end of errors about empty slots.
 const FILLED: &str = "a slot that an adapter was loaded into";
 
 /// Overwrites the beginning of a slot of rank `room`: `A r×k`, and `B` transposed.
@@ -281,7 +281,7 @@ fn read<B: Backend, S: Float>(backend: &B, numbers: &[Tensor<B, S>; 2], first: u
     Ok([a?, b?])
 }
 
-/// Which factor.
+/// One of the two factors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     A,
@@ -309,7 +309,7 @@ impl<'t, B: Backend> PerRow<'t, B> {
         self.bank
     }
 
-    /// Which row uses which.
+    /// The slot of each row.
     pub fn rows(&self) -> &'t Assignment<B> {
         self.rows
     }
@@ -349,20 +349,35 @@ impl<'t, B: Backend> PerRow<'t, B> {
     }
 }
 
-/// How many adapters take part, so many gradients there are: one, or, of factors for each row, one for each segment.
+/// The number of segments of factors for each row; `None` for the factors of one adapter.
 ///
 /// Errors: [`Error::Value`] for factors of which only one is for each row, or both are of different banks or assignments; those of
 /// [`PerRow::check`].
-pub(super) fn check_per_row<B: Backend>(verb: &'static str, a: Factor<'_, B>, b: Factor<'_, B>, m: usize) -> Result<Option<usize>> {
+pub(super) fn check_per_row<B: Backend>(
+    verb: &'static str,
+    a: Factor<'_, B>,
+    b: Factor<'_, B>,
+    m: usize,
+) -> Result<Option<usize>> {
     match (a, b) {
         (Factor::PerRow(a), Factor::PerRow(b)) => {
             let same = std::ptr::eq(a.bank, b.bank) && std::ptr::eq(a.rows, b.rows) && (a.side, b.side) == (Side::A, Side::B);
-            Error::unless(same, verb, "b", "not the other factor of the bank and the rows of `a`", "both as `Bank::factors` made them")?;
+            Error::unless(
+                same,
+                verb,
+                "b",
+                "not the other factor of the bank and the rows of `a`",
+                "both as `Bank::factors` made them",
+            )?;
             a.check(verb, m)?;
             Ok(Some(a.rows.segments().len()))
         }
-        (Factor::PerRow(_), _) => Error::unless(false, verb, "b", "one for all rows", "one for each row, as `a` is").map(|()| None),
-        (_, Factor::PerRow(_)) => Error::unless(false, verb, "a", "one for all rows", "one for each row, as `b` is").map(|()| None),
+        (Factor::PerRow(_), _) => {
+            Error::unless(false, verb, "b", "one for all rows", "one for each row, as `a` is").map(|()| None)
+        }
+        (_, Factor::PerRow(_)) => {
+            Error::unless(false, verb, "a", "one for all rows", "one for each row, as `b` is").map(|()| None)
+        }
         _ => Ok(None),
     }
 }

@@ -6,7 +6,7 @@ use super::gemm::{
     Factor, Init, Matrix, Output, Product, Rows, add_products, add_rows, narrow_by_row, outer_by_segment, store, sum_of_products,
 };
 use super::linear::{elements_mut, factor, init, matrix, output, product, weight};
-use super::lora::{dropped, seen};
+use super::lora::{dropped, update_input};
 use super::{Cpu, Engine, pointwise};
 use crate::element::Float;
 use crate::error::Result;
@@ -16,7 +16,11 @@ use crate::op::{self, LoraBackward, LoraForward};
 const CHUNK: usize = 1008;
 
 /// `A` and `B` of all slots, and which rows use which.
-fn bank<'a, E: Float>(a: op::Factor<'a, Cpu<E>>, b: op::Factor<'a, Cpu<E>>, scale: f32) -> Option<[(Rows<'a>, Factor<'a, E>); 2]> {
+fn bank<'a, E: Float>(
+    a: op::Factor<'a, Cpu<E>>,
+    b: op::Factor<'a, Cpu<E>>,
+    scale: f32,
+) -> Option<[(Rows<'a>, Factor<'a, E>); 2]> {
     let (op::Factor::PerRow(a), op::Factor::PerRow(b)) = (a, b) else { return None };
     let (bank, rows) = (a.bank(), a.rows());
     let (segments, order, slots, rank) = (rows.segments(), rows.order(), bank.slot_list(), bank.rank());
@@ -30,7 +34,7 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
     let (x, m, r) = (matrix(op.x), op.h.rows(), op.h.cols());
     let h = elements_mut(op.h);
     let dropped = dropped(engine, op.dropout, x)?;
-    narrow_by_row(engine, rows.unscaled(), seen(x, &dropped), a, Output::new(h, m, r))?;
+    narrow_by_row(engine, rows.unscaled(), update_input(x, &dropped), a, Output::new(h, m, r))?;
     let base = op.w.map(|w| product(x, weight(w).t()));
     let (y, adds) = op.y.into_parts();
     let h = Matrix::new(h, m, r);
@@ -46,7 +50,7 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
     narrow_by_row(engine, rows, Factor::Elem(dy), b, Output::new(&mut dh, m, r))?;
     let dh = Matrix::new(&dh, m, r);
     outer_by_segment(engine, rows, h, Factor::Elem(dy), output(op.db))?;
-    outer_by_segment(engine, rows.unscaled(), dh, seen(x, &dropped), output(op.da))?;
+    outer_by_segment(engine, rows.unscaled(), dh, update_input(x, &dropped), output(op.da))?;
     if let Some(dbias) = op.dbias {
         pointwise::column_sums(engine, dy, elements_mut(dbias));
     }

@@ -5,11 +5,11 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
-use super::apart::{apart, read, read_factor, written};
+use super::aliasing::{check_aliasing, read, read_factor, written};
 use super::dispatch::{Binding, Launch};
 use super::memory::Buffer;
 use super::shader::{Kernel, RowsKernel};
-use super::sum::{Finish, Init, Sum, matrix};
+use super::sum::{Epilogue, Init, Sum, matrix};
 use crate::element::{DType, Element, Float};
 use crate::error::{Error, Result};
 use crate::op::{Factor, LoraBackward, LoraForward, PerRow};
@@ -63,11 +63,11 @@ impl<E: Float> WebGpu<E> {
     /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
     pub(super) fn lora_forward_rows(&self, op: LoraForward<'_, Self>, a: PerRow<'_, Self>) -> Result<()> {
         let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense()), op.bias, op.h.into_ref());
-        let (y, adds) = op.y.into_parts();
+        let (y, accumulate) = op.y.into_parts();
         let y = y.into_ref();
         let reads = [w.map(|w| read("w", w)), bias.map(|bias| read("bias", bias)), Some(read("x", x))].into_iter().flatten();
         let factors = [read_factor("a", op.a), read_factor("b", op.b)];
-        apart("lora_forward", reads.chain(factors).chain([written("h", h), read("h", h), written("y", y)]))?;
+        check_aliasing("lora_forward", reads.chain(factors).chain([written("h", h), read("h", h), written("y", y)]))?;
 
         let dropped = self.dropped(op.dropout, x)?;
         let (left, right) = (self.seen(x, &dropped)?, self.stacked(op.a)?);
@@ -77,19 +77,19 @@ impl<E: Float> WebGpu<E> {
         let update = MatRef::all(update.slice(), Shape { rows: x.rows(), cols: n });
         let kernel = RowsKernel::Products;
         self.pass(Pass { kernel, of: a, scale: Some(op.scale), cols: n, left, right, bias, out: update })?;
-        let (init, base) = (Init::new(Some(matrix(update)), adds), w.map(|w| matrix(x) * matrix(w).t()));
-        self.sum(Sum { init, scale: 1.0, update: None, base, finish: Finish::Store(matrix(y)) })
+        let (init, base) = (Init::new(Some(matrix(update)), accumulate), w.map(|w| matrix(x) * matrix(w).t()));
+        self.sum(Sum { init, scale: 1.0, update: None, base, epilogue: Epilogue::Store(matrix(y)) })
     }
 
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
     pub(super) fn lora_backward_rows(&self, op: LoraBackward<'_, Self>, a: PerRow<'_, Self>) -> Result<()> {
         let (x, w, dbias, scale) = (op.x, op.w.map(|w| w.dense()), op.dbias.map(MatMut::into_ref), Some(op.scale));
         let (da, db, dx) = (op.da.into_ref(), op.db.into_ref(), op.dx.map(|dx| dx.into_parts()));
-        let dx = dx.map(|(dx, adds)| (dx.into_ref(), adds));
+        let dx = dx.map(|(dx, accumulate)| (dx.into_ref(), accumulate));
         let reads = [read("x", x), read_factor("a", op.a), read_factor("b", op.b), read("h", op.h), read("dy", op.dy)];
         let writes = [written("da", da), written("db", db)];
         let others = [w.map(|w| read("w", w)), dbias.map(|d| written("dbias", d)), dx.map(|(dx, _)| written("dx", dx))];
-        apart("lora_backward", reads.into_iter().chain(others.into_iter().flatten()).chain(writes))?;
+        check_aliasing("lora_backward", reads.into_iter().chain(others.into_iter().flatten()).chain(writes))?;
 
         let (m, k, n, r) = (x.rows(), x.cols(), op.dy.cols(), a.bank().rank());
         let dropped = self.dropped(op.dropout, x)?;
@@ -104,15 +104,15 @@ impl<E: Float> WebGpu<E> {
         self.pass(Pass { kernel: outer, of: a, scale: None, cols: k, left, right, bias: None, out: da })?;
         self.bias_gradient(op.dy, dbias)?;
 
-        let Some((dx, adds)) = dx else { return Ok(()) };
+        let Some((dx, accumulate)) = dx else { return Ok(()) };
         let update = Buffer::<f32>::unwritten(&self.gpu, m * k)?;
         let update = MatRef::all(update.slice(), Shape { rows: m, cols: k });
         let (left, right) = (self.operand(dh)?, self.stacked(op.a)?);
         self.pass(Pass { kernel: RowsKernel::Products, of: a, scale: None, cols: k, left, right, bias: None, out: update })?;
         let masked = op.dropout.map(|dropout| self.drop(dropout, update)).transpose()?;
         let update = masked.as_ref().map_or(update, |masked| MatRef::all(masked.slice(), update.shape()));
-        let (init, base) = (Init::new(Some(matrix(update)), adds), w.map(|w| matrix(op.dy) * matrix(w)));
-        self.sum(Sum { init, scale: 1.0, update: None, base, finish: Finish::Store(matrix(dx)) })
+        let (init, base) = (Init::new(Some(matrix(update)), accumulate), w.map(|w| matrix(op.dy) * matrix(w)));
+        self.sum(Sum { init, scale: 1.0, update: None, base, epilogue: Epilogue::Store(matrix(dx)) })
     }
 
     fn pass(&self, pass: Pass<'_, E>) -> Result<()> {
@@ -143,7 +143,7 @@ impl<E: Float> WebGpu<E> {
             unused: 0,
         };
         let groups = if kernel == RowsKernel::Narrow { (elements as u32).min(self.limits.groups) } else { self.groups(elements) };
-        let row = row.map_or_else(|| self.unread(), |row| row.binding);
+        let row = row.map_or_else(|| self.placeholder(), |row| row.binding);
         let row = (kernel == RowsKernel::Products).then_some(row);
         let work = elements as u64 * if kernel == RowsKernel::Narrow { cols } else { bank.rank() } as u64;
         let kernel = Kernel::Rows(kernel, left.dtype, right.dtype);
@@ -161,7 +161,7 @@ impl<E: Float> WebGpu<E> {
         }
     }
 
-    /// What the adapters see of `x`.
+    /// The input of the update: `drop(x)`, or `x` without dropout.
     fn seen<'a>(&'a self, x: MatRef<'a, Self>, dropped: &'a Option<Buffer<f32>>) -> Result<Operand<'a>> {
         match dropped {
             Some(dropped) => self.operand(MatRef::<Self, f32>::all(dropped.slice(), x.shape())),
@@ -174,7 +174,10 @@ impl<E: Float> WebGpu<E> {
         let (before, span) = (view.memory().first(), view.span());
         let [start, end] = [span.start, span.end].map(|element| ((before + element) * size_of::<T>()) as u64);
         if end - start > self.limits.binding_bytes - self.alignment() {
-            return Err(Error::TooLarge { shape: view.shape(), limit: "a binding of this device holds, and factors for each row need one" });
+            return Err(Error::TooLarge {
+                shape: view.shape(),
+                limit: "a binding of this device holds, and factors for each row need one",
+            });
         }
         let (binding, first) = self.window(view.memory().raw(), start..end, size_of::<T>() as u64);
         let dtype = if size_of::<T>() == 2 { DType::F16 } else { DType::F32 };

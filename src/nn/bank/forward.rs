@@ -11,7 +11,7 @@ use crate::op::Dropout;
 pub struct Mixed<'m, B: Backend> {
     bank: &'m AdapterBank<B>,
     rows: &'m MixedRows<B>,
-    /// Whose parameters get gradients.
+    /// The adapters that get gradients, if they are trained.
     sweep: Option<&'m Sweep<B>>,
 }
 
@@ -32,12 +32,12 @@ impl<B: Backend> AdapterBank<B> {
 }
 
 impl<'m, B: Backend> Mixed<'m, B> {
-    /// The same, with gradients for the parameters of a sweep.
+    /// With gradients for the parameters of a sweep.
     pub(super) fn trained(self, sweep: &'m Sweep<B>) -> Self {
         Self { sweep: Some(sweep), ..self }
     }
 
-    /// Where the gradients of a layer go.
+    /// The parameters of a layer that get gradients, for each segment.
     fn trained_slots(&self, layer: &str) -> Vec<TrainedSlot<'m, B>> {
         let Some(sweep) = self.sweep else { return Vec::new() };
         let rows = self.rows.assignment();
@@ -64,7 +64,7 @@ impl<B: Backend> Layer<B> {
         mixed: Mixed<'m, B>,
     ) -> Result<Var> {
         if let Some(lora) = self.lora() {
-            lora.unmerged("forward_mixed")?;
+            lora.check_unmerged("forward_mixed")?;
         }
         let known = || mixed.bank.layers.iter().map(|(known, _)| known.as_str()).collect::<Vec<_>>().join(", ");
         let bank = mixed.bank.layer(name).ok_or_else(|| Error::NoSuchLayer { name: name.into(), known: known() })?;

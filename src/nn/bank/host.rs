@@ -22,7 +22,7 @@ pub struct HostUpdate {
     pub a: Vec<f32>,
     /// `n×r`, row by row
     pub b: Vec<f32>,
-    /// What the update is multiplied with.
+    /// Factor of the update: `alpha / r` in the LoRA paper.
     pub scaling: f32,
 }
 

@@ -56,7 +56,7 @@ pub struct AdapterBank<B: Backend> {
     counts: BankCounts,
 }
 
-/// How often adapters were found in a slot, and how often they were not.
+/// Cache statistics of an [`AdapterBank`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BankCounts {
     /// Adapters of batches that were in a slot.
@@ -83,7 +83,7 @@ impl Occupant {
     }
 }
 
-/// Which adapter of an [`AdapterBank`] each row of a batch uses. While it lives, their slots are neither overwritten nor emptied.
+/// The adapter of an [`AdapterBank`] that each row of a batch uses. While it lives, their slots are neither overwritten nor emptied.
 #[derive(Debug)]
 pub struct MixedRows<B: Backend> {
     bank: u64,
@@ -131,7 +131,7 @@ impl<B: Backend> AdapterBank<B> {
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged.
     pub(super) fn of_model(backend: &B, model: &impl Adaptable<B>, names: &[Option<&str>]) -> Result<Option<Self>> {
         let names: BTreeSet<&str> = names.iter().flatten().copied().collect();
-        super::adaptable::unmerged(model, "predict_mixed")?;
+        super::adaptable::check_unmerged(model, "predict_mixed")?;
         model.check_adapters(&names.iter().copied().collect::<Vec<_>>())?;
         let parts = || model.layers().filter_map(|(_, layer)| layer.lora());
         let plain = |name: &&str| parts().filter_map(|lora| lora.part(name)).all(|part| host::plain(part).is_ok());
@@ -146,7 +146,7 @@ impl<B: Backend> AdapterBank<B> {
         Ok(Some(bank))
     }
 
-    /// How many adapters there is room for.
+    /// The number of adapters that fit into the bank.
     pub fn slots(&self) -> usize {
         self.slots.len()
     }
@@ -185,7 +185,7 @@ impl<B: Backend> AdapterBank<B> {
         self.load_beside(backend, name, adapter, &BTreeSet::new())
     }
 
-    /// The same, keeping these slots as well.
+    /// [`load`](Self::load) that does not evict the adapters in these slots.
     fn load_beside(&mut self, backend: &B, name: &str, adapter: &HostAdapter, kept: &BTreeSet<usize>) -> Result<usize> {
         adapter.check(&self.layers)?;
         let slot = self.slot_for(name, kept)?;
@@ -201,7 +201,7 @@ impl<B: Backend> AdapterBank<B> {
         Ok(slot)
     }
 
-    /// Where an adapter goes.
+    /// The slot for an adapter that is to be loaded.
     fn slot_for(&self, name: &str, kept: &BTreeSet<usize>) -> Result<usize> {
         if let Some(slot) = self.slot(name) {
             let free = !self.slots[slot].as_ref().is_some_and(Occupant::is_in_use);
@@ -256,8 +256,8 @@ impl<B: Backend> AdapterBank<B> {
         self.slot(name).ok_or_else(|| Error::NoSuchAdapter { name: name.into(), known: known() })
     }
 
-    /// Which adapter each row of a batch uses; `None` is the base model. `fetch` brings an adapter that is in no slot, from host memory
-    /// or from disk; it takes the place of the one that was used the longest ago.
+    /// Assigns an adapter to each row of a batch; `None` is the base model. `fetch` reads an adapter that is in no slot from host memory
+    /// or disk; it replaces the least recently used one.
     ///
     /// Errors: those of `fetch` and of [`load`](Self::load); [`Error::Value`] for more adapters than slots.
     pub fn assign(

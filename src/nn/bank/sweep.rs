@@ -16,19 +16,19 @@ use crate::tensor::{Shape, Tensor};
 pub struct Sweep<B: Backend> {
     bank: AdapterBank<B>,
     adapters: Vec<Trained<B>>,
-    /// Whether the gradient of an adapter is that of the mean over its own rows, as if it was trained alone; otherwise that of the mean
-    /// over all rows of the batch. Set unless said otherwise: for a loss that is a mean over rows, all of which have a label.
+    /// `true`: the loss of an adapter is the mean over its own rows, as if it was trained alone. `false`: the mean over all rows of the
+    /// batch. `true` by default; it needs a loss that is a mean over rows, all of which have a label.
     pub own_means: bool,
 }
 
-/// How an adapter of a [`Sweep`] is made and trained.
+/// The settings of one adapter of a [`Sweep`].
 #[derive(Debug)]
 pub struct Recipe<B: Backend> {
     /// Its name.
     pub name: String,
-    /// Its rank, its scaling and what its factors begin with.
+    /// Its rank, scaling and initialisation.
     pub config: LoraConfig,
-    /// What updates it.
+    /// Its optimizer.
     pub adam: Adam<B>,
 }
 
@@ -50,7 +50,8 @@ impl<B: Backend> Sweep<B> {
     pub fn new(backend: &B, model: &impl Adaptable<B>, recipes: Vec<Recipe<B>>, rng: &mut Rng) -> Result<Self> {
         let rank = recipes.iter().map(|recipe| recipe.config.rank).max().unwrap_or(0);
         Error::unless(rank > 0, "sweep", "recipes", "without an adapter", "one of rank 1 or more")?;
-        let mut sweep = Self { bank: AdapterBank::new(backend, model, recipes.len(), rank)?, adapters: Vec::new(), own_means: true };
+        let mut sweep =
+            Self { bank: AdapterBank::new(backend, model, recipes.len(), rank)?, adapters: Vec::new(), own_means: true };
         for recipe in recipes {
             let new = sweep.bank.slot(&recipe.name).is_none();
             Error::unless(new, "sweep", "recipes", format!("two of the name `{}`", recipe.name), "a name of its own for each")?;
@@ -62,7 +63,7 @@ impl<B: Backend> Sweep<B> {
         Ok(sweep)
     }
 
-    /// Which adapter each row of a batch trains; `None` for none. Errors: [`Error::Value`] naming one that is not here, and its row.
+    /// Assigns an adapter to each row of a batch; `None` trains none. Errors: [`Error::Value`] naming one that is not here, and its row.
     pub fn assign(&mut self, backend: &B, rows: &[Option<&str>]) -> Result<MixedRows<B>> {
         self.bank.assign_loaded(backend, rows, 1)
     }
@@ -157,7 +158,8 @@ impl<B: Backend> Trained<B> {
     fn new(backend: &B, model: &impl Adaptable<B>, recipe: Recipe<B>, rng: &mut Rng) -> Result<Self> {
         let Recipe { name, config, adam } = recipe;
         config.check()?;
-        let more = config.use_dora || config.lora_bias || config.bias != crate::nn::Bias::None || !config.modules_to_save.is_empty();
+        let more =
+            config.use_dora || config.lora_bias || config.bias != crate::nn::Bias::None || !config.modules_to_save.is_empty();
         Error::unless(!more, "sweep", "config", "one with DoRA, biases or whole layers", "low-rank updates alone")?;
         let scaling = config.scaling.of(config.alpha, config.rank);
         let mut layers = Vec::new();

@@ -86,7 +86,7 @@ impl Mixed {
         Self { layer: self.layer.magnitudes(), adapters: self.adapters.iter().map(of).collect(), ..self.clone() }
     }
 
-    /// The same with the rows in another order: row `i` is row `order[i]` of this one.
+    /// With the rows in another order: row `i` is row `order[i]` of this one.
     fn reordered(&self, order: &[usize]) -> Self {
         let by = |mat: &Mat| Mat::new(mat.rows, mat.cols, |i, j| mat.at(order[i], j));
         let Lora { x, dy, mask, .. } = &self.layer;
@@ -99,7 +99,7 @@ fn zeros(rows: usize, cols: usize) -> Mat {
     Mat::new(rows, cols, |_, _| 0.0)
 }
 
-/// How a mixed batch is run.
+/// Options of a run.
 #[derive(Clone, Copy, Default)]
 pub struct How {
     pub dropout: Option<Dropout>,
@@ -174,7 +174,7 @@ pub fn run_mixed<B: Backend>(backend: &B, mixed: &Mixed, how: How) -> Result<Got
     })
 }
 
-/// Whether the backend takes factors for each row. One that does not says so, and the check is named as not covered.
+/// `false` on a backend that refuses factors for each row; the check is then named as not covered.
 fn takes_banks<B: Backend>(backend: &B, check: &str) -> bool {
     let mixed = Mixed::new(Dims { m: 2, k: 2, n: 2, r: 1 }, 2, 1, whole);
     match run_mixed(backend, &mixed, How::default()) {
@@ -342,7 +342,8 @@ pub fn a_slot_beside_the_right_one_is_noticed<B: Backend>(backend: &B) {
             continue;
         }
         let got = run_mixed(backend, &wrong, How::default()).unwrap();
-        let differs = |got: &[B::Elem], want: &Mat| got.iter().zip(&want.data).any(|(got, want)| f64::from(got.to_f32()) != *want);
+        let differs =
+            |got: &[B::Elem], want: &Mat| got.iter().zip(&want.data).any(|(got, want)| f64::from(got.to_f32()) != *want);
         assert!(differs(row(&got.y, at, 12), &Mat::from_vec(1, 18, row(&want.y.data, at, 12).to_vec())), "y, row {at}");
         assert!(differs(row(&got.dx, at, 12), &Mat::from_vec(1, 20, row(&want.dx.data, at, 12).to_vec())), "dx, row {at}");
     }

@@ -28,7 +28,7 @@ const COLUMNS: usize = 1024;
 /// Vectors of a row whose sums stay in registers.
 const WIDE: usize = 4;
 
-/// Which rows use which slot, and what the slots hold.
+/// The segments of a batch and the slots of a bank.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Rows<'a> {
     pub(in super::super) segments: &'a [Segment],
@@ -37,7 +37,7 @@ pub(in super::super) struct Rows<'a> {
     pub(in super::super) slots: &'a [Option<Slot>],
     /// Rows of a right side: the rank that every slot has room for.
     pub(in super::super) rank: usize,
-    /// What products are multiplied with, beside the scaling of the slot; `None` to scale nothing.
+    /// Factor of the products, multiplied with the scaling of the slot; `None` for products that are not scaled.
     pub(in super::super) scale: Option<f32>,
 }
 
@@ -45,14 +45,14 @@ pub(in super::super) struct Rows<'a> {
 struct Part<'a> {
     /// Rows of the batch.
     rows: &'a [u32],
-    /// Which row of the right side is the first.
+    /// The first row of the slot in the right side.
     first: usize,
     rank: usize,
     scale: f32,
 }
 
 impl<'a> Rows<'a> {
-    /// The same, whose products are not scaled.
+    /// Without scaling.
     pub(in super::super) fn unscaled(self) -> Self {
         Self { scale: None, ..self }
     }
@@ -65,7 +65,7 @@ impl<'a> Rows<'a> {
         Part { rows: &of_segment[at(rows.start)..at(rows.end)], first: segment.slot * self.rank, rank, scale }
     }
 
-    /// What the segments have of these rows.
+    /// The part of each segment in these rows.
     fn parts(self, rows: Range<usize>) -> impl Iterator<Item = Part<'a>> {
         self.segments.iter().map(move |segment| self.part(segment, &rows)).filter(|part| !part.rows.is_empty())
     }
@@ -121,7 +121,7 @@ impl<L: Float, R: Float> Kernel for Narrow<'_, '_, L, R> {
 }
 
 impl<L: Float, R: Float> Narrow<'_, '_, L, R> {
-    /// Those of X rows, with W rows of the right side at a time.
+    /// The products of X rows, with W rows of the right side at a time.
     #[inline(always)]
     fn sum<S: Simd, const X: usize, const W: usize>(&mut self, s: S, part: &Part<'_>, rows: [u32; X]) {
         let (depth, cols) = (self.left.cols(), self.block.cols());
@@ -172,7 +172,7 @@ pub(in super::super) fn add_products<E: Float>(
     if out.is_empty() {
         return Ok(());
     }
-    let down = Parts::new(out.rows(), 1, super::plan::ROWS, 1);
+    let down = Parts::new(out.rows(), 1, super::plan::LHS_ROWS, 1);
     let across = Parts::new(out.cols(), WIDE * LANES, COLUMNS, engine.threads());
     out.for_each_block(engine, down, across, rows.rank, |block| {
         match right {
@@ -213,7 +213,7 @@ impl<R: Float> Kernel for Add<'_, '_, R> {
     }
 }
 
-/// Which rows of the batch a block has, where row 0 of the output is row `first` of them.
+/// The rows of a block, counted from the first row of the batch.
 fn of_batch(first: usize, block: &Block<'_, f32>) -> Range<usize> {
     first + block.rows().start..first + block.rows().end
 }
@@ -242,7 +242,7 @@ fn add_wide<'r, S: Simd, R: Float>(
     }
 }
 
-/// The same for what is left of a row.
+/// `line += Σ_p scale·left[p]·right(p)` for a line shorter than [`WIDE`] vectors
 #[inline(always)]
 fn add_edge<'r, S: Simd, R: Float>(s: S, left: &[f32], scale: f32, right: impl Fn(usize) -> &'r [R], line: &mut [f32]) {
     for (v, line) in line.chunks_mut(LANES).enumerate() {
@@ -265,7 +265,7 @@ pub(in super::super) fn add_rows(
     if out.is_empty() {
         return Ok(());
     }
-    let down = Parts::new(out.rows(), 1, super::plan::ROWS, 1);
+    let down = Parts::new(out.rows(), 1, super::plan::LHS_ROWS, 1);
     let across = Parts::new(out.cols(), LANES, COLUMNS, engine.threads());
     out.for_each_block(engine, down, across, 1, |block| {
         engine.unit.run(AddRows { block, first, rows, from });

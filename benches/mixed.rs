@@ -120,6 +120,7 @@ fn rows<E: Float>(rounds: usize, threads: usize, m: usize, adapters: &[usize], g
         let rows: Vec<_> = (0..m).map(|i| Some(i % adapters)).collect();
         Assignment::new(cpu, most, &rows)
     };
+    let all = adapters.iter().map(|&count| assigned(count)).collect::<Result<Vec<_>>>()?;
     let (_, mut y) = out()?;
     let mut contenders: Vec<Contender<'_>> = vec![("base layer", Box::new(move || layer.base(cpu, &mut y)))];
     let (mut h, mut y) = out()?;
@@ -127,7 +128,6 @@ fn rows<E: Float>(rounds: usize, threads: usize, m: usize, adapters: &[usize], g
     let one =
         ("one adapter, not of a bank", Box::new(move || layer.forward(cpu, [a.into(), b.into()], &mut h, &mut y)) as Box<_>);
     contenders.push(one);
-    let all = adapters.iter().map(|&count| assigned(count)).collect::<Result<Vec<_>>>()?;
     for (&count, rows) in adapters.iter().zip(&all) {
         let (mut h, mut y) = out()?;
         let name = match count {

@@ -8,7 +8,7 @@ use lowrank::nn::{
 };
 use lowrank::op::{Assignment, Bank, Labels, LoraForward, LoraMerge, Rounding};
 use lowrank::random::Rng;
-use lowrank::{Backend, Cpu, Error, Tensor, bf16};
+use lowrank::{Cpu, Error, Tensor, bf16};
 use proptest::prelude::*;
 
 use support::bounds::assert_exact;

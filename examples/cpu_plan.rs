@@ -4,8 +4,8 @@
 //! cargo run --release --example cpu_plan
 //! ```
 //!
-//! One thread, f32; minimum and median of interleaved runs, each in a process of its own with `LOWRANK_CACHES` set. If another row is
-//! faster by more than noise, set `LOWRANK_CACHES`, and please report it.
+//! One thread, f32; minimum and median of interleaved runs, each in a process of its own with `LOWRANK_CACHES` set. If another
+//! row is faster by more than noise, set `LOWRANK_CACHES`, and please report it.
 
 use std::error::Error;
 use std::process::Command;

@@ -75,8 +75,8 @@ impl<B: Backend> Param<B> {
         Ok(())
     }
 
-    /// Overwrites the elements with those of `host`, which is row-major; nothing is allocated. Errors: [`Error::Value`] for another
-    /// number of elements.
+    /// Overwrites the elements with those of `host`, which is row-major; nothing is allocated. Errors: [`Error::Value`] for
+    /// another number of elements.
     pub fn copy_from_slice(&mut self, backend: &B, host: &[B::Elem]) -> Result<()> {
         self.tensor.copy_from_slice(backend, host)
     }
@@ -343,8 +343,8 @@ impl<'m, B: Backend> Tape<'m, B> {
         Ok(self.push(Op::Sum { x, y, scale }, needs_grad, sum))
     }
 
-    /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. It is a loss: [`backward`](Self::backward) differentiates the sum of all
-    /// losses.
+    /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. It is a loss: [`backward`](Self::backward) differentiates the sum of
+    /// all losses.
     pub fn cross_entropy(&mut self, logits: Var, labels: &Labels<B>) -> Result<Tensor<B, f32>> {
         let mut loss = Tensor::unwritten(self.backend, (1, 1))?;
         let mut dlogits = Tensor::unwritten(self.backend, self.value(logits)?.shape())?;
@@ -365,8 +365,8 @@ impl<'m, B: Backend> Tape<'m, B> {
 
     /// The gradients of the sum of all losses, for every trainable parameter.
     ///
-    /// The gradient of a weight is kept as two factors. For a weight that was used several times, such as a tied one, it is the sum, a
-    /// matrix in `f32`.
+    /// The gradient of a weight is kept as two factors. For a weight that was used several times, such as a tied one, it is the
+    /// sum, a matrix in `f32`.
     ///
     /// Errors: [`Error::Value`] without a loss and without a [`seed`](Self::seed); those of the verbs and of custom operations.
     pub fn backward(self) -> Result<Gradients<B>> {

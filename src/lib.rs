@@ -38,6 +38,8 @@
 //! To read the source: [`op`] (requests) → [`backend`] (the interface of devices) → `backend/cpu/lora.rs` (a verb as a sum of
 //! products) → `backend/cpu/gemm` (the engine) → `backend/cpu/simd` (vectors of sixteen lanes on any CPU).
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 #[cfg(feature = "adapter")]
 pub mod adapter;
 pub mod autograd;
@@ -46,6 +48,7 @@ pub mod backend;
 pub mod checkpoint;
 mod element;
 mod error;
+#[doc(hidden)]
 pub mod file;
 pub mod nn;
 pub mod op;

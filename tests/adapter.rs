@@ -89,8 +89,8 @@ fn peft_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// PEFT's own files, read and written again, keep every byte: regular expressions, the order of keys, an `auto_mapping` that this crate
-/// does not use.
+/// PEFT's own files, read and written again, keep every byte: regular expressions, the order of keys, an `auto_mapping` that this
+/// crate does not use.
 #[test]
 fn the_files_of_peft_survive_a_round_trip_byte_for_byte() {
     for theirs in peft_folders() {
@@ -224,8 +224,8 @@ fn patterns_match_as_in_peft() {
     assert_eq!(rank_alpha("fc12"), None);
 }
 
-/// `exclude_modules` takes precedence over targets; `layers_to_transform` applies to layers that match the end of a name, not to those
-/// named in full; the first number in a name counts; modules that are saved whole, and those within them, get no update.
+/// `exclude_modules` takes precedence over targets; `layers_to_transform` applies to layers that match the end of a name, not to
+/// those named in full; the first number in a name counts; modules that are saved whole, and those within them, get no update.
 #[test]
 fn layers_are_excluded_and_picked_by_number_as_in_peft() {
     let asked = |extra: Value, layer: &str| {

@@ -1,5 +1,5 @@
-//! Adapter folders that are damaged, malicious or for another model: an error that names the problem, never a panic, and the model does
-//! not change.
+//! Adapter folders that are damaged, malicious or for another model: an error that names the problem, never a panic, and the
+//! model does not change.
 
 mod support;
 

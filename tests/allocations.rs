@@ -1,7 +1,8 @@
 //! Loops of training, decoding and bare verbs do not allocate after the first few iterations.
 //!
-//! Counted are the calls of the global allocator by the threads that compute, and, for memory that is mapped directly, page faults. The
-//! loops run inside a thread pool, because rayon allocates a block every few dozen calls when work comes from outside.
+//! Counted are the calls of the global allocator by the threads that compute, and, for memory that is mapped directly, page
+//! faults. The loops run inside a thread pool, because rayon allocates a block every few dozen calls when work comes from
+//! outside.
 #![allow(unsafe_code, reason = "an allocator that counts is an allocator")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -92,8 +93,8 @@ impl Iterator for &mut Steps {
     }
 }
 
-/// Makes each of two threads steal a task from the other: rayon allocates a little when a thread steals for the first time, which may
-/// happen long after the warm-up on a busy machine.
+/// Makes each of two threads steal a task from the other: rayon allocates a little when a thread steals for the first time, which
+/// may happen long after the warm-up on a busy machine.
 fn steal_once() {
     let (first, second) = (AtomicBool::new(false), AtomicBool::new(false));
     let wait = |met: &AtomicBool| {

@@ -81,3 +81,34 @@ fn the_package_contains_what_the_readme_links_to() {
     files.iter().for_each(|file| assert!(packed.contains(file), "{file} is not packed: {packed:?}"));
     assert_eq!(packed.iter().filter(|file| file.ends_with("README.md")).count(), 1, "{packed:?}");
 }
+
+/// docs/adding-a-verb.md lists the files of the verb `lora_row_norm`.
+#[test]
+fn the_list_of_files_for_a_verb_is_complete() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/adding-a-verb.md")).unwrap();
+    let item =
+        |line: &str| line.split_once(". `").filter(|(number, _)| number.parse::<u32>().is_ok()).map(|(_, rest)| rest.to_owned());
+    let listed: Vec<String> = page.lines().filter_map(item).filter_map(|rest| Some(rest.split_once('`')?.0.to_owned())).collect();
+    assert!(listed.len() > 20, "{listed:?}");
+    let names_it = |path: &Path| {
+        std::fs::read_to_string(path).is_ok_and(|text| text.contains("lora_row_norm") || text.contains("LoraRowNorm"))
+    };
+    listed.iter().for_each(|file| assert!(names_it(&root.join(file)), "{file} is listed, and does not name the verb"));
+    let mut folders: Vec<_> = ["src/op", "src/backend", "kernels", "shaders"].map(|folder| root.join(folder)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let file = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
+            let is_made = file.ends_with(".ptx") || file.ends_with("registers.txt");
+            if path.is_dir() {
+                folders.push(path);
+            } else if !is_made && names_it(&path) && !MENTIONS.contains(&file.as_str()) {
+                assert!(listed.contains(&file), "{file} names the verb, and is not listed");
+            }
+        }
+    }
+}
+
+/// Files that name the verb and need not change for another.
+const MENTIONS: [&str; 2] = ["src/op/magnitude.rs", "src/backend/cuda/sources.rs"];

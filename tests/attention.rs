@@ -1,5 +1,5 @@
-//! The custom model of `examples/attention` supports adapters in the same way as `Mlp`. Its custom operations are checked by finite
-//! differences.
+//! The custom model of `examples/attention` supports adapters in the same way as `Mlp`. Its custom operations are checked by
+//! finite differences.
 
 #![allow(dead_code, reason = "the example uses all of its modules")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
@@ -73,7 +73,8 @@ struct Operands {
 }
 
 impl Operands {
-    /// A value that needs a gradient is the product of a unit matrix and a parameter, `I·Wᵀ`, so that its gradient is a factor of `W`'s.
+    /// A value that needs a gradient is the product of a unit matrix and a parameter, `I·Wᵀ`, so that its gradient is a factor of
+    /// `W`'s.
     fn params(&self, cpu: &Device) -> Vec<Param<Device>> {
         let transposed = |((rows, cols), x): &((usize, usize), Vec<f32>)| {
             let w: Vec<f32> = (0..*cols).flat_map(|j| (0..*rows).map(move |i| x[i * cols + j])).collect();
@@ -110,9 +111,9 @@ impl Operands {
 
     /// Central differences, `D(h) = (L(x + h) - L(x - h)) / 2h`, against the tape.
     ///
-    /// The operations are computed in f64 and rounded once, so a loss has an error of at most `e`, and `D(h)` of `e/h`. The truncation error
-    /// of `D(h)` is a third of `D(2h) - D(h)` plus terms in `h⁴`: the whole difference is allowed, plus `e/h` for its own rounding. The
-    /// gradient itself is rounded once.
+    /// The operations are computed in f64 and rounded once, so a loss has an error of at most `e`, and `D(h)` of `e/h`. The
+    /// truncation error of `D(h)` is a third of `D(2h) - D(h)` plus terms in `h⁴`: the whole difference is allowed, plus `e/h`
+    /// for its own rounding. The gradient itself is rounded once.
     fn check(&self, name: &str, operation: Operation) {
         const H: f32 = 1.0 / 64.0;
         let cpu = cpu();
@@ -247,8 +248,9 @@ fn a_folder_has_the_names_that_peft_has_for_such_a_model() {
     assert_eq!(logits(&cpu, &other), logits(&cpu, &model));
 }
 
-/// The error of a layer's output is at most `(depth + 2)·u` of its size, where the depth counts the inputs, the rank, and the rounding of
-/// the merged weight. The norms keep the inputs of the next layers at that size. For all 15 layers it is 15 times that.
+/// The error of a layer's output is at most `(depth + 2)·u` of its size, where the depth counts the inputs, the rank, and the
+/// rounding of the merged weight. The norms keep the inputs of the next layers at that size. For all 15 layers it is 15 times
+/// that.
 const MERGED_WITHIN: f64 = 15.0 * (24.0 + 4.0 + 1.0 + 2.0) * (f32::EPSILON / 2.0) as f64;
 
 #[track_caller]

@@ -128,8 +128,8 @@ fn a_name_that_is_not_unicode_is_refused() {
     assert!(done.status.success() && said.contains("1 passed"), "{said}");
 }
 
-/// Sizes on both sides of every limit of the blocked and skinny regimes: rows of a chunk, rows below which packing does not pay, columns
-/// of a strip, depth of a block, the largest rank that shares the last block of the depth; and empty layers.
+/// Sizes on both sides of every limit of the blocked and skinny regimes: rows of a chunk, rows below which packing does not pay,
+/// columns of a strip, depth of a block, the largest rank that shares the last block of the depth; and empty layers.
 fn sizes_around_every_cut() -> Vec<Dims> {
     let rows = [16, 17, 24, 25, 1007, 1008, 1009, 1023].map(|m| Dims { m, k: 37, n: 21, r: 3 });
     let cols = [255, 256, 257, 513, 2100].map(|n| Dims { m: 30, k: 19, n, r: 17 });

@@ -1,5 +1,5 @@
-//! The program `lowrank`, as a process: each subcommand, PEFT's merged weights, shards, and errors that name the problem and leave no
-//! partial output.
+//! The program `lowrank`, as a process: each subcommand, PEFT's merged weights, shards, and errors that name the problem and
+//! leave no partial output.
 
 use std::fs;
 use std::path::{Path, PathBuf};

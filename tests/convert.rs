@@ -1,5 +1,5 @@
-//! `lowrank convert --to`: adapters of other programs are converted to PEFT folders and back, bit for bit. Missing information must be
-//! given by an option, and content that the new format cannot hold is refused.
+//! `lowrank convert --to`: adapters of other programs are converted to PEFT folders and back, bit for bit. Missing information
+//! must be given by an option, and content that the new format cannot hold is refused.
 
 mod desk;
 

@@ -45,7 +45,8 @@ fn gpu_operands_of_another_stream_are_refused() {
     }
 }
 
-/// The per-thread default stream is another one on each thread, so the backend works only on its own; memory may be dropped on any.
+/// The per-thread default stream is another one on each thread, so the backend works only on its own; memory may be dropped on
+/// any.
 #[test]
 fn gpu_the_per_thread_stream_is_that_of_one_thread() {
     if open::<bf16>().is_none() {

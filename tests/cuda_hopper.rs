@@ -211,8 +211,8 @@ enum Pass {
 
 /// The outcome of a mutant of that kernel: `None` if it was not detected.
 fn verdict(ptx: &str, pass: Pass, name: &str) -> Option<String> {
-    // Two tiles in sequence for the only cluster, with one step more than there are stages and more than one chunk. A single multiprocessor
-    // gets narrow tiles, which have two more stages.
+    // Two tiles in sequence for the only cluster, with one step more than there are stages and more than one chunk. A single
+    // multiprocessor gets narrow tiles, which have two more stages.
     let (cols, depth, multiprocessors) = if name.ends_with("_128") { (136, 264, 1) } else { (504, 136, 2) };
     let (k, n) = if pass == Pass::Backward { (cols, depth) } else { (depth, cols) };
     let dims = Dims { m: if multiprocessors == 1 { 100 } else { 130 }, k, n, r: 17 };
@@ -238,8 +238,8 @@ const BACKWARD_128: (Pass, &str) = (Pass::Backward, "lora_backward_dx_hopper_128
 /// The kernels whose statements are mutated.
 const KERNELS: [(Pass, &str); 4] = [FORWARD, BACKWARD, FORWARD_128, BACKWARD_128];
 
-/// Waits for products. A missing last one is detected only at rank 0, because with an update the wait for its last chunk is enough. So
-/// only these mutants also run without an update.
+/// Waits for products. A missing last one is detected only at rank 0, because with an update the wait for its last chunk is
+/// enough. So only these mutants also run without an update.
 const WAIT_FOR_PRODUCTS: &str = "wgmma.wait_group";
 
 /// Asserts that every mutant of both passes and both widths is detected, for one of these `reasons`.

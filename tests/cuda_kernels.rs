@@ -13,7 +13,8 @@ use support::oracle::Lora;
 use support::passes::{backward, forward};
 use support::suite::lora_is_exact_at;
 
-/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of its pipeline stages; more rows than the skinny regime has.
+/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of its pipeline stages; more rows than the skinny
+/// regime has.
 fn wide_shapes() -> Vec<Dims> {
     let shapes = [(127, 8, 128, 3), (128, 40, 136, 16), (129, 64, 8, 17), (65, 104, 120, 1), (80, 32, 264, 5), (97, 96, 16, 8)];
     shapes.into_iter().map(|(m, k, n, r)| Dims { m, k, n, r }).collect()
@@ -61,8 +62,9 @@ fn tiles_of_64_and_of_128_give_the_same_bits_in_f32() {
     }
 }
 
-/// Both sides of every edge of the skinny kernels (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for dx
-/// 128), of where it ends (64 rows, rank 16), of bands (256 columns, 16 rows, rank 16) and of merging (128 rows, 32 to 256 columns, rank 16).
+/// Both sides of every edge of the skinny kernels (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for
+/// dx 128), of where it ends (64 rows, rank 16), of bands (256 columns, 16 rows, rank 16) and of merging (128 rows, 32 to 256
+/// columns, rank 16).
 fn skinny_shapes() -> Vec<Dims> {
     let few_rows = [(1, 8, 1, 1), (15, 256, 31, 16), (16, 264, 32, 15), (17, 248, 33, 17), (64, 40, 32, 16), (65, 40, 33, 16)];
     let back = [(1, 24, 120, 16), (15, 32, 128, 3), (17, 40, 136, 17), (64, 8, 264, 1), (65, 40, 8, 16)];
@@ -164,8 +166,9 @@ fn skinny_products_round_within_bounds_and_drop_what_the_mask_says() {
     products_round_within_bounds_and_drop_what_the_mask_says::<bf16>(&shapes);
 }
 
-/// A forward pass is one launch for few rows, else two; merging is one; backward five at most; each but the first may overlap. None of them copies anything, none
-/// but backward takes memory: for such shapes less than half of the weight's (parts of `dh` take m·r/(128·k) of it).
+/// A forward pass is one launch for few rows, else two; merging is one; backward five at most; each but the first may overlap.
+/// None of them copies anything, none but backward takes memory: for such shapes less than half of the weight's (parts of `dh`
+/// take m·r/(128·k) of it).
 #[test]
 fn verbs_launch_little_copy_nothing_and_need_no_memory_like_the_weights() {
     for (m, r, dropout, forward_launches) in [(1, 16, false, 1), (16, 17, false, 2), (16, 4, true, 2), (80, 8, false, 2)] {

@@ -9,7 +9,8 @@ use support::emulator::Emulator;
 use support::mutants::{Pass, Verdict, assert_faults, mutant, verdicts};
 use support::suite;
 
-/// The sizes end in different quarters of a tile, of a panel's depth and of a thread's rows; the last one before its last element.
+/// The sizes end in different quarters of a tile, of a panel's depth and of a thread's rows; the last one before its last
+/// element.
 const QUARTERS: [Dims; 5] = [
     Dims { m: 65, k: 67, n: 66, r: 67 },
     Dims { m: 22, k: 20, n: 23, r: 21 },
@@ -29,8 +30,8 @@ const EIGHTHS: [Dims; 9] = [
     Dims { m: 40, k: 3, n: 3, r: 20 },
     Dims { m: 33, k: 3, n: 3, r: 4 },
 ];
-/// Shapes that differ in which of a lane's four rows is the last and in which half of a step the rank ends; for lanes of one column and of
-/// several.
+/// Shapes that differ in which of a lane's four rows is the last and in which half of a step the rank ends; for lanes of one
+/// column and of several.
 fn merges() -> Vec<Dims> {
     let sizes = [(1, 3), (34, 16), (67, 17), (132, 5), (43, 15), (26, 31)];
     let dims = |k| sizes.map(|(n, r)| Dims { m: 1, k, n, r });
@@ -136,8 +137,8 @@ fn assert_noticed<E: Float>(kernel: &str, [from, to]: [&str; 2], pass: Pass, sha
 
 #[test]
 fn products_of_the_wrong_part_are_caught() {
-    // A missing product of a tile, in steps of the depth that come in pairs or fours; a load with an inverted guard; for dx also exchanged
-    // elements of neighbouring columns.
+    // A missing product of a tile, in steps of the depth that come in pairs or fours; a load with an inverted guard; for dx also
+    // exchanged elements of neighbouring columns.
     let few_rows = [1000, 520].map(|depth| Dims { m: 13, k: depth, n: 40, r: 12 });
     let back = [520, 128].map(|depth| Dims { m: 13, k: 40, n: depth, r: 12 });
     let (product, guard) = (["mma.sync.aligned", "// "], ["@has ld.global.nc", "@!has ld.global.nc"]);

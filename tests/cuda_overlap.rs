@@ -1,4 +1,5 @@
-//! Overlapping launches of a verb (from Hopper on): a kernel must wait before it accesses memory that the previous launch may be using.
+//! Overlapping launches of a verb (from Hopper on): a kernel must wait before it accesses memory that the previous launch may be
+//! using.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -10,8 +11,8 @@ use support::data::Dims;
 use support::emulator::Emulator;
 use support::mutants::{Pass, Verdict, belated, mutant, verdict};
 
-/// One and two launches for y; few and many rows; ranks of one and of several chunks; with and without tensor cores; with and without a
-/// launch that sums parts of dB.
+/// One and two launches for y; few and many rows; ranks of one and of several chunks; with and without tensor cores; with and
+/// without a launch that sums parts of dB.
 const SHAPES: [Dims; 5] = [
     Dims { m: 5, k: 64, n: 40, r: 9 },
     Dims { m: 17, k: 72, n: 272, r: 17 },

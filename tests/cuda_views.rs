@@ -57,8 +57,8 @@ fn is<T: Float>(got: &[T], want: &Mat) -> bool {
     got.iter().zip(&want.data).all(|(got, want)| *got == T::from_f32(*want as f32))
 }
 
-/// Runs every verb that takes strided operands, with each operand in a wider matrix; true if all results are right. With `adds`, `y` and
-/// `dx` are added to.
+/// Runs every verb that takes strided operands, with each operand in a wider matrix; true if all results are right. With `adds`,
+/// `y` and `dx` are added to.
 fn verbs_are_right<B: Backend>(backend: &B, dims: Dims, around: Around, adds: bool) -> Result<bool, Error> {
     let (layer, Dims { m, k, n, r }) = (whole(dims, 1), dims);
     let (want, scale) = (layer.run(), layer.scale as f32);
@@ -243,7 +243,8 @@ fn copies_stay_on_the_device() {
     }
 }
 
-/// With 16-bit weights, a factor in f32 is rounded for products, into scratch memory of its size; merging uses it without rounding.
+/// With 16-bit weights, a factor in f32 is rounded for products, into scratch memory of its size; merging uses it without
+/// rounding.
 #[test]
 fn factors_in_f32_are_rounded_for_products_and_merged_as_they_are() {
     let backend = Cuda::<bf16, _>::on(Counting::new(Emulator::new(DType::BF16)));

@@ -1,5 +1,5 @@
-//! Every command recognises adapters and models of other programs, and says what they are and what to do. Inputs are made here, as small
-//! as possible.
+//! Every command recognises adapters and models of other programs, and says what they are and what to do. Inputs are made here,
+//! as small as possible.
 
 mod desk;
 

@@ -412,7 +412,8 @@ proptest! {
     }
 }
 
-/// After any sequence of merges and unmerges, the weights are those of a model into which only the remaining adapters were merged.
+/// After any sequence of merges and unmerges, the weights are those of a model into which only the remaining adapters were
+/// merged.
 #[test]
 fn unmerging_one_of_several_leaves_the_others_as_if_merged_without_it() {
     let cpu = cpu::<bf16>();

@@ -1,4 +1,5 @@
-//! The MNIST readers of `examples/mnist_lora`: what they accept, what they refuse, and that no input makes them panic or fill the memory.
+//! The MNIST readers of `examples/mnist_lora`: what they accept, what they refuse, and that no input makes them panic or fill the
+//! memory.
 
 #![allow(dead_code, unreachable_pub, reason = "the readers of an example, of which this uses a part")]
 

@@ -1,5 +1,5 @@
-//! The experiment of `examples/mnist_lora` on generated digits and a small network: the adapters improve the worst digit, and the base
-//! does not change.
+//! The experiment of `examples/mnist_lora` on generated digits and a small network: the adapters improve the worst digit, and the
+//! base does not change.
 
 #![allow(dead_code, reason = "the example uses all of its modules")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
@@ -59,8 +59,9 @@ fn sixteen_bit_weights_give_the_same_results() {
     assert_story(&run_small(&Cpu::<bf16>::new().unwrap()));
 }
 
-/// Means of 15 steps each. Vector units without fused multiply-add round differently, and Adam's division amplifies the difference (AVX-512,
-/// AVX2 and scalar: 3e-7). The rest allows for another machine's sine function, which may change a shade of a generated digit.
+/// Means of 15 steps each. Vector units without fused multiply-add round differently, and Adam's division amplifies the
+/// difference (AVX-512, AVX2 and scalar: 3e-7). The rest allows for another machine's sine function, which may change a shade of
+/// a generated digit.
 const LOSSES: [f32; 10] =
     [2.2224567, 2.1247501, 1.7909131, 1.4994864, 1.3620938, 1.0860733, 0.93678796, 0.9137313, 1.0302033, 0.8388789];
 const LOSSES_WITHIN: f32 = 1e-4;

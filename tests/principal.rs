@@ -127,8 +127,8 @@ fn comes_and_goes<B: Backend>(backend: &B, folder: &Path) {
     assert_eq!((base_bits(backend, &model), outputs(backend, &model)), (bits, plain), "{}", folder.display());
 }
 
-/// Saved again, it is a plain adapter of twice the rank. scripts/check-adapter-in-peft.py checks that PEFT computes the same with both
-/// folders.
+/// Saved again, it is a plain adapter of twice the rank. scripts/check-adapter-in-peft.py checks that PEFT computes the same with
+/// both folders.
 #[test]
 fn a_folder_of_peft_is_saved_as_a_plain_one() {
     let cpu = cpu::<f32>();

@@ -116,8 +116,9 @@ fn read_report(report: &str, target: &str) -> Vec<Row> {
     rows
 }
 
-/// With ptxas of the same release the table must be reproduced; `LOWRANK_WRITE_PTX`, which `scripts/build-ptx` sets, writes it. Without
-/// ptxas, the table must belong to this PTX. No kernel may spill registers, because spills cost more than any kernel gains.
+/// With ptxas of the same release the table must be reproduced; `LOWRANK_WRITE_PTX`, which `scripts/build-ptx` sets, writes it.
+/// Without ptxas, the table must belong to this PTX. No kernel may spill registers, because spills cost more than any kernel
+/// gains.
 #[test]
 fn the_table_of_registers_is_true_and_nothing_spills() {
     let path = kernels().join("ptx").join("registers.txt");

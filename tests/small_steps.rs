@@ -1,5 +1,5 @@
-//! Small optimizer steps on 16-bit backends are not lost: adapters learn as on the same weights in f32. A parameter that the caller
-//! overwrites is the start of the next step.
+//! Small optimizer steps on 16-bit backends are not lost: adapters learn as on the same weights in f32. A parameter that the
+//! caller overwrites is the start of the next step.
 
 mod support;
 

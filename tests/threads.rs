@@ -13,8 +13,8 @@ fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
 }
 
-/// All output bits of the verbs that may run sequentially, at this shape: both passes of the layer and of its base, merging, norms, Adam,
-/// and the elementwise verbs.
+/// All output bits of the verbs that may run sequentially, at this shape: both passes of the layer and of its base, merging,
+/// norms, Adam, and the elementwise verbs.
 fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
     let (Dims { m, k, n, .. }, layer) = (dims, random::<E>(dims, 0.5, 7));
     let mut bits = suite::run_lora(cpu, &layer, None).bits();

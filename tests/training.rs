@@ -85,7 +85,8 @@ impl Net {
         y.times(&self.dy).sum()
     }
 
-    /// Gradients by central differences, which are exact except for rounding, because nearly all formulas are linear in each element.
+    /// Gradients by central differences, which are exact except for rounding, because nearly all formulas are linear in each
+    /// element.
     fn gradient(&self, part: impl Fn(&mut Self) -> &mut Mat) -> Mat {
         let (mut net, step) = (self.clone(), 1e-5);
         let shape = part(&mut net).clone();
@@ -134,8 +135,8 @@ fn dense<B: Backend<Elem = f32>>(backend: &B, gradient: WeightGrad<'_, B>) -> Ve
     }
 }
 
-/// A bound on the rounding errors of sums of at most 40 elements of size one in f32, through two layers. The finite differences are
-/// accurate to 1e-9.
+/// A bound on the rounding errors of sums of at most 40 elements of size one in f32, through two layers. The finite differences
+/// are accurate to 1e-9.
 const CLOSE: f64 = 2e-6;
 
 fn every_part_of_an_adapter_gets_its_gradient<B: Backend<Elem = f32>>(backend: &B) {

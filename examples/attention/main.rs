@@ -1,7 +1,7 @@
 //! Adapters on a custom model: trains, saves, loads, merges and unmerges adapters of a small decoder with attention blocks.
 //!
-//! `cargo run --release --example attention`. The model is in `model.rs`, its custom operations on the tape in `ops.rs`. Copy them as a
-//! starting point for a model of your own.
+//! `cargo run --release --example attention`. The model is in `model.rs`, its custom operations on the tape in `ops.rs`. Copy
+//! them as a starting point for a model of your own.
 #![allow(unreachable_pub, reason = "the modules are as public as they are in a crate of their own")]
 
 mod model;

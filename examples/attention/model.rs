@@ -5,8 +5,8 @@
 //! y = h + down_proj(silu(gate_proj(n))·up_proj(n))                  n = norm(h)
 //! ```
 //!
-//! To support adapters, the model lends its layers by name ([`Adaptable`]). The names are those of Llama in `transformers`, so a saved
-//! folder has the keys that PEFT uses for such a model.
+//! To support adapters, the model lends its layers by name ([`Adaptable`]). The names are those of Llama in `transformers`, so a
+//! saved folder has the keys that PEFT uses for such a model.
 
 use lowrank::autograd::{Param, Tape, Var};
 use lowrank::nn::{Adaptable, Adapters, Init, Layer, Linear};

@@ -78,8 +78,8 @@ fn cached(args: &Args) -> Result<Result<PathBuf, Offline>> {
     Ok(Ok(dir))
 }
 
-/// Downloads a file; the inner error is the reason why the network cannot be reached. Errors: [`Error::File`] if the server has no such
-/// file, or one larger than `limit`.
+/// Downloads a file; the inner error is the reason why the network cannot be reached. Errors: [`Error::File`] if the server has
+/// no such file, or one larger than `limit`.
 fn download(url: &str, limit: usize) -> Result<Result<Vec<u8>, Offline>> {
     let fail = |reason: String| Error::File { path: PathBuf::from(url), reason };
     let timeouts = ureq::Agent::config_builder()

@@ -1,5 +1,5 @@
-//! The experiment: trains a network, freezes it, trains adapters on its worst digit, and compares the results. Generic in the backend;
-//! prints nothing.
+//! The experiment: trains a network, freezes it, trains adapters on its worst digit, and compares the results. Generic in the
+//! backend; prints nothing.
 
 use std::path::Path;
 use std::time::Instant;

@@ -1,5 +1,5 @@
-//! LoRA from start to end: trains a network on MNIST, finds the digit with the most errors, trains adapters of rank 1 on that digit, and
-//! shows that the base model has not changed.
+//! LoRA from start to end: trains a network on MNIST, finds the digit with the most errors, trains adapters of rank 1 on that
+//! digit, and shows that the base model has not changed.
 //!
 //! ```text
 //! args.rs        the flags

@@ -23,17 +23,13 @@
 //! Some reported errors would work on a GPU, or on all GPUs so far:
 //!
 //! - an mbarrier that TMA uses without `fence.mbarrier_init`, and lanes of one store that write the same value to the same
-//!   address, unless
-//! [`Checks`] allow them;
+//!   address, unless [`Checks`] allow them;
 //! - a barrier of the whole block (`bar.sync 0`) that warps reach at different instructions, which CUDA forbids for
-//!   `__syncthreads`;
-//! barriers for a number of threads (`bar.sync 1, 64`) may be reached at several;
+//!   `__syncthreads`; barriers for a number of threads (`bar.sync 1, 64`) may be reached at several;
 //! - lanes that name each other (`bar.warp.sync`, `elect.sync`, `shfl.sync`) at different instructions; at one instruction they
-//!   wait for
-//! each other;
+//!   wait for each other;
 //! - a wgmma whose operands one of its warps releases after it has waited for the wgmma itself: it is modelled as four products
-//!   of single
-//! warps, and the other three may still read.
+//!   of single warps, and the other three may still read.
 //!
 //! Not modelled: timing, weak memory, local memory (our kernels must not use it), blocks of threads in 2-D, clusters of more than
 //! two blocks or along other axes than x, tensors that are not tiled (im2col) or whose maps a kernel makes, descriptors without

@@ -1,9 +1,8 @@
 //! From a folder to a slot of a bank.
 
-use super::at;
+use super::files::{at, bad_tensors};
 use super::folder::Folder;
 use super::kind::Kind;
-use super::tensors::refused;
 use crate::error::Result;
 use crate::nn::{HostAdapter, HostUpdate};
 
@@ -18,7 +17,10 @@ impl Folder {
         let mut updates = std::collections::BTreeMap::new();
         for (name, factors) in self.modules() {
             if *self.kind(name) != Kind::Linear {
-                return Err(at(self.dir(), refused(format!("`{name}` is no linear layer, and banks are of linear layers"))));
+                return Err(at(
+                    self.dir(),
+                    bad_tensors(format!("`{name}` is not a linear layer, and a bank holds adapters of linear layers")),
+                ));
             }
             let (a, b) = (factors.a.values().to_vec(), factors.b.values().to_vec());
             updates.insert(name.clone(), HostUpdate { a, b, scaling: factors.scaling });

@@ -3,10 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 
-use super::folder::{Factors, Folder};
+use super::factors::Factors;
+use super::folder::Folder;
 use super::kind::Kind;
 use super::matrix::HostMatrix;
-use super::ties_dare::{Mix, Pruning};
+use super::ties_dare::{MajoritySign, Mix, Pruning};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
@@ -14,9 +15,9 @@ const VERB: &str = "combine";
 
 /// The algorithm that combines adapters, with PEFT's names.
 ///
-/// Algorithms without `svd` in the name, except [`Cat`](Self::Cat), combine the `Aᵢ` and the `Bᵢ` separately, each with the weight
-/// `√|wᵢ·scalingᵢ|`, and with the sign of `wᵢ` on `A`; all adapters must have the same rank. Those with `svd` combine the products
-/// `scalingᵢ·Bᵢ·Aᵢ`, and approximate the result by an SVD.
+/// Algorithms without `svd` in the name, except [`Cat`](Self::Cat), combine the `Aᵢ` and the `Bᵢ` separately, each with the
+/// weight `√|wᵢ·scalingᵢ|`, and with the sign of `wᵢ` on `A`; all adapters must have the same rank. Those with `svd` combine the
+/// products `scalingᵢ·Bᵢ·Aᵢ`, and approximate the result by an SVD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CombinationType {
     /// `A = Σ √|wᵢ·scalingᵢ|·Aᵢ`, `B = Σ √|wᵢ·scalingᵢ|·Bᵢ`: cheap and inexact, because the product has cross terms.
@@ -96,27 +97,6 @@ impl FromStr for CombinationType {
     }
 }
 
-/// How the sign of an element of the combination is elected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum MajoritySign {
-    /// The sign of the sum of the adapters' elements.
-    #[default]
-    Total,
-    /// The sign that more adapters have.
-    Frequency,
-}
-
-impl FromStr for MajoritySign {
-    type Err = Error;
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "total" => Ok(Self::Total),
-            "frequency" => Ok(Self::Frequency),
-            _ => Err(refused("majority_sign_method", name, "`total` or `frequency`")),
-        }
-    }
-}
-
 /// The settings of [`combine`]. A setting that the combination type does not use must be `None`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Combine {
@@ -171,12 +151,12 @@ impl Combine {
 
 /// Combines adapters, each with a weight, which may be negative, into one.
 ///
-/// As in PEFT's `add_weighted_adapter`, the result has `lora_alpha = r`; a module that only some of the adapters have is combined from
-/// those; a single adapter is always combined by `linear`. Sums are computed in `f64` and rounded once.
+/// As in PEFT's `add_weighted_adapter`, the result has `lora_alpha = r`; a module that only some of the adapters have is combined
+/// from those; a single adapter is always combined by `linear`. Sums are computed in `f64` and rounded once.
 ///
-/// Errors: [`Error::Value`] for an empty list, a weight or an element that is not finite, ranks or shapes that cannot be combined, and a
-/// setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that has more than factors, such as DoRA
-/// magnitudes or biases.
+/// Errors: [`Error::Value`] for an empty list, a weight or an element that is not finite, ranks or shapes that cannot be
+/// combined, and a setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that has more than
+/// factors, such as DoRA magnitudes or biases.
 pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
     how.check()?;
     let Some((first, _)) = adapters.first() else { return Err(refused("adapters", "empty", "at least one")) };

@@ -4,19 +4,19 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::config_fields::{Fields, InitMethod, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
+use super::config_fields::{Fields, InitMethod, Principal, RANK, dropout, is_set, peft_defaults, rank, unsupported};
+use super::files::{CONFIG_FILE, bad_config};
 use super::formats::json_damage;
 use super::modules::{Modules, Selection};
 use super::pattern::Pattern;
-use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LayerAdapter, LoraConfig, Scaling};
 
 /// The settings in an `adapter_config.json`.
 ///
-/// All keys of the file are kept, in their order, and written again, including those that this crate does not know. An unknown key that
-/// enables something (`true`, a list, an object) is refused.
+/// All keys of the file are kept, in their order, and written again, including those that this crate does not know. An unknown
+/// key that enables something (`true`, a list, an object) is refused.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     document: Map<String, Value>,
@@ -62,12 +62,12 @@ pub enum LayerTarget {
 impl AdapterConfig {
     /// Parses the bytes of a file. Only `peft_type` and `target_modules` are required.
     ///
-    /// Errors: [`Error::File`] for bytes that are no such file, or a setting out of range; [`Error::Unsupported`] for a setting that this
-    /// crate does not support.
+    /// Errors: [`Error::File`] for bytes that are no such file, or a setting out of range; [`Error::Unsupported`] for a setting
+    /// that this crate does not support.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes); // a byte order mark, as some editors write it
         Self::from_document(
-            serde_json::from_slice(text).map_err(|error| refused(json_damage(Path::new(CONFIG_FILE), bytes, &error)))?,
+            serde_json::from_slice(text).map_err(|error| bad_config(json_damage(Path::new(CONFIG_FILE), bytes, &error)))?,
         )
     }
 
@@ -86,8 +86,8 @@ impl AdapterConfig {
     ///
     /// A config does not hold the standard deviation of [`Init::Gaussian`](crate::nn::Init); PEFT uses `1/r`.
     ///
-    /// Errors: [`Error::Value`] for settings out of range and for an empty list of names; [`Error::File`], as if such a config were read,
-    /// for a pattern that is not a regular expression.
+    /// Errors: [`Error::Value`] for settings out of range and for an empty list of names; [`Error::File`], as if such a config
+    /// were read, for a pattern that is not a regular expression.
     pub fn new(config: &LoraConfig, target_modules: TargetModules<'_>) -> Result<Self> {
         config.check()?;
         let none = matches!(target_modules, TargetModules::Names([]));
@@ -111,8 +111,8 @@ impl AdapterConfig {
         Ok(new)
     }
 
-    /// The settings of a model's adapter `default`, with PEFT's defaults for all others. Errors: [`Error::Value`] without such an adapter,
-    /// or if its layers differ in a setting that a config has only once.
+    /// The settings of a model's adapter `default`, with PEFT's defaults for all others. Errors: [`Error::Value`] without such an
+    /// adapter, or if its layers differ in a setting that a config has only once.
     pub fn of<B: Backend>(model: &impl Adaptable<B>) -> Result<Self> {
         Self::of_adapter(model, DEFAULT)
     }
@@ -173,7 +173,7 @@ impl AdapterConfig {
         names.dedup();
         match names.iter().find(|name| !REGISTERED.contains(name)).filter(|_| names.len() > 1) {
             Some(name) => {
-                Err(refused(format!("`target_parameters`: which update of `{module}` belongs to `{name}` is not known")))
+                Err(bad_config(format!("`target_parameters`: which update of `{module}` belongs to `{name}` is not known")))
             }
             None => Ok(names),
         }
@@ -222,18 +222,18 @@ impl AdapterConfig {
         }
     }
 
-    /// Checks the settings of one layer in combination. Errors: [`Error::File`] for a scaling that overflows `f32`, an odd rank with
-    /// orthogonal factors, or a pattern that takes too many steps on the name.
+    /// Checks the settings of one layer in combination. Errors: [`Error::File`] for a scaling that overflows `f32`, an odd rank
+    /// with orthogonal factors, or a pattern that takes too many steps on the name.
     pub(super) fn check(&self, layer: &str, config: &LoraConfig) -> Result<()> {
         let ranks = self.rank_pattern.iter().map(|(pattern, _)| pattern);
         let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);
         self.selection.patterns().chain(ranks).chain(alphas).try_for_each(|pattern| pattern.check_steps(layer))?;
         if !config.scaling.of(config.alpha, config.rank).is_finite() {
             let alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
-            return Err(refused(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
+            return Err(bad_config(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
         }
         config.check().map_err(|error| match error {
-            Error::Value { name, got, want, .. } => refused(format!("`{name}` of `{layer}` is {got}, want {want}")),
+            Error::Value { name, got, want, .. } => bad_config(format!("`{name}` of `{layer}` is {got}, want {want}")),
             other => other,
         })
     }
@@ -289,8 +289,8 @@ impl AdapterConfig {
         }
     }
 
-    /// `fan_in_fan_out`: true for a model that stores its weights as `in × out`. The factors are stored in the same way for either
-    /// layout. [`Linear::from_fan_in_fan_out`](crate::nn::Linear::from_fan_in_fan_out) transposes such a weight.
+    /// `fan_in_fan_out`: true for a model that stores its weights as `in × out`. The factors are stored in the same way for
+    /// either layout. [`Linear::from_fan_in_fan_out`](crate::nn::Linear::from_fan_in_fan_out) transposes such a weight.
     pub fn fan_in_fan_out(&self) -> bool {
         self.fan_in_fan_out
     }
@@ -336,7 +336,7 @@ impl AdapterConfig {
             document,
         };
         match config.use_dora && config.lora_bias {
-            true => Err(refused("`lora_bias` is set beside `use_dora`, want one of the two".into())),
+            true => Err(bad_config("`lora_bias` is set beside `use_dora`, want one of the two".into())),
             false => Ok(config),
         }
     }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::CONFIG_FILE;
+use super::files::{CONFIG_FILE, bad_config, brief};
 use super::modules::{Layers, Modules, Saved, Selection};
 use super::pattern::Pattern;
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ impl Fields<'_> {
 
     pub(super) fn refuse_unsupported(&self) -> Result<()> {
         self.read("peft_type", "\"LORA\"", |value| (value == "LORA").then_some(()))?
-            .ok_or_else(|| refused("`peft_type` is missing, want \"LORA\"".into()))?;
+            .ok_or_else(|| bad_config("`peft_type` is missing, want \"LORA\"".into()))?;
         let set =
             UNSUPPORTED.iter().find_map(|&field| self.0.get(field).filter(|value| is_set(value)).map(|value| (field, value)));
         match set {
@@ -46,16 +46,16 @@ impl Fields<'_> {
         }
     }
 
-    /// Refuses unknown keys, of later versions of PEFT or of other programs, that enable something. PEFT enables each new feature by a
-    /// flag, a list or an object, which is off by default, so one that is set changes what the adapter computes. Numbers and strings
-    /// are only details of a feature or of the training; they are accepted and kept.
+    /// Refuses unknown keys, of later versions of PEFT or of other programs, that enable something. PEFT enables each new feature
+    /// by a flag, a list or an object, which is off by default, so one that is set changes what the adapter computes. Numbers and
+    /// strings are only details of a feature or of the training; they are accepted and kept.
     fn refuse_unknown(&self) -> Result<()> {
         let known = peft_defaults();
         let on = |value: &Value| switches(value) && !value.is_number() && !value.is_string();
         match self.0.iter().find(|(key, value)| !known.contains_key(*key) && on(value)) {
             Some((key, value)) => {
                 let (key, value) = (brief(key), brief(&value.to_string()));
-                Err(refused(format!("`{key}` is {value}, and no such setting is known to this version")))
+                Err(bad_config(format!("`{key}` is {value}, and no such setting is known to this version")))
             }
             None => Ok(()),
         }
@@ -66,7 +66,7 @@ impl Fields<'_> {
         const KEY: &str = "target_modules";
         let parameters = !self.target_parameters()?.is_empty();
         let Some(targets) = self.modules(KEY)?.or_else(|| parameters.then(|| Modules::Names(Vec::new()))) else {
-            return Err(refused(format!("`{KEY}` is missing, want a list of names, or a string")));
+            return Err(bad_config(format!("`{KEY}` is missing, want a list of names, or a string")));
         };
         let saved = self.read("modules_to_save", "a list of names", names)?.unwrap_or_default().into_iter().map(|name| {
             let within = Pattern::new("modules_to_save", [r"\A(?:^|.*\.)(?:", &name, r")(?:$|\..*)"])?;
@@ -89,8 +89,8 @@ impl Fields<'_> {
         modules.transpose()
     }
 
-    /// `layers_to_transform`. The number of a layer is found by `layers_pattern`, or else is the first number between dots in its name.
-    /// PEFT accepts both keys only together with a list as `target_modules`.
+    /// `layers_to_transform`. The number of a layer is found by `layers_pattern`, or else is the first number between dots in its
+    /// name. PEFT accepts both keys only together with a list as `target_modules`.
     fn layers(&self, targets: &Modules) -> Result<Option<Layers>> {
         let numbers = self.read("layers_to_transform", "a layer's number, or a list of them", |value| match value {
             Value::Array(numbers) => numbers.iter().map(Value::as_u64).collect(),
@@ -105,12 +105,12 @@ impl Fields<'_> {
         let by_name = matches!(targets, Modules::Names(_));
         for (key, set) in [("layers_to_transform", numbers.is_some()), ("layers_pattern", patterns.is_some())] {
             if set && !by_name {
-                return Err(refused(format!("`{key}` is set, want a list of names in `target_modules` beside it")));
+                return Err(bad_config(format!("`{key}` is set, want a list of names in `target_modules` beside it")));
             }
         }
         let Some(numbers) = numbers.filter(|numbers| !numbers.is_empty()) else {
             return match patterns {
-                Some(_) => Err(refused("`layers_pattern` is set, want `layers_to_transform` beside it".into())),
+                Some(_) => Err(bad_config("`layers_pattern` is set, want `layers_to_transform` beside it".into())),
                 None => Ok(None),
             };
         };
@@ -160,7 +160,8 @@ impl Fields<'_> {
         Ok(self.read(key, "true or false", Value::as_bool)?.unwrap_or(false))
     }
 
-    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order in which they are tried.
+    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order in which they are
+    /// tried.
     pub(super) fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Pattern, T)>> {
         let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
         let entry = |(name, value): (&String, &Value)| {
@@ -170,9 +171,9 @@ impl Fields<'_> {
         entries.iter().map(entry).collect()
     }
 
-    /// `init_lora_weights`. A method that changed the base weights is supported only if it is deterministic. `pissa_niter_4` is not:
-    /// it starts from random numbers, and the initial factors are not in the folder (PEFT draws new ones when it loads such a folder,
-    /// so the result differs).
+    /// `init_lora_weights`. A method that changed the base weights is supported only if it is deterministic. `pissa_niter_4` is
+    /// not: it starts from random numbers, and the initial factors are not in the folder (PEFT draws new ones when it loads such
+    /// a folder, so the result differs).
     pub(super) fn init_method(&self) -> Result<InitMethod> {
         match self.0.get("init_lora_weights") {
             None | Some(Value::Null | Value::Bool(true)) => Ok(InitMethod::Default),
@@ -189,10 +190,10 @@ impl Fields<'_> {
 
 /// The part of a weight that the factors of an adapter were initialised with: PEFT's `init_lora_weights` of the same name.
 ///
-/// A folder of such an adapter holds the trained factors `A` and `B`, but not the initial ones, `A₀` and `B₀`. These are computed again
-/// from the weight, which needs the feature `svd`. The adapted weight is `W - scaling·B₀·A₀ + scaling·B·A`, that is, a plain update of
-/// twice the rank with the factors `[A; A₀]` and `[B, -B₀]`. The adapter is loaded as that update, so the weights are not changed and it
-/// can be combined with other adapters.
+/// A folder of such an adapter holds the trained factors `A` and `B`, but not the initial ones, `A₀` and `B₀`. These are computed
+/// again from the weight, which needs the feature `svd`. The adapted weight is `W - scaling·B₀·A₀ + scaling·B·A`, that is, a
+/// plain update of twice the rank with the factors `[A; A₀]` and `[B, -B₀]`. The adapter is loaded as that update, so the weights
+/// are not changed and it can be combined with other adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Principal {
     /// The largest singular values and their vectors; `A` and `B` each get the square roots of the values (F. Meng et al., 2024).
@@ -291,27 +292,12 @@ pub(super) fn is_set(value: &Value) -> bool {
     }
 }
 
-/// An error about the config; the folder is added to its path later.
-pub(super) fn refused(reason: String) -> Error {
-    Error::File { path: CONFIG_FILE.into(), reason }
-}
-
 fn wrong(key: &str, value: &Value, want: &str) -> Error {
-    refused(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
+    bad_config(format!("`{key}` is {}, want {want}", brief(&value.to_string())))
 }
 
 pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
     Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
-}
-
-/// The start of a text, so that a long value does not fill a message.
-pub(super) fn brief(text: &str) -> String {
-    const LONGEST: usize = 60;
-    let mut brief: String = text.chars().take(LONGEST).collect();
-    if brief.len() < text.len() {
-        brief.push('…');
-    }
-    brief
 }
 
 /// Every key that PEFT 0.21 writes, sorted, at its default.

@@ -6,7 +6,6 @@ use faer::Mat;
 use faer::linalg::solvers::{Qr, Svd as FaerSvd};
 
 use super::matrix::HostMatrix;
-use super::randomized_svd::leading;
 use crate::error::{Error, Result};
 
 /// The number of singular values that an approximation keeps.
@@ -28,8 +27,8 @@ impl Keep {
     }
 }
 
-/// A singular value decomposition `M = U·diag(s)·V`: U `n×q` and V `q×k` are orthonormal, and s is descending. q is the smaller of n and
-/// k, or less for a product and for a [leading](Self::leading) part.
+/// A singular value decomposition `M = U·diag(s)·V`: U `n×q` and V `q×k` are orthonormal, and s is descending. q is the smaller
+/// of n and k, or less for a product and for a [leading](Self::leading) part.
 #[derive(Clone, Debug)]
 pub struct Svd {
     u: Mat<f64>,
@@ -41,21 +40,11 @@ pub struct Svd {
 }
 
 impl Svd {
-    /// The full decomposition of a matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the SVD does not converge.
+    /// The full decomposition of a matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the SVD does not
+    /// converge.
     pub fn of(matrix: &HostMatrix) -> Result<Self> {
         finite("svd", "matrix", matrix)?;
-        Self::decompose(&wide(matrix))
-    }
-
-    /// The decomposition of a matrix as far as `keep` needs it. If few singular values of a large matrix are needed, a randomized SVD
-    /// finds only those, which is faster; the error of the approximation is then within `3·10⁻⁷·‖M‖` of the smallest possible one.
-    /// Errors: those of [`of`](Self::of) and [`rank`](Self::rank).
-    pub fn leading(matrix: &HostMatrix, keep: Keep) -> Result<Self> {
-        keep.check("svd")?;
-        finite("svd", "matrix", matrix)?;
-        let energy = matrix.values().iter().map(|&value| f64::from(value).powi(2)).sum();
-        let matrix = wide(matrix);
-        leading(&matrix, energy, keep)?.map_or_else(|| Self::decompose(&matrix), Ok)
+        Self::decompose(&widened(matrix))
     }
 
     /// The decomposition of `scale·B·A`, without computing the product: QR of both factors, then SVD of an `r×r` core.
@@ -68,14 +57,15 @@ impl Svd {
             let want = (b.cols(), a.cols()).into();
             return Err(Error::Shape { verb: "svd", name: "a", got: a.shape(), want });
         }
-        let (left, right) = (Qr::new(wide(b).as_ref()), Qr::new(wide(a).transpose()));
+        let (left, right) = (Qr::new(widened(b).as_ref()), Qr::new(widened(a).transpose()));
         let core = left.thin_R() * right.thin_R().transpose() * faer::Scale(scale);
         let core = Self::decompose(&core)?;
         let energy = core.energy;
         Ok(core.within(&left.compute_thin_Q(), &right.compute_thin_Q(), energy))
     }
 
-    /// The decomposition of `Q·M·Pᵀ` from that of M, where Q and P have orthonormal columns. `energy` is that of the whole matrix.
+    /// The decomposition of `Q·M·Pᵀ` from that of M, where Q and P have orthonormal columns. `energy` is that of the whole
+    /// matrix.
     pub(super) fn within(self, q: &Mat<f64>, p: &Mat<f64>, energy: f64) -> Self {
         Self { u: q * self.u, s: self.s, v: p * self.v, energy }
     }
@@ -104,8 +94,9 @@ impl Svd {
         &self.s
     }
 
-    /// The number of singular values that `keep` selects; at least 1 if there is one. If this is a leading part whose values do not
-    /// reach the fraction of [`Keep::Energy`], it is one more than their number. Errors: [`Error::Value`] for a `keep` out of range.
+    /// The number of singular values that `keep` selects; at least 1 if there is one. If this is a leading part whose values do
+    /// not reach the fraction of [`Keep::Energy`], it is one more than their number. Errors: [`Error::Value`] for a `keep` out of
+    /// range.
     pub fn rank(&self, keep: Keep) -> Result<usize> {
         keep.check("svd")?;
         let share = match keep {
@@ -126,7 +117,8 @@ impl Svd {
         self.s.len() < self.u.ncols()
     }
 
-    /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank, or of all singular values if there are fewer.
+    /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank, or of all singular values if there are
+    /// fewer.
     pub fn factors(&self, rank: usize) -> (HostMatrix, HostMatrix) {
         let rank = rank.min(self.s.len());
         self.split(rank, |_| 1.0, |s| s)
@@ -157,7 +149,7 @@ pub fn pissa(w: &HostMatrix, rank: usize, scaling: f64) -> Result<(HostMatrix, H
 pub fn olora(w: &HostMatrix, rank: usize) -> Result<(HostMatrix, HostMatrix)> {
     within("olora", w, rank)?;
     finite("olora", "w", w)?;
-    let qr = Qr::new(wide(w).as_ref());
+    let qr = Qr::new(widened(w).as_ref());
     let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
     Ok((HostMatrix::from_fn(rank, w.cols(), |i, j| r[(i, j)]), HostMatrix::from_fn(w.rows(), rank, |i, j| q[(i, j)])))
 }
@@ -167,14 +159,22 @@ fn within(verb: &'static str, w: &HostMatrix, rank: usize) -> Result<()> {
     Error::unless((1..=max).contains(&rank), verb, "rank", rank, "at least 1, and at most the smaller dimension of the weight")
 }
 
-fn finite(verb: &'static str, name: &'static str, matrix: &HostMatrix) -> Result<()> {
+pub(super) fn finite(verb: &'static str, name: &'static str, matrix: &HostMatrix) -> Result<()> {
     let bad = matrix.values().iter().find(|value| !value.is_finite());
     bad.map_or(Ok(()), |value| Error::unless(false, verb, name, value, "finite numbers"))
 }
 
-fn wide(matrix: &HostMatrix) -> Mat<f64> {
+pub(super) fn widened(matrix: &HostMatrix) -> Mat<f64> {
     let (cols, values) = (matrix.cols(), matrix.values());
     Mat::from_fn(matrix.rows(), cols, |i, j| f64::from(values[i * cols + j]))
+}
+
+/// Adds the name of the module to an error.
+pub(crate) fn in_module(module: &str, error: Error) -> Error {
+    match error {
+        Error::Value { verb, name, got, want } => Error::Value { verb, name, got: format!("{got} in `{module}`"), want },
+        other => other,
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! The tensors of a folder other than `A` and `B`: DoRA magnitudes, biases, whole layers, rows of embeddings.
 
 use super::config::{AdapterConfig, LayerTarget};
-use super::tensors::refused;
-use super::{CONFIG_FILE, HostTensor, TENSORS_FILE};
+use super::files::{CONFIG_FILE, TENSORS_FILE, bad_tensors};
+use super::tensors::HostTensor;
 use crate::error::Error;
 use crate::nn::Bias;
 
@@ -79,5 +79,5 @@ pub(super) fn unfit(name: &str) -> Error {
 
 /// The error for a tensor that the settings do not include.
 pub(super) fn unknown(name: &str) -> Error {
-    refused(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))
+    bad_tensors(format!("`{name}` is not part of an adapter that {CONFIG_FILE} describes"))
 }

@@ -5,13 +5,17 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::config::number;
+use super::config::{AdapterConfig, number};
 use super::extra_tensors::{Extra, Role, role, unknown};
+use super::factors::Factors;
+use super::files::{CONFIG_FILE, TENSORS_FILE, at, bad_tensors};
 use super::kind::{self, Kind};
 use super::matrix::HostMatrix;
+use super::publish::publish;
 use super::spelling::normalised;
-use super::tensors::{HostTensors, parse_tensors, refused, spell};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, config_fields, formats, layer_tensors, publish};
+use super::tensor_file::parse_tensors;
+use super::tensors::{HostTensors, dimensions, module_of};
+use super::{config_fields, layer_tensors};
 use crate::backend::Backend;
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -23,33 +27,8 @@ const MORE_THAN_PRODUCTS: [&str; 3] = ["lora_bias", "target_parameters", "use_do
 /// Settings with which a folder holds tensors that replace those of the model.
 const MORE_THAN_FACTORS: [&str; 3] = ["bias", "modules_to_save", "trainable_token_indices"];
 
-/// The update of one module, `ΔW = scaling·B·A`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Factors {
-    /// `r×k`
-    pub a: HostMatrix,
-    /// `n×r`
-    pub b: HostMatrix,
-    /// The factor of `B·A`, such as `lora_alpha / r`.
-    pub scaling: f32,
-    /// The element type of the file.
-    pub dtype: DType,
-}
-
-impl Factors {
-    /// The rank.
-    pub fn rank(&self) -> usize {
-        self.a.rows()
-    }
-
-    /// The number of elements of both factors.
-    pub fn parameters(&self) -> usize {
-        self.a.values().len() + self.b.values().len()
-    }
-}
-
-/// An adapter folder in host memory: the settings, the factors of every module by name (`model.layers.0.self_attn.q_proj`), and all
-/// other tensors (DoRA magnitudes, biases, whole modules).
+/// An adapter folder in host memory: the settings, the factors of every module by name (`model.layers.0.self_attn.q_proj`), and
+/// all other tensors (DoRA magnitudes, biases, whole modules).
 #[derive(Clone, Debug)]
 pub struct Folder {
     /// The folder that it was read from, for errors.
@@ -62,17 +41,11 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Reads a folder that PEFT wrote, or an adapter in another [format](formats) that is complete in itself, such as mlx-lm's.
-    ///
-    /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not include, or one that they require
-    /// and that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not support.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let read = || {
-            let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
-            let parsed = Self::parse(&config, &tensors).map_err(|error| at(dir, error))?;
-            Ok(Self { dir: dir.into(), ..parsed })
-        };
-        read().or_else(|error| formats::foreign(dir, error))
+    /// Reads a folder that PEFT wrote.
+    pub(super) fn read_peft(dir: &Path) -> Result<Self> {
+        let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
+        let parsed = Self::parse(&config, &tensors).map_err(|error| at(dir, error))?;
+        Ok(Self { dir: dir.into(), ..parsed })
     }
 
     /// Parses the bytes of the two files. Errors: those of [`read`](Self::read).
@@ -93,17 +66,17 @@ impl Folder {
         }
         let extras = extras(&config, &modules, tensors)?;
         if modules.is_empty() && extras.is_empty() {
-            return Err(refused("holds no adapter".into()));
+            return Err(bad_tensors("holds no adapter".into()));
         }
         Ok(Self { dir: PathBuf::new(), config, modules, kinds, extras })
     }
 
-    /// A folder of these modules. Its settings are derived from their ranks and scalings: `r` and `lora_alpha = scaling·r` are those of
-    /// the first module of the largest rank, and `rank_pattern` and `alpha_pattern` hold the others. All other settings are those of
-    /// `template`, or PEFT's defaults.
+    /// A folder of these modules. Its settings are derived from their ranks and scalings: `r` and `lora_alpha = scaling·r` are
+    /// those of the first module of the largest rank, and `rank_pattern` and `alpha_pattern` hold the others. All other settings
+    /// are those of `template`, or PEFT's defaults.
     ///
-    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, a scaling that is not finite, or names that patterns cannot
-    /// tell apart.
+    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, a scaling that is not finite, or names that
+    /// patterns cannot tell apart.
     pub fn new(template: Option<&AdapterConfig>, modules: BTreeMap<String, Factors>) -> Result<Self> {
         let r = modules.values().map(Factors::rank).max().unwrap_or(0);
         unless(r > 0, format!("{} modules of rank {r}", modules.len()), "at least one module, of rank 1 or more")?;
@@ -181,7 +154,7 @@ impl Folder {
     pub(super) fn only_factors(&self) -> Result<()> {
         self.unset(&MORE_THAN_FACTORS)?;
         let extra = self.extras.keys().next();
-        extra.map_or(Ok(()), |name| Err(refused(format!("`{name}` is not a factor, which is not supported here"))))?;
+        extra.map_or(Ok(()), |name| Err(bad_tensors(format!("`{name}` is not a factor, which is not supported here"))))?;
         self.only_products()
     }
 
@@ -208,16 +181,17 @@ impl Folder {
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
-    /// The update of one linear layer, on a device: factors `r×k` and `n×r`, and, if the settings include them, the bias of the update,
-    /// the magnitudes and the layer's new bias. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
+    /// The update of one linear layer, on a device: factors `r×k` and `n×r`, and, if the settings include them, the bias of the
+    /// update, the magnitudes and the layer's new bias. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
     /// [`insert`](crate::nn::LoraLinear::insert).
     ///
-    /// `module` is the name of the layer in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a weight
-    /// `n×k`. For the initialisations `pissa` and `olora` it is the equivalent plain update of twice the rank, see
+    /// `module` is the name of the layer in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a
+    /// weight `n×k`. For the initialisations `pissa` and `olora` it is the equivalent plain update of twice the rank, see
     /// [`Principal`](super::Principal). Layers that the folder holds whole are in [`extras`](Self::extras).
     ///
-    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the layer, or
-    /// elements that overflow the backend's element type; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
+    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the
+    /// layer, or elements that overflow the backend's element type; [`Error::Unsupported`] for `pissa` and `olora` without the
+    /// feature `svd`.
     pub fn adapter<B: Backend>(&self, backend: &B, module: &str, base: &Linear<B>) -> Result<Adapter<B>> {
         let factors = self.modules.get(module).ok_or_else(|| self.no_such_layer(module))?;
         let config = self.config.lora_config(module).filter(|_| *self.kind(module) == Kind::Linear);
@@ -253,8 +227,8 @@ impl Folder {
     }
 }
 
-/// The settings for modules of these ranks and alphas: `r` and `lora_alpha` from the first module of the largest rank, and patterns for
-/// the modules that differ.
+/// The settings for modules of these ranks and alphas: `r` and `lora_alpha` from the first module of the largest rank, and
+/// patterns for the modules that differ.
 pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'static str, Value)> {
     let r = modules.values().map(|(rank, _)| *rank).max().unwrap_or(0);
     let usual = modules.values().find(|(rank, _)| *rank == r).map_or(Value::Null, |(_, alpha)| alpha.clone());
@@ -273,11 +247,12 @@ pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'sta
     ]
 }
 
-/// The ends of the names of factors, for every kind of module. Both `A` and `B` are listed, so that a file with only one is refused.
+/// The ends of the names of factors, for every kind of module. Both `A` and `B` are listed, so that a file with only one is
+/// refused.
 const FACTORS: [&str; 4] = [".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"];
 
-/// The module whose factors have this name in the file. For `target_parameters` it is the name of the parameter, with the number of
-/// other updates that are nested in this one.
+/// The module whose factors have this name in the file. For `target_parameters` it is the name of the parameter, with the number
+/// of other updates that are nested in this one.
 fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize>)> {
     let module = name.trim_end_matches(".base_layer");
     let (nested, parameters) = ((name.len() - module.len()) / ".base_layer".len(), config.parameters(module)?);
@@ -287,14 +262,14 @@ fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize
         parameters => {
             // The innermost update belongs to the parameter that was registered first.
             let parameter = parameters.len().checked_sub(nested + 1).and_then(|at| parameters.get(at));
-            let parameter = parameter.ok_or_else(|| refused(format!("`{name}` is none of the `target_parameters`")))?;
+            let parameter = parameter.ok_or_else(|| bad_tensors(format!("`{name}` is none of the `target_parameters`")))?;
             Ok((format!("{module}.{parameter}"), Some(nested)))
         }
     }
 }
 
-/// The roles of the tensors that are not factors. Errors: [`Error::File`] for a tensor that the settings do not include, and for one that
-/// they require and that is missing.
+/// The roles of the tensors that are not factors. Errors: [`Error::File`] for a tensor that the settings do not include, and for
+/// one that they require and that is missing.
 fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: HostTensors) -> Result<BTreeMap<String, Extra>> {
     let mut extras = BTreeMap::new();
     for (name, tensor) in tensors {
@@ -312,9 +287,9 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
             let name = format!("{module}.{end}");
             match extras.get(&name) {
                 Some(extra) if extra.tensor.values.len() != n => {
-                    return Err(refused(format!("`{name}` is {}, want {n}", spell(&extra.tensor.shape))));
+                    return Err(bad_tensors(format!("`{name}` is {}, want {n}", dimensions(&extra.tensor.shape))));
                 }
-                None if required => return Err(refused(format!("`{name}` is missing, want {n}"))),
+                None if required => return Err(bad_tensors(format!("`{name}` is missing, want {n}"))),
                 _ => {}
             }
         }
@@ -322,14 +297,9 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
     let need_factors = [Role::Magnitude, Role::AddToBias];
     let incomplete = |extra: &Extra| need_factors.contains(&extra.role) && !modules.contains_key(module_of(&extra.target));
     match extras.iter().find(|(_, extra)| incomplete(extra)) {
-        Some((name, _)) => Err(refused(format!("`{name}` needs the factors of its module, which are missing"))),
+        Some((name, _)) => Err(bad_tensors(format!("`{name}` needs the factors of its module, which are missing"))),
         None => Ok(extras),
     }
-}
-
-/// The module that a weight or a bias belongs to.
-pub(crate) fn module_of(tensor: &str) -> &str {
-    tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
 }
 
 /// `scaling·r` in `f64`, so that dividing it by r gives exactly the scaling, in PEFT as well as here.
@@ -340,7 +310,7 @@ fn lora_alpha(module: &Factors) -> Value {
 /// The rank and the scaling that the settings give to a module, or to a parameter.
 fn rank_and_scaling(config: &AdapterConfig, name: &str, parameter: Option<usize>) -> Result<(usize, f32)> {
     let update = parameter.map(|_| config.settings(name)).or_else(|| config.lora_config(name));
-    let update = update.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
+    let update = update.ok_or_else(|| bad_tensors(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
     config.check(name, &update)?;
     Ok((update.rank, update.scaling.of(update.alpha, update.rank)))
 }

@@ -10,12 +10,13 @@
 //! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a whole layer, or its bias only |
 
 use super::config::{AdapterConfig, LayerTarget};
+use super::config_fields::Principal;
 use super::extra_tensors::{role, unfit};
-use super::folder::module_of;
+use super::files::{bad_config, bad_tensors};
+use super::matrix::HostMatrix;
 #[cfg(feature = "svd")]
 use super::principal::plain;
-use super::tensors::{self, HostTensor, HostTensors, spell};
-use super::{HostMatrix, Principal, config_fields};
+use super::tensors::{self, HostTensor, HostTensors, dimensions, module_of};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
@@ -23,8 +24,8 @@ use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, Bias, LayerAdapter, Linear, LoraConfig, distinct};
 use crate::tensor::{Shape, Tensor};
 
-/// The parts of an adapter for the layers of a model, from the settings and tensors of a folder. Errors: [`Error::File`] for a tensor
-/// that is missing, of another shape, or not used.
+/// The parts of an adapter for the layers of a model, from the settings and tensors of a folder. Errors: [`Error::File`] for a
+/// tensor that is missing, of another shape, or not used.
 pub(super) fn read<B: Backend>(
     backend: &B,
     model: &impl Adaptable<B>,
@@ -52,7 +53,7 @@ pub(super) fn read<B: Backend>(
     }
     if !parts.iter().any(|(_, part)| part.adapter().is_some()) {
         let layers: Vec<&str> = model.layers().map(|(name, _)| name).collect();
-        return Err(config_fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
+        return Err(bad_config(format!("`target_modules` names none of the layers {}", layers.join(", "))));
     }
     match file.tensors.keys().next() {
         Some(name) => Err(unused(model, config, name)),
@@ -70,7 +71,7 @@ pub(super) fn adapter<B: Backend>(
     let mut file = File { backend, tensors };
     let adapter = file.adapter(layer, base, config, part)?;
     match file.tensors.keys().next() {
-        Some(name) => Err(tensors::refused(format!("`{name}` has no place in layer `{layer}`"))),
+        Some(name) => Err(bad_tensors(format!("`{name}` has no place in layer `{layer}`"))),
         None => Ok(adapter),
     }
 }
@@ -83,7 +84,7 @@ fn unused<B: Backend>(model: &impl Adaptable<B>, config: &AdapterConfig, name: &
         return unfit(name);
     };
     let known: Vec<&str> = model.layers().map(|(name, _)| name).collect();
-    tensors::refused(match known.contains(&layer.as_str()) {
+    bad_tensors(match known.contains(&layer.as_str()) {
         true => format!("`{name}` has no place in layer `{layer}`"),
         false => format!("`{name}` is for `{layer}`, which the model does not have; its layers are {}", known.join(", ")),
     })
@@ -177,21 +178,22 @@ impl<B: Backend> File<'_, B> {
 
     /// Takes a tensor of the file. Errors: [`Error::File`] if it is missing or has another shape.
     fn take(&mut self, name: &str, want: &[usize]) -> Result<Vec<f32>> {
-        let missing = || tensors::refused(format!("`{name}` is missing, want {}", spell(want)));
+        let missing = || bad_tensors(format!("`{name}` is missing, want {}", dimensions(want)));
         let tensor = self.tensors.remove(name).ok_or_else(missing)?;
         if tensor.shape != want {
-            return Err(tensors::refused(format!("`{name}` is {}, want {}", spell(&tensor.shape), spell(want))));
+            return Err(bad_tensors(format!("`{name}` is {}, want {}", dimensions(&tensor.shape), dimensions(want))));
         }
         Ok(tensor.values)
     }
 
     /// Rounds a matrix to the element type of the backend and uploads it. Errors: [`Error::File`] for an element that overflows.
     fn upload(&self, name: &str, matrix: &HostMatrix) -> Result<Tensor<B>> {
-        Tensor::from_slice(self.backend, matrix.shape(), &tensors::narrow(name, matrix.values())?)
+        Tensor::from_slice(self.backend, matrix.shape(), &tensors::round(name, matrix.values())?)
     }
 }
 
-/// Errors: [`Error::Unsupported`](crate::Error::Unsupported), always: the initial factors can be computed only by a decomposition.
+/// Errors: [`Error::Unsupported`](crate::Error::Unsupported), always: the initial factors can be computed only by a
+/// decomposition.
 #[cfg(not(feature = "svd"))]
 fn plain<B: Backend>(
     _: (&B, &str, &Tensor<B>),

@@ -47,9 +47,12 @@ mod combine;
 mod compress;
 mod config;
 mod config_fields;
+pub(crate) mod convert_elements;
 #[cfg(feature = "svd")]
 mod decompose;
 mod extra_tensors;
+mod factors;
+mod files;
 mod folder;
 pub mod formats;
 mod kind;
@@ -59,53 +62,58 @@ mod modules;
 mod pattern;
 #[cfg(feature = "svd")]
 mod principal;
+mod publish;
 #[cfg(feature = "svd")]
 mod randomized_svd;
 mod spelling;
+mod tensor_file;
 mod tensors;
 mod ties_dare;
 
 use std::path::{Path, PathBuf};
 
-pub use combine::{CombinationType, Combine, MajoritySign, combine};
-#[cfg(all(feature = "checkpoint", feature = "svd"))]
-pub(crate) use compress::inside;
+pub use combine::{CombinationType, Combine, combine};
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
 pub use config::{AdapterConfig, LayerTarget, TargetModules};
 pub use config_fields::Principal;
+#[cfg(all(feature = "checkpoint", feature = "svd"))]
+pub(crate) use decompose::in_module;
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
 pub use extra_tensors::{Extra, Role};
-#[cfg(feature = "checkpoint")]
-pub(crate) use folder::module_of;
-pub use folder::{Factors, Folder};
+pub use factors::Factors;
+pub use files::{CONFIG_FILE, TENSORS_FILE};
+pub use folder::Folder;
 pub use kind::Kind;
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::init_from_weight;
 #[cfg(feature = "checkpoint")]
-pub(crate) use tensors::damage;
-pub use tensors::{HostTensor, HostTensors, parse_tensors};
+pub(crate) use tensor_file::damage;
+pub use tensor_file::parse_tensors;
+pub use tensors::{HostTensor, HostTensors};
+#[cfg(feature = "checkpoint")]
+pub(crate) use tensors::{dimensions, float_type, module_of, stored_type};
+pub use ties_dare::MajoritySign;
+
+use files::at;
+use publish::publish;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::file::{self, Staged};
+use crate::file;
 use crate::nn::{Adaptable, DEFAULT, LayerAdapter, check_layers, check_unmerged};
 
-/// The file name of an adapter's settings.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The file name of an adapter's tensors.
-pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-
-/// Writes every adapter of a model as PEFT 0.21 would: `default` into the folder itself, each other one into a sub-folder of its name.
+/// Writes every adapter of a model as PEFT 0.21 would: `default` into the folder itself, each other one into a sub-folder of its
+/// name.
 ///
-/// Missing folders are created. Files are staged: either all are written completely, or none. Settings that a model does not hold, such
-/// as `base_model_name_or_path`, get PEFT's defaults; [`save_with`] can set them. PEFT has no [raw](crate::nn::Scaling::Raw) alpha, so
-/// the `lora_alpha` that gives the same scaling is written instead.
+/// Missing folders are created. Files are staged: either all are written completely, or none. Settings that a model does not
+/// hold, such as `base_model_name_or_path`, get PEFT's defaults; [`save_with`] can set them. PEFT has no
+/// [raw](crate::nn::Scaling::Raw) alpha, so the `lora_alpha` that gives the same scaling is written instead.
 ///
-/// Errors: [`Error::Value`] for a model without adapters, or for an adapter whose layers differ in a setting that a config has only
-/// once; [`Error::File`].
+/// Errors: [`Error::Value`] for a model without adapters, or for an adapter whose layers differ in a setting that a config has
+/// only once; [`Error::File`].
 pub fn save<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<()> {
     let names = model.adapter_names();
     Error::unless(!names.is_empty(), "save", "model", "no adapter", "at least one adapter")?;
@@ -120,8 +128,8 @@ pub fn save_as<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &str, d
     write(backend, model, &[(name, AdapterConfig::of_adapter(model, name)?)], dir)
 }
 
-/// Writes the adapter `default` with the settings of `config`, for example a config that [`load`] returned. Settings that disagree with
-/// the model are replaced by those of the model. Errors: those of [`save`].
+/// Writes the adapter `default` with the settings of `config`, for example a config that [`load`] returned. Settings that
+/// disagree with the model are replaced by those of the model. Errors: those of [`save`].
 ///
 /// ```
 /// # use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
@@ -152,34 +160,14 @@ fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, A
     publish(&folders)
 }
 
-/// Writes adapters into their folders: all files completely, or none. Missing folders are created.
-fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
-    let mut files = Vec::new();
-    for (dir, config, tensors) in folders {
-        let bytes = tensors::serialize(tensors::PREFIX, tensors).map_err(|error| at(dir, error))?;
-        files.extend([(dir.clone(), TENSORS_FILE, bytes), (dir.clone(), CONFIG_FILE, config.to_json().into_bytes())]);
-    }
-    write_files(files)
-}
-
-/// Writes files into folders: all completely, or none. Missing folders are created.
-fn write_files(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
-    let stage = |(dir, name, bytes): &(PathBuf, &str, Vec<u8>)| {
-        std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
-        Staged::new(&dir.join(name), bytes)
-    };
-    let staged = files.iter().map(stage).collect::<Result<Vec<_>>>()?;
-    staged.into_iter().try_for_each(Staged::publish)
-}
-
 /// Freezes a model and loads the adapter of a folder as its only one, `default`. Returns the settings, which [`save_with`] takes.
 ///
-/// Elements are rounded to the model's element type. An adapter that was initialised with a part of the weights (`pissa`, `olora`) is
-/// loaded as the equivalent plain adapter of twice the rank, see [`Principal`]; the weights are not changed.
+/// Elements are rounded to the model's element type. An adapter that was initialised with a part of the weights (`pissa`,
+/// `olora`) is loaded as the equivalent plain adapter of twice the rank, see [`Principal`]; the weights are not changed.
 ///
 /// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and for a setting out of range;
-/// [`Error::Unsupported`] for a setting that this crate does not support; [`Error::Value`] while an adapter is merged. The model is not
-/// changed then.
+/// [`Error::Unsupported`] for a setting that this crate does not support; [`Error::Value`] while an adapter is merged. The model
+/// is not changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
     check_unmerged(model, "load")?;
@@ -189,8 +177,8 @@ pub fn load<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, dir: &Path) 
     Ok(config)
 }
 
-/// Freezes a model and adds the adapter of a folder under a name; an adapter of the same name is replaced. The first adapter of a model
-/// is active at once; later ones need [`Adaptable::set_active`].
+/// Freezes a model and adds the adapter of a folder under a name; an adapter of the same name is replaced. The first adapter of a
+/// model is active at once; later ones need [`Adaptable::set_active`].
 ///
 /// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
 pub fn load_as<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
@@ -200,8 +188,8 @@ pub fn load_as<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &st
     Ok(config)
 }
 
-/// Overwrites an adapter of the model, in place, with the adapter of a folder. See [`Adaptable::swap_adapter`], also for what happens to
-/// the scale and to an optimizer's moments.
+/// Overwrites an adapter of the model, in place, with the adapter of a folder. See [`Adaptable::swap_adapter`], also for what
+/// happens to the scale and to an optimizer's moments.
 ///
 /// Errors: those of [`load`] and of [`Adaptable::swap_adapter`]. The model is not changed then.
 pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
@@ -224,13 +212,4 @@ fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Resul
         parse().map_err(|error| at(dir, error))
     };
     read().map_err(|error| formats::explained(dir, error))
-}
-
-/// Adds the folder to the path of an error.
-fn at(dir: &Path, error: Error) -> Error {
-    match error {
-        Error::File { path, reason } => Error::File { path: dir.join(path), reason },
-        Error::Unsupported { path, field, value } => Error::Unsupported { path: dir.join(path), field, value },
-        other => other,
-    }
 }

@@ -41,8 +41,8 @@ pub(super) struct Saved {
 }
 
 impl Selection {
-    /// True if a layer gets an update: it is a target, and neither excluded nor saved whole. `layers_to_transform` applies to layers
-    /// that match the end of a name, not to one that is named in full.
+    /// True if a layer gets an update: it is a target, and neither excluded nor saved whole. `layers_to_transform` applies to
+    /// layers that match the end of a name, not to one that is named in full.
     pub(super) fn targets(&self, layer: &str) -> bool {
         if self.excluded.as_ref().is_some_and(|excluded| excluded.include(layer)) {
             return false;

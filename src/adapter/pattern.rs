@@ -2,7 +2,7 @@
 
 use fancy_regex::{Regex, RegexBuilder};
 
-use super::config_fields::{brief, refused};
+use super::files::{bad_config, brief};
 use crate::error::Result;
 
 /// A pattern for names of modules.
@@ -14,13 +14,15 @@ pub(super) struct Pattern {
 }
 
 impl Pattern {
-    /// A pattern, with a prefix and a suffix that make it match as in PEFT. Its size and its number of steps are limited, so that a
-    /// malicious one cannot exhaust memory or time. Errors: [`Error::File`](crate::Error::File) if it is not a regular expression.
+    /// A pattern, with a prefix and a suffix that make it match as in PEFT. Its size and its number of steps are limited, so that
+    /// a malicious one cannot exhaust memory or time. Errors: [`Error::File`](crate::Error::File) if it is not a regular
+    /// expression.
     pub(super) fn new(key: &str, [before, pattern, after]: [&str; 3]) -> Result<Self> {
         const STEPS: usize = 100_000;
         let mut builder = RegexBuilder::new(&[before, pattern, after].concat());
         let built = builder.delegate_size_limit(1 << 20).backtrack_limit(STEPS).build();
-        let wrong = |_| refused(format!("`{key}` holds {}, want a regular expression as Python's `re` reads it", brief(pattern)));
+        let wrong =
+            |_| bad_config(format!("`{key}` holds {}, want a regular expression as Python's `re` reads it", brief(pattern)));
         Ok(Self { key: key.into(), regex: built.map_err(wrong)? })
     }
 
@@ -36,7 +38,7 @@ impl Pattern {
 
     /// Errors: [`Error::File`](crate::Error::File) if the pattern takes too many steps on this name.
     pub(super) fn check_steps(&self, name: &str) -> Result<()> {
-        let gives_up = |_| refused(format!("`{}` holds a pattern that takes too many steps on `{name}`", self.key));
+        let gives_up = |_| bad_config(format!("`{}` holds a pattern that takes too many steps on `{name}`", self.key));
         self.regex.is_match(name).map(drop).map_err(gives_up)
     }
 }

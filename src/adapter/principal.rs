@@ -1,23 +1,24 @@
 //! Initialising an adapter with the principal part of the weights (PiSSA, OLoRA): `W -= scaling·B·A`.
 
-use super::compress::inside;
-use super::{HostMatrix, Principal, olora, pissa};
+use super::config_fields::Principal;
+use super::decompose::{in_module, olora, pissa};
+use super::matrix::HostMatrix;
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, LayerAdapter, LoraConfig, Merge, Scaling, check_unmerged, insert_inactive, write_factors};
 use crate::tensor::Tensor;
 
-/// Moves the principal part of each adapted weight into the factors of an adapter: `W -= scaling·B·A`. The outputs of the model stay
-/// the same, up to rounding.
+/// Moves the principal part of each adapted weight into the factors of an adapter: `W -= scaling·B·A`. The outputs of the model
+/// stay the same, up to rounding.
 ///
-/// The part is also added as a second adapter, named `start`, with `A` and `-B`, which is merged; unmerging it restores every bit of the
-/// weights. The learned update is the sum of the two adapters, of twice the rank. [`save`](super::save) writes both, and
+/// The part is also added as a second adapter, named `start`, with `A` and `-B`, which is merged; unmerging it restores every bit
+/// of the weights. The learned update is the sum of the two adapters, of twice the rank. [`save`](super::save) writes both, and
 /// [`combine`](super::combine) by `cat`, with a weight of 1 each, makes one adapter of them that any model can load.
 ///
-/// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the smaller dimension of a weight, for DoRA, a weight or a scaling
-/// that cannot be decomposed, a name that exists or has a dot, and while an adapter is merged or adapters are disabled. Nothing is
-/// changed then.
+/// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the smaller dimension of a weight, for DoRA, a weight or a
+/// scaling that cannot be decomposed, a name that exists or has a dot, and while an adapter is merged or adapters are disabled.
+/// Nothing is changed then.
 pub fn init_from_weight<B: Backend>(
     backend: &B,
     model: &mut impl Adaptable<B>,
@@ -47,7 +48,7 @@ pub fn init_from_weight<B: Backend>(
         return Err(error);
     }
     for (layer, (a, b, _)) in numbers {
-        write_factors(model, backend, &layer, name, [&narrow::<B::Elem>(&a), &narrow::<B::Elem>(&b)])?;
+        write_factors(model, backend, &layer, name, [&rounded::<B::Elem>(&a), &rounded::<B::Elem>(&b)])?;
     }
     Ok(())
 }
@@ -99,7 +100,7 @@ pub(super) fn plain<B: Backend>(
     part: Principal,
 ) -> Result<([HostMatrix; 2], LoraConfig)> {
     let scaling = config.scaling.of(config.alpha, config.rank);
-    let factors = part.plain(&host(backend, w)?, factors, scaling).map_err(|error| inside(layer, error))?;
+    let factors = part.plain(&host(backend, w)?, factors, scaling).map_err(|error| in_module(layer, error))?;
     Ok((factors, LoraConfig { rank: 2 * config.rank, alpha: scaling, scaling: Scaling::Raw, ..config }))
 }
 
@@ -107,10 +108,10 @@ fn host<B: Backend>(backend: &B, w: &Tensor<B>) -> Result<HostMatrix> {
     HostMatrix::new(w.shape(), w.to_vec(backend)?.into_iter().map(Float::to_f32).collect())
 }
 
-fn narrow<E: Float>(matrix: &HostMatrix) -> Vec<E> {
+fn rounded<E: Float>(matrix: &HostMatrix) -> Vec<E> {
     matrix.values().iter().map(|&x| E::from_f32(x)).collect()
 }
 
 fn upload<B: Backend>(backend: &B, matrix: &HostMatrix) -> Result<Tensor<B>> {
-    Tensor::from_slice(backend, matrix.shape(), &narrow::<B::Elem>(matrix))
+    Tensor::from_slice(backend, matrix.shape(), &rounded::<B::Elem>(matrix))
 }

@@ -1,7 +1,7 @@
 //! The largest singular values of a large matrix, by randomized subspace iteration.
 //!
-//! N. Halko, P. Martinsson, J. Tropp, "Finding structure with randomness", 2011. Starting from random vectors, each iteration multiplies
-//! an orthonormal block `Q`, `n×b`, by `M·Mᵀ`, which rotates it towards the leading singular vectors:
+//! N. Halko, P. Martinsson, J. Tropp, "Finding structure with randomness", 2011. Starting from random vectors, each iteration
+//! multiplies an orthonormal block `Q`, `n×b`, by `M·Mᵀ`, which rotates it towards the leading singular vectors:
 //!
 //! ```text
 //! Z = Mᵀ·Q = P·R        M·Mᵀ·Q ≈ M·P → Q        M ≈ Q·Zᵀ = Q·Rᵀ·Pᵀ
@@ -12,7 +12,8 @@
 use faer::Mat;
 use faer::linalg::solvers::Qr;
 
-use super::decompose::{Keep, Svd};
+use super::decompose::{Keep, Svd, finite, widened};
+use super::matrix::HostMatrix;
 use crate::error::Result;
 use crate::random::Rng;
 
@@ -20,13 +21,27 @@ use crate::random::Rng;
 const OVERSAMPLING: usize = 16;
 /// The largest number of iterations.
 const MAX_ITERATIONS: usize = 24;
-/// The iteration ends when the energy that it has found (the sum of squared singular values) grows by at most this fraction of the
-/// whole. The error is then within `3·10⁻⁷·‖M‖` of the smallest possible one: five times the unit roundoff of `f32`.
+/// The iteration ends when the energy that it has found (the sum of squared singular values) grows by at most this fraction of
+/// the whole. The error is then within `3·10⁻⁷·‖M‖` of the smallest possible one: five times the unit roundoff of `f32`.
 const TOLERANCE: f64 = 1e-13;
+
+impl Svd {
+    /// The decomposition of a matrix as far as `keep` needs it. If few singular values of a large matrix are needed, a randomized
+    /// SVD finds only those, which is faster; the error of the approximation is then within `3·10⁻⁷·‖M‖` of the smallest possible
+    /// one.
+    /// Errors: those of [`of`](Self::of) and [`rank`](Self::rank).
+    pub fn leading(matrix: &HostMatrix, keep: Keep) -> Result<Self> {
+        keep.check("svd")?;
+        finite("svd", "matrix", matrix)?;
+        let energy = matrix.values().iter().map(|&value| f64::from(value).powi(2)).sum();
+        let matrix = widened(matrix);
+        leading(&matrix, energy, keep)?.map_or_else(|| Self::decompose(&matrix), Ok)
+    }
+}
 
 /// The singular values that `keep` selects, and perhaps a few more. `None` if a full decomposition would be faster: for a small
 /// matrix, for a large part of its singular values, and for values that are too close to one another.
-pub(super) fn leading(matrix: &Mat<f64>, energy: f64, keep: Keep) -> Result<Option<Svd>> {
+fn leading(matrix: &Mat<f64>, energy: f64, keep: Keep) -> Result<Option<Svd>> {
     let side = matrix.nrows().min(matrix.ncols());
     let mut rank = match keep {
         Keep::Rank(rank) => rank,

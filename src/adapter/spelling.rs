@@ -12,22 +12,23 @@
 
 use std::collections::BTreeMap;
 
-use super::HostTensors;
-use super::tensors::{PREFIX, refused};
+use super::files::bad_tensors;
+use super::tensor_file::PREFIX;
+use super::tensors::HostTensors;
 use crate::error::Result;
 
 /// Components that wrappers of models (torch.compile, FSDP, activation checkpointing) insert into the names of modules.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// The tensors with their names in PEFT's spelling. Errors: [`Error::File`](crate::Error::File) if two tensors get one name, as in a
-/// file with two adapters.
+/// The tensors with their names in PEFT's spelling. Errors: [`Error::File`](crate::Error::File) if two tensors get one name, as
+/// in a file with two adapters.
 pub(super) fn normalised(tensors: HostTensors) -> Result<HostTensors> {
     let mut found: BTreeMap<String, String> = BTreeMap::new();
     let mut written = HostTensors::new();
     for (name, tensor) in tensors {
         let Some(short) = normalise(&name) else { continue };
         if let Some(other) = found.insert(short.clone(), name.clone()) {
-            return Err(refused(format!("`{other}` and `{name}` are both `{short}`: want one adapter in a file")));
+            return Err(bad_tensors(format!("`{other}` and `{name}` are both `{short}`: want one adapter in a file")));
         }
         written.insert(short, tensor);
     }

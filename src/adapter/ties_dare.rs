@@ -1,9 +1,35 @@
-//! `out = Σ wᵢ·tᵢ` over pruned tensors, as a plain sum or with sign election: the building block of TIES, DARE and magnitude pruning.
+//! `out = Σ wᵢ·tᵢ` over pruned tensors, as a plain sum or with sign election: the building block of TIES, DARE and magnitude
+//! pruning.
 
 use std::cmp::Ordering;
+use std::str::FromStr;
 
-use super::combine::MajoritySign;
+use crate::error::{Error, Result};
 use crate::random::Rng;
+
+/// How the sign of an element of the combination is elected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MajoritySign {
+    /// The sign of the sum of the adapters' elements.
+    #[default]
+    Total,
+    /// The sign that more adapters have.
+    Frequency,
+}
+
+impl FromStr for MajoritySign {
+    type Err = Error;
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "total" => Ok(Self::Total),
+            "frequency" => Ok(Self::Frequency),
+            _ => {
+                let want = "`total` or `frequency`".into();
+                Err(Error::Value { verb: "combine", name: "majority_sign_method", got: name.into(), want })
+            }
+        }
+    }
+}
 
 /// Which elements of a tensor are kept.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -9,8 +9,8 @@ use crate::error::Result;
 use crate::op::{Accumulate, Add, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
 use crate::tensor::Tensor;
 
-/// Adds to the gradients of the operands of `y`'s operation, computed from `dy`. The methods of the tape have checked that each `Var`
-/// in a node is of this tape.
+/// Adds to the gradients of the operands of `y`'s operation, computed from `dy`. The methods of the tape have checked that each
+/// `Var` in a node is of this tape.
 pub(super) fn node<B: Backend>(
     backend: &B,
     (nodes, customs): (&[Node<'_, B>], &[BoxedDerivative<'_, B>]),

@@ -28,8 +28,8 @@ pub type CustomGradients<B, const N: usize, const P: usize> = ([Option<Tensor<B>
 impl<'m, B: Backend> Tape<'m, B> {
     /// Puts `y` on the tape: a value that the caller computed from `inputs` and `params`, together with its derivative.
     ///
-    /// `backward` computes the gradients of the inputs and of the parameters, in this order and of their shapes, from the gradient of
-    /// `y`. It captures whatever else it needs. Errors call the operation `name`.
+    /// `backward` computes the gradients of the inputs and of the parameters, in this order and of their shapes, from the
+    /// gradient of `y`. It captures whatever else it needs. Errors call the operation `name`.
     ///
     /// ```
     /// use lowrank::autograd::{Backward, Tape};

@@ -21,8 +21,8 @@ pub(super) enum Gradient<B: Backend> {
 
 /// The gradients of a backward pass, by parameter.
 ///
-/// The gradient of a weight is kept as its two factors, `dy` and `x` of `dyᵀ·x`. The product is computed, as a matrix in `f32`, when
-/// the weight was used twice, or when gradients are added, scaled, clipped or measured.
+/// The gradient of a weight is kept as its two factors, `dy` and `x` of `dyᵀ·x`. The product is computed, as a matrix in `f32`,
+/// when the weight was used twice, or when gradients are added, scaled, clipped or measured.
 pub struct Gradients<B: Backend> {
     pub(super) values: Vec<Tensor<B>>,
     pub(super) of: HashMap<u64, Gradient<B>>,
@@ -82,8 +82,8 @@ impl<B: Backend> Gradients<B> {
         self.of.is_empty()
     }
 
-    /// Adds the gradients of another batch (gradient accumulation). A loss is the mean over its batch, so the sum over `n` batches of
-    /// equal size is to be [scaled](Self::scale) by `1/n`.
+    /// Adds the gradients of another batch (gradient accumulation). A loss is the mean over its batch, so the sum over `n`
+    /// batches of equal size is to be [scaled](Self::scale) by `1/n`.
     pub fn add(&mut self, backend: &B, mut other: Self) -> Result<()> {
         self.make_dense(backend)?;
         other.make_dense(backend)?;
@@ -121,8 +121,8 @@ impl<B: Backend> Gradients<B> {
         Ok(sum.sqrt())
     }
 
-    /// Multiplies every gradient by `max_norm / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_` does. Returns the
-    /// norm before clipping.
+    /// Multiplies every gradient by `max_norm / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_` does. Returns
+    /// the norm before clipping.
     ///
     /// Errors: [`Error::Value`] unless `max_norm` is finite and not negative and the norm is finite; no gradient is changed then.
     pub fn clip(&mut self, backend: &B, max_norm: f32) -> Result<f64> {

@@ -3,6 +3,7 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod verbs;
 #[cfg(feature = "webgpu")]
 pub mod webgpu;
 

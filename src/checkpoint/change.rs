@@ -17,10 +17,10 @@ use std::borrow::Cow;
 use memmap2::Mmap;
 
 use super::names::Place;
-use super::{convert_elements, refused};
+use super::refused;
 #[cfg(feature = "svd")]
-use crate::adapter::inside;
-use crate::adapter::{Factors, HostMatrix, Principal};
+use crate::adapter::in_module;
+use crate::adapter::{Factors, HostMatrix, Principal, convert_elements};
 use crate::element::DType;
 use crate::error::Result;
 
@@ -128,8 +128,8 @@ impl Piece<'_> {
         [self.first_row, self.first_row + rows]
     }
 
-    /// `A` and `B` in the layout of the stored tensor. For the initialisations `pissa` and `olora` they are those of the equivalent plain
-    /// update of twice the rank, for which the tensor is read.
+    /// `A` and `B` in the layout of the stored tensor. For the initialisations `pissa` and `olora` they are those of the
+    /// equivalent plain update of twice the rank, for which the tensor is read.
     pub(super) fn stored(&self, place: Place<'_>, from: DType) -> Result<[HostMatrix; 2]> {
         let [a, b] = match self.principal {
             Some(part) => self.plain(place, from, part)?,
@@ -145,7 +145,7 @@ impl Piece<'_> {
         convert_elements::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
         let (n, k) = (b.rows(), a.cols());
         let w = if self.transposed { HostMatrix::new((k, n), values)?.transposed() } else { HostMatrix::new((n, k), values)? };
-        part.plain(&w, [a, b], scaling).map_err(|error| inside(&entry.name, error))
+        part.plain(&w, [a, b], scaling).map_err(|error| in_module(&entry.name, error))
     }
 
     #[cfg(not(feature = "svd"))]

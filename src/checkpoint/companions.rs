@@ -30,9 +30,9 @@ const OF_ADAPTERS: [&str; 15] = [
 /// The endings of files with weights, in all formats, and of their indices.
 const WEIGHTS: [&str; 9] = [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json"];
 
-/// Copies the other files of the folder, such as the config and the tokenizer, so that the new folder can be loaded like the old one. The
-/// config is edited to describe the new weights, and the tokenizer of the adapter's folder, if it has one, replaces that of the base.
-/// Returns notes about files that were copied from the adapter and about files that were not copied.
+/// Copies the other files of the folder, such as the config and the tokenizer, so that the new folder can be loaded like the old
+/// one. The config is edited to describe the new weights, and the tokenizer of the adapter's folder, if it has one, replaces that
+/// of the base. Returns notes about files that were copied from the adapter and about files that were not copied.
 pub(super) fn copy_companions(base: &Checkpoint, to: &Path, edit: &ConfigEdit, adapter: Option<&Path>) -> Result<Vec<String>> {
     let (Some(folder), mut notes) = (base.parent(), Vec::new()) else { return Ok(Vec::new()) };
     let own = base.shards.iter().any(|shard| shard.path.file_name().is_some_and(|name| name == TENSORS_FILE));

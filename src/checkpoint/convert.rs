@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::header::{Entry, spelled};
+use super::header::{Entry, stored_type};
 use super::model::ConfigEdit;
 use super::rewrite::{Edit, Pass, rewrite};
 use super::{Checkpoint, Shard, Watch};
@@ -26,7 +26,7 @@ pub(super) struct Convert(pub(super) Option<DType>);
 
 impl Edit for Convert {
     fn stored(&self, entry: &Entry) -> Entry {
-        entry.with_dtype(self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, spelled))
+        entry.with_dtype(self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, stored_type))
     }
 
     fn config(&self) -> ConfigEdit {

@@ -12,8 +12,8 @@ use crate::error::Result;
 
 /// The model types whose stacked experts are stored `E×k×n`.
 const IN_OUT: [&str; 6] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe", "qwen3_vl_moe_text"];
-/// For each parameter of stacked experts, the tensors of one expert that together (stacked in this order) hold it, with their possible
-/// names.
+/// For each parameter of stacked experts, the tensors of one expert that together (stacked in this order) hold it, with their
+/// possible names.
 const APART: [(&str, &[&[&str]]); 4] = [
     ("gate_up_proj", &[&["gate_proj", "w1"], &["up_proj", "w3"]]),
     ("down_proj", &[&["down_proj", "w2"]]),

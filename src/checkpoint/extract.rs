@@ -6,10 +6,10 @@ use super::layout::{self, Layout};
 use super::model::ModelConfig;
 use super::names::Place;
 use super::output::check_interrupted;
-use super::{Checkpoint, Entry, Watch, convert_elements, listed, refused};
-use crate::adapter::{self, Factors, Folder, HostMatrix, Keep};
+use super::{Checkpoint, Entry, Watch, listed, refused};
+use crate::adapter::{self, Factors, Folder, HostMatrix, Keep, convert_elements, in_module};
 use crate::element::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The arguments of [`extract`].
 #[derive(Debug)]
@@ -22,7 +22,8 @@ pub struct Extract<'e> {
     pub keep: Keep,
     /// The element type of the stored factors.
     pub dtype: DType,
-    /// If true, changes that an adapter cannot hold, such as those of biases, norms and embeddings, are ignored instead of refused.
+    /// If true, changes that an adapter cannot hold, such as those of biases, norms and embeddings, are ignored instead of
+    /// refused.
     pub leave_others: bool,
     /// The layout of linear layers, for models whose config does not determine it.
     pub layout: Option<Layout>,
@@ -40,11 +41,12 @@ pub struct Extracted {
 /// Extracts an adapter from all weights that differ, by truncated SVD. Weights are the two-dimensional tensors `x.weight`, except
 /// embeddings.
 ///
-/// Elements are compared by value, independent of the stored type. For weights that the model stores as `k×n` (GPT-2) the adapter has
-/// `fan_in_fan_out`.
+/// Elements are compared by value, independent of the stored type. For weights that the model stores as `k×n` (GPT-2) the adapter
+/// has `fan_in_fan_out`.
 ///
-/// Errors: [`Error::File`] if no weight differs, if there is a change that an adapter cannot hold, such as a tensor that only one of the
-/// models has, or if the layout of a layer is not known; [`Error::Value`] for a `keep` out of range; [`Error::Interrupted`].
+/// Errors: [`Error::File`](crate::Error::File) if no weight differs, if there is a change that an adapter cannot hold, such as a
+/// tensor that only one of the models has, or if the layout of a layer is not known; [`Error::Value`](crate::Error::Value) for a
+/// `keep` out of range; [`Error::Interrupted`](crate::Error::Interrupted).
 pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
     let Extract { base, tuned, keep, dtype, leave_others, layout } = *request;
     base.check_plain_model()?;
@@ -67,7 +69,7 @@ pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
                     })? == Layout::InOut;
                     let matrix = |place| matrix(place).map(|w| if transposed { w.transposed() } else { w });
                     let factors = adapter::extract(&matrix(place)?, &matrix(changed)?, keep);
-                    let (a, b) = factors.map_err(|error| inside(&entry.name, error))?;
+                    let (a, b) = factors.map_err(|error| in_module(&entry.name, error))?;
                     in_out |= transposed;
                     modules.insert(name.to_string(), Factors { a, b, scaling: 1.0, dtype });
                 }
@@ -162,13 +164,4 @@ fn matrix((shard, entry): Place<'_>) -> Result<HostMatrix> {
     let mut values = vec![0.0; entry.elements()];
     convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
     HostMatrix::new((entry.shape[0], entry.shape[1]), values)
-}
-
-fn inside(name: &str, error: Error) -> Error {
-    match error {
-        Error::Value { verb, name: which, got, want } => {
-            Error::Value { verb, name: which, got: format!("{got} in `{name}`"), want }
-        }
-        other => other,
-    }
 }

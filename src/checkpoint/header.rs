@@ -5,7 +5,8 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::{Map, Value, json};
 
-use crate::adapter::damage;
+use crate::adapter::{damage, float_type};
+pub(super) use crate::adapter::{dimensions, stored_type};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
@@ -27,12 +28,7 @@ pub struct Entry {
 impl Entry {
     /// The element type, if it is `f32`, `f16` or `bf16`.
     pub fn float(&self) -> Option<DType> {
-        match self.dtype {
-            Dtype::F32 => Some(DType::F32),
-            Dtype::F16 => Some(DType::F16),
-            Dtype::BF16 => Some(DType::BF16),
-            _ => None,
-        }
+        float_type(self.dtype)
     }
 
     /// The shape as text, such as `4096×11008`.
@@ -69,8 +65,8 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Parses the header at the beginning of `file`, which is the complete file; its other bytes are not read. Errors: [`Error::File`] for
-    /// a file that is too short or too long, or whose offsets overlap, leave gaps or do not fit the shapes.
+    /// Parses the header at the beginning of `file`, which is the complete file; its other bytes are not read. Errors:
+    /// [`Error::File`] for a file that is too short or too long, or whose offsets overlap, leave gaps or do not fit the shapes.
     pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Self> {
         let refused = |reason: String| Error::File { path: path.into(), reason };
         let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| refused(damage(path, file, &error)))?;
@@ -97,8 +93,8 @@ impl Header {
         serde_json::from_slice(text).map_err(|error| Error::File { path: path.into(), reason: error.to_string() })
     }
 
-    /// The bytes of a header for these tensors, stored one after the other; those of the file itself if the tensors are the same. Metadata
-    /// and the order of keys are kept; new tensors come last.
+    /// The bytes of a header for these tensors, stored one after the other; those of the file itself if the tensors are the same.
+    /// Metadata and the order of keys are kept; new tensors come last.
     pub(super) fn with_entries(&self, path: &Path, entries: &[Entry]) -> Result<Vec<u8>> {
         let same =
             |(one, other): (&Entry, &Entry)| (&one.name, one.dtype, &one.shape) == (&other.name, other.dtype, &other.shape);
@@ -124,19 +120,5 @@ impl Header {
         let before = self.entries.len();
         self.entries.retain(keep);
         self.filtered |= self.entries.len() != before;
-    }
-}
-
-/// A shape as text, such as `4096×11008`.
-pub(super) fn dimensions(shape: &[usize]) -> String {
-    shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
-}
-
-/// An element type in the spelling of safetensors.
-pub(super) fn spelled(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::F16 => Dtype::F16,
-        DType::BF16 => Dtype::BF16,
     }
 }

@@ -43,8 +43,8 @@ pub(super) fn from_config(config: Option<&ModelConfig>, module: &str) -> Option<
     Some(if conv1d { Layout::InOut } else { Layout::OutIn })
 }
 
-/// Finds the layout of the layers of an adapter: from the caller's request, from the shapes of weights that are not square, and from the
-/// config.
+/// Finds the layout of the layers of an adapter: from the caller's request, from the shapes of weights that are not square, and
+/// from the config.
 pub(super) struct Layouts<'l> {
     pub(super) requested: Option<Layout>,
     pub(super) config: Option<&'l ModelConfig>,

@@ -12,8 +12,8 @@ use memmap2::{Mmap, MmapOptions};
 pub(super) fn map(file: &File, start: u64, len: usize) -> io::Result<Mmap> {
     let mut options = MmapOptions::new();
     options.offset(start).len(len);
-    // SAFETY: the mapping is private and read-only, and bytes have no invalid values. The caller must not let the file be changed while a
-    // piece of it is mapped; `Checkpoint` documents this.
+    // SAFETY: the mapping is private and read-only, and bytes have no invalid values. The caller must not let the file be changed
+    // while a piece of it is mapped; `Checkpoint` documents this.
     unsafe { options.map(file) }
 }
 

@@ -1,4 +1,5 @@
-//! Merging an adapter into a checkpoint on disk, and unmerging it: `W += scale·B·A`, with biases, magnitudes and replaced tensors.
+//! Merging an adapter into a checkpoint on disk, and unmerging it: `W += scale·B·A`, with biases, magnitudes and replaced
+//! tensors.
 
 use std::path::Path;
 
@@ -25,7 +26,8 @@ use crate::error::{Error, Result};
 pub struct Merge<'m> {
     /// The model.
     pub base: &'m Checkpoint,
-    /// The adapter. The weight of its module `x` is the tensor `x.weight`, or the tensor of that name in another version of transformers.
+    /// The adapter. The weight of its module `x` is the tensor `x.weight`, or the tensor of that name in another version of
+    /// transformers.
     pub adapter: &'m Folder,
     /// The path of the new checkpoint: a file if `base` was opened as one, else a folder that does not exist yet.
     pub out: &'m Path,
@@ -39,8 +41,8 @@ pub struct Merge<'m> {
     pub names: &'m [(String, String)],
     /// The layout of linear layers, for models where it cannot be found out.
     pub layout: Option<Layout>,
-    /// A folder, such as the adapter's, whose tokenizer, chat template and generation config replace those of the base, if the new
-    /// checkpoint is a folder.
+    /// A folder, such as the adapter's, whose tokenizer, chat template and generation config replace those of the base, if the
+    /// new checkpoint is a folder.
     pub companions: Option<&'m Path>,
 }
 
@@ -76,17 +78,17 @@ impl<'m> Unmerge<'m> {
     }
 }
 
-/// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once. Returns notes for the user, a
-/// sentence each: names that were mapped, new tensors, files that were not copied.
+/// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once. Returns notes for the
+/// user, a sentence each: names that were mapped, new tensors, files that were not copied.
 ///
-/// With magnitudes (DoRA) every row is then scaled to its norm. Biases are added to or replaced, and whole modules replaced. All other
-/// tensors are copied byte for byte; names, metadata and the order of tensors are kept. For an adapter that was
-/// [initialised with a part of the weights](crate::adapter::Principal) each weight is decomposed again. An output head that shares the
-/// weight of the embedding gets a weight of its own if the adapter changes only one of the two.
+/// With magnitudes (DoRA) every row is then scaled to its norm. Biases are added to or replaced, and whole modules replaced. All
+/// other tensors are copied byte for byte; names, metadata and the order of tensors are kept. For an adapter that was
+/// [initialised with a part of the weights](crate::adapter::Principal) each weight is decomposed again. An output head that
+/// shares the weight of the embedding gets a weight of its own if the adapter changes only one of the two.
 ///
-/// Errors: [`Error::File`] for modules whose weight is missing or ambiguous, shapes that do not fit, results that are not finite, and
-/// failures of the disk; [`Error::Value`] for a residue together with another `dtype`; [`Error::Unsupported`] for a residue of an adapter
-/// with [`Principal`]; [`Error::Interrupted`]. Nothing is written then.
+/// Errors: [`Error::File`] for modules whose weight is missing or ambiguous, shapes that do not fit, results that are not finite,
+/// and failures of the disk; [`Error::Value`] for a residue together with another `dtype`; [`Error::Unsupported`] for a residue
+/// of an adapter with [`Principal`]; [`Error::Interrupted`]. Nothing is written then.
 pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
     let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions } = *request;
     base.check_plain_model()?;
@@ -130,8 +132,8 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
 ///
 /// With the residue that [`merge`] wrote, every tensor is restored bit for bit; without it, within rounding.
 ///
-/// Errors: those of [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or if there is no
-/// residue and a change cannot be undone without it: a replaced tensor, or rows that were scaled (DoRA).
+/// Errors: those of [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or if there is
+/// no residue and a change cannot be undone without it: a replaced tensor, or rows that were scaled (DoRA).
 pub fn unmerge(request: &Unmerge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
     let Unmerge { merged, adapter, out, residue, names, layout } = *request;
     merged.check_plain_model()?;

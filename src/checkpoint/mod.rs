@@ -10,8 +10,9 @@
 //! extract.rs                                     extracting an adapter from two checkpoints
 //! ```
 //!
-//! Only one piece of a tensor is in memory at a time, whatever the size of the model. Every function takes a `watch`, which is called with
-//! the number of bytes that have been processed since the last call, and can interrupt the work; nothing is written then.
+//! Only one piece of a tensor is in memory at a time, whatever the size of the model. Every function takes a `watch`, which is
+//! called with the number of bytes that have been processed since the last call, and can interrupt the work; nothing is written
+//! then.
 //!
 //! To read the weights of a layer onto a device:
 //!
@@ -35,7 +36,6 @@
 mod change;
 mod companions;
 mod convert;
-mod convert_elements;
 mod experts;
 #[cfg(feature = "svd")]
 mod extract;
@@ -67,15 +67,15 @@ use memmap2::Mmap;
 pub use merge::{Merge, Unmerge, merge, unmerge};
 pub use safetensors::tensor::Dtype;
 
-use crate::adapter::HostTensor;
 use crate::adapter::formats::{self, Kind};
+use crate::adapter::{HostTensor, convert_elements};
 use crate::error::{Error, Result};
 use crate::file::{self, failed};
 use header::Header;
 use which::main_file;
 
-/// Called with the number of bytes of the checkpoint that have been processed since the last call. [`ControlFlow::Break`] ends the work
-/// with [`Error::Interrupted`].
+/// Called with the number of bytes of the checkpoint that have been processed since the last call. [`ControlFlow::Break`] ends
+/// the work with [`Error::Interrupted`].
 pub type Watch<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
 
 /// The end of the file name of a sharded checkpoint's index.
@@ -106,10 +106,11 @@ pub(crate) struct Shard {
 impl Checkpoint {
     /// Opens a `.safetensors` file, the index of a sharded checkpoint, or a folder that holds one of the two.
     ///
-    /// In a folder, `model.safetensors` or its index is preferred, and the file of an adapter is opened only if there is no other.
+    /// In a folder, `model.safetensors` or its index is preferred, and the file of an adapter is opened only if there is no
+    /// other.
     ///
-    /// Errors: [`Error::File`] for a file that is missing or damaged, an index that disagrees with its shards, and a folder with no
-    /// checkpoint or several.
+    /// Errors: [`Error::File`] for a file that is missing or damaged, an index that disagrees with its shards, and a folder with
+    /// no checkpoint or several.
     pub fn open(path: &Path) -> Result<Self> {
         Self::read(path).map_err(|error| match formats::recognise(path) {
             Ok(found) if path.is_dir() && !found.kind.is_safetensors() => found.refusal(),
@@ -191,8 +192,8 @@ impl Checkpoint {
 
     /// Reads a tensor, widened to `f32`, which is exact for `f16` and `bf16`.
     ///
-    /// A weight is `n×k`, as in a [`Linear`](crate::nn::Linear); see [`HostTensor::to_device`]. Errors: [`Error::File`] for a name that
-    /// the checkpoint does not have, and for a tensor of another element type than `f32`, `f16` and `bf16`.
+    /// A weight is `n×k`, as in a [`Linear`](crate::nn::Linear); see [`HostTensor::to_device`]. Errors: [`Error::File`] for a
+    /// name that the checkpoint does not have, and for a tensor of another element type than `f32`, `f16` and `bf16`.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let found = self.find(name).ok_or_else(|| refused(&self.path, format!("has no tensor `{name}`")))?;
         let (shard, entry) = found;

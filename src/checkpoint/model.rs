@@ -53,7 +53,8 @@ fn is_part(key: &str) -> bool {
 /// The edits of a copied config.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct ConfigEdit {
-    /// The new element type of the weights. It must be in the config, because transformers converts weights to the type named there.
+    /// The new element type of the weights. It must be in the config, because transformers converts weights to the type named
+    /// there.
     pub(super) dtype: Option<DType>,
     /// If true, the output head has a weight of its own now.
     pub(super) untie: bool,

@@ -6,7 +6,8 @@ use super::header::Entry;
 use super::{Checkpoint, Shard, listed, refused};
 use crate::error::Result;
 
-/// Prefixes of names that transformers changed between versions. Either of the two may be the name in the adapter or in the checkpoint.
+/// Prefixes of names that transformers changed between versions. Either of the two may be the name in the adapter or in the
+/// checkpoint.
 const MOVED: [(&str, &str); 14] = [
     ("model.language_model.model.", "language_model.model."),
     ("model.language_model.lm_head", "language_model.lm_head"),
@@ -133,8 +134,8 @@ impl<'r> Names<'r> {
         renamed
     }
 
-    /// The tensors that fit and have the longest common end with the name. The parts that differ must not contain numbers (of layers), and
-    /// if both are non-empty, they must consist of [`CONTAINERS`].
+    /// The tensors that fit and have the longest common end with the name. The parts that differ must not contain numbers (of
+    /// layers), and if both are non-empty, they must consist of [`CONTAINERS`].
     fn longest(&self, name: &str, fits: impl Fn(&Entry) -> bool) -> Vec<(String, String, Place<'r>)> {
         let parts: Vec<&str> = name.split('.').collect();
         let numbered = |parts: &[&str]| parts.iter().any(|part| part.parse::<usize>().is_ok());
@@ -209,7 +210,8 @@ fn end(name: &str) -> &str {
     dots.next().map_or(name, |(at, _)| &name[at + 1..])
 }
 
-/// The name with its prefix `old` replaced by `new`; `None` if it does not have it. The prefix must end at a dot or at the end of the name.
+/// The name with its prefix `old` replaced by `new`; `None` if it does not have it. The prefix must end at a dot or at the end of
+/// the name.
 fn replaced(name: &str, old: &str, new: &str) -> Option<String> {
     let rest = name.strip_prefix(old)?;
     let whole = rest.is_empty() || rest.starts_with('.') || old.ends_with('.') || old.is_empty();

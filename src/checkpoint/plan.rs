@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use super::change::{Change, Magnitude, Piece, Source};
-use super::header::{Entry, dimensions, spelled};
+use super::header::{Entry, dimensions, stored_type};
 use super::layout::{Layout, Layouts};
 use super::model::{ConfigEdit, ModelConfig};
 use super::names::{Names, Place};
@@ -71,8 +71,8 @@ impl<'r> Plan<'r> {
 }
 
 impl<'r> Planner<'r> {
-    /// The tensor that an adapter refers to by this name. An output head that shares the embedding's weight is found even if it is not
-    /// stored.
+    /// The tensor that an adapter refers to by this name. An output head that shares the embedding's weight is found even if it
+    /// is not stored.
     pub(super) fn target(&mut self, name: &str, fits: impl Fn(&[usize]) -> bool) -> Result<Option<Target<'r>>> {
         if let Some(place) = self.names.find(name, |entry| fits(&entry.shape))? {
             let (name, shape) = (place.1.name.clone(), place.1.shape.clone());
@@ -371,7 +371,7 @@ impl<'r> Planner<'r> {
                     Source::Other((_, entry)) => entry.float().unwrap_or(dtype),
                     Source::Stored | Source::Replacement(_) => dtype,
                 };
-                Entry::new(name, spelled(dtype), change.shape.clone())
+                Entry::new(name, stored_type(dtype), change.shape.clone())
             })
             .collect();
         let heads: Vec<String> = added.iter().map(|entry| entry.name.clone()).filter(|name| !ties::is_head(name)).collect();

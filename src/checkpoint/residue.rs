@@ -1,8 +1,8 @@
 //! The residue of a merge: the elements that `W + ΔW - ΔW` does not restore, because of rounding. With it, unmerging is exact.
 //!
-//! A residue is a safetensors file. For each merged tensor `x` it holds `x.index` (U32: the positions of these elements), `x.value` (their
-//! original values) and, with DoRA, `x.gain` (F32: the factors of its rows or columns). Its metadata holds a digest of each original
-//! tensor, with which the restored one is verified.
+//! A residue is a safetensors file. For each merged tensor `x` it holds `x.index` (U32: the positions of these elements),
+//! `x.value` (their original values) and, with DoRA, `x.gain` (F32: the factors of its rows or columns). Its metadata holds a
+//! digest of each original tensor, with which the restored one is verified.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
@@ -40,8 +40,8 @@ struct Tensor {
 }
 
 impl ResidueWriter {
-    /// Writes a residue of these tensors, each given with its number of gains. `merge` must call [`compare`](Self::compare) for all of them.
-    /// The file is staged: complete on the disk, but without its final name.
+    /// Writes a residue of these tensors, each given with its number of gains. `merge` must call [`compare`](Self::compare) for
+    /// all of them. The file is staged: complete on the disk, but without its final name.
     pub(super) fn stage(
         path: &Path,
         targets: &[(&Entry, usize)],
@@ -72,7 +72,8 @@ impl ResidueWriter {
         self.tensor = Some(Tensor { entry: entry.clone(), index: Vec::new(), value: Vec::new(), gains: Vec::new(), digest: 0 });
     }
 
-    /// Compares the original elements of the tensor, from `first` on, with those that unmerging would give, and keeps those that differ.
+    /// Compares the original elements of the tensor, from `first` on, with those that unmerging would give, and keeps those that
+    /// differ.
     pub(super) fn compare(&mut self, first: usize, old: &[u8], back: &[u8]) {
         let Some(tensor) = &mut self.tensor else { return };
         tensor.digest = digest(tensor.digest, old);

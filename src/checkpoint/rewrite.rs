@@ -6,7 +6,8 @@ use super::companions::copy_companions;
 use super::header::Entry;
 use super::model::ConfigEdit;
 use super::output::{Output, Piece, StagedCheckpoint, check_interrupted};
-use super::{Checkpoint, Shard, Watch, convert_elements, refused};
+use super::{Checkpoint, Shard, Watch, refused};
+use crate::adapter::convert_elements;
 use crate::element::DType;
 use crate::error::Result;
 use crate::file::{self, Staged, StagedFolder};
@@ -66,7 +67,8 @@ impl Pass<'_, '_> {
         Ok(())
     }
 
-    /// Converts the elements of a tensor, rounded to the nearest. Errors: [`File`](crate::Error::File) if a finite element overflows.
+    /// Converts the elements of a tensor, rounded to the nearest. Errors: [`File`](crate::Error::File) if a finite element
+    /// overflows.
     pub(super) fn convert(&mut self, shard: &Shard, entry: &Entry, [from, to]: [DType; 2]) -> Result<()> {
         const ELEMENTS: usize = PIECE / 4;
         let mut widened = vec![0.0; ELEMENTS];
@@ -77,7 +79,7 @@ impl Pass<'_, '_> {
             let (widened, mut rounded) = (&mut widened[..len], self.buffer(len * to.size()));
             convert_elements::widen(from, &piece, widened);
             if !convert_elements::round(to, widened, &mut rounded)
-                && let Some(value) = overflowing(to, widened, &rounded)
+                && let Some(value) = convert_elements::overflowing(to, widened, &rounded)
             {
                 return Err(refused(&shard.path, format!("`{}` holds {value}, more than {to} can", entry.name)));
             }
@@ -88,16 +90,8 @@ impl Pass<'_, '_> {
     }
 }
 
-/// The first finite value that became infinite.
-fn overflowing(dtype: DType, values: &[f32], bytes: &[u8]) -> Option<f32> {
-    let mut back = vec![0.0; values.len()];
-    convert_elements::widen(dtype, bytes, &mut back);
-    let mut pairs = values.iter().zip(&back);
-    pairs.find(|(value, back)| value.is_finite() && !back.is_finite()).map(|(value, _)| *value)
-}
-
-/// Stages the edited checkpoint: a file if the base was opened as one, else a folder, with copies of the other files. Returns it with notes
-/// about these files.
+/// Stages the edited checkpoint: a file if the base was opened as one, else a folder, with copies of the other files. Returns it
+/// with notes about these files.
 pub(super) fn rewrite(
     base: &Checkpoint,
     out: &Path,

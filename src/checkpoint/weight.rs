@@ -1,15 +1,15 @@
 //! Merging into one tensor of a checkpoint, block by block.
 //!
-//! Each block of rows is read and widened to `f32`, the update is added, and the sums are rounded once. Blocks are computed in parallel,
-//! and depend only on the shape, so the result has the same bits for any number of threads.
+//! Each block of rows is read and widened to `f32`, the update is added, and the sums are rounded once. Blocks are computed in
+//! parallel, and depend only on the shape, so the result has the same bits for any number of threads.
 
 use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
 use super::change::{Change, Changed, Piece, Source};
-use super::convert_elements;
 use super::names::Place;
+use crate::adapter::convert_elements;
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::Result;
@@ -221,8 +221,8 @@ impl Gains<'_> {
         }
     }
 
-    /// `row = row · norm / ‖row‖` for each row, or `column = column · gain` for each column. Returns the gains of rows; the gain of a row of
-    /// zeros is 0.
+    /// `row = row · norm / ‖row‖` for each row, or `column = column · gain` for each column. Returns the gains of rows; the gain
+    /// of a row of zeros is 0.
     fn multiply(self, cols: usize, w: &mut [f32]) -> Vec<f32> {
         let rows = w.chunks_mut(cols.max(1));
         match self {

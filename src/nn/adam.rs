@@ -10,19 +10,21 @@ use crate::error::{Error, Result};
 use crate::op::{self, AdamRate};
 use crate::tensor::{Shape, Tensor};
 
-/// Adam (D. P. Kingma and J. Ba, 2015) and AdamW (I. Loshchilov and F. Hutter, 2019), as PyTorch computes them: one fused pass over
-/// each parameter and its moments.
+/// Adam (D. P. Kingma and J. Ba, 2015) and AdamW (I. Loshchilov and F. Hutter, 2019), as PyTorch computes them: one fused pass
+/// over each parameter and its moments.
 ///
-/// Steps are counted for each parameter, as in PyTorch: a parameter that is added later, with another adapter for example, starts at
-/// step 1.
+/// Steps are counted for each parameter, as in PyTorch: a parameter that is added later, with another adapter for example, starts
+/// at step 1.
 ///
 /// Moments are `f32`; parameters are of the backend's element type. In 16 bits a step of less than 1/512 of an element (bf16) or
 /// 1/4096 (f16) would be lost to rounding: at a learning rate of 1e-4 an element above 0.06 would not move in bf16. So on 16-bit
-/// backends every updated parameter has a master copy in `f32`. A step updates the master, and the parameter is the master rounded.
+/// backends every updated parameter has a master copy in `f32`. A step updates the master, and the parameter is the master
+/// rounded.
 ///
-/// The caller may overwrite a parameter between steps ([`set_tensor`](Param::set_tensor), [`copy_from_slice`](Param::copy_from_slice),
-/// [`swap_adapter`](super::Adaptable::swap_adapter), or a kernel of its own). Where an element of the parameter is not its master
-/// rounded, the next step starts from the element of the parameter. See [`op::Adam`].
+/// The caller may overwrite a parameter between steps ([`set_tensor`](Param::set_tensor),
+/// [`copy_from_slice`](Param::copy_from_slice), [`swap_adapter`](super::Adaptable::swap_adapter), or a kernel of its own). Where
+/// an element of the parameter is not its master rounded, the next step starts from the element of the parameter. See
+/// [`op::Adam`].
 ///
 /// Memory: 8 bytes of moments for each updated element, and 4 of master on 16-bit backends. So a parameter and its state take
 /// 12 bytes for each element in `f32`, and 14 in bf16 or f16.
@@ -36,8 +38,9 @@ pub struct Adam<B: Backend> {
     pub beta2: f32,
     /// Added to `√v` in the denominator.
     pub eps: f32,
-    /// The weight decay of AdamW: before each step a parameter is multiplied by `1 - lr·weight_decay`. Default 0. As in PyTorch, it
-    /// applies to every updated parameter, also to biases and magnitudes. With LoRA+, `lr` is the learning rate of that parameter.
+    /// The weight decay of AdamW: before each step a parameter is multiplied by `1 - lr·weight_decay`. Default 0. As in PyTorch,
+    /// it applies to every updated parameter, also to biases and magnitudes. With LoRA+, `lr` is the learning rate of that
+    /// parameter.
     pub weight_decay: f32,
     /// LoRA+: the learning rate of `B`, biases and magnitudes, divided by that of `A`. Default 1; 16 is usual.
     pub loraplus_lr_ratio: f32,
@@ -56,7 +59,8 @@ struct State<B: Backend> {
 }
 
 impl<B: Backend> State<B> {
-    /// The state before the first step. The first step fills the master from the parameter, because zeros are not the parameter rounded.
+    /// The state before the first step. The first step fills the master from the parameter, because zeros are not the parameter
+    /// rounded.
     fn new(backend: &B, shape: Shape) -> Result<Self> {
         let zeros = || Tensor::zeros(backend, shape);
         let master = (B::Elem::DTYPE != DType::F32).then(zeros).transpose()?;
@@ -65,13 +69,14 @@ impl<B: Backend> State<B> {
 }
 
 impl<B: Backend> Adam<B> {
-    /// Adam with PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`] unless `lr` is finite and not negative.
+    /// Adam with PyTorch's defaults: betas 0.9 and 0.999, eps 1e-8. Errors: [`Error::Value`] unless `lr` is finite and not
+    /// negative.
     pub fn new(lr: f32) -> Result<Self> {
         Self::adamw(lr, 0.0)
     }
 
-    /// AdamW with PyTorch's defaults, except for the weight decay (0.01 there). Errors: those of [`new`](Self::new); [`Error::Value`]
-    /// unless `weight_decay` and `lr·weight_decay` are finite and not negative.
+    /// AdamW with PyTorch's defaults, except for the weight decay (0.01 there). Errors: those of [`new`](Self::new);
+    /// [`Error::Value`] unless `weight_decay` and `lr·weight_decay` are finite and not negative.
     pub fn adamw(lr: f32, weight_decay: f32) -> Result<Self> {
         let (beta1, beta2, eps, loraplus_lr_ratio) = (0.9, 0.999, 1e-8, 1.0);
         let adam = Self { lr, beta1, beta2, eps, weight_decay, loraplus_lr_ratio, steps: 0, states: HashMap::new() };

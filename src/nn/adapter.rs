@@ -25,8 +25,8 @@ pub struct Adapter<B: Backend> {
 }
 
 impl<B: Backend> Adapter<B> {
-    /// A new adapter for a layer: initialises `A` and `B` as configured and magnitudes to the row norms of the merged weight, and copies
-    /// the bias. Errors: [`Error::Value`].
+    /// A new adapter for a layer: initialises `A` and `B` as configured and magnitudes to the row norms of the merged weight, and
+    /// copies the bias. Errors: [`Error::Value`].
     pub fn new(backend: &B, base: &Linear<B>, config: LoraConfig, rng: &mut Rng) -> Result<Self> {
         config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
@@ -134,8 +134,8 @@ impl<B: Backend> Adapter<B> {
         Ok([a.into_iter().take(rank * k).collect(), b])
     }
 
-    /// `A` and `B` padded to a larger rank; `None` if they have that rank already. They are new parameters, because an optimizer's
-    /// moments have the old shape. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+    /// `A` and `B` padded to a larger rank; `None` if they have that rank already. They are new parameters, because an
+    /// optimizer's moments have the old shape. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
     pub(super) fn padded_factors(&self, backend: &B, rank: usize) -> Result<Option<[Param<B>; 2]>> {
         if rank <= self.room() {
             return Ok(None);
@@ -156,7 +156,8 @@ impl<B: Backend> Adapter<B> {
         fits("b", b, (b.rows, a.rows))
     }
 
-    /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] if a tensor that the settings require is missing.
+    /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] if a tensor that the settings require is
+    /// missing.
     pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
         let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
         let row =

@@ -77,8 +77,8 @@ impl LoraConfig {
         }
     }
 
-    /// Checks the settings. Errors: [`Error::Value`] for rank 0, an alpha that is not finite, a dropout outside `[0, 1)`, those of
-    /// [`Init::check`], and `lora_bias` together with DoRA (PEFT has no such adapter).
+    /// Checks the settings. Errors: [`Error::Value`] for rank 0, an alpha that is not finite, a dropout outside `[0, 1)`, those
+    /// of [`Init::check`], and `lora_bias` together with DoRA (PEFT has no such adapter).
     pub fn check(&self) -> Result<()> {
         Error::unless(self.rank > 0, "lora", "rank", self.rank, "at least 1")?;
         Error::unless(self.alpha.is_finite(), "lora", "alpha", self.alpha, "a finite number")?;

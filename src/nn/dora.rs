@@ -30,8 +30,8 @@ fn norm<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>) -> Result<
 
 /// `y = base(x) + (c - 1)·drop(x)·Wᵀ + c·scaling·drop(x)·Aᵀ·Bᵀ` with `c = magnitude / norm`, as in PEFT.
 ///
-/// It is computed as `base(x) + c·z - drop(x)·Wᵀ` with `z = drop(x)·(W + scaling·B·A)ᵀ`. `so_far` is the sum of the base layer and the
-/// adapters before this one, if there are any. Without dropout and without `so_far` it is just `c·z + bias`.
+/// It is computed as `base(x) + c·z - drop(x)·Wᵀ` with `z = drop(x)·(W + scaling·B·A)ᵀ`. `so_far` is the sum of the base layer
+/// and the adapters before this one, if there are any. Without dropout and without `so_far` it is just `c·z + bias`.
 pub(super) fn forward<'m, B: Backend>(
     tape: &mut Tape<'m, B>,
     x: Var,

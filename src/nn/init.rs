@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
-/// The initial values of the factors of an adapter: PEFT's `init_lora_weights`. Unless said otherwise `B` is zero, so a new adapter
-/// changes nothing.
+/// The initial values of the factors of an adapter: PEFT's `init_lora_weights`. Unless said otherwise `B` is zero, so a new
+/// adapter changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
     /// `true`: `A` uniform in `±1/√k`, PyTorch's Kaiming-uniform with `a = √5`.
@@ -17,10 +17,11 @@ pub enum Init {
         /// The standard deviation.
         std: f32,
     },
-    /// `false`: `A` as Kaiming-uniform, and `B` uniform in `±1/√r`. The adapter changes the model even before training: for tests.
+    /// `false`: `A` as Kaiming-uniform, and `B` uniform in `±1/√r`. The adapter changes the model even before training: for
+    /// tests.
     NonZero,
-    /// `orthogonal`: `A` and `B` are random combinations of two halves of an orthonormal basis, so that `B·A = 0` although neither
-    /// factor is zero. The rank must be even.
+    /// `orthogonal`: `A` and `B` are random combinations of two halves of an orthonormal basis, so that `B·A = 0` although
+    /// neither factor is zero. The rank must be even.
     Orthogonal,
 }
 
@@ -93,8 +94,8 @@ pub(super) fn room_for<E: Float>(shape: Shape) -> Result<Vec<E>> {
     Ok(host)
 }
 
-/// `r` random orthonormal rows, by Gram-Schmidt: from each new row its components along the earlier rows are subtracted, twice, because
-/// the first pass leaves rounding errors.
+/// `r` random orthonormal rows, by Gram-Schmidt: from each new row its components along the earlier rows are subtracted, twice,
+/// because the first pass leaves rounding errors.
 fn orthonormal_rows(r: usize, rng: &mut Rng) -> Vec<Vec<f64>> {
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let mut rows: Vec<Vec<f64>> = Vec::new();

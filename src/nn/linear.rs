@@ -36,8 +36,8 @@ impl<B: Backend> Linear<B> {
         Ok(Self { weight: Param::new(weight), bias: bias.map(Param::plus) })
     }
 
-    /// From a weight that is stored as `in × out`, `k×n` (PEFT's `fan_in_fan_out`), and a bias `1×n`. The weight is transposed once,
-    /// here. The adapters of such a layer are stored as those of any other layer. Errors: [`Error::Shape`].
+    /// From a weight that is stored as `in × out`, `k×n` (PEFT's `fan_in_fan_out`), and a bias `1×n`. The weight is transposed
+    /// once, here. The adapters of such a layer are stored as those of any other layer. Errors: [`Error::Shape`].
     pub fn from_fan_in_fan_out(backend: &B, weight: &Tensor<B>, bias: Option<Tensor<B>>) -> Result<Self> {
         let ((k, n), host) = ((weight.rows(), weight.cols()), weight.to_vec(backend)?);
         let transposed: Vec<B::Elem> = (0..n).flat_map(|j| host.iter().skip(j).step_by(n.max(1)).take(k).copied()).collect();
@@ -64,8 +64,8 @@ impl<B: Backend> Linear<B> {
         self.bias.as_mut().map(|bias| &mut bias.tensor)
     }
 
-    /// Prepacks the weight, for a layer that stays frozen; see [`Backend::keep_packed`]. Merging, unmerging and training drop the packed
-    /// copy.
+    /// Prepacks the weight, for a layer that stays frozen; see [`Backend::keep_packed`]. Merging, unmerging and training drop the
+    /// packed copy.
     pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
         backend.keep_packed(&mut self.weight.tensor, passes)
     }

@@ -115,7 +115,8 @@ impl<B: Backend> LayerAdapter<B> {
 
 /// A linear layer with named adapters. Some of them are active; all of them can be disabled, or merged into the weight.
 ///
-/// While adapters are merged, neither their parameters nor the weight can be borrowed mutably, because exact unmerging relies on both.
+/// While adapters are merged, neither their parameters nor the weight can be borrowed mutably, because exact unmerging relies on
+/// both.
 #[derive(Debug)]
 pub struct LoraLinear<B: Backend> {
     pub(super) base: Linear<B>,
@@ -126,7 +127,8 @@ pub struct LoraLinear<B: Backend> {
 }
 
 impl<B: Backend> LoraLinear<B> {
-    /// Freezes the layer and adds an active adapter named [`DEFAULT`]. Errors: [`Error::Shape`] if the adapter does not fit the layer.
+    /// Freezes the layer and adds an active adapter named [`DEFAULT`]. Errors: [`Error::Shape`] if the adapter does not fit the
+    /// layer.
     pub fn new(base: Linear<B>, adapter: Adapter<B>) -> Result<Self> {
         adapter.fits(&base)?;
         let mut layer = Self::without_adapters(base);
@@ -199,7 +201,8 @@ impl<B: Backend> LoraLinear<B> {
         self.unload();
     }
 
-    /// The weight, the bias, and the parameters of the adapters. While adapters are merged, those and the base layer are left out.
+    /// The weight, the bias, and the parameters of the adapters. While adapters are merged, those and the base layer are left
+    /// out.
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         let Self { base, parts, merged, .. } = self;
         let base = merged.is_empty().then_some(base).into_iter().flat_map(Linear::params_mut);
@@ -207,11 +210,11 @@ impl<B: Backend> LoraLinear<B> {
         base.chain(free.flat_map(|(_, part)| part.params_mut()))
     }
 
-    /// Adds an adapter to this layer, or replaces the one of that name here. Only active adapters are trainable. To replace an adapter
-    /// in all layers of a model, use [`Adaptable::insert_adapter`](super::Adaptable::insert_adapter).
+    /// Adds an adapter to this layer, or replaces the one of that name here. Only active adapters are trainable. To replace an
+    /// adapter in all layers of a model, use [`Adaptable::insert_adapter`](super::Adaptable::insert_adapter).
     ///
-    /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for adapters that
-    /// cannot be active together.
+    /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for adapters
+    /// that cannot be active together.
     pub fn insert(&mut self, name: &str, part: LayerAdapter<B>, active: bool) -> Result<()> {
         self.check_insert("insert", name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
@@ -248,8 +251,8 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Makes these adapters the active ones; only they are trainable. Names that this layer does not have are ignored.
     ///
-    /// Errors: [`Error::Value`] while an adapter is merged, for two that each replace the layer's bias, or for one that replaces the
-    /// whole layer together with another.
+    /// Errors: [`Error::Value`] while an adapter is merged, for two that each replace the layer's bias, or for one that replaces
+    /// the whole layer together with another.
     #[doc(alias = "set_adapter")]
     pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
         self.check_activate("set_active", names)?;
@@ -288,7 +291,8 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// Multiplies the scaling that the settings of an adapter give by `scale`, if the layer has it. It is not saved with the adapter.
+    /// Multiplies the scaling that the settings of an adapter give by `scale`, if the layer has it. It is not saved with the
+    /// adapter.
     /// Errors: [`Error::Value`] while an adapter is merged, or unless `scale` is finite.
     pub fn set_scale(&mut self, name: &str, scale: f32) -> Result<()> {
         self.check_unmerged("set_scale")?;
@@ -315,8 +319,8 @@ impl<B: Backend> LoraLinear<B> {
         Error::unless(false, verb, "adapter", format_args!("`{}`, merged into the weight", merged.name()), "unmerged first")
     }
 
-    /// The output of the base layer plus those of the active adapters that are not merged; of the base layer only while adapters are
-    /// disabled.
+    /// The output of the base layer plus those of the active adapters that are not merged; of the base layer only while adapters
+    /// are disabled.
     ///
     /// `seed` is for training: with it dropout is applied, and the masks are a function of it.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
@@ -325,8 +329,8 @@ impl<B: Backend> LoraLinear<B> {
 
     /// [`forward`](Self::forward) with the adapters that the caller chooses, active or not.
     ///
-    /// Errors: those of the tape. For [`Adapters::Named`] also [`Error::Value`] while an adapter is merged, or for two adapters that
-    /// cannot be active together; see [`set_active`](Self::set_active).
+    /// Errors: those of the tape. For [`Adapters::Named`] also [`Error::Value`] while an adapter is merged, or for two adapters
+    /// that cannot be active together; see [`set_active`](Self::set_active).
     pub fn forward_with<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, adapters: Adapters<'_>) -> Result<Var> {
         match adapters {
             Adapters::Active => self.forward(tape, x, seed),
@@ -343,7 +347,8 @@ impl<B: Backend> LoraLinear<B> {
         let bias = parts().find_map(LayerAdapter::bias).or(base.bias());
         let mut y = None;
         for (place, adapter) in parts().filter_map(LayerAdapter::adapter).enumerate() {
-            // Each adapter has its own mask: its place goes to the high bits, as seeds of layers and steps differ in the low ones.
+            // Each adapter has its own mask: its place goes to the high bits, as seeds of layers and steps differ in the low
+            // ones.
             let seed = seed.filter(|_| adapter.config.dropout > 0.0).map(|seed| seed ^ ((place as u64) << 48));
             let dropout = seed.map(|seed| Dropout::new(adapter.config.dropout, seed)).transpose()?;
             if let Some(magnitude) = &adapter.magnitude {
@@ -359,8 +364,8 @@ impl<B: Backend> LoraLinear<B> {
         y.map_or_else(|| tape.linear(x, base.weight(), bias), Ok)
     }
 
-    /// The parts that `forward` computes with: of the adapters in `active` those that are not merged, and of the merged ones those that
-    /// replace the layer, because a replacement is not written into the base weight.
+    /// The parts that `forward` computes with: of the adapters in `active` those that are not merged, and of the merged ones
+    /// those that replace the layer, because a replacement is not written into the base weight.
     fn computing<'m, S: AsRef<str>>(&'m self, active: &[S]) -> impl Iterator<Item = &'m LayerAdapter<B>> {
         let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
         let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
@@ -375,8 +380,8 @@ impl<B: Backend> LoraLinear<B> {
     }
 }
 
-/// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: only one can replace the bias, and one that replaces
-/// the whole layer cannot be combined with others.
+/// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: only one can replace the bias, and one that
+/// replaces the whole layer cannot be combined with others.
 fn check_compatible<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p LayerAdapter<B>>) -> Result<()> {
     let parts: Vec<_> = parts.collect();
     let whole = parts.iter().any(|part| part.is_whole());

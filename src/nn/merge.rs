@@ -1,8 +1,8 @@
 //! Merging adapters into the weight of a layer, and exact unmerging.
 //!
-//! Merging adds the update to the weight. To be able to unmerge, it also subtracts the update once from the merged weight, and keeps
-//! those elements that rounding does not restore (the residue). Merged adapters are a stack: unmerging one takes out all above it,
-//! and merges those again.
+//! Merging adds the update to the weight. To be able to unmerge, it also subtracts the update once from the merged weight, and
+//! keeps those elements that rounding does not restore (the residue). Merged adapters are a stack: unmerging one takes out all
+//! above it, and merges those again.
 
 use super::dora::Rows;
 use super::residue::Residue;
@@ -68,11 +68,12 @@ impl<B: Backend> LoraLinear<B> {
 
     /// Merges these adapters, in this order, on top of those that are merged. Names that this layer does not have are ignored.
     ///
-    /// Merging an adapter that replaces the layer leaves the weight as it is: until it is unmerged, `forward` uses the replacement.
+    /// Merging an adapter that replaces the layer leaves the weight as it is: until it is unmerged, `forward` uses the
+    /// replacement.
     ///
-    /// Errors: [`Error::Value`] while adapters are disabled, for a bias of the update where the layer has no bias, for an adapter that
-    /// replaces the layer together with another, and, with [`Merge::safe`], for results that are not finite; [`Error::Shape`] for a
-    /// parameter whose shape the caller has changed. Nothing is changed then.
+    /// Errors: [`Error::Value`] while adapters are disabled, for a bias of the update where the layer has no bias, for an adapter
+    /// that replaces the layer together with another, and, with [`Merge::safe`], for results that are not finite;
+    /// [`Error::Shape`] for a parameter whose shape the caller has changed. Nothing is changed then.
     pub fn merge_as<S: AsRef<str>>(&mut self, backend: &B, names: &[S], how: Merge) -> Result<()> {
         Error::unless(self.is_enabled(), "merge", "adapter", "disabled", "enabled first, see `set_adapters_enabled`")?;
         let before = self.merged.len();
@@ -98,8 +99,8 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// Takes one merged adapter out; the weight is then what it would be if only the others had been merged. Does nothing if it is not
-    /// merged.
+    /// Takes one merged adapter out; the weight is then what it would be if only the others had been merged. Does nothing if it
+    /// is not merged.
     pub fn unmerge_one(&mut self, backend: &B, name: &str) -> Result<()> {
         let Some(at) = self.merged.iter().position(|merged| merged.name == name) else { return Ok(()) };
         let above: Vec<_> = self.merged[at + 1..].iter().map(|merged| (merged.name.clone(), merged.how)).collect();
@@ -168,7 +169,8 @@ impl<B: Backend> LoraLinear<B> {
     }
 }
 
-/// Adds an update to a weight, and returns the elements that subtracting it would not restore. After an error the weight is as before.
+/// Adds an update to a weight, and returns the elements that subtracting it would not restore. After an error the weight is as
+/// before.
 fn add_update<B: Backend>(
     backend: &B,
     w: &mut Tensor<B>,

@@ -24,15 +24,16 @@ impl<B: Backend> Adaptable<B> for Mlp<B> {
 }
 
 impl<B: Backend> Mlp<B> {
-    /// New layers `linear1`, `linear2`, … for sizes such as `[784, 1000, 2000, 10]`. Errors: [`Error::Value`] for fewer than two sizes.
+    /// New layers `linear1`, `linear2`, … for sizes such as `[784, 1000, 2000, 10]`. Errors: [`Error::Value`] for fewer than two
+    /// sizes.
     pub fn new(backend: &B, sizes: &[usize], rng: &mut Rng) -> Result<Self> {
         Error::unless(sizes.len() >= 2, "mlp", "sizes", format_args!("{sizes:?}"), "at least two")?;
         let layers = sizes.windows(2).map(|pair| Linear::new(backend, pair[0], pair[1], rng)).collect::<Result<_>>()?;
         Self::from_layers(layers)
     }
 
-    /// From layers, first to last, named `linear1`, `linear2`, … Errors: [`Error::Value`] for an empty list, [`Error::Shape`] if a layer
-    /// does not fit the one before it.
+    /// From layers, first to last, named `linear1`, `linear2`, … Errors: [`Error::Value`] for an empty list, [`Error::Shape`] if
+    /// a layer does not fit the one before it.
     pub fn from_layers(layers: Vec<Linear<B>>) -> Result<Self> {
         Error::unless(!layers.is_empty(), "mlp", "layers", layers.len(), "at least 1")?;
         for pair in layers.windows(2) {
@@ -59,8 +60,8 @@ impl<B: Backend> Mlp<B> {
         Ok(model)
     }
 
-    /// The logits, on the tape. `seed` is for training: with it the dropout of the adapters is applied, with a different mask in each
-    /// layer.
+    /// The logits, on the tape. `seed` is for training: with it the dropout of the adapters is applied, with a different mask in
+    /// each layer.
     ///
     /// Errors: [`Error::InLayer`] for an `x` of the wrong shape, those of the tape.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {

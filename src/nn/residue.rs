@@ -1,7 +1,7 @@
 //! The elements of a weight that merging and unmerging does not restore, because of rounding.
 //!
-//! Adding an update to a weight and subtracting it again restores nearly every element, bit for bit. A [`Residue`] stores the others:
-//! a fraction that grows with the update, instead of a copy of the weight.
+//! Adding an update to a weight and subtracting it again restores nearly every element, bit for bit. A [`Residue`] stores the
+//! others: a fraction that grows with the update, instead of a copy of the weight.
 
 use crate::element::Float;
 

@@ -99,7 +99,8 @@ pub fn is_sum(got: &Tensor, base: &Tensor, delta: &[[f64; 2]], depth: usize) {
     }
 }
 
-/// Asserts that each row of `base + delta` is scaled to a norm, within the rounding errors of the sums, the norm and two more roundings.
+/// Asserts that each row of `base + delta` is scaled to a norm, within the rounding errors of the sums, the norm and two more
+/// roundings.
 #[track_caller]
 pub fn has_lengths(got: &[f32], base: &[f32], delta: &[[f64; 2]], lengths: &[f32], depth: usize) {
     const UNIT: f64 = 1.0 / (1 << 24) as f64;

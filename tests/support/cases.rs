@@ -156,8 +156,8 @@ fn said(error: Error) -> String {
     error.to_string()
 }
 
-/// Runs single verbs. A given dropout mask cannot be produced from a seed, so the adapter then runs on `x ⊙ mask`, separately from the
-/// base layer; the suite covers masks from seeds.
+/// Runs single verbs. A given dropout mask cannot be produced from a seed, so the adapter then runs on `x ⊙ mask`, separately
+/// from the base layer; the suite covers masks from seeds.
 fn lora_linear<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f64) -> Outcome<Outputs> {
     let input = |name| get(inputs, name).cloned();
     let (x, w, bias) = (input("x")?, input("weight")?, inputs.get("bias").cloned());

@@ -15,8 +15,8 @@ pub struct Dims {
     pub r: usize,
 }
 
-/// Shapes for every kind of edge: empty, one, a prime, a tile plus or minus one, a rank above both dimensions, several blocks of the depth,
-/// both sides of the limit between regimes.
+/// Shapes for every kind of edge: empty, one, a prime, a tile plus or minus one, a rank above both dimensions, several blocks of
+/// the depth, both sides of the limit between regimes.
 pub fn shapes() -> Vec<Dims> {
     let odd = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 7, 2, 1), (7, 31, 29, 4), (10, 20, 30, 1), (5, 17, 33, 16), (13, 64, 15, 2)];
     let empty = [(0, 4, 3, 2), (4, 0, 3, 2), (4, 3, 0, 2), (0, 0, 0, 1)];

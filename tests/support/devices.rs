@@ -1,6 +1,7 @@
 //! Runs tests on every available backend.
 
-/// Makes tests of these checks, `fn(&B)` for any backend `B` of `f32`: on the CPU, on WebGPU, and on CUDA, in the interpreter and on a GPU.
+/// Makes tests of these checks, `fn(&B)` for any backend `B` of `f32`: on the CPU, on WebGPU, and on CUDA, in the interpreter and
+/// on a GPU.
 #[macro_export]
 macro_rules! on_every_backend {
     ($($check:ident),+ $(,)?) => {

@@ -185,8 +185,8 @@ impl Decomposed {
     }
 }
 
-/// Stochastic rounding: the neighbour of `value` in `T` away from zero if the position of `value` between its two neighbours, from 0 to 1,
-/// plus the low bits of `word`, as a fraction, is at least 1; else the other neighbour.
+/// Stochastic rounding: the neighbour of `value` in `T` away from zero if the position of `value` between its two neighbours,
+/// from 0 to 1, plus the low bits of `word`, as a fraction, is at least 1; else the other neighbour.
 pub fn round_stochastic<T: Float>(value: f64, word: u32) -> f64 {
     let (significant, least, largest) = match T::DTYPE {
         DType::F32 => return f64::from(value as f32),

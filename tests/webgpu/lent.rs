@@ -1,4 +1,5 @@
-//! Buffers of the caller as operands: they are not copied, elements outside a matrix are not changed, and unsuitable ones are refused.
+//! Buffers of the caller as operands: they are not copied, elements outside a matrix are not changed, and unsuitable ones are
+//! refused.
 
 use lowrank::op::{Add, LinearForward, LoraBackward, LoraForward, Output};
 use lowrank::{Backend, Element, Error, Float, Tensor, WebGpu, f16};
@@ -89,7 +90,8 @@ fn in_tensors<E: Float>(gpu: &WebGpu<E>, layer: &Lora, dims: Dims) -> (Vec<E>, V
     (y.to_vec(gpu).unwrap(), dx.to_vec(gpu).unwrap(), launches)
 }
 
-/// A layer in buffers of the caller has the bits and the launches of one in tensors, copies nothing, and writes only to the matrices.
+/// A layer in buffers of the caller has the bits and the launches of one in tensors, copies nothing, and writes only to the
+/// matrices.
 fn lent_layers_are_exact<E: Float>(gpu: &WebGpu<E>, dims: Dims) {
     let layer = random::<E>(dims, 0.5, 3);
     let (y, dx, launches) = in_tensors(gpu, &layer, dims);
@@ -252,7 +254,8 @@ fn copies_stay_on_the_device() {
     assert_eq!(other.to_vec(&gpu).unwrap(), (0..28).map(want).collect::<Vec<_>>());
 }
 
-/// Copies of 16-bit elements at every offset, contiguous and strided, keep every bit, also of NaN, and change nothing outside the matrix.
+/// Copies of 16-bit elements at every offset, contiguous and strided, keep every bit, also of NaN, and change nothing outside the
+/// matrix.
 #[test]
 fn copies_of_16_bit_elements_keep_their_neighbours() {
     let gpu = or_return!(shared_f32());

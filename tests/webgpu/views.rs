@@ -128,7 +128,8 @@ fn outputs_of_halves_are_added_to_at_depths_that_are_cut() {
     }
 }
 
-/// Stochastic merging into a view gives the bits of a separate matrix: random words are indexed from the first element of the view.
+/// Stochastic merging into a view gives the bits of a separate matrix: random words are indexed from the first element of the
+/// view.
 #[test]
 fn rounding_stochastic_counts_from_the_first_element_of_the_view() {
     let gpu = or_return!(shared_f16());

@@ -1,5 +1,5 @@
-//! Generated digits: the points of a digit's strokes are moved by a random affine map and by a random smooth field (elastic distortion:
-//! P. Simard et al., "Best practices for convolutional neural networks", ICDAR 2003), then drawn with a pen.
+//! Generated digits: the points of a digit's strokes are moved by a random affine map and by a random smooth field (elastic
+//! distortion: P. Simard et al., "Best practices for convolutional neural networks", ICDAR 2003), then drawn with a pen.
 //!
 //! Because the points are moved and not the pixels, a stroke keeps its width and its smooth edge.
 
@@ -48,7 +48,8 @@ pub(super) fn draw(seed: u64, part: u32, count: usize) -> Split {
     let mut pixels = vec![0; count * SIDE * SIDE];
     let mut labels = vec![0; count];
     pixels.par_chunks_exact_mut(SIDE * SIDE).zip(&mut labels).enumerate().for_each(|(i, (image, label))| {
-        // Each image has its own random stream, so that any thread may draw it. The third word separates these keys from other uses.
+        // Each image has its own random stream, so that any thread may draw it. The third word separates these keys from other
+        // uses.
         let [low, high, ..] = philox([seed as u32, (seed >> 32) as u32], [i as u32, part, 2, 0]);
         let mut rng = Rng::new(u64::from(high) << 32 | u64::from(low));
         *label = rng.below(DIGITS) as u8;

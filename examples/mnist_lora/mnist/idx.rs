@@ -8,8 +8,8 @@ use flate2::bufread::GzDecoder;
 
 use lowrank::{Error, Result};
 
-/// The largest number of bytes that is accepted, so that a small gzip file cannot fill the memory. EMNIST, the largest data set in this
-/// format that we know of, has 0.55 GB.
+/// The largest number of bytes that is accepted, so that a small gzip file cannot fill the memory. EMNIST, the largest data set
+/// in this format that we know of, has 0.55 GB.
 const LIMIT: usize = 1 << 30;
 /// The first bytes of gzip files.
 const GZIP: [u8; 2] = [0x1f, 0x8b];

@@ -214,7 +214,8 @@ impl Mnist {
 
     /// Generates digits, for machines without access to the real ones: strokes with random distortions, on 28×28 pixels.
     ///
-    /// The same seed gives the same digits, up to rounding of the machine's sine function. They are easier to learn than the real ones.
+    /// The same seed gives the same digits, up to rounding of the machine's sine function. They are easier to learn than the real
+    /// ones.
     pub fn generate(seed: u64, train: usize, test: usize) -> Self {
         Self { train: digits::draw(seed, 0, train), test: digits::draw(seed, 1, test) }
     }

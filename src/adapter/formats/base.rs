@@ -1,5 +1,5 @@
-//! Information that a file of another format may lack, and that comes from the model or the caller: names of modules, scaling, the order
-//! of rows.
+//! Information that a file of another format may lack, and that comes from the model or the caller: names of modules, scaling,
+//! the order of rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::kind::Kind;
-use super::modules::Module;
-use super::raw::{Parts, refused};
+use super::module::Module;
+use super::raw::Parts;
 use super::recognise::{beginning, outline};
 use super::spelling::{Names, component, prefixed, renamed};
-use crate::adapter::TENSORS_FILE;
-use crate::adapter::tensors::spell;
+use crate::adapter::files::{TENSORS_FILE, bad_file};
+use crate::adapter::tensors::dimensions;
 use crate::error::Result;
 use crate::file::{self, failed};
 
@@ -74,46 +74,48 @@ const FAMILIES: [Family; 8] = {
 };
 
 impl Base {
-    /// Reads the headers and the `config.json` of a model: a folder, or a safetensors file. A folder with only a config is accepted; the
-    /// shapes of weights are not checked then. Errors: [`Error::File`](crate::Error::File).
+    /// Reads the headers and the `config.json` of a model: a folder, or a safetensors file. A folder with only a config is
+    /// accepted; the shapes of weights are not checked then. Errors: [`Error::File`](crate::Error::File).
     pub fn read(path: &Path) -> Result<Self> {
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let files = if path.is_dir() { safetensors(path)? } else { vec![path.into()] };
         let config = folder.join("config.json");
         let config = if config.exists() {
             let bytes = file::read(&config)?;
-            serde_json::from_slice(&bytes).map_err(|error| refused(&config, super::json_damage(&config, &bytes, &error)))?
+            serde_json::from_slice(&bytes).map_err(|error| bad_file(&config, super::json_damage(&config, &bytes, &error)))?
         } else {
             Map::new()
         };
         let mut weights = BTreeMap::new();
         for file in files {
             let bytes = beginning(&file)?;
-            let tensors = outline(&bytes).ok_or_else(|| refused(&file, super::unknown(&bytes)))?;
+            let tensors = outline(&bytes).ok_or_else(|| bad_file(&file, super::unknown(&bytes)))?;
             let module = |name: &str| name.strip_suffix(".weight").map(String::from);
             weights.extend(tensors.into_iter().filter_map(|tensor| Some((module(&tensor.name)?, tensor.shape))));
         }
         if config.is_empty() && weights.is_empty() {
-            return Err(refused(path, "holds no model: neither safetensors nor a config.json".into()));
+            return Err(bad_file(path, "holds no model: neither safetensors nor a config.json".into()));
         }
         Ok(Self { path: path.into(), config, weights })
     }
 
-    /// Errors: [`Error::File`](crate::Error::File) unless the model has a weight of this name, n×k. Not checked if there is only a config.
+    /// Errors: [`Error::File`](crate::Error::File) unless the model has a weight of this name, n×k. Not checked if there is only
+    /// a config.
     pub(super) fn fits(&self, name: &str, module: &Module) -> Result<()> {
         if self.weights.is_empty() {
             return Ok(());
         }
         let Some(shape) = self.weights.get(name) else {
-            return Err(refused(&self.path, format!("has no `{name}.weight`, which the adapter changes")));
+            return Err(bad_file(&self.path, format!("has no `{name}.weight`, which the adapter changes")));
         };
         let mut want = vec![module.b.shape[0]];
         want.extend(&module.a.shape[1..]);
         match *shape == want {
             true => Ok(()),
-            false => {
-                Err(refused(&self.path, format!("`{name}.weight` is {}, want {} for the adapter", spell(shape), spell(&want))))
-            }
+            false => Err(bad_file(
+                &self.path,
+                format!("`{name}.weight` is {}, want {} for the adapter", dimensions(shape), dimensions(&want)),
+            )),
         }
     }
 
@@ -121,7 +123,7 @@ impl Base {
         let kind = self.setting("model_type").and_then(Value::as_str).unwrap_or("missing");
         let known = || FAMILIES.map(|family| family.model_type).join(", ");
         let family = FAMILIES.iter().find(|family| family.model_type == kind);
-        family.ok_or_else(|| refused(&self.path, format!("its `model_type` is {kind}, want one of {}", known())))
+        family.ok_or_else(|| bad_file(&self.path, format!("its `model_type` is {kind}, want one of {}", known())))
     }
 
     /// The order of the rows of a module; `interleaved` says whether the format interleaves query and key projections.
@@ -132,7 +134,7 @@ impl Base {
             Some("k_proj") if interleaved => heads[1].or(heads[0]),
             _ => return Ok(Order::Same),
         };
-        let missing = || refused(&self.path, "its config.json lacks `num_attention_heads`".into());
+        let missing = || bad_file(&self.path, "its config.json lacks `num_attention_heads`".into());
         heads.and_then(|heads| usize::try_from(heads).ok()).map(Order::Interleaved).ok_or_else(missing)
     }
 
@@ -147,8 +149,8 @@ impl Base {
 }
 
 impl Hints {
-    /// The modules of one model, and the names of the other models in the file. Errors: [`Error::File`](crate::Error::File) if there are
-    /// several and none was chosen, or the chosen one is not among them.
+    /// The modules of one model, and the names of the other models in the file. Errors: [`Error::File`](crate::Error::File) if
+    /// there are several and none was chosen, or the chosen one is not among them.
     pub(super) fn of_one_model(
         &self,
         path: &Path,
@@ -162,10 +164,10 @@ impl Hints {
         let listed = models.iter().copied().collect::<Vec<_>>().join(", ");
         let chosen = match (&self.prefix, models.len()) {
             (Some(prefix), _) if models.contains(prefix.as_str()) => prefix.clone(),
-            (Some(prefix), _) => return Err(refused(path, format!("holds nothing for `{prefix}`, only for {listed}"))),
+            (Some(prefix), _) => return Err(bad_file(path, format!("holds nothing for `{prefix}`, only for {listed}"))),
             (None, 0 | 1) => listed.clone(),
             (None, _) => {
-                return Err(refused(path, format!("holds updates of several models; choose one with `--prefix`: {listed}")));
+                return Err(bad_file(path, format!("holds updates of several models; choose one with `--prefix`: {listed}")));
             }
         };
         let others = models.into_iter().filter(|model| *model != chosen).map(String::from).collect();
@@ -177,12 +179,12 @@ impl Hints {
         if let Some((_, name)) = self.map.iter().find(|(old, _)| old == there) {
             return Ok(name.clone());
         }
-        let unknown = |why: &str| Err(refused(path, format!("`{there}` {why}; `--map {there}=MODULE` names its module")));
+        let unknown = |why: &str| Err(bad_file(path, format!("`{there}` {why}; `--map {there}=MODULE` names its module")));
         match kind {
             Kind::Kohya => match (prefixed(there), &self.base) {
                 (None, _) => Ok(component(there).map_or(there, |(_, rest)| rest).into()),
                 (Some(_), None) => {
-                    Err(refused(path, format!("`{there}` has underscores instead of dots; name its model with `--base`")))
+                    Err(bad_file(path, format!("`{there}` has underscores instead of dots; name its model with `--base`")))
                 }
                 (Some((_, flat)), Some(base)) => match base.flat(flat)[..] {
                     [name] => Ok(name.clone()),
@@ -210,13 +212,13 @@ impl Hints {
             return Ok(Order::Same);
         }
         let Some(base) = &self.base else {
-            return Err(refused(path, format!("orders the rows of `{name}` by heads; name its model with `--base`")));
+            return Err(bad_file(path, format!("orders the rows of `{name}` by heads; name its model with `--base`")));
         };
         let family = base.family()?;
         let interleaved = if *kind == Kind::Torchtune { family.torchtune_interleaved } else { Some(family.gguf_interleaved) };
         match interleaved {
             Some(interleaved) => base.order(name, interleaved),
-            None => Err(refused(&base.path, format!("its `model_type` {} is not known for this format", family.model_type))),
+            None => Err(bad_file(&base.path, format!("its `model_type` {} is not known for this format", family.model_type))),
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Reading and writing GGUF, the format of llama.cpp: magic, version, settings, tensor headers, then the data, each tensor at a multiple
-//! of 32 bytes.
+//! Reading and writing GGUF, the format of llama.cpp: magic, version, settings, tensor headers, then the data, each tensor at a
+//! multiple of 32 bytes.
 //!
-//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Integers are little-endian; shapes are stored with the innermost
-//! dimension first, so a matrix n×k is stored as `[k, n]`.
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Integers are little-endian; shapes are stored with the
+//! innermost dimension first, so a matrix n×k is stored as `[k, n]`.
 
 use std::collections::BTreeMap;
 
@@ -86,8 +86,8 @@ impl Header {
 /// GGUF's numbers for element types.
 const TYPES: [(u32, Dtype); 3] = [(0, Dtype::F32), (1, Dtype::F16), (30, Dtype::BF16)];
 
-/// The bytes of a file with these settings (strings and numbers) and tensors. Errors: [`Error::File`](crate::Error::File) for an element
-/// that overflows its type.
+/// The bytes of a file with these settings (strings and numbers) and tensors. Errors: [`Error::File`](crate::Error::File) for an
+/// element that overflows its type.
 pub(super) fn write(settings: &[(&str, Setting)], tensors: &[(String, HostTensor)]) -> Result<Vec<u8>> {
     let mut file = MAGIC.to_vec();
     file.extend(3u32.to_le_bytes());

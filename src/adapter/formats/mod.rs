@@ -3,13 +3,15 @@
 //! ```text
 //! kind.rs recognise.rs   the kinds of files and folders, and recognising them
 //! spelling.rs gguf.rs    how each format names and lays out the tensors of a module
-//! raw.rs modules.rs      the tensors as they are stored; modules, independent of a format
+//! raw.rs module.rs       the tensors as they are stored; a module, independent of a format
+//! modules.rs             an adapter: read from one format, written in another
 //! base.rs                information that a format lacks, from the model or the caller
 //! ```
 
 mod base;
 mod gguf;
 mod kind;
+mod module;
 mod modules;
 mod raw;
 mod recognise;
@@ -27,9 +29,19 @@ use std::path::Path;
 use super::{CONFIG_FILE, Folder};
 use crate::error::{Error, Result};
 
-/// Reads an adapter in another format than PEFT's, if the format contains all that is needed. `error` is the result of reading it as a
-/// PEFT folder. Errors: those of [`explained`].
-pub(super) fn foreign(path: &Path, error: Error) -> Result<Folder> {
+impl Folder {
+    /// Reads a folder that PEFT wrote, or an adapter in another [format](self) that is complete in itself, such as mlx-lm's.
+    ///
+    /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not include, or one that they
+    /// require and that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not support.
+    pub fn read(dir: &Path) -> Result<Self> {
+        Self::read_peft(dir).or_else(|error| foreign(dir, error))
+    }
+}
+
+/// Reads an adapter in another format than PEFT's, if the format contains all that is needed. `error` is the result of reading it
+/// as a PEFT folder. Errors: those of [`explained`].
+fn foreign(path: &Path, error: Error) -> Result<Folder> {
     let other = recognise(path).is_ok_and(|found| found.kind.is_adapter() && found.kind != Kind::Peft);
     let modules = other.then(|| Modules::read(path, &Hints::default())).and_then(Result::ok);
     modules.map_or_else(|| Err(explained(path, error)), |modules| modules.folder())

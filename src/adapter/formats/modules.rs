@@ -8,11 +8,14 @@ use serde_json::{Value, json};
 use super::base::{Base, Hints, Order};
 use super::gguf::{self, Setting};
 use super::kind::Kind;
-use super::raw::{Raw, refused};
+use super::module::{Module, transposed};
+use super::raw::Raw;
 use super::spelling::{Names, Part, Spelling, prefix_for, renamed};
 use crate::adapter::config::number;
-use crate::adapter::tensors::{serialize, spell};
-use crate::adapter::{AdapterConfig, CONFIG_FILE, Folder, HostMatrix, HostTensor, HostTensors, folder, publish, write_files};
+use crate::adapter::files::bad_file;
+use crate::adapter::publish::{publish, write_files};
+use crate::adapter::tensor_file::serialize;
+use crate::adapter::{AdapterConfig, CONFIG_FILE, Folder, HostTensor, HostTensors, folder};
 use crate::element::DType;
 use crate::error::Result;
 use crate::file;
@@ -28,44 +31,17 @@ pub struct Modules {
     others: Vec<String>,
 }
 
-/// The update of one module.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Module {
-    /// r×k; r×channels×… for a convolution.
-    pub(super) a: HostTensor,
-    /// n×r; n×r×1×… for a convolution.
-    pub(super) b: HostTensor,
-    /// n
-    pub(super) magnitude: Option<HostTensor>,
-    /// The scaling times the rank.
-    pub(super) alpha: f64,
-}
-
-impl Module {
-    fn rank(&self) -> usize {
-        self.a.shape.first().copied().unwrap_or(0)
-    }
-
-    fn scaling(&self) -> f64 {
-        self.alpha / self.rank() as f64
-    }
-
-    fn tensors(&mut self) -> impl Iterator<Item = &mut HostTensor> {
-        [&mut self.a, &mut self.b].into_iter().chain(&mut self.magnitude)
-    }
-}
-
 impl Modules {
     /// Reads an adapter, a file or a folder, of any [`Kind`] that [is an adapter](Kind::is_adapter).
     ///
-    /// Errors: [`Error::File`](crate::Error::File) for a file that is no adapter, is damaged, or holds more than updates `B·A` and
-    /// magnitudes, and if a hint is missing (the error says which one);
+    /// Errors: [`Error::File`](crate::Error::File) for a file that is no adapter, is damaged, or holds more than updates `B·A`
+    /// and magnitudes, and if a hint is missing (the error says which one);
     /// [`Error::Unsupported`](crate::Error::Unsupported) for settings of PEFT that this crate does not support.
     pub fn read(path: &Path, hints: &Hints) -> Result<Self> {
         let Raw { path, kind, parts, settings, alphas } = Raw::read(path)?;
         let has_scaling = !alphas.is_empty() && !matches!(kind, Kind::LoraLib | Kind::Torchtune | Kind::CandleLora);
         if has_scaling && hints.alpha.is_some() {
-            return Err(refused(&path, "contains its scaling, so `--alpha` must not be given".into()));
+            return Err(bad_file(&path, "contains its scaling, so `--alpha` must not be given".into()));
         }
         let (parts, others) = hints.of_one_model(&path, &kind, parts)?;
         let mut modules = BTreeMap::new();
@@ -80,7 +56,7 @@ impl Modules {
                 base.fits(&name, &module)?;
             }
             if modules.insert(name.clone(), module).is_some() {
-                return Err(refused(&path, format!("two of its modules are named `{name}`")));
+                return Err(bad_file(&path, format!("two of its modules are named `{name}`")));
             }
         }
         let model = settings.get("base_model_name_or_path").or(settings.get("model")).and_then(Value::as_str).map(String::from);
@@ -130,14 +106,14 @@ impl Modules {
         for (name, module) in &self.modules {
             let update = config.lora_config(name).map(|update| (update.rank, update.scaling.of(update.alpha, update.rank)));
             if update != Some((module.rank(), module.scaling() as f32)) {
-                return Err(refused(&self.path, format!("`{name}` cannot be told from other modules by the end of its name")));
+                return Err(bad_file(&self.path, format!("`{name}` cannot be told from other modules by the end of its name")));
             }
         }
         Ok(config)
     }
 
-    /// Writes an mlx-lm folder: `adapters.safetensors`, and settings with the names of all modules. Factors of smaller rank than the
-    /// largest are padded with zeros, because mlx-lm has one rank for all modules.
+    /// Writes an mlx-lm folder: `adapters.safetensors`, and settings with the names of all modules. Factors of smaller rank than
+    /// the largest are padded with zeros, because mlx-lm has one rank for all modules.
     ///
     /// Errors: [`Error::File`](crate::Error::File), also if scalings differ between modules, and for convolutions.
     pub fn write_mlx_lm(&self, dir: &Path) -> Result<()> {
@@ -146,7 +122,7 @@ impl Modules {
         let mut padded = self.clone();
         for (name, module) in &mut padded.modules {
             if module.a.shape.len() != 2 {
-                return Err(refused(&self.path, format!("`{name}` is a convolution, which mlx-lm has no adapters for")));
+                return Err(bad_file(&self.path, format!("`{name}` is a convolution, which mlx-lm has no adapters for")));
             }
             module.pad(rank);
         }
@@ -164,12 +140,13 @@ impl Modules {
         write_files(files.into_iter().map(|(name, bytes)| (dir.to_path_buf(), name, bytes)).collect())
     }
 
-    /// Writes a file with kohya's names, `prefix_MODULE.lora_down.weight`. The prefix names the model, such as `lora_unet` or `lora_te`;
-    /// `None` derives it from the names of modules. Errors: [`Error::File`](crate::Error::File), also if it cannot be derived.
+    /// Writes a file with kohya's names, `prefix_MODULE.lora_down.weight`. The prefix names the model, such as `lora_unet` or
+    /// `lora_te`; `None` derives it from the names of modules. Errors: [`Error::File`](crate::Error::File), also if it cannot be
+    /// derived.
     pub fn write_kohya(&self, out: &Path, prefix: Option<&str>) -> Result<()> {
         let flat = |name: &str, _: &Module| {
             let unknown = || {
-                refused(
+                bad_file(
                     &self.path,
                     format!(
                         "the name `{name}` does not show which model it belongs to; give `--prefix`, such as lora_unet or lora_te"
@@ -183,18 +160,18 @@ impl Modules {
         file::write_whole(out, &serialize("", &tensors)?)
     }
 
-    /// Writes a LoRA of llama.cpp for this model. Errors: [`Error::File`](crate::Error::File), also for a model or modules whose names in
-    /// llama.cpp are not known here, for magnitudes, and if alphas differ between modules.
+    /// Writes a LoRA of llama.cpp for this model. Errors: [`Error::File`](crate::Error::File), also for a model or modules whose
+    /// names in llama.cpp are not known here, for magnitudes, and if alphas differ between modules.
     pub fn write_gguf(&self, out: &Path, base: &Base) -> Result<()> {
         let family = base.family()?;
         if self.magnitudes()? {
-            return Err(refused(&self.path, "has magnitudes (DoRA), which llama.cpp does not read".into()));
+            return Err(bad_file(&self.path, "has magnitudes (DoRA), which llama.cpp does not read".into()));
         }
         // llama.cpp takes an alpha of 0 as a scaling of 1.
         let plain = self.modules.values().all(|module| module.scaling() == 1.0);
         let alpha = if plain { 0.0 } else { self.only("lora_alpha", |module| module.alpha)? };
         if alpha == 0.0 && !plain {
-            return Err(refused(&self.path, "has a scaling of 0, which llama.cpp would read as 1".into()));
+            return Err(bad_file(&self.path, "has a scaling of 0, which llama.cpp would read as 1".into()));
         }
         let mut reordered = self.clone();
         for (name, module) in &mut reordered.modules {
@@ -204,7 +181,7 @@ impl Modules {
             }
         }
         let name = |name: &str, _: &Module| {
-            let unknown = || refused(&self.path, format!("`{name}` is not a linear layer whose name in llama.cpp is known"));
+            let unknown = || bad_file(&self.path, format!("`{name}` is not a linear layer whose name in llama.cpp is known"));
             renamed(name, Names::Transformers, Names::Gguf).ok_or_else(unknown)
         };
         let tensors: Vec<(String, HostTensor)> = reordered.tensors(&Kind::GgufLora, name)?.into_iter().collect();
@@ -225,7 +202,7 @@ impl Modules {
             let there = name(module, &self.modules[module])?;
             let mut push = |part: Part, tensor: HostTensor| match spelling.name(&there, part) {
                 Some(name) if tensors.insert(name.clone(), tensor).is_some() => {
-                    Err(refused(&self.path, format!("two modules become `{name}`")))
+                    Err(bad_file(&self.path, format!("two modules become `{name}`")))
                 }
                 _ => Ok(()),
             };
@@ -247,17 +224,18 @@ impl Modules {
         let with = self.modules.values().filter(|module| module.magnitude.is_some()).count();
         match with == 0 || with == self.modules.len() {
             true => Ok(with > 0),
-            false => Err(refused(&self.path, format!("has magnitudes for {with} of {} modules", self.modules.len()))),
+            false => Err(bad_file(&self.path, format!("has magnitudes for {with} of {} modules", self.modules.len()))),
         }
     }
 
-    /// The value of a setting that the format has once for all modules. Errors: [`Error::File`](crate::Error::File) if modules differ.
+    /// The value of a setting that the format has once for all modules. Errors: [`Error::File`](crate::Error::File) if modules
+    /// differ.
     fn only(&self, what: &str, setting: impl Fn(&Module) -> f64) -> Result<f64> {
         let mut settings = self.modules.iter().map(|(name, module)| (name, setting(module)));
         let first = settings.next().map_or(1.0, |(_, setting)| setting);
         match settings.find(|(_, setting)| *setting != first) {
             None => Ok(first),
-            Some((name, other)) => Err(refused(
+            Some((name, other)) => Err(bad_file(
                 &self.path,
                 format!(
                     "`{name}` has the {what} {other} and others {first}, where the format has one for all; `lowrank combine {} --out DIR` \
@@ -267,51 +245,6 @@ impl Modules {
             )),
         }
     }
-}
-
-impl Module {
-    /// Pads A with rows and B with columns of zeros to this rank; `B·A` does not change.
-    fn pad(&mut self, rank: usize) {
-        let (Some(&r), Some(&n)) = (self.a.shape.first(), self.b.shape.first()) else { return };
-        if r == rank {
-            return;
-        }
-        let k = self.a.values.len() / r.max(1);
-        self.a.values.resize(rank * k, 0.0);
-        self.a.shape[0] = rank;
-        let row = |i: usize| self.b.values[i * r..][..r].iter().copied().chain(std::iter::repeat_n(0.0, rank - r));
-        self.b.values = (0..n).flat_map(row).collect();
-        self.b.shape[1] = rank;
-        self.alpha *= rank as f64 / r as f64;
-    }
-
-    /// Reorders the rows of B and the magnitudes: in each head, the two halves become interleaved, or are separated again.
-    fn reorder(&mut self, path: &Path, name: &str, heads: usize, interleave: bool) -> Result<()> {
-        let n = self.b.shape.first().copied().unwrap_or(0);
-        if heads == 0 || !n.is_multiple_of(2 * heads) {
-            return Err(refused(path, format!("`{name}` has {n} rows, want a multiple of 2·{heads} for {heads} heads")));
-        }
-        let size = n / heads;
-        let source = |row: usize| {
-            let (head, at) = (row / size, row % size);
-            let inside = if interleave { at % 2 * (size / 2) + at / 2 } else { at % (size / 2) * 2 + at / (size / 2) };
-            head * size + inside
-        };
-        for tensor in [&mut self.b].into_iter().chain(&mut self.magnitude) {
-            let width = tensor.values.len() / n;
-            tensor.values = (0..n).flat_map(|row| tensor.values[source(row) * width..][..width].to_vec()).collect();
-        }
-        Ok(())
-    }
-}
-
-/// A transposed matrix. Errors: [`Error::File`](crate::Error::File) for another number of dimensions.
-pub(super) fn transposed(tensor: &HostTensor) -> Result<HostTensor> {
-    let &[rows, cols] = &tensor.shape[..] else {
-        return Err(crate::adapter::tensors::refused(format!("a tensor is {}, want a matrix", spell(&tensor.shape))));
-    };
-    let matrix = HostMatrix::new((rows, cols), tensor.values.clone())?.transposed();
-    Ok(HostTensor { shape: vec![cols, rows], dtype: tensor.dtype, values: matrix.values().to_vec() })
 }
 
 /// kohya's alpha as a tensor: in the element type of the factors if that is exact, else in f32.

@@ -7,11 +7,12 @@ use serde_json::{Map, Value, json};
 
 use super::gguf::{Header, Setting};
 use super::kind::Kind;
-use super::modules::{Module, transposed};
+use super::module::{Module, transposed};
 use super::recognise::{Recognised, header, recognise};
 use super::spelling::{Part, Spelling, component};
-use crate::adapter::tensors::spell;
-use crate::adapter::{AdapterConfig, CONFIG_FILE, HostTensor, HostTensors, at, parse_tensors};
+use crate::adapter::files::{at, bad_file};
+use crate::adapter::tensors::dimensions;
+use crate::adapter::{AdapterConfig, CONFIG_FILE, HostTensor, HostTensors, parse_tensors};
 use crate::error::{Error, Result};
 use crate::file;
 
@@ -35,13 +36,13 @@ pub(super) struct Raw {
 pub(super) struct Parts(BTreeMap<Part, HostTensor>);
 
 impl Raw {
-    /// Reads a file or a folder. Errors: [`Error::File`] if it is no adapter or is damaged, and for tensors that are not part of its
-    /// format.
+    /// Reads a file or a folder. Errors: [`Error::File`] if it is no adapter or is damaged, and for tensors that are not part of
+    /// its format.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let Recognised { kind, path: file } = recognise(path)?;
         let spelling = match Spelling::of(&kind) {
             Some(spelling) => spelling,
-            None if kind == Kind::Checkpoint => return Err(refused(&file, "is a model, where an adapter is needed".into())),
+            None if kind == Kind::Checkpoint => return Err(bad_file(&file, "is a model, where an adapter is needed".into())),
             None => return Err(Recognised { kind, path: file }.refusal()),
         };
         let bytes = file::read(&file)?;
@@ -52,10 +53,10 @@ impl Raw {
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         for (name, tensor) in tensors {
             let Some((module, part)) = spelling.part(&name) else {
-                return Err(refused(&file, format!("`{name}` is not a part of an update B·A, so it would be lost")));
+                return Err(bad_file(&file, format!("`{name}` is not a part of an update B·A, so it would be lost")));
             };
             if parts.entry(module).or_default().0.insert(part, tensor).is_some() {
-                return Err(refused(&file, format!("`{name}` occurs in two spellings")));
+                return Err(bad_file(&file, format!("`{name}` occurs in two spellings")));
             }
         }
         let settings = settings(&file)?;
@@ -83,9 +84,9 @@ impl Raw {
                 Kind::Kohya | Kind::Diffusers => match parts.0.get(&Part::Alpha) {
                     Some(HostTensor { values, .. }) if values.len() == 1 => Some(f64::from(values[0])),
                     Some(other) => {
-                        return Err(refused(
+                        return Err(bad_file(
                             &self.path,
-                            format!("the alpha of `{module}` is {}, want one number", spell(&other.shape)),
+                            format!("the alpha of `{module}` is {}, want one number", dimensions(&other.shape)),
                         ));
                     }
                     None => config.as_ref().and_then(|config| alpha(config, component(module)?.1)).or(rank(0)),
@@ -105,7 +106,9 @@ impl Raw {
     /// PEFT's settings: from the file beside the tensors, or from the metadata that diffusers writes.
     fn config(&self, bytes: &[u8]) -> Result<Option<AdapterConfig>> {
         let document = match self.kind {
-            Kind::Peft if self.settings.is_empty() => return Err(refused(&self.path, format!("has no {CONFIG_FILE} beside it"))),
+            Kind::Peft if self.settings.is_empty() => {
+                return Err(bad_file(&self.path, format!("has no {CONFIG_FILE} beside it")));
+            }
             Kind::Peft => self.settings.clone(),
             Kind::Diffusers => match diffusers_settings(bytes, self.parts.keys()) {
                 Some(settings) => settings,
@@ -117,7 +120,7 @@ impl Raw {
         let config =
             AdapterConfig::from_json(text.as_bytes()).map_err(|error| at(self.path.parent().unwrap_or(Path::new("")), error))?;
         match config.principal() {
-            Some(part) => Err(refused(
+            Some(part) => Err(bad_file(
                 &self.path,
                 format!(
                     "was initialised with a part of the weights ({}), which can be computed only from its model",
@@ -160,15 +163,15 @@ fn settings(file: &Path) -> Result<Map<String, Value>> {
     }
     let bytes = file::read(&path)?;
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes);
-    serde_json::from_slice(text).map_err(|error| refused(&path, super::json_damage(&path, &bytes, &error)))
+    serde_json::from_slice(text).map_err(|error| bad_file(&path, super::json_damage(&path, &bytes, &error)))
 }
 
 fn from_gguf(path: &Path, bytes: &[u8]) -> Result<(HostTensors, Option<f64>)> {
-    let header = Header::parse(bytes).ok_or_else(|| refused(path, "is a GGUF file that is truncated or damaged".into()))?;
+    let header = Header::parse(bytes).ok_or_else(|| bad_file(path, "is a GGUF file that is truncated or damaged".into()))?;
     let tensor = |info| {
         let Some(tensor) = header.tensor(bytes, info) else {
             let reason = format!("`{}` is incomplete or quantised; only F32, F16 and BF16 are read", info.name);
-            return Err(refused(path, reason));
+            return Err(bad_file(path, reason));
         };
         Ok((info.name.clone(), tensor))
     };
@@ -180,16 +183,17 @@ fn from_gguf(path: &Path, bytes: &[u8]) -> Result<(HostTensors, Option<f64>)> {
 }
 
 impl Parts {
-    /// The module, with factors in PEFT's layout. Errors: [`Error::File`] for missing tensors, and shapes that do not fit one another.
+    /// The module, with factors in PEFT's layout. Errors: [`Error::File`] for missing tensors, and shapes that do not fit one
+    /// another.
     pub(super) fn module(mut self, path: &Path, kind: &Kind, name: &str, alpha: Option<f64>) -> Result<Module> {
         if EMBEDDINGS.iter().any(|embedding| name.rsplit(['.', '_']).next() == Some(embedding) || name.ends_with(embedding)) {
-            return Err(refused(path, format!("`{name}` is an embedding, whose updates are not converted")));
+            return Err(bad_file(path, format!("`{name}` is an embedding, whose updates are not converted")));
         }
-        let missing = |what: &str| refused(path, format!("`{name}` has no {what}; the file is incomplete"));
+        let missing = |what: &str| bad_file(path, format!("`{name}` has no {what}; the file is incomplete"));
         let (a, b) = (self.0.remove(&Part::A).ok_or_else(|| missing("A"))?, self.0.remove(&Part::B).ok_or_else(|| missing("B"))?);
         let is_transposed = Spelling::of(kind).is_some_and(|spelling| spelling.transposed);
-        let shapes = format!("`{name}` has factors {} and {}", spell(&a.shape), spell(&b.shape));
-        let unfit = |want: &str| refused(path, format!("{shapes}, {want}"));
+        let shapes = format!("`{name}` has factors {} and {}", dimensions(&a.shape), dimensions(&b.shape));
+        let unfit = |want: &str| bad_file(path, format!("{shapes}, {want}"));
         let (a, b) = match is_transposed {
             true if a.shape.len() != 2 || b.shape.len() != 2 => {
                 return Err(unfit("want k×r and r×n; those of experts are not converted"));
@@ -207,13 +211,13 @@ impl Parts {
         if let Some(other) =
             magnitude.as_ref().filter(|magnitude| magnitude.values.len() != n || magnitude.shape.first() != Some(&n))
         {
-            return Err(unfit(&format!("and magnitudes {}, want one for each of {n} rows", spell(&other.shape))));
+            return Err(unfit(&format!("and magnitudes {}, want one for each of {n} rows", dimensions(&other.shape))));
         }
         let magnitude = magnitude.map(|magnitude| HostTensor { shape: vec![n], ..magnitude });
-        let unknown = || refused(path, format!("does not contain the scaling of `{name}`; give its lora_alpha with `--alpha`"));
+        let unknown = || bad_file(path, format!("does not contain the scaling of `{name}`; give its lora_alpha with `--alpha`"));
         let alpha = alpha.ok_or_else(unknown)?;
         if !alpha.is_finite() {
-            return Err(refused(path, format!("`{name}` has an alpha of {alpha}")));
+            return Err(bad_file(path, format!("`{name}` has an alpha of {alpha}")));
         }
         Ok(Module { a, b, magnitude, alpha })
     }
@@ -222,11 +226,7 @@ impl Parts {
 /// Adds the path of the file to an error.
 fn in_file(file: &Path, error: Error) -> Error {
     match error {
-        Error::File { reason, .. } => refused(file, reason),
+        Error::File { reason, .. } => bad_file(file, reason),
         other => other,
     }
-}
-
-pub(super) fn refused(path: &Path, reason: String) -> Error {
-    Error::File { path: path.into(), reason }
 }

@@ -94,7 +94,8 @@ pub fn by_first_bytes(bytes: &[u8]) -> Option<Kind> {
     }
 }
 
-/// True if the bytes begin with a valid header length and the brace of a header. (A length of 640 alone would look like a pickle.)
+/// True if the bytes begin with a valid header length and the brace of a header. (A length of 640 alone would look like a
+/// pickle.)
 fn begins_safetensors(bytes: &[u8]) -> bool {
     let length = bytes.first_chunk().map(|&length| u64::from_le_bytes(length));
     length.is_some_and(|length| length <= LONGEST_HEADER) && bytes.get(8) == Some(&b'{')

@@ -11,8 +11,8 @@
 //! | candle-lora | `P.aN.weight` r×k | `P.bN.weight` n×r | | not in the file |
 //! | llama.cpp | `G.weight.lora_a` r×k | `G.weight.lora_b` n×r | | `adapter.lora.alpha / r`, 1 if it is 0 |
 //!
-//! M is the name of the module in transformers, P the name of a model of a pipeline. kohya writes the dots of M as underscores. T and G
-//! are the names in torchtune and GGUF, see [`MODULES`].
+//! M is the name of the module in transformers, P the name of a model of a pipeline. kohya writes the dots of M as underscores. T
+//! and G are the names in torchtune and GGUF, see [`MODULES`].
 
 use super::kind::Kind;
 

@@ -39,6 +39,7 @@ pub use simd::VectorUnit;
 use small_work::Request;
 use verbs::Verbs;
 
+use super::verbs::for_each_verb;
 use super::{Backend, Passes};
 use crate::element::{Element, Float};
 use crate::error::{Error, Result};
@@ -192,6 +193,15 @@ impl<'a, E: Float, T: Element> MatMut<'a, Cpu<E>, T> {
 
 impl<E: Float> super::sealed::Sealed for Cpu<E> {}
 
+/// Methods of [`Backend`] that run the function of the table for `E`.
+macro_rules! delegate {
+    ($($verb:ident: $Request:ident,)*) => {
+        $(fn $verb(&self, op: Checked<$Request<'_, Self>>) -> Result<()> {
+            self.run(self.verbs.$verb, op)
+        })*
+    };
+}
+
 impl<E: Float> Backend for Cpu<E> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<T>;
@@ -265,51 +275,7 @@ impl<E: Float> Backend for Cpu<E> {
         Ok(())
     }
 
-    fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_forward, op)
-    }
-    fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_backward, op)
-    }
-    fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_merge, op)
-    }
-    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_row_norm, op)
-    }
-    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.magnitude, op)
-    }
-    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.magnitude_backward, op)
-    }
-    fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.linear_forward, op)
-    }
-    fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.linear_backward, op)
-    }
-    fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.relu, op)
-    }
-    fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.relu_backward, op)
-    }
-    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.dropout_forward, op)
-    }
-    fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.add, op)
-    }
-    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.accumulate, op)
-    }
-    fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.cross_entropy, op)
-    }
-    fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.adam, op)
-    }
+    for_each_verb!(delegate);
 }
 
 #[cfg(test)]

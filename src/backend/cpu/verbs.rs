@@ -5,6 +5,7 @@
 
 use std::any::Any;
 
+use super::super::verbs::for_each_verb;
 use super::gemm::PackedWeight;
 use super::{Cpu, Engine, adam, dora, linear, lora, pointwise};
 use crate::element::{Float, bf16, f16};
@@ -15,25 +16,17 @@ use crate::op::{
 };
 use crate::view::MatRef;
 
-/// A function for each verb.
-pub(super) struct Verbs<E: Float> {
-    pub(super) pack: fn(&Engine, MatRef<'_, Cpu<E>>, bool) -> Result<PackedWeight>,
-    pub(super) lora_forward: fn(&Engine, LoraForward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) lora_backward: fn(&Engine, LoraBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) lora_merge: fn(&Engine, LoraMerge<'_, Cpu<E>>) -> Result<()>,
-    pub(super) lora_row_norm: fn(&Engine, LoraRowNorm<'_, Cpu<E>>) -> Result<()>,
-    pub(super) magnitude: fn(&Engine, Magnitude<'_, Cpu<E>>) -> Result<()>,
-    pub(super) magnitude_backward: fn(&Engine, MagnitudeBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) linear_forward: fn(&Engine, LinearForward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) linear_backward: fn(&Engine, LinearBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) relu: fn(&Engine, Relu<'_, Cpu<E>>) -> Result<()>,
-    pub(super) relu_backward: fn(&Engine, ReluBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) dropout_forward: fn(&Engine, DropoutForward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) add: fn(&Engine, Add<'_, Cpu<E>>) -> Result<()>,
-    pub(super) accumulate: fn(&Engine, Accumulate<'_, Cpu<E>>) -> Result<()>,
-    pub(super) cross_entropy: fn(&Engine, CrossEntropy<'_, Cpu<E>>) -> Result<()>,
-    pub(super) adam: fn(&Engine, Adam<'_, Cpu<E>>) -> Result<()>,
+macro_rules! table {
+    ($($verb:ident: $Request:ident,)*) => {
+        /// A function for each verb.
+        pub(super) struct Verbs<E: Float> {
+            pub(super) pack: fn(&Engine, MatRef<'_, Cpu<E>>, bool) -> Result<PackedWeight>,
+            $(pub(super) $verb: fn(&Engine, $Request<'_, Cpu<E>>) -> Result<()>,)*
+        }
+    };
 }
+
+for_each_verb!(table);
 
 static F32: Verbs<f32> = Verbs::new();
 static F16: Verbs<f16> = Verbs::new();

@@ -58,6 +58,7 @@
 mod device;
 mod dora;
 mod driver;
+#[doc(hidden)]
 pub mod hopper;
 mod kernel;
 mod lend;
@@ -66,6 +67,7 @@ mod lora;
 mod memory;
 mod newer;
 mod operand;
+#[doc(hidden)]
 pub mod plan;
 mod pointwise;
 mod products;
@@ -78,12 +80,15 @@ use std::sync::Arc;
 
 pub use cudarc;
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
+#[doc(hidden)]
 pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
+#[doc(hidden)]
 pub use kernel::Kernel;
 pub use lend::{Lent, LentMut};
 pub use memory::Memory;
 
+use super::verbs::for_each_verb;
 use super::{Backend, Passes};
 use crate::element::{DType, Element, Float};
 use crate::error::{Error, Result};
@@ -292,6 +297,23 @@ fn same_len(verb: &'static str, host: usize, buffer: usize) -> Result<()> {
 
 impl<E: Float, D: Device> super::sealed::Sealed for Cuda<E, D> {}
 
+/// The function of each verb, by its name.
+mod table {
+    pub(super) use super::dora::{magnitude, magnitude_backward, row_norm as lora_row_norm};
+    pub(super) use super::linear::{backward as linear_backward, forward as linear_forward};
+    pub(super) use super::lora::{backward as lora_backward, forward as lora_forward, merge as lora_merge};
+    pub(super) use super::pointwise::{accumulate, adam, add, cross_entropy, dropout_forward, relu, relu_backward};
+}
+
+/// Methods of [`Backend`] that call these functions.
+macro_rules! delegate {
+    ($($verb:ident: $Request:ident,)*) => {
+        $(fn $verb(&self, op: Checked<$Request<'_, Self>>) -> Result<()> {
+            table::$verb(self, op.into_inner())
+        })*
+    };
+}
+
 impl<E: Float, D: Device> Backend for Cuda<E, D> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<D::Memory, T>;
@@ -354,49 +376,6 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
     fn takes_banks(&self) -> bool {
         false
     }
-    fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
-        lora::forward(self, op.into_inner())
-    }
-    fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()> {
-        lora::backward(self, op.into_inner())
-    }
-    fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
-        lora::merge(self, op.into_inner())
-    }
-    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()> {
-        dora::row_norm(self, op.into_inner())
-    }
-    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()> {
-        dora::magnitude(self, op.into_inner())
-    }
-    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()> {
-        dora::magnitude_backward(self, op.into_inner())
-    }
-    fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
-        linear::forward(self, op.into_inner())
-    }
-    fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()> {
-        linear::backward(self, op.into_inner())
-    }
-    fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()> {
-        pointwise::relu(self, op.into_inner())
-    }
-    fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
-        pointwise::relu_backward(self, op.into_inner())
-    }
-    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()> {
-        pointwise::dropout_forward(self, op.into_inner())
-    }
-    fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
-        pointwise::add(self, op.into_inner())
-    }
-    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()> {
-        pointwise::accumulate(self, op.into_inner())
-    }
-    fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
-        pointwise::cross_entropy(self, op.into_inner())
-    }
-    fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
-        pointwise::adam(self, op.into_inner())
-    }
+
+    for_each_verb!(delegate);
 }

@@ -446,4 +446,31 @@ mod tests {
             }
         }
     }
+
+    /// Three shaders as they run, for reading: a layer of many rows, one of few, and a step of Adam on a factored gradient.
+    /// `LOWRANK_WRITE_SHADERS=1` writes them anew.
+    #[test]
+    fn the_shaders_in_generated_are_those_that_run() {
+        let elem = DType::F32;
+        let factors = [true, true, true, true].map(|k_major| Factor { dtype: elem, k_major, vec4: true });
+        let store = Epilogue::Store { out: elem, add: false };
+        let layer = |algorithm| Sum { algorithm, factors, has_base: true, init: Some(elem), vec4: true, epilogue: store };
+        let tiles = Algorithm::Tiles(Tile { rows: 64, cols: 64, depth: 16, slices: 1, four_blocks: false });
+        let skinny = Algorithm::Skinny(Skinny { rows: 4, lanes: 8, slices: 16, by_depth: true, subgroups: false });
+        let gradient = factors.map(|factor| Factor { k_major: false, ..factor });
+        let adam =
+            Sum { has_base: false, init: None, factors: gradient, epilogue: Epilogue::Adam { master: false }, ..layer(tiles) };
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders/generated");
+        for (name, sum) in [("lora_forward_tiles", layer(tiles)), ("lora_forward_skinny", layer(skinny)), ("adam_factored", adam)]
+        {
+            let (path, source) = (folder.join(name).with_extension("wgsl"), Kernel::Sum(sum).source(elem, 64));
+            assert_valid(Kernel::Sum(sum), elem);
+            if std::env::var_os("LOWRANK_WRITE_SHADERS").is_some() {
+                std::fs::create_dir_all(&folder).unwrap();
+                std::fs::write(&path, &source).unwrap();
+            }
+            let there = std::fs::read_to_string(&path).unwrap_or_default();
+            assert!(there == source, "{} is out of date: run this test with LOWRANK_WRITE_SHADERS=1", path.display());
+        }
+    }
 }

@@ -16,8 +16,8 @@ pub(crate) struct Combine {
     /// A weight for each adapter, which may be negative, such as 0.7,-0.3; all 1 by default
     #[arg(long, value_delimiter = ',', allow_hyphen_values = true)]
     weights: Vec<f64>,
-    /// The algorithm: linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune or
-    /// magnitude_prune_svd
+    /// The algorithm: linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune
+    /// or magnitude_prune_svd
     #[arg(long = "type", value_name = "TYPE", default_value = "svd")]
     combination_type: CombinationType,
     /// The fraction of elements that pruning keeps

@@ -16,7 +16,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use lowrank::{Error, Result};
 
-/// Work with adapters and checkpoints on disk: safetensors models, in one file or sharded, and the adapter folders that PEFT writes.
+/// Work with adapters and checkpoints on disk: safetensors models, in one file or sharded, and the adapter folders that PEFT
+/// writes.
 ///
 /// An output is written completely or not at all; Ctrl-C leaves nothing behind.
 #[derive(Parser)]

@@ -20,8 +20,8 @@ pub(crate) struct Out {
 impl Out {
     /// The path to write to. When everything is written, [`Destination::publish`] must be called.
     ///
-    /// Errors: [`Error::File`] for an output that exists (without --overwrite), is an input or is within one, and for a folder that holds
-    /// neither a model nor an adapter.
+    /// Errors: [`Error::File`] for an output that exists (without --overwrite), is an input or is within one, and for a folder
+    /// that holds neither a model nor an adapter.
     pub(crate) fn begin(&self, inputs: &[&Path]) -> Result<Destination> {
         let Self { out, overwrite } = self;
         unlike_inputs(out, inputs)?;

@@ -22,7 +22,8 @@ pub(crate) struct Unmerge {
     /// The model without the adapter
     #[command(flatten)]
     out: Out,
-    /// The residue that `merge --keep-residue` wrote: with it the result is equal to the base bit for bit, without it within rounding
+    /// The residue that `merge --keep-residue` wrote: with it the result is equal to the base bit for bit, without it within
+    /// rounding
     #[arg(long, value_name = "FILE")]
     residue: Option<PathBuf>,
     #[command(flatten)]

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::nn::Adapters;
 use crate::tensor::Tensor;
 
-/// [`Adaptable::predict_mixed_with`](super::Adaptable::predict_mixed_with) after its checks. The parts of one adapter are gathered into
-/// one batch, and their outputs go back to their places.
+/// [`Adaptable::predict_mixed_with`](super::Adaptable::predict_mixed_with) after its checks. The parts of one adapter are
+/// gathered into one batch, and their outputs go back to their places.
 pub(super) fn predict<'m, B: Backend>(
     backend: &'m B,
     x: &Tensor<B>,

@@ -17,9 +17,10 @@ use crate::tensor::Tensor;
 
 /// A model whose linear layers can have adapters.
 ///
-/// A model implements two methods that lend its layers by name; the other methods are provided. `lowrank::adapter` reads and writes
-/// the adapters of any such model as PEFT folders, so a layer should have the name that it has in PEFT's files, such as
-/// `model.layers.0.self_attn.q_proj`. [`Mlp`](super::Mlp) is one such model; `examples/attention` shows one with attention blocks.
+/// A model implements two methods that lend its layers by name; the other methods are provided. `lowrank::adapter` reads and
+/// writes the adapters of any such model as PEFT folders, so a layer should have the name that it has in PEFT's files, such as
+/// `model.layers.0.self_attn.q_proj`. [`Mlp`](super::Mlp) is one such model; `examples/attention` shows one with attention
+/// blocks.
 ///
 /// ```
 /// use lowrank::autograd::{Tape, Var};
@@ -74,7 +75,8 @@ pub trait Adaptable<B: Backend>: Sized {
         std::iter::empty()
     }
 
-    /// The parameters of [`other_params`](Self::other_params), to be changed. A model that has such parameters implements both methods.
+    /// The parameters of [`other_params`](Self::other_params), to be changed. A model that has such parameters implements both
+    /// methods.
     fn other_params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         std::iter::empty()
     }
@@ -85,8 +87,8 @@ pub trait Adaptable<B: Backend>: Sized {
         found.ok_or_else(|| Error::NoSuchLayer { name: name.into(), known: layer_names(self).join(", ") })
     }
 
-    /// The parameters of each layer: weight, bias, then those of its adapters. A merged adapter, and the weight and bias that it is
-    /// merged into, are left out.
+    /// The parameters of each layer: weight, bias, then those of its adapters. A merged adapter, and the weight and bias that it
+    /// is merged into, are left out.
     fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         self.layers_mut().flat_map(|(_, layer)| layer.params_mut())
     }
@@ -103,33 +105,34 @@ pub trait Adaptable<B: Backend>: Sized {
         self.add_adapter(backend, DEFAULT, targets, config, rng)
     }
 
-    /// Freezes the model and adds a new adapter of this name to each target. The first adapter of a model is active at once; later ones
-    /// need [`set_active`](Self::set_active). An adapter of the same name is replaced as a whole, also in layers that are not targets.
+    /// Freezes the model and adds a new adapter of this name to each target. The first adapter of a model is active at once;
+    /// later ones need [`set_active`](Self::set_active). An adapter of the same name is replaced as a whole, also in layers that
+    /// are not targets.
     ///
-    /// Errors: [`Error::NoSuchLayer`] for a target or a module to save; [`Error::Value`] for settings out of range or no target; those of
-    /// [`insert_adapter`](Self::insert_adapter). Nothing is changed then.
+    /// Errors: [`Error::NoSuchLayer`] for a target or a module to save; [`Error::Value`] for settings out of range or no target;
+    /// those of [`insert_adapter`](Self::insert_adapter). Nothing is changed then.
     fn add_adapter(&mut self, backend: &B, name: &str, targets: Targets<'_>, config: &LoraConfig, rng: &mut Rng) -> Result<()> {
         let parts = insert::new_parts(self, backend, targets, config, rng)?;
         insert::insert(self, "add_adapter", name, parts)
     }
 
-    /// Freezes the model and adds these updates, each with the name of its layer, as the adapter [`DEFAULT`]. It replaces an adapter of
-    /// that name.
+    /// Freezes the model and adds these updates, each with the name of its layer, as the adapter [`DEFAULT`]. It replaces an
+    /// adapter of that name.
     ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for an empty list, or for a layer that holds a merged adapter.
-    /// Nothing is changed then.
+    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for an empty list, or for a layer that holds a merged
+    /// adapter. Nothing is changed then.
     fn set_adapters(&mut self, adapters: Vec<(String, Adapter<B>)>) -> Result<()> {
         let parts = adapters.into_iter().map(|(layer, adapter)| (layer, LayerAdapter::Lora(adapter))).collect();
         insert::insert(self, "set_adapters", DEFAULT, parts)
     }
 
-    /// Freezes the model and adds an adapter; each part has the name of its layer. An adapter of the same name is replaced as a whole:
-    /// it is also removed from layers that `parts` does not name. The new adapter is active if the replaced one was, or if no adapter
-    /// is active.
+    /// Freezes the model and adds an adapter; each part has the name of its layer. An adapter of the same name is replaced as a
+    /// whole: it is also removed from layers that `parts` does not name. The new adapter is active if the replaced one was, or if
+    /// no adapter is active.
     ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for an empty list, a name with a dot or a slash, a layer that
-    /// holds a merged adapter, two active adapters that each bring a bias or a whole layer, and two layers of one name. Nothing is
-    /// changed then.
+    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for an empty list, a name with a dot or a slash, a
+    /// layer that holds a merged adapter, two active adapters that each bring a bias or a whole layer, and two layers of one
+    /// name. Nothing is changed then.
     fn insert_adapter(&mut self, name: &str, parts: Vec<(String, LayerAdapter<B>)>) -> Result<()> {
         insert::insert(self, "insert_adapter", name, parts)
     }
@@ -186,8 +189,8 @@ pub trait Adaptable<B: Backend>: Sized {
 
     /// Makes these adapters the active ones, summed in this order. Only active adapters are trainable.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged, or for two that each bring a bias or a whole layer.
-    /// Nothing is changed then.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged, or for two that each bring a bias or a
+    /// whole layer. Nothing is changed then.
     #[doc(alias = "set_adapter")]
     fn set_active(&mut self, names: &[&str]) -> Result<()> {
         self.check_adapters(names)?;
@@ -195,8 +198,8 @@ pub trait Adaptable<B: Backend>: Sized {
         loras_mut(self).try_for_each(|lora| lora.set_active(names))
     }
 
-    /// Enables or disables all adapters. While they are disabled, the model computes as the base model. Errors: [`Error::Value`] while
-    /// an adapter is merged.
+    /// Enables or disables all adapters. While they are disabled, the model computes as the base model. Errors: [`Error::Value`]
+    /// while an adapter is merged.
     fn set_adapters_enabled(&mut self, enabled: bool) -> Result<()> {
         check_unmerged(self, "set_adapters_enabled")?;
         loras_mut(self).try_for_each(|lora| lora.set_enabled(enabled))
@@ -216,32 +219,32 @@ pub trait Adaptable<B: Backend>: Sized {
     ///
     /// `A` and `B` become new parameters, unless they have that rank already.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged; [`Error::TooLarge`], [`Error::OutOfMemory`]. Nothing
-    /// is changed then.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged; [`Error::TooLarge`],
+    /// [`Error::OutOfMemory`]. Nothing is changed then.
     fn reserve_rank(&mut self, backend: &B, name: &str, rank: usize) -> Result<()> {
         self.check_adapters(&[name])?;
         check_unmerged(self, "reserve_rank")?;
         swap::reserve_rank(self, backend, name, rank)
     }
 
-    /// Overwrites the tensors and settings of an adapter in place with those of another: PEFT's "hotswap". A smaller rank is padded
-    /// with zeros. In a layer that `parts` does not name the adapter adds nothing. The scaling is that of the new settings, without
-    /// the factor that [`set_scale`](Self::set_scale) gave the old adapter.
+    /// Overwrites the tensors and settings of an adapter in place with those of another: PEFT's "hotswap". A smaller rank is
+    /// padded with zeros. In a layer that `parts` does not name the adapter adds nothing. The scaling is that of the new
+    /// settings, without the factor that [`set_scale`](Self::set_scale) gave the old adapter.
     ///
-    /// The parameters keep their identity, so an [`Adam`](super::Adam) still holds the moments of the old adapter: to train further,
-    /// create a new one.
+    /// The parameters keep their identity, so an [`Adam`](super::Adam) still holds the moments of the old adapter: to train
+    /// further, create a new one.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old adapter does not change; [`Error::Value`] for a
-    /// rank above the [reserved one](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two adapters
-    /// has, and while an adapter is merged; [`Error::Shape`]. Nothing is changed then.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old adapter does not change;
+    /// [`Error::Value`] for a rank above the [reserved one](Self::reserve_rank), for magnitudes, biases or whole layers that only
+    /// one of the two adapters has, and while an adapter is merged; [`Error::Shape`]. Nothing is changed then.
     fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, LayerAdapter<B>)>) -> Result<()> {
         self.check_adapters(&[name])?;
         check_unmerged(self, "swap_adapter")?;
         swap::swap(self, backend, name, &parts)
     }
 
-    /// Merges the active adapters into the weights with [`Merge::default`]: checked for finite results, rounded to the nearest. An
-    /// adapter that is already merged is not merged again.
+    /// Merges the active adapters into the weights with [`Merge::default`]: checked for finite results, rounded to the nearest.
+    /// An adapter that is already merged is not merged again.
     ///
     /// Errors: those of [`merge_as`](Self::merge_as).
     fn merge_adapters(&mut self, backend: &B) -> Result<()> {
@@ -251,8 +254,8 @@ pub trait Adaptable<B: Backend>: Sized {
 
     /// Merges these adapters, active or not, in this order, on top of those that are merged.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::InLayer`] while adapters are disabled, for a bias of the update where a layer has no
-    /// bias, and, with [`Merge::safe`], for results that are not finite. Nothing is changed then.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::InLayer`] while adapters are disabled, for a bias of the update where a layer
+    /// has no bias, and, with [`Merge::safe`], for results that are not finite. Nothing is changed then.
     fn merge_as(&mut self, backend: &B, names: &[&str], how: Merge) -> Result<()> {
         self.check_adapters(names)?;
         merged::merge(self, backend, names, how)
@@ -302,11 +305,11 @@ pub trait Adaptable<B: Backend>: Sized {
         ParameterReport::of(self)
     }
 
-    /// The outputs, in host memory, for a batch in which each part names its adapter. `x` is divided into `adapters.len()` parts of
-    /// equal numbers of rows, such as single rows or sequences; `None` is the base model.
+    /// The outputs, in host memory, for a batch in which each part names its adapter. `x` is divided into `adapters.len()` parts
+    /// of equal numbers of rows, such as single rows or sequences; `None` is the base model.
     ///
-    /// `forward` is the forward pass of the model. It is called once for each adapter, with all parts of that adapter as one batch,
-    /// passes the [`Adapters`] on to [`Layer::forward_with`], and returns the same number of rows for each part.
+    /// `forward` is the forward pass of the model. It is called once for each adapter, with all parts of that adapter as one
+    /// batch, passes the [`Adapters`] on to [`Layer::forward_with`], and returns the same number of rows for each part.
     ///
     /// ```
     /// # use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
@@ -321,8 +324,8 @@ pub trait Adaptable<B: Backend>: Sized {
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] if the rows of `x` cannot be divided into equal parts, or while an adapter is
-    /// merged; those of `forward`.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] if the rows of `x` cannot be divided into equal parts, or while an
+    /// adapter is merged; those of `forward`.
     fn predict_mixed_with<'m>(
         &'m self,
         backend: &'m B,

@@ -61,7 +61,8 @@ pub fn adam_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     }
 }
 
-/// Sums are exact: the scalars are powers of two, or one minus a power of two, and eps is so large that the square root does not matter.
+/// Sums are exact: the scalars are powers of two, or one minus a power of two, and eps is so large that the square root does not
+/// matter.
 pub fn adam_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
     let (lr, eps, decay, t) = (2f32.powi(37), 2f32.powi(40), 2f32.powi(-40), 1000); // 1 - lr·decay is 7/8
     let (Dims { k, n, .. }, layer) = (dims, whole(dims, seed));

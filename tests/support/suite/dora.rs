@@ -17,8 +17,8 @@ fn row_norms<B: Backend>(backend: &B, layer: &Lora) -> Vec<f32> {
     down(backend, &norm)
 }
 
-/// Each element has an error of at most `(r + 3)·u` of its magnitude, which changes the norm by at most the norm of these errors; the sum of
-/// k squares and the root add `(k/2 + 3)·u`.
+/// Each element has an error of at most `(r + 3)·u` of its magnitude, which changes the norm by at most the norm of these errors;
+/// the sum of k squares and the root add `(k/2 + 3)·u`.
 pub fn row_norms_round_within_bounds<B: Backend>(backend: &B) {
     for (seed, dims) in shapes().into_iter().enumerate() {
         for layer in [random::<B::Elem>(dims, 1.7, seed as u64), whole(dims, seed as u64)] {

@@ -70,8 +70,8 @@ pub struct Before<'a> {
     pub dx: &'a Mat,
 }
 
-/// Runs the forward and the backward pass of a layer. Every operand that may be strided is part of a larger matrix; if there is an initial
-/// content, `y` and `dx` are added to it.
+/// Runs the forward and the backward pass of a layer. Every operand that may be strided is part of a larger matrix; if there is
+/// an initial content, `y` and `dx` are added to it.
 pub fn run_strided_lora<B: Backend>(
     backend: &B,
     layer: &Lora,

@@ -142,8 +142,8 @@ pub(super) fn explain<M: Micro>(engine: &Engine, micro: M, k: usize, n: usize) -
     format!("blocked: MR {mr}, NR {nr}, KC {depth}, MC {mc}, NC {nc}")
 }
 
-/// Loops 4 to 1 over one strip of the output. What runs on the vector unit are kernels of their own, for packing, for loops 3 to 1 and
-/// for converting, so that each is compiled once for the types that it depends on.
+/// Loops 4 to 1 over one strip of the output. Packing, loops 3 to 1 and converting are separate kernels, so that each is compiled
+/// once for the types that it depends on.
 struct Strip<'a, 'o, E, O, M: Micro> {
     unit: Unit,
     block: Block<'o, O>,

@@ -47,7 +47,7 @@ use super::simd::{Kernel, LANES, Lanes, Simd};
 use crate::element::{Float, bf16};
 use crate::error::Result;
 
-/// A row-major matrix in memory, whose rows may lie apart, or the transpose of one.
+/// A row-major matrix in memory, with a row stride, or the transpose of one.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a, T> {
     /// Starts with the first element.

@@ -1,5 +1,5 @@
-//! `out = scale·lhsᵀ·rhs` with few columns, such as `dB = scale·dyᵀ·h`. It reads the left panels that another product, `dx = dy·W`, has
-//! packed, so `lhs` is read from memory once for both.
+//! `out = scale·lhsᵀ·rhs` with few columns, such as `dB = scale·dyᵀ·h`. It reads the left panels that another product, `dx =
+//! dy·W`, has packed, so `lhs` is read from memory once for both.
 //!
 //! A panel holds `MR` rows of `lhs`. A step of the depth of the other product is a row of the output here:
 //!

@@ -54,7 +54,7 @@ pub(super) fn axpy_cols(registers: usize, rows: usize, cols: usize, threads: usi
 }
 
 /// Rows of an N-major right side (steps of the depth) that are added up in one pass over the sums, so that a sum that is loaded
-/// is used as many times. For one row of the output loading sums is cheap, and eight streams of weights are faster than sixteen
+/// is used 16 times. For one row of the output, loading sums is cheap, and eight streams of weights are faster than sixteen
 /// (measured on Zen 3).
 pub(super) fn axpy_depth(registers: usize, rows: usize) -> usize {
     if registers >= 32 || rows > 1 { STREAMS } else { STREAMS / 2 }

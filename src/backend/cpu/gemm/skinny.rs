@@ -1,5 +1,5 @@
-//! The skinny regime: the output has few rows, so most of the time goes into reading the right side, the weight, once. Only the left
-//! side is packed.
+//! The skinny regime: the output has few rows, so most of the time goes into reading the right side, the weight, once. Only the
+//! left side is packed.
 //!
 //! ```text
 //! pack the left side of each term
@@ -108,8 +108,8 @@ impl Kernel for Registers {
     }
 }
 
-/// One block of the output. The loops over the weight are a kernel for each element type of a weight, whatever that of the output is: they
-/// are large, and compiled for every vector unit.
+/// One block of the output. The loops over the weight are kernels of their own, which do not depend on the element type of the
+/// output: they are large, and compiled for every vector unit.
 fn block<E: Float, O: Float>(
     engine: &Engine,
     block: Block<'_, O>,

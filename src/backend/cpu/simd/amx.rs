@@ -97,8 +97,8 @@ impl Amx {
     }
 }
 
-/// Proof that the tiles of this thread are configured. It is not `Send`. Dropping the last one of a thread releases the tiles, since
-/// tiles in use make context switches slower.
+/// Proof that the tiles of this thread are configured. It is not `Send`. Dropping the last one of a thread releases the tiles,
+/// since tiles in use make context switches slower.
 pub(crate) struct Tiles(PhantomData<*const ()>);
 
 thread_local! {

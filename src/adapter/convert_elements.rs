@@ -11,7 +11,7 @@ const TASK: usize = 1 << 16;
 const RUN: usize = 256;
 
 /// `values[i] = bytes[i]`, exactly.
-pub(super) fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) {
+pub(crate) fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) {
     let tasks = bytes.par_chunks(TASK * dtype.size()).zip(values.par_chunks_mut(TASK));
     tasks.for_each(|(bytes, values)| match dtype {
         DType::F32 => bytes.as_chunks().0.iter().zip(values).for_each(|(&bytes, value)| *value = f32::from_le_bytes(bytes)),
@@ -29,7 +29,7 @@ pub(super) fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) {
 }
 
 /// `bytes[i] = values[i]`, rounded to nearest, ties to even. Returns true if every element of `bytes` is finite.
-pub(super) fn round(dtype: DType, values: &[f32], bytes: &mut [u8]) -> bool {
+pub(crate) fn round(dtype: DType, values: &[f32], bytes: &mut [u8]) -> bool {
     let tasks = values.par_chunks(TASK).zip(bytes.par_chunks_mut(TASK * dtype.size()));
     let finite = tasks.map(|(values, bytes)| match dtype {
         DType::F32 => {
@@ -40,6 +40,14 @@ pub(super) fn round(dtype: DType, values: &[f32], bytes: &mut [u8]) -> bool {
         DType::BF16 => round_bf16(values, bytes),
     });
     finite.reduce(|| true, |one, other| one & other)
+}
+
+/// The first finite value that became infinite.
+pub(crate) fn overflowing(dtype: DType, values: &[f32], bytes: &[u8]) -> Option<f32> {
+    let mut back = vec![0.0; values.len()];
+    widen(dtype, bytes, &mut back);
+    let mut pairs = values.iter().zip(&back);
+    pairs.find(|(value, back)| value.is_finite() && !back.is_finite()).map(|(value, _)| *value)
 }
 
 fn round_f16(values: &[f32], bytes: &mut [u8]) -> bool {
@@ -55,8 +63,8 @@ fn round_f16(values: &[f32], bytes: &mut [u8]) -> bool {
     not_finite == 0
 }
 
-/// The upper half of an `f32`, rounded by adding half a unit in the last place, or just less than that if the last place is even. Written
-/// without branches, so that the compiler vectorises it.
+/// The upper half of an `f32`, rounded by adding half a unit in the last place, or just less than that if the last place is even.
+/// Written without branches, so that the compiler vectorises it.
 fn round_bf16(values: &[f32], bytes: &mut [u8]) -> bool {
     const EXPONENT: u16 = 0x7f80;
     const QUIET: u32 = 0x40;

@@ -212,7 +212,7 @@ fn few_slots_serve_many_adapters() {
 fn the_one_used_the_longest_ago_makes_room() {
     let (cpu, (model, adapters)) = (cpu(), model(6));
     let mut bank = AdapterBank::new(&cpu, &model, 3, 3).unwrap();
-    let mut use_of =
+    let use_of =
         |bank: &mut AdapterBank<Device>, name: &str| drop(bank.assign(&cpu, &[Some(name)], fetch(&adapters)).unwrap());
     ["a0", "a1", "a2", "a0"].iter().for_each(|name| use_of(&mut bank, name));
     use_of(&mut bank, "a3");

@@ -24,11 +24,13 @@
 mod backward;
 mod custom;
 mod gradients;
+mod rows;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use custom::{Backward, CustomGradients};
 pub use gradients::Gradients;
+pub use rows::{LoraRows, TrainedSlot};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -132,6 +134,11 @@ enum Op<'m, B: Backend> {
     Lora {
         x: Var,
         layer: LoraParams<'m, B>,
+        h: Tensor<B, f32>,
+    },
+    LoraRows {
+        x: Var,
+        layer: LoraRows<'m, B>,
         h: Tensor<B, f32>,
     },
     Magnitude {

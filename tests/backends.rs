@@ -49,6 +49,10 @@ fn kernels<E: Float>(cpu: &Cpu<E>) {
     suite::f32_factors_are_exact_on_whole_numbers(cpu);
     suite::f32_factors_are_not_rounded(cpu);
     suite::a_lent_weight_may_be_packed(cpu);
+    suite::mixed_batches_are_exact_on_whole_numbers(cpu);
+    suite::mixed_batches_round_within_bounds(cpu);
+    suite::mixed_batches_drop_what_the_mask_says(cpu);
+    suite::nobody_depends_on_the_company(cpu);
 }
 
 #[test]

@@ -113,6 +113,11 @@ impl Folder {
         Self { extras: other.extras.clone(), ..self }
     }
 
+    /// Where it was read, for errors.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The settings.
     pub fn config(&self) -> &AdapterConfig {
         &self.config

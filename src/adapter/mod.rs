@@ -41,6 +41,7 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 
+mod bank;
 mod combine;
 #[cfg(feature = "svd")]
 mod compress;

@@ -2,6 +2,7 @@
 
 use super::custom::BoxedDerivative;
 use super::gradients::{Gradient, Gradients};
+use super::rows;
 use super::{LoraParams, Node, Op, Param, Var};
 use crate::backend::Backend;
 use crate::error::Result;
@@ -75,6 +76,10 @@ pub(super) fn node<B: Backend>(
             gradients.add_to_parameter(backend, Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
             gradients.add_to_parameter(backend, *w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.add_to_value(backend, *x, dx))?;
+        }
+        Op::LoraRows { x, layer, h } => {
+            let (dx, dbias) = (new_dx(*x)?, new_grad(backend, layer.bias)?);
+            rows::through(backend, (*x, layer, h), dy, (dx, dbias), gradients)?;
         }
         Op::Magnitude { z, magnitude, norm, bias } => {
             let (mut dz, mut dmagnitude) = (new_dx(*z)?, new_grad(backend, Some(magnitude))?);

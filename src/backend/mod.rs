@@ -88,6 +88,11 @@ pub trait Backend: sealed::Sealed + Sized + 'static {
         Ok(())
     }
 
+    /// Whether factors may be [another adapter's for each row](crate::op::Bank); otherwise requests that ask for it are refused.
+    fn takes_banks(&self) -> bool {
+        true
+    }
+
     /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
     fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()>;
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`

@@ -1,6 +1,6 @@
 //! A multi-layer perceptron of named linear layers, with or without adapters.
 
-use super::{Adaptable, Adapters, Layer, Linear};
+use super::{Adaptable, AdapterBank, Adapters, Layer, Linear};
 use crate::autograd::{Tape, Var};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -97,12 +97,22 @@ impl<B: Backend> Mlp<B> {
         tape.value(logits)?.to_vec(backend)
     }
 
-    /// [`predict`](Self::predict) with an adapter for each row; `None` is the base model. The rows of one adapter are computed as
-    /// one batch.
+    /// [`predict`](Self::predict) with an adapter for each row; `None` is the base model.
+    ///
+    /// Adapters that only add low-rank updates are copied into a bank for this call, and each weight is read once for all rows. To keep
+    /// the bank between calls, use [`AdapterBank`]. If an adapter does more (DoRA, biases), or the backend has no
+    /// [banks](Backend::takes_banks), the rows of each adapter are computed as one batch.
     ///
     /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] unless there is one name for each row, or while an adapter is merged.
     pub fn predict_mixed(&self, backend: &B, x: &Tensor<B>, adapters: &[Option<&str>]) -> Result<Vec<B::Elem>> {
         Error::unless(adapters.len() == x.rows(), "predict_mixed", "adapters", adapters.len(), "one a row")?;
+        if let Some(mut bank) = AdapterBank::of_model(backend, self, adapters)? {
+            let rows = bank.assign_loaded(backend, adapters, 1)?;
+            let mut tape = Tape::new(backend);
+            let x = tape.input(x.try_clone(backend)?);
+            let logits = self.forward_mixed(&mut tape, x, None, bank.mixed(&rows)?)?;
+            return tape.value(logits)?.to_vec(backend);
+        }
         self.predict_mixed_with(backend, x, adapters, |tape, x, adapters| self.forward_with(tape, x, None, adapters))
     }
 }

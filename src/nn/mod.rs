@@ -5,6 +5,7 @@
 mod adam;
 mod adaptable;
 mod adapter;
+mod bank;
 mod config;
 mod dora;
 mod init;
@@ -22,6 +23,7 @@ pub(crate) use adaptable::{check_layers, check_unmerged, distinct};
 #[cfg(feature = "svd")]
 pub(crate) use adaptable::{insert_inactive, write_factors};
 pub use adapter::Adapter;
+pub use bank::{AdapterBank, BankCounts, HostAdapter, HostUpdate, Mixed, MixedRows, Recipe, Sweep};
 pub use config::{Bias, LoraConfig, Scaling};
 pub use init::Init;
 pub use layer::Layer;

@@ -1,6 +1,6 @@
 //! `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 
-use super::{Checked, Dropout, Factor, Output, Weight, contiguous, finite, fits, inputs_of, rank_of};
+use super::{Checked, Dropout, Factor, Output, Weight, check_per_row, contiguous, finite, fits, inputs_of, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::{MatMut, MatRef};
@@ -9,6 +9,10 @@ use crate::view::{MatMut, MatRef};
 ///
 /// Gradients of [`LoraForward`](super::LoraForward). `W` is frozen and has no gradient. Without `w`, `dx = drop(dh·A)`. Outputs
 /// that are `None` are not computed.
+///
+/// With [another adapter for each row](super::Bank), `dA` and `dB` hold the gradients of the slots that take part, in the order of
+/// [`Assignment::segments`](super::Assignment::segments), stored as the bank stores the factors: `segments·r × k`, and, `dB`
+/// transposed, `segments·r × n`. The rows of a slot are summed in their order in the batch.
 pub struct LoraBackward<'t, B: Backend> {
     /// `m×k`
     pub x: MatRef<'t, B>,
@@ -26,9 +30,9 @@ pub struct LoraBackward<'t, B: Backend> {
     pub scale: f32,
     /// As in the forward pass: the mask is recomputed from the seed.
     pub dropout: Option<Dropout>,
-    /// `r×k`, overwritten; contiguous
+    /// `r×k`, or `segments·r × k`, overwritten; contiguous
     pub da: MatMut<'t, B, f32>,
-    /// `n×r`, overwritten; contiguous
+    /// `n×r`, or `segments·r × n`, overwritten; contiguous
     pub db: MatMut<'t, B, f32>,
     /// `1×n`, overwritten
     pub dbias: Option<MatMut<'t, B, f32>>,
@@ -55,9 +59,13 @@ impl<B: Backend> LoraBackward<'_, B> {
         contiguous(Self::VERB, "h", self.h.is_contiguous())?;
         fits(Self::VERB, "dy", (m, n), self.dy.shape())?;
         finite(Self::VERB, "scale", self.scale)?;
-        fits(Self::VERB, "da", (r, k), self.da.shape())?;
+        let [da, db] = match check_per_row(Self::VERB, self.a, self.b, m)? {
+            None => [(r, k), (n, r)],
+            Some(segments) => [(segments * r, k), (segments * r, n)],
+        };
+        fits(Self::VERB, "da", da, self.da.shape())?;
         contiguous(Self::VERB, "da", self.da.is_contiguous())?;
-        fits(Self::VERB, "db", (n, r), self.db.shape())?;
+        fits(Self::VERB, "db", db, self.db.shape())?;
         contiguous(Self::VERB, "db", self.db.is_contiguous())?;
         if let Some(dbias) = &self.dbias {
             fits(Self::VERB, "dbias", (1, n), dbias.shape())?;

@@ -1,6 +1,6 @@
 //! `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 
-use super::{Checked, Dropout, Factor, Output, Weight, contiguous, finite, fits, inputs_of, rank_of};
+use super::{Checked, Dropout, Factor, Output, Weight, check_per_row, contiguous, finite, fits, inputs_of, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::{MatMut, MatRef};
@@ -12,6 +12,9 @@ use crate::view::{MatMut, MatRef};
 /// [`Output::AddTo`] it can be added to a base layer that other code computed. `h` is an output because
 /// [`LoraBackward`](super::LoraBackward) reads it. It is `f32` for every element type, since rounding it to 16 bits costs
 /// accuracy.
+///
+/// `A` and `B` may be [another adapter's for each row](super::Bank). `W` is then read once for the whole batch. A row without an adapter
+/// has the bits of the base layer. The bits of a row do not depend on the adapters of the other rows or on the order of the rows.
 pub struct LoraForward<'t, B: Backend> {
     /// `m×k`
     pub x: MatRef<'t, B>,
@@ -23,7 +26,7 @@ pub struct LoraForward<'t, B: Backend> {
     pub a: Factor<'t, B>,
     /// `n×r`
     pub b: Factor<'t, B>,
-    /// Factor of the update: `alpha / r` in the LoRA paper.
+    /// Factor of the update: `alpha / r` in the LoRA paper. With a [`Bank`](super::Bank) it is multiplied with the scaling of the slot.
     pub scale: f32,
     /// Dropout on the `x` of the update.
     pub dropout: Option<Dropout>,
@@ -51,6 +54,7 @@ impl<B: Backend> LoraForward<'_, B> {
         }
         fits(Self::VERB, "a", (r, k), self.a.shape())?;
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
+        check_per_row(Self::VERB, self.a, self.b, m)?;
         finite(Self::VERB, "scale", self.scale)?;
         fits(Self::VERB, "h", (m, r), self.h.shape())?;
         contiguous(Self::VERB, "h", self.h.is_contiguous())?;

@@ -1,6 +1,6 @@
 //! `W += scale·B·A`.
 
-use super::{Checked, Factor, Rounding, contiguous, finite, fits, rank_of};
+use super::{Checked, Factor, Rounding, contiguous, finite, fits, one_for_all, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::MatMut;
@@ -30,6 +30,8 @@ impl<B: Backend> LoraMerge<'_, B> {
         let r = rank_of(Self::VERB, self.a.shape())?;
         fits(Self::VERB, "a", (r, k), self.a.shape())?;
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
+        one_for_all(Self::VERB, "a", self.a)?;
+        one_for_all(Self::VERB, "b", self.b)?;
         finite(Self::VERB, "scale", self.scale)?;
         if self.rounding != Rounding::Nearest {
             contiguous(Self::VERB, "w", self.w.is_contiguous())?;

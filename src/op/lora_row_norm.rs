@@ -1,6 +1,6 @@
 //! `norm = ‖W + scale·B·A‖`, row by row.
 
-use super::{Checked, Factor, Weight, finite, fits, rank_of};
+use super::{Checked, Factor, Weight, finite, fits, one_for_all, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::MatMut;
@@ -33,6 +33,8 @@ impl<B: Backend> LoraRowNorm<'_, B> {
         let r = rank_of(Self::VERB, self.a.shape())?;
         fits(Self::VERB, "a", (r, k), self.a.shape())?;
         fits(Self::VERB, "b", (n, r), self.b.shape())?;
+        one_for_all(Self::VERB, "a", self.a)?;
+        one_for_all(Self::VERB, "b", self.b)?;
         finite(Self::VERB, "scale", self.scale)?;
         fits(Self::VERB, "norm", (1, n), self.norm.shape())?;
         Ok(Checked(self))

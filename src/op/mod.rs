@@ -22,6 +22,8 @@
 mod accumulate;
 mod adam;
 mod add;
+mod assignment;
+mod bank;
 mod cross_entropy;
 mod dropout;
 mod linear;
@@ -37,6 +39,11 @@ mod rounding;
 pub use accumulate::Accumulate;
 pub use adam::{Adam, AdamRate, WeightGrad};
 pub use add::Add;
+#[allow(unused_imports, reason = "for backends on GPUs")]
+pub(crate) use assignment::NO_SLOT;
+pub use assignment::{Assignment, Segment};
+pub use bank::{Bank, PerRow, Slot};
+use bank::{check_per_row, one_for_all};
 pub(crate) use cross_entropy::IGNORED;
 pub use cross_entropy::{CrossEntropy, Labels};
 pub use dropout::{Dropout, DropoutForward};

@@ -1,8 +1,9 @@
 //! The operands of a layer: its weight, the factors of an update, and the output of a product.
 
+use super::PerRow;
 use crate::backend::Backend;
 use crate::element::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 use crate::{DType, Float, Passes};
@@ -98,6 +99,8 @@ pub enum Factor<'t, B: Backend> {
     Elem(MatRef<'t, B>),
     /// `f32`, whatever the element type of the backend.
     F32(MatRef<'t, B, f32>),
+    /// Another one for each row of the batch; see [`Bank`](super::Bank).
+    PerRow(PerRow<'t, B>),
 }
 
 impl<B: Backend> Clone for Factor<'_, B> {
@@ -109,11 +112,12 @@ impl<B: Backend> Clone for Factor<'_, B> {
 impl<B: Backend> Copy for Factor<'_, B> {}
 
 impl<B: Backend> Factor<'_, B> {
-    /// Rows × columns.
+    /// Rows × columns; of one for each row, those of one adapter with the rank of the bank.
     pub fn shape(&self) -> Shape {
         match self {
             Factor::Elem(matrix) => matrix.shape(),
             Factor::F32(matrix) => matrix.shape(),
+            Factor::PerRow(factor) => factor.shape(),
         }
     }
 
@@ -127,11 +131,18 @@ impl<B: Backend> Factor<'_, B> {
         self.shape().cols
     }
 
+    /// For backends that take the factors of one adapter alone. Errors: [`Error::Value`] for one that differs from row to row.
+    #[allow(dead_code, reason = "of backends that are features")]
+    pub(crate) fn refuse_per_row(&self, verb: &'static str, want: &'static str) -> Result<()> {
+        Error::unless(!matches!(self, Factor::PerRow(_)), verb, "a", "one for each row", want)
+    }
+
     /// The element type.
     pub fn dtype(&self) -> DType {
         match self {
             Factor::Elem(_) => B::Elem::DTYPE,
             Factor::F32(_) => DType::F32,
+            Factor::PerRow(factor) => factor.bank().dtype(),
         }
     }
 }

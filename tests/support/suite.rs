@@ -5,11 +5,13 @@ use lowrank::random::Rng;
 use lowrank::{Backend, Float, Passes, Tensor};
 
 mod adam;
+mod banks;
 mod chance;
 mod dora;
 mod views;
 
 pub use adam::*;
+pub use banks::*;
 pub use chance::*;
 pub use dora::*;
 pub use views::*;
@@ -38,6 +40,8 @@ macro_rules! suite {
             parts_of_wider_matrices_are_operands outputs_are_added_to added_sums_round_within_bounds
             parts_of_wider_weights_are_merged_into f32_factors_are_exact_on_whole_numbers copies_keep_every_bit
             rows_without_a_label_do_not_count a_linear_backward_takes_what_it_needs a_lent_weight_may_be_packed
+            mixed_batches_are_exact_on_whole_numbers mixed_batches_round_within_bounds mixed_batches_drop_what_the_mask_says
+            mixed_batches_have_edges nobody_depends_on_the_company a_slot_beside_the_right_one_is_noticed
         );
     };
     ($name:ident, $make:expr; $($check:ident)*) => {

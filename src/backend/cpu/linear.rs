@@ -17,11 +17,12 @@ pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Matrix<'a, E> {
     matrix(w.dense()).with_packed(w.panels())
 }
 
-/// The factor of an update as the engine's [`Factor`].
-pub(super) fn factor<'a, E: Float>(factor: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
-    match factor {
+/// The factor of an update as the engine's [`Factor`]; of one for each row, the factors of all slots, one after another.
+pub(super) fn factor<'a, E: Float>(view: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
+    match view {
         op::Factor::Elem(view) => Factor::Elem(matrix(view)),
         op::Factor::F32(view) => Factor::F32(matrix(view)),
+        op::Factor::PerRow(all) => factor(all.stacked()),
     }
 }
 

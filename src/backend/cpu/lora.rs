@@ -3,13 +3,16 @@
 use super::gemm::{Factor, Init, LowRank, Matrix, Outer, Output, Product, low_rank, outer_product, store, sum_of_products};
 use super::linear::{elements_mut, factor, init, matrix, output, product, weight};
 use super::scratch::ScratchGuard;
-use super::{Cpu, Engine, pointwise};
+use super::{Cpu, Engine, pointwise, segments};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{self, Dropout, LoraBackward, LoraForward, LoraMerge};
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) -> Result<()> {
+    if let op::Factor::PerRow(_) = op.a {
+        return segments::forward(engine, op);
+    }
     let (x, a, b) = (matrix(op.x), factor(op.a).t(), factor(op.b).t());
     let (w, (y, adds)) = (op.w.map(|w| weight(w).t()), op.y.into_parts());
     let (m, r) = (op.h.rows(), op.h.cols());
@@ -29,7 +32,11 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
 }
 
 /// `drop(x)` in `f32` scratch memory; `None` without dropout.
-fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: Matrix<'_, E>) -> Result<Option<ScratchGuard<'e>>> {
+pub(super) fn dropped<'e, E: Float>(
+    engine: &'e Engine,
+    dropout: Option<Dropout>,
+    x: Matrix<'_, E>,
+) -> Result<Option<ScratchGuard<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
     let mut dropped = engine.scratch.take(x.rows() * x.cols())?;
     match x.as_contiguous() {
@@ -43,7 +50,7 @@ fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: Matrix
 }
 
 /// The input of the update: `drop(x)`, or `x` without dropout.
-fn update_input<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<ScratchGuard<'_>>) -> Factor<'a, E> {
+pub(super) fn update_input<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<ScratchGuard<'_>>) -> Factor<'a, E> {
     match dropped {
         Some(dropped) => Factor::F32(Matrix::new(dropped, x.rows(), x.cols())),
         None => Factor::Elem(x),
@@ -52,6 +59,9 @@ fn update_input<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<ScratchGuard<'_>>) 
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
+    if let op::Factor::PerRow(_) = op.a {
+        return segments::backward(engine, op);
+    }
     let (m, r) = (op.x.rows(), op.a.rows());
     let (x, a, b, dy) = (matrix(op.x), factor(op.a), factor(op.b), matrix(op.dy));
     let (lhs, w) = (Factor::Elem(dy), op.w.map(weight));

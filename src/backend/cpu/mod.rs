@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! lora.rs linear.rs              verbs as sums of products
+//! segments.rs                    the low-rank layer with an adapter of its own for each row
 //!   └─ gemm/                     the engine: out = init + Σ scale·lhs·rhs
 //!        └─ simd/                vectors of sixteen lanes on any vector unit
 //! pointwise.rs dora.rs adam.rs   verbs that pass over memory once
@@ -19,6 +20,7 @@ mod lora;
 mod pointwise;
 mod pool;
 mod scratch;
+mod segments;
 mod simd;
 mod small_work;
 mod tasks;

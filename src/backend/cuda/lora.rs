@@ -11,9 +11,13 @@ use crate::error::Result;
 use crate::op::{LoraBackward, LoraForward, LoraMerge};
 use crate::tensor::Shape;
 
+/// What takes the place of factors for each row.
+const ONE: &str = "one for all rows: the cuda backend does not have banks yet";
+
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`: one launch, or two that overlap, after one for each factor that is rounded
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_, Cuda<E, D>>) -> Result<()> {
     const VERB: &str = "lora_forward";
+    op.a.refuse_per_row(VERB, ONE)?;
     let (mut rounded_a, mut rounded_b) = (None, None);
     let x = Matrix::new(VERB, "x", op.x)?;
     let w = op.w.map(|w| Matrix::new(VERB, "w", w.dense())).transpose()?;
@@ -40,6 +44,7 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
 /// which overlap, after one for each factor that is rounded
 pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<'_, Cuda<E, D>>) -> Result<()> {
     const VERB: &str = "lora_backward";
+    op.a.refuse_per_row(VERB, ONE)?;
     let (x, dy) = (Matrix::new(VERB, "x", op.x)?, Matrix::new(VERB, "dy", op.dy)?);
     let w = op.w.map(|w| Matrix::new(VERB, "w", w.dense())).transpose()?;
     let dx = op.dx.map(|dx| dx.into_parts());

@@ -373,5 +373,9 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
         Ok(())
     }
 
+    fn takes_banks(&self) -> bool {
+        false
+    }
+
     for_each_verb!(delegate);
 }

@@ -128,10 +128,11 @@ pub(super) fn factor<'a, E: Float, D: Device>(
     cuda: &Cuda<E, D>,
     verb: &'static str,
     name: &'static str,
-    factor: Factor<'a, Cuda<E, D>>,
+    view: Factor<'a, Cuda<E, D>>,
     rounded: &'a mut Rounded<D::Memory, E>,
 ) -> Result<Matrix<'a, D::Memory>> {
-    let view = match factor {
+    let view = match view {
+        Factor::PerRow(all) => return factor(cuda, verb, name, all.stacked(), rounded),
         Factor::Elem(view) => return Matrix::new(verb, name, view),
         Factor::F32(view) if E::DTYPE == DType::F32 => return Matrix::new(verb, name, view),
         Factor::F32(view) => view,
@@ -153,6 +154,7 @@ pub(super) fn stored_factor<'a, E: Float, D: Device>(
     match factor {
         Factor::Elem(view) => Ok((Matrix::new(verb, name, view)?, false)),
         Factor::F32(view) => Ok((Matrix::new(verb, name, view)?, E::DTYPE != DType::F32)),
+        Factor::PerRow(all) => stored_factor(verb, name, all.stacked()),
     }
 }
 

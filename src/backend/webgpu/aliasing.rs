@@ -30,6 +30,7 @@ pub(super) fn read_factor<'a, E: Float>(name: &'static str, factor: Factor<'a, W
     match factor {
         Factor::Elem(view) => read(name, view),
         Factor::F32(view) => read(name, view),
+        Factor::PerRow(all) => read_factor(name, all.stacked()),
     }
 }
 

@@ -8,13 +8,16 @@ use super::sum::{Epilogue, Init, Matrix, Sum, factor, matrix};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Dropout, LoraBackward, LoraForward, LoraMerge};
+use crate::op::{Dropout, Factor, LoraBackward, LoraForward, LoraMerge};
 use crate::tensor::Shape;
 use crate::view::{MatMut, MatRef};
 
 impl<E: Float> WebGpu<E> {
     /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
     pub(super) fn lora_forward_sums(&self, op: LoraForward<'_, Self>) -> Result<()> {
+        if let Factor::PerRow(a) = op.a {
+            return self.lora_forward_rows(op, a);
+        }
         let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense()), op.bias, op.h.into_ref());
         let (y, accumulate) = op.y.into_parts();
         let y = y.into_ref();
@@ -33,6 +36,9 @@ impl<E: Float> WebGpu<E> {
 
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
     pub(super) fn lora_backward_sums(&self, op: LoraBackward<'_, Self>) -> Result<()> {
+        if let Factor::PerRow(a) = op.a {
+            return self.lora_backward_rows(op, a);
+        }
         let (x, w, dbias) = (op.x, op.w.map(|w| w.dense()), op.dbias.map(MatMut::into_ref));
         let (da, db, dx) = (op.da.into_ref(), op.db.into_ref(), op.dx.map(|dx| dx.into_parts()));
         let dx = dx.map(|(dx, accumulate)| (dx.into_ref(), accumulate));
@@ -75,7 +81,7 @@ impl<E: Float> WebGpu<E> {
     }
 
     /// `drop(x)`; `None` without dropout.
-    fn dropped(&self, dropout: Option<Dropout>, x: MatRef<'_, Self>) -> Result<Option<Buffer<f32>>> {
+    pub(super) fn dropped(&self, dropout: Option<Dropout>, x: MatRef<'_, Self>) -> Result<Option<Buffer<f32>>> {
         let Some(dropout) = dropout else { return Ok(None) };
         if x.is_contiguous() {
             return self.drop(dropout, x).map(Some);

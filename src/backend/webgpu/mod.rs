@@ -30,6 +30,7 @@ mod lora;
 mod memory;
 mod plan;
 mod pointwise;
+mod rows;
 mod shader;
 mod sum;
 

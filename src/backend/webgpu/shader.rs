@@ -24,6 +24,8 @@ pub(super) enum Kernel {
     /// Element types of input and output.
     Dropout(DType, DType),
     LoraRowNorm,
+    /// Of a left side and a right side that are stored so.
+    Rows(RowsKernel, DType, DType),
     Magnitude,
     MagnitudeBackward,
     CrossEntropy,
@@ -32,6 +34,14 @@ pub(super) enum Kernel {
     Copy {
         half: bool,
     },
+}
+
+/// Products in which each row has a right side of its own; see `shaders/rows.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum RowsKernel {
+    Narrow,
+    Products,
+    Outer,
 }
 
 /// A sum of products; see `shaders/engine.wgsl` and `shaders/skinny.wgsl`.
@@ -72,7 +82,8 @@ impl Kernel {
     pub(super) fn bindings(self) -> (u32, u32) {
         match self {
             Kernel::Sum(sum) => (sum.reads(), sum.writes()),
-            Kernel::Magnitude => (4, 1),
+            Kernel::Magnitude | Kernel::Rows(RowsKernel::Narrow | RowsKernel::Outer, ..) => (4, 1),
+            Kernel::Rows(RowsKernel::Products, ..) => (5, 1),
             Kernel::MagnitudeBackward => (3, 1),
             Kernel::ReluBackward => (2, 1),
             Kernel::CrossEntropy => (2, 2),
@@ -91,6 +102,9 @@ impl Kernel {
             Kernel::Accumulate => "accumulate",
             Kernel::Dropout(..) => "dropout",
             Kernel::LoraRowNorm => "lora_row_norm",
+            Kernel::Rows(RowsKernel::Narrow, ..) => "rows_narrow",
+            Kernel::Rows(RowsKernel::Products, ..) => "rows_products",
+            Kernel::Rows(RowsKernel::Outer, ..) => "rows_outer",
             Kernel::Magnitude => "magnitude",
             Kernel::MagnitudeBackward => "magnitude_backward",
             Kernel::CrossEntropy => "cross_entropy",
@@ -116,6 +130,9 @@ impl Kernel {
                 let to_half = to == DType::F16;
                 writeln!(text, "alias From = {from};\nalias To = {to};\nconst TO_HALF = {to_half};\nconst THREADS = {threads}u;")
             }
+            Kernel::Rows(_, left, right) => {
+                writeln!(text, "alias Left = {left};\nalias Right = {right};\nconst THREADS = {threads}u;")
+            }
             Kernel::Copy { half } => {
                 writeln!(text, "const PER_WORD = {}u;\nconst THREADS = {threads}u;", 1 + u32::from(half))
             }
@@ -129,6 +146,7 @@ impl Kernel {
         let rest = match self {
             Kernel::Sum(sum) => sum.name(),
             Kernel::Dropout(from, to) => format!("{from}-to-{to}-{threads}"),
+            Kernel::Rows(_, left, right) => format!("{left}-{right}-{threads}"),
             Kernel::Copy { half } => format!("{}-bits-{threads}", if half { 16 } else { 32 }),
             _ => threads.to_string(),
         };
@@ -144,6 +162,9 @@ impl Kernel {
             Kernel::Accumulate => files!("accumulate"),
             Kernel::Dropout(..) => files!("common" "philox" "dropout"),
             Kernel::LoraRowNorm => files!("lora_row_norm"),
+            Kernel::Rows(RowsKernel::Narrow, ..) => files!("rows" "rows_narrow"),
+            Kernel::Rows(RowsKernel::Products, ..) => files!("rows" "rows_products"),
+            Kernel::Rows(RowsKernel::Outer, ..) => files!("rows" "rows_outer"),
             Kernel::Magnitude => files!("common" "magnitude"),
             Kernel::MagnitudeBackward => files!("magnitude_backward"),
             Kernel::CrossEntropy => files!("common" "cross_entropy"),
@@ -359,6 +380,10 @@ mod tests {
                 Kernel::Dropout(elem, DType::F32),
                 Kernel::Dropout(DType::F32, DType::F32),
                 Kernel::LoraRowNorm,
+                Kernel::Rows(RowsKernel::Narrow, elem, elem),
+                Kernel::Rows(RowsKernel::Narrow, DType::F32, elem),
+                Kernel::Rows(RowsKernel::Products, DType::F32, elem),
+                Kernel::Rows(RowsKernel::Outer, DType::F32, elem),
                 Kernel::Magnitude,
                 Kernel::MagnitudeBackward,
                 Kernel::CrossEntropy,

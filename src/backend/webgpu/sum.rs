@@ -86,10 +86,11 @@ pub(super) fn matrix<E: Float, T: Float>(view: MatRef<'_, WebGpu<E>, T>) -> Matr
 }
 
 /// A factor of an update as a matrix.
-pub(super) fn factor<E: Float>(factor: op::Factor<'_, WebGpu<E>>) -> Matrix<'_> {
-    match factor {
+pub(super) fn factor<E: Float>(view: op::Factor<'_, WebGpu<E>>) -> Matrix<'_> {
+    match view {
         op::Factor::Elem(view) => matrix(view),
         op::Factor::F32(view) => matrix(view),
+        op::Factor::PerRow(all) => factor(all.stacked()),
     }
 }
 

@@ -109,7 +109,11 @@ fn prefetch_part<S: Simd, R: Float, const W: usize>(s: S, lines: [&[R]; W], part
 
 /// `sums[x][w]`, whose lanes add up to the dot product of row `x` of the left side and row `w` of the weight.
 #[inline(always)]
-fn dots<S: Simd, R: Float, const X: usize, const W: usize>(s: S, left: &[[Lanes<f32>; X]], right: [&[R]; W]) -> [[S::V; W]; X] {
+pub(super) fn dots<S: Simd, R: Float, const X: usize, const W: usize>(
+    s: S,
+    left: &[[Lanes<f32>; X]],
+    right: [&[R]; W],
+) -> [[S::V; W]; X] {
     let mut sums = [[s.splat(0.0); W]; X];
     let mut weights = [s.splat(0.0); W];
     // With slices of equal length the compiler leaves the bounds checks out of the loop.

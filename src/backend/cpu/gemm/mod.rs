@@ -9,6 +9,7 @@
 //!
 //! Two special cases: [`outer`] computes `scale·lhsᵀ·rhs` from left panels that another product has packed (`dB` beside `dx`);
 //! [`narrow`] transposes a right side with fewer columns than a vector has lanes.
+//! [`segments`] computes products in which each row has a right side of its own.
 
 mod axpy;
 mod bf16_pairs;
@@ -24,6 +25,7 @@ mod packed_lhs;
 mod plan;
 mod prepack;
 mod rank_k_update;
+mod segments;
 mod skinny;
 mod tile;
 
@@ -33,6 +35,7 @@ pub(super) use output::Output;
 use output::{Block, Parts};
 use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
 pub use prepack::PackedWeight;
+pub(super) use segments::{Rows, add_products, add_rows, narrow_by_row, outer_by_segment};
 pub(super) use tile::microkernel;
 
 use std::ops::Range;

@@ -8,6 +8,8 @@ use rayon::prelude::*;
 
 use super::super::Engine;
 use super::super::small_work::is_small_product;
+use super::Matrix;
+use crate::element::{DType, Float};
 use crate::error::Result;
 
 /// A matrix to be written.
@@ -52,13 +54,27 @@ impl<'a, O> Output<'a, O> {
         &mut self.data[..self.rows * self.cols]
     }
 
+    /// The same matrix, if its numbers are `f32`.
+    pub(in super::super) fn as_f32(&mut self) -> Option<Output<'_, f32>>
+    where
+        O: Float,
+    {
+        let Self { rows, cols, stride, .. } = *self;
+        (O::DTYPE == DType::F32).then(|| Output { data: bytemuck::cast_slice_mut(self.data), rows, cols, stride })
+    }
+
+    /// The matrix, to be read.
+    pub(in super::super) fn as_matrix(&self) -> Matrix<'_, O> {
+        Matrix::strided(self.data, self.rows, self.cols, self.stride)
+    }
+
     /// The matrix, borrowed from this one.
     pub(in super::super) fn reborrow(&mut self) -> Output<'_, O> {
         Output { data: self.data, rows: self.rows, cols: self.cols, stride: self.stride }
     }
 
     /// A range of its rows.
-    pub(super) fn rows_of(&mut self, rows: Range<usize>) -> Output<'_, O> {
+    pub(in super::super) fn rows_of(&mut self, rows: Range<usize>) -> Output<'_, O> {
         assert!(rows.end <= self.rows);
         let first = if rows.is_empty() || self.cols == 0 { 0 } else { rows.start * self.stride };
         Output::strided(&mut self.data[first..], rows.len(), self.cols, self.stride)

@@ -51,6 +51,7 @@ pub mod file;
 pub mod mnist;
 pub mod nn;
 pub mod op;
+pub mod quant;
 pub mod random;
 mod tensor;
 mod view;

@@ -30,7 +30,7 @@ pub fn begin_with<B: Backend>(
     Error::unless(!taken, "begin_with", "start", format!("`{start}`, which is there"), "a new name")?;
     let mut numbers = Vec::new();
     for (layer, adapter) in model.adapters(name) {
-        let w = &model.layer(layer)?.base().weight().tensor;
+        let w = model.layer(layer)?.base().dense_weight(part.name()).map_err(|error| error.in_layer(layer))?;
         numbers.push((layer.to_string(), factors(backend, w, adapter, part)?));
     }
 

@@ -103,7 +103,7 @@ impl<B: Backend> LayerAdapter<B> {
             adapter.fits(base)?;
         }
         if let LayerAdapter::Whole(linear) = self {
-            same("weight", linear.weight().tensor.shape(), base.weight().tensor.shape())?;
+            same("weight", linear.shape(), base.shape())?;
         }
         match (self.bias(), base.bias()) {
             (Some(ours), Some(theirs)) => same("bias", ours.tensor.shape(), theirs.tensor.shape()),
@@ -171,7 +171,8 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// Takes every adapter away; the layer stays frozen.
-    pub fn into_base(self) -> Linear<B> {
+    pub fn into_base(mut self) -> Linear<B> {
+        self.base.keep_dense();
         self.base
     }
 
@@ -197,6 +198,7 @@ impl<B: Backend> LoraLinear<B> {
             self.base = linear;
             self.freeze();
         }
+        self.base.keep_dense();
         self.unload();
     }
 
@@ -350,12 +352,12 @@ impl<B: Backend> LoraLinear<B> {
                 continue;
             }
             let first = y.is_none();
-            let (w, bias) = (first.then_some(base.weight()), bias.filter(|_| first));
+            let (w, bias) = (first.then(|| base.layer_weight()), bias.filter(|_| first));
             let (a, b, lora_bias, scale) = (&adapter.a, &adapter.b, adapter.lora_bias.as_ref(), adapter.scaling());
             let update = tape.lora_linear(x, LoraParams { w, bias, a, b, lora_bias, scale, dropout })?;
             y = Some(y.map_or(Ok(update), |y| tape.add(y, update))?);
         }
-        y.map_or_else(|| tape.linear(x, base.weight(), bias), Ok)
+        y.map_or_else(|| tape.linear(x, base.layer_weight(), bias), Ok)
     }
 
     /// What has a say in the output: those of the active ones that are not merged, and one that takes the layer's place, merged or not.

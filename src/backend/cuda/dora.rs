@@ -12,7 +12,7 @@ use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
 /// `norm = ‖W + scale·B·A‖` by rows
 pub(super) fn row_norm<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraRowNorm<'_, Cuda<E, D>>) -> Result<()> {
     const VERB: &str = "lora_row_norm";
-    let w = Matrix::new(VERB, "w", op.w.dense())?;
+    let w = Matrix::new(VERB, "w", op.w.dense(VERB)?)?;
     let ((a, a_is_f32), (b, b_is_f32)) = (factor_as_it_is(VERB, "a", op.a)?, factor_as_it_is(VERB, "b", op.b)?);
     let operands = [w.read(), a.read(), b.read(), op.scale.into(), write(op.norm)];
     let sizes = [w.rows, w.cols, a.rows, w.stride, a.stride, b.stride, a_is_f32.into(), b_is_f32.into()].map(Arg::U32);

@@ -23,11 +23,17 @@ impl Sums<'_> {
                 next[p] = line(start + depth + p);
             }
             let (lines, next) = (&lines[..depth], &next[..coming]);
-            match S::REGISTERS {
-                32.. => self.add_block::<S, R, 5, 4>(s, left, lines, next),
-                _ if self.height == 1 => self.add_block::<S, R, 1, 2>(s, left, lines, next),
-                _ => self.add_block::<S, R, 5, 1>(s, left, lines, next),
-            }
+            self.add_lines_of(s, left, lines, next);
+        }
+    }
+
+    /// `sums[i] += Σ_p left[p][i]·lines[p]`; the next lines are asked for meanwhile.
+    #[inline(always)]
+    pub(super) fn add_lines_of<S: Simd, R: Float>(&mut self, s: S, left: &[f32], lines: &[&[R]], next: &[&[R]]) {
+        match S::REGISTERS {
+            32.. => self.add_block::<S, R, 5, 4>(s, left, lines, next),
+            _ if self.height == 1 => self.add_block::<S, R, 1, 2>(s, left, lines, next),
+            _ => self.add_block::<S, R, 5, 1>(s, left, lines, next),
         }
     }
 

@@ -34,7 +34,7 @@ impl Sums<'_> {
         left: &[Lanes<f32>],
         rhs: Matrix<'_, R>,
     ) {
-        let (vectors, groups) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X));
+        let (vectors, groups, height) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X), self.height);
         let left: &[[Lanes<f32>; X]] = left.as_chunks().0;
         // By rows alone, not by X: every unit cuts the depth alike, and so sums in the same order.
         let rows = if X == 1 { 1 } else { self.height.next_multiple_of(5) };
@@ -46,20 +46,39 @@ impl Sums<'_> {
                 // At the edge the last line is taken again, and what it gives is dropped.
                 let line = |w: usize| -> &[R] { &rhs.run(self.first + (j + w).min(self.width - 1))[depth.clone()] };
                 let (right, next): ([&[R]; W], [&[R]; W]) = (std::array::from_fn(line), std::array::from_fn(|w| line(W + w)));
-                for group in 0..groups {
-                    if ask_for_dots(S::REGISTERS, self.height) {
+                self.add_dots_of_lines(s, scale, left, right, (depth.start, rhs.rows, j), |group| {
+                    if ask_for_dots(S::REGISTERS, height) {
                         ask_for(s, next, group, groups);
                     }
-                    let dots = dots(s, &left[group * vectors..][start..end], right);
-                    for x in 0..X.min(self.height - group * X) {
-                        let mut four = [s.splat(0.0); ACROSS];
-                        four[..W].copy_from_slice(&dots[x]);
-                        let first = (group * X + x) * self.vectors * LANES + j;
-                        let sums = &mut self.lanes.as_flattened_mut()[first..][..W.min(self.width - j)];
-                        for (sum, dot) in sums.iter_mut().zip(s.sums(four)) {
-                            *sum += scale * dot;
-                        }
-                    }
+                });
+            }
+        }
+    }
+
+    /// Those of W lines, which begin at a step of the depth and belong to the columns from `j` on; `before` is called for each group of
+    /// rows.
+    #[inline(always)]
+    pub(super) fn add_dots_of_lines<S: Simd, R: Float, const X: usize, const W: usize>(
+        &mut self,
+        s: S,
+        scale: f32,
+        left: &[[Lanes<f32>; X]],
+        right: [&[R]; W],
+        (start, depth, j): (usize, usize, usize),
+        before: impl Fn(usize),
+    ) {
+        let (vectors, groups) = (depth.div_ceil(LANES), self.height.div_ceil(X));
+        let stretch = start / LANES..start / LANES + right[0].len().div_ceil(LANES);
+        for group in 0..groups {
+            before(group);
+            let dots = dots(s, &left[group * vectors..][stretch.clone()], right);
+            for x in 0..X.min(self.height - group * X) {
+                let mut four = [s.splat(0.0); ACROSS];
+                four[..W].copy_from_slice(&dots[x]);
+                let first = (group * X + x) * self.vectors * LANES + j;
+                let sums = &mut self.lanes.as_flattened_mut()[first..][..W.min(self.width - j)];
+                for (sum, dot) in sums.iter_mut().zip(s.sums(four)) {
+                    *sum += scale * dot;
                 }
             }
         }

@@ -22,6 +22,7 @@ mod pack;
 mod packed_lhs;
 mod plan;
 mod prepack;
+mod quantised;
 mod rank_k_update;
 mod skinny;
 mod tile;
@@ -32,6 +33,7 @@ pub(super) use output::Output;
 use output::{Block, Parts};
 use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
 pub use prepack::PackedWeight;
+pub(super) use quantised::{DequantiseRows, QuantMatrix};
 pub(super) use tile::microkernel;
 
 use std::ops::Range;
@@ -131,11 +133,12 @@ impl<'a, E: Float> Matrix<'a, E> {
     }
 }
 
-/// A factor of a product: stored as weights are, or `f32` as `h` always is.
+/// A factor of a product: stored as weights are, or `f32` as `h` always is, or quantised.
 #[derive(Clone, Copy)]
 pub(super) enum Factor<'a, E> {
     Elem(Matrix<'a, E>),
     F32(Matrix<'a, f32>),
+    Quantised(QuantMatrix<'a>),
 }
 
 impl<E: Float> Factor<'_, E> {
@@ -144,6 +147,7 @@ impl<E: Float> Factor<'_, E> {
         match self {
             Factor::Elem(m) => m.at(row, col).to_f32(),
             Factor::F32(m) => m.at(row, col),
+            Factor::Quantised(m) => m.at(row, col),
         }
     }
 }
@@ -154,6 +158,7 @@ impl<E> Factor<'_, E> {
         match self {
             Factor::Elem(m) => Factor::Elem(m.t()),
             Factor::F32(m) => Factor::F32(m.t()),
+            Factor::Quantised(m) => Factor::Quantised(m.t()),
         }
     }
 
@@ -162,6 +167,7 @@ impl<E> Factor<'_, E> {
         match self {
             Factor::Elem(m) => Factor::Elem(m.row_range(rows)),
             Factor::F32(m) => Factor::F32(m.row_range(rows)),
+            Factor::Quantised(m) => Factor::Quantised(m), // never: no factor of an update is quantised
         }
     }
 
@@ -169,18 +175,21 @@ impl<E> Factor<'_, E> {
         match self {
             Factor::Elem(m) => m.rows,
             Factor::F32(m) => m.rows,
+            Factor::Quantised(m) => m.rows(),
         }
     }
     fn cols(&self) -> usize {
         match self {
             Factor::Elem(m) => m.cols,
             Factor::F32(m) => m.cols,
+            Factor::Quantised(m) => m.cols(),
         }
     }
     fn transposed(&self) -> bool {
         match self {
             Factor::Elem(m) => m.transposed,
             Factor::F32(m) => m.transposed,
+            Factor::Quantised(m) => m.transposed,
         }
     }
 }
@@ -203,7 +212,7 @@ impl<E> Product<'_, E> {
 #[derive(Clone, Copy)]
 pub(super) struct LowRank<'a, E> {
     pub(super) lhs: Matrix<'a, E>,
-    pub(super) w: Matrix<'a, E>,
+    pub(super) w: Factor<'a, E>,
     pub(super) a_scale: f32,
     pub(super) a: Factor<'a, E>,
     pub(super) b_scale: f32,
@@ -218,7 +227,7 @@ impl<'a, E: Copy> LowRank<'a, E> {
 
     /// `lhs·w`
     fn base(&self) -> Product<'a, E> {
-        Product { scale: 1.0, lhs: Factor::Elem(self.lhs), rhs: Factor::Elem(self.w) }
+        Product { scale: 1.0, lhs: Factor::Elem(self.lhs), rhs: self.w }
     }
 
     /// `b_scale·h·b`, `h` with `rows` rows
@@ -231,9 +240,9 @@ impl<'a, E: Copy> LowRank<'a, E> {
 impl<'a, E: Float> LowRank<'a, E> {
     /// As `bf16`, if all its numbers are stored so, and those of `b` may be [repeated](bf16_pairs::may_repeat).
     fn as_bf16(self) -> Option<LowRank<'a, bf16>> {
-        let (Factor::Elem(a), Factor::Elem(b)) = (self.a, self.b) else { return None };
+        let (Factor::Elem(a), Factor::Elem(b), Factor::Elem(w)) = (self.a, self.b, self.w) else { return None };
         let (a, b) = (Factor::Elem(a.as_bf16()?), Factor::Elem(b.as_bf16().filter(bf16_pairs::may_repeat)?));
-        let (lhs, w) = (self.lhs.as_bf16()?, self.w.as_bf16()?);
+        let (lhs, w) = (self.lhs.as_bf16()?, Factor::Elem(w.as_bf16()?));
         Some(LowRank { lhs, w, a_scale: self.a_scale, a, b_scale: self.b_scale, b })
     }
 }

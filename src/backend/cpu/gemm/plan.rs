@@ -72,6 +72,10 @@ pub(super) fn ask_for_lines(registers: usize, rows: usize) -> bool {
     registers < 32 && (2..=16).contains(&rows)
 }
 
+/// Columns of a quantised weight that a skinny task owns, and the most depth, widened for a few lines at a time (16 KiB): they stay in L1.
+pub(super) const QUANTISED_COLS: usize = 512;
+pub(super) const QUANTISED_DEPTH: usize = 512;
+
 /// Rows that a task of the shallow nest takes, so that what it has of the right side is used often.
 pub(super) const BAND: usize = 64;
 /// Numbers of the right side that stay in L2 there (512 KiB).

@@ -11,7 +11,7 @@ use super::super::scratch::ScratchGuard;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
-use super::plan::{self, DOT_ROWS, DOTS, SKINNY_ROWS, SUMS};
+use super::plan::{self, DOT_ROWS, DOTS, QUANTISED_COLS, SKINNY_ROWS, SUMS};
 use super::{Block, Factor, Init, Matrix, Output, Parts, Product, narrow};
 use crate::element::Float;
 use crate::error::Result;
@@ -36,6 +36,8 @@ pub(super) fn run<E: Float, O: Float>(
     let down = Parts::new(out.rows(), SKINNY_ROWS, SKINNY_ROWS, 1);
     let height = down.longest().min(out.rows());
     let width = if dots { DOTS } else { plan::run(engine.unit.run(Registers), height, out.cols(), engine.threads()) };
+    let widened = terms.iter().any(|term| matches!(term.rhs, Factor::Quantised(_)));
+    let width = if widened { width.min(QUANTISED_COLS) } else { width };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
     out.for_each_block(engine, down, across, depth, |block| {
@@ -79,7 +81,11 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
         match term.lhs {
             Factor::Elem(lines) => unit.run(Interleave { lines, first, width, to }),
             Factor::F32(lines) => unit.run(Interleave { lines, first, width, to }),
+            Factor::Quantised(_) => {} // a weight is never on the left of dot products
         }
+    }
+    if let Factor::Quantised(w) = term.rhs {
+        w.reorder_left(rows, &mut left);
     }
     Ok(left)
 }
@@ -124,6 +130,7 @@ impl<E: Float, O: Float> Columns<'_, '_, E, O> {
             match term.rhs {
                 Factor::Elem(rhs) => sums.add_product(s, term.scale, left, rhs),
                 Factor::F32(rhs) => sums.add_product(s, term.scale, left, rhs),
+                Factor::Quantised(rhs) => sums.add_quantised(s, term.scale, left, rhs),
             }
         }
         for (i, sums) in sums.lanes.chunks_exact(sums.vectors).enumerate() {

@@ -168,7 +168,9 @@ pub(crate) static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
         let count = 1usize << power;
         let step = (1.0f32 - 0.1) / count as f32;
         // As PyTorch's `linspace` makes them: the lower half from below, the upper half from above.
-        let at = |i: usize| if i < count.div_ceil(2) { 0.1 + step * i as f32 } else { 1.0 - step * (count - i) as f32 };
+        let at = |i: usize| {
+            if i < count.div_ceil(2) { step.mul_add(i as f32, 0.1) } else { (-step).mul_add((count - i) as f32, 1.0) }
+        };
         let scale = 10f64.powi(power - 6) as f32;
         for i in 0..count {
             let mean = (at(i) + at(i + 1)) / 2.0;

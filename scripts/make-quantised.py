@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/quantised/cases.safetensors: weights that bitsandbytes quantised and dequantised on the CPU.
+"""Makes tests/quantised/*.safetensors: weights that bitsandbytes quantised and dequantised on the CPU.
 
 Needs torch, bitsandbytes (0.50.2), gguf and safetensors. The same versions make the same file.
 """
@@ -53,6 +53,24 @@ def q8_0(name, w):
     add(name, info, weight=w, codes=codes, absmax=scales, out_float32=torch.from_numpy(out).reshape(w.shape))
 
 
+def checkpoint():
+    """A model as transformers saves it: weights with what bitsandbytes keeps beside them, and what they stand for."""
+    model, plain = {}, {}
+    for name, kind, double, dtype in [("a", "nf4", True, torch.bfloat16), ("b", "nf4", False, torch.float32), ("c", "fp4", True, torch.float16)]:
+        w = (torch.randn(9, 70) * 0.1).to(dtype)
+        codes, state = bnb.quantize_4bit(w, quant_type=kind, compress_statistics=double)
+        model[f"{name}.weight"] = codes
+        model |= {f"{name}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+        plain[f"{name}.weight"] = bnb.dequantize_4bit(codes, state).reshape(w.shape)
+    w = torch.randn(6, 40) * 0.1
+    codes, absmax, _ = bnb.int8_vectorwise_quant(w.clone())
+    model |= {"d.weight": codes, "d.SCB": absmax, "d.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    plain["d.weight"] = bnb.int8_vectorwise_dequant(codes, absmax).bfloat16()
+    model["norm.weight"] = plain["norm.weight"] = torch.randn(70).bfloat16()
+    for name, tensors in [("model", model), ("plain", plain)]:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, FILE.parent / f"{name}.safetensors")
+
+
 def main():
     torch.manual_seed(19)
     levels = bnb.get_4bit_type("nf4", device="cpu")
@@ -83,6 +101,7 @@ def main():
     int8_rows("int8", torch.randn(5, 33) * torch.rand(5, 1))
     q8_0("q8_0", torch.randn(3, 96) * torch.rand(3, 1))
     FILE.parent.mkdir(exist_ok=True)
+    checkpoint()
     save_file(tensors, FILE, {"cases": json.dumps(cases)})
     print(f"{FILE.name}: {len(cases)} cases, {FILE.stat().st_size} bytes")
 

@@ -2,7 +2,7 @@
 
 use lowrank::autograd::Tape;
 use lowrank::nn::{Adapter, LayerAdapter, Linear, LoraConfig, LoraLinear, Merge};
-use lowrank::op::LoraMerge;
+use lowrank::op::{LoraMerge, WeightGrad};
 use lowrank::quant::{HostQuantised, QuantKind, Quantised};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Float, Tensor, bf16};
@@ -113,7 +113,11 @@ fn adapters_get_the_gradients_of_the_dequantised_weight() {
         tape.seed(y, Tensor::from_slice(&cpu, (40, SIZE.0), &vec![0.5; 40 * SIZE.0]).unwrap()).unwrap();
         let gradients = tape.backward().unwrap();
         let adapter = layer.adapter("default").unwrap();
-        adapter.params().take(2).map(|param| gradients.get(param).unwrap().to_vec(&cpu).unwrap()).collect::<Vec<_>>()
+        let dense = |gradient| match gradient {
+            WeightGrad::Dense(gradient) => gradient.to_vec(&cpu).unwrap(),
+            WeightGrad::Factored { .. } => panic!("a factor of the update has a dense gradient"),
+        };
+        adapter.params().take(2).map(|param| dense(gradients.get(param).unwrap())).collect::<Vec<_>>()
     });
     for (quantised, dense) in gradients[0].iter().zip(&gradients[1]) {
         let largest = dense.iter().fold(0.0f32, |most, g| most.max(g.abs()));

@@ -11,14 +11,17 @@ use super::layout::Layout;
 use super::model::ConfigEdit;
 use super::names::Place;
 use super::plan::{Known, Plan, keeps_shapes};
+use super::quantise::merge_quantised;
 use super::residue::{Keeper, Restored, Restorer};
 use super::rewrite::{Edit, Pass, rewrite};
 use super::weight::{BLOCKS, MergeMode, Weight};
 use super::{Checkpoint, Shard, Watch, refused};
+use crate::adapter::formats::Kind;
 use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::quant::QuantKind;
 
 /// What to [`merge`].
 #[derive(Clone, Copy, Debug)]
@@ -42,13 +45,16 @@ pub struct Merge<'m> {
     /// A folder, such as the adapter's, whose tokenizer, chat template and generation config take the place of the base's, where the
     /// new checkpoint is a folder.
     pub companions: Option<&'m Path>,
+    /// How weights that were quantised are quantised again once the adapter is merged; else they are written in `dtype`, `bf16` by
+    /// default. Weights that were not are not.
+    pub requantise: Option<QuantKind>,
 }
 
 impl<'m> Merge<'m> {
     /// With every other setting at its default.
     pub fn new(base: &'m Checkpoint, adapter: &'m Folder, out: &'m Path) -> Self {
-        let (dtype, keep_residue, layout, companions) = Default::default();
-        Self { base, adapter, out, dtype, keep_residue, allow_non_finite: false, names: &[], layout, companions }
+        let (dtype, keep_residue, layout, companions, requantise) = Default::default();
+        Self { base, adapter, out, dtype, keep_residue, allow_non_finite: false, names: &[], layout, companions, requantise }
     }
 }
 
@@ -84,11 +90,24 @@ impl<'m> Unmerge<'m> {
 /// adapter that [began with a part of it](crate::adapter::Principal). A head that shares the embedding's weight gets one of its own if
 /// the adapter changes one of the two.
 ///
+/// Of a model that bitsandbytes quantised the weights are dequantised, merged in `f32`, and written dense, or quantised again if that is
+/// asked for.
+///
 /// Errors: [`Error::File`] for modules without a weight or with several that could be meant, tensors that do not fit, results that are
 /// not finite, and what the disk refuses; [`Error::Value`] for a residue of weights that change their type; [`Error::Unsupported`] for
 /// a residue of decomposed weights; [`Error::Interrupted`]. Nothing is written then.
-pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
-    let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions } = *request;
+pub fn merge(request: &Merge<'_>, watch: Watch<'_>) -> Result<Vec<String>> {
+    if matches!(request.base.kind(), Kind::Quantised(_)) && !request.base.states()?.is_empty() {
+        return merge_quantised(request, watch);
+    }
+    merge_plain(request, watch)
+}
+
+/// [`merge`] into a model that is not quantised.
+pub(super) fn merge_plain(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
+    let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions, requantise } = *request;
+    let want = "absent for a model that is not quantised: `quantise` the merged one";
+    Error::unless(requantise.is_none(), "merge", "requantise", "set", want)?;
     base.is_plain_model()?;
     let mut updates = Updates::new(base, adapter, 1.0, Known { names, layout })?;
     let mut notes = std::mem::take(&mut updates.plan.notes);

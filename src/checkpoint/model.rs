@@ -10,6 +10,8 @@ use crate::element::DType;
 pub(super) const MODEL_CONFIG: &str = "config.json";
 /// The element types, as such a config spells them.
 const TORCH_NAMES: [(DType, &str); 3] = [(DType::F32, "float32"), (DType::F16, "float16"), (DType::BF16, "bfloat16")];
+/// What a config says of quantised weights under.
+const QUANTISATION: &str = "quantization_config";
 /// Whether the head of a model multiplies with its embedding.
 const TIED: &str = "tie_word_embeddings";
 
@@ -57,6 +59,8 @@ pub(super) struct ConfigEdit {
     pub(super) dtype: Option<DType>,
     /// The head has a weight of its own.
     pub(super) untie: bool,
+    /// How the weights are quantised now; `Some(None)` if they no longer are.
+    pub(super) quantisation: Option<Option<Value>>,
     /// The number of tokens there was, and the one there is.
     pub(super) vocabulary: Option<[usize; 2]>,
 }
@@ -69,6 +73,13 @@ impl ConfigEdit {
         if self.untie && document.get(TIED) != Some(&json!(false)) {
             document.insert(TIED.into(), json!(false)); // absent, it is true for many models
             changed = true;
+        }
+        if let Some(quantisation) = &self.quantisation {
+            changed |= document.get(QUANTISATION) != quantisation.as_ref();
+            match quantisation {
+                Some(new) => drop(document.insert(QUANTISATION.into(), new.clone())),
+                None => drop(document.shift_remove(QUANTISATION)),
+            }
         }
         changed.then(|| format!("{:#}\n", Value::Object(document)).into_bytes())
     }

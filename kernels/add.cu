@@ -1,7 +1,7 @@
 #include "common.cuh"
 
-// y += x
-KERNEL(add)(const E* x, E* y, size_t len) {
+// y += scale·x
+KERNEL(add)(const E* x, float scale, E* y, size_t len) {
     size_t i = element();
-    if (i < len) store(&y[i], widen(y[i]) + widen(x[i]));
+    if (i < len) store(&y[i], widen(y[i]) + scale * widen(x[i]));
 }

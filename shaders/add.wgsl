@@ -1,14 +1,16 @@
-// y += x
+// y += scale·x
 
-// How many elements, and where in each binding the first of them is.
-@group(0) @binding(0) var<uniform> places: vec4<u32>;
+// `x` and `y` are offsets of the first element in each binding.
+struct Add { len: u32, scale: f32, x: u32, y: u32 }
+
+@group(0) @binding(0) var<uniform> a: Add;
 @group(0) @binding(1) var<storage, read> x: array<Elem>;
 @group(0) @binding(2) var<storage, read_write> y: array<Elem>;
 
 @compute @workgroup_size(THREADS)
 fn add(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
-  for (var e = id.x; e < places.x; e += groups.x * THREADS) {
-    let at = places.z + e;
-    y[at] = Elem(rounded(f32(y[at]) + f32(x[places.y + e]), HALF));
+  for (var e = id.x; e < a.len; e += groups.x * THREADS) {
+    let at = a.y + e;
+    y[at] = Elem(rounded(fma(a.scale, f32(x[a.x + e]), f32(y[at])), HALF));
   }
 }

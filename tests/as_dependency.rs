@@ -1,9 +1,9 @@
-//! The crate as others have it: what is packed, and a crate of its own that links it with default features off.
+//! The crate as a dependency: the files of its package, and a separate crate that uses it without default features.
 
 use std::path::Path;
 use std::process::Command;
 
-/// The model of the example, and what it learns: written with what the crate hands out.
+/// The model of the attention example and its task, which use only the public API.
 const MODULES: [&str; 3] = ["model.rs", "ops.rs", "task.rs"];
 
 const MAIN: &str = r#"
@@ -53,7 +53,7 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
     }
     std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock")).unwrap();
 
-    // Offline: everything it needs was fetched for the tests.
+    // Offline, as all dependencies were fetched for the tests.
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["run", "--quiet", "--offline"]).current_dir(&dir).env("CARGO_TARGET_DIR", dir.join("target"));
     let output = cargo.output().unwrap();
@@ -66,7 +66,7 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
 }
 
 #[test]
-fn what_the_readme_links_to_is_packed_and_no_other_readme() {
+fn the_package_contains_what_the_readme_links_to() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["package", "--list", "--allow-dirty", "--offline", "--package", "lowrank"]).current_dir(root);
@@ -81,3 +81,34 @@ fn what_the_readme_links_to_is_packed_and_no_other_readme() {
     files.iter().for_each(|file| assert!(packed.contains(file), "{file} is not packed: {packed:?}"));
     assert_eq!(packed.iter().filter(|file| file.ends_with("README.md")).count(), 1, "{packed:?}");
 }
+
+/// docs/adding-a-verb.md lists the files of the verb `lora_row_norm`.
+#[test]
+fn the_list_of_files_for_a_verb_is_complete() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/adding-a-verb.md")).unwrap();
+    let item =
+        |line: &str| line.split_once(". `").filter(|(number, _)| number.parse::<u32>().is_ok()).map(|(_, rest)| rest.to_owned());
+    let listed: Vec<String> = page.lines().filter_map(item).filter_map(|rest| Some(rest.split_once('`')?.0.to_owned())).collect();
+    assert!(listed.len() > 20, "{listed:?}");
+    let names_it = |path: &Path| {
+        std::fs::read_to_string(path).is_ok_and(|text| text.contains("lora_row_norm") || text.contains("LoraRowNorm"))
+    };
+    listed.iter().for_each(|file| assert!(names_it(&root.join(file)), "{file} is listed, and does not name the verb"));
+    let mut folders: Vec<_> = ["src/op", "src/backend", "kernels", "shaders"].map(|folder| root.join(folder)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let file = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
+            let is_made = file.ends_with(".ptx") || file.ends_with("registers.txt");
+            if path.is_dir() {
+                folders.push(path);
+            } else if !is_made && names_it(&path) && !MENTIONS.contains(&file.as_str()) {
+                assert!(listed.contains(&file), "{file} names the verb, and is not listed");
+            }
+        }
+    }
+}
+
+/// Files that name the verb and need not change for another.
+const MENTIONS: [&str; 2] = ["src/op/magnitude.rs", "src/backend/cuda/sources.rs"];

@@ -1,4 +1,4 @@
-//! Kinds of layers that get an update, and the tensors that hold its factors.
+//! The kinds of layers that get an update, and how a file stores the factors of each.
 //!
 //! | kind | `A` in the file | `B` in the file | `ΔW` |
 //! |---|---|---|---|
@@ -7,31 +7,33 @@
 //! | convolution | `lora_A.weight` `[r, channels, kernel…]` | `lora_B.weight` `[n, r, 1…]` | `B·A`, a row for each output channel |
 //! | parameter of E experts | `lora_A.weight` `[E·r, k]` | `lora_B.weight` `[n, r·E]` | of expert e: `B[:, e::E]·A[e·r..(e+1)·r, :]` |
 
-use super::tensors::{HostTensor, HostTensors, key, refused, spell};
-use super::{Factors, HostMatrix, TENSORS_FILE};
+use super::factors::Factors;
+use super::files::{TENSORS_FILE, bad_tensors};
+use super::matrix::HostMatrix;
+use super::tensors::{HostTensor, HostTensors, dimensions, key};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// What kind of layer an update is for.
+/// The kind of layer that an update is for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
     /// A linear layer, stored `n×k`, or `k×n` (`fan_in_fan_out`).
     #[default]
     Linear,
-    /// A table that is read row by row, stored `rows×n`.
+    /// An embedding table, stored `rows×n`.
     Embedding,
     /// A convolution of `channels` inputs, stored `n × channels × kernel…`.
     Convolution {
         /// Input channels.
         channels: usize,
-        /// The sizes of the kernel: one to three.
+        /// The kernel size in each dimension: one to three.
         kernel: Vec<usize>,
     },
-    /// A parameter of a module, with a matrix for each of its experts: `target_parameters`.
+    /// A parameter of a module, with a matrix for each expert: `target_parameters`.
     Parameter {
-        /// How many experts.
+        /// Number of experts.
         experts: usize,
-        /// How many updates of other parameters of the module are nested in it.
+        /// Number of updates of other parameters of the module that are nested in this one.
         nested: usize,
     },
 }
@@ -68,7 +70,8 @@ impl Kind {
     }
 }
 
-/// The factors of a module out of the tensors of a file, whatever its kind, if they are of this rank.
+/// Takes the factors of a module from the tensors of a file, and finds its kind. `parameter` is `Some(nested)` for a parameter of
+/// experts. Errors: [`Error::File`] for factors that are missing, empty, or not of this rank.
 pub(super) fn read(
     tensors: &mut HostTensors,
     module: &str,
@@ -83,12 +86,12 @@ pub(super) fn read(
     };
     let names = kind.names(module);
     let mut take = |name: &String| {
-        let tensor = tensors.remove(name).ok_or_else(|| refused(format!("`{name}` is missing")))?;
+        let tensor = tensors.remove(name).ok_or_else(|| bad_tensors(format!("`{name}` is missing")))?;
         match tensor.values.is_empty() {
-            true => Err(refused(format!(
+            true => Err(bad_tensors(format!(
                 "`{name}` is empty ({}): the parameters were not gathered when it was saved, as with DeepSpeed ZeRO-3 or \
                  FSDP; save the adapter again from the gathered model",
-                spell(&tensor.shape)
+                dimensions(&tensor.shape)
             ))),
             false => Ok(tensor),
         }
@@ -104,25 +107,26 @@ pub(super) fn read(
         Kind::Parameter { experts, .. } => experts.max(1) * rank,
         _ => rank,
     };
-    let flat = |name: &str, tensor: HostTensor, dimensions: usize| match tensor.shape[..] {
-        [first, ..] if tensor.shape.len() == dimensions => HostMatrix::new((first, tensor.values.len() / first), tensor.values),
-        _ => Err(refused(format!("`{name}` has {} dimensions, want {dimensions}", tensor.shape.len()))),
+    let flat = |name: &str, tensor: HostTensor, wanted: usize| match tensor.shape[..] {
+        [first, ..] if tensor.shape.len() == wanted => HostMatrix::new((first, tensor.values.len() / first), tensor.values),
+        _ => Err(bad_tensors(format!("`{name}` has {} dimensions, want {wanted}", tensor.shape.len()))),
     };
-    let dimensions = if let Kind::Convolution { kernel, .. } = &kind { 2 + kernel.len() } else { 2 };
-    let (a, b) = (flat(&names[0], a, dimensions)?, flat(&names[1], b, dimensions)?);
+    let wanted = if let Kind::Convolution { kernel, .. } = &kind { 2 + kernel.len() } else { 2 };
+    let (a, b) = (flat(&names[0], a, wanted)?, flat(&names[1], b, wanted)?);
     let wants = [(&names[0], a.shape(), (rows, a.cols()).into()), (&names[1], b.shape(), (b.rows(), rows).into())];
     match wants.into_iter().find(|(_, got, want)| got != want) {
-        Some((name, got, want)) => Err(refused(format!("`{name}` is {got}, want {want}"))),
+        Some((name, got, want)) => Err(bad_tensors(format!("`{name}` is {got}, want {want}"))),
         None => Ok((kind, Factors { a, b, scaling, dtype })),
     }
 }
 
-/// Errors: [`Error::Unsupported`] for one in groups: `A` mixes all channels, so the update is no convolution in groups.
+/// The kind of a convolution. Errors: [`Error::File`] for other shapes; [`Error::Unsupported`] for a grouped convolution, because
+/// `A` mixes all channels, and the weight of a grouped convolution cannot hold such an update.
 fn convolution(names: &[String; 2], a: &HostTensor, b: &HostTensor) -> Result<Kind> {
     let pointwise = b.shape.len() == a.shape.len() && b.shape[2..].iter().all(|&side| side == 1);
     if !pointwise {
         let want = format!("[n, {}] and ones", a.shape[0]);
-        return Err(refused(format!("`{}` is {}, want {want} for a convolution", names[1], spell(&b.shape))));
+        return Err(bad_tensors(format!("`{}` is {}, want {want} for a convolution", names[1], dimensions(&b.shape))));
     }
     if b.shape[1] > 0 && b.shape[1] < a.shape[0] && a.shape[0].is_multiple_of(b.shape[1]) {
         let groups = a.shape[0] / b.shape[1];

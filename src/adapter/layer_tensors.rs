@@ -1,21 +1,22 @@
-//! Which tensors of a file make up what an adapter does to a layer.
+//! Conversion between the tensors of a file and the parts of an adapter in a model.
 //!
-//! | tensor | shape | what |
+//! | tensor | shape | meaning |
 //! |---|---|---|
 //! | `linear1.lora_A.weight` | `[r, k]` | `A` |
 //! | `linear1.lora_B.weight` | `[n, r]` | `B` |
 //! | `linear1.lora_B.bias` | `[n]` | the bias of the update |
 //! | `linear1.lora_magnitude_vector` | `[n]` | DoRA's magnitudes |
 //! | `linear1.base_layer.bias` | `[n]` | the bias of a layer that gets an update |
-//! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a bias alone, or a whole layer |
+//! | `linear1.weight`, `linear1.bias` | `[n, k]`, `[n]` | a whole layer, or its bias only |
 
 use super::config::{AdapterConfig, LayerTarget};
+use super::config_fields::Principal;
 use super::extra_tensors::{role, unfit};
-use super::folder::module_of;
+use super::files::{bad_config, bad_tensors};
+use super::matrix::HostMatrix;
 #[cfg(feature = "svd")]
 use super::principal::plain;
-use super::tensors::{self, HostTensor, HostTensors, spell};
-use super::{HostMatrix, Principal, config_fields};
+use super::tensors::{self, HostTensor, HostTensors, dimensions, module_of};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
@@ -23,7 +24,8 @@ use crate::error::{Error, Result};
 use crate::nn::{Adaptable, Adapter, Bias, LayerAdapter, Linear, LoraConfig, distinct};
 use crate::tensor::{Shape, Tensor};
 
-/// What a config and the tensors of a file give a model, layer by layer: every tensor that is needed, and no other.
+/// The parts of an adapter for the layers of a model, from the settings and tensors of a folder. Errors: [`Error::File`] for a
+/// tensor that is missing, of another shape, or not used.
 pub(super) fn read<B: Backend>(
     backend: &B,
     model: &impl Adaptable<B>,
@@ -35,10 +37,10 @@ pub(super) fn read<B: Backend>(
     let mut file = File { backend, tensors };
     let mut parts = Vec::new();
     for (layer, there) in model.layers() {
-        let part = match config.asks(layer) {
-            Some(LayerTarget::Lora(asked)) => {
-                config.check(layer, &asked)?;
-                LayerAdapter::Lora(file.adapter(layer, there.base(), asked, config.began_with())?)
+        let part = match config.layer_target(layer) {
+            Some(LayerTarget::Lora(update)) => {
+                config.check(layer, &update)?;
+                LayerAdapter::Lora(file.adapter(layer, there.base(), update, config.principal())?)
             }
             Some(LayerTarget::Whole) => LayerAdapter::Whole(file.whole(layer, there.base())?),
             Some(LayerTarget::Bias) => match there.base().bias() {
@@ -51,38 +53,38 @@ pub(super) fn read<B: Backend>(
     }
     if !parts.iter().any(|(_, part)| part.adapter().is_some()) {
         let layers: Vec<&str> = model.layers().map(|(name, _)| name).collect();
-        return Err(config_fields::refused(format!("`target_modules` names none of the layers {}", layers.join(", "))));
+        return Err(bad_config(format!("`target_modules` names none of the layers {}", layers.join(", "))));
     }
     match file.tensors.keys().next() {
-        Some(name) => Err(left(model, config, name)),
+        Some(name) => Err(unused(model, config, name)),
         None => Ok(parts),
     }
 }
 
-/// The update of a layer, out of its tensors: every one that is needed, and no other.
+/// The update of one layer from its tensors. Errors: [`Error::File`] for a tensor that is missing, of another shape, or not used.
 pub(super) fn adapter<B: Backend>(
     (backend, tensors): (&B, HostTensors),
     (layer, base): (&str, &Linear<B>),
-    asked: LoraConfig,
+    config: LoraConfig,
     part: Option<Principal>,
 ) -> Result<Adapter<B>> {
     let mut file = File { backend, tensors };
-    let adapter = file.adapter(layer, base, asked, part)?;
+    let adapter = file.adapter(layer, base, config, part)?;
     match file.tensors.keys().next() {
-        Some(name) => Err(tensors::refused(format!("`{name}` has no place in layer `{layer}`"))),
+        Some(name) => Err(bad_tensors(format!("`{name}` has no place in layer `{layer}`"))),
         None => Ok(adapter),
     }
 }
 
-/// Why a tensor that no layer took is refused.
-fn left<B: Backend>(model: &impl Adaptable<B>, config: &AdapterConfig, name: &str) -> Error {
+/// The error for a tensor that no layer uses.
+fn unused<B: Backend>(model: &impl Adaptable<B>, config: &AdapterConfig, name: &str) -> Error {
     let factor = name.strip_suffix(".lora_A.weight").or(name.strip_suffix(".lora_B.weight"));
     let factor = factor.filter(|module| config.lora_config(module).is_some()).map(String::from);
     let Some(layer) = factor.or_else(|| role(config, name).map(|(_, target)| module_of(&target).into())) else {
         return unfit(name);
     };
     let known: Vec<&str> = model.layers().map(|(name, _)| name).collect();
-    tensors::refused(match known.contains(&layer.as_str()) {
+    bad_tensors(match known.contains(&layer.as_str()) {
         true => format!("`{name}` has no place in layer `{layer}`"),
         false => format!("`{name}` is for `{layer}`, which the model does not have; its layers are {}", known.join(", ")),
     })
@@ -99,7 +101,7 @@ pub(super) fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &s
         };
         let row = |param: &Param<B>| Ok((vec![param.tensor.cols()], param.tensor.to_vec(backend)?));
         let (mut rows, part) = (Vec::new(), there.lora().and_then(|lora| lora.part(name)));
-        part.map_or(Ok(()), |part| part.fits(there.base()))?; // who holds its parameters can put others in their place
+        part.map_or(Ok(()), |part| part.fits(there.base()))?; // again, as `params_mut` lets a caller replace parameters
         match part {
             Some(LayerAdapter::Lora(adapter)) => {
                 let (rank, [a, b]) = (adapter.config().rank, adapter.trimmed(backend)?);
@@ -125,7 +127,7 @@ pub(super) fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &s
     Ok(tensors)
 }
 
-/// The tensors of a file that nobody has taken yet.
+/// The tensors of a file that have not been used yet.
 struct File<'b, B> {
     backend: &'b B,
     tensors: HostTensors,
@@ -140,7 +142,7 @@ impl<B: Backend> File<'_, B> {
             Some(part) => plain((self.backend, layer, base.dense_weight(part.name())?), factors, config, part)?,
             None => (factors, config),
         };
-        let (a, b) = (self.up(&names[0], &a)?, self.up(&names[1], &b)?);
+        let (a, b) = (self.upload(&names[0], &a)?, self.upload(&names[1], &b)?);
         let LoraConfig { lora_bias, use_dora, bias, .. } = config;
         let mut adapter = Adapter::from_tensors(a, b, config)?;
         if lora_bias {
@@ -159,38 +161,39 @@ impl<B: Backend> File<'_, B> {
         let Shape { rows: n, cols: k } = base.shape();
         let name = format!("{layer}.weight");
         let weight = self.matrix(&name, (n, k).into())?;
-        let weight = self.up(&name, &weight)?;
+        let weight = self.upload(&name, &weight)?;
         let bias = base.bias().map(|_| self.row(&format!("{layer}.bias"), n)).transpose()?;
         Linear::from_tensors(weight, bias)
     }
 
-    /// A vector of the file, `1×n` on the device.
+    /// Takes a vector of the file, and uploads it as `1×n`.
     fn row(&mut self, name: &str, n: usize) -> Result<Tensor<B>> {
         let row = HostMatrix::new((1, n), self.take(name, &[n])?)?;
-        self.up(name, &row)
+        self.upload(name, &row)
     }
 
     fn matrix(&mut self, name: &str, shape: Shape) -> Result<HostMatrix> {
         HostMatrix::new(shape, self.take(name, &[shape.rows, shape.cols])?)
     }
 
-    /// The numbers of a tensor of the file, if it is there and has this shape.
+    /// Takes a tensor of the file. Errors: [`Error::File`] if it is missing or has another shape.
     fn take(&mut self, name: &str, want: &[usize]) -> Result<Vec<f32>> {
-        let missing = || tensors::refused(format!("`{name}` is missing, want {}", spell(want)));
+        let missing = || bad_tensors(format!("`{name}` is missing, want {}", dimensions(want)));
         let tensor = self.tensors.remove(name).ok_or_else(missing)?;
         if tensor.shape != want {
-            return Err(tensors::refused(format!("`{name}` is {}, want {}", spell(&tensor.shape), spell(want))));
+            return Err(bad_tensors(format!("`{name}` is {}, want {}", dimensions(&tensor.shape), dimensions(want))));
         }
         Ok(tensor.values)
     }
 
-    /// On the device, if no number overflows.
-    fn up(&self, name: &str, matrix: &HostMatrix) -> Result<Tensor<B>> {
-        Tensor::from_slice(self.backend, matrix.shape(), &tensors::narrow(name, matrix.values())?)
+    /// Rounds a matrix to the element type of the backend and uploads it. Errors: [`Error::File`] for an element that overflows.
+    fn upload(&self, name: &str, matrix: &HostMatrix) -> Result<Tensor<B>> {
+        Tensor::from_slice(self.backend, matrix.shape(), &tensors::round(name, matrix.values())?)
     }
 }
 
-/// Errors: [`Error::Unsupported`](crate::Error::Unsupported): what such an adapter began with takes a decomposition.
+/// Errors: [`Error::Unsupported`](crate::Error::Unsupported), always: the initial factors can be computed only by a
+/// decomposition.
 #[cfg(not(feature = "svd"))]
 fn plain<B: Backend>(
     _: (&B, &str, &Tensor<B>),

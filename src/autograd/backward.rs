@@ -1,16 +1,16 @@
-//! The way back: the derivative of every op, as one match.
+//! The backward pass of one node: the derivative of every operation, as one match.
 
 use super::custom::BoxedDerivative;
 use super::gradients::{Gradient, Gradients};
-use super::{LayerWeight, LoraParams, Node, Op, Param, Var, signed};
+use super::{LayerWeight, LoraParams, Node, Op, Param, Var};
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::op::{Accumulate, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
+use crate::op::{Accumulate, Add, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
 use crate::tensor::Tensor;
 
-/// The derivative of every op: from `dy`, the gradients of what it read. Every `Var` in a node is of the same tape, whose methods
-/// saw to it.
-pub(super) fn through<B: Backend>(
+/// Adds to the gradients of the operands of `y`'s operation, computed from `dy`. The methods of the tape have checked that each
+/// `Var` in a node is of this tape.
+pub(super) fn node<B: Backend>(
     backend: &B,
     (nodes, customs): (&[Node<'_, B>], &[BoxedDerivative<'_, B>]),
     y: Var,
@@ -19,8 +19,8 @@ pub(super) fn through<B: Backend>(
 ) -> Result<()> {
     let values = &gradients.values;
     let new_dx = |x: Var| {
-        let wanted = nodes[x.index].wanted;
-        wanted.then(|| Tensor::unwritten(backend, values[x.index].shape())).transpose()
+        let needs_grad = nodes[x.index].needs_grad;
+        needs_grad.then(|| Tensor::unwritten(backend, values[x.index].shape())).transpose()
     };
     match &nodes[y.index].op {
         Op::Input => {}
@@ -100,12 +100,14 @@ pub(super) fn through<B: Backend>(
             DropoutForward { x: dy.view(), dropout: *dropout, y: dx.view_mut() }.run(backend)?;
             gradients.add_to_value(backend, *x, dx)?;
         }
-        Op::Custom { index } => customs[*index].through(backend, nodes, y, &dy, gradients)?,
-        Op::Sum { x, y, minus } => {
-            if nodes[y.index].wanted {
-                gradients.add_to_value(backend, *y, signed(backend, &dy, *minus)?)?;
+        Op::Custom { index } => customs[*index].backward(backend, nodes, y, &dy, gradients)?,
+        Op::Sum { x, y, scale } => {
+            if nodes[y.index].needs_grad {
+                let mut scaled = Tensor::zeros(backend, dy.shape())?;
+                Add { x: dy.view(), scale: *scale, y: scaled.view_mut() }.run(backend)?;
+                gradients.add_to_value(backend, *y, scaled)?;
             }
-            if nodes[x.index].wanted {
+            if nodes[x.index].needs_grad {
                 gradients.add_to_value(backend, *x, dy)?;
             }
         }
@@ -113,7 +115,7 @@ pub(super) fn through<B: Backend>(
     Ok(())
 }
 
-/// Room for the gradient of a parameter, if it is there and trainable.
+/// A tensor for the gradient of a parameter; `None` without a parameter, or for a frozen one.
 fn new_grad<B: Backend>(backend: &B, param: Option<&Param<B>>) -> Result<Option<Tensor<B, f32>>> {
     let trainable = param.filter(|param| param.trainable);
     trainable.map(|param| Tensor::unwritten(backend, param.tensor.shape())).transpose()

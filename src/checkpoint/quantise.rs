@@ -5,13 +5,14 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::header::{Entry, spelled};
-use super::layout::{Layout, told};
+use super::header::Entry;
+use super::layout::{self, Layout};
 use super::merge::{Merge, merge_plain};
 use super::model::{ConfigEdit, ModelConfig};
 use super::quantised::{State, bytes, companions, stored};
 use super::rewrite::{Edit, Pass, rewrite};
-use super::{Checkpoint, Shard, Watch, convert_elements, refused};
+use super::{Checkpoint, Shard, Watch, refused};
+use crate::adapter::{convert_elements, stored_type};
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::file::StagedFolder;
@@ -42,10 +43,10 @@ pub struct Quantise<'q> {
 /// safetensors have no name for; [`Error::Interrupted`].
 pub fn quantise(request: &Quantise<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
     let Quantise { base, kind, out, skip } = *request;
-    base.is_plain_model()?;
+    base.check_plain_model()?;
     Error::unless(kind != QuantKind::Q8_0, "quantise", "type", kind, "nf4, fp4 or int8: safetensors have no name for Q8_0")?;
     kind.check()?;
-    let config = base.beside().and_then(ModelConfig::read);
+    let config = base.parent().and_then(ModelConfig::read);
     let mut edit = Quantiser { kind, skip, squares: [0.0; 2], sizes: [0; 2], count: 0 };
     let mut taken = base.entries().filter(|entry| edit.takes(entry)).peekable();
     if taken.peek().is_none() {
@@ -55,7 +56,7 @@ pub fn quantise(request: &Quantise<'_>, mut watch: Watch<'_>) -> Result<Vec<Stri
         ));
     }
     let module = |entry: &Entry| entry.name.strip_suffix(".weight").unwrap_or_default().to_string();
-    if let Some(entry) = taken.find(|entry| told(config.as_ref(), &module(entry)) == Some(Layout::InOut)) {
+    if let Some(entry) = taken.find(|entry| layout::from_config(config.as_ref(), &module(entry)) == Some(Layout::InOut)) {
         return Err(refused(base.path(), format!("`{}` is stored k×n, as Conv1D has it, which is not quantised", entry.name)));
     }
     let (staged, mut notes) = rewrite(base, out, &mut edit, &mut watch)?;
@@ -148,7 +149,7 @@ impl Edit for Quantiser<'_> {
 pub fn dequantise(base: &Checkpoint, dtype: Option<DType>, out: &Path, mut watch: Watch<'_>) -> Result<Vec<String>> {
     let states = base.states()?;
     if states.is_empty() {
-        base.is_plain_model()?;
+        base.check_plain_model()?;
         return Err(refused(base.path(), "is not quantised".into()));
     }
     let parts = states.iter().flat_map(|(name, state)| companions(name, state.kind)).collect();
@@ -177,7 +178,7 @@ impl Dequantiser<'_> {
 impl Edit for Dequantiser<'_> {
     fn stored(&self, entry: &Entry) -> Entry {
         match self.states.get(&entry.name) {
-            Some(state) => Entry::made(&entry.name, spelled(self.dtype(state)), state.shape.to_vec()),
+            Some(state) => Entry::new(&entry.name, stored_type(self.dtype(state)), state.shape.to_vec()),
             None => entry.clone(),
         }
     }
@@ -204,7 +205,7 @@ impl Edit for Dequantiser<'_> {
         let Some(state) = self.states.get(&entry.name) else { return pass.copy(shard, entry) };
         let (numbers, dtype) = (self.base.read_quantised(&entry.name, *state)?.dequantise::<f32>(), self.dtype(state));
         let mut narrow = pass.buffer(numbers.len() * dtype.size());
-        if !convert_elements::narrow(dtype, &numbers, &mut narrow) {
+        if !convert_elements::round(dtype, &numbers, &mut narrow) {
             return Err(shard.refused(format!("`{}` holds more than {dtype} can", entry.name)));
         }
         pass.write(narrow)?;

@@ -193,11 +193,11 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 pub(super) fn stored(name: &str, shape: [usize; 2], kind: QuantKind) -> Result<Vec<Entry>> {
     let [n, k] = shape;
     let counts = kind.counts((n, k).into())?;
-    let made = |end: &str, dtype, shape| Entry::made(&format!("{name}{end}"), dtype, shape);
+    let made = |end: &str, dtype, shape| Entry::new(&format!("{name}{end}"), dtype, shape);
     let Some((_, blocks)) = kind.four_bits() else {
         let [scales, format] = [0, 1].map(|at| companions(name, kind)[at].clone());
-        let format = Entry::made(&format, Dtype::U8, Vec::new());
-        return Ok(vec![Entry::made(&scales, Dtype::F32, vec![n]), made("", Dtype::I8, vec![n, k]), format]);
+        let format = Entry::new(&format, Dtype::U8, Vec::new());
+        return Ok(vec![Entry::new(&scales, Dtype::F32, vec![n]), made("", Dtype::I8, vec![n, k]), format]);
     };
     let codes = made("", Dtype::U8, vec![counts.codes, 1]);
     let map = made(".quant_map", Dtype::F32, vec![16]);

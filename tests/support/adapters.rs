@@ -1,4 +1,4 @@
-//! Nets with adapters, and what is in a folder.
+//! Networks with adapters, and the content of their folders.
 
 use std::fs;
 use std::path::Path;
@@ -16,12 +16,12 @@ pub fn cpu<E: Float>() -> Cpu<E> {
     Cpu::new().unwrap().with_threads(1).unwrap()
 }
 
-/// A net without adapters; always the same.
+/// A network without adapters; always the same.
 pub fn net<B: Backend>(backend: &B) -> Mlp<B> {
     Mlp::new(backend, &SIZES, &mut Rng::new(7)).unwrap()
 }
 
-/// The same with a trained adapter, as far as numbers tell, beside layers 1, 2 and 3 where there is a config; plain without any.
+/// The network with an adapter of random factors on those of the layers 1, 2 and 3 that have a config.
 pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp<B> {
     let mut model = net(backend);
     let parts = trained(backend, configs, 11);
@@ -31,7 +31,7 @@ pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp
     model
 }
 
-/// What a trained adapter does to each layer: all that the configs ask for, in random numbers.
+/// The parts of an adapter for each layer, with random elements, as the configs describe it.
 pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: u64) -> Vec<(String, LayerAdapter<B>)> {
     let mut rng = Rng::new(seed);
     let settings = configs.iter().flatten().next().cloned();
@@ -77,7 +77,7 @@ pub fn outputs<B: Backend>(backend: &B, model: &Mlp<B>) -> Vec<B::Elem> {
 /// Outputs, parameters with whether they may be trained, settings of adapters.
 type State<E> = (Vec<E>, Vec<(u64, bool)>, Vec<Option<LoraConfig>>);
 
-/// All that a model is: outputs, what may be trained, the settings of its adapters.
+/// The observable state of a model: outputs, which parameters are trainable, the settings of its adapters.
 pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
     let configs = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).map(|adapter| adapter.config().clone())).collect();
     let outputs = outputs(backend, model);

@@ -32,7 +32,7 @@ impl Peaks {
     pub fn of_device(gpu: &WebGpu<f32>) -> Result<Self> {
         let fma = f64::from(INVOCATIONS) * f64::from(STEPS) * 8.0 * 4.0 * 2.0 / least(|| chains(gpu))?;
         let (x, mut y) = (Tensor::zeros(gpu, (1, LEN))?, Tensor::zeros(gpu, (1, LEN))?);
-        let copy = 3.0 * 4.0 * LEN as f64 / least(|| seconds(gpu, || Add { x: x.view(), y: y.view_mut() }.run(gpu)))?;
+        let copy = 3.0 * 4.0 * LEN as f64 / least(|| seconds(gpu, || Add { x: x.view(), scale: 1.0, y: y.view_mut() }.run(gpu)))?;
         Ok(Self { threads: None, fma, amx: None, read: copy, copy })
     }
 }

@@ -37,7 +37,7 @@ impl<B: Backend> Unfused<B> {
         LinearForward { x: x.view(), w: w.into(), bias: None, y: (&mut self.y).into() }.run(backend)?;
         LinearForward { x: x.view(), w: a.into(), bias: None, y: (&mut self.h).into() }.run(backend)?;
         LinearForward { x: self.h.view(), w: (&self.b).into(), bias: None, y: (&mut self.update).into() }.run(backend)?;
-        Add { x: self.update.view(), y: self.y.view_mut() }.run(backend)
+        Add { x: self.update.view(), scale: 1.0, y: self.y.view_mut() }.run(backend)
     }
 
     fn backward(&mut self, Layer { backend, x, w, a, dy, .. }: &Layer<B>) -> Result<()> {
@@ -70,7 +70,7 @@ impl<B: Backend> Unfused<B> {
             dbias: None,
         }
         .run(backend)?;
-        Add { x: self.dx_update.view(), y: self.dx.view_mut() }.run(backend)
+        Add { x: self.dx_update.view(), scale: 1.0, y: self.dx.view_mut() }.run(backend)
     }
 }
 

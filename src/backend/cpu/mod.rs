@@ -1,13 +1,13 @@
-//! The CPU: SIMD chosen at run time, rayon over blocks of the output.
+//! The CPU backend: SIMD chosen at run time, and rayon over blocks of the output.
 //!
 //! ```text
-//! lora.rs linear.rs      a verb, as the sums of products it is
-//!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked, skinny or shallow
-//!        └─ simd/        sixteen lanes on any vector unit
-//! pointwise.rs dora.rs adam.rs   one pass over memory
+//! lora.rs linear.rs              verbs as sums of products
+//!   └─ gemm/                     the engine: out = init + Σ scale·lhs·rhs
+//!        └─ simd/                vectors of sixteen lanes on any vector unit
+//! pointwise.rs dora.rs adam.rs   verbs that pass over memory once
 //! ```
 //!
-//! Work is split over blocks of the output and never along a sum, so the bits do not depend on the number of threads.
+//! Work is split over blocks of the output, never along the depth of a sum, so the bits do not depend on the number of threads.
 
 mod adam;
 mod buffer;
@@ -37,6 +37,7 @@ pub use simd::VectorUnit;
 use small_work::Request;
 use verbs::Verbs;
 
+use super::verbs::for_each_verb;
 use super::{Backend, Passes};
 use crate::element::{Element, Float};
 use crate::error::{Error, Result};
@@ -47,10 +48,10 @@ use crate::op::{
 use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 
-/// The CPU as a backend whose weights and activations are stored as `E`.
+/// The CPU backend, with weights and activations of element type `E`.
 ///
-/// Clones share the threads, and the memory: what a dropped tensor or a verb's work lay in is kept for the next of its size, at
-/// most as much as is in use, or 256 MiB; where the system has no room, it gets that back.
+/// Clones share the threads and the memory pool. The pool holds freed buffers for the next allocation of the same size, at most
+/// as many bytes as are in use or 256 MiB, whichever is more. If the system is out of memory, the pool is freed.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
     unit: Unit,
@@ -61,7 +62,7 @@ pub struct Cpu<E: Float> {
     scratch: Arc<Scratch>,
 }
 
-/// What computes: a vector unit with its caches, memory to work in, and whether this thread does all of it.
+/// The means of one call: the vector unit, the cache sizes, memory, and whether to use one thread (`sequential`).
 #[derive(Clone, Copy)]
 struct Engine<'c> {
     unit: Unit,
@@ -78,14 +79,15 @@ impl<E: Float> fmt::Debug for Cpu<E> {
 }
 
 impl<E: Float> Cpu<E> {
-    /// The best vector unit of this CPU, on the threads of the rayon pool that a verb is called from; called from elsewhere, on
-    /// rayon's global ones.
+    /// A backend with the best vector unit of this CPU. Its verbs use the threads of the rayon pool that they are called from,
+    /// or of rayon's global pool.
     ///
-    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors:
-    /// [`Error::Value`] if it names none, [`Error::Unavailable`] if this CPU does not have it.
+    /// The environment variable `LOWRANK_UNIT` chooses another unit: `amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar` or
+    /// `amx-emulated`. Errors: [`Error::Value`] for another name, [`Error::Unavailable`] if this CPU does not have the unit.
     ///
-    /// `LOWRANK_CACHES` says how large the caches of a core are, L1d, L2 and L3, where a virtual machine tells otherwise: `32K,512K,32M`.
-    /// It changes how products are cut into blocks, and no bit of them. Errors: [`Error::Value`] if it is not three sizes.
+    /// The environment variable `LOWRANK_CACHES` overrides the detected sizes of L1d, L2 and L3 of a core, such as
+    /// `32K,512K,32M`, since some virtual machines report wrong ones. They change the block sizes of products, and no result.
+    /// Errors: [`Error::Value`] if it is not three sizes.
     pub fn new() -> Result<Self> {
         let unit = match std::env::var_os("LOWRANK_UNIT") {
             Some(name) => VectorUnit::from_name(&name.to_string_lossy())?,
@@ -97,13 +99,14 @@ impl<E: Float> Cpu<E> {
         Ok(Self { unit: Unit::new(unit)?, caches, verbs: Verbs::of()?, threads: None, pool, scratch })
     }
 
-    /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
+    /// Uses another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
     pub fn with_unit(mut self, unit: VectorUnit) -> Result<Self> {
         self.unit = Unit::new(unit)?;
         Ok(self)
     }
 
-    /// With `threads` threads of its own. Errors: [`Error::Value`] for none, [`Error::Device`] if they cannot be started.
+    /// Uses a thread pool of its own, of `threads` threads. Errors: [`Error::Value`] for 0, [`Error::Device`] if they cannot be
+    /// started.
     pub fn with_threads(self, threads: usize) -> Result<Self> {
         Error::unless(threads > 0, "cpu", "threads", threads, "at least 1")?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -116,13 +119,13 @@ impl<E: Float> Cpu<E> {
         self.unit.name()
     }
 
-    /// How `y = x·Wᵀ` is computed, `x m×k`, `W n×k`: the loop nest and its blocks, and the caches that they were made for. For people to
-    /// read: the words may change.
+    /// Describes how `y = x·Wᵀ`, `x m×k`, `W n×k`, is computed: the regime, the block sizes, and the cache sizes that they were
+    /// chosen for. The text is for people and may change.
     pub fn explain(&self, m: usize, k: usize, n: usize) -> String {
         format!("{} ({}; {})", gemm::explain::<E>(&self.engine(true), m, k, n), self.unit().name(), self.caches)
     }
 
-    /// How many threads share the work.
+    /// Number of threads that verbs use.
     pub fn threads(&self) -> usize {
         self.threads.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
@@ -131,7 +134,7 @@ impl<E: Float> Cpu<E> {
         Engine { unit: self.unit, caches: self.caches, pool: &self.pool, scratch: &self.scratch, sequential }
     }
 
-    /// Runs a verb, whose loops then use this backend's threads; if it is little work, here, and no loop uses another thread.
+    /// Runs a verb on this backend's threads, or on the calling thread alone if it is small work.
     fn run<R: Request>(&self, verb: fn(&Engine<'_>, R) -> Result<()>, op: Checked<R>) -> Result<()> {
         if op.is_small() {
             return verb(&self.engine(true), op.into_inner());
@@ -139,7 +142,7 @@ impl<E: Float> Cpu<E> {
         self.on_threads(|| verb(&self.engine(false), op.into_inner()))
     }
 
-    /// Handed over once, where each loop would be by itself.
+    /// Runs `work` within the thread pool. Entering the pool once for a verb is cheaper than once for each of its loops.
     fn on_threads<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         match &self.threads {
             Some(pool) => pool.install(work),
@@ -149,7 +152,7 @@ impl<E: Float> Cpu<E> {
 }
 
 impl<E: Float, T: Element> Tensor<Cpu<E>, T> {
-    /// A vector as a tensor, row by row; it becomes the tensor's memory, and [`into_vec`](Self::into_vec) gives it back.
+    /// A tensor whose memory is `vec`, row by row. Nothing is copied; [`into_vec`](Self::into_vec) returns the vector.
     ///
     /// Errors: [`Error::Value`] if its length is not `rows · cols`.
     ///
@@ -157,36 +160,45 @@ impl<E: Float, T: Element> Tensor<Cpu<E>, T> {
     /// use lowrank::{Cpu, Tensor};
     ///
     /// let vec = vec![1.0f32, 2.0, 3.0, 4.0];
-    /// let at = vec.as_ptr();
+    /// let address = vec.as_ptr();
     /// let tensor = Tensor::<Cpu<f32>>::from_vec((2, 2), vec)?;
-    /// assert_eq!(tensor.into_vec().as_ptr(), at); // nothing was copied
+    /// assert_eq!(tensor.into_vec().as_ptr(), address); // nothing was copied
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     pub fn from_vec(shape: impl Into<Shape>, vec: Vec<T>) -> Result<Self> {
         Self::from_buffer(shape, Buffer::from(vec))
     }
 
-    /// The elements, row by row: the vector that the tensor was made of, or a copy of memory from the pool.
+    /// The elements, row by row: the vector of [`from_vec`](Self::from_vec), or a copy if the memory belongs to the pool.
     pub fn into_vec(self) -> Vec<T> {
         self.into_buffer().into()
     }
 }
 
 impl<'a, E: Float, T: Element> MatRef<'a, Cpu<E>, T> {
-    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    /// A contiguous matrix in memory of the caller. Errors: [`Error::Value`] if the length of `slice` is not `rows · cols`.
     pub fn from_slice(slice: &'a [T], shape: impl Into<Shape>) -> Result<Self> {
         Self::new(slice, shape)
     }
 }
 
 impl<'a, E: Float, T: Element> MatMut<'a, Cpu<E>, T> {
-    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    /// A contiguous matrix in memory of the caller. Errors: [`Error::Value`] if the length of `slice` is not `rows · cols`.
     pub fn from_slice(slice: &'a mut [T], shape: impl Into<Shape>) -> Result<Self> {
         Self::new(slice, shape)
     }
 }
 
 impl<E: Float> super::sealed::Sealed for Cpu<E> {}
+
+/// Methods of [`Backend`] that run the function of the table for `E`.
+macro_rules! delegate {
+    ($($verb:ident: $Request:ident,)*) => {
+        $(fn $verb(&self, op: Checked<$Request<'_, Self>>) -> Result<()> {
+            self.run(self.verbs.$verb, op)
+        })*
+    };
+}
 
 impl<E: Float> Backend for Cpu<E> {
     type Elem = E;
@@ -225,7 +237,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(()) // verbs return when they are done
+        Ok(()) // verbs are done when they return
     }
 
     fn slice<T: Element>(buffer: &Buffer<T>) -> &[T] {
@@ -242,7 +254,7 @@ impl<E: Float> Backend for Cpu<E> {
 
     fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()> {
         let (from, cols, stride, span) = (linear::matrix(from), to.cols(), to.row_stride(), to.span());
-        let rows = to.into_memory()[span].chunks_mut(stride.max(1)); // at least as long as a row
+        let rows = to.into_memory()[span].chunks_mut(stride.max(1)); // each at least `cols` long
         from.runs().zip(rows).for_each(|(from, to)| to[..cols].copy_from_slice(from));
         Ok(())
     }
@@ -257,55 +269,11 @@ impl<E: Float> Backend for Cpu<E> {
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
         let packed = self.pack(w.view(), passes)?;
-        w.buffer_mut().keep(packed);
+        w.buffer_mut().set_packed(packed);
         Ok(())
     }
 
-    fn lora_forward(&self, op: Checked<LoraForward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_forward, op)
-    }
-    fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_backward, op)
-    }
-    fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_merge, op)
-    }
-    fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.lora_row_norm, op)
-    }
-    fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.magnitude, op)
-    }
-    fn magnitude_backward(&self, op: Checked<MagnitudeBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.magnitude_backward, op)
-    }
-    fn linear_forward(&self, op: Checked<LinearForward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.linear_forward, op)
-    }
-    fn linear_backward(&self, op: Checked<LinearBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.linear_backward, op)
-    }
-    fn relu(&self, op: Checked<Relu<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.relu, op)
-    }
-    fn relu_backward(&self, op: Checked<ReluBackward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.relu_backward, op)
-    }
-    fn dropout_forward(&self, op: Checked<DropoutForward<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.dropout_forward, op)
-    }
-    fn add(&self, op: Checked<Add<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.add, op)
-    }
-    fn accumulate(&self, op: Checked<Accumulate<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.accumulate, op)
-    }
-    fn cross_entropy(&self, op: Checked<CrossEntropy<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.cross_entropy, op)
-    }
-    fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()> {
-        self.run(self.verbs.adam, op)
-    }
+    for_each_verb!(delegate);
 }
 
 #[cfg(test)]
@@ -336,9 +304,9 @@ mod tests {
     #[test]
     fn caches_change_no_bit() {
         for (m, k) in [(7, 40), (31, 130), (150, 610)] {
-            let (wide, narrow) = (products::<f32>("32K,512K,32M", m, k), products::<bf16>("32K,512K,32M", m, k));
+            let (f32s, bf16s) = (products::<f32>("32K,512K,32M", m, k), products::<bf16>("32K,512K,32M", m, k));
             for caches in ["4K,4K,4K", "32K,256K,8M", "48K,2M,30M", "128K,12M,12M"] {
-                assert!(products::<f32>(caches, m, k) == wide && products::<bf16>(caches, m, k) == narrow, "{caches}, {m}×{k}");
+                assert!(products::<f32>(caches, m, k) == f32s && products::<bf16>(caches, m, k) == bf16s, "{caches}, {m}×{k}");
             }
         }
     }

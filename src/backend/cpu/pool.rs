@@ -1,76 +1,75 @@
-//! Memory that nobody holds, kept for who asks for as much: a training step asks for the same again and again, and fresh pages
-//! cost more than most verbs do with them.
+//! The pool of freed buffers. The next allocation of the same size reuses one: a training step allocates the same sizes each
+//! time, and the first writes to new pages take longer than most verbs.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Memory;
 
-/// What may lie idle however little is in use.
-const SPARE: usize = 256 << 20;
+/// The pool may hold this many bytes, however few are in use.
+const MAX_FREE: usize = 256 << 20;
 
-/// Where buffers come from and go back to.
-///
-/// At most [`SPARE`] bytes lie idle, or as many as are in use: so a loop finds all that it gave back, and a model that is dropped
-/// goes back to the system.
+/// Freed memory. It holds at most [`MAX_FREE`] bytes, or as many as are in use, whichever is more. So a loop finds all memory
+/// that it has freed, and the memory of a dropped model is returned to the system.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<Kept>);
+pub(super) struct Pool(Mutex<Free>);
 
 #[derive(Default)]
-struct Kept {
-    /// What came back last is last, and likely still in a cache.
+struct Free {
+    /// In the order in which it was freed; the last is likely still in a cache.
     memory: VecDeque<Memory>,
+    /// Bytes of `memory`.
     bytes: usize,
-    /// Bytes of what is in use.
-    lent: usize,
+    /// Bytes in use.
+    in_use: usize,
 }
 
 impl Pool {
-    /// Memory of this size, and whether somebody has used it before. `None` if there is no room.
+    /// Takes memory of this size; `true` if it was used before and may not be zero. `None` if the system is out of memory.
     pub(super) fn take(&self, bytes: usize) -> Option<(Memory, bool)> {
-        let there = self.lock().take(bytes);
-        let used = there.is_some();
-        let memory = match there {
+        let free = self.lock().take(bytes);
+        let used = free.is_some();
+        let memory = match free {
             Some(memory) => memory,
-            None => self.fresh(bytes, Memory::zeros)?,
+            None => self.allocate(bytes, Memory::zeros)?,
         };
-        self.lock().lent += memory.len();
+        self.lock().in_use += memory.len();
         Some((memory, used))
     }
 
-    /// Memory of the system's. If it has no room, all that lies idle goes back to it, and it is asked once more.
-    fn fresh(&self, bytes: usize, of_system: impl Fn(usize) -> Option<Memory>) -> Option<Memory> {
-        of_system(bytes).or_else(|| {
-            drop(self.lock().shed());
-            of_system(bytes)
+    /// Allocates memory. If that fails, frees the whole pool and tries once more.
+    fn allocate(&self, bytes: usize, allocate: impl Fn(usize) -> Option<Memory>) -> Option<Memory> {
+        allocate(bytes).or_else(|| {
+            drop(self.lock().take_all());
+            allocate(bytes)
         })
     }
 
-    /// Takes memory back.
+    /// Returns memory to the pool.
     pub(super) fn give(&self, memory: Memory) {
         self.lock().give(memory);
-        while let Some(surplus) = self.surplus() {
-            drop(surplus); // to the system, which takes its time: the lock is free
+        while let Some(surplus) = self.take_surplus() {
+            drop(surplus); // slow, so it is done without the lock
         }
     }
 
-    /// What has been idle the longest, if too much is.
-    fn surplus(&self) -> Option<Memory> {
-        let mut kept = self.lock();
-        if kept.bytes <= SPARE.max(kept.lent) {
+    /// Takes the memory that was freed first, if the pool holds too much.
+    fn take_surplus(&self) -> Option<Memory> {
+        let mut free = self.lock();
+        if free.bytes <= MAX_FREE.max(free.in_use) {
             return None;
         }
-        let oldest = kept.memory.pop_front()?;
-        kept.bytes -= oldest.len();
+        let oldest = free.memory.pop_front()?;
+        free.bytes -= oldest.len();
         Some(oldest)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Kept> {
+    fn lock(&self) -> MutexGuard<'_, Free> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Kept {
+impl Free {
     fn take(&mut self, bytes: usize) -> Option<Memory> {
         let at = self.memory.iter().rposition(|memory| memory.fits(bytes))?;
         let memory = self.memory.remove(at)?;
@@ -78,14 +77,14 @@ impl Kept {
         Some(memory)
     }
 
-    /// All that lies idle.
-    fn shed(&mut self) -> VecDeque<Memory> {
+    /// Takes all memory.
+    fn take_all(&mut self) -> VecDeque<Memory> {
         self.bytes = 0;
         std::mem::take(&mut self.memory)
     }
 
     fn give(&mut self, memory: Memory) {
-        self.lent -= memory.len();
+        self.in_use -= memory.len();
         self.bytes += memory.len();
         self.memory.push_back(memory);
     }
@@ -95,49 +94,49 @@ impl Kept {
 mod tests {
     use super::*;
 
-    fn take(idle: &Pool, bytes: usize) -> (Memory, bool) {
-        idle.take(bytes).unwrap()
+    fn take(pool: &Pool, bytes: usize) -> (Memory, bool) {
+        pool.take(bytes).unwrap()
     }
 
     #[test]
-    fn what_came_back_is_lent_again_to_who_asks_for_as_much() {
-        let idle = Pool::default();
-        let (first, used) = take(&idle, 1000);
+    fn freed_memory_is_reused_for_the_same_size() {
+        let pool = Pool::default();
+        let (first, used) = take(&pool, 1000);
         let place = first.bytes().as_ptr();
         assert!(!used);
-        idle.give(first);
-        assert!(!take(&idle, 2000).1 && !take(&idle, 100).1);
-        let (again, used) = take(&idle, 1001); // as many cache lines
+        pool.give(first);
+        assert!(!take(&pool, 2000).1 && !take(&pool, 100).1);
+        let (again, used) = take(&pool, 1001); // as many cache lines
         assert!(used && again.bytes().as_ptr() == place);
-        assert!(!take(&idle, 1000).1, "it is lent to one at a time");
+        assert!(!take(&pool, 1000).1, "memory is taken by one caller at a time");
     }
 
     #[test]
-    fn what_lies_idle_goes_back_to_a_system_that_has_no_room() {
-        let idle = Pool::default();
-        let (one, two) = (take(&idle, 1000).0, take(&idle, 2000).0);
-        idle.give(one);
-        idle.give(two);
-        let full = |bytes| Memory::zeros(bytes).filter(|_| idle.lock().memory.is_empty());
-        assert_eq!(idle.fresh(640, full).map(|memory| memory.len()), Some(640));
-        assert_eq!(idle.lock().bytes, 0);
-        assert!(idle.fresh(640, |_| None).is_none());
-        assert!(!take(&idle, 1000).1);
+    fn the_pool_is_freed_if_the_system_is_out_of_memory() {
+        let pool = Pool::default();
+        let (one, two) = (take(&pool, 1000).0, take(&pool, 2000).0);
+        pool.give(one);
+        pool.give(two);
+        let full = |bytes| Memory::zeros(bytes).filter(|_| pool.lock().memory.is_empty());
+        assert_eq!(pool.allocate(640, full).map(|memory| memory.len()), Some(640));
+        assert_eq!(pool.lock().bytes, 0);
+        assert!(pool.allocate(640, |_| None).is_none());
+        assert!(!take(&pool, 1000).1);
     }
 
     #[test]
-    fn no_more_lies_idle_than_is_in_use_or_spare() {
-        let idle = Pool::default();
-        let model: Vec<_> = (0..10).map(|i| take(&idle, SPARE / 2 + 64 * i).0).collect();
+    fn the_pool_holds_at_most_as_much_as_is_in_use_or_max_free() {
+        let pool = Pool::default();
+        let model: Vec<_> = (0..10).map(|i| take(&pool, MAX_FREE / 2 + 64 * i).0).collect();
         let sizes: Vec<usize> = model.iter().map(Memory::len).collect();
         for (given, memory) in model.into_iter().enumerate() {
-            idle.give(memory);
-            let kept = idle.lock();
-            assert_eq!(kept.lent, sizes[given + 1..].iter().sum::<usize>());
-            assert_eq!(kept.bytes, kept.memory.iter().map(Memory::len).sum::<usize>());
-            assert!(kept.bytes <= SPARE.max(kept.lent) && (given > 4 || kept.memory.len() == given + 1));
+            pool.give(memory);
+            let free = pool.lock();
+            assert_eq!(free.in_use, sizes[given + 1..].iter().sum::<usize>());
+            assert_eq!(free.bytes, free.memory.iter().map(Memory::len).sum::<usize>());
+            assert!(free.bytes <= MAX_FREE.max(free.in_use) && (given > 4 || free.memory.len() == given + 1));
         }
-        assert_eq!(idle.lock().memory.len(), 1, "two are more than may be spare");
-        assert!(take(&idle, sizes[9]).1, "and it is the one that came back last");
+        assert_eq!(pool.lock().memory.len(), 1, "two are more than MAX_FREE");
+        assert!(take(&pool, sizes[9]).1, "and it is the one that was freed last");
     }
 }

@@ -1,10 +1,11 @@
-//! The verbs, compiled here for each element type.
+//! A table of the verbs for each element type.
 //!
-//! Generic code is compiled in the crate that uses it; a table of functions keeps four vector units times three element types
-//! of kernels out of every crate that links this one.
+//! Generic functions are compiled in the crate that calls them. The table calls them here, so that other crates do not compile
+//! the kernels of four vector units and three element types again.
 
 use std::any::Any;
 
+use super::super::verbs::for_each_verb;
 use super::gemm::PackedWeight;
 use super::{Cpu, Engine, adam, dora, linear, lora, pointwise};
 use crate::element::{Float, bf16, f16};
@@ -15,25 +16,17 @@ use crate::op::{
 };
 use crate::view::MatRef;
 
-/// One function a verb.
-pub(super) struct Verbs<E: Float> {
-    pub(super) pack: fn(&Engine, MatRef<'_, Cpu<E>>, bool) -> Result<PackedWeight>,
-    pub(super) lora_forward: fn(&Engine, LoraForward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) lora_backward: fn(&Engine, LoraBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) lora_merge: fn(&Engine, LoraMerge<'_, Cpu<E>>) -> Result<()>,
-    pub(super) lora_row_norm: fn(&Engine, LoraRowNorm<'_, Cpu<E>>) -> Result<()>,
-    pub(super) magnitude: fn(&Engine, Magnitude<'_, Cpu<E>>) -> Result<()>,
-    pub(super) magnitude_backward: fn(&Engine, MagnitudeBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) linear_forward: fn(&Engine, LinearForward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) linear_backward: fn(&Engine, LinearBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) relu: fn(&Engine, Relu<'_, Cpu<E>>) -> Result<()>,
-    pub(super) relu_backward: fn(&Engine, ReluBackward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) dropout_forward: fn(&Engine, DropoutForward<'_, Cpu<E>>) -> Result<()>,
-    pub(super) add: fn(&Engine, Add<'_, Cpu<E>>) -> Result<()>,
-    pub(super) accumulate: fn(&Engine, Accumulate<'_, Cpu<E>>) -> Result<()>,
-    pub(super) cross_entropy: fn(&Engine, CrossEntropy<'_, Cpu<E>>) -> Result<()>,
-    pub(super) adam: fn(&Engine, Adam<'_, Cpu<E>>) -> Result<()>,
+macro_rules! table {
+    ($($verb:ident: $Request:ident,)*) => {
+        /// A function for each verb.
+        pub(super) struct Verbs<E: Float> {
+            pub(super) pack: fn(&Engine, MatRef<'_, Cpu<E>>, bool) -> Result<PackedWeight>,
+            $(pub(super) $verb: fn(&Engine, $Request<'_, Cpu<E>>) -> Result<()>,)*
+        }
+    };
 }
+
+for_each_verb!(table);
 
 static F32: Verbs<f32> = Verbs::new();
 static F16: Verbs<f16> = Verbs::new();
@@ -61,7 +54,7 @@ impl<E: Float> Verbs<E> {
         }
     }
 
-    /// Those of an element type.
+    /// The table of the element type `E`.
     pub(super) fn of() -> Result<&'static Self> {
         let tables: [&'static dyn Any; 3] = [&F32, &F16, &BF16];
         let found = tables.into_iter().find_map(|table| table.downcast_ref());

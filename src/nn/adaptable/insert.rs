@@ -1,4 +1,4 @@
-//! New adapters, put beside the layers of a model.
+//! Adding adapters to the layers of a model.
 
 use super::{Adaptable, Targets, check_layers, layer_mut, loras};
 use crate::autograd::Param;
@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::nn::{Adapter, Bias, LayerAdapter, LoraConfig, LoraLinear};
 use crate::random::Rng;
 
-/// What a new adapter does to each layer, by PEFT's rules.
+/// The parts of a new adapter, by layer, following PEFT's rules.
 pub(super) fn new_parts<B: Backend>(
     model: &impl Adaptable<B>,
     backend: &B,
@@ -19,7 +19,7 @@ pub(super) fn new_parts<B: Backend>(
     let saved = |layer: &str| config.modules_to_save.iter().any(|end| layer.ends_with(end.as_str()));
     for end in &config.modules_to_save {
         if !model.layers().any(|(layer, _)| layer.ends_with(end.as_str())) {
-            model.layer(end)?; // says which layers there are
+            model.layer(end)?; // fails with `NoSuchLayer`, which lists the layers
         }
     }
     let mut parts = Vec::new();
@@ -48,12 +48,12 @@ impl Targets<'_> {
     }
 }
 
-/// Whether a layer has this name, or ends with a dot and this name.
+/// True if a layer has this name, or a name that ends with a dot and this name.
 fn is_or_ends_with(layer: &str, name: &str) -> bool {
     layer.strip_suffix(name).is_some_and(|above| above.is_empty() || above.ends_with('.'))
 }
 
-/// Errors: [`Error::Value`] for no target, [`Error::NoSuchLayer`] for one that picks no layer.
+/// Errors: [`Error::Value`] for an empty list, [`Error::NoSuchLayer`] for a target that matches no layer.
 fn check_targets<B: Backend>(model: &impl Adaptable<B>, targets: Targets<'_>) -> Result<()> {
     let Targets::Names(names) = targets else { return Ok(()) };
     Error::unless(!names.is_empty(), "add_adapter", "targets", "none", "at least one layer")?;
@@ -61,7 +61,7 @@ fn check_targets<B: Backend>(model: &impl Adaptable<B>, targets: Targets<'_>) ->
     unknown.map_or(Ok(()), |name| model.layer(name).map(|_| ()))
 }
 
-/// [`Adaptable::insert_adapter`], with errors that name the method which was called.
+/// [`Adaptable::insert_adapter`], with `verb` as the method's name in errors.
 pub(super) fn insert<B: Backend>(
     model: &mut impl Adaptable<B>,
     verb: &'static str,
@@ -73,7 +73,7 @@ pub(super) fn insert<B: Backend>(
     insert_as(model, verb, name, parts, activate)
 }
 
-/// [`Adaptable::insert_adapter`] of one that is not active.
+/// Inserts an adapter that is not active.
 #[cfg(feature = "svd")]
 pub(crate) fn insert_inactive<B: Backend>(
     model: &mut impl Adaptable<B>,
@@ -94,7 +94,7 @@ fn insert_as<B: Backend>(
     Error::unless(!parts.is_empty(), verb, "parts", "none", "at least one")?;
     check_layers(model, verb)?;
     parts.iter().try_for_each(|(layer, part)| model.layer(layer)?.check_insert(verb, name, part, activate))?;
-    loras(model).filter(|lora| lora.part(name).is_some()).try_for_each(|lora| lora.unmerged(verb))?;
+    loras(model).filter(|lora| lora.part(name).is_some()).try_for_each(|lora| lora.check_unmerged(verb))?;
     let enabled = loras(model).all(LoraLinear::is_enabled);
     model.freeze();
     let named = |layer: &str| parts.iter().any(|(known, _)| known == layer);

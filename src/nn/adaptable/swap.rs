@@ -1,4 +1,4 @@
-//! One adapter put in the place of another on a live model: numbers are written, nothing is allocated.
+//! Hotswap: the tensors of an adapter are overwritten in place by those of another, so no device memory is allocated.
 
 use super::{Adaptable, loras, loras_mut};
 use crate::autograd::Param;
@@ -8,7 +8,7 @@ use crate::nn::adapter::padded;
 use crate::nn::{Adapter, LayerAdapter, LoraLinear};
 use crate::tensor::Tensor;
 
-/// [`Adaptable::swap_adapter`], of an adapter that is there and not merged.
+/// [`Adaptable::swap_adapter`] after its checks: the adapter exists and none is merged.
 pub(super) fn swap<B: Backend>(
     model: &mut impl Adaptable<B>,
     backend: &B,
@@ -37,10 +37,10 @@ pub(super) fn swap<B: Backend>(
     Ok(())
 }
 
-/// [`Adaptable::reserve_rank`], of an adapter that is there and not merged.
+/// [`Adaptable::reserve_rank`] after its checks: the adapter exists and none is merged.
 pub(super) fn reserve_rank<B: Backend>(model: &mut impl Adaptable<B>, backend: &B, name: &str, rank: usize) -> Result<()> {
-    let roomier = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.roomier(backend, rank));
-    let factors = loras(model).map(roomier).collect::<Result<Vec<_>>>()?;
+    let padded = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.padded_factors(backend, rank));
+    let factors = loras(model).map(padded).collect::<Result<Vec<_>>>()?;
     for (lora, factors) in loras_mut(model).zip(factors) {
         if let (Some(LayerAdapter::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
             [adapter.a, adapter.b] = factors;
@@ -49,7 +49,7 @@ pub(super) fn reserve_rank<B: Backend>(model: &mut impl Adaptable<B>, backend: &
     Ok(())
 }
 
-/// Errors: [`Error::Value`] unless the one, which fits its layer, has the tensors for what the other has, which fits it as well.
+/// Checks that `new` can be written into the tensors of `there`; the shapes of both fit the layer. Errors: [`Error::Value`].
 fn check<B: Backend>(there: &LayerAdapter<B>, new: Option<&LayerAdapter<B>>) -> Result<()> {
     let same = |holds, name| Error::unless(holds, "swap_adapter", name, "in one of the two adapters", "in both or neither");
     match (there, new) {
@@ -95,7 +95,7 @@ fn overwrite_adapter<B: Backend>(backend: &B, there: &mut Adapter<B>, new: &Adap
     there.a.tensor.copy_from_slice(backend, &padded(&a, (rank, k), (room, k))?)?;
     there.b.tensor.copy_from_slice(backend, &padded(&b, (n, rank), (n, room))?)?;
     for (there, new) in there.params_mut().zip(new.params()).skip(2) {
-        write(backend, there, &new.tensor)?; // what goes with A and B
+        write(backend, there, &new.tensor)?; // lora_bias, magnitude, bias
     }
     there.config = new.config.clone();
     Ok(())

@@ -236,7 +236,7 @@ impl Sums<'_> {
                 self.decode::<S, 1>(s, scale, lanes, rhs, of_blocks);
             }
             (true, QuantKind::Int8) if self.height == 1 => self.decode::<S, 4>(s, scale, lanes, rhs, of_rows),
-            _ => match plan::together(S::REGISTERS, self.height) {
+            _ => match plan::dot_rows(S::REGISTERS, self.height) {
                 1 => self.add_widened_dots::<S, 1, 4>(s, scale, lanes, rhs),
                 2 => self.add_widened_dots::<S, 2, 3>(s, scale, lanes, rhs),
                 _ => self.add_widened_dots::<S, 5, 4>(s, scale, lanes, rhs),
@@ -287,7 +287,7 @@ impl Sums<'_> {
                     dequantise(s, &rhs.w, line, steps.clone(), &mut wide[..steps.len()]);
                 }
                 let right: [&[f32]; W] = std::array::from_fn(|w| &wide[w][..steps.len()]);
-                self.add_dots_of_lines::<S, f32, X, W>(s, scale, left, right, (start, depth, j), |_| {});
+                self.add_dots_of_rows::<S, f32, X, W>(s, scale, left, right, (start, depth, j), |_| {});
             }
         }
     }
@@ -305,7 +305,7 @@ impl Sums<'_> {
                 dequantise(s, &rhs.w, block * LINES + p, first..first + width, &mut wide[..width]);
             }
             let lines: [&[f32]; LINES] = std::array::from_fn(|p| &wide[p][..width]);
-            self.add_lines_of(s, left, &lines[..depth], &[]);
+            self.add_block_of_rows(s, left, &lines[..depth], &[]);
         }
     }
 }

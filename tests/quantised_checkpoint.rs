@@ -170,9 +170,10 @@ fn merging_into_a_quantised_model_is_merging_into_what_it_stands_for() {
     assert!(notes.iter().any(|note| note.contains("times the update itself")), "{notes:?}");
     assert_eq!(Checkpoint::open(&again).unwrap().quantised_names().unwrap(), ["fc1.weight", "fc2.weight"]);
 
-    let kept = Merge { keep_residue: Some(&path("residue")), ..Merge::new(&small, &adapter, &path("never.safetensors")) };
+    let (never, residue) = (path("never.safetensors"), path("residue"));
+    let kept = Merge { keep_residue: Some(&residue), ..Merge::new(&small, &adapter, &never) };
     assert!(matches!(merge(&kept, &mut on), Err(Error::Value { name: "keep_residue", .. })));
-    let plain = Merge { requantise: Some(QuantKind::NF4), ..Merge::new(&base, &adapter, &path("never.safetensors")) };
+    let plain = Merge { requantise: Some(QuantKind::NF4), ..Merge::new(&base, &adapter, &never) };
     assert!(matches!(merge(&plain, &mut on), Err(Error::Value { name: "requantise", .. })));
     let mut left: Vec<_> = std::fs::read_dir(temporary.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     left.retain(|name| name.to_string_lossy().contains("dequantised") || name.to_string_lossy().contains("never"));
@@ -187,7 +188,7 @@ fn damaged_checkpoints_are_refused() {
     let good = read(&fixture("model.safetensors"));
     let state = "a.weight.quant_state.bitsandbytes__nf4";
     let text = String::from_utf8(good[state].2.clone()).unwrap();
-    let mut refused = |names: &str, damage: &dyn Fn(&mut Tensors)| {
+    let refused = |names: &str, damage: &dyn Fn(&mut Tensors)| {
         let mut tensors = good.clone();
         damage(&mut tensors);
         write(&path, &tensors);
@@ -224,6 +225,8 @@ fn damaged_checkpoints_are_refused() {
         });
     }
     refused("a.weight", &|tensors| drop(tensors.remove("a.weight.nested_absmax")));
+    refused("a.weight.absmax", &|tensors| drop(tensors.remove(state)));
+    refused("d.SCB", &|tensors| drop(tensors.remove("d.weight")));
     let fill = |name: &'static str, number: f32| {
         move |tensors: &mut Tensors| {
             let count = tensors[name].2.len() / 4;

@@ -66,6 +66,17 @@ impl Checkpoint {
                 return Err(self.bad(entry, "says a second time how its weight is quantised".into()));
             }
         }
+        for (name, state) in &states {
+            self.find(name)
+                .ok_or_else(|| refused(self.path(), format!("has no `{name}`, though it says that it is {}", state.kind)))?;
+        }
+        for entry in self.entries() {
+            let part = PARTS.iter().find_map(|part| entry.name.strip_suffix(part));
+            let weight = part.map(String::from).or_else(|| Some(format!("{}.weight", entry.name.strip_suffix(".SCB")?)));
+            if weight.is_some_and(|weight| !states.contains_key(&weight)) {
+                return Err(self.bad(entry, "belongs to a quantised weight, and nothing says how that is quantised".into()));
+            }
+        }
         Ok(states)
     }
 

@@ -225,7 +225,7 @@ fn damaged_checkpoints_are_refused() {
         });
     }
     refused("a.weight", &|tensors| drop(tensors.remove("a.weight.nested_absmax")));
-    refused("a.weight.absmax", &|tensors| drop(tensors.remove(state)));
+    refused("a.weight", &|tensors| drop(tensors.remove(state)));
     refused("d.SCB", &|tensors| drop(tensors.remove("d.weight")));
     let fill = |name: &'static str, number: f32| {
         move |tensors: &mut Tensors| {

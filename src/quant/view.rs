@@ -65,7 +65,7 @@ impl<'a> QuantView<'a> {
     fn four_bits(&self, at: usize) -> f32 {
         let Some((values, blocks)) = self.kind.four_bits() else { return 0.0 };
         let two = self.codes[at / 2];
-        let code = if at % 2 == 0 { two >> 4 } else { two & 15 };
+        let code = if at.is_multiple_of(2) { two >> 4 } else { two & 15 };
         values[code as usize] * self.scale(at / blocks.len)
     }
 }

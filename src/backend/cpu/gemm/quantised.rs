@@ -124,7 +124,7 @@ fn four_bits<S: Simd>(s: S, w: &QuantView<'_>, Blocks { len, .. }: Blocks, row: 
         let scale = w.scale(at / len);
         let one = |at: usize| {
             let two = w.codes[at / 2];
-            table.values[(if at % 2 == 0 { two >> 4 } else { two & 15 }) as usize] * scale
+            table.values[(if at.is_multiple_of(2) { two >> 4 } else { two & 15 }) as usize] * scale
         };
         if at % 2 == 1 {
             to[at - begin] = one(at);

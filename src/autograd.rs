@@ -25,12 +25,14 @@ mod backward;
 mod custom;
 mod gradients;
 mod rows;
+mod weight;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use custom::{Backward, CustomGradients};
 pub use gradients::Gradients;
 pub use rows::{LoraRows, TrainedSlot};
+pub use weight::LayerWeight;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -53,6 +55,11 @@ impl<B: Backend> Param<B> {
     /// A trainable parameter.
     pub fn new(tensor: Tensor<B>) -> Self {
         Self { id: new_id(), tensor, trainable: true, plus: false }
+    }
+
+    /// A parameter that is not trained.
+    pub(crate) fn frozen(tensor: Tensor<B>) -> Self {
+        Self { trainable: false, ..Self::new(tensor) }
     }
 
     /// A trainable parameter that LoRA+ gives the larger learning rate.
@@ -108,7 +115,7 @@ pub struct Var {
 /// The parameters of a low-rank layer, as [`Tape::lora_linear`] reads them.
 pub struct LoraParams<'m, B: Backend> {
     /// `n×k`. If `None`, only the update is computed; the caller adds it to the output of the layer.
-    pub w: Option<&'m Param<B>>,
+    pub w: Option<LayerWeight<'m, B>>,
     /// `1×n`
     pub bias: Option<&'m Param<B>>,
     /// `r×k`
@@ -128,7 +135,7 @@ enum Op<'m, B: Backend> {
     Input,
     Linear {
         x: Var,
-        w: &'m Param<B>,
+        w: LayerWeight<'m, B>,
         bias: Option<&'m Param<B>>,
     },
     Lora {
@@ -250,17 +257,13 @@ impl<'m, B: Backend> Tape<'m, B> {
     }
 
     /// `y = x·Wᵀ + bias`
-    pub fn linear(&mut self, x: Var, w: &'m Param<B>, bias: Option<&'m Param<B>>) -> Result<Var> {
-        let mut y = Tensor::unwritten(self.backend, (self.value(x)?.rows(), w.tensor.rows()))?;
+    pub fn linear(&mut self, x: Var, w: impl Into<LayerWeight<'m, B>>, bias: Option<&'m Param<B>>) -> Result<Var> {
+        let w = w.into();
+        let mut y = Tensor::unwritten(self.backend, (self.value(x)?.rows(), w.operand().rows()))?;
         let bias_tensor = bias.map(|bias| &bias.tensor);
-        LinearForward {
-            x: self.value(x)?.view(),
-            w: (&w.tensor).into(),
-            bias: bias_tensor.map(Tensor::view),
-            y: (&mut y).into(),
-        }
-        .run(self.backend)?;
-        let needs_grad = self.needs_grad(x) || w.trainable || bias.is_some_and(|bias| bias.trainable);
+        LinearForward { x: self.value(x)?.view(), w: w.operand(), bias: bias_tensor.map(Tensor::view), y: (&mut y).into() }
+            .run(self.backend)?;
+        let needs_grad = self.needs_grad(x) || w.trained().is_some() || bias.is_some_and(|bias| bias.trainable);
         Ok(self.push(Op::Linear { x, w, bias }, needs_grad, y))
     }
 
@@ -273,7 +276,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         let sum = bias_sum(self.backend, *bias, *lora_bias, *scale)?;
         LoraForward {
             x: self.value(x)?.view(),
-            w: w.map(|w| (&w.tensor).into()),
+            w: w.map(LayerWeight::operand),
             bias: sum.as_ref().or(bias.map(|bias| &bias.tensor)).map(Tensor::view),
             a: (&a.tensor).into(),
             b: (&b.tensor).into(),
@@ -283,7 +286,7 @@ impl<'m, B: Backend> Tape<'m, B> {
             y: (&mut y).into(),
         }
         .run(self.backend)?;
-        let params = [*w, *bias, Some(a), Some(b), *lora_bias];
+        let params = [w.and_then(LayerWeight::trained), *bias, Some(a), Some(b), *lora_bias];
         let needs_grad = self.needs_grad(x) || params.iter().flatten().any(|param| param.trainable);
         Ok(self.push(Op::Lora { x, layer, h }, needs_grad, y))
     }

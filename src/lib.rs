@@ -52,6 +52,7 @@ mod error;
 pub mod file;
 pub mod nn;
 pub mod op;
+pub mod quant;
 pub mod random;
 mod tensor;
 mod view;

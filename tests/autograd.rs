@@ -50,7 +50,8 @@ fn the_tape_differentiates_two_layers_as_the_oracle_does() {
 
     let mut tape = Tape::new(&cpu);
     let x = tape.input(up(&cpu, &first.x));
-    let layer = LoraParams { w: Some(&w), bias: Some(&bias), a: &a, b: &b, lora_bias: None, scale: 0.5, dropout: Some(dropout) };
+    let layer =
+        LoraParams { w: Some((&w).into()), bias: Some(&bias), a: &a, b: &b, lora_bias: None, scale: 0.5, dropout: Some(dropout) };
     let middle = tape.lora_linear(x, layer).unwrap();
     let active = tape.relu(middle).unwrap();
     let y = tape.linear(active, &top, None).unwrap();
@@ -166,7 +167,7 @@ fn a_parameter_used_twice_gets_the_sum_of_both_gradients() {
     let mut tape = Tape::new(&cpu);
     let input = tape.input(up(&cpu, &x));
     let layer = || LoraParams {
-        w: Some(tied_w),
+        w: Some(tied_w.into()),
         bias: Some(tied_bias),
         a: tied_a,
         b: tied_b,

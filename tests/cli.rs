@@ -445,7 +445,7 @@ fn the_commands_of_the_programs_page_run() {
     fs::copy(desk.path("base.safetensors"), desk.path("model/model.safetensors")).unwrap();
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/program.md")).unwrap();
     let commands: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("lowrank ")).collect();
-    for verb in ["info", "merge", "unmerge", "extract", "combine", "compress", "convert"] {
+    for verb in ["info", "merge", "unmerge", "extract", "combine", "compress", "convert", "quantise", "dequantise"] {
         assert!(commands.iter().any(|line| line.starts_with(verb)), "docs/program.md does not show `lowrank {verb}`");
     }
     for line in commands {

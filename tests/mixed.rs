@@ -212,8 +212,7 @@ fn few_slots_serve_many_adapters() {
 fn the_one_used_the_longest_ago_makes_room() {
     let (cpu, (model, adapters)) = (cpu(), model(6));
     let mut bank = AdapterBank::new(&cpu, &model, 3, 3).unwrap();
-    let use_of =
-        |bank: &mut AdapterBank<Device>, name: &str| drop(bank.assign(&cpu, &[Some(name)], fetch(&adapters)).unwrap());
+    let use_of = |bank: &mut AdapterBank<Device>, name: &str| drop(bank.assign(&cpu, &[Some(name)], fetch(&adapters)).unwrap());
     ["a0", "a1", "a2", "a0"].iter().for_each(|name| use_of(&mut bank, name));
     use_of(&mut bank, "a3");
     assert!(bank.slot("a1").is_none() && bank.slot("a0").is_some() && bank.slot("a2").is_some());

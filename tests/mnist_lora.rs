@@ -17,7 +17,7 @@ use mnist::Mnist;
 
 fn settings() -> Settings {
     let (seed, hidden, epochs, batch, lr) = (5, vec![24, 16], 1, 10, 3e-3);
-    Settings { seed, hidden, epochs, batch, lr, rank: 1, alpha: 1.0, batches: 40, digit: None }
+    Settings { seed, hidden, epochs, batch, lr, rank: 1, alpha: 1.0, batches: 40, digit: None, quantise: None }
 }
 
 fn run<B: Backend>(backend: &B, settings: &Settings, watch: &mut dyn FnMut(&Progress)) -> Result<Outcome> {
@@ -112,4 +112,21 @@ fn an_adapter_that_was_not_tuned_changes_nothing() {
     let untuned = run(&Cpu::<f32>::new().unwrap(), &settings, &mut |_| {}).unwrap();
     assert!(difference(&untuned.base.logits, &untuned.on.logits) <= untuned.merged_tolerance);
     assert!(untuned.off == untuned.base && untuned.base_unchanged);
+}
+
+/// Over 4 and 8 bits the adapters learn what they learn over 32, and the weights stay what they are.
+#[test]
+fn adapters_are_tuned_over_quantised_weights() {
+    for kind in ["nf4", "int8"] {
+        let settings = Settings { quantise: Some(kind.parse().unwrap()), ..settings() };
+        let outcome = run(&Cpu::<f32>::new().unwrap(), &settings, &mut |_| {}).unwrap();
+        let full = outcome.full.as_ref().unwrap();
+        assert!(outcome.base_unchanged && outcome.off == outcome.base && outcome.reloaded == outcome.on, "{kind}");
+        assert!(outcome.merged_difference <= outcome.merged_tolerance, "{kind}: {}", outcome.merged_difference);
+        let digit = usize::from(outcome.digit);
+        assert!(outcome.on.errors[digit] < full.base.errors[digit].max(1), "{kind}");
+        assert!((outcome.on.accuracy - full.on.accuracy).abs() < 0.05, "{kind}");
+        assert!(full.quantised_bytes < full.bytes * if kind == "nf4" { 15 } else { 26 } / 100, "{kind}");
+        assert!(outcome.base != full.base, "{kind}: quantising changes something");
+    }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use lowrank::quant::QuantKind;
 
 /// Trains a network on MNIST, then teaches it its worst digit with adapters of rank 1, and shows that nothing else changed.
 #[derive(Parser)]
@@ -41,6 +42,9 @@ pub struct Args {
     /// Passes over the training images before the adapters
     #[arg(long, default_value_t = 1)]
     pub epochs: usize,
+    /// Quantise the weights after the training, and tune the adapters over them: nf4, fp4, int8 or q8_0
+    #[arg(long, value_name = "TYPE")]
+    pub quantise: Option<QuantKind>,
     /// Backend to compute on
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub backend: Device,

@@ -7,6 +7,7 @@ use std::time::Instant;
 use crate::mnist::{DIGITS, Mnist, Split, shuffled_batches};
 use lowrank::autograd::{Gradients, Tape};
 use lowrank::nn::{Adam, Adaptable, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::quant::{QuantKind, Quantised};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 
@@ -32,6 +33,8 @@ pub struct Settings {
     pub batches: usize,
     /// The digit to train them on; the worst if `None`.
     pub digit: Option<u8>,
+    /// How the weights are quantised once they are trained, before the adapters; not at all if `None`.
+    pub quantise: Option<QuantKind>,
 }
 
 /// The progress of a phase.
@@ -68,11 +71,28 @@ pub struct Score {
     pub accuracy: f64,
 }
 
+/// The model in full precision, beside one that is quantised.
+#[derive(Debug)]
+pub struct Full {
+    /// How the other is quantised.
+    pub kind: QuantKind,
+    /// Results without adapters.
+    pub base: Score,
+    /// Results with adapters that were trained over it in the same way.
+    pub on: Score,
+    /// Bytes of its weights.
+    pub bytes: usize,
+    /// Bytes of the quantised weights.
+    pub quantised_bytes: usize,
+}
+
 /// The results of the experiment.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Results of the base model.
+    /// Results of the base model, quantised if that is asked for.
     pub base: Score,
+    /// The model before it was quantised, if it was.
+    pub full: Option<Full>,
     /// The digit that the adapters were trained on.
     pub digit: u8,
     /// Results with the adapters enabled.
@@ -107,8 +127,7 @@ pub fn run<B: Backend>(
     dir: &Path,
     watch: &mut dyn FnMut(&Progress),
 ) -> Result<Outcome> {
-    let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
-    config.check()?; // fail now, not after minutes of training
+    LoraConfig::new(settings.rank, settings.alpha).check()?; // fail now, not after minutes of training
     settings.digit.map_or(Ok(()), |digit| shown(&mnist.train, digit).map(drop))?;
     let rng = &mut Rng::new(settings.seed);
     let pixels = mnist.train.images().rows() * mnist.train.images().cols();
@@ -117,14 +136,21 @@ pub fn run<B: Backend>(
 
     let batches = (0..settings.epochs).flat_map(|_| shuffled_batches(mnist.train.all(), settings.batch, rng)).collect();
     let pretrain = train(backend, &mut mlp, &mnist.train, batches, settings.lr, ("training", watch))?;
-    let base = score(backend, &mlp, &mnist.test)?;
+    let mut base = score(backend, &mlp, &mnist.test)?;
     let digit = settings.digit.unwrap_or_else(|| worst(&base.errors));
+    let mut full = None;
+    if let Some(kind) = settings.quantise {
+        let mut model = copy(backend, &mlp)?;
+        tune(backend, &mut model, &mnist.train, (settings, digit), &mut rng.clone(), watch)?;
+        let on = score(backend, &model, &mnist.test)?;
+        let [bytes, quantised_bytes] = quantise(backend, &mut mlp, kind)?;
+        let quantised = score(backend, &mlp, &mnist.test)?;
+        full = Some(Full { kind, base: std::mem::replace(&mut base, quantised), on, bytes, quantised_bytes });
+    }
     let before = weights(backend, &mlp)?;
 
-    mlp.add_adapters(backend, Targets::All, &config, rng)?;
+    let tune = tune(backend, &mut mlp, &mnist.train, (settings, digit), rng, watch)?;
     let params = mlp.parameter_report();
-    let batches = batches_of(&mnist.train, digit, settings, rng)?;
-    let tune = train(backend, &mut mlp, &mnist.train, batches, settings.lr, ("tuning", watch))?;
 
     let on = score(backend, &mlp, &mnist.test)?;
     let base_unchanged = same_bits(&before, &weights(backend, &mlp)?);
@@ -149,11 +175,38 @@ pub fn run<B: Backend>(
         off,
         reloaded,
         merged,
+        full,
         params,
         pretrain,
         tune,
         base_unchanged,
     })
+}
+
+/// Adds adapters, and trains them on images of one digit.
+fn tune<B: Backend>(
+    backend: &B,
+    mlp: &mut Mlp<B>,
+    split: &Split,
+    (settings, digit): (&Settings, u8),
+    rng: &mut Rng,
+    watch: &mut dyn FnMut(&Progress),
+) -> Result<Phase> {
+    let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
+    mlp.add_adapters(backend, Targets::All, &config, rng)?;
+    let batches = batches_of(split, digit, settings, rng)?;
+    train(backend, mlp, split, batches, settings.lr, ("tuning", watch))
+}
+
+/// Quantises every weight. Gives the bytes that they took, and take.
+fn quantise<B: Backend>(backend: &B, mlp: &mut Mlp<B>, kind: QuantKind) -> Result<[usize; 2]> {
+    let mut bytes = [0; 2];
+    for (_, layer) in mlp.layers_mut() {
+        bytes[0] += layer.base().weight().count() * size_of::<B::Elem>();
+        layer.quantise(backend, kind)?;
+        bytes[1] += layer.base().quantised().map_or(0, Quantised::bytes);
+    }
+    Ok(bytes)
 }
 
 /// The number of losses that are read together, because reading one waits for the device.
@@ -265,10 +318,12 @@ fn worst(errors: &[usize; DIGITS]) -> u8 {
     (1..DIGITS).fold(0, |worst, digit| if errors[digit] > errors[worst] { digit } else { worst }) as u8
 }
 
-/// The weight and the bias of every layer.
+/// The weight and the bias of every layer; what quantised weights stand for.
 fn weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>>> {
     let params = mlp.layers().flat_map(|(_, layer)| layer.base().params());
-    params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
+    let dense = params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect()));
+    let quantised = mlp.layers().filter_map(|(_, layer)| layer.base().quantised());
+    dense.chain(quantised.map(|w| Ok(w.to_host(backend)?.dequantise()))).collect()
 }
 
 /// A and B of every layer that has an adapter.

@@ -103,8 +103,8 @@ fn show<B: Backend>(backend: &B, args: &Args) -> Result<()> {
 
 /// The settings. The network is oversized on purpose, to show how small an update can be.
 fn settings(args: &Args) -> Settings {
-    let Args { seed, rank, alpha, lr, batches, digit, epochs, .. } = *args;
-    Settings { seed, hidden: vec![1000, 2000], epochs, batch: 10, lr, rank, alpha, batches, digit }
+    let Args { seed, rank, alpha, lr, batches, digit, epochs, quantise, .. } = *args;
+    Settings { seed, hidden: vec![1000, 2000], epochs, batch: 10, lr, rank, alpha, batches, digit, quantise }
 }
 
 /// The number of test images of each digit.

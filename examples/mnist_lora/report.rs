@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::args::Args;
-use crate::experiment::Outcome;
+use crate::experiment::{Full, Outcome, Score};
 
 /// Prints the backend and the data.
 pub fn begin(device: &str, source: &str, mnist: &Mnist) {
@@ -50,6 +50,9 @@ pub fn tables(outcome: &Outcome, counts: &[usize; DIGITS]) {
     let (was, is) = (base.errors[usize::from(*digit)], on.errors[usize::from(*digit)]);
     let fall = 100.0 * (1.0 - is as f64 / was.max(1) as f64);
     println!("\ndigit {digit}: {was} errors -> {is} ({fall:.0} % fewer), with the adapters tuned on nothing else");
+    if let Some(full) = &outcome.full {
+        quantised(full, outcome);
+    }
     println!("\nparameters of the model     {:>9}", thousands(params.original));
     println!("parameters of the adapters  {:>9}  ({:.3} %)", thousands(params.introduced), params.percent());
     for (phase, name) in [(&outcome.pretrain, "training"), (&outcome.tune, "tuning")] {
@@ -61,6 +64,20 @@ pub fn tables(outcome: &Outcome, counts: &[usize; DIGITS]) {
         println!("{}  {says}", if holds { "yes" } else { "NO " });
     }
     println!("     (largest difference {:.1e}, rounding explains {:.1e})", outcome.merged_difference, outcome.merged_tolerance);
+}
+
+/// Prints what quantising the weights saved and changed.
+fn quantised(full: &Full, outcome: &Outcome) {
+    let all = |score: &Score| score.errors.iter().sum::<usize>();
+    let of = |score: &Score| score.errors[usize::from(outcome.digit)];
+    println!("\nweights quantised as {}: {} bytes, {} before", full.kind, thousands(full.quantised_bytes), thousands(full.bytes));
+    println!("test errors            digit {}       all   accuracy in %", outcome.digit);
+    let rows = [("before the adapters", &full.base, &outcome.base), ("with the adapters", &full.on, &outcome.on)];
+    for (when, full, quantised) in rows {
+        for (model, score) in [("full", full), ("quantised", quantised)] {
+            println!("  {when:20} {model:9} {:7} {:9} {:15.2}", of(score), all(score), 100.0 * score.accuracy);
+        }
+    }
 }
 
 /// All results. The keys are stable, because scripts read them.
@@ -92,6 +109,12 @@ pub fn json(outcome: &Outcome, args: &Args, device: &str, source: &str) -> Value
         "merged_difference": outcome.merged_difference,
         "merged_tolerance": outcome.merged_tolerance,
     });
+    if let Some(full) = &outcome.full {
+        figures["quantised"] = full.kind.name().into();
+        figures["weight_bytes"] = json!({ "full": full.bytes, "quantised": full.quantised_bytes });
+        figures["full_errors"] = json!({ "base": full.base.errors, "lora": full.on.errors });
+        figures["full_accuracy"] = json!({ "base": full.base.accuracy, "lora": full.on.accuracy });
+    }
     for (key, _, holds) in checks(outcome) {
         figures[key] = holds.into();
     }

@@ -135,11 +135,11 @@ struct File<'b, B> {
 
 impl<B: Backend> File<'_, B> {
     fn adapter(&mut self, layer: &str, base: &Linear<B>, config: LoraConfig, part: Option<Principal>) -> Result<Adapter<B>> {
-        let Shape { rows: n, cols: k } = base.weight().tensor.shape();
+        let Shape { rows: n, cols: k } = base.shape();
         let names = [tensors::key(layer, "lora_A"), tensors::key(layer, "lora_B")];
         let factors = [self.matrix(&names[0], (config.rank, k).into())?, self.matrix(&names[1], (n, config.rank).into())?];
         let ([a, b], config) = match part {
-            Some(part) => plain((self.backend, layer, &base.weight().tensor), factors, config, part)?,
+            Some(part) => plain((self.backend, layer, base.dense_weight(part.name())?), factors, config, part)?,
             None => (factors, config),
         };
         let (a, b) = (self.upload(&names[0], &a)?, self.upload(&names[1], &b)?);
@@ -158,7 +158,7 @@ impl<B: Backend> File<'_, B> {
     }
 
     fn whole(&mut self, layer: &str, base: &Linear<B>) -> Result<Linear<B>> {
-        let Shape { rows: n, cols: k } = base.weight().tensor.shape();
+        let Shape { rows: n, cols: k } = base.shape();
         let name = format!("{layer}.weight");
         let weight = self.matrix(&name, (n, k).into())?;
         let weight = self.upload(&name, &weight)?;

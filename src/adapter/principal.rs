@@ -32,7 +32,7 @@ pub fn init_from_weight<B: Backend>(
     Error::unless(!taken, "init_from_weight", "start", format!("`{start}`, which exists"), "a new name")?;
     let mut numbers = Vec::new();
     for (layer, adapter) in model.adapters(name) {
-        let w = &model.layer(layer)?.base().weight().tensor;
+        let w = model.layer(layer)?.base().dense_weight(part.name()).map_err(|error| error.in_layer(layer))?;
         numbers.push((layer.to_string(), factors(backend, w, adapter, part)?));
     }
 

@@ -3,7 +3,7 @@
 use super::custom::BoxedDerivative;
 use super::gradients::{Gradient, Gradients};
 use super::rows;
-use super::{LoraParams, Node, Op, Param, Var};
+use super::{LayerWeight, LoraParams, Node, Op, Param, Var};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::op::{Accumulate, Add, DropoutForward, LinearBackward, LoraBackward, MagnitudeBackward, ReluBackward};
@@ -35,7 +35,7 @@ pub(super) fn node<B: Backend>(
             let (dx_, dbias_) = (dx.as_mut(), dbias.as_mut());
             let backward = LinearBackward {
                 x: Some(values[x.index].view()),
-                w: Some((&w.tensor).into()),
+                w: Some(w.operand()),
                 dy: dy.view(),
                 dx: dx_.map(Into::into),
                 dw: None,
@@ -43,7 +43,8 @@ pub(super) fn node<B: Backend>(
             };
             backward.run(backend)?;
             gradients.add_to_parameter(backend, *bias, dbias.map(Gradient::Dense))?;
-            gradients.add_to_parameter(backend, Some(w), w.trainable.then_some(Gradient::Factored { dy, x: *x }))?;
+            let w = w.trained();
+            gradients.add_to_parameter(backend, w, w.map(|_| Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.add_to_value(backend, *x, dx))?;
         }
         Op::Lora { x, layer: LoraParams { w, bias, a, b, lora_bias, scale, dropout }, h } => {
@@ -53,7 +54,7 @@ pub(super) fn node<B: Backend>(
             let mut db = Tensor::unwritten(backend, b.tensor.shape())?;
             let backward = LoraBackward {
                 x: values[x.index].view(),
-                w: w.map(|w| (&w.tensor).into()),
+                w: w.map(LayerWeight::operand),
                 a: (&a.tensor).into(),
                 b: (&b.tensor).into(),
                 h: h.view(),
@@ -74,7 +75,8 @@ pub(super) fn node<B: Backend>(
             gradients.add_to_parameter(backend, bias.filter(|bias| bias.trainable), dbias.map(Gradient::Dense))?;
             gradients.add_to_parameter(backend, Some(a), a.trainable.then_some(Gradient::Dense(da)))?;
             gradients.add_to_parameter(backend, Some(b), b.trainable.then_some(Gradient::Dense(db)))?;
-            gradients.add_to_parameter(backend, *w, w.filter(|w| w.trainable).map(|_| Gradient::Factored { dy, x: *x }))?;
+            let w = w.and_then(LayerWeight::trained);
+            gradients.add_to_parameter(backend, w, w.map(|_| Gradient::Factored { dy, x: *x }))?;
             dx.map_or(Ok(()), |dx| gradients.add_to_value(backend, *x, dx))?;
         }
         Op::LoraRows { x, layer, h } => {

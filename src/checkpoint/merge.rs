@@ -12,14 +12,17 @@ use super::layout::Layout;
 use super::model::ConfigEdit;
 use super::names::Place;
 use super::plan::{Options, Plan, check_shapes_kept};
+use super::quantise::merge_quantised;
 use super::residue::{ResidueReader, ResidueWriter, Restored};
 use super::rewrite::{Edit, Pass, rewrite};
 use super::weight::{BLOCKS, MergeMode, Weight};
 use super::{Checkpoint, Shard, Watch, refused};
+use crate::adapter::formats::Kind;
 use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
+use crate::quant::QuantKind;
 
 /// The arguments of [`merge`].
 #[derive(Clone, Copy, Debug)]
@@ -44,13 +47,16 @@ pub struct Merge<'m> {
     /// A folder, such as the adapter's, whose tokenizer, chat template and generation config replace those of the base, if the
     /// new checkpoint is a folder.
     pub companions: Option<&'m Path>,
+    /// How weights that were quantised are quantised again once the adapter is merged; else they are written in `dtype`, `bf16` by
+    /// default. Weights that were not are not.
+    pub requantise: Option<QuantKind>,
 }
 
 impl<'m> Merge<'m> {
     /// A merge with every other setting at its default.
     pub fn new(base: &'m Checkpoint, adapter: &'m Folder, out: &'m Path) -> Self {
-        let (dtype, keep_residue, layout, companions) = Default::default();
-        Self { base, adapter, out, dtype, keep_residue, allow_non_finite: false, names: &[], layout, companions }
+        let (dtype, keep_residue, layout, companions, requantise) = Default::default();
+        Self { base, adapter, out, dtype, keep_residue, allow_non_finite: false, names: &[], layout, companions, requantise }
     }
 }
 
@@ -86,11 +92,24 @@ impl<'m> Unmerge<'m> {
 /// [initialised with a part of the weights](crate::adapter::Principal) each weight is decomposed again. An output head that
 /// shares the weight of the embedding gets a weight of its own if the adapter changes only one of the two.
 ///
+/// The weights of a model that bitsandbytes quantised are dequantised, merged in `f32`, and written dense, or quantised again with
+/// [`Merge::requantise`].
+///
 /// Errors: [`Error::File`] for modules whose weight is missing or ambiguous, shapes that do not fit, results that are not finite,
 /// and failures of the disk; [`Error::Value`] for a residue together with another `dtype`; [`Error::Unsupported`] for a residue
 /// of an adapter with [`Principal`]; [`Error::Interrupted`]. Nothing is written then.
-pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
-    let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions } = *request;
+pub fn merge(request: &Merge<'_>, watch: Watch<'_>) -> Result<Vec<String>> {
+    if matches!(request.base.kind(), Kind::Quantised(_)) && !request.base.states()?.is_empty() {
+        return merge_quantised(request, watch);
+    }
+    merge_plain(request, watch)
+}
+
+/// [`merge`] into a model that is not quantised.
+pub(super) fn merge_plain(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
+    let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions, requantise } = *request;
+    let want = "absent for a model that is not quantised: `quantise` the merged one";
+    Error::unless(requantise.is_none(), "merge", "requantise", "set", want)?;
     base.check_plain_model()?;
     let mut updates = Updates::new(base, adapter, 1.0, Options { names, layout })?;
     let mut notes = std::mem::take(&mut updates.plan.notes);

@@ -7,6 +7,7 @@
 //! change.rs weight.rs merge.rs                   merging into them, and unmerging
 //! residue.rs                                     the file that makes unmerging exact
 //! convert.rs                                     converting to another element type
+//! quantised.rs quantise.rs                       weights of 4 and 8 bits, as bitsandbytes stores them
 //! extract.rs                                     extracting an adapter from two checkpoints
 //! ```
 //!
@@ -47,6 +48,8 @@ mod model;
 mod names;
 mod output;
 mod plan;
+mod quantise;
+mod quantised;
 mod residue;
 mod rewrite;
 mod ties;
@@ -65,6 +68,7 @@ pub use header::Entry;
 pub use layout::Layout;
 use memmap2::Mmap;
 pub use merge::{Merge, Unmerge, merge, unmerge};
+pub use quantise::{Quantise, dequantise, quantise};
 pub use safetensors::tensor::Dtype;
 
 use crate::adapter::formats::{self, Kind};

@@ -10,6 +10,8 @@ use crate::element::DType;
 pub(super) const MODEL_CONFIG: &str = "config.json";
 /// The names of element types in such a config.
 const TORCH_NAMES: [(DType, &str); 3] = [(DType::F32, "float32"), (DType::F16, "float16"), (DType::BF16, "bfloat16")];
+/// The key of the settings of a quantised model.
+const QUANTISATION: &str = "quantization_config";
 /// The key that says whether the output head shares the weight of the embedding.
 const TIED: &str = "tie_word_embeddings";
 
@@ -58,6 +60,8 @@ pub(super) struct ConfigEdit {
     pub(super) dtype: Option<DType>,
     /// If true, the output head has a weight of its own now.
     pub(super) untie: bool,
+    /// The new settings of a quantised model; `Some(None)` if it is no longer quantised.
+    pub(super) quantisation: Option<Option<Value>>,
     /// The old and the new number of tokens.
     pub(super) vocabulary: Option<[usize; 2]>,
 }
@@ -70,6 +74,13 @@ impl ConfigEdit {
         if self.untie && document.get(TIED) != Some(&json!(false)) {
             document.insert(TIED.into(), json!(false)); // the default is true for many models
             changed = true;
+        }
+        if let Some(quantisation) = &self.quantisation {
+            changed |= document.get(QUANTISATION) != quantisation.as_ref();
+            match quantisation {
+                Some(new) => drop(document.insert(QUANTISATION.into(), new.clone())),
+                None => drop(document.shift_remove(QUANTISATION)),
+            }
         }
         changed.then(|| format!("{:#}\n", Value::Object(document)).into_bytes())
     }

@@ -19,6 +19,11 @@ const PIECE: usize = 4 << 20;
 pub(super) trait Edit {
     /// The entry of a tensor after the change.
     fn stored(&self, entry: &Entry) -> Entry;
+    /// The tensors that take its place, in the order in which [`write`](Self::write) writes them: itself, unless a format has several for
+    /// a weight.
+    fn parts(&self, entry: &Entry) -> Result<Vec<Entry>> {
+        Ok(vec![self.stored(entry)])
+    }
     /// New tensors, which are stored after all others.
     fn added(&self) -> &[Entry] {
         &[]
@@ -117,7 +122,9 @@ pub(super) fn rewrite(
 
 fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Staged> {
     let added = if last { edit.added().to_vec() } else { Vec::new() };
-    let stored: Vec<Entry> = shard.header.entries.iter().chain(&added).map(|entry| edit.stored(entry)).collect();
+    let stored: Vec<Vec<Entry>> =
+        shard.header.entries.iter().chain(&added).map(|entry| edit.parts(entry)).collect::<Result<_>>()?;
+    let stored = stored.concat();
     let header = shard.header.with_entries(&shard.path, &stored)?;
     let staged = Staged::with(out, |file| {
         let mut output = Output::new(out, file)?;
@@ -133,7 +140,9 @@ fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit
 
 /// The bytes of the index, with the new total size and the new tensors.
 fn index_of(base: &Checkpoint, path: &Path, edit: &impl Edit) -> Result<Vec<u8>> {
-    let total: usize = base.entries().chain(edit.added()).map(|entry| edit.stored(entry).bytes).sum();
+    let parts: Vec<Vec<Entry>> = base.entries().map(|entry| edit.parts(entry)).collect::<Result<_>>()?;
+    let total: usize = parts.iter().flatten().map(|entry| entry.bytes).sum::<usize>()
+        + edit.added().iter().map(|entry| edit.stored(entry).bytes).sum::<usize>();
     let bytes = file::read(path)?;
     let parsed: Result<serde_json::Value, _> = serde_json::from_slice(&bytes);
     let mut document = parsed.map_err(|error| refused(path, error.to_string()))?;
@@ -143,6 +152,16 @@ fn index_of(base: &Checkpoint, path: &Path, edit: &impl Edit) -> Result<Vec<u8>>
     }
     let last = base.shards.last().and_then(|shard| shard.path.file_name()).map(|name| name.to_string_lossy());
     if let (Some(map), Some(last)) = (document.pointer_mut("/weight_map").and_then(serde_json::Value::as_object_mut), last) {
+        for (entry, parts) in base.entries().zip(&parts) {
+            if let [part] = &parts[..]
+                && part.name == entry.name
+            {
+                continue;
+            }
+            let Some(file) = map.shift_remove(&entry.name) else { continue };
+            parts.iter().for_each(|part| drop(map.insert(part.name.clone(), file.clone())));
+            changed = true;
+        }
         for entry in edit.added() {
             map.insert(entry.name.clone(), last.as_ref().into());
             changed = true;

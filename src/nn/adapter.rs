@@ -29,7 +29,7 @@ impl<B: Backend> Adapter<B> {
     /// copies the bias. Errors: [`Error::Value`].
     pub fn new(backend: &B, base: &Linear<B>, config: LoraConfig, rng: &mut Rng) -> Result<Self> {
         config.check()?;
-        let Shape { rows: n, cols: k } = base.weight().tensor.shape();
+        let Shape { rows: n, cols: k } = base.shape();
         let (a, b) = config.init.factors(backend, (n, k, config.rank), rng)?;
         let mut adapter = Self::from_tensors(a, b, config)?;
         if adapter.config.lora_bias {
@@ -159,7 +159,7 @@ impl<B: Backend> Adapter<B> {
     /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] if a tensor that the settings require is
     /// missing.
     pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
-        let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
+        let Shape { rows: n, cols: k } = base.shape();
         let row =
             |name, param: &Option<Param<B>>| param.as_ref().map_or(Ok(()), |param| fits(name, param.tensor.shape(), (1, n)));
         fits("a", self.a.tensor.shape(), (self.room().max(self.config.rank), k))?;

@@ -10,21 +10,21 @@ use crate::autograd::{LoraParams, Param, Tape, Var};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Dropout, LoraRowNorm, Rounding, round_stochastic, rounding_words};
+use crate::op::{Dropout, LoraRowNorm, Rounding, Weight, round_stochastic, rounding_words};
 use crate::tensor::Tensor;
 
 /// The initial magnitudes of an adapter: the norms of the merged rows, so that a new adapter changes nothing.
 pub(super) fn row_norms<B: Backend>(backend: &B, base: &Linear<B>, adapter: &Adapter<B>) -> Result<Tensor<B>> {
-    let norms = norm(backend, &base.weight().tensor, adapter)?.to_vec(backend)?;
+    let norms = norm(backend, base.operand(), adapter)?.to_vec(backend)?;
     let norms: Vec<_> = norms.into_iter().map(B::Elem::from_f32).collect();
     Tensor::from_slice(backend, (1, norms.len()), &norms)
 }
 
 /// `norm_j = ‖(W + scaling·B·A)_j‖` for each row `j`
-fn norm<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>) -> Result<Tensor<B, f32>> {
+fn norm<B: Backend>(backend: &B, w: Weight<'_, B>, adapter: &Adapter<B>) -> Result<Tensor<B, f32>> {
     let mut norm = Tensor::unwritten(backend, (1, w.rows()))?;
     let (a, b, scale) = (&adapter.a.tensor, &adapter.b.tensor, adapter.scaling());
-    LoraRowNorm { w: w.into(), a: a.into(), b: b.into(), scale, norm: norm.view_mut() }.run(backend)?;
+    LoraRowNorm { w, a: a.into(), b: b.into(), scale, norm: norm.view_mut() }.run(backend)?;
     Ok(norm)
 }
 
@@ -39,8 +39,8 @@ pub(super) fn forward<'m, B: Backend>(
     (adapter, magnitude): (&'m Adapter<B>, &'m Param<B>),
     (dropout, so_far): (Option<Dropout>, Option<Var>),
 ) -> Result<Var> {
-    let w = base.weight();
-    let norm = norm(tape.backend(), &w.tensor, adapter)?;
+    let w = base.layer_weight();
+    let norm = norm(tape.backend(), w.operand(), adapter)?;
     let dropped = dropout.map_or(Ok(x), |dropout| tape.dropout(x, dropout))?;
     let (a, b, scale) = (&adapter.a, &adapter.b, adapter.scaling());
     let z = tape.lora_linear(dropped, LoraParams { w: Some(w), bias: None, a, b, lora_bias: None, scale, dropout: None })?;
@@ -64,7 +64,7 @@ pub(super) struct Rows {
 impl Rows {
     /// Computes the gains for a weight before it is merged.
     pub(super) fn of<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>, magnitude: &Param<B>) -> Result<Self> {
-        let (norms, magnitudes) = (norm(backend, w, adapter)?.to_vec(backend)?, magnitude.tensor.to_vec(backend)?);
+        let (norms, magnitudes) = (norm(backend, w.into(), adapter)?.to_vec(backend)?, magnitude.tensor.to_vec(backend)?);
         // A row of zeros has no direction, and stays zero.
         let gain = |(norm, magnitude): (f32, B::Elem)| if norm == 0.0 { 0.0 } else { magnitude.to_f32() / norm };
         Ok(Self { gains: norms.into_iter().zip(magnitudes).map(gain).collect() })

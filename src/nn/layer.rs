@@ -4,6 +4,7 @@ use super::{Adapter, Adapters, LayerAdapter, Linear, LoraLinear};
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::{Backend, Passes};
 use crate::error::Result;
+use crate::quant::QuantKind;
 
 /// A layer of a model: a linear one, `y = x·Wᵀ + bias`, to which adapters can be added by name.
 ///
@@ -79,6 +80,13 @@ impl<B: Backend> Layer<B> {
     /// Prepacks the weight, for a base that stays frozen; see [`Backend::keep_packed`].
     pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
         self.0.keep_packed(backend, passes)
+    }
+
+    /// Quantises the weight of the base layer, which is frozen from then on; adapters stay. Errors: [`Error::Value`](crate::Error::Value)
+    /// while an adapter is merged; those of [`Linear::quantise`].
+    pub fn quantise(&mut self, backend: &B, kind: QuantKind) -> Result<()> {
+        self.0.check_unmerged("quantise")?;
+        self.0.base.quantise(backend, kind)
     }
 
     /// The layer without its adapters; a merged update stays in the weight.

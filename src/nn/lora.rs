@@ -103,7 +103,7 @@ impl<B: Backend> LayerAdapter<B> {
             adapter.fits(base)?;
         }
         if let LayerAdapter::Whole(linear) = self {
-            same("weight", linear.weight().tensor.shape(), base.weight().tensor.shape())?;
+            same("weight", linear.shape(), base.shape())?;
         }
         match (self.bias(), base.bias()) {
             (Some(ours), Some(theirs)) => same("bias", ours.tensor.shape(), theirs.tensor.shape()),
@@ -172,7 +172,8 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     /// The layer without its adapters; it stays frozen, and a merged update stays in the weight.
-    pub fn into_base(self) -> Linear<B> {
+    pub fn into_base(mut self) -> Linear<B> {
+        self.base.keep_dense();
         self.base
     }
 
@@ -198,6 +199,7 @@ impl<B: Backend> LoraLinear<B> {
             self.base = linear;
             self.freeze();
         }
+        self.base.keep_dense();
         self.unload();
     }
 
@@ -356,12 +358,12 @@ impl<B: Backend> LoraLinear<B> {
                 continue;
             }
             let first = y.is_none();
-            let (w, bias) = (first.then_some(base.weight()), bias.filter(|_| first));
+            let (w, bias) = (first.then(|| base.layer_weight()), bias.filter(|_| first));
             let (a, b, lora_bias, scale) = (&adapter.a, &adapter.b, adapter.lora_bias.as_ref(), adapter.scaling());
             let update = tape.lora_linear(x, LoraParams { w, bias, a, b, lora_bias, scale, dropout })?;
             y = Some(y.map_or(Ok(update), |y| tape.add(y, update))?);
         }
-        y.map_or_else(|| tape.linear(x, base.weight(), bias), Ok)
+        y.map_or_else(|| tape.linear(x, base.layer_weight(), bias), Ok)
     }
 
     /// The parts that `forward` computes with: of the adapters in `active` those that are not merged, and of the merged ones

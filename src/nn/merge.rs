@@ -80,6 +80,7 @@ impl<B: Backend> LoraLinear<B> {
         for name in names {
             if let Err(error) = self.push(backend, name.as_ref(), how) {
                 self.unmerge_down_to(backend, before)?;
+                self.drop_dense(backend)?;
                 return Err(error);
             }
         }
@@ -135,7 +136,7 @@ impl<B: Backend> LoraLinear<B> {
         Error::unless(finite || !how.safe, "merge", "bias", format!("not finite with `{name}` in it"), "finite numbers")?;
         let (mut residue, mut rows) = (Residue::between(&[], &[]), None);
         if let LayerAdapter::Lora(adapter) = part {
-            let w = self.base.weight_mut();
+            let w = self.base.dense_mut(backend)?;
             rows = adapter.magnitude.as_ref().map(|magnitude| Rows::of(backend, w, adapter, magnitude)).transpose()?;
             residue = add_update(backend, w, adapter, rows.as_ref(), how).map_err(|error| named(error, name))?;
         }
@@ -165,7 +166,12 @@ impl<B: Backend> LoraLinear<B> {
             param.copy_from_slice(backend, before)?;
         }
         self.merged.pop();
-        Ok(())
+        self.drop_dense(backend)
+    }
+
+    /// Of a quantised layer, once nothing is merged any more, the quantised weight is all that is left.
+    fn drop_dense(&mut self, backend: &B) -> Result<()> {
+        if self.merged.is_empty() { self.base.drop_dense(backend) } else { Ok(()) }
     }
 }
 

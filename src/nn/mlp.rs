@@ -37,7 +37,7 @@ impl<B: Backend> Mlp<B> {
     pub fn from_layers(layers: Vec<Linear<B>>) -> Result<Self> {
         Error::unless(!layers.is_empty(), "mlp", "layers", layers.len(), "at least 1")?;
         for pair in layers.windows(2) {
-            let (got, want) = (pair[1].weight().tensor.shape(), pair[0].weight().tensor.rows());
+            let (got, want) = (pair[1].shape(), pair[0].shape().rows);
             if got.cols != want {
                 return Err(Error::Shape { verb: "mlp", name: "weight", got, want: (got.rows, want).into() });
             }

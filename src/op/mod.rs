@@ -53,6 +53,7 @@ pub use lora_forward::LoraForward;
 pub use lora_merge::LoraMerge;
 pub use lora_row_norm::LoraRowNorm;
 pub use magnitude::{Magnitude, MagnitudeBackward};
+pub(crate) use operands::WeightForm;
 pub use operands::{Factor, Output, Packed, Weight};
 pub use relu::{Relu, ReluBackward};
 pub use rounding::Rounding;

@@ -4,17 +4,30 @@ use super::PerRow;
 use crate::backend::Backend;
 use crate::element::Element;
 use crate::error::{Error, Result};
+use crate::quant::Quantised;
 use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 use crate::{DType, Float, Passes};
 
-/// The frozen weight of a layer, `n×k`: dense, with [packed](Packed) panels beside it or without.
+/// The frozen weight of a layer, `n×k`: dense, with [packed](Packed) panels beside it or without, or [quantised](Quantised).
 ///
-/// Converts from `&Tensor`, [`MatRef`] and `&Packed`.
-pub struct Weight<'t, B: Backend> {
-    dense: MatRef<'t, B>,
-    panels: Option<&'t B::Panels>,
+/// Converts from `&Tensor`, [`MatRef`], `&Packed` and `&Quantised`.
+pub struct Weight<'t, B: Backend>(pub(crate) WeightForm<'t, B>);
+
+/// The forms of a weight.
+pub(crate) enum WeightForm<'t, B: Backend> {
+    /// Numbers as they are stored, and panels where the weight is packed as well.
+    Dense(MatRef<'t, B>, Option<&'t B::Panels>),
+    Quantised(&'t Quantised<B>),
 }
+
+impl<B: Backend> Clone for WeightForm<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for WeightForm<'_, B> {}
 
 impl<B: Backend> Clone for Weight<'_, B> {
     fn clone(&self) -> Self {
@@ -27,46 +40,61 @@ impl<B: Backend> Copy for Weight<'_, B> {}
 impl<'t, B: Backend> Weight<'t, B> {
     /// `n×k`: outputs × inputs.
     pub fn shape(&self) -> Shape {
-        self.dense.shape()
+        match self.0 {
+            WeightForm::Dense(dense, _) => dense.shape(),
+            WeightForm::Quantised(quantised) => quantised.shape(),
+        }
     }
 
     /// `n`, the outputs of the layer.
     pub fn rows(&self) -> usize {
-        self.dense.rows()
+        self.shape().rows
     }
 
     /// `k`, the inputs of the layer.
     pub fn cols(&self) -> usize {
-        self.dense.cols()
+        self.shape().cols
     }
 
-    /// The dense matrix.
-    pub(crate) fn dense(&self) -> MatRef<'t, B> {
-        self.dense
-    }
-
-    /// The panels, if the weight is packed.
-    pub(crate) fn panels(&self) -> Option<&'t B::Panels> {
-        self.panels
+    /// The numbers as they are stored, for a backend that takes no other form.
+    ///
+    /// Errors: [`Error::Value`] for a quantised weight.
+    #[cfg(any(feature = "webgpu", feature = "cuda"))]
+    pub(crate) fn dense(&self, verb: &'static str) -> Result<MatRef<'t, B>> {
+        match self.0 {
+            WeightForm::Dense(dense, _) => Ok(dense),
+            WeightForm::Quantised(quantised) => Err(crate::Error::Value {
+                verb,
+                name: "w",
+                got: format!("quantised as {}", quantised.kind()),
+                want: "a dense weight on this backend: `Quantised::dequantise` makes one".into(),
+            }),
+        }
     }
 }
 
 impl<'t, B: Backend> From<MatRef<'t, B>> for Weight<'t, B> {
     fn from(dense: MatRef<'t, B>) -> Self {
-        Self { dense, panels: None }
+        Self(WeightForm::Dense(dense, None))
     }
 }
 
 impl<'t, B: Backend> From<&'t Tensor<B>> for Weight<'t, B> {
     /// Takes the panels along if [`Backend::keep_packed`] was called for this tensor.
     fn from(tensor: &'t Tensor<B>) -> Self {
-        Self { dense: tensor.view(), panels: B::panels(tensor.buffer()) }
+        Self(WeightForm::Dense(tensor.view(), B::panels(tensor.buffer())))
     }
 }
 
 impl<'t, B: Backend> From<&'t Packed<'_, B>> for Weight<'t, B> {
     fn from(packed: &'t Packed<'_, B>) -> Self {
-        Self { dense: packed.dense, panels: Some(&packed.panels) }
+        Self(WeightForm::Dense(packed.dense, Some(&packed.panels)))
+    }
+}
+
+impl<'t, B: Backend> From<&'t Quantised<B>> for Weight<'t, B> {
+    fn from(quantised: &'t Quantised<B>) -> Self {
+        Self(WeightForm::Quantised(quantised))
     }
 }
 

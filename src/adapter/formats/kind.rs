@@ -86,6 +86,9 @@ impl Kind {
                 "the download returned a web page instead of the file; download it again, logged in if necessary".into()
             }
             Kind::Other(_) => "models and adapters are read as safetensors".into(),
+            Kind::Quantised(by) if by.starts_with("bitsandbytes") => {
+                format!("`lowrank dequantise {at} --out DIR` makes a plain model of it")
+            }
             Kind::Quantised(_) => "use the model in f32, f16 or bf16 that it was made from, or dequantise it first".into(),
             Kind::EmptyTensors => "the parameters were not gathered when it was saved; save it again with \
                 `stage3_gather_16bit_weights_on_model_save`, or make it from the checkpoint with zero_to_fp32.py"

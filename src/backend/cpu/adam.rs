@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::gemm::{Init, Output, interleave, sum_of_products};
+use super::gemm::{Factor, Init, Output, interleave, sum_of_products};
 use super::linear::{matrix, product};
 use super::simd::{Kernel, LANES, Lanes, Simd};
 use super::small_work::{SMALL_MATRIX, is_small_product};
@@ -45,7 +45,7 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
         }
         WeightGrad::Factored { dy, x } => {
             let mut g = engine.scratch.take(n * k)?;
-            let product = product(matrix(dy.view()).t(), matrix(x.view()));
+            let product = product(matrix(dy.view()).t(), Factor::Elem(matrix(x.view())));
             sum_of_products(engine, Output::new(&mut g, n, k), Init::Zero, &[product])?;
             dense(engine, rate, &g, state);
         }

@@ -2,15 +2,15 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Factor, Matrix};
-use super::linear::{elements, elements_mut, factor, matrix, weight};
+use super::gemm::{DequantiseRows, Factor, Matrix};
+use super::linear::{elements, elements_mut, factor, matrix};
 use super::pointwise::{CHUNK, column_sums, convert, convert_rows};
 use super::scratch::ScratchGuard;
 use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
+use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward, WeightForm};
 use crate::view::MatRef;
 
 /// Rows of the weight in a task.
@@ -24,10 +24,22 @@ const COLUMNS: usize = 1 << 10;
 pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -> Result<()> {
     let (k, r, scale) = (op.w.cols(), op.a.rows(), op.scale);
     let (a, b) = (widened_factor(engine, factor(op.a))?, widened_factor(engine, factor(op.b))?);
-    let (w, a, b) = (weight(op.w), &a[..], &b[..]);
-    let task = |(task, norm)| engine.unit.run(RowNorms { w, a, b, scale, k, r, first: task * ROWS, norm });
-    engine.each(elements_mut(op.norm).par_chunks_mut(ROWS).enumerate(), task);
-    Ok(())
+    let (a, b) = (&a[..], &b[..]);
+    engine.try_each(elements_mut(op.norm).par_chunks_mut(ROWS).enumerate(), |(task, norm)| {
+        let (first, rows) = (task * ROWS, norm.len());
+        match op.w.0 {
+            WeightForm::Dense(w, _) => {
+                let w = matrix(w).row_range(first..first + rows);
+                engine.unit.run(RowNorms { w, a, b, scale, k, r, first, norm });
+            }
+            WeightForm::Quantised(w) => {
+                let mut wide = engine.scratch.take(rows * k)?;
+                engine.unit.run(DequantiseRows { w: w.view(), first, to: &mut wide });
+                engine.unit.run(RowNorms { w: Matrix::new(&wide, rows, k), a, b, scale, k, r, first, norm });
+            }
+        }
+        Ok(())
+    })
 }
 
 /// The factor widened to `f32`, contiguous.
@@ -35,6 +47,7 @@ fn widened_factor<'e, E: Float>(engine: &'e Engine, factor: Factor<'_, E>) -> Re
     match factor {
         Factor::Elem(matrix) => widened_matrix(engine, matrix),
         Factor::F32(matrix) => widened_matrix(engine, matrix),
+        Factor::Quantised(_) => widened_matrix(engine, Matrix::<f32>::new(&[], 0, 0)), // never: factors are not quantised
     }
 }
 
@@ -50,6 +63,7 @@ fn widened_matrix<'e, T: Float>(engine: &'e Engine, matrix: Matrix<'_, T>) -> Re
 
 /// The norms of some rows. Elements of `W + scale·B·A` are computed in registers and squared, and are not stored.
 struct RowNorms<'a, E> {
+    /// The task's rows.
     w: Matrix<'a, E>,
     a: &'a [f32],
     b: &'a [f32],
@@ -81,7 +95,7 @@ impl<E: Float> RowNorms<'_, E> {
     #[inline(always)]
     fn norms<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
         let (k, r, scale, first) = (self.k, self.r, s.splat(self.scale), self.first + row);
-        let w: [&[E]; R] = std::array::from_fn(|q| self.w.run(first + q));
+        let w: [&[E]; R] = std::array::from_fn(|q| self.w.run(row + q));
         let b: [&[f32]; R] = std::array::from_fn(|q| &self.b[(first + q) * r..][..r]);
         let mut squares = [s.splat(0.0); R];
         for v in 0..k.div_ceil(LANES) {

@@ -1,10 +1,10 @@
 //! `y = x·Wᵀ + bias`, and its derivatives, as sums of products.
 
-use super::gemm::{Factor, Init, Matrix, Output, PackedWeight, Product, sum_of_products};
+use super::gemm::{Factor, Init, Matrix, Output, PackedWeight, Product, QuantMatrix, sum_of_products};
 use super::{Cpu, Engine, pointwise};
 use crate::element::{Element, Float};
 use crate::error::Result;
-use crate::op::{self, LinearBackward, LinearForward, Weight};
+use crate::op::{self, LinearBackward, LinearForward, Weight, WeightForm};
 use crate::view::{MatMut, MatRef};
 
 /// The view as the engine's [`Matrix`].
@@ -12,9 +12,12 @@ pub(super) fn matrix<'a, E: Float, T: Element>(view: MatRef<'a, Cpu<E>, T>) -> M
     Matrix::strided(&view.memory()[view.span()], view.rows(), view.cols(), view.row_stride())
 }
 
-/// The weight as a [`Matrix`], with its panels if it is packed.
-pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Matrix<'a, E> {
-    matrix(w.dense()).with_packed(w.panels())
+/// The weight as a [`Factor`], with its panels if it is packed.
+pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Factor<'a, E> {
+    match w.0 {
+        WeightForm::Dense(dense, panels) => Factor::Elem(matrix(dense).with_packed(panels)),
+        WeightForm::Quantised(quantised) => Factor::Quantised(QuantMatrix::new(quantised.view())),
+    }
 }
 
 /// The factor of an update as the engine's [`Factor`]; of one for each row, the factors of all slots, one after another.
@@ -51,8 +54,8 @@ pub(super) fn pack<E: Float>(engine: &Engine, w: MatRef<'_, Cpu<E>>, backward: b
 }
 
 /// `lhs·rhs`
-pub(super) fn product<'a, E>(lhs: Matrix<'a, E>, rhs: Matrix<'a, E>) -> Product<'a, E> {
-    Product { scale: 1.0, lhs: Factor::Elem(lhs), rhs: Factor::Elem(rhs) }
+pub(super) fn product<'a, E>(lhs: Matrix<'a, E>, rhs: Factor<'a, E>) -> Product<'a, E> {
+    Product { scale: 1.0, lhs: Factor::Elem(lhs), rhs }
 }
 
 /// The initial value of `y`: zero, a bias in every row, the old `y`, or both.
@@ -79,7 +82,7 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LinearBackward<'_, Cpu<E>>
         sum_of_products(engine, output(dx), init(None, adds), &[product(dy, weight(w))])?;
     }
     if let (Some(dw), Some(x)) = (op.dw, op.x) {
-        sum_of_products(engine, output(dw), Init::Zero, &[product(dy.t(), matrix(x))])?;
+        sum_of_products(engine, output(dw), Init::Zero, &[product(dy.t(), Factor::Elem(matrix(x)))])?;
     }
     if let Some(dbias) = op.dbias {
         pointwise::column_sums(engine, dy, elements_mut(dbias));

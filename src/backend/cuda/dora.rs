@@ -13,7 +13,7 @@ use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
 /// `norm = ‖W + scale·B·A‖` by rows
 pub(super) fn row_norm<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraRowNorm<'_, Cuda<E, D>>) -> Result<()> {
     const VERB: &str = "lora_row_norm";
-    let w = Matrix::new(VERB, "w", op.w.dense())?;
+    let w = Matrix::new(VERB, "w", op.w.dense(VERB)?)?;
     let ((a, a_is_f32), (b, b_is_f32)) = (stored_factor(VERB, "a", op.a)?, stored_factor(VERB, "b", op.b)?);
     let plan = blocks_for(Kernel::LoraRowNorm, w.rows, THREADS / WARP * NORM_ROWS);
     let params = kernel::LoraRowNorm {

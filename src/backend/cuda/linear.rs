@@ -14,7 +14,7 @@ use crate::view::MatMut;
 /// `y = x·Wᵀ + bias`: a layer whose update has rank 0
 pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearForward<'_, Cuda<E, D>>) -> Result<()> {
     const VERB: &str = "linear_forward";
-    let (x, w) = (Matrix::new(VERB, "x", op.x)?, Matrix::new(VERB, "w", op.w.dense())?);
+    let (x, w) = (Matrix::new(VERB, "x", op.x)?, Matrix::new(VERB, "w", op.w.dense(VERB)?)?);
     let (y, accumulate) = op.y.into_parts();
     let y = MatrixMut::new(VERB, "y", y)?;
     let aligned = Aligned { x: x.aligned, w: w.aligned, a: true };
@@ -29,7 +29,7 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LinearBackwar
     const VERB: &str = "linear_backward";
     let (gpu, dy) = (cuda.device.gpu(), Matrix::new(VERB, "dy", op.dy)?);
     let x = op.x.map(|x| Matrix::new(VERB, "x", x)).transpose()?;
-    let w = op.w.map(|w| Matrix::new(VERB, "w", w.dense())).transpose()?;
+    let w = op.w.map(|w| w.dense(VERB).and_then(|w| Matrix::new(VERB, "w", w))).transpose()?;
     if let (Some(dx), Some(w)) = (op.dx, w) {
         let (dx, accumulate) = dx.into_parts();
         let dx = MatrixMut::new(VERB, "dx", dx)?;

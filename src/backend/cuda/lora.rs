@@ -20,7 +20,7 @@ pub(super) fn forward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraForward<'_
     op.a.refuse_per_row(VERB, ONE)?;
     let (mut rounded_a, mut rounded_b) = (None, None);
     let x = Matrix::new(VERB, "x", op.x)?;
-    let w = op.w.map(|w| Matrix::new(VERB, "w", w.dense())).transpose()?;
+    let w = op.w.map(|w| w.dense(VERB).and_then(|w| Matrix::new(VERB, "w", w))).transpose()?;
     let (y, accumulate) = op.y.into_parts();
     let y = MatrixMut::new(VERB, "y", y)?;
     let a = factor(cuda, VERB, "a", op.a, &mut rounded_a)?;
@@ -46,7 +46,7 @@ pub(super) fn backward<E: Float, D: Device>(cuda: &Cuda<E, D>, op: LoraBackward<
     const VERB: &str = "lora_backward";
     op.a.refuse_per_row(VERB, ONE)?;
     let (x, dy) = (Matrix::new(VERB, "x", op.x)?, Matrix::new(VERB, "dy", op.dy)?);
-    let w = op.w.map(|w| Matrix::new(VERB, "w", w.dense())).transpose()?;
+    let w = op.w.map(|w| w.dense(VERB).and_then(|w| Matrix::new(VERB, "w", w))).transpose()?;
     let dx = op.dx.map(|dx| dx.into_parts());
     let dx = dx.map(|(dx, accumulate)| Ok::<_, crate::Error>((MatrixMut::new(VERB, "dx", dx)?, accumulate))).transpose()?;
     let (mut rounded_a, mut rounded_b) = (None, None);

@@ -65,7 +65,7 @@ struct MagnitudeBackwardUniforms {
 impl<E: Float> WebGpu<E> {
     /// `norm = ‖W + scale·B·A‖` by rows: for each band of rows, the sum is made in `f32`, then its norms
     pub(super) fn lora_row_norm_bands(&self, op: LoraRowNorm<'_, Self>) -> Result<()> {
-        let (w, norm) = (op.w.dense(), op.norm.into_ref());
+        let (w, norm) = (op.w.dense("lora_row_norm")?, op.norm.into_ref());
         let operands = [read("w", w), read_factor("a", op.a), read_factor("b", op.b), written("norm", norm)];
         check_aliasing("lora_row_norm", operands.into_iter())?;
         let (n, k) = (w.rows(), w.cols());

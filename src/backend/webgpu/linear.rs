@@ -11,7 +11,7 @@ use crate::view::{MatMut, MatRef};
 impl<E: Float> WebGpu<E> {
     /// `y = x·Wᵀ + bias`
     pub(super) fn linear_forward_sums(&self, op: LinearForward<'_, Self>) -> Result<()> {
-        let (x, w, bias, (y, accumulate)) = (op.x, op.w.dense(), op.bias, op.y.into_parts());
+        let (x, w, bias, (y, accumulate)) = (op.x, op.w.dense("linear_forward")?, op.bias, op.y.into_parts());
         let y = y.into_ref();
         let reads = [Some(read("x", x)), Some(read("w", w)), bias.map(|bias| read("bias", bias))];
         check_aliasing("linear_forward", reads.into_iter().flatten().chain([written("y", y)]))?;
@@ -21,7 +21,7 @@ impl<E: Float> WebGpu<E> {
 
     /// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy`
     pub(super) fn linear_backward_sums(&self, op: LinearBackward<'_, Self>) -> Result<()> {
-        let (x, w, dy) = (op.x, op.w.map(|w| w.dense()), op.dy);
+        let (x, w, dy) = (op.x, op.w.map(|w| w.dense("linear_backward")).transpose()?, op.dy);
         let (dx, accumulate) = op.dx.map_or((None, false), |dx| {
             let (dx, accumulate) = dx.into_parts();
             (Some(dx.into_ref()), accumulate)

@@ -18,7 +18,7 @@ impl<E: Float> WebGpu<E> {
         if let Factor::PerRow(a) = op.a {
             return self.lora_forward_rows(op, a);
         }
-        let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense()), op.bias, op.h.into_ref());
+        let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense("lora_forward")).transpose()?, op.bias, op.h.into_ref());
         let (y, accumulate) = op.y.into_parts();
         let y = y.into_ref();
         let reads = [w.map(|w| read("w", w)), bias.map(|bias| read("bias", bias)), Some(read("x", x))].into_iter().flatten();
@@ -39,7 +39,7 @@ impl<E: Float> WebGpu<E> {
         if let Factor::PerRow(a) = op.a {
             return self.lora_backward_rows(op, a);
         }
-        let (x, w, dbias) = (op.x, op.w.map(|w| w.dense()), op.dbias.map(MatMut::into_ref));
+        let (x, w, dbias) = (op.x, op.w.map(|w| w.dense("lora_backward")).transpose()?, op.dbias.map(MatMut::into_ref));
         let (da, db, dx) = (op.da.into_ref(), op.db.into_ref(), op.dx.map(|dx| dx.into_parts()));
         let dx = dx.map(|(dx, accumulate)| (dx.into_ref(), accumulate));
         let reads = [read("x", x), read_factor("a", op.a), read_factor("b", op.b), read("h", op.h), read("dy", op.dy)];

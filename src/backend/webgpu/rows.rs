@@ -62,7 +62,7 @@ struct Pass<'a, E: Float> {
 impl<E: Float> WebGpu<E> {
     /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
     pub(super) fn lora_forward_rows(&self, op: LoraForward<'_, Self>, a: PerRow<'_, Self>) -> Result<()> {
-        let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense()), op.bias, op.h.into_ref());
+        let (x, w, bias, h) = (op.x, op.w.map(|w| w.dense("lora_forward")).transpose()?, op.bias, op.h.into_ref());
         let (y, accumulate) = op.y.into_parts();
         let y = y.into_ref();
         let reads = [w.map(|w| read("w", w)), bias.map(|bias| read("bias", bias)), Some(read("x", x))].into_iter().flatten();
@@ -83,7 +83,8 @@ impl<E: Float> WebGpu<E> {
 
     /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
     pub(super) fn lora_backward_rows(&self, op: LoraBackward<'_, Self>, a: PerRow<'_, Self>) -> Result<()> {
-        let (x, w, dbias, scale) = (op.x, op.w.map(|w| w.dense()), op.dbias.map(MatMut::into_ref), Some(op.scale));
+        let (x, w, dbias, scale) =
+            (op.x, op.w.map(|w| w.dense("lora_backward")).transpose()?, op.dbias.map(MatMut::into_ref), Some(op.scale));
         let (da, db, dx) = (op.da.into_ref(), op.db.into_ref(), op.dx.map(|dx| dx.into_parts()));
         let dx = dx.map(|(dx, accumulate)| (dx.into_ref(), accumulate));
         let reads = [read("x", x), read_factor("a", op.a), read_factor("b", op.b), read("h", op.h), read("dy", op.dy)];

@@ -3,11 +3,13 @@
 mod combine;
 mod compress;
 mod convert;
+mod dequantise;
 mod extract;
 mod info;
 mod merge;
 mod outputs;
 mod progress;
+mod quantise;
 mod unmerge;
 mod values;
 
@@ -36,6 +38,8 @@ enum Command {
     Combine(combine::Combine),
     Compress(compress::Compress),
     Convert(convert::Convert),
+    Quantise(quantise::Quantise),
+    Dequantise(dequantise::Dequantise),
 }
 
 impl Command {
@@ -48,6 +52,8 @@ impl Command {
             Command::Combine(combine) => combine.run(),
             Command::Compress(compress) => compress.run(),
             Command::Convert(convert) => convert.run(),
+            Command::Quantise(quantise) => quantise.run(),
+            Command::Dequantise(dequantise) => dequantise.run(),
         }
     }
 }

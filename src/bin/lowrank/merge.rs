@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use lowrank::Result;
 use lowrank::adapter::Folder;
 use lowrank::checkpoint::{self, Checkpoint};
+use lowrank::quant::QuantKind;
 
 use crate::outputs::{Out, check_unused};
 use crate::progress::watched;
@@ -31,6 +32,10 @@ pub(crate) struct Merge {
     /// Write weights that become infinite or NaN, instead of refusing
     #[arg(long)]
     allow_non_finite: bool,
+    /// Quantise the weights of a quantised base again once merged, instead of writing them in --dtype (bf16): nf4, fp4 or int8. This
+    /// rounds the update; how much of it is printed
+    #[arg(long, value_name = "TYPE", conflicts_with = "dtype")]
+    requantise: Option<QuantKind>,
     #[command(flatten)]
     names: Names,
 }
@@ -51,6 +56,7 @@ impl Merge {
             names: &self.names.map,
             layout: self.names.layout,
             companions: Some(&self.adapter),
+            requantise: self.requantise,
         };
         let notes = watched(base.bytes(), |watch| checkpoint::merge(&request, watch))?;
         out.publish()?;

@@ -59,8 +59,10 @@ impl ParameterReport {
     pub(super) fn of<B: Backend>(model: &impl Adaptable<B>) -> Self {
         let base = || model.layers().flat_map(|(_, layer)| layer.base().params()).chain(model.other_params());
         let added = || loras(model).flat_map(LoraLinear::parts).flat_map(|(_, part)| part.params());
+        let quantised = model.layers().filter_map(|(_, layer)| layer.base().quantised());
+        let quantised: usize = quantised.map(|w| w.rows() * w.cols()).sum();
         Self {
-            original: base().map(Param::count).sum(),
+            original: quantised + base().map(Param::count).sum::<usize>(),
             introduced: added().map(Param::count).sum(),
             trainable: base().chain(added()).filter(|param| param.trainable).map(Param::count).sum(),
         }

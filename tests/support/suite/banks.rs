@@ -297,7 +297,8 @@ pub fn nobody_depends_on_the_company<B: Backend>(backend: &B) {
             assert!(row(&got.y, i, m) == row(&y, i, m) && row(&got.dx, i, m) == row(&dx, i, m), "row {i} of {m}");
         }
         // Other adapters for the others.
-        let alone = |i: usize, other: usize| if i.is_multiple_of(2) { mixed.rows[i] } else { Some(other).filter(|&other| other < 5) };
+        let alone =
+            |i: usize, other: usize| if i.is_multiple_of(2) { mixed.rows[i] } else { Some(other).filter(|&other| other < 5) };
         for other in 0..6 {
             let company = Mixed { rows: (0..m).map(|i| alone(i, other)).collect(), ..mixed.clone() };
             let theirs = run_mixed(backend, &company, how).unwrap();

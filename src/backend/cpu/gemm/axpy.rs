@@ -30,12 +30,17 @@ impl Sums<'_> {
             for p in 0..coming {
                 next[p] = row(start + depth + p);
             }
-            let (rows, next) = (&rows[..depth], &next[..coming]);
-            match S::REGISTERS {
-                32.. => self.add_block::<S, R, 5, 4>(s, left, rows, next),
-                _ if self.height == 1 => self.add_block::<S, R, 1, 2>(s, left, rows, next),
-                _ => self.add_block::<S, R, 5, 1>(s, left, rows, next),
-            }
+            self.add_block_of_rows(s, left, &rows[..depth], &next[..coming]);
+        }
+    }
+
+    /// `sums[i] += Σ_p left[p][i]·rows[p]`, prefetching the next rows.
+    #[inline(always)]
+    pub(super) fn add_block_of_rows<S: Simd, R: Float>(&mut self, s: S, left: &[f32], rows: &[&[R]], next: &[&[R]]) {
+        match S::REGISTERS {
+            32.. => self.add_block::<S, R, 5, 4>(s, left, rows, next),
+            _ if self.height == 1 => self.add_block::<S, R, 1, 2>(s, left, rows, next),
+            _ => self.add_block::<S, R, 5, 1>(s, left, rows, next),
         }
     }
 

@@ -41,7 +41,7 @@ impl Sums<'_> {
         left: &[Lanes<f32>],
         rhs: Matrix<'_, R>,
     ) {
-        let (vectors, groups) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X));
+        let (vectors, groups, height) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X), self.height);
         let left: &[[Lanes<f32>; X]] = left.as_chunks().0;
         // A function of the rows, not of X, so that every vector unit cuts the depth in the same places and sums in the same
         // order.
@@ -54,20 +54,39 @@ impl Sums<'_> {
                 // At the edge the last row of the weight is repeated, and its results are dropped.
                 let line = |w: usize| -> &[R] { &rhs.run(self.first + (j + w).min(self.width - 1))[depth.clone()] };
                 let (right, next): ([&[R]; W], [&[R]; W]) = (std::array::from_fn(line), std::array::from_fn(|w| line(W + w)));
-                for group in 0..groups {
-                    if prefetch_in_dots(S::REGISTERS, self.height) {
+                self.add_dots_of_rows(s, scale, left, right, (depth.start, rhs.rows, j), |group| {
+                    if prefetch_in_dots(S::REGISTERS, height) {
                         prefetch_part(s, next, group, groups);
                     }
-                    let dots = dots(s, &left[group * vectors..][start..end], right);
-                    for x in 0..X.min(self.height - group * X) {
-                        let mut four = [s.splat(0.0); ACROSS];
-                        four[..W].copy_from_slice(&dots[x]);
-                        let first = (group * X + x) * self.vectors * LANES + j;
-                        let sums = &mut self.lanes.as_flattened_mut()[first..][..W.min(self.width - j)];
-                        for (sum, dot) in sums.iter_mut().zip(s.sums(four)) {
-                            *sum += scale * dot;
-                        }
-                    }
+                });
+            }
+        }
+    }
+
+    /// `sums += scale·left·rightᵀ` for W rows of the weight, which begin at step `start` of a depth of `depth`, and belong to the columns
+    /// from `j` on. Calls `before` for each group of rows on the left.
+    #[inline(always)]
+    pub(super) fn add_dots_of_rows<S: Simd, R: Float, const X: usize, const W: usize>(
+        &mut self,
+        s: S,
+        scale: f32,
+        left: &[[Lanes<f32>; X]],
+        right: [&[R]; W],
+        (start, depth, j): (usize, usize, usize),
+        before: impl Fn(usize),
+    ) {
+        let (vectors, groups) = (depth.div_ceil(LANES), self.height.div_ceil(X));
+        let stretch = start / LANES..start / LANES + right[0].len().div_ceil(LANES);
+        for group in 0..groups {
+            before(group);
+            let dots = dots(s, &left[group * vectors..][stretch.clone()], right);
+            for x in 0..X.min(self.height - group * X) {
+                let mut four = [s.splat(0.0); ACROSS];
+                four[..W].copy_from_slice(&dots[x]);
+                let first = (group * X + x) * self.vectors * LANES + j;
+                let sums = &mut self.lanes.as_flattened_mut()[first..][..W.min(self.width - j)];
+                for (sum, dot) in sums.iter_mut().zip(s.sums(four)) {
+                    *sum += scale * dot;
                 }
             }
         }

@@ -24,6 +24,7 @@ mod pack;
 mod packed_lhs;
 mod plan;
 mod prepack;
+mod quantised;
 mod rank_k_update;
 mod segments;
 mod skinny;
@@ -35,6 +36,7 @@ pub(super) use output::Output;
 use output::{Block, Parts};
 use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
 pub use prepack::PackedWeight;
+pub(super) use quantised::{DequantiseRows, QuantMatrix};
 pub(super) use segments::{Rows, add_products, add_rows, narrow_by_row, outer_by_segment};
 pub(super) use tile::microkernel;
 
@@ -135,11 +137,12 @@ impl<'a, E: Float> Matrix<'a, E> {
     }
 }
 
-/// One side of a product: of the weights' element type, or `f32`, as `h` always is.
+/// One side of a product: of the weights' element type, or `f32`, as `h` always is; a right side may be quantised.
 #[derive(Clone, Copy)]
 pub(super) enum Factor<'a, E> {
     Elem(Matrix<'a, E>),
     F32(Matrix<'a, f32>),
+    Quantised(QuantMatrix<'a>),
 }
 
 impl<E: Float> Factor<'_, E> {
@@ -148,6 +151,7 @@ impl<E: Float> Factor<'_, E> {
         match self {
             Factor::Elem(m) => m.at(row, col).to_f32(),
             Factor::F32(m) => m.at(row, col),
+            Factor::Quantised(m) => m.at(row, col),
         }
     }
 }
@@ -158,6 +162,7 @@ impl<E> Factor<'_, E> {
         match self {
             Factor::Elem(m) => Factor::Elem(m.t()),
             Factor::F32(m) => Factor::F32(m.t()),
+            Factor::Quantised(m) => Factor::Quantised(m.t()),
         }
     }
 
@@ -166,6 +171,7 @@ impl<E> Factor<'_, E> {
         match self {
             Factor::Elem(m) => Factor::Elem(m.row_range(rows)),
             Factor::F32(m) => Factor::F32(m.row_range(rows)),
+            Factor::Quantised(m) => Factor::Quantised(m), // never: no factor of an update is quantised
         }
     }
 
@@ -173,18 +179,21 @@ impl<E> Factor<'_, E> {
         match self {
             Factor::Elem(m) => m.rows,
             Factor::F32(m) => m.rows,
+            Factor::Quantised(m) => m.rows(),
         }
     }
     fn cols(&self) -> usize {
         match self {
             Factor::Elem(m) => m.cols,
             Factor::F32(m) => m.cols,
+            Factor::Quantised(m) => m.cols(),
         }
     }
     fn transposed(&self) -> bool {
         match self {
             Factor::Elem(m) => m.transposed,
             Factor::F32(m) => m.transposed,
+            Factor::Quantised(m) => m.transposed,
         }
     }
 }
@@ -207,7 +216,7 @@ impl<E> Product<'_, E> {
 #[derive(Clone, Copy)]
 pub(super) struct LowRank<'a, E> {
     pub(super) lhs: Matrix<'a, E>,
-    pub(super) w: Matrix<'a, E>,
+    pub(super) w: Factor<'a, E>,
     pub(super) a_scale: f32,
     pub(super) a: Factor<'a, E>,
     pub(super) b_scale: f32,
@@ -222,7 +231,7 @@ impl<'a, E: Copy> LowRank<'a, E> {
 
     /// `lhs·w`
     fn base(&self) -> Product<'a, E> {
-        Product { scale: 1.0, lhs: Factor::Elem(self.lhs), rhs: Factor::Elem(self.w) }
+        Product { scale: 1.0, lhs: Factor::Elem(self.lhs), rhs: self.w }
     }
 
     /// `b_scale·h·b`, where `h` has `rows` rows
@@ -235,9 +244,9 @@ impl<'a, E: Copy> LowRank<'a, E> {
 impl<'a, E: Float> LowRank<'a, E> {
     /// The operands typed as `bf16`, if all four are `bf16` and `b` is [finite](bf16_pairs::all_finite).
     fn as_bf16(self) -> Option<LowRank<'a, bf16>> {
-        let (Factor::Elem(a), Factor::Elem(b)) = (self.a, self.b) else { return None };
+        let (Factor::Elem(a), Factor::Elem(b), Factor::Elem(w)) = (self.a, self.b, self.w) else { return None };
         let (a, b) = (Factor::Elem(a.as_bf16()?), Factor::Elem(b.as_bf16().filter(bf16_pairs::all_finite)?));
-        let (lhs, w) = (self.lhs.as_bf16()?, self.w.as_bf16()?);
+        let (lhs, w) = (self.lhs.as_bf16()?, Factor::Elem(w.as_bf16()?));
         Some(LowRank { lhs, w, a_scale: self.a_scale, a, b_scale: self.b_scale, b })
     }
 }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Micro;
-use super::{Factor, Matrix, Product};
+use super::{Factor, Matrix, Product, quantised};
 use crate::element::Float;
 
 /// A side of the products.
@@ -49,6 +49,8 @@ impl<E: Float, M: Micro> Kernel for Panels<'_, E, M> {
             match (side, term.lhs, term.rhs) {
                 (Side::Left, Factor::Elem(m), _) => micro.pack(s, side, part, m, 1.0),
                 (Side::Left, Factor::F32(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Left, Factor::Quantised(m), _) => quantised::pack(s, micro, side, part, m, 1.0),
+                (Side::Right, _, Factor::Quantised(m)) => quantised::pack(s, micro, side, part, m.t(), term.scale),
                 (Side::Right, _, Factor::Elem(m)) => micro.pack(s, side, part, m.t(), term.scale),
                 (Side::Right, _, Factor::F32(m)) => micro.pack(s, side, part, m.t(), term.scale),
             }

@@ -75,6 +75,11 @@ pub(super) fn prefetch_in_axpy(registers: usize, rows: usize) -> bool {
     registers < 32 && (2..=16).contains(&rows)
 }
 
+/// Columns of a quantised weight in a task of the skinny regime, and steps of its depth, that are dequantised for a few rows of the weight
+/// at a time (16 KiB): they stay in L1.
+pub(super) const QUANTISED_COLS: usize = 512;
+pub(super) const QUANTISED_DEPTH: usize = 512;
+
 /// Rows of the output in a task of the rank-k update; each panel of the right side is used for all of them.
 pub(super) const RANK_K_ROWS: usize = 64;
 /// Numbers of the right side in a task of the rank-k update (512 KiB): they stay in L2.

@@ -16,8 +16,13 @@ use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::dots::dots;
 use super::{Block, Factor, Matrix, Output, Parts};
 use crate::element::Float;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::op::{Segment, Slot};
+
+/// Activations and factors of an update are stored as numbers: the requests have no form in which they are quantised.
+fn quantised_factor() -> Error {
+    Error::Unavailable { backend: "cpu", reason: "a factor of an update cannot be quantised".into() }
+}
 
 /// Steps of the depth whose products are summed in vectors; then their lanes are summed up.
 const STRETCH: usize = 512;
@@ -88,6 +93,7 @@ pub(in super::super) fn narrow_by_row<E: Float>(
             (Factor::Elem(left), Factor::F32(right)) => engine.unit.run(Narrow { block, rows, left, right }),
             (Factor::F32(left), Factor::Elem(right)) => engine.unit.run(Narrow { block, rows, left, right }),
             (Factor::F32(left), Factor::F32(right)) => engine.unit.run(Narrow { block, rows, left, right }),
+            (Factor::Quantised(_), _) | (_, Factor::Quantised(_)) => return Err(quantised_factor()),
         }
         Ok(())
     })
@@ -178,6 +184,7 @@ pub(in super::super) fn add_products<E: Float>(
         match right {
             Factor::Elem(right) => engine.unit.run(Add { block, first, rows, left, right }),
             Factor::F32(right) => engine.unit.run(Add { block, first, rows, left, right }),
+            Factor::Quantised(_) => return Err(quantised_factor()),
         }
         Ok(())
     })
@@ -312,6 +319,7 @@ pub(in super::super) fn outer_by_segment<E: Float>(
         match right {
             Factor::Elem(right) => engine.unit.run(OuterBySegment { block, rows, left, right }),
             Factor::F32(right) => engine.unit.run(OuterBySegment { block, rows, left, right }),
+            Factor::Quantised(_) => return Err(quantised_factor()),
         }
         Ok(())
     })

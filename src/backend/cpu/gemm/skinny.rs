@@ -18,8 +18,8 @@ use super::super::scratch::ScratchGuard;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
-use super::plan::{self, AXPY_SUMS, DOT_COLS, DOT_ROWS, SKINNY_ROWS};
-use super::{Block, Factor, Init, Matrix, Output, Parts, Product, narrow};
+use super::plan::{self, AXPY_SUMS, DOT_COLS, DOT_ROWS, QUANTISED_COLS, SKINNY_ROWS};
+use super::{Block, Factor, Init, Matrix, Output, Parts, Product, QuantMatrix, narrow};
 use crate::element::Float;
 use crate::error::Result;
 
@@ -43,6 +43,8 @@ pub(super) fn run<E: Float, O: Float>(
     let down = Parts::new(out.rows(), SKINNY_ROWS, SKINNY_ROWS, 1);
     let height = down.longest().min(out.rows());
     let width = if dots { DOT_COLS } else { plan::axpy_cols(engine.unit.run(Registers), height, out.cols(), engine.threads()) };
+    let dequantises = terms.iter().any(|term| matches!(term.rhs, Factor::Quantised(_)));
+    let width = if dequantises { width.min(QUANTISED_COLS) } else { width };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
     out.for_each_block(engine, down, across, depth, |out| {
@@ -92,7 +94,11 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
         match term.lhs {
             Factor::Elem(lines) => unit.run(Interleave { lines, first, width, to }),
             Factor::F32(lines) => unit.run(Interleave { lines, first, width, to }),
+            Factor::Quantised(_) => {} // a weight is never on the left of dot products
         }
+    }
+    if let Factor::Quantised(w) = term.rhs {
+        w.reorder_left(rows, &mut left);
     }
     Ok(left)
 }
@@ -128,6 +134,7 @@ fn block<E: Float, O: Float>(
         match term.rhs {
             Factor::Elem(rhs) => engine.unit.run(AddProduct { sums, scale, left, rhs }),
             Factor::F32(rhs) => engine.unit.run(AddProduct { sums, scale, left, rhs }),
+            Factor::Quantised(rhs) => engine.unit.run(AddQuantised { sums, scale, left, rhs }),
         }
     }
     engine.unit.run(Finish { sums, block, init });
@@ -150,6 +157,23 @@ impl<R: Float> Kernel for AddProduct<'_, '_, R> {
         // A copy of the sizes, which stores to the sums cannot change, so that they stay in registers.
         let mut sums = Sums { lanes, height: *height, vectors: *vectors, first: *first, width: *width };
         if rhs.transposed { sums.add_dots(s, scale, left.as_chunks().0, rhs) } else { sums.add_scaled_rows(s, left, rhs) }
+    }
+}
+
+/// `sums += scale·left·rhs`, the right side quantised
+struct AddQuantised<'a, 's> {
+    sums: &'a mut Sums<'s>,
+    scale: f32,
+    left: &'a [f32],
+    rhs: QuantMatrix<'a>,
+}
+
+impl Kernel for AddQuantised<'_, '_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.sums.add_quantised(s, self.scale, self.left, self.rhs);
     }
 }
 

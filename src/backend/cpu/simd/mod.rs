@@ -9,6 +9,7 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+mod codes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod pairs;
@@ -16,6 +17,7 @@ mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub(crate) use codes::{APART, CodeTable};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use scalar::Scalar;
@@ -104,6 +106,30 @@ pub(crate) trait Simd: Copy + Send + Sync {
                 *to = scale * line[p].to_f32();
             }
         }
+    }
+
+    /// The values of 32 codes of 4 bits, in their order: of two in a byte, the one in the upper half is first.
+    #[inline(always)]
+    fn look_up(self, codes: &[u8; 16], table: &CodeTable) -> [Self::V; 2] {
+        let [first, second] = table.look_up(codes);
+        [self.load(&first), self.load(&second)]
+    }
+
+    /// The values of 64 codes in the order of [`APART`], which takes fewer shuffles.
+    #[inline(always)]
+    fn look_up_apart(self, codes: &[u8; 32], table: &CodeTable) -> [Self::V; 4] {
+        let mut values = [[0.0; LANES]; 4];
+        for (i, &code) in APART.iter().enumerate() {
+            let two = codes[code as usize / 2];
+            values[i / LANES][i % LANES] = table.values[(if code % 2 == 0 { two >> 4 } else { two & 15 }) as usize];
+        }
+        [self.load(&values[0]), self.load(&values[1]), self.load(&values[2]), self.load(&values[3])]
+    }
+
+    /// Sixteen whole numbers from -128 to 127.
+    #[inline(always)]
+    fn load_i8(self, from: &Lanes<u8>) -> Self::V {
+        self.load(&from.map(|byte| f32::from(byte as i8)))
     }
 
     /// Prefetches the cache line `ahead` elements after the first. A hint: the address may lie outside of the slice.

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, LANES, Lanes, Simd};
+use super::{CodeTable, Kernel, LANES, Lanes, Simd};
 use crate::element::{DType, Float};
 
 /// Proof that this CPU has AVX-512 F, BW, DQ and VL.
@@ -168,6 +168,31 @@ impl Simd for Avx512 {
             }
             transposed
         })
+    }
+    #[inline(always)]
+    fn look_up(self, codes: &[u8; 16], table: &CodeTable) -> [Self::V; 2] {
+        intrinsics!({
+            let values = _mm512_loadu_ps(table.values.as_ptr());
+            let [even, odd] = look_up_bytes(_mm_loadu_si128(codes.as_ptr().cast()), values);
+            let first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+            [_mm512_permutex2var_ps(even, first, odd), _mm512_permutex2var_ps(even, second, odd)]
+        })
+    }
+    #[inline(always)]
+    fn look_up_apart(self, codes: &[u8; 32], table: &CodeTable) -> [Self::V; 4] {
+        intrinsics!({
+            let values = _mm512_loadu_ps(table.values.as_ptr());
+            let turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let codes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256(codes.as_ptr().cast()), turns);
+            let [even, odd] = look_up_bytes(_mm256_castsi256_si128(codes), values);
+            let [even2, odd2] = look_up_bytes(_mm256_extracti128_si256::<1>(codes), values);
+            [even, even2, odd, odd2]
+        })
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &Lanes<u8>) -> Self::V {
+        intrinsics!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.as_ptr().cast()))))
     }
     #[inline(always)]
     fn prefetch<T>(self, from: &[T], ahead: usize) {
@@ -438,6 +463,33 @@ impl Simd for Avx2 {
         transposed
     }
     #[inline(always)]
+    fn look_up(self, codes: &[u8; 16], table: &CodeTable) -> [Self::V; 2] {
+        intrinsics!({
+            let (two, low) = (_mm_loadu_si128(codes.as_ptr().cast()), _mm_set1_epi8(15));
+            let (even, odd) = (_mm_and_si128(_mm_srli_epi16::<4>(two), low), _mm_and_si128(two, low));
+            let codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+            let turns = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+            let [a, b, c, d] = look_up_bytes8(_mm256_permutevar8x32_epi32(codes, turns), table);
+            [[a, b], [c, d]]
+        })
+    }
+    #[inline(always)]
+    fn look_up_apart(self, codes: &[u8; 32], table: &CodeTable) -> [Self::V; 4] {
+        intrinsics!({
+            let (two, low) = (_mm256_loadu_si256(codes.as_ptr().cast()), _mm256_set1_epi8(15));
+            let [a, b, c, d] = look_up_bytes8(_mm256_and_si256(_mm256_srli_epi16::<4>(two), low), table);
+            let [e, f, g, h] = look_up_bytes8(_mm256_and_si256(two, low), table);
+            [[a, b], [c, d], [e, f], [g, h]]
+        })
+    }
+    #[inline(always)]
+    fn load_i8(self, from: &Lanes<u8>) -> Self::V {
+        intrinsics!([
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.as_ptr().cast()))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from[8..].as_ptr().cast()))),
+        ])
+    }
+    #[inline(always)]
     fn prefetch<T>(self, from: &[T], ahead: usize) {
         prefetch(from, ahead);
     }
@@ -461,4 +513,36 @@ fn transpose8(rows: [__m256; 8]) -> [__m256; 8] {
         transposed[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
     }
     transposed
+}
+
+/// The values of two codes in each byte: those in upper halves, and those in lower ones.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn look_up_bytes(codes: __m128i, values: __m512) -> [__m512; 2] {
+    let two = _mm512_cvtepu8_epi32(codes);
+    // Only the lowest four bits of an index count.
+    [_mm512_permutexvar_ps(_mm512_srli_epi32::<4>(two), values), _mm512_permutexvar_ps(two, values)]
+}
+
+/// The values of a code in each byte: their four bytes are looked up apart, and put together. The first vector has the first four codes
+/// of each half, the second the next four.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up_bytes8(codes: __m256i, table: &CodeTable) -> [__m256; 4] {
+    // SAFETY: each plane has sixteen bytes.
+    let plane = |i: usize| unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(table.planes[i].as_ptr().cast())) };
+    let [a, b, c, d] = [
+        _mm256_shuffle_epi8(plane(0), codes),
+        _mm256_shuffle_epi8(plane(1), codes),
+        _mm256_shuffle_epi8(plane(2), codes),
+        _mm256_shuffle_epi8(plane(3), codes),
+    ];
+    let (low, low2) = (_mm256_unpacklo_epi8(a, b), _mm256_unpacklo_epi8(c, d));
+    let (high, high2) = (_mm256_unpackhi_epi8(a, b), _mm256_unpackhi_epi8(c, d));
+    [
+        _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, low2)),
+        _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, low2)),
+        _mm256_castsi256_ps(_mm256_unpacklo_epi16(high, high2)),
+        _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, high2)),
+    ]
 }

@@ -1,0 +1,1 @@
+//! Conversations, and batches of them for training.

@@ -1,0 +1,1 @@
+//! Models of the llama family in GGUF files.

@@ -2,5 +2,8 @@
 
 pub mod chat;
 pub mod data;
+mod error;
 pub mod gguf;
 pub mod schedule;
+
+pub use error::{Error, Result};

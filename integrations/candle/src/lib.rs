@@ -2,5 +2,6 @@
 
 pub mod chat;
 pub mod data;
+pub mod error;
 pub mod gguf;
 pub mod schedule;

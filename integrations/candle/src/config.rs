@@ -89,7 +89,7 @@ impl ModelConfig {
         let path = dir.join(CONFIG_FILE);
         let bytes = std::fs::read(&path).map_err(|error| Error::file(&path, error))?;
         Self::from_json(&bytes).map_err(|error| match error {
-            Error::File { reason, .. } => Error::File { path, reason },
+            Error::File { problem, .. } => Error::File { path, problem },
             other => other,
         })
     }

@@ -351,7 +351,7 @@ impl LoraLinear {
     /// Errors: while an adapter is merged.
     pub(crate) fn unmerged(&self) -> Result<()> {
         let merged = self.merged.last().map(|(name, _)| format!("`{name}`, merged into the weight"));
-        merged.map_or(Ok(()), |merged| Err(Error::value("adapter", merged, "unmerged first")))
+        merged.map_or(Ok(()), |merged| Err(Error::setting("adapter", merged, "unmerged first")))
     }
 
     /// The adapters among these that take part and are not merged.
@@ -375,7 +375,7 @@ impl LoraLinear {
             Chosen::Active => self.chosen(&self.active).collect(),
             Chosen::Named(names) => self.chosen(names).collect(),
             Chosen::Rows(rows) if !pass.gradients => return self.forward_rows(x, rows),
-            Chosen::Rows(_) => return Err(Error::value("adapters", "chosen by rows", "active or named, in a pass with gradients")),
+            Chosen::Rows(_) => return Err(Error::setting("adapters", "chosen by rows", "active or named, in a pass with gradients")),
         };
         if pass.gradients { self.forward_tracked(x, &adapters, pass.seed) } else { self.forward_untracked(x, &adapters) }
     }

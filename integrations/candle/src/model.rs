@@ -106,7 +106,7 @@ impl CausalLm {
         let config = ModelConfig::read(dir)?;
         let tensors = files::read_tensors(dir, dtype)?;
         let model = Self::from_tensors(config, tensors, dtype).map_err(|error| match error {
-            Error::File { path, reason } => Error::File { path: dir.join(path), reason },
+            Error::File { path, problem } => Error::File { path: dir.join(path), problem },
             other => other,
         })?;
         Ok(Self { dir: Some(dir.into()), ..model })

@@ -114,13 +114,28 @@ impl Folder {
             Some(template) => template.with(settings)?,
             None => AdapterConfig::beside_defaults(settings)?,
         };
-        for (name, Factors { a, b, scaling, .. }) in &modules {
+        Self::from_config(config, modules)
+    }
+
+    /// Modules under settings that tell the rank and the scaling of each already.
+    ///
+    /// Errors: [`Error::Value`] for no module, for factors that do not fit, and for a module of which the settings tell something else.
+    pub fn from_config(config: AdapterConfig, modules: BTreeMap<String, Factors>) -> Result<Self> {
+        unless(!modules.is_empty(), "none".into(), "at least one module")?;
+        let folder = Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() };
+        folder.tells()?;
+        Ok(folder)
+    }
+
+    /// Errors: [`Error::Value`] unless the settings tell the rank and the scaling of every module, and its factors have that rank.
+    fn tells(&self) -> Result<()> {
+        for (name, Factors { a, b, scaling, .. }) in &self.modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
-            let (rank, told) = told(&config, name, None)?;
+            let (rank, told) = told(&self.config, name, None)?;
             let tells = rank == a.rows() && told == *scaling;
             unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
         }
-        Ok(Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() })
+        Ok(())
     }
 
     /// The same folder, whose modules are of these kinds.

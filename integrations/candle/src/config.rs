@@ -80,6 +80,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// `eos_token_id`: any of these ends a text
     pub eos: Vec<u32>,
+    /// The file as it was.
+    pub(crate) document: Map<String, Value>,
 }
 
 impl ModelConfig {
@@ -104,7 +106,8 @@ impl ModelConfig {
         let head_dim = match (fields.optional_count("head_dim")?, family) {
             (Some(dim), _) => dim,
             (None, Family::Qwen3) => 128,
-            (None, _) => hidden_size / heads,
+            (None, _) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+            (None, _) => return Err(refused(format!("`hidden_size` is {hidden_size}, want a multiple of the {heads} heads"))),
         };
         let attention_bias = fields.flag("attention_bias", false)?;
         let rope = fields.rope()?;
@@ -127,6 +130,7 @@ impl ModelConfig {
             tied: fields.flag("tie_word_embeddings", false)?,
             bos: fields.tokens("bos_token_id")?.first().copied(),
             eos: fields.tokens("eos_token_id")?,
+            document: document.clone(),
         };
         config.check()?;
         Ok(config)

@@ -15,10 +15,15 @@ mod model;
 mod norm;
 mod numeric;
 mod op;
+mod peft;
 mod rope;
 pub mod schedule;
 
 pub use config::{CONFIG_FILE, Family, ModelConfig, RopeScaling};
 pub use error::{Error, Result};
 pub use linear::{Adapter, Chosen, LoraLinear, Pass};
+pub use lowrank::adapter::{AdapterConfig, TargetModules};
+pub use lowrank::nn::{LoraConfig, ParameterReport};
+pub use lowrank::random::Rng;
 pub use model::{Cache, CausalLm, PROJECTIONS, Tokens};
+pub use peft::Adaptable;

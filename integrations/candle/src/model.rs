@@ -2,6 +2,7 @@
 
 mod block;
 mod files;
+mod save;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -19,7 +20,7 @@ use crate::linear::{LoraLinear, Pass};
 use crate::loss::HeadLoss;
 use crate::norm::RmsNorm;
 use crate::rope::Rope;
-use crate::{Error, Result};
+use crate::{Adaptable, Error, Result};
 
 /// Tokens of one or more sequences, one after the other: no padding. A token attends to those of its own sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,8 +82,7 @@ impl Cache {
     }
 }
 
-/// A causal language model whose weights are frozen, with adapters on its projections: see
-/// [`Adaptable`](crate::Adaptable).
+/// A causal language model whose weights are frozen, with adapters on its projections: see [`Adaptable`].
 #[derive(Debug)]
 pub struct CausalLm {
     config: ModelConfig,
@@ -143,28 +143,10 @@ impl CausalLm {
         self.embed.dtype()
     }
 
-    /// The projections by name, and the head if it is not the embedding.
-    pub(crate) fn named_layers(&self) -> impl Iterator<Item = (&str, &LoraLinear)> {
-        let head = (!self.config.tied).then_some((HEAD, &self.head));
-        self.names.iter().map(String::as_str).zip(self.blocks.iter().flat_map(Block::projections)).chain(head)
-    }
-
-    /// The projections by name, and the head if it is not the embedding.
-    pub(crate) fn named_layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut LoraLinear)> {
-        let head = (!self.config.tied).then_some((HEAD, &mut self.head));
-        self.names.iter().map(String::as_str).zip(self.blocks.iter_mut().flat_map(Block::projections_mut)).chain(head)
-    }
-
-    /// How many numbers the model has that are in no projection: the embedding, and the weights of norms.
-    pub(crate) fn other_count(&self) -> usize {
-        let norms = self.blocks.iter().flat_map(Block::norms).map(|(_, norm)| norm.weight().elem_count());
-        self.embed.elem_count() + norms.sum::<usize>() + self.norm.weight().elem_count()
-    }
-
     /// All tensors of the base model by Hugging Face's names; they hold what is merged.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let mut all = vec![("model.embed_tokens.weight".to_string(), self.embed.clone())];
-        for (name, layer) in self.named_layers() {
+        for (name, layer) in self.layers() {
             all.push((format!("{name}.weight"), layer.weight().clone()));
             all.extend(layer.bias().map(|bias| (format!("{name}.bias"), bias.clone())));
         }
@@ -243,8 +225,34 @@ impl CausalLm {
     }
 }
 
+/// The projections, and the head where it is not the embedding.
+impl Adaptable for CausalLm {
+    fn layers(&self) -> impl Iterator<Item = (&str, &LoraLinear)> {
+        let head = (!self.config.tied).then_some((HEAD, &self.head));
+        self.names.iter().map(String::as_str).zip(self.blocks.iter().flat_map(Block::projections)).chain(head)
+    }
+
+    fn layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut LoraLinear)> {
+        let head = (!self.config.tied).then_some((HEAD, &mut self.head));
+        self.names.iter().map(String::as_str).zip(self.blocks.iter_mut().flat_map(Block::projections_mut)).chain(head)
+    }
+
+    fn head(&self) -> Option<&str> {
+        Some(HEAD)
+    }
+
+    fn other_count(&self) -> usize {
+        let norms = self.blocks.iter().flat_map(Block::norms).map(|(_, norm)| norm.weight().elem_count());
+        self.embed.elem_count() + norms.sum::<usize>() + self.norm.weight().elem_count()
+    }
+
+    fn base_name(&self) -> Option<String> {
+        self.dir.as_ref().map(|dir| dir.display().to_string())
+    }
+}
+
 /// The name of the head, if it is not the embedding.
-pub(crate) const HEAD: &str = "lm_head";
+const HEAD: &str = "lm_head";
 
 /// What is behind in one layer.
 fn past_of(cache: &mut Cache, layers: usize, at: usize) -> &mut Past {

@@ -6,6 +6,7 @@ mod config;
 pub mod data;
 mod error;
 mod gate;
+mod generate;
 pub mod gguf;
 mod lend;
 mod linear;
@@ -21,6 +22,7 @@ pub mod schedule;
 
 pub use config::{CONFIG_FILE, Family, ModelConfig, RopeScaling};
 pub use error::{Error, Result};
+pub use generate::Sampling;
 pub use linear::{Adapter, Chosen, LoraLinear, Pass};
 pub use lowrank::adapter::{AdapterConfig, TargetModules};
 pub use lowrank::nn::{LoraConfig, ParameterReport};

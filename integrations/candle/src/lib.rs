@@ -16,6 +16,8 @@ mod model;
 mod norm;
 mod numeric;
 mod op;
+#[cfg(test)]
+mod op_tests;
 mod peft;
 mod rope;
 pub mod schedule;

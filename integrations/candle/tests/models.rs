@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use lowrank_candle::{Adaptable, Cache, CausalLm, Chosen, Pass, Rng, TargetModules, Tokens};
+use lowrank_candle::{Adaptable, Cache, CausalLm, Chosen, Pass, Rng, Sampling, TargetModules, Tokens};
 
 const MODELS: [&str; 3] = ["tiny-llama", "tiny-qwen2", "tiny-qwen3"];
 
@@ -173,4 +173,35 @@ fn adapters_are_managed_by_name() {
     model.unmerge_adapters().unwrap();
     model.delete_adapter("small").unwrap();
     assert_eq!((model.adapter_names(), model.active_adapters().len()), (vec!["large"], 0));
+}
+
+#[test]
+fn rows_of_a_batch_have_adapters_of_their_own() {
+    let mut model = CausalLm::from_dir(fixture("tiny-llama"), DType::F32).unwrap();
+    model.load_adapter("tuned", fixture("tiny-llama/adapter")).unwrap();
+    model.load_adapter("other", fixture("tiny-llama/adapter")).unwrap();
+    model.set_scale("other", -2.0).unwrap();
+    let prompts: [&[u32]; 4] = [&[5, 6, 7], &[9], &[5, 6, 7], &[100, 3, 8, 200, 12]];
+    for sampling in [Sampling::greedy(10), Sampling { temperature: 0.7, top_p: 0.9, seed: 3, ..Sampling::greedy(10) }] {
+        let adapters = [Some("tuned"), None, Some("other"), Some("tuned")];
+        let mixed: Vec<_> = prompts.iter().copied().zip(adapters).collect();
+        let got = model.generate_mixed(&mixed, &sampling).unwrap();
+        assert_eq!(got, model.generate_mixed(&mixed, &sampling).unwrap());
+        if sampling.temperature == 0.0 {
+            for ((prompt, adapter), got) in mixed.iter().zip(&got) {
+                model.set_active(adapter.as_slice()).unwrap();
+                assert_eq!(&model.generate(prompt, &sampling).unwrap(), got);
+            }
+        }
+    }
+    model.set_active(&["tuned"]).unwrap();
+    let mut streamed = Vec::new();
+    let whole = model.generate_with(&[5, 6, 7], &Sampling::greedy(10), |token| streamed.push(token)).unwrap();
+    assert_eq!(whole, streamed);
+    let stops = Sampling { stops: vec![whole[4]], ..Sampling::greedy(10) };
+    let first = whole.iter().position(|token| *token == whole[4]).unwrap();
+    assert_eq!(model.generate(&[5, 6, 7], &stops).unwrap(), whole[..first]);
+    assert!(model.generate(&[], &stops).is_err() && model.generate(&[400], &stops).is_err());
+    assert!(model.generate_mixed(&[(&[1], Some("unknown"))], &stops).unwrap_err().to_string().contains("tuned, other"));
+    assert!(model.generate(&[5], &Sampling::greedy(1000)).unwrap_err().to_string().contains("512"));
 }

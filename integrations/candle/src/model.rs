@@ -16,6 +16,7 @@ use block::{Block, Flow};
 
 use crate::attention::Past;
 use crate::config::ModelConfig;
+use crate::gguf::Gguf;
 use crate::linear::{LoraLinear, Pass};
 use crate::loss::HeadLoss;
 use crate::norm::RmsNorm;
@@ -126,6 +127,12 @@ impl CausalLm {
         let rope = Rope::new(&config);
         let head = LoraLinear::new(head, None)?.numbered((config.layers * PROJECTIONS.len()) as u64);
         Ok(Self { config, dir: None, embed, names, blocks, norm, head, rope })
+    }
+
+    /// From a GGUF file of the llama family; its weights are dequantised. Errors: as [`from_dir`](Self::from_dir).
+    pub fn from_gguf(gguf: &Gguf, dtype: DType) -> Result<Self> {
+        let config = ModelConfig::from_json(gguf.config().to_string().as_bytes())?;
+        Self::from_tensors(config, gguf.tensors()?, dtype)
     }
 
     /// The shape of the model.

@@ -29,3 +29,4 @@ pub use linear::Linear;
 pub use lora::{Adapters, DEFAULT, LoraLinear, Tuned};
 pub use merge::{Kept, Merge};
 pub use mlp::Mlp;
+pub use residue::Residue;

@@ -5,18 +5,29 @@
 
 use crate::element::Float;
 
-/// The elements of a matrix that are not restored by themselves, and what they were.
+/// The elements of a matrix that are not restored by themselves, and what they were. For weights that another library owns; the layers
+/// of this crate keep their own.
+///
+/// ```
+/// use lowrank::nn::Residue;
+///
+/// let original = [1.0f32, 0.1];
+/// let mut weight = original.map(|w| (w + 1e7) - 1e7); // an update, added and taken away
+/// let residue = Residue::between(&original, &weight);
+/// residue.restore(&mut weight);
+/// assert!(residue.len() == 1 && weight == original);
+/// ```
 ///
 /// Where they lie is kept as the gap to the one before, seven bits a byte: mostly one byte.
 #[derive(Debug)]
-pub(super) struct Residue<E> {
+pub struct Residue<E> {
     gaps: Vec<u8>,
     originals: Vec<E>,
 }
 
 impl<E: Float> Residue<E> {
     /// What of `original` is not in `restored`, to the bit.
-    pub(super) fn between(original: &[E], restored: &[E]) -> Self {
+    pub fn between(original: &[E], restored: &[E]) -> Self {
         let mut residue = Self { gaps: Vec::new(), originals: Vec::new() };
         let mut from = 0;
         for (at, (was, is)) in original.iter().zip(restored).enumerate() {
@@ -33,7 +44,7 @@ impl<E: Float> Residue<E> {
     }
 
     /// Puts the kept elements back.
-    pub(super) fn restore(&self, restored: &mut [E]) {
+    pub fn restore(&self, restored: &mut [E]) {
         let (mut gaps, mut at) = (self.gaps.iter(), 0);
         for original in &self.originals {
             let (mut gap, mut shift) = (0, 0);
@@ -53,12 +64,17 @@ impl<E: Float> Residue<E> {
     }
 
     /// How many elements it keeps.
-    pub(super) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.originals.len()
     }
 
+    /// Whether everything is restored by itself.
+    pub fn is_empty(&self) -> bool {
+        self.originals.is_empty()
+    }
+
     /// How much memory that takes, on the host.
-    pub(super) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.gaps.capacity() + self.originals.capacity() * size_of::<E>()
     }
 

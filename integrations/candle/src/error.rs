@@ -1,11 +1,11 @@
-//! What can go wrong with files, templates and data, each in one line and in the caller's words.
+//! What can go wrong, in one line and in the caller's words.
 
 use std::path::{Path, PathBuf};
 
-/// The result of everything in this crate that reads files, renders templates or handles data.
+/// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why something was refused or failed.
+/// Why something was refused or failed. Nothing was changed when a call is refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -45,16 +45,20 @@ pub enum Error {
         problem: String,
     },
 
-    /// A setting is outside what it may be.
+    /// An argument or a setting is outside what it may be.
     #[error("`{name}` is {got}, want {want}")]
     Setting {
-        /// The setting.
+        /// The argument or setting, by its name.
         name: &'static str,
         /// What it is.
         got: String,
         /// What it may be.
         want: String,
     },
+
+    /// Refused or failed in lowrank: an adapter, a shape, a device.
+    #[error(transparent)]
+    Lowrank(#[from] lowrank::Error),
 
     /// candle could not do something.
     #[error(transparent)]
@@ -68,6 +72,11 @@ impl Error {
 
     pub(crate) fn template(problem: impl ToString) -> Self {
         Self::Template { problem: problem.to_string() }
+    }
+
+    /// `Err` naming the argument or setting, unless it holds what it must.
+    pub(crate) fn unless(holds: bool, name: &'static str, got: impl ToString, want: impl ToString) -> Result<()> {
+        if holds { Ok(()) } else { Err(Self::setting(name, got, want)) }
     }
 
     pub(crate) fn setting(name: &'static str, got: impl ToString, want: impl ToString) -> Self {

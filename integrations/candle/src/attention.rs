@@ -120,7 +120,9 @@ fn backward_head([q, k, v, dy]: [View<'_>; 4], scale: f32, dk: &mut [f32], dv: &
         dv.iter_mut().zip(&part).for_each(|(sum, part)| *sum += part);
         let dx = matrix_mut(&mut dq, (rows, dim))?.row_range(block.clone()).map_err(wrapped)?;
         let dw = Some(matrix_mut(&mut part, (keys, dim))?);
-        LinearBackward { x: Some(q), w: Some(k.into()), dy: ds, dx: Some(dx.into()), dw, dbias: None }.run(cpu).map_err(wrapped)?;
+        LinearBackward { x: Some(q), w: Some(k.into()), dy: ds, dx: Some(dx.into()), dw, dbias: None }
+            .run(cpu)
+            .map_err(wrapped)?;
         dk.iter_mut().zip(&part).for_each(|(sum, part)| *sum += part);
     }
     Ok(dq)
@@ -142,7 +144,12 @@ pub(crate) struct Past {
 }
 
 /// Attention of new tokens, which join the past of their sequences. Without a way back.
-pub(crate) fn attend(heads: Heads, [q, k, v]: [&Tensor; 3], sequences: &[Range<usize>], pasts: &mut [&mut Past]) -> Result<Tensor> {
+pub(crate) fn attend(
+    heads: Heads,
+    [q, k, v]: [&Tensor; 3],
+    sequences: &[Range<usize>],
+    pasts: &mut [&mut Past],
+) -> Result<Tensor> {
     let [lq, lk, lv] = [q, k, v].map(Lent::new);
     by_dtype!(q.dtype(), E => {
         let [qs, ks, vs] = [lq.slice::<E>()?, lk.slice::<E>()?, lv.slice::<E>()?].map(widened);

@@ -32,19 +32,6 @@ pub struct Gguf {
     names: BTreeMap<String, (String, Order)>,
 }
 
-/// The special tokens that a file names.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SpecialTokens {
-    /// Begins a text.
-    pub bos: Option<String>,
-    /// Ends a text or an answer.
-    pub eos: Option<String>,
-    /// Stands for what the vocabulary does not have.
-    pub unknown: Option<String>,
-    /// Fills short rows.
-    pub padding: Option<String>,
-}
-
 impl Gguf {
     /// Opens a file and reads all but its weights. Errors: [`Error::File`] for a file that is missing, damaged, or holds a model of
     /// another family.
@@ -53,7 +40,8 @@ impl Gguf {
         let refuse = |problem: String| Error::file(path, problem);
         let mut file = BufReader::new(File::open(path).map_err(|error| refuse(error.to_string()))?);
         refuse_no_alignment(&mut file).map_err(|error| refuse(error.to_string()))?;
-        let content = Content::read(&mut file).map_err(|error| refuse(format!("not a GGUF file that can be read: {error}")))?;
+        let content = Content::read(&mut file)
+            .map_err(|error| refuse(format!("not a GGUF file that can be read: {}", first_line(&error))))?;
         let metadata = Metadata { path, values: &content.metadata };
         let layers = config::layers(&metadata)?;
         let names = names::in_transformers(&content.tensor_infos, metadata.architecture()?, layers).map_err(refuse)?;
@@ -108,8 +96,8 @@ impl Gguf {
         }
     }
 
-    /// The special tokens that chat templates use.
-    pub fn special_tokens(&self) -> Result<SpecialTokens> {
+    /// The special tokens by transformers' names: `bos_token`, `eos_token`, `unk_token`, `pad_token`.
+    pub fn special_tokens(&self) -> Result<BTreeMap<String, String>> {
         tokenizer::special_tokens(&self.metadata())
     }
 
@@ -125,8 +113,9 @@ impl Gguf {
             return Err(refuse(&format!("its shape is {dims:?}")));
         }
         let mut file = self.file.lock().map_err(|_| refuse(&"a thread that read the file has panicked"))?;
-        let tensor = info.read(&mut *file, self.content.tensor_data_offset, &Device::Cpu).map_err(|error| refuse(&error))?;
-        tensor.dequantize(&Device::Cpu).map_err(|error| refuse(&error))
+        let tensor =
+            info.read(&mut *file, self.content.tensor_data_offset, &Device::Cpu).map_err(|error| refuse(&first_line(&error)))?;
+        tensor.dequantize(&Device::Cpu).map_err(|error| refuse(&first_line(&error)))
     }
 
     /// `out[h, s·d/2 + j] = stored[h, 2·j + s]` for each head h of d rows, s of 0 and 1, j below d/2.
@@ -144,6 +133,11 @@ impl Gguf {
         let columns = dims[1..].iter().product::<usize>();
         Ok(stored.reshape((heads, head / 2, 2, columns))?.transpose(1, 2)?.contiguous()?.reshape(dims)?)
     }
+}
+
+/// Other lines may be a backtrace.
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// candle divides by the alignment that a file states, and panics at 0.

@@ -171,7 +171,10 @@ impl LoraLinear {
             let got = format!("{:?} of {}", bias.dims(), bias.dtype().as_str());
             Error::unless(fits, "bias", got, format!("[{n}] of {}", dtype.as_str()))?;
         }
-        let base = Base { w: weight.contiguous()?.detach(), bias: bias.map(|bias| Ok::<_, Error>(bias.contiguous()?.detach())).transpose()? };
+        let base = Base {
+            w: weight.contiguous()?.detach(),
+            bias: bias.map(|bias| Ok::<_, Error>(bias.contiguous()?.detach())).transpose()?,
+        };
         Ok(Self { base, parts: Vec::new(), active: Vec::new(), enabled: true, merged: Vec::new(), salt: 0 })
     }
 
@@ -255,7 +258,12 @@ impl LoraLinear {
         Error::unless(fine, "adapter", format!("`{name}`"), "a name without a dot or a slash")?;
         let ((n, k), r) = (self.shape(), adapter.config.rank);
         let fits = adapter.a.dims() == [r, k] && adapter.b.dims() == [n, r];
-        Error::unless(fits, "adapter", format!("A {:?} and B {:?}", adapter.a.dims(), adapter.b.dims()), format!("[{r}, {k}] and [{n}, {r}]"))
+        Error::unless(
+            fits,
+            "adapter",
+            format!("A {:?} and B {:?}", adapter.a.dims(), adapter.b.dims()),
+            format!("[{r}, {k}] and [{n}, {r}]"),
+        )
     }
 
     /// Takes an adapter away, if it is there. Errors: while one is merged.
@@ -375,7 +383,9 @@ impl LoraLinear {
             Chosen::Active => self.chosen(&self.active).collect(),
             Chosen::Named(names) => self.chosen(names).collect(),
             Chosen::Rows(rows) if !pass.gradients => return self.forward_rows(x, rows),
-            Chosen::Rows(_) => return Err(Error::setting("adapters", "chosen by rows", "active or named, in a pass with gradients")),
+            Chosen::Rows(_) => {
+                return Err(Error::setting("adapters", "chosen by rows", "active or named, in a pass with gradients"));
+            }
         };
         if pass.gradients { self.forward_tracked(x, &adapters, pass.seed) } else { self.forward_untracked(x, &adapters) }
     }

@@ -45,7 +45,10 @@ impl Tokens {
             start..end
         };
         let ranges = sequences.iter().map(&mut range).collect();
-        Self { ids: sequences.iter().flat_map(|sequence| sequence.as_ref().iter().copied()).collect(), sequences: Arc::new(ranges) }
+        Self {
+            ids: sequences.iter().flat_map(|sequence| sequence.as_ref().iter().copied()).collect(),
+            sequences: Arc::new(ranges),
+        }
     }
 
     /// The tokens of all sequences.
@@ -182,8 +185,13 @@ impl CausalLm {
 
     fn run(&self, tokens: &Tokens, pass: &Pass<'_>, mut caches: Option<&mut [Cache]>) -> Result<Tensor> {
         let past = |at: usize| caches.as_ref().map_or(0, |caches| caches[at].length);
-        let positions: Vec<usize> =
-            tokens.sequences.iter().enumerate().flat_map(|(at, rows)| (0..rows.len()).map(move |i| (at, i))).map(|(at, i)| past(at) + i).collect();
+        let positions: Vec<usize> = tokens
+            .sequences
+            .iter()
+            .enumerate()
+            .flat_map(|(at, rows)| (0..rows.len()).map(move |i| (at, i)))
+            .map(|(at, i)| past(at) + i)
+            .collect();
         self.check(tokens, &positions)?;
         let mut x = self.embed.index_select(&Tensor::new(tokens.ids.as_slice(), &Device::Cpu)?, 0)?;
         let flow = Flow { angles: self.rope.angles(&positions), sequences: tokens.sequences.clone(), pass };
@@ -207,7 +215,12 @@ impl CausalLm {
         let unknown = tokens.ids.iter().find(|&&id| id as usize >= vocab);
         Error::unless(unknown.is_none(), "tokens", format!("{unknown:?}"), format!("below the vocabulary of {vocab}"))?;
         let (longest, room) = (positions.iter().max().map_or(0, |last| last + 1), self.config.max_positions);
-        Error::unless(longest <= room, "tokens", format!("a sequence of {longest}"), format!("at most the {room} positions of the model"))
+        Error::unless(
+            longest <= room,
+            "tokens",
+            format!("a sequence of {longest}"),
+            format!("at most the {room} positions of the model"),
+        )
     }
 
     /// The logits of hidden states, rows × vocabulary.

@@ -118,7 +118,8 @@ mod tests {
             assert_eq!(dot(&x, &x), x.iter().map(|x| x * x).sum::<f32>());
             assert_eq!(max(&x), x.last().copied().unwrap_or(f32::NEG_INFINITY));
         }
-        let rows = make_rows::<f32>(3 * 10_000, 3, |i, row| row.iter_mut().enumerate().for_each(|(j, x)| *x = (i * 3 + j) as f32));
+        let rows =
+            make_rows::<f32>(3 * 10_000, 3, |i, row| row.iter_mut().enumerate().for_each(|(j, x)| *x = (i * 3 + j) as f32));
         assert!(rows.iter().enumerate().all(|(i, x)| *x == i as f32));
     }
 }

@@ -68,7 +68,10 @@ impl Angles {
     fn run<E: Elem>(&self, x: &[E], columns: usize, sign: f32) -> Result<Vec<E>> {
         let (half, width) = (self.half, 2 * self.half);
         if columns * self.cos.len() != x.len() * half || !columns.is_multiple_of(width.max(1)) {
-            candle_core::bail!("rotary positions of {} tokens for heads of {width} got rows of {columns}", self.cos.len() / half.max(1));
+            candle_core::bail!(
+                "rotary positions of {} tokens for heads of {width} got rows of {columns}",
+                self.cos.len() / half.max(1)
+            );
         }
         Ok(make_rows(x.len(), columns, |i, y: &mut [E]| {
             let (cos, sin) = (&self.cos[i * half..][..half], &self.sin[i * half..][..half]);

@@ -74,7 +74,10 @@ fn gradients_are_those_of_candle() {
 fn dropout_is_differentiated_with_the_mask_it_had() {
     let mut layer = LoraLinear::new(random(1, &[6, 8]), None).unwrap();
     layer.add("default", &LoraConfig { dropout: 0.4, ..LoraConfig::new(2, 3.0) }, &mut Rng::new(1)).unwrap();
-    let (a, b) = { let adapter = layer.adapter("default").unwrap(); (adapter.a().clone(), adapter.b().clone()) };
+    let (a, b) = {
+        let adapter = layer.adapter("default").unwrap();
+        (adapter.a().clone(), adapter.b().clone())
+    };
     b.set(&random(2, &[6, 2])).unwrap();
     let (x, dy) = (Var::from_tensor(&random(3, &[3, 8])).unwrap(), random(4, &[3, 6]));
     let pass = Pass::training(5);
@@ -120,7 +123,17 @@ fn rows_go_through_the_adapters_named_for_them() {
 
 #[test]
 fn merging_is_adding_and_unmerging_gives_every_bit_back() {
-    let bits = |t: &Tensor| t.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    let bits = |t: &Tensor| {
+        t.to_dtype(DType::F32)
+            .unwrap()
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap()
+            .into_iter()
+            .map(f32::to_bits)
+            .collect::<Vec<_>>()
+    };
     for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
         let mut layer = layer(dtype, true, &[("a", 3, 6.0), ("b", 2, 5.0)]);
         let x = random(3, &[5, 40]).to_dtype(dtype).unwrap();
@@ -133,7 +146,12 @@ fn merging_is_adding_and_unmerging_gives_every_bit_back() {
         assert_eq!(bits(layer.weight()), before);
         let huge = random(1, &[24, 3]).affine(3e38, 3e38).unwrap();
         layer.adapter("a").unwrap().b().set(&huge).unwrap();
-        layer.adapter("a").unwrap().a().set(&huge.flatten_all().unwrap().repeat(2).unwrap().narrow(0, 0, 120).unwrap().reshape((3, 40)).unwrap()).unwrap();
+        layer
+            .adapter("a")
+            .unwrap()
+            .a()
+            .set(&huge.flatten_all().unwrap().repeat(2).unwrap().narrow(0, 0, 120).unwrap().reshape((3, 40)).unwrap())
+            .unwrap();
         assert!(layer.merge(&["b", "a"]).unwrap_err().to_string().contains("not finite"));
         assert_eq!((bits(layer.weight()), layer.merged().count()), (before, 0));
     }
@@ -143,7 +161,10 @@ fn merging_is_adding_and_unmerging_gives_every_bit_back() {
 fn what_does_not_fit_is_refused_by_name() {
     let mut layer = layer(DType::F32, false, &[("a", 3, 6.0)]);
     let said = |error: lowrank_candle::Error| error.to_string();
-    assert_eq!(said(layer.forward_with(&random(1, &[2, 39]), &Pass::inference()).unwrap_err()), "`x` is [2, 39] of f32, want […, 40] of f32");
+    assert_eq!(
+        said(layer.forward_with(&random(1, &[2, 39]), &Pass::inference()).unwrap_err()),
+        "`x` is [2, 39] of f32, want […, 40] of f32"
+    );
     assert!(said(layer.add("a/b", &LoraConfig::new(2, 1.0), &mut Rng::new(0)).unwrap_err()).contains("without a dot or a slash"));
     assert!(layer.add("b", &LoraConfig::new(0, 1.0), &mut Rng::new(0)).is_err());
     assert!(layer.add("b", &LoraConfig { use_dora: true, ..LoraConfig::new(2, 1.0) }, &mut Rng::new(0)).is_err());

@@ -1,12 +1,12 @@
 //! The tokenizer of a GGUF file, made into the `tokenizer.json` that transformers has for it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use candle_core::quantized::gguf_file::Value;
 use serde_json::{Map, Value as Json, json};
 use tokenizers::Tokenizer;
 
-use super::{Metadata, SpecialTokens};
+use super::Metadata;
 use crate::error::Result;
 
 /// The kinds of tokens that are found in a text before anything else is.
@@ -24,16 +24,17 @@ pub(super) fn tokenizer(metadata: &Metadata) -> Result<Tokenizer> {
     Tokenizer::from_bytes(json.to_string()).map_err(|error| metadata.error(format!("its tokenizer cannot be used: {error}")))
 }
 
-pub(super) fn special_tokens(metadata: &Metadata) -> Result<SpecialTokens> {
-    let tokens = tokens(metadata)?;
-    let named = |name: &str| -> Result<Option<String>> {
-        let key = format!("tokenizer.ggml.{name}_token_id");
-        let Some(id) = metadata.whole(&key)? else { return Ok(None) };
-        let token =
-            tokens.get(id).ok_or_else(|| metadata.error(format!("`{key}` is {id}, but there are {} tokens", tokens.len())))?;
-        Ok(Some((*token).to_owned()))
-    };
-    Ok(SpecialTokens { bos: named("bos")?, eos: named("eos")?, unknown: named("unknown")?, padding: named("padding")? })
+pub(super) fn special_tokens(metadata: &Metadata) -> Result<BTreeMap<String, String>> {
+    let (tokens, mut special) = (tokens(metadata)?, BTreeMap::new());
+    for (name, stored) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")] {
+        let key = format!("tokenizer.ggml.{stored}_token_id");
+        if let Some(id) = metadata.whole(&key)? {
+            let token = tokens.get(id);
+            let token = token.ok_or_else(|| metadata.error(format!("`{key}` is {id}, but there are {} tokens", tokens.len())))?;
+            special.insert(name.to_owned(), (*token).to_owned());
+        }
+    }
+    Ok(special)
 }
 
 fn tokens<'f>(metadata: &Metadata<'f>) -> Result<Vec<&'f str>> {
@@ -127,8 +128,7 @@ fn added(metadata: &Metadata, tokens: &[&str]) -> Result<Vec<Json>> {
         return Err(metadata.error(format!("it has {} tokens, but the kinds of {}", tokens.len(), kinds.len())));
     }
     // A special token is one even where the file does not mark it.
-    let special = special_tokens(metadata)?;
-    let named: HashSet<String> = [special.bos, special.eos, special.unknown, special.padding].into_iter().flatten().collect();
+    let named: HashSet<String> = special_tokens(metadata)?.into_values().collect();
     let kind = |id: usize| kinds.get(id).copied().unwrap_or(0);
     let is_special = |id: usize| kind(id) == CONTROL || (kinds.is_empty() && named.contains(tokens[id]));
     let picked = (0..tokens.len()).filter(|&id| is_special(id) || kind(id) == USER_DEFINED);

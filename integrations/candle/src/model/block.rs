@@ -67,7 +67,8 @@ impl Block {
         };
         let [input_norm, post_norm] = [norm("input_layernorm", d)?, norm("post_attention_layernorm", d)?];
         let heads = Heads { q: config.heads, kv: config.kv_heads, dim };
-        let projections = <[LoraLinear; 7]>::try_from(projections).map_err(|_| crate::Error::setting("projections", "not seven", "seven"))?;
+        let projections =
+            <[LoraLinear; 7]>::try_from(projections).map_err(|_| crate::Error::setting("projections", "not seven", "seven"))?;
         Ok(Self { projections, input_norm, post_norm, head_norms, heads })
     }
 

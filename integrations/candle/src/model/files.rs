@@ -67,7 +67,10 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut names = Vec::new();
     for (tensor, shard) in map {
         let plain = |name: &&str| !name.contains(['/', '\\']) && name.ends_with(".safetensors");
-        let name = shard.as_str().filter(plain).ok_or_else(|| Error::file(&index, format!("`{tensor}` is in {shard}, want a file of the folder")))?;
+        let name = shard
+            .as_str()
+            .filter(plain)
+            .ok_or_else(|| Error::file(&index, format!("`{tensor}` is in {shard}, want a file of the folder")))?;
         if !names.contains(&name) {
             names.push(name);
         }

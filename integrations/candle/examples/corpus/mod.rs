@@ -1,0 +1,53 @@
+//! Dialogues of the Python package chatterbot-corpus, as conversations.
+//!
+//! A file is YAML: `categories`, and `conversations`, each a list of what is said in turn, the first by the user. What is odd in length has a
+//! question at its end without an answer, which is left away.
+
+use std::path::Path;
+
+use lowrank_candle::chat::Message;
+use lowrank_candle::data::Conversation;
+use saphyr::{LoadableYamlNode, Scalar, Yaml};
+
+/// The conversations of all `*.yml` files of a folder, by the names of the files. The error says which file cannot be read.
+pub fn read_folder(folder: &Path) -> Result<Vec<Conversation>, String> {
+    let entries = std::fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "yml"));
+    paths.sort();
+    let mut all = Vec::new();
+    for path in paths {
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        all.extend(conversations(&text).map_err(|problem| format!("{}: {problem}", path.display()))?);
+    }
+    if all.is_empty() { Err(format!("{}: there are no conversations in it", folder.display())) } else { Ok(all) }
+}
+
+/// The conversations of one file.
+pub fn conversations(text: &str) -> Result<Vec<Conversation>, String> {
+    let documents = Yaml::load_from_str(text).map_err(|error| format!("not YAML: {error}"))?;
+    let root = documents.first().ok_or("it is empty")?;
+    let listed = root.as_mapping_get("conversations").and_then(Yaml::as_vec).ok_or("it has no list `conversations`")?;
+    listed.iter().enumerate().map(|(at, said)| turns(said).map_err(|problem| format!("conversation {}: {problem}", at + 1))).filter(
+        |turns| !matches!(turns, Ok(turns) if turns.is_empty()),
+    ).collect()
+}
+
+fn turns(said: &Yaml) -> Result<Conversation, String> {
+    let said = said.as_vec().ok_or("it is no list")?;
+    let texts = said.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let pairs = texts.chunks_exact(2);
+    Ok(pairs.flat_map(|pair| [Message::user(pair[0].as_str()), Message::assistant(pair[1].as_str())]).collect())
+}
+
+/// What YAML takes for a number or a truth value was said too.
+fn text(said: &Yaml) -> Result<String, String> {
+    match said {
+        Yaml::Value(Scalar::String(text)) => Ok(text.trim().to_owned()),
+        Yaml::Value(Scalar::Integer(number)) => Ok(number.to_string()),
+        Yaml::Value(Scalar::FloatingPoint(number)) => Ok(number.to_string()),
+        Yaml::Value(Scalar::Boolean(value)) => Ok(value.to_string()),
+        Yaml::Representation(text, ..) => Ok(text.trim().to_owned()),
+        _ => Err("what is said is no text".into()),
+    }
+}

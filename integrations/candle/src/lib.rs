@@ -1,5 +1,6 @@
 //! LoRA for language models on candle: train, save, load, merge and serve PEFT adapters, on lowrank's kernels.
 
+mod adamw;
 mod attention;
 pub mod chat;
 mod config;
@@ -21,6 +22,8 @@ mod op_tests;
 mod peft;
 mod rope;
 pub mod schedule;
+pub mod sft;
+mod shared;
 
 pub use config::{CONFIG_FILE, Family, ModelConfig, RopeScaling};
 pub use error::{Error, Result};
@@ -31,3 +34,6 @@ pub use lowrank::nn::{LoraConfig, ParameterReport};
 pub use lowrank::random::Rng;
 pub use model::{Cache, CausalLm, PROJECTIONS, Tokens};
 pub use peft::Adaptable;
+pub use shared::Shared;
+
+pub use lowrank;

@@ -33,7 +33,12 @@ impl Sampling {
 
     fn check(&self) -> Result<()> {
         let (temperature, top_p) = (self.temperature, self.top_p);
-        Error::unless(temperature.is_finite() && temperature >= 0.0, "temperature", temperature, "a number that is not negative")?;
+        Error::unless(
+            temperature.is_finite() && temperature >= 0.0,
+            "temperature",
+            temperature,
+            "a number that is not negative",
+        )?;
         Error::unless(top_p > 0.0 && top_p <= 1.0, "top_p", top_p, "above 0 and at most 1")
     }
 
@@ -122,7 +127,12 @@ impl CausalLm {
         sampling.check()?;
         Error::unless(!prompt.is_empty(), "prompt", "empty", "at least one token")?;
         let (got, room) = (prompt.len() + sampling.max_new_tokens.saturating_sub(1), self.config().max_positions);
-        Error::unless(got <= room, "max_new_tokens", format!("{got} tokens with the prompt"), format!("at most the {room} of the model"))?;
+        Error::unless(
+            got <= room,
+            "max_new_tokens",
+            format!("{got} tokens with the prompt"),
+            format!("at most the {room} of the model"),
+        )?;
         let seed = sampling.seed;
         let words = philox([seed as u32, (seed >> 32) as u32], [place as u32, 0, 0, 1]);
         let rng = Rng::new(u64::from(words[0]) | u64::from(words[1]) << 32);

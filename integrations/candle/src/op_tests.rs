@@ -41,11 +41,15 @@ fn agree(vars: &[&Var], got: impl Fn() -> Result<Tensor>, want: impl Fn() -> Res
 fn norm_and_gate() {
     let (x, w) = (random(1, &[3, 7, 40]), random(2, &[20]));
     let norm = RmsNorm::new(w.as_detached_tensor(), 1e-3).unwrap();
-    agree(&[&x], || norm.forward(&x), || {
-        let x = x.reshape((3, 7, 2, 20))?;
-        let root = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-3)?.sqrt()?;
-        x.broadcast_div(&root)?.broadcast_mul(&w.as_detached_tensor())?.reshape((3, 7, 40))
-    });
+    agree(
+        &[&x],
+        || norm.forward(&x),
+        || {
+            let x = x.reshape((3, 7, 2, 20))?;
+            let root = (x.sqr()?.mean_keepdim(D::Minus1)? + 1e-3)?.sqrt()?;
+            x.broadcast_div(&root)?.broadcast_mul(&w.as_detached_tensor())?.reshape((3, 7, 40))
+        },
+    );
     let (g, u) = (random(3, &[9, 333]), random(4, &[9, 333]));
     agree(&[&g, &u], || Gate::forward(&g.affine(8.0, 0.0)?, &u), || g.affine(8.0, 0.0)?.silu()? * u.as_tensor());
 }
@@ -63,14 +67,18 @@ fn config(more: &str) -> ModelConfig {
 fn rotary_positions() {
     let (x, positions) = (random(1, &[5, 32]), [0, 1, 2, 0, 30]);
     let angles = Rope::new(&config("")).angles(&positions);
-    agree(&[&x], || angles.turn(&x), || {
-        let at = Tensor::new(&[0f32, 1.0, 2.0, 0.0, 30.0], &Device::Cpu)?.reshape((5, 1))?;
-        let frequencies = Tensor::new(&[1f32, 0.1, 0.01, 0.001], &Device::Cpu)?.reshape((1, 4))?;
-        let angles = at.matmul(&frequencies)?;
-        let x = x.reshape((5, 4, 8))?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
-        let turned = candle_nn::rotary_emb::rope_slow(&x, &angles.cos()?, &angles.sin()?)?;
-        turned.squeeze(0)?.transpose(0, 1)?.reshape((5, 32))
-    });
+    agree(
+        &[&x],
+        || angles.turn(&x),
+        || {
+            let at = Tensor::new(&[0f32, 1.0, 2.0, 0.0, 30.0], &Device::Cpu)?.reshape((5, 1))?;
+            let frequencies = Tensor::new(&[1f32, 0.1, 0.01, 0.001], &Device::Cpu)?.reshape((1, 4))?;
+            let angles = at.matmul(&frequencies)?;
+            let x = x.reshape((5, 4, 8))?.transpose(0, 1)?.unsqueeze(0)?.contiguous()?;
+            let turned = candle_nn::rotary_emb::rope_slow(&x, &angles.cos()?, &angles.sin()?)?;
+            turned.squeeze(0)?.transpose(0, 1)?.reshape((5, 32))
+        },
+    );
 }
 
 const HEADS: Heads = Heads { q: 4, kv: 2, dim: 8 };
@@ -83,7 +91,8 @@ fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, sequences: &[Range<usize>
         let repeat = |x: Tensor| x.unsqueeze(1)?.broadcast_as((2, 2, t, HEADS.dim))?.reshape((4, t, HEADS.dim))?.contiguous();
         let (q, k, v) = (heads(q, 4)?, repeat(heads(k, 2)?)?, repeat(heads(v, 2)?)?);
         let mask = (0..t).flat_map(|i| (0..t).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
-        let scores = (q.matmul(&k.t()?)? / (HEADS.dim as f64).sqrt())?.broadcast_add(&Tensor::from_vec(mask, (1, t, t), &Device::Cpu)?)?;
+        let scores =
+            (q.matmul(&k.t()?)? / (HEADS.dim as f64).sqrt())?.broadcast_add(&Tensor::from_vec(mask, (1, t, t), &Device::Cpu)?)?;
         candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&v)?.transpose(0, 1)?.reshape((t, HEADS.q * HEADS.dim))
     };
     Tensor::cat(&sequences.iter().map(part).collect::<Result<Vec<_>>>()?, 0)
@@ -112,7 +121,8 @@ fn attention_behind_a_past_is_that_of_the_whole() {
         let parts = [&q, &k, &v].map(|x| rows(x, a.clone(), b.clone()));
         let sequences = [0..a.len(), a.len()..a.len() + b.len()];
         let got = attend(HEADS, [&parts[0], &parts[1], &parts[2]], &sequences, &mut [&mut first, &mut second]).unwrap();
-        let want = Tensor::cat(&[want.narrow(0, a.start, a.len()).unwrap(), want.narrow(0, b.start, b.len()).unwrap()], 0).unwrap();
+        let want =
+            Tensor::cat(&[want.narrow(0, a.start, a.len()).unwrap(), want.narrow(0, b.start, b.len()).unwrap()], 0).unwrap();
         assert!(largest(&(got - want).unwrap()) < 1e-5);
     }
 }
@@ -122,14 +132,18 @@ fn loss_of_the_rows_that_count() {
     // More rows than have logits at a time.
     let (h, head) = (random(1, &[300, 24]), random(2, &[50, 24]));
     let labels: Vec<Option<u32>> = (0..300).map(|row| (row % 3 > 0).then_some(row * 7 % 50)).collect();
-    agree(&[&h], || HeadLoss::new(head.as_detached_tensor(), &labels, 17.0).forward(&h), || {
-        let rows: Vec<u32> = (0..300).filter(|row| labels[*row as usize].is_some()).collect();
-        let picked = h.index_select(&Tensor::new(rows.as_slice(), &Device::Cpu)?, 0)?;
-        let logits = picked.matmul(&head.as_detached_tensor().t()?)?;
-        let labels: Vec<u32> = labels.iter().flatten().copied().collect();
-        let mean = candle_nn::loss::cross_entropy(&logits, &Tensor::new(labels.as_slice(), &Device::Cpu)?)?;
-        mean * (rows.len() as f64 / 17.0)
-    });
+    agree(
+        &[&h],
+        || HeadLoss::new(head.as_detached_tensor(), &labels, 17.0).forward(&h),
+        || {
+            let rows: Vec<u32> = (0..300).filter(|row| labels[*row as usize].is_some()).collect();
+            let picked = h.index_select(&Tensor::new(rows.as_slice(), &Device::Cpu)?, 0)?;
+            let logits = picked.matmul(&head.as_detached_tensor().t()?)?;
+            let labels: Vec<u32> = labels.iter().flatten().copied().collect();
+            let mean = candle_nn::loss::cross_entropy(&logits, &Tensor::new(labels.as_slice(), &Device::Cpu)?)?;
+            mean * (rows.len() as f64 / 17.0)
+        },
+    );
     let none = HeadLoss::new(head.as_detached_tensor(), &vec![None; 300], 1.0).forward(&h).unwrap();
     assert_eq!(none.to_scalar::<f32>().unwrap(), 0.0);
     assert_eq!(largest(none.backward().unwrap().get(h.as_tensor()).unwrap()), 0.0);
@@ -141,7 +155,8 @@ fn sixteen_bits_are_close() {
     let (q, k, v) = (random(1, &[33, 32]), random(2, &[33, 16]), random(3, &[33, 16]));
     for (dtype, tolerance) in [(DType::BF16, 0.03), (DType::F16, 0.004)] {
         let narrow = |x: &Var| x.to_dtype(dtype);
-        let got = Attention::new(HEADS, sequences.clone()).forward(&narrow(&q).unwrap(), &narrow(&k).unwrap(), &narrow(&v).unwrap());
+        let got =
+            Attention::new(HEADS, sequences.clone()).forward(&narrow(&q).unwrap(), &narrow(&k).unwrap(), &narrow(&v).unwrap());
         let got = got.unwrap().to_dtype(DType::F32).unwrap();
         let want = plain_attention(&q, &k, &v, &sequences).unwrap();
         assert!(largest(&(got - want).unwrap()) < tolerance);
@@ -151,7 +166,9 @@ fn sixteen_bits_are_close() {
 #[test]
 fn configs_that_are_not_honoured_are_refused_by_name() {
     let error = |more: &str| {
-        let text = format!(r#"{{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4{more}}}"#);
+        let text = format!(
+            r#"{{"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4{more}}}"#
+        );
         ModelConfig::from_json(text.as_bytes()).map(|_| ()).unwrap_err().to_string()
     };
     for (more, word) in [

@@ -262,7 +262,8 @@ fn to_folder(model: &(impl Adaptable + ?Sized), name: &str) -> Result<Folder> {
         configs.push(adapter.config());
     }
     let config = configs.first().copied().cloned().unwrap_or_else(|| LoraConfig::new(1, 1.0));
-    let alike = configs.iter().all(|other| (other.rank, other.alpha, other.scaling) == (config.rank, config.alpha, config.scaling));
+    let alike =
+        configs.iter().all(|other| (other.rank, other.alpha, other.scaling) == (config.rank, config.alpha, config.scaling));
     let names = target_names(model, name);
     let told = AdapterConfig::new(&config, TargetModules::Names(&names))?.with_task_type("CAUSAL_LM");
     let told = model.base_name().map_or(told.clone(), |base| told.with_base_model_name_or_path(&base));

@@ -118,7 +118,12 @@ impl<'t> Trainer<'t> {
         check(&settings)?;
         let longest = data.examples().iter().map(|example| example.ids.len()).max().unwrap_or(0);
         let room = model.config().max_positions;
-        Error::unless(longest <= room, "data", format!("a conversation of {longest} tokens"), format!("at most the model's {room}"))?;
+        Error::unless(
+            longest <= room,
+            "data",
+            format!("a conversation of {longest} tokens"),
+            format!("at most the model's {room}"),
+        )?;
         let batches = Batches::new(data, settings.batches)?;
         let schedule = Schedule::new(settings.lr, steps(&batches, settings.accumulate), settings.warmup, settings.decay)?;
         let mut factors = Vec::new();
@@ -159,7 +164,12 @@ impl<'t> Trainer<'t> {
         let gradients = gradients.unwrap_or_default();
         let norm = norm(&gradients)?;
         let finite = loss.is_finite() && norm.is_finite();
-        Error::unless(finite, "loss", format!("{loss} in step {}, with a gradient of {norm}", self.step), "finite; a smaller `lr` may help")?;
+        Error::unless(
+            finite,
+            "loss",
+            format!("{loss} in step {}, with a gradient of {norm}", self.step),
+            "finite; a smaller `lr` may help",
+        )?;
         let factor = self.settings.clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0)) as f32;
         let lr = self.schedule.rate(self.step);
         let rates = Rates { lr, weight_decay: self.settings.weight_decay, loraplus: self.settings.loraplus_lr_ratio };

@@ -85,7 +85,12 @@ impl Shared {
     /// product of factors to linear layers (DoRA, biases, whole modules); for numbers that would not be finite. Nothing is changed then.
     pub fn merge(&self, adapter: &Folder) -> Result<()> {
         let plain = adapter.extras().is_empty() && adapter.config().began_with().is_none();
-        Error::unless(plain, "adapter", "more than factors beside weights", "factors alone, without biases, magnitudes or modules")?;
+        Error::unless(
+            plain,
+            "adapter",
+            "more than factors beside weights",
+            "factors alone, without biases, magnitudes or modules",
+        )?;
         let mut state = self.lock();
         let before = state.merged.len();
         for (module, factors) in adapter.modules() {
@@ -132,16 +137,22 @@ impl State {
 
     /// The name of the weight that a module has in the model.
     fn weight_of(&self, module: &str) -> Result<String> {
-        let ends = |long: &str, short: &str| long.strip_suffix(short).is_some_and(|above| above.is_empty() || above.ends_with('.'));
+        let ends =
+            |long: &str, short: &str| long.strip_suffix(short).is_some_and(|above| above.is_empty() || above.ends_with('.'));
         let weight = format!("{module}.weight");
         let handed_out = |name: &&String| self.handed_out.keys().any(|(known, _)| known == *name);
-        let mut names: Vec<&String> = self.tensors.keys().filter(handed_out).filter(|name| ends(name, &weight) || ends(&weight, name)).collect();
+        let mut names: Vec<&String> =
+            self.tensors.keys().filter(handed_out).filter(|name| ends(name, &weight) || ends(&weight, name)).collect();
         if let Some(exact) = names.iter().find(|name| ***name == weight) {
             names = vec![exact];
         }
         match names[..] {
             [name] => Ok(name.clone()),
-            _ => Err(Error::setting("adapter", format!("for `{module}`, which is {} weights of the model", names.len()), "for one")),
+            _ => Err(Error::setting(
+                "adapter",
+                format!("for `{module}`, which is {} weights of the model", names.len()),
+                "for one",
+            )),
         }
     }
 

@@ -59,7 +59,8 @@ fn logits_and_loss_are_those_of_transformers() {
             numbers(&model.logits(&model.hidden(&tokens, &pass).unwrap(), &pass).unwrap())
         };
         let want = |name: &str| {
-            let rows = sequences.iter().enumerate().map(|(at, ids)| reference[name].get(at).unwrap().narrow(0, 0, ids.len()).unwrap());
+            let rows =
+                sequences.iter().enumerate().map(|(at, ids)| reference[name].get(at).unwrap().narrow(0, 0, ids.len()).unwrap());
             rows.flat_map(|rows| numbers(&rows)).collect::<Vec<f32>>()
         };
         assert!(difference(&logits(&model), &want("base_logits")) < 1e-5, "{name}");
@@ -165,9 +166,18 @@ fn adapters_are_managed_by_name() {
     assert_eq!((model.adapters("small").count(), model.adapters("large").count()), (4, 14)); // the head has none
     assert_eq!(model.active_adapters(), ["small"]);
     let report = model.parameter_report();
-    assert_eq!(report.introduced, report.trainable + model.adapters("large").map(|(_, a)| a.a().elem_count() + a.b().elem_count()).sum::<usize>());
+    assert_eq!(
+        report.introduced,
+        report.trainable + model.adapters("large").map(|(_, a)| a.a().elem_count() + a.b().elem_count()).sum::<usize>()
+    );
     assert!(model.set_active(&["unknown"]).unwrap_err().to_string().contains("small, large"));
-    assert!(model.add_adapter("x", TargetModules::Names(&["w_proj".into()]), &config, &mut Rng::new(0)).unwrap_err().to_string().contains("q_proj"));
+    assert!(
+        model
+            .add_adapter("x", TargetModules::Names(&["w_proj".into()]), &config, &mut Rng::new(0))
+            .unwrap_err()
+            .to_string()
+            .contains("q_proj")
+    );
     model.merge_adapters(&["large"]).unwrap();
     assert!(model.delete_adapter("small").is_err() && model.set_adapters_enabled(false).is_err());
     model.unmerge_adapters().unwrap();

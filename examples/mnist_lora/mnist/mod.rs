@@ -1,18 +1,6 @@
-//! MNIST: handwritten digits as Y. LeCun's IDX files hold them, gzipped or not, and batches of them on a device.
+//! MNIST: readers of Y. LeCun's IDX files of handwritten digits, gzipped or not, and batches of images on a device.
 //!
-//! The readers are functions of bytes that believe nothing: not the sizes in a header, not the end of a gzip stream.
-//!
-//! ```
-//! use lowrank::{Cpu, mnist::Mnist, random::Rng};
-//!
-//! let mnist = Mnist::generate(7, 100, 20); // `Mnist::load(dir)` reads the real ones
-//! let cpu = Cpu::<f32>::new()?;
-//! for rows in lowrank::mnist::shuffled_batches(mnist.train.all(), 10, &mut Rng::new(7)) {
-//!     let (x, labels) = mnist.train.batch(&cpu, &rows)?;
-//!     assert_eq!((x.rows(), x.cols(), labels.classes()), (10, 784, 10));
-//! }
-//! # Ok::<(), lowrank::Error>(())
-//! ```
+//! The readers check everything that a file claims: the sizes in its header and the end of a gzip stream.
 
 mod digits;
 mod idx;
@@ -21,24 +9,20 @@ use std::path::Path;
 
 pub use idx::Idx;
 
-use crate::backend::Backend;
-use crate::element::Float;
-use crate::error::{Error, Result};
-use crate::op;
-use crate::random::Rng;
-use crate::tensor::Tensor;
+use lowrank::random::Rng;
+use lowrank::{Backend, Error, Float, Result, Tensor, op};
 
-/// How many classes there are.
+/// The number of classes.
 pub const DIGITS: usize = 10;
-/// The mean of MNIST's training pixels, as numbers from 0 to 1.
+/// The mean of MNIST's training pixels, scaled to 0..1.
 pub const MEAN: f32 = 0.1307;
-/// Their standard deviation.
+/// The standard deviation of MNIST's training pixels, scaled to 0..1.
 pub const STD: f32 = 0.3081;
-/// What the four files are called: images and labels to train on, images and labels to test with.
+/// The names of the four files: training images and labels, test images and labels.
 pub const FILES: [&str; 4] =
     ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"];
 
-/// Grey images of one size, one after another, row by row. Exists only with as many pixels as its sizes say.
+/// Grey images of one size, row-major, one after the other. The number of pixels always matches the sizes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Images {
     rows: usize,
@@ -47,10 +31,10 @@ pub struct Images {
 }
 
 impl Images {
-    /// From `count · rows · cols` pixels. Errors: [`Error::Value`] for empty images, or a part of one.
+    /// From `count · rows · cols` pixels. Errors: [`Error::Value`] for images of no pixels, or an incomplete image.
     pub fn new(rows: usize, cols: usize, pixels: Vec<u8>) -> Result<Self> {
         let size = rows.checked_mul(cols).filter(|&size| size > 0 && pixels.len().is_multiple_of(size));
-        Error::unless(size.is_some(), "images", "pixels", pixels.len(), "a whole number of images of at least one pixel")?;
+        ensure(size.is_some(), "pixels", pixels.len(), "a whole number of images of at least one pixel")?;
         Ok(Self { rows, cols, pixels })
     }
 
@@ -65,17 +49,17 @@ impl Images {
         self.rows
     }
 
-    /// Its width.
+    /// The width of an image.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// How many there are.
+    /// The number of images.
     pub fn len(&self) -> usize {
         self.pixels.len() / (self.rows * self.cols)
     }
 
-    /// Whether there are none.
+    /// True if there are no images.
     pub fn is_empty(&self) -> bool {
         self.pixels.is_empty()
     }
@@ -86,12 +70,12 @@ impl Images {
     }
 }
 
-/// The digits that images show. Exists only with every one of them below 10.
+/// The digits that images show; each is below 10.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Labels(Vec<u8>);
 
 impl Labels {
-    /// Errors: [`Error::Value`] if one is not a digit.
+    /// Checks the labels. Errors: [`Error::Value`] if one is not a digit.
     pub fn new(labels: Vec<u8>) -> Result<Self> {
         match labels.iter().position(|&label| usize::from(label) >= DIGITS) {
             None => Ok(Self(labels)),
@@ -108,13 +92,13 @@ impl Labels {
         Self::new(data).map_err(|error| in_file(path, error))
     }
 
-    /// A digit an image.
+    /// A digit for each image.
     pub fn as_slice(&self) -> &[u8] {
         &self.0
     }
 }
 
-/// Images with the digits that they show: as many of one as of the other.
+/// Images with their labels, one for each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Split {
     images: Images,
@@ -122,10 +106,10 @@ pub struct Split {
 }
 
 impl Split {
-    /// Errors: [`Error::Value`] unless there is a label for every image.
+    /// Combines images and labels. Errors: [`Error::Value`] unless there is one label for each image.
     pub fn new(images: Images, labels: Labels) -> Result<Self> {
         let counts = format!("{} for {} images", labels.0.len(), images.len());
-        Error::unless(labels.0.len() == images.len(), "mnist", "labels", counts, "one an image")?;
+        ensure(labels.0.len() == images.len(), "labels", counts, "one for each image")?;
         Ok(Self { images, labels })
     }
 
@@ -147,17 +131,17 @@ impl Split {
         self.labels.as_slice()
     }
 
-    /// How many images there are.
+    /// The number of images.
     pub fn len(&self) -> usize {
         self.labels.0.len()
     }
 
-    /// Whether there are none.
+    /// True if there are no images.
     pub fn is_empty(&self) -> bool {
         self.labels.0.is_empty()
     }
 
-    /// The indices of every image.
+    /// The indices of all images.
     pub fn all(&self) -> Vec<usize> {
         (0..self.len()).collect()
     }
@@ -167,13 +151,13 @@ impl Split {
         (0..self.len()).filter(|&index| self.labels.0[index] == digit).collect()
     }
 
-    /// The first `count` images, or all if there are not as many.
+    /// Keeps the first `count` images, or all if there are fewer.
     pub fn truncate(&mut self, count: usize) {
         self.labels.0.truncate(count);
         self.images.pixels.truncate(count.saturating_mul(self.images.rows * self.images.cols));
     }
 
-    /// The images at these indices on a device, a row each, normalised by [`MEAN`] and [`STD`], and their digits.
+    /// The images at these indices, as rows of a tensor, normalised by [`MEAN`] and [`STD`], and their labels.
     ///
     /// Errors: [`Error::Value`] for an index past the last image.
     pub fn batch<B: Backend>(&self, backend: &B, indices: &[usize]) -> Result<(Tensor<B>, op::Labels<B>)> {
@@ -181,7 +165,7 @@ impl Split {
         let table = normalised::<B::Elem>();
         let (mut x, mut labels) = (Vec::with_capacity(indices.len() * size), Vec::with_capacity(indices.len()));
         for &index in indices {
-            Error::unless(index < self.len(), "mnist", "index", index, "below the number of images")?;
+            ensure(index < self.len(), "index", index, "below the number of images")?;
             let pixels = &self.images.pixels[index * size..][..size];
             x.extend(pixels.iter().map(|&pixel| table[usize::from(pixel)]));
             labels.push(u32::from(self.labels.0[index]));
@@ -191,30 +175,30 @@ impl Split {
     }
 }
 
-/// What each of the 256 shades becomes.
+/// The normalised value of each of the 256 shades.
 fn normalised<E: Float>() -> [E; 256] {
     std::array::from_fn(|shade| E::from_f32((shade as f32 / 255.0 - MEAN) / STD))
 }
 
-/// The indices in random order, `size` at a time; the last batch holds what is left.
+/// The indices in random order, in batches of `size`; the last batch may be smaller.
 pub fn shuffled_batches(mut indices: Vec<usize>, size: usize, rng: &mut Rng) -> Vec<Vec<usize>> {
     rng.shuffle(&mut indices);
     indices.chunks(size.max(1)).map(<[usize]>::to_vec).collect()
 }
 
-/// Images to train on, and others to test with.
+/// A training set and a test set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mnist {
-    /// 60,000 images, in the original.
+    /// The training set: 60,000 images in the original.
     pub train: Split,
-    /// 10,000 images, in the original.
+    /// The test set: 10,000 images in the original.
     pub test: Split,
 }
 
 impl Mnist {
-    /// Reads the four [`FILES`] of a folder, each as it is or gzipped with `.gz` behind its name.
+    /// Reads the four [`FILES`] of a folder. Each may be gzipped, with or without `.gz` at the end of its name.
     ///
-    /// Errors: [`Error::File`] for one that is missing or does not hold what it must.
+    /// Errors: [`Error::File`] for a file that is missing or not valid.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let (dir, [train_images, train_labels, test_images, test_labels]) = (dir.as_ref(), FILES);
         let train = Split::load(dir, train_images, train_labels)?;
@@ -222,21 +206,26 @@ impl Mnist {
         let size = |split: &Split| (split.images.rows, split.images.cols);
         if size(&train) != size(&test) {
             let ((rows, cols), (want_rows, want_cols)) = (size(&test), size(&train));
-            let reason = format!("holds images of {rows}×{cols}, those to train on are {want_rows}×{want_cols}");
+            let reason = format!("holds images of {rows}×{cols}, but the training images are {want_rows}×{want_cols}");
             return Err(Error::File { path: dir.join(test_images), reason });
         }
         Ok(Self { train, test })
     }
 
-    /// Digits drawn here, for where the real ones cannot be had: strokes, bent and shifted at random, on 28×28 pixels.
+    /// Generates digits, for machines without access to the real ones: strokes with random distortions, on 28×28 pixels.
     ///
-    /// The same seed draws the same digits, up to the rounding of the machine's sines. They are easier than the real ones.
+    /// The same seed gives the same digits, up to rounding of the machine's sine function. They are easier to learn than the real ones.
     pub fn generate(seed: u64, train: usize, test: usize) -> Self {
         Self { train: digits::draw(seed, 0, train), test: digits::draw(seed, 1, test) }
     }
 }
 
-/// What is wrong with a value read from a file, said of the file.
+/// Errors: [`Error::Value`] unless `holds`.
+fn ensure(holds: bool, name: &'static str, got: impl ToString, want: &'static str) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Value { verb: "mnist", name, got: got.to_string(), want: want.into() }) }
+}
+
+/// An error about a value of a file, with the path of the file.
 fn in_file(path: &Path, error: Error) -> Error {
     let reason = match error {
         Error::Value { name, got, want, .. } => format!("`{name}` is {got}, want {want}"),

@@ -1,21 +1,21 @@
-//! A product so shallow that the output is most of the work, added to what is there: merging. The output is read and written
-//! once, in long runs; only the right side is kept near.
+//! The rank-k update: `out += scale·lhs·rhs` with little depth, which is merging. Most of the time goes into reading and
+//! writing the output, once and in long runs; the packed right side stays in L2.
 //!
 //! ```text
 //! pack the right side into panels of two vectors
-//! for each band of rows × strip of columns                 (parallel)
+//! for each block of rows and columns                       (parallel)
 //!   for each R rows
 //!     for each panel: sums = 0;  for p in depth: sums += left[p]·panel[p];  output += sums
 //! ```
 //!
-//! `2·R` sums stay in registers, or `R` where there are few, and a panel, which comes from L2, is read once for R rows.
+//! `2·R` vectors of sums stay in registers (`R` on units with few registers). A panel is read from L2 once for R rows.
 
 use super::super::Engine;
 use super::super::caches::Caches;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Panels, Side};
-use super::plan::{AHEAD, BAND, SHALLOW_DEPTH as DEPTH, SHALLOW_NEAR, ask_for_output};
+use super::plan::{RANK_K_AHEAD, RANK_K_DEPTH as DEPTH, RANK_K_RHS, RANK_K_ROWS, prefetch_in_rank_k};
 use super::tile::{UNROLL, step};
 use super::{Block, Factor, Output, Parts, Product};
 use crate::element::Float;
@@ -33,8 +33,8 @@ pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term:
         let (terms, depth) = (&[*term], 0..depth);
         engine.unit.run(Panels { micro: Fma, side: Side::Right, terms, depth, first: 0, width: WIDTH, stride, to: &mut right });
     }
-    let across = Parts::new(cols, WIDTH, SHALLOW_NEAR / depth.max(1), 1);
-    let down = Parts::new(out.rows(), 8, BAND, 1);
+    let across = Parts::new(cols, WIDTH, RANK_K_RHS / depth.max(1), 1);
+    let down = Parts::new(out.rows(), 8, RANK_K_ROWS, 1);
     let bytes = out.rows() * cols * size_of::<O>();
     out.for_each_block(engine, down, across, depth, |block| {
         engine.unit.run(Task { block, lhs: term.lhs, depth, right: &right, bytes, caches: engine.caches });
@@ -84,10 +84,11 @@ impl<E: Float, O: Float> Kernel for Task<'_, '_, E, O> {
 }
 
 impl<E: Float, O: Float> Task<'_, '_, E, O> {
-    /// R rows of the block, from `row` on, W vectors at a time. Of `TOGETHER` rows all numbers are read before one is written: rows
-    /// 4 KiB apart look alike to a CPU that compares the lower bits of what it reads with what it is about to write.
+    /// Updates R rows of the block, from `row` on, W vectors at a time. The vectors of `GROUP` rows are all read before the
+    /// first is written: if the distance of rows is a multiple of 4 KiB, a CPU that compares only the low bits of addresses
+    /// would delay a load behind such a store.
     #[inline(always)]
-    fn rows<S: Simd, const R: usize, const W: usize, const TOGETHER: usize>(&mut self, s: S, row: usize) {
+    fn rows<S: Simd, const R: usize, const W: usize, const GROUP: usize>(&mut self, s: S, row: usize) {
         let (depth, first) = (self.depth, self.block.cols().start / WIDTH);
         let mut factors = [[0.0; R]; DEPTH];
         for (p, factors) in factors[..depth].iter_mut().enumerate() {
@@ -99,22 +100,22 @@ impl<E: Float, O: Float> Task<'_, '_, E, O> {
         let whole = lines[0].len() / WIDTH;
         let mut lines = lines.map(|line| line.split_at_mut(whole * WIDTH));
         let panels = self.right[first * depth * WIDTH..].as_chunks().0.as_chunks().0;
-        let ask = ask_for_output(S::REGISTERS, self.bytes, self.caches);
+        let prefetch = prefetch_in_rank_k(S::REGISTERS, self.bytes, self.caches);
         for v in 0..whole {
             for half in (0..2).step_by(W) {
                 let mut sums = product::<S, R, W>(s, &panels[v * depth..][..depth], half, &factors);
-                for first in (0..R).step_by(TOGETHER) {
-                    for i in first..first + TOGETHER {
-                        // Without a slice that may be too short the loop is unrolled, and the sums stay in registers.
+                for first in (0..R).step_by(GROUP) {
+                    for i in first..first + GROUP {
+                        // Slices of constant length let the compiler unroll the loop and hold the sums in registers.
                         let line: &mut [[Lanes<O>; 2]] = lines[i].0.as_chunks_mut().0.as_chunks_mut().0;
                         for w in 0..W {
-                            if ask {
-                                s.prefetch(line.as_flattened(), 2 * v + half + w + AHEAD);
+                            if prefetch {
+                                s.prefetch(line.as_flattened(), 2 * v + half + w + RANK_K_AHEAD);
                             }
                             sums[i][w] = s.add(sums[i][w], s.widen(&line[v][half + w]));
                         }
                     }
-                    for i in first..first + TOGETHER {
+                    for i in first..first + GROUP {
                         let line: &mut [[Lanes<O>; 2]] = lines[i].0.as_chunks_mut().0.as_chunks_mut().0;
                         for w in 0..W {
                             s.narrow(sums[i][w], &mut line[v][half + w]);
@@ -135,7 +136,8 @@ impl<E: Float, O: Float> Task<'_, '_, E, O> {
     }
 }
 
-/// `factorsᵀ·panel`, of the panel's vectors from `half` on. It is summed by itself: added to the output at once, each step would be rounded as the output is.
+/// `factorsᵀ·panel`, for the vectors of the panel from `half` on. The sum starts at zero and not at the output, so that its
+/// steps are rounded relative to the update and not to the larger output.
 #[inline(always)]
 fn product<S: Simd, const R: usize, const W: usize>(
     s: S,

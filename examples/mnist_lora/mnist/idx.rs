@@ -1,4 +1,4 @@
-//! IDX: a magic number, a size for every dimension (both big-endian, 32 bits), then the data.
+//! Reading IDX files: a magic number, the size of every dimension (both big-endian, 32 bits), then the data.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
@@ -6,27 +6,27 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::GzDecoder;
 
-use crate::error::{Error, Result};
+use lowrank::{Error, Result};
 
-/// The most bytes that a file may claim to hold, so that a small gzip file cannot fill the memory. EMNIST, the largest set in
-/// this format that we know of, has 0.55 GB.
+/// The largest number of bytes that is accepted, so that a small gzip file cannot fill the memory. EMNIST, the largest data set in this
+/// format that we know of, has 0.55 GB.
 const LIMIT: usize = 1 << 30;
-/// What gzip files begin with.
+/// The first bytes of gzip files.
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 
-/// The content of an IDX file of bytes in `N` dimensions. There are as many bytes as the sizes say, and at least one.
+/// The content of an IDX file of bytes in `N` dimensions. The number of bytes is the product of the sizes, and at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Idx<const N: usize> {
-    /// How many there are along each dimension.
+    /// The size of each dimension.
     pub sizes: [usize; N],
-    /// The bytes; those of the last dimension lie side by side.
+    /// The bytes, with the last dimension contiguous.
     pub data: Vec<u8>,
 }
 
 impl<const N: usize> Idx<N> {
-    /// From the bytes of a file, gzipped or not; `path` is what errors name.
+    /// Parses the bytes of a file, gzipped or not; errors name `path`.
     ///
-    /// No more memory is taken than the file fills, whatever its header claims. Errors: [`Error::File`].
+    /// Memory is allocated only for data that is there, whatever the header claims. Errors: [`Error::File`].
     pub fn parse(path: &Path, file: &[u8]) -> Result<Self> {
         let fail = |reason: String| Error::File { path: path.into(), reason };
         if !file.starts_with(&GZIP) {
@@ -42,7 +42,7 @@ impl<const N: usize> Idx<N> {
         let magic = word(source)?;
         let want = 0x0800 + N as u32; // 08: unsigned bytes
         if magic != want {
-            return Err(format!("begins with {magic:08x}, an IDX file of bytes in {N} dimensions with {want:08x}"));
+            return Err(format!("begins with {magic:08x}, want {want:08x} for an IDX file of bytes in {N} dimensions"));
         }
         let mut sizes = [0; N];
         for size in &mut sizes {
@@ -51,7 +51,7 @@ impl<const N: usize> Idx<N> {
         let claimed = sizes.iter().try_fold(1, |product: usize, &size| product.checked_mul(size));
         let claimed = claimed.filter(|claimed| (1..=LIMIT).contains(claimed));
         let claimed = claimed.ok_or_else(|| format!("claims to hold {sizes:?} bytes, want 1 to {LIMIT}"))?;
-        // `read_to_end` grows with what it finds. The byte too many is what shows that there are too many.
+        // `read_to_end` allocates as it reads. One more byte than claimed is read, to detect trailing data.
         let mut data = Vec::new();
         source.take(claimed as u64 + 1).read_to_end(&mut data).map_err(|error| broken(&error))?;
         match data.len() {
@@ -63,10 +63,10 @@ impl<const N: usize> Idx<N> {
 }
 
 fn trailing(claimed: usize) -> String {
-    format!("goes on after the {claimed} bytes that it claims to hold")
+    format!("has more data than the {claimed} bytes that its header claims")
 }
 
-/// The number, if nothing is left of the file.
+/// Returns the content if the file ends here.
 fn at_end<const N: usize>(rest: &[u8], idx: Idx<N>) -> Result<Idx<N>, String> {
     if rest.is_empty() { Ok(idx) } else { Err(trailing(idx.data.len())) }
 }
@@ -84,7 +84,7 @@ fn broken(error: &io::Error) -> String {
     }
 }
 
-/// The bytes of `name` in a folder, or of `name.gz`, and the path they came from.
+/// Reads `name` in a folder, or else `name.gz`. Returns the path and the bytes.
 pub(super) fn read(dir: &Path, name: &str) -> Result<(PathBuf, Vec<u8>)> {
     for path in [dir.join(name), dir.join(format!("{name}.gz"))] {
         match read_file(&path) {
@@ -93,11 +93,11 @@ pub(super) fn read(dir: &Path, name: &str) -> Result<(PathBuf, Vec<u8>)> {
             Err(error) => return Err(Error::File { path, reason: error.to_string() }),
         }
     }
-    Err(Error::File { path: dir.join(name), reason: "is not there, nor with .gz behind its name".into() })
+    Err(Error::File { path: dir.join(name), reason: "does not exist, nor does it with .gz at the end".into() })
 }
 
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    File::open(path)?.take(LIMIT as u64 + 64).read_to_end(&mut bytes)?; // 64: more than a header, so that a file too long is still seen to be
+    File::open(path)?.take(LIMIT as u64 + 64).read_to_end(&mut bytes)?; // 64: more than a header, so that a file which is too long is detected
     Ok(bytes)
 }

@@ -1,35 +1,35 @@
-//! Digits drawn with a pen: the strokes of a digit, each point moved by a random affine map and by a random smooth field
-//! (elastic distortion: P. Simard et al., "Best practices for convolutional neural networks", ICDAR 2003).
+//! Generated digits: the points of a digit's strokes are moved by a random affine map and by a random smooth field (elastic distortion:
+//! P. Simard et al., "Best practices for convolutional neural networks", ICDAR 2003), then drawn with a pen.
 //!
-//! The points move, not the pixels, so a stroke keeps its width and its smooth edge.
+//! Because the points are moved and not the pixels, a stroke keeps its width and its smooth edge.
 
 use std::f64::consts::TAU;
 
 use rayon::prelude::*;
 
 use super::{DIGITS, Images, Labels, Split};
-use crate::random::{Rng, philox};
+use lowrank::random::{Rng, philox};
 
-/// Pixels a side.
+/// Height and width of an image, in pixels.
 const SIDE: usize = 28;
-/// Points a curve is drawn with: at 20 pixels of height, closer than a pixel.
+/// Segments of a curve: enough that points are less than a pixel apart.
 const STEPS: usize = 24;
-/// Waves that the smooth field is the sum of.
+/// The number of waves in the smooth field.
 const WAVES: usize = 3;
 
 type Point = [f64; 2];
 
-/// Part of a digit in a square of side 2 around the origin, x to the right and y down.
+/// A part of a digit, in a square of side 2 around the origin, with x to the right and y down.
 enum Stroke {
-    /// From corner to corner.
+    /// Straight lines between these points.
     Line(&'static [Point]),
-    /// Part of an ellipse: centre, radii, where it begins and where it ends, in turns clockwise from the right.
+    /// A part of an ellipse: centre, radii, start and end; 1 is a full turn, clockwise from the right.
     Arc(Point, Point, [f64; 2]),
 }
 
 use Stroke::{Arc, Line};
 
-/// How each digit is written.
+/// The strokes of each digit.
 const STROKES: [&[Stroke]; DIGITS] = [
     &[Arc([0.0, 0.0], [0.6, 0.95], [0.0, 1.0])],
     &[Line(&[[-0.3, -0.6], [0.1, -0.95], [0.1, 0.95]])],
@@ -43,12 +43,12 @@ const STROKES: [&[Stroke]; DIGITS] = [
     &[Arc([0.0, -0.4], [0.52, 0.53], [0.0, 1.0]), Line(&[[0.52, -0.4], [0.45, 0.3], [0.25, 0.95]])],
 ];
 
-/// `count` digits; another `part` of the same seed has other ones.
+/// Draws `count` digits; each `part` of a seed has different ones.
 pub(super) fn draw(seed: u64, part: u32, count: usize) -> Split {
     let mut pixels = vec![0; count * SIDE * SIDE];
     let mut labels = vec![0; count];
     pixels.par_chunks_exact_mut(SIDE * SIDE).zip(&mut labels).enumerate().for_each(|(i, (image, label))| {
-        // A stream an image, so that any thread may draw it. The third word keeps the keys apart from other streams.
+        // Each image has its own random stream, so that any thread may draw it. The third word separates these keys from other uses.
         let [low, high, ..] = philox([seed as u32, (seed >> 32) as u32], [i as u32, part, 2, 0]);
         let mut rng = Rng::new(u64::from(high) << 32 | u64::from(low));
         *label = rng.below(DIGITS) as u8;
@@ -57,11 +57,11 @@ pub(super) fn draw(seed: u64, part: u32, count: usize) -> Split {
     Split { images: Images { rows: SIDE, cols: SIDE, pixels }, labels: Labels(labels) }
 }
 
-/// Where the points of a digit go.
+/// The distortion of a digit.
 struct Warp {
-    /// The affine map, to pixels: two rows of a matrix, each with its shift.
+    /// The affine map to pixels: two rows of a matrix, each followed by the shift.
     rows: [[f64; 3]; 2],
-    /// The smooth field: for each wave its two frequencies, its phase and the shift at its crest.
+    /// The smooth field: for each wave its two frequencies, its phase and its amplitude.
     waves: [([f64; 2], f64, Point); WAVES],
 }
 
@@ -90,7 +90,7 @@ impl Warp {
     }
 }
 
-/// Draws strokes with a pen so many pixels wide from its middle to its edge.
+/// Draws strokes with a pen of this radius in pixels.
 fn ink(image: &mut [u8], strokes: &[Stroke], warp: &Warp, pen: f64) {
     for stroke in strokes {
         let points: Vec<Point> = points(stroke).into_iter().map(|point| warp.to_pixels(point)).collect();
@@ -114,7 +114,7 @@ fn points(stroke: &Stroke) -> Vec<Point> {
     }
 }
 
-/// Lightens the pixels around a segment: white under the pen, fading over a pixel at its edge.
+/// Draws a line segment: white under the pen, with an edge that fades over one pixel.
 fn ink_segment(image: &mut [u8], a: Point, b: Point, pen: f64) {
     let near = |low: f64, high: f64| {
         let clamp = |x: f64| x.clamp(0.0, SIDE as f64) as usize;
@@ -130,7 +130,7 @@ fn ink_segment(image: &mut [u8], a: Point, b: Point, pen: f64) {
     }
 }
 
-/// From a point to the segment between two.
+/// The distance of a point from a line segment.
 fn distance(p: Point, a: Point, b: Point) -> f64 {
     let (along, to_p) = ([b[0] - a[0], b[1] - a[1]], [p[0] - a[0], p[1] - a[1]]);
     let length2 = along[0] * along[0] + along[1] * along[1];

@@ -1,12 +1,13 @@
-//! The greatest singular values of a large matrix, without the others: a block of directions, turned towards them again and again.
+//! The largest singular values of a large matrix, by randomized subspace iteration.
 //!
-//! N. Halko, P. Martinsson, J. Tropp, "Finding structure with randomness", 2011. With `Q` the block, `n×b` and orthonormal:
+//! N. Halko, P. Martinsson, J. Tropp, "Finding structure with randomness", 2011. Starting from random vectors, each iteration multiplies
+//! an orthonormal block `Q`, `n×b`, by `M·Mᵀ`, which rotates it towards the leading singular vectors:
 //!
 //! ```text
 //! Z = Mᵀ·Q = P·R        M·Mᵀ·Q ≈ M·P → Q        M ≈ Q·Zᵀ = Q·Rᵀ·Pᵀ
 //! ```
 //!
-//! Products and decompositions are faer's. The same matrix gives the same bits.
+//! Products and decompositions are faer's. The random numbers have a fixed seed, so equal matrices give equal bits.
 
 use faer::Mat;
 use faer::linalg::solvers::Qr;
@@ -15,24 +16,24 @@ use super::decompose::{Keep, Svd};
 use crate::error::Result;
 use crate::random::Rng;
 
-/// Directions beside those that are kept.
-const BESIDE: usize = 16;
-/// How often the block is turned, at most.
-const TURNS: usize = 24;
-/// The block is turned until it gains no more than this share of the sum of all squares: what is lost is then within `3·10⁻⁷·‖M‖`
-/// of the least, five units of the roundoff of `f32`.
-const ENOUGH: f64 = 1e-13;
+/// Oversampling: columns of the block beyond the rank.
+const OVERSAMPLING: usize = 16;
+/// The largest number of iterations.
+const MAX_ITERATIONS: usize = 24;
+/// The iteration ends when the energy that it has found (the sum of squared singular values) grows by at most this fraction of the
+/// whole. The error is then within `3·10⁻⁷·‖M‖` of the smallest possible one: five times the unit roundoff of `f32`.
+const TOLERANCE: f64 = 1e-13;
 
-/// As many singular values as are kept, and a few more. `None` where all of them are sooner found at once: for a small matrix, for
-/// a large part of it, and for values that lie too close to one another.
+/// The singular values that `keep` selects, and perhaps a few more. `None` if a full decomposition would be faster: for a small
+/// matrix, for a large part of its singular values, and for values that are too close to one another.
 pub(super) fn leading(matrix: &Mat<f64>, energy: f64, keep: Keep) -> Result<Option<Svd>> {
-    let least = matrix.nrows().min(matrix.ncols());
+    let side = matrix.nrows().min(matrix.ncols());
     let mut rank = match keep {
         Keep::Rank(rank) => rank,
-        Keep::Energy(_) => BESIDE,
+        Keep::Energy(_) => OVERSAMPLING,
     };
-    while rank.saturating_add(BESIDE).saturating_mul(4) <= least {
-        let Some(svd) = turned(matrix, rank, energy)? else { return Ok(None) };
+    while rank.saturating_add(OVERSAMPLING).saturating_mul(4) <= side {
+        let Some(svd) = iterate(matrix, rank, energy)? else { return Ok(None) };
         if svd.rank(keep)? <= rank {
             return Ok(Some(svd));
         }
@@ -41,18 +42,18 @@ pub(super) fn leading(matrix: &Mat<f64>, energy: f64, keep: Keep) -> Result<Opti
     Ok(None)
 }
 
-/// The first `rank` singular values, or `None` if the block does not settle.
-fn turned(matrix: &Mat<f64>, rank: usize, energy: f64) -> Result<Option<Svd>> {
+/// The first `rank` singular values, or `None` if the iteration does not converge.
+fn iterate(matrix: &Mat<f64>, rank: usize, energy: f64) -> Result<Option<Svd>> {
     let mut rng = Rng::new(0);
-    let chance = Mat::from_fn(matrix.ncols(), rank + BESIDE, |_, _| rng.gaussian());
-    let mut q = basis(&(matrix * chance));
+    let random = Mat::from_fn(matrix.ncols(), rank + OVERSAMPLING, |_, _| rng.gaussian());
+    let mut q = basis(&(matrix * random));
     let mut before = 0.0;
-    for _ in 0..TURNS {
+    for _ in 0..MAX_ITERATIONS {
         let z = Qr::new((matrix.transpose() * &q).as_ref());
         let core = Svd::decompose(&z.thin_R().transpose().to_owned())?;
         let found: f64 = core.singular_values().iter().take(rank).map(|s| s * s).sum();
         let p = z.compute_thin_Q();
-        if found - before <= ENOUGH * energy {
+        if found - before <= TOLERANCE * energy {
             return Ok(Some(core.within(&q, &p, energy).truncated(rank)));
         }
         before = found;
@@ -61,7 +62,7 @@ fn turned(matrix: &Mat<f64>, rank: usize, energy: f64) -> Result<Option<Svd>> {
     Ok(None)
 }
 
-/// Orthonormal columns that span those of a matrix, or more.
+/// Orthonormal columns whose span contains the columns of a matrix.
 fn basis(matrix: &Mat<f64>) -> Mat<f64> {
     Qr::new(matrix.as_ref()).compute_thin_Q()
 }
@@ -70,7 +71,7 @@ fn basis(matrix: &Mat<f64>) -> Mat<f64> {
 mod tests {
     use super::*;
 
-    /// Singular values that fall like this, between random directions.
+    /// A matrix with these singular values and random singular vectors.
     fn with_values(n: usize, k: usize, value: impl Fn(usize) -> f64) -> Mat<f64> {
         let mut rng = Rng::new(3);
         let q = n.min(k);
@@ -83,7 +84,7 @@ mod tests {
         (0..matrix.ncols()).flat_map(|j| (0..matrix.nrows()).map(move |i| matrix[(i, j)].powi(2))).sum()
     }
 
-    /// An update of low rank with noise below it, of exactly low rank, of one direction, and nothing at all.
+    /// Spectra of low rank with noise, of exactly low rank, of rank 1, of exponential decay, and of the zero matrix.
     #[test]
     fn the_first_singular_values_are_those_of_the_whole_decomposition() {
         let spectra: [fn(usize) -> f64; 5] = [
@@ -99,7 +100,7 @@ mod tests {
                 let svd = leading(&matrix, energy(&matrix), Keep::Rank(6)).unwrap().unwrap();
                 let whole = Svd::decompose(&matrix).unwrap();
                 for (got, want) in svd.singular_values().iter().zip(whole.singular_values()).take(6) {
-                    // Each is short by at most the square root of the energy that a turn may still gain.
+                    // Each is too small by at most the square root of the energy that another iteration may add.
                     assert!((got - want).abs() <= 1e-6 * whole.singular_values()[0], "{at}, {n}×{k}: {got} {want}");
                 }
                 let [got, want] = [&svd, &whole].map(|svd| {
@@ -125,9 +126,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_sooner_found_at_once_is_left_to_that() {
+    fn a_full_decomposition_is_left_to_where_it_is_faster() {
         let flat = with_values(100, 100, |i| 1.0 - 1e-4 * i as f64);
-        assert!(leading(&flat, energy(&flat), Keep::Rank(4)).unwrap().is_none(), "values that lie close");
+        assert!(leading(&flat, energy(&flat), Keep::Rank(4)).unwrap().is_none(), "close singular values");
         let steep = with_values(100, 100, |i| 0.5f64.powi(i as i32));
         assert!(leading(&steep, energy(&steep), Keep::Rank(10)).unwrap().is_none(), "a large part of a small matrix");
         assert!(leading(&steep, energy(&steep), Keep::Rank(usize::MAX)).unwrap().is_none());

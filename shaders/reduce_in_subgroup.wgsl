@@ -1,10 +1,10 @@
-// skinny.wgsl with subgroups: the invocations that share columns are those of a subgroup, and the adapter adds them up.
+// skinny.wgsl with subgroups: the invocations that share columns are a subgroup, and add their sums by subgroup operations.
 
 fn gathered(block: mat4x4<f32>) -> mat4x4<f32> {
   return mat4x4(subgroupAdd(block[0]), subgroupAdd(block[1]), subgroupAdd(block[2]), subgroupAdd(block[3]));
 }
 
-fn gather_blocks(slice: u32, lane: u32) {
+fn reduce_blocks(slice: u32, lane: u32) {
   block0 = gathered(block0);
   if (ROWS > 4u) { block1 = gathered(block1); }
 }

@@ -1,4 +1,4 @@
-//! The keys of an `adapter_config.json`, read and checked.
+//! Reading and checking the keys of an `adapter_config.json`.
 
 use serde_json::{Map, Value, json};
 
@@ -8,7 +8,7 @@ use super::pattern::Pattern;
 use crate::error::{Error, Result};
 use crate::nn::{Bias, Init};
 
-/// What a config may hold but not set: each changes what an adapter computes, in a way that this crate does not.
+/// Keys that must not be set, because each changes what an adapter computes in a way that this crate does not support.
 const UNSUPPORTED: [&str; 12] = [
     "alora_invocation_tokens",
     "arrow_config",
@@ -24,7 +24,7 @@ const UNSUPPORTED: [&str; 12] = [
     "velora_config",
 ];
 
-/// The keys of a file and what they may hold. An absent key and `null` are the same: the default.
+/// Typed access to the keys of a file. An absent key and `null` both mean the default.
 pub(super) struct Fields<'d>(pub(super) &'d Map<String, Value>);
 
 pub(super) const RANK: &str = "a whole number above 0";
@@ -46,21 +46,22 @@ impl Fields<'_> {
         }
     }
 
-    /// Keys of versions to come, and of other programs. PEFT switches what it adds by a flag, a list or an object, off by default:
-    /// one that is on changes what an adapter computes. Numbers and texts only say how, or tell of the training, and are kept.
+    /// Refuses unknown keys, of later versions of PEFT or of other programs, that enable something. PEFT enables each new feature by a
+    /// flag, a list or an object, which is off by default, so one that is set changes what the adapter computes. Numbers and strings
+    /// are only details of a feature or of the training; they are accepted and kept.
     fn refuse_unknown(&self) -> Result<()> {
         let known = peft_defaults();
         let on = |value: &Value| switches(value) && !value.is_number() && !value.is_string();
         match self.0.iter().find(|(key, value)| !known.contains_key(*key) && on(value)) {
             Some((key, value)) => {
                 let (key, value) = (brief(key), brief(&value.to_string()));
-                Err(refused(format!("`{key}` is {value}, and no such setting is known")))
+                Err(refused(format!("`{key}` is {value}, and no such setting is known to this version")))
             }
             None => Ok(()),
         }
     }
 
-    /// `target_modules` and what goes with it.
+    /// `target_modules` and the keys that refine it.
     pub(super) fn selection(&self) -> Result<Selection> {
         const KEY: &str = "target_modules";
         let parameters = !self.target_parameters()?.is_empty();
@@ -76,7 +77,7 @@ impl Fields<'_> {
         Ok(Selection { layers: self.layers(&targets)?, targets, excluded, saved })
     }
 
-    /// A list of the ends of names, a regular expression for whole names, or `all-linear`.
+    /// A list of names (matched at the end), a regular expression for full names, or `all-linear`.
     fn modules(&self, key: &str) -> Result<Option<Modules>> {
         let modules = self.read(key, "a list of names, or a string", |value| match value {
             Value::String(all) if key == "target_modules" && all.eq_ignore_ascii_case("all-linear") => {
@@ -88,8 +89,8 @@ impl Fields<'_> {
         modules.transpose()
     }
 
-    /// `layers_to_transform`, found by `layers_pattern` or as the first number between dots. PEFT takes both with a list of
-    /// `target_modules` only.
+    /// `layers_to_transform`. The number of a layer is found by `layers_pattern`, or else is the first number between dots in its name.
+    /// PEFT accepts both keys only together with a list as `target_modules`.
     fn layers(&self, targets: &Modules) -> Result<Option<Layers>> {
         let numbers = self.read("layers_to_transform", "a layer's number, or a list of them", |value| match value {
             Value::Array(numbers) => numbers.iter().map(Value::as_u64).collect(),
@@ -129,7 +130,7 @@ impl Fields<'_> {
         Ok(self.read("target_parameters", "a list of names", names)?.unwrap_or_default())
     }
 
-    /// `trainable_token_indices`: rows of the embedding, or of the layers that are named.
+    /// `trainable_token_indices`: rows of the embedding (no name), or of named layers.
     pub(super) fn tokens(&self) -> Result<Vec<(Option<String>, Vec<usize>)>> {
         let rows = |value: &Value| -> Option<Vec<usize>> {
             value.as_array()?.iter().map(|row| usize::try_from(row.as_u64()?).ok()).collect()
@@ -144,7 +145,7 @@ impl Fields<'_> {
         Ok(tokens.unwrap_or_default())
     }
 
-    /// `bias`
+    /// `bias`: which biases are part of the adapter.
     pub(super) fn bias(&self) -> Result<Bias> {
         let bias = self.read("bias", "\"none\", \"all\" or \"lora_only\"", |value| match value.as_str() {
             Some("none" | "") => Some(Bias::None),
@@ -159,7 +160,7 @@ impl Fields<'_> {
         Ok(self.read(key, "true or false", Value::as_bool)?.unwrap_or(false))
     }
 
-    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order they are tried.
+    /// `rank_pattern` and `alpha_pattern`: regular expressions for the ends of module names, in the order in which they are tried.
     pub(super) fn pattern<T>(&self, key: &str, want: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Pattern, T)>> {
         let entries = self.read(key, "an object", |value| value.as_object().cloned())?.unwrap_or_default();
         let entry = |(name, value): (&String, &Value)| {
@@ -169,37 +170,39 @@ impl Fields<'_> {
         entries.iter().map(entry).collect()
     }
 
-    /// `init_lora_weights`, with which `eva_config` goes. One that changed the base weights is honoured if it can be repeated: `pissa_niter_4` begins by chance, and
-    /// what it began with is not in the folder (PEFT begins anew as it loads, and computes something else).
-    pub(super) fn begins(&self) -> Result<Begins> {
+    /// `init_lora_weights`. A method that changed the base weights is supported only if it is deterministic. `pissa_niter_4` is not:
+    /// it starts from random numbers, and the initial factors are not in the folder (PEFT draws new ones when it loads such a folder,
+    /// so the result differs).
+    pub(super) fn init_method(&self) -> Result<InitMethod> {
         match self.0.get("init_lora_weights") {
-            None | Some(Value::Null | Value::Bool(true)) => Ok(Begins::Usual),
-            Some(Value::Bool(false)) => Ok(Begins::NonZero),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(Begins::Gaussian),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(Begins::Orthogonal),
-            Some(Value::String(name)) if ["eva", "mica"].contains(&name.as_str()) => Ok(Begins::Elsewhere),
-            Some(Value::String(name)) if name == "pissa" => Ok(Begins::With(Principal::Pissa)),
-            Some(Value::String(name)) if name.eq_ignore_ascii_case("olora") => Ok(Begins::With(Principal::Olora)),
+            None | Some(Value::Null | Value::Bool(true)) => Ok(InitMethod::Default),
+            Some(Value::Bool(false)) => Ok(InitMethod::NonZero),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("gaussian") => Ok(InitMethod::Gaussian),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("orthogonal") => Ok(InitMethod::Orthogonal),
+            Some(Value::String(name)) if ["eva", "mica"].contains(&name.as_str()) => Ok(InitMethod::External),
+            Some(Value::String(name)) if name == "pissa" => Ok(InitMethod::Principal(Principal::Pissa)),
+            Some(Value::String(name)) if name.eq_ignore_ascii_case("olora") => Ok(InitMethod::Principal(Principal::Olora)),
             Some(other) => Err(unsupported("init_lora_weights", other)),
         }
     }
 }
 
-/// Which part of a weight an adapter began with: PEFT's `init_lora_weights` of the same name.
+/// The part of a weight that the factors of an adapter were initialised with: PEFT's `init_lora_weights` of the same name.
 ///
-/// Such a folder holds what the factors have become, `A` and `B`, but not what they were, `A₀` and `B₀`: those come from the weight
-/// once more, which takes the feature `svd`. The adapter does `W - scaling·B₀·A₀ + scaling·B·A`, which is a plain update of twice
-/// the rank, `A` over `A₀` and `B` beside `-B₀`. It is loaded as that: the weights stay, and it goes with others.
+/// A folder of such an adapter holds the trained factors `A` and `B`, but not the initial ones, `A₀` and `B₀`. These are computed again
+/// from the weight, which needs the feature `svd`. The adapted weight is `W - scaling·B₀·A₀ + scaling·B·A`, that is, a plain update of
+/// twice the rank with the factors `[A; A₀]` and `[B, -B₀]`. The adapter is loaded as that update, so the weights are not changed and it
+/// can be combined with other adapters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Principal {
-    /// The greatest singular values, shared between `A` and `B` (F. Meng et al., 2024).
+    /// The largest singular values and their vectors; `A` and `B` each get the square roots of the values (F. Meng et al., 2024).
     Pissa,
     /// The first columns of `Q` and rows of `R` in `W = Q·R` (K. Büyükakyüz, 2024).
     Olora,
 }
 
 impl Principal {
-    /// As a config spells it.
+    /// Its name in a config.
     pub fn name(self) -> &'static str {
         match self {
             Principal::Pissa => "pissa",
@@ -214,44 +217,44 @@ impl Principal {
     }
 }
 
-/// How an adapter began: [`Init`] before the rank is known.
+/// The value of `init_lora_weights`: [`Init`], before the rank is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Begins {
-    Usual,
+pub(super) enum InitMethod {
+    Default,
     NonZero,
     Gaussian,
     Orthogonal,
-    /// From a decomposition of activations or weights (`eva`, `mica`): the weights stay, so the factors tell all.
-    Elsewhere,
-    With(Principal),
+    /// Computed from activations or weights (`eva`, `mica`) without changing the weights, so the factors are enough.
+    External,
+    Principal(Principal),
 }
 
-impl Begins {
+impl InitMethod {
     pub(super) fn of(init: Init) -> Self {
         match init {
-            Init::KaimingUniform => Begins::Usual,
-            Init::NonZero => Begins::NonZero,
-            Init::Gaussian { .. } => Begins::Gaussian,
-            Init::Orthogonal => Begins::Orthogonal,
+            Init::KaimingUniform => InitMethod::Default,
+            Init::NonZero => InitMethod::NonZero,
+            Init::Gaussian { .. } => InitMethod::Gaussian,
+            Init::Orthogonal => InitMethod::Orthogonal,
         }
     }
 
     pub(super) fn init(self, rank: usize) -> Init {
         match self {
-            Begins::Usual | Begins::Elsewhere | Begins::With(_) => Init::KaimingUniform,
-            Begins::NonZero => Init::NonZero,
-            Begins::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
-            Begins::Orthogonal => Init::Orthogonal,
+            InitMethod::Default | InitMethod::External | InitMethod::Principal(_) => Init::KaimingUniform,
+            InitMethod::NonZero => Init::NonZero,
+            InitMethod::Gaussian => Init::Gaussian { std: 1.0 / rank as f32 },
+            InitMethod::Orthogonal => Init::Orthogonal,
         }
     }
 
     pub(super) fn value(self) -> Value {
         match self {
-            Begins::Usual | Begins::Elsewhere => json!(true),
-            Begins::NonZero => json!(false),
-            Begins::Gaussian => json!("gaussian"),
-            Begins::Orthogonal => json!("orthogonal"),
-            Begins::With(part) => json!(part.name()),
+            InitMethod::Default | InitMethod::External => json!(true),
+            InitMethod::NonZero => json!(false),
+            InitMethod::Gaussian => json!("gaussian"),
+            InitMethod::Orthogonal => json!("orthogonal"),
+            InitMethod::Principal(part) => json!(part.name()),
         }
     }
 }
@@ -268,7 +271,7 @@ pub(super) fn dropout(value: &Value) -> Option<f32> {
     value.as_f64().map(|p| p as f32).filter(|p| (0.0..1.0).contains(p))
 }
 
-/// Whether it switches something on. An object with flags does if one of them is on, such as `runtime_config`.
+/// True if a value enables something. An object with flags, such as `runtime_config`, does if one of the flags is set.
 fn switches(value: &Value) -> bool {
     match value {
         Value::Object(entries) if entries.values().any(Value::is_boolean) => {
@@ -288,7 +291,7 @@ pub(super) fn is_set(value: &Value) -> bool {
     }
 }
 
-/// What is wrong with the file, before it is known where it lies.
+/// An error about the config; the folder is added to its path later.
 pub(super) fn refused(reason: String) -> Error {
     Error::File { path: CONFIG_FILE.into(), reason }
 }
@@ -301,7 +304,7 @@ pub(super) fn unsupported(field: &'static str, value: &Value) -> Error {
     Error::Unsupported { path: CONFIG_FILE.into(), field, value: brief(&value.to_string()) }
 }
 
-/// As much of a hostile value as a message can bear.
+/// The start of a text, so that a long value does not fill a message.
 pub(super) fn brief(text: &str) -> String {
     const LONGEST: usize = 60;
     let mut brief: String = text.chars().take(LONGEST).collect();
@@ -358,6 +361,6 @@ pub(super) fn peft_defaults() -> Map<String, Value> {
     });
     match defaults {
         Value::Object(defaults) => defaults,
-        _ => Map::new(), // it is an object, as written above
+        _ => Map::new(), // unreachable: the literal above is an object
     }
 }

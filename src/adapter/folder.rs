@@ -118,28 +118,23 @@ impl Folder {
         Self::from_config(config, modules)
     }
 
-    /// Modules under settings that tell the rank and the scaling of each already.
+    /// A folder of these modules with these settings, which must give each module the rank and the scaling that it has.
     ///
-    /// Errors: [`Error::Value`] for no module, for factors that do not fit, and for a module of which the settings tell something else.
+    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, and for a module with another rank or scaling than the
+    /// settings give it.
     pub fn from_config(config: AdapterConfig, modules: BTreeMap<String, Factors>) -> Result<Self> {
         unless(!modules.is_empty(), "none".into(), "at least one module")?;
         let folder = Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() };
-        folder.tells()?;
+        folder.check_described()?;
         Ok(folder)
     }
 
-    /// Errors: [`Error::Value`] unless the settings tell the rank and the scaling of every module, and its factors have that rank.
-    fn tells(&self) -> Result<()> {
+    /// Errors: [`Error::Value`] unless the factors of each module fit, with the rank and the scaling that the settings give it.
+    fn check_described(&self) -> Result<()> {
         for (name, Factors { a, b, scaling, .. }) in &self.modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
-<<<<<<< HEAD
-            let (rank, told) = told(&self.config, name, None)?;
-            let tells = rank == a.rows() && told == *scaling;
-            unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
-=======
-            let described = rank_and_scaling(&config, name, None)? == (a.rows(), *scaling);
+            let described = rank_and_scaling(&self.config, name, None)? == (a.rows(), *scaling);
             unless(described, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
->>>>>>> main
         }
         Ok(())
     }

@@ -120,7 +120,11 @@ impl ModelConfig {
             heads,
             kv_heads: fields.optional_count("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
-            max_positions: fields.optional_count("max_position_embeddings")?.unwrap_or(2048),
+            max_positions: fields.optional_count("max_position_embeddings")?.unwrap_or(if family == Family::Llama {
+                2048
+            } else {
+                32_768
+            }),
             rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta: rope.0,
             rope_scaling: rope.1,

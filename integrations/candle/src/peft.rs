@@ -93,7 +93,7 @@ pub trait Adaptable {
         let dir = dir.as_ref();
         let folder = Folder::read(dir)?;
         let refuse = |problem: String| Error::file(&dir.join(ADAPTER_CONFIG), problem);
-        if let Some(began) = folder.config().began_with() {
+        if let Some(began) = folder.config().principal() {
             return Err(refuse(format!("`init_lora_weights` is {}, which is not supported here", began.name())));
         }
         if let Some(extra) = folder.extras().keys().next() {

@@ -84,7 +84,7 @@ impl Shared {
     /// Errors: [`Error::Setting`] for a module that no weight handed out belongs to, or several; for adapters that do more than add a
     /// product of factors to linear layers (DoRA, biases, whole modules); for numbers that would not be finite. Nothing is changed then.
     pub fn merge(&self, adapter: &Folder) -> Result<()> {
-        let plain = adapter.extras().is_empty() && adapter.config().began_with().is_none();
+        let plain = adapter.extras().is_empty() && adapter.config().principal().is_none();
         Error::unless(
             plain,
             "adapter",

@@ -134,7 +134,7 @@ fn narrow_types_are_close() {
             model.load_adapter("default", fixture(name).join("adapter")).unwrap();
             let loss = loss(&model, &reference, &Pass { gradients: true, ..Pass::inference() });
             assert!(difference(&numbers(&loss), &numbers(&reference["loss"])) < tolerance, "{name} {dtype:?}");
-            assert_eq!(loss.backward().unwrap().get_ids().count() > 28, true);
+            assert!(loss.backward().unwrap().get_ids().count() >= 28);
         }
     }
 }

@@ -32,9 +32,8 @@ pub fn read_conversations(path: impl AsRef<Path>) -> Result<Vec<Conversation>> {
     let path = path.as_ref();
     let text = std::fs::read_to_string(path).map_err(|error| Error::file(path, error))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let read = lines.map(|(at, line)| {
-        conversation(line).map_err(|problem| Error::Line { path: path.into(), line: at + 1, problem })
-    });
+    let read =
+        lines.map(|(at, line)| conversation(line).map_err(|problem| Error::Line { path: path.into(), line: at + 1, problem }));
     let conversations = read.collect::<Result<Vec<_>>>()?;
     if conversations.is_empty() { Err(Error::file(path, "there is no conversation in it")) } else { Ok(conversations) }
 }
@@ -101,10 +100,16 @@ impl Dataset {
         Error::unless(encoding.max_len >= 2, "max_len", encoding.max_len, "2 tokens or more")?;
         let mut data = Self { examples: Vec::with_capacity(conversations.len()), left_out: 0, truncated: 0 };
         for (at, messages) in conversations.iter().enumerate() {
-            data.push(chat, messages, encoding).map_err(|error| Error::Conversation { number: at + 1, problem: error.to_string() })?;
+            data.push(chat, messages, encoding)
+                .map_err(|error| Error::Conversation { number: at + 1, problem: error.to_string() })?;
         }
         let want = || format!("one of at most {} tokens or more", encoding.max_len);
-        Error::unless(!data.examples.is_empty(), "conversations", format!("{}, all of them left out", conversations.len()), want())?;
+        Error::unless(
+            !data.examples.is_empty(),
+            "conversations",
+            format!("{}, all of them left out", conversations.len()),
+            want(),
+        )?;
         Ok(data)
     }
 
@@ -141,7 +146,9 @@ impl Dataset {
             let fits = example.ids.len() == example.answer.len() && example.answer.iter().skip(1).any(|&answer| answer);
             if !fits {
                 let (ids, answer) = (example.ids.len(), example.answer.len());
-                let problem = format!("it has {ids} tokens and {answer} marks of answers, want as many, and an answer behind the first token");
+                let problem = format!(
+                    "it has {ids} tokens and {answer} marks of answers, want as many, and an answer behind the first token"
+                );
                 return Err(Error::Conversation { number: at + 1, problem });
             }
         }

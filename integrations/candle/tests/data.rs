@@ -26,7 +26,10 @@ fn numbered(lengths: &[usize]) -> Dataset {
 fn files_are_read_as_they_were_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("data.jsonl");
-    let said = vec![vec![Message::user("a\n\"b\" é"), Message::assistant("c")], vec![Message::system(""), Message::user("x"), Message::assistant("y")]];
+    let said = vec![
+        vec![Message::user("a\n\"b\" é"), Message::assistant("c")],
+        vec![Message::system(""), Message::user("x"), Message::assistant("y")],
+    ];
     write_conversations(&path, &said).unwrap();
     assert_eq!(read_conversations(&path).unwrap(), said);
     let more = r#"{"id": 7, "messages": [{"role": "tool", "content": "1", "name": "sum"}], "tools": null}"#;
@@ -61,7 +64,8 @@ fn bad_lines_are_named() {
 #[test]
 fn long_conversations_are_refused_cut_or_left_out() {
     let chat = Chat::from_dir(fixture("tiny-llama")).unwrap();
-    let said = [vec![Message::user("a"), Message::assistant("b")], vec![Message::user("a"), Message::assistant(&*"long ".repeat(20))]];
+    let said =
+        [vec![Message::user("a"), Message::assistant("b")], vec![Message::user("a"), Message::assistant(&*"long ".repeat(20))]];
     let encode = |max_len, too_long| Dataset::encode(&chat, &said, &Encoding { answers: Answers::All, max_len, too_long });
     let whole = encode(1000, TooLong::Refuse).unwrap();
     let (short, long) = (whole.examples()[0].ids.len(), whole.examples()[1].ids.len());
@@ -187,22 +191,61 @@ fn rates_are_those_of_get_scheduler() {
     let of = |warmup| Schedule::new(1.0, 100, warmup, Decay::Linear);
     assert_eq!(of(Warmup::Ratio(0.025)).unwrap(), of(Warmup::Steps(3)).unwrap());
     assert!(of(Warmup::Ratio(1.5)).is_err() && of(Warmup::Ratio(f64::NAN)).is_err());
-    assert!(Schedule::new(-1.0, 1, Warmup::default(), Decay::Linear).is_err() && Schedule::new(1.0, 0, Warmup::default(), Decay::Linear).is_err());
+    assert!(
+        Schedule::new(-1.0, 1, Warmup::default(), Decay::Linear).is_err()
+            && Schedule::new(1.0, 0, Warmup::default(), Decay::Linear).is_err()
+    );
+}
+
+/// Tokens and answers of the conversations that the fixture of transformers' Trainer was made of.
+#[test]
+fn conversations_are_encoded_as_for_transformers_trainer() {
+    let chat = Chat::from_dir(fixture("tiny-llama")).unwrap();
+    let said = read_conversations(fixture("sft/data.jsonl")).unwrap();
+    let encoding = Encoding { answers: Answers::All, max_len: 512, too_long: TooLong::Refuse };
+    let got = Dataset::encode(&chat, &said, &encoding).unwrap();
+    let want = json_file("sft/sft.json");
+    assert_eq!(got.len(), 10);
+    for (got, want) in got.examples().iter().zip(want["examples"].as_array().unwrap()) {
+        assert_eq!(serde_json::json!(got.ids), want["ids"]);
+        assert_eq!(serde_json::json!(got.answer), want["answer"]);
+    }
+}
+
+/// The English dialogues of chatterbot-corpus 1.3.3, where `LOWRANK_CHATTERBOT` names their folder: what PyYAML reads.
+#[test]
+fn chatterbot_corpus_is_what_pyyaml_reads() {
+    let Some(folder) = std::env::var_os("LOWRANK_CHATTERBOT") else {
+        eprintln!("LOWRANK_CHATTERBOT does not name the folder data/english of chatterbot-corpus 1.3.3: not checked against it");
+        return;
+    };
+    let got = corpus::read_folder(folder.as_ref()).unwrap();
+    assert_eq!((got.len(), got.iter().map(Vec::len).sum::<usize>()), (2026, 4376));
+    let lines: String = got.iter().map(|turns| serde_json::to_string(turns).unwrap() + "\n").collect();
+    assert_eq!(support::sha256(lines.as_bytes()), "bc3c97ef2eaaf6dcdcb737aacd5cd0297901ce8a9419ef21ee7adf093ca13e75");
 }
 
 /// Lines of our own in the form of chatterbot-corpus.
 #[test]
 fn dialogues_of_chatterbot_corpus_are_conversations() {
-    let text = "categories:\n- things\nconversations:\n- - What is 6 times 7?\n  - 42\n- - 'It''s a \"test\"'\n  - Yes, it\n    goes on.\n  - And?\n- - Is it so?\n  - true\n  - Is this: enough?\n  - \"Yes: it is\"\n- - alone\n";
+    let text = "categories:\n- things\nconversations:\n- - What is 6 times 7?\n  - 42\n- - 'It''s a \"test\"'\n  - Yes, it\n    goes on.\n  - And?\n- - Is it so?\n  - true\n  - 'Is this: enough?'\n  - \"Yes: it is\"\n- - alone\n";
     let got = corpus::conversations(text).unwrap();
     let said: Vec<Vec<&str>> = got.iter().map(|turns| turns.iter().map(|turn| turn.content.as_str()).collect()).collect();
-    assert_eq!(said, [
-        vec!["What is 6 times 7?", "42"],
-        vec!["It's a \"test\"", "Yes, it goes on."],
-        vec!["Is it so?", "true", "Is this: enough?", "Yes: it is"],
-    ]);
+    assert_eq!(
+        said,
+        [
+            vec!["What is 6 times 7?", "42"],
+            vec!["It's a \"test\"", "Yes, it goes on."],
+            vec!["Is it so?", "true", "Is this: enough?", "Yes: it is"],
+        ]
+    );
     assert!(got.iter().all(|turns| turns.iter().enumerate().all(|(at, turn)| turn.role == ["user", "assistant"][at % 2])));
-    for (text, says) in [("- a", "no list"), ("conversations:\n- a", "conversation 1"), ("a: [", "not YAML"), ("conversations:\n- - [a]", "no text")] {
+    for (text, says) in [
+        ("- a", "no list"),
+        ("conversations:\n- a", "conversation 1"),
+        ("a: [", "not YAML"),
+        ("conversations:\n- - [a]", "no text"),
+    ] {
         let error = corpus::conversations(text).unwrap_err();
         assert!(error.contains(says), "{error}");
     }

@@ -28,9 +28,12 @@ pub fn conversations(text: &str) -> Result<Vec<Conversation>, String> {
     let documents = Yaml::load_from_str(text).map_err(|error| format!("not YAML: {error}"))?;
     let root = documents.first().ok_or("it is empty")?;
     let listed = root.as_mapping_get("conversations").and_then(Yaml::as_vec).ok_or("it has no list `conversations`")?;
-    listed.iter().enumerate().map(|(at, said)| turns(said).map_err(|problem| format!("conversation {}: {problem}", at + 1))).filter(
-        |turns| !matches!(turns, Ok(turns) if turns.is_empty()),
-    ).collect()
+    listed
+        .iter()
+        .enumerate()
+        .map(|(at, said)| turns(said).map_err(|problem| format!("conversation {}: {problem}", at + 1)))
+        .filter(|turns| !matches!(turns, Ok(turns) if turns.is_empty()))
+        .collect()
 }
 
 fn turns(said: &Yaml) -> Result<Conversation, String> {

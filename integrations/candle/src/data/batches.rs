@@ -83,7 +83,12 @@ impl<'d> Batches<'d> {
         }
         let longest = data.examples().iter().map(|example| example.ids.len()).max().unwrap_or(0);
         if let Some(room) = settings.packing {
-            Error::unless(longest <= room, "packing", room, format!("at least the {longest} tokens of the longest conversation"))?;
+            Error::unless(
+                longest <= room,
+                "packing",
+                room,
+                format!("at least the {longest} tokens of the longest conversation"),
+            )?;
         }
         let batches = batches(data, &settings, 0);
         Ok(Self { data, settings, digest: digest(data, &settings), epoch: 0, batches, next: 0 })

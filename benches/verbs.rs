@@ -1,8 +1,9 @@
-//! `cargo bench`: each verb on each backend, named `verb/backend/dtype/shape`; the shapes are those of `shapes/`.
+//! `cargo bench` measures each verb on each backend. Benchmarks are named `verb/backend/dtype/shape`, with the shapes of
+//! `shapes/`.
 //!
-//! Throughput of products is in FLOP (criterion writes them as elements), of what memory bounds in bytes. `cargo bench -- --quick`
-//! is a look, `cargo bench -- lora_forward/cpu2/f32` one part. Who else computes the same: `cargo run --release -p rivals`.
-//! `RESULTS.md` keeps what was measured. WebGPU is timed by the device's own clock, where it has one.
+//! Throughput is in FLOP for products (which criterion calls elements), and in bytes for verbs that are bound by memory. `cargo
+//! bench -- --quick` takes less time, and `cargo bench -- lora_forward/cpu2/f32` runs a part. `cargo run --release -p rivals`
+//! measures other libraries. `RESULTS.md` has results. WebGPU is timed with timestamps of the device, if it has them.
 
 mod shapes;
 
@@ -19,7 +20,7 @@ use lowrank::{Backend, Cpu, Float, Tensor, bf16};
 
 use shapes::{RANKS, Shape};
 
-/// Tensors of a layer.
+/// The tensors of a layer.
 struct Layer<B: Backend> {
     x: Tensor<B>,
     w: Tensor<B>,
@@ -42,15 +43,15 @@ impl<B: Backend> Layer<B> {
         };
         let (x, w, a, b, dy) = (new(m, k), new(n, k), new(r, k), new(n, r), new(m, n));
         let (y, dx) = (new(m, n), new(m, k));
-        let wide = |rows, cols| Tensor::zeros(backend, (rows, cols)).expect("memory");
-        Self { x, w, a, b, dy, h: wide(m, r), y, da: wide(r, k), db: wide(n, r), dx }
+        let zeros = |rows, cols| Tensor::zeros(backend, (rows, cols)).expect("memory");
+        Self { x, w, a, b, dy, h: zeros(m, r), y, da: zeros(r, k), db: zeros(n, r), dx }
     }
 }
 
-/// How long so many calls take.
+/// Measures the time of a number of calls.
 type Clock<B> = fn(&B, u64, &mut dyn FnMut()) -> Duration;
 
-/// By the wall, each call waited for.
+/// Measures wall-clock time, and waits for the device after each call.
 fn wall<B: Backend>(backend: &B, calls: u64, call: &mut dyn FnMut()) -> Duration {
     let began = Instant::now();
     for _ in 0..calls {
@@ -60,7 +61,7 @@ fn wall<B: Backend>(backend: &B, calls: u64, call: &mut dyn FnMut()) -> Duration
     began.elapsed()
 }
 
-/// By the device's clock, where it has one.
+/// Measures with timestamps of the device, or wall-clock time if it has none.
 #[cfg(feature = "webgpu")]
 fn device<E: Float>(gpu: &lowrank::WebGpu<E>, calls: u64, call: &mut dyn FnMut()) -> Duration {
     let timed = gpu.device_time(|| {
@@ -70,12 +71,12 @@ fn device<E: Float>(gpu: &lowrank::WebGpu<E>, calls: u64, call: &mut dyn FnMut()
     timed.unwrap_or_else(|_| wall(gpu, calls, call))
 }
 
-/// A backend, the verbs on one shape, and where the figures go.
+/// The benchmarks of one backend on one shape.
 struct Bench<'c, B: Backend> {
     c: &'c mut Criterion,
     backend: &'c B,
     clock: Clock<B>,
-    /// `cpu2/f32/prefill_512x4096x4096_r16`
+    /// For example `cpu2/f32/prefill_512x4096x4096_r16`.
     id: String,
 }
 
@@ -133,7 +134,7 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
         }
         .run(backend)
     });
-    let mut sign = 1.0; // merging and unmerging take turns
+    let mut sign = 1.0; // merging and unmerging alternate
     bench.run("lora_merge", bytes(2 * n * k, size_of::<B::Elem>()), |backend| {
         sign = -sign;
         LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: sign * scale, rounding: Rounding::Nearest, w: w.view_mut() }
@@ -141,7 +142,7 @@ fn lora<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, r, .. }: Shape, l
     });
 }
 
-/// The verbs of a layer without one; a weight that learns belongs to a small batch.
+/// The verbs of a layer without adapter. Adam is measured only for small batches, as in training of the weight itself.
 fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, layer: &mut Layer<B>) {
     let Layer { x, w, dy, y, dx, .. } = layer;
     bench.run("linear_forward", flop(m * n * k), |backend| {
@@ -161,7 +162,7 @@ fn linear<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
     }
 }
 
-/// Every shape at its own rank, and the cube at the others.
+/// Measures every shape at its own rank, and the square shape at the other ranks.
 fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str, clock: Clock<B>) {
     for shape in Shape::all() {
         let id = |shape: Shape| format!("{name}/{}/{shape}", B::Elem::DTYPE);
@@ -180,11 +181,11 @@ fn verbs<B: Backend>(c: &mut Criterion, backend: &B, name: &str, clock: Clock<B>
     }
 }
 
-/// The verbs beside the products, at the weight and the batch of one layer.
+/// The verbs that are not products, for the weight and the batch of one layer.
 fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, layer: &mut Layer<B>) {
     let Layer { x: z, w, a, b, dy, y, .. } = layer;
-    let wide = |rows, cols| Tensor::<B, f32>::zeros(bench.backend, (rows, cols)).expect("memory");
-    let (mut norm, mut dmagnitude, mut sum, gradient) = (wide(1, n), wide(1, n), wide(n, k), wide(n, k));
+    let zeros = |rows, cols| Tensor::<B, f32>::zeros(bench.backend, (rows, cols)).expect("memory");
+    let (mut norm, mut dmagnitude, mut sum, gradient) = (zeros(1, n), zeros(1, n), zeros(n, k), zeros(n, k));
     let magnitude = Tensor::from_slice(bench.backend, (1, n), &vec![B::Elem::from_f32(1.0); n]).expect("memory");
     let (norm, magnitude, elem) = (&mut norm, &magnitude, size_of::<B::Elem>());
     bench.run("lora_row_norm", bytes(n * k, elem), |backend| {
@@ -214,7 +215,7 @@ fn around<B: Backend>(bench: &mut Bench<'_, B>, Shape { m, k, n, .. }: Shape, la
         op::DropoutForward { x: z.view(), dropout, y: y.view_mut() }.run(backend)
     });
     let rounding = Rounding::Stochastic { seed: 1 };
-    bench.run("lora_merge_by_chance", bytes(2 * n * k, elem), |backend| {
+    bench.run("lora_merge_stochastic", bytes(2 * n * k, elem), |backend| {
         LoraMerge { a: (&*a).into(), b: (&*b).into(), scale: 1e-6, rounding, w: w.view_mut() }.run(backend)
     });
 }
@@ -256,20 +257,20 @@ fn cpu(c: &mut Criterion) {
 fn gpu(c: &mut Criterion) {
     #[cfg(feature = "webgpu")]
     {
-        if_there(c, lowrank::WebGpu::<f32>::new(), "webgpu", device);
-        if_there(c, lowrank::WebGpu::<lowrank::f16>::new(), "webgpu", device);
+        measure_if_available(c, lowrank::WebGpu::<f32>::new(), "webgpu", device);
+        measure_if_available(c, lowrank::WebGpu::<lowrank::f16>::new(), "webgpu", device);
     }
     #[cfg(feature = "cuda")]
     {
-        if_there(c, lowrank::Cuda::<f32>::new(0), "cuda", wall);
-        if_there(c, lowrank::Cuda::<bf16>::new(0), "cuda", wall);
+        measure_if_available(c, lowrank::Cuda::<f32>::new(0), "cuda", wall);
+        measure_if_available(c, lowrank::Cuda::<bf16>::new(0), "cuda", wall);
     }
-    let _ = c; // without a GPU feature
+    let _ = c; // unused without a GPU feature
 }
 
-/// A device that is missing is named, not measured.
+/// Measures a device, or prints that it is missing.
 #[cfg(any(feature = "webgpu", feature = "cuda"))]
-fn if_there<B: Backend>(c: &mut Criterion, backend: lowrank::Result<B>, name: &str, clock: Clock<B>) {
+fn measure_if_available<B: Backend>(c: &mut Criterion, backend: lowrank::Result<B>, name: &str, clock: Clock<B>) {
     match backend {
         Ok(backend) => all(c, &backend, name, clock),
         Err(error) => eprintln!("not measured: {name}/{}: {error}", B::Elem::DTYPE),

@@ -1,11 +1,11 @@
-//! How the CPU backend cuts products on this machine, beside what it would do with other caches, each measured.
+//! Prints the plan of the CPU backend for this machine, and measures it against the plans for other cache sizes.
 //!
 //! ```text
 //! cargo run --release --example cpu_plan
 //! ```
 //!
-//! One thread, f32; the least and the median of interleaved runs, each in a process of its own with `LOWRANK_CACHES` set. Where
-//! another row is faster by more than noise, `LOWRANK_CACHES` is worth setting, and a word to us.
+//! One thread, f32; minimum and median of interleaved runs, each in a process of its own with `LOWRANK_CACHES` set. If another row is
+//! faster by more than noise, set `LOWRANK_CACHES`, and please report it.
 
 use std::error::Error;
 use std::process::Command;
@@ -17,19 +17,19 @@ use lowrank::{Cpu, Tensor};
 
 /// `m`, `k` and `n`.
 const SHAPES: [[usize; 3]; 2] = [[1024, 1024, 1024], [512, 4096, 4096]];
-/// What else the caches could be.
+/// Other cache sizes to try: L1, L2, L3.
 const CACHES: [&str; 6] = ["16K,256K,32M", "16K,1M,32M", "32K,256K,32M", "32K,512K,32M", "32K,1M,32M", "48K,2M,32M"];
 const ROUNDS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
     if std::env::args().nth(1).as_deref() == Some("one") {
-        return one();
+        return measure();
     }
     let cpu = Cpu::<f32>::new()?;
     for [m, k, n] in SHAPES {
         println!("{m}×{k}×{n}: {}", cpu.explain(m, k, n));
     }
-    println!("\n| caches | shape | forward: least, median | dx: least, median |\n|---|---|---|---|");
+    println!("\n| caches | shape | forward: minimum, median | dx: minimum, median |\n|---|---|---|---|");
     let all: Vec<Option<&str>> = std::iter::once(None).chain(CACHES.map(Some)).collect();
     let mut times = vec![vec![Vec::new(); 2 * SHAPES.len()]; all.len()];
     for _ in 0..ROUNDS {
@@ -44,21 +44,21 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     for (caches, times) in all.iter().zip(&mut times) {
         for ([m, k, n], times) in SHAPES.iter().zip(times.chunks_mut(2)) {
-            let cells: Vec<String> = times.iter_mut().map(|times| of(times)).collect();
+            let cells: Vec<String> = times.iter_mut().map(|times| summary(times)).collect();
             println!("| {} | {m}×{k}×{n} | {} |", caches.unwrap_or("as found"), cells.join(" | "));
         }
     }
     Ok(())
 }
 
-/// The least and the median, in milliseconds.
-fn of(times: &mut [f64]) -> String {
+/// The minimum and the median, in milliseconds.
+fn summary(times: &mut [f64]) -> String {
     times.sort_by(f64::total_cmp);
     format!("{:.1}, {:.1} ms", 1e3 * times[0], 1e3 * times[times.len() / 2])
 }
 
-/// Seconds of a forward and of `dx`, for each shape; each the least of three.
-fn one() -> Result<(), Box<dyn Error>> {
+/// Prints the seconds of a forward pass and of `dx` for each shape; each the minimum of three runs.
+fn measure() -> Result<(), Box<dyn Error>> {
     let cpu = Cpu::<f32>::new()?.with_threads(1)?;
     let mut rng = Rng::new(1);
     for [m, k, n] in SHAPES {
@@ -68,21 +68,21 @@ fn one() -> Result<(), Box<dyn Error>> {
         };
         let (x, w, dy) = (random(m, k)?, random(n, k)?, random(m, n)?);
         let (mut y, mut dx) = (Tensor::zeros(&cpu, (m, n))?, Tensor::zeros(&cpu, (m, k))?);
-        let forward = least(|| LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu))?;
+        let forward = minimum(|| LinearForward { x: x.view(), w: (&w).into(), bias: None, y: (&mut y).into() }.run(&cpu))?;
         let (x, w) = (None, Some((&w).into()));
         let backward =
-            least(|| LinearBackward { x, w, dy: dy.view(), dx: Some((&mut dx).into()), dw: None, dbias: None }.run(&cpu))?;
+            minimum(|| LinearBackward { x, w, dy: dy.view(), dx: Some((&mut dx).into()), dw: None, dbias: None }.run(&cpu))?;
         println!("{forward} {backward}");
     }
     Ok(())
 }
 
-fn least(mut run: impl FnMut() -> lowrank::Result<()>) -> lowrank::Result<f64> {
-    let mut least = f64::INFINITY;
+fn minimum(mut run: impl FnMut() -> lowrank::Result<()>) -> lowrank::Result<f64> {
+    let mut minimum = f64::INFINITY;
     for _ in 0..3 {
-        let began = Instant::now();
+        let start = Instant::now();
         run()?;
-        least = least.min(began.elapsed().as_secs_f64());
+        minimum = minimum.min(start.elapsed().as_secs_f64());
     }
-    Ok(least)
+    Ok(minimum)
 }

@@ -1,6 +1,7 @@
 #include "engine.cuh"
 
-// A step: its scalars, as op/adam.rs works them out, and what it updates. `master` is null, or the weights in f32.
+// The scalars of a step, as src/op/adam.rs computes them, and what it updates. `master` is null, or the f32 master of the
+// weights.
 struct Adam {
     float beta1, beta2, step_size, root_scale, eps, decay;
     float *m, *v, *master;
@@ -17,7 +18,7 @@ struct Adam {
         store(&w[i], next);
     }
 
-    // The master where `w` is what it rounds to, else `w`.
+    // The master if it still rounds to the weight, else the weight, which was written since.
     __device__ float weight(size_t i) const {
         float stored = widen(w[i]);
         if (!master) return stored;
@@ -27,7 +28,7 @@ struct Adam {
     }
 };
 
-// Adam with a stored gradient
+// Adam with a dense gradient
 KERNEL(adam_dense)(const float* g, float beta1, float beta2, float step_size, float root_scale, float eps, float decay,
                    float* m, float* v, float* master, E* w, size_t len) {
     Adam adam{beta1, beta2, step_size, root_scale, eps, decay, m, v, master, w};
@@ -35,7 +36,7 @@ KERNEL(adam_dense)(const float* g, float beta1, float beta2, float step_size, fl
     if (i < len) adam.step(g[i], i);
 }
 
-// Adam with g = dyᵀ·x, which is never stored
+// Adam with a factored gradient, g = dyᵀ·x, which is never stored
 KERNEL(adam_factored)(const E* x, const E* dy, float beta1, float beta2, float step_size, float root_scale, float eps,
                       float decay, float* m, float* v, float* master, E* w, int batch, int k, int n) {
     Adam adam{beta1, beta2, step_size, root_scale, eps, decay, m, v, master, w};

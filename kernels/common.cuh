@@ -1,4 +1,4 @@
-// What every kernel shares: the element type it is compiled for, and dropout.
+// Shared by all kernels: the element type, conversions, loads with bounds checks, random words, and dropout.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,41 +8,42 @@
 #define JOIN(stem, element) JOIN_(stem, element)
 #define KERNEL(stem) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) JOIN(stem, ELEMENT)
 
-// Threads a block, in every kernel, and blocks that a multiprocessor must have room for: that leaves a thread 128 registers.
+// Threads of a block, in every kernel, and blocks that must fit on a multiprocessor: a thread then has at most 128 registers.
 constexpr int THREADS = 256;
 constexpr int BLOCKS = 2;
 constexpr int WARP = 32;
 constexpr int WARPS = THREADS / WARP;
 
-// From Hopper on a launch of a verb may begin before the one before it has ended (programmatic dependent launch): its blocks come
-// as soon as all blocks of that one have called `let_next_begin` or ended. `wait_for_launch_before` returns when that one has ended
-// and what it wrote is there; since that one waited too, this holds for all launches of the verb before. What no launch of the verb
-// writes (x, W, A, B, dy) may be read before; nothing may be written before. Older GPUs know neither instruction: to them they are
-// comments, `//@` in the PTX that ships, and `cuda::from_hopper_on` makes instructions of these.
+// Programmatic dependent launch: from Hopper on, consecutive launches of a verb overlap. The blocks of a launch may start once
+// all blocks of the previous launch have called `launch_dependents` or ended. `wait_for_previous_launch` returns when the
+// previous launch has ended and its writes are visible; since every launch of a verb waits, this holds for all earlier launches
+// of the verb too. Before it, a kernel may read only what no launch of the verb writes (x, W, A, B, dy), and may write nothing.
+// Older GPUs do not have the two instructions: in the PTX that ships they are comments that begin with `//@`, which
+// `cuda::from_hopper_on` turns into instructions.
 #if __CUDA_ARCH__ >= 900
 #define FROM_HOPPER_ON ""
 #else
 #define FROM_HOPPER_ON "//@ "
 #endif
-__device__ inline void let_next_begin() { asm volatile(FROM_HOPPER_ON "griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_launch_before() { asm volatile(FROM_HOPPER_ON "griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void launch_dependents() { asm volatile(FROM_HOPPER_ON "griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous_launch() { asm volatile(FROM_HOPPER_ON "griddepcontrol.wait;" ::: "memory"); }
 
-// Divided before they become signed: then dividing is shifting.
+// Divided as unsigned: that compiles to a shift.
 __device__ inline int lane() { return int(threadIdx.x % WARP); }
 __device__ inline int warp() { return int(threadIdx.x / WARP); }
 
-// The 16-bit types differ in the instructions that are written out here and in mma.cuh, and in no other: so the PTX of one is that
-// of the other with some words exchanged (kernels/ptx.rs), and only one of them ships.
+// f16 and bf16 differ only in the instructions written out here and in mma.cuh. So the PTX of f16 is that of bf16 with some words
+// replaced (kernels/ptx.rs), and only bf16's ships.
 __device__ inline float widen(float value) { return value; }
 __device__ inline float widen(__half value) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(__half_as_ushort(value)));
-    return wide;
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(__half_as_ushort(value)));
+    return result;
 }
 __device__ inline float widen(__nv_bfloat16 value) {
-    float wide;
-    asm("mov.b32 %0, {0, %1};" : "=f"(wide) : "h"(__bfloat16_as_ushort(value)));
-    return wide;
+    float result;
+    asm("mov.b32 %0, {0, %1};" : "=f"(result) : "h"(__bfloat16_as_ushort(value)));
+    return result;
 }
 
 // Rounds to nearest, ties to even.
@@ -58,38 +59,38 @@ __device__ inline void store(__nv_bfloat16* to, float value) {
     *to = __ushort_as_bfloat16(bits);
 }
 
-// An output, of the type that is stored: the sum, or, if it adds, the sum and what it holds. Rounded once.
-__device__ inline void put(E* to, float sum, unsigned adds) { store(to, adds ? widen(*to) + sum : sum); }
+// Stores the sum, or, if `accumulate`, what the output holds plus the sum. Rounded once.
+__device__ inline void store_output(E* to, float sum, unsigned accumulate) { store(to, accumulate ? widen(*to) + sum : sum); }
 
-// What rounding by chance must know of a type: the bits that a float has more, its largest number, and from where on it has all of
-// its digits; below, numbers are whole multiples of 2⁻²⁴. bf16 has as small ones as a float.
-struct Format { unsigned rest; float largest, normal; };
+// Constants for stochastic rounding to a type. `low_bits`: mask of the bits that f32 has and the type does not; `largest`: its
+// largest number; `normal`: its smallest normal number, below which f16 has multiples of 2⁻²⁴. bf16 has as many exponents as f32.
+struct Format { unsigned low_bits; float largest, normal; };
 __device__ inline Format format(__half) {
     Format format;
     asm("mov.b32 %0, 0x1fff;\nmov.b32 %1, 0x477fe000;\nmov.b32 %2, 0x38800000;"
-        : "=r"(format.rest), "=f"(format.largest), "=f"(format.normal));
+        : "=r"(format.low_bits), "=f"(format.largest), "=f"(format.normal));
     return format;
 }
 __device__ inline Format format(__nv_bfloat16) {
     Format format;
     asm("mov.b32 %0, 0xffff;\nmov.b32 %1, 0x7f7f0000;\nmov.b32 %2, 0x0;"
-        : "=r"(format.rest), "=f"(format.largest), "=f"(format.normal));
+        : "=r"(format.low_bits), "=f"(format.largest), "=f"(format.normal));
     return format;
 }
 
-// `value` rounded to one of its two neighbours in E: away from zero if the low bits of `word` and what is to be cut off carry
-// over; src/op/rounding.rs has the same function. From the largest number on it stays, for `store`.
-__device__ inline float by_chance(Format format, float value, unsigned word) {
+// Rounds `value` to one of its two neighbours in E: away from zero if the bits to be cut plus random bits of `word` carry. The
+// same function as in src/op/rounding.rs. From the largest number on, `store` rounds.
+__device__ inline float stochastic_round(Format format, float value, unsigned word) {
     float size = fabsf(value);
     unsigned bits = __float_as_uint(value);
     if (!(size < format.largest)) return value;
-    if (size >= format.normal) return __uint_as_float((bits + (word & format.rest)) & ~format.rest);
-    unsigned parts = unsigned(size * 0x1p45f);  // of 2⁻²⁴, 2²¹ each
+    if (size >= format.normal) return __uint_as_float((bits + (word & format.low_bits)) & ~format.low_bits);
+    unsigned parts = unsigned(size * 0x1p45f);  // in units of 2⁻²⁴·2⁻²¹
     float cut = float((parts + (word & 0x1fffff)) >> 21) * 0x1p-24f;
     return __uint_as_float((bits & 0x80000000u) | __float_as_uint(cut));
 }
 
-// Elements of 16 bytes, the most that one access moves, as four words.
+// Elements in 16 bytes, the largest single access. A chunk is held as four 32-bit words.
 constexpr int CHUNK = 16 / sizeof(E);
 struct Chunk {
     uint4 bits;
@@ -107,12 +108,12 @@ struct Chunk {
             word(e) = __float_as_uint(value);
         } else {
             unsigned half = *reinterpret_cast<unsigned short*>(&element);
-            word(e / 2) = e % 2 == 0 ? half : word(e / 2) | half << 16;  // neighbours are set in their order
+            word(e / 2) = e % 2 == 0 ? half : word(e / 2) | half << 16;  // callers set elements in order
         }
     }
 };
 
-// 16 bytes of what no thread writes, or zeros where there are none. A predicate and no branch, so that loads overtake each other.
+// Loads 16 bytes of memory that no thread writes, or zeros. A predicated load, not a branch, so that many can be in flight.
 __device__ inline uint4 load_or_zero(const E* from, bool has) {
     uint4 to;
     asm("{.reg .pred has;\nsetp.ne.b32 has, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
@@ -121,7 +122,7 @@ __device__ inline uint4 load_or_zero(const E* from, bool has) {
     return to;
 }
 
-// The same of one element.
+// Loads one element of memory that no thread writes, or zero.
 __device__ inline float element_or_zero(const E* from, bool has) {
     if constexpr (CHUNK == 4) {
         float value;
@@ -136,11 +137,11 @@ __device__ inline float element_or_zero(const E* from, bool has) {
     }
 }
 
-// The element of row i and column j of a row-major matrix, `stride` elements from one row to the next. 64 bits: a matrix may have
-// more elements than an int can count.
+// Index of element (i, j) of a row-major matrix whose rows are `stride` elements apart. 64 bits: a matrix may have more than 2³¹
+// elements.
 __device__ inline size_t at(int i, int j, int stride) { return size_t(i) * stride + j; }
 
-// A factor of an update, read element by element: stored as the weights are, or in f32 beside 16-bit weights.
+// A factor (A or B) that is read by elements: of the type E, or f32 beside 16-bit weights.
 struct Factor {
     const void* data;
     int stride;
@@ -159,19 +160,19 @@ struct Factor {
     }
 };
 
-// The element that this thread of a pointwise kernel is for.
+// Index of the element that this thread of a pointwise kernel computes.
 __device__ inline size_t element() { return size_t(blockIdx.x) * THREADS + threadIdx.x; }
 
-// Every lane gets the sum of the warp. The order is fixed: the same values give the same bits.
+// The sum over the warp, in every lane. The order is fixed, so the same values give the same bits.
 __device__ inline float warp_sum(float value) {
     for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
     return value;
 }
 
-// What a word decides; it keeps the words of a dropout mask and of roundings with the same seed apart.
+// Streams of random words: dropout masks and roundings with the same seed use different ones.
 constexpr unsigned DROPOUT = 0, ROUNDING = 2;
 
-// The four words that Philox 4x32-10 makes of counter `block` in a stream; random.rs has the same function.
+// Philox 4x32-10: four random words for counter `block` of a stream, as in src/random.rs.
 __device__ inline uint4 philox(unsigned key0, unsigned key1, unsigned long long block, unsigned stream) {
     unsigned c0 = unsigned(block), c1 = unsigned(block >> 32), c2 = stream, c3 = 0;
 #pragma unroll 1
@@ -184,14 +185,15 @@ __device__ inline uint4 philox(unsigned key0, unsigned key1, unsigned long long 
     return {c0, c1, c2, c3};
 }
 
-// The word of element `index`: four neighbours share a counter.
+// The random word of element `index`. Four consecutive elements share a counter.
 __device__ inline unsigned word_of(unsigned key0, unsigned key1, size_t index, unsigned stream) {
     uint4 words = philox(key0, key1, index / 4, stream);
     unsigned low = index % 2 ? words.y : words.x, high = index % 2 ? words.w : words.z;
     return index / 2 % 2 ? high : low;
 }
 
-// What element `index` is multiplied with: 0 if it is dropped, else keep_scale. No dropout is threshold 0 and keep_scale 1.
+// A dropout mask, recomputed from its seed. `factor` is 0 for a dropped element, else keep_scale. No dropout: threshold 0,
+// keep_scale 1.
 struct Dropout {
     unsigned key0, key1, threshold;
     float keep_scale;
@@ -201,7 +203,7 @@ struct Dropout {
         return word_of(key0, key1, index, DROPOUT) < threshold ? 0.0f : keep_scale;
     }
 
-    // Four neighbouring 16-bit elements, from a multiple of 4 on, in two words: those that are dropped become 0.
+    // Zeroes the dropped ones of four consecutive 16-bit elements, in two words; `index`, of the first, is a multiple of 4.
     __device__ void mask(unsigned& low, unsigned& high, size_t index) const {
         uint4 words = philox(key0, key1, index / 4, DROPOUT);
         low &= (words.x < threshold ? 0 : 0xffffu) | (words.y < threshold ? 0 : 0xffff0000u);

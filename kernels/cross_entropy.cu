@@ -1,15 +1,15 @@
 #include "common.cuh"
 
-// Every lane gets the largest of the warp.
+// The maximum over the warp, in every lane.
 __device__ inline float warp_max(float value) {
     for (int step = WARP / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
     return value;
 }
 
-constexpr unsigned IGNORED = ~0u;  // the label of a row that has none
+constexpr unsigned IGNORED = ~0u;  // the label of a row without one
 
-// losses = -log softmax(logits)[label], dlogits = (softmax(logits) - onehot(label)) / counted; a warp a row. Both are 0 in rows without
-// a label.
+// losses = -log softmax(logits)[label], dlogits = (softmax(logits) - onehot(label)) / counted; one warp per row. Rows without a
+// label: both are 0.
 KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losses, E* dlogits, int m, int n, int counted) {
     int i = int(blockIdx.x) * WARPS + warp(), lane = ::lane();
     if (i >= m) return;
@@ -35,7 +35,7 @@ KERNEL(cross_entropy_rows)(const E* logits, const unsigned* labels, float* losse
     }
 }
 
-// loss = Σ losses / counted, and 0 if none count; one block
+// loss = Σ losses / counted, or 0 if no row has a label; one block
 KERNEL(cross_entropy_mean)(const float* losses, float* loss, int m, int counted) {
     __shared__ float partial[WARPS];
     float sum = 0.0f;

@@ -1,16 +1,16 @@
 #include "hopper.cuh"
 
-// The big products on Hopper, for 16-bit elements; the plan chooses them where rows are whole multiples of 16 bytes. Each is
-// there with tiles of 256 columns, and of 128 for outputs that would leave multiprocessors without work.
+// The big products on Hopper, for 16-bit elements whose rows start at multiples of 16 bytes. Each kernel exists with tiles of 256
+// columns, and of 128 for outputs that would leave multiprocessors idle; the plan chooses.
 #define MAP const __grid_constant__ TensorMap
 #define ENTRY(stem, cols)                                                                           \
-    extern "C" __global__ void __cluster_dims__(CLUSTER<cols>) __launch_bounds__(HOPPER, 1) \
+    extern "C" __global__ void __cluster_dims__(CLUSTER<cols>) __launch_bounds__(BLOCK_THREADS, 1) \
         JOIN(stem##_hopper_##cols, ELEMENT)
 #define ENTRIES(stem, parameters, ...)                 \
     ENTRY(stem, 256) parameters { stem<256>(__VA_ARGS__); } \
     ENTRY(stem, 128) parameters { stem<128>(__VA_ARGS__); }
 
-// Adds the bias, if there is one, to two neighbours of `cols`.
+// Adds the bias, if there is one, to the sums of columns `col` and `col + 1`.
 struct AddBias {
     const E* bias;
     int cols;
@@ -21,7 +21,7 @@ struct AddBias {
         second += widen(reinterpret_cast<const E*>(&pair)[1]);
     }
 };
-struct Keep {
+struct NoBias {
     __device__ void operator()(int, float&, float&) const {}
 };
 
@@ -30,7 +30,7 @@ template <int COLS>
 __device__ void lora_forward_y(const TensorMap& x, const TensorMap& w, const E* bias, const E* b, const float* h, float scale,
                                const TensorMap& y, int m, int k, int n, int r, int b_stride) {
     Update<Rows<E>> update{rows(h, m, r), rows(b, n, r, b_stride), scale};
-    multiply_tiles<COLS, false>(x, w, y, m, n, k, update, AddBias{bias, n});
+    gemm_tiles<COLS, false>(x, w, y, m, n, k, update, AddBias{bias, n});
 }
 ENTRIES(lora_forward_y,
         (MAP x, MAP w, const E* bias, const E* b, const float* h, float scale, MAP y, int m, int k, int n, int r,
@@ -42,7 +42,7 @@ template <int COLS>
 __device__ void lora_backward_dx(const TensorMap& w, const E* a, const TensorMap& dy, const float* dh, Dropout dropout,
                                  const TensorMap& dx, int m, int k, int n, int r, int a_stride) {
     DroppedUpdate<Columns<E>> update{{rows(dh, m, r), columns(a, k, r, a_stride), 1.0f}, dropout};
-    multiply_tiles<COLS, true>(dy, w, dx, m, k, n, update, Keep());
+    gemm_tiles<COLS, true>(dy, w, dx, m, k, n, update, NoBias());
 }
 ENTRIES(lora_backward_dx,
         (MAP w, const E* a, MAP dy, const float* dh, unsigned key0, unsigned key1, unsigned threshold, float keep_scale, MAP dx,

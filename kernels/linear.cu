@@ -1,7 +1,6 @@
 #include "engine.cuh"
 
-// A layer without an update is one whose update has rank 0: y = x·Wᵀ + bias and dx = dy·W are lora_forward_y and
-// lora_backward_dx with r = 0.
+// A layer without an update is one of rank 0: y = x·Wᵀ + bias and dx = dy·W are lora_forward_y and lora_backward_dx with r = 0.
 
 // dW = dyᵀ·x
 KERNEL(linear_backward_dw)(const E* x, const E* dy, float* dw, int m, int k, int n, int x_stride, int dy_stride) {
@@ -10,7 +9,7 @@ KERNEL(linear_backward_dw)(const E* x, const E* dy, float* dw, int m, int k, int
     tile.each([&](int i, int j, float sum) { dw[at(i, j, k)] = sum; });
 }
 
-// dbias = Σ dy over the rows; a block makes WARP columns, and each of its warps sums every eighth row.
+// dbias = Σ dy over the rows; a block has WARP columns, and each of its warps sums every eighth row.
 KERNEL(linear_backward_dbias)(const E* dy, float* dbias, int m, int n, int dy_stride) {
     __shared__ float partial[WARPS][WARP];
     int j = int(blockIdx.x * WARP) + lane();

@@ -1,4 +1,4 @@
-// One module: every kernel, for the element type that the command line names.
+// The module of every kernel, for the element type that the compiler's command line names.
 #include "accumulate.cu"
 #include "adam.cu"
 #include "add.cu"

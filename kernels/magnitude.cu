@@ -1,22 +1,22 @@
 #include "common.cuh"
 
-// A row of zeros has no direction.
-__device__ inline float by_norm(float over, float norm) { return norm == 0.0f ? 0.0f : over / norm; }
+// A zero row has no direction: its factor is 0.
+__device__ inline float divide_by_norm(float over, float norm) { return norm == 0.0f ? 0.0f : over / norm; }
 
-constexpr int STRIPE = 8;  // rows, of THREADS columns, that a block makes
+constexpr int MAGNITUDE_ROWS = 8;  // rows of a block, of THREADS columns
 
-// y = (magnitude / norm)·z + bias, column by column. Blocks are numbered along the rows.
+// y = (magnitude / norm)·z + bias, by columns. Blocks are numbered row by row over the output.
 KERNEL(magnitude)(const E* z, const E* magnitude, const float* norm, const E* bias, E* y, int m, int n) {
     unsigned across = unsigned(n - 1) / THREADS + 1;
-    int first = int(blockIdx.x / across) * STRIPE;
+    int first = int(blockIdx.x / across) * MAGNITUDE_ROWS;
     int j = int(blockIdx.x % across) * THREADS + threadIdx.x;
     if (j >= n) return;
-    float factor = by_norm(widen(magnitude[j]), norm[j]), more = bias ? widen(bias[j]) : 0.0f;
+    float factor = divide_by_norm(widen(magnitude[j]), norm[j]), added = bias ? widen(bias[j]) : 0.0f;
 #pragma unroll 1
-    for (int i = first; i < m && i < first + STRIPE; ++i) store(&y[at(i, j, n)], factor * widen(z[at(i, j, n)]) + more);
+    for (int i = first; i < m && i < first + MAGNITUDE_ROWS; ++i) store(&y[at(i, j, n)], factor * widen(z[at(i, j, n)]) + added);
 }
 
-// dmagnitude = Σ dy·z / norm over the rows; a block makes WARP columns, and each of its warps sums every eighth row.
+// dmagnitude = Σ dy·z / norm over the rows; a block has WARP columns, and each of its warps sums every eighth row.
 KERNEL(magnitude_backward)(const E* z, const float* norm, const E* dy, float* dmagnitude, int m, int n) {
     __shared__ float partial[WARPS][WARP];
     int j = int(blockIdx.x * WARP) + lane();
@@ -26,5 +26,5 @@ KERNEL(magnitude_backward)(const E* z, const float* norm, const E* dy, float* dm
     __syncthreads();
     if (warp() > 0 || j >= n) return;
     for (int other = 1; other < WARPS; ++other) sum += partial[other][lane()];
-    dmagnitude[j] = by_norm(sum, norm[j]);
+    dmagnitude[j] = divide_by_norm(sum, norm[j]);
 }

@@ -1,33 +1,33 @@
-//! Sources → PTX. Used by build.rs, and by the test that keeps what ships up to date.
+//! Compiles the kernels to PTX. Used by build.rs, and by the test that keeps the shipped PTX up to date.
 
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
-/// Kernels for an element type.
+/// A PTX module: kernels for one element type.
 #[derive(Clone, Copy)]
 pub(crate) struct Module {
-    /// Of the file, where it is one, without `.ptx`.
+    /// The name of the PTX file, without `.ptx`.
     pub(crate) name: &'static str,
     /// The element type, as in the names of kernels.
     pub(crate) element: &'static str,
-    /// As CUDA calls it.
+    /// The element type in CUDA C++.
     ctype: &'static str,
-    /// Whether there are kernels for tensor cores besides.
+    /// True if there are tensor core kernels for the type.
     tensor: bool,
     pub(crate) target: Target,
 }
 
-/// What the PTX is for.
+/// The GPUs that can run a module.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Target {
     /// Every GPU from Ampere (`sm_80`) on.
     Every,
-    /// Hopper alone: `sm_90a` runs nowhere else.
+    /// Hopper only: PTX for `sm_90a` runs on no other GPU.
     Hopper,
 }
 
-/// What the crate embeds.
+/// The modules that the crate embeds.
 pub(crate) const MODULES: [Module; 5] = [
     Module { name: "f32", element: "f32", ctype: "float", tensor: false, target: Target::Every },
     Module { name: "bf16", element: "bf16", ctype: "__nv_bfloat16", tensor: true, target: Target::Every },
@@ -37,7 +37,7 @@ pub(crate) const MODULES: [Module; 5] = [
 ];
 
 impl Target {
-    /// The source, the architecture, and the version of PTX in which all that the kernels use was there.
+    /// The source, the architecture, and the lowest PTX version with all instructions of the kernels.
     fn parts(self) -> [&'static str; 3] {
         match self {
             Self::Every => ["lowrank.cu", "compute_80", "7.1"],
@@ -47,19 +47,19 @@ impl Target {
 }
 
 impl Module {
-    /// Whether its PTX is a file; that of f16 is made of bf16's.
+    /// True if the PTX is a file; f16's is derived from bf16's.
     pub(crate) fn ships(self) -> bool {
         self.element != "f16"
     }
 }
 
-/// The PTX that ships.
+/// The shipped PTX of a module.
 pub(crate) fn shipped(kernels: &Path, module: Module) -> Result<String, String> {
     let of = |name: &str| read(&kernels.join("ptx").join(format!("{name}.ptx")));
     if module.ships() { of(module.name) } else { Ok(f16_of(&of(&module.name.replace("f16", "bf16"))?)) }
 }
 
-/// The words in which the 16-bit types differ: names, conversions, products, and the constants of rounding by chance.
+/// The words in which the PTX of f16 and bf16 differs: names, conversions, products, and constants of stochastic rounding.
 const BF16_TO_F16: [(&str, &str); 6] = [
     ("_bf16", "_f16"),
     ("cvt.rn.bf16.f32", "cvt.rn.f16.f32"),
@@ -69,18 +69,18 @@ const BF16_TO_F16: [(&str, &str); 6] = [
     (", 0x0;", ", 0x38800000;"),
 ];
 
-/// The PTX of f16, made of that of bf16; a test compares it with what the compiler makes.
+/// Derives the PTX of f16 from that of bf16; a test compares it with the compiler's.
 pub(crate) fn f16_of(bf16: &str) -> String {
     let line = |line: &str| {
         let line = BF16_TO_F16.iter().fold(line.to_owned(), |line, (from, to)| line.replace(from, to));
-        // The upper half of a float is a bf16: `mov.b32 %f1, {0, %rs1};`
+        // A bf16 is the upper half of an f32: `mov.b32 %f1, {0, %rs1};`
         let widens = line.contains("{0, %rs");
         if widens { line.replace("mov.b32", "cvt.f32.f16").replace("{0, ", "").replace('}', "") + "\n" } else { line + "\n" }
     };
     bf16.lines().map(line).collect()
 }
 
-/// What the first line of PTX says that was made of the sources as they are.
+/// The first line of PTX made from the sources as they are.
 pub(crate) fn stamp(kernels: &Path) -> Result<String, String> {
     let entries = std::fs::read_dir(kernels).map_err(|error| format!("{}: {error}", kernels.display()))?;
     let mut paths: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -91,13 +91,13 @@ pub(crate) fn stamp(kernels: &Path) -> Result<String, String> {
     Ok(format!("// Made by scripts/build-ptx from kernels/*.cu and *.cuh with hash {hash:016x}; do not edit."))
 }
 
-/// FNV-1a, whatever the line ends.
+/// FNV-1a, independent of line ends.
 pub(crate) fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
     let fold = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
     bytes.filter(|&byte| byte != b'\r').fold(0xcbf2_9ce4_8422_2325, fold)
 }
 
-/// Compiles the kernels of a module. Comments, which name the compiler's paths and builds, are left out.
+/// Compiles a module. Comments, which contain paths and builds of the compiler, are removed.
 pub(crate) fn compile(nvcc: &Path, kernels: &Path, module: Module, scratch: &Path) -> Result<String, String> {
     let out = scratch.join(format!("nvcc-{}.ptx", module.name));
     let [source, arch, version] = module.target.parts();
@@ -113,10 +113,10 @@ pub(crate) fn compile(nvcc: &Path, kernels: &Path, module: Module, scratch: &Pat
     Ok(format!("{}\n{}", stamp(kernels)?, tidy(&read(&out)?, version)))
 }
 
-/// Without comments and blank lines, and with names that do not change when something else does: labels are `$L3` and not
-/// `$L__BB12_3`, which counts the entries before, and shared memory of an entry is not named by its parameters. The version of PTX
-/// is the oldest that will do: so drivers older than the compiler load it too. ptxas refuses what is newer than the version says.
-/// What begins with `//@` stays: instructions that GPUs from Hopper on know (kernels/common.cuh).
+/// Removes comments and blank lines, and shortens names so that they do not depend on other code: labels are `$L3` instead of
+/// `$L__BB12_3`, which counts entries, and an entry's shared memory is not named by its parameter types. Sets the lowest PTX
+/// version, so that drivers older than the compiler load it; ptxas refuses instructions above that version. Lines that begin with
+/// `//@` stay: they are instructions for Hopper and later (kernels/common.cuh).
 fn tidy(ptx: &str, version: &str) -> String {
     let mut entry = String::new();
     let mut tidy_line = |line: &str| {

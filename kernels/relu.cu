@@ -1,6 +1,6 @@
 #include "common.cuh"
 
-// y = max(x, 0); NaN is not below 0 and stays.
+// y = max(x, 0); NaN stays NaN.
 KERNEL(relu)(const E* x, E* y, size_t len) {
     size_t i = element();
     if (i < len) store(&y[i], widen(x[i]) < 0.0f ? 0.0f : widen(x[i]));

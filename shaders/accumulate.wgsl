@@ -1,6 +1,6 @@
 // y += scale·x, in f32
 
-// `x` and `y` are where in each binding the first element is.
+// `x` and `y` are offsets of the first element in each binding.
 struct Accumulate { len: u32, scale: f32, x: u32, y: u32 }
 
 @group(0) @binding(0) var<uniform> a: Accumulate;

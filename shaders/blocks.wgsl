@@ -1,9 +1,9 @@
-// engine.wgsl, with both products in the invocations' blocks.
+// engine.wgsl with the base product in the invocations' own blocks.
 
-fn add_more(t: u32, row: u32, col: u32, slice: u32, r: u32, c: u32, subgroup: u32) {
-  for (var depth = 0u; depth < s.more_depth; depth += TILE_DEPTH) {
-    more_lhs_fill(t, row, depth);
-    more_rhs_fill(t, col, depth);
+fn add_base(t: u32, row: u32, col: u32, slice: u32, r: u32, c: u32, subgroup: u32) {
+  for (var depth = 0u; depth < s.base_depth; depth += TILE_DEPTH) {
+    base_lhs_fill(t, row, depth);
+    base_rhs_fill(t, col, depth);
     workgroupBarrier();
     multiply(slice, r, c);
     workgroupBarrier();

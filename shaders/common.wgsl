@@ -1,12 +1,11 @@
-// What every shader shares. The lines written before this file say what `Elem` is: how weights and activations are stored.
+// Shared by all shaders. The lines before this file define `Elem`, the type of stored weights and activations.
 
-// The nearest number that f16 holds, ties to even, if `half`. Drivers are free to round a conversion as they like; this one
-// is exact.
+// If `half`, rounds to the nearest number of f16, ties to even. WGSL leaves the rounding of conversions to the driver.
 fn rounded(value: f32, half: bool) -> f32 {
   if (!half) { return value; }
   let size = abs(value);
   let bits = bitcast<u32>(value);
-  // Below 2⁻¹⁴ the numbers are whole multiples of 2⁻²⁴. Compilers may reassociate sums, so these are of integers.
+  // Below 2⁻¹⁴ f16 has multiples of 2⁻²⁴. In integers, since compilers may reassociate float sums.
   if (size < 0.00006103515625) {
     let cut = min(126u - ((bits >> 23u) & 0xffu), 25u);
     let parts = (bits & 0x7fffffu) | 0x800000u;

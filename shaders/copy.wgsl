@@ -1,6 +1,6 @@
-// to = from, in words: of one number of 32 bits each, or (PER_WORD = 2) two of 16 bits. The rows of both may lie apart.
+// to = from, in 32-bit words that hold one element, or (PER_WORD = 2) two 16-bit ones. Both may have a row stride.
 //
-// An invocation owns words of `to`, and leaves alone the half of a word that is not the matrix's.
+// An invocation owns whole words of `to`, and leaves the half of a word outside the matrix as it is.
 
 struct Copy {
   rows: u32, cols: u32,
@@ -13,7 +13,7 @@ struct Copy {
 @group(0) @binding(1) var<storage, read> from_: array<u32>;
 @group(0) @binding(2) var<storage, read_write> to: array<u32>;
 
-// Where the number at element e of `to` comes from; nowhere if that is not the matrix's.
+// Index in `from_` for element e of `to`, and 1; 0 as the second number if e is outside the matrix.
 fn source(e: u32) -> vec2<u32> {
   if (e < c.to) { return vec2(0u, 0u); }
   let place = e - c.to;

@@ -1,12 +1,12 @@
 // loss = mean(-log softmax(logits)[label]),  dlogits = (softmax(logits) - onehot(label)) / counted
 //
-// The mean is over the rows that have a label, of which there are `counted`; the gradient of the others is 0.
-// A workgroup takes a row at a time. Its loss goes into a list, which `mean` adds up in a fixed order: no atomics.
+// The mean is over the `counted` rows with a label; the gradient of the others is 0. A workgroup has one row at a time, and
+// writes its loss to a list, which mean.wgsl adds in a fixed order: no atomics.
 
-// `logits` to `dlogits` are where in each binding the first element is.
+// `logits` to `dlogits` are offsets of the first element in each binding.
 struct CrossEntropy { rows: u32, cols: u32, counted: f32, logits: u32, labels: u32, losses: u32, dlogits: u32 }
 
-// How a row without a label is stored.
+// The label of a row without one.
 const IGNORED = 0xffffffffu;
 
 @group(0) @binding(0) var<uniform> c: CrossEntropy;
@@ -17,7 +17,7 @@ const IGNORED = 0xffffffffu;
 
 var<workgroup> shared_values: array<f32, THREADS>;
 
-// The largest, or the sum, of everybody's value, for everybody.
+// The maximum, or the sum, over the workgroup, for every invocation.
 fn across(t: u32, value: f32, sum: bool) -> f32 {
   shared_values[t] = value;
   workgroupBarrier();

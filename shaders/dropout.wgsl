@@ -1,8 +1,8 @@
-// y = drop(x): y[e] = x[e] / (1 - p) where the generator says keep, else 0
+// y = drop(x): y[e] = x[e] / (1 - p) if e is not dropped, else 0
 //
-// Element e of the matrix takes lane e % 4 of the block that Philox makes of counter e / 4.
+// Element e of the matrix uses word e % 4 of Philox block e / 4.
 
-// `x` and `y` are where in each binding the first element is.
+// `x` and `y` are offsets of the first element in each binding.
 struct Dropout { len: u32, first_block: u32, key: vec2<u32>, threshold: u32, keep_scale: f32, x: u32, y: u32 }
 
 @group(0) @binding(0) var<uniform> d: Dropout;

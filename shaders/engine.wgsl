@@ -1,27 +1,27 @@
-// sum = init + scale·lhs·rhs + more_lhs·more_rhs
+// sum = init + scale·lhs·rhs + base_lhs·base_rhs
 //
-// The low-rank term of a verb is no more than extra depth: the loop walks along the depth of one product, then along that of
-// the other, in the same accumulators.
+// The low-rank update is additional depth: the loop runs along the depth of one product, then along that of the other, with the
+// same sums.
 //
-//            TILE_COLS                A workgroup owns TILE_ROWS × TILE_COLS sums, and walks along the depth in steps of
-//           ┌────┬────┐               TILE_DEPTH, for which both sides lie in workgroup memory. An invocation owns one
-//     DEPTH │ rhs│    │               block of 4×4 sums (WIDE: four such blocks).
+//            TILE_COLS                A workgroup owns TILE_ROWS × TILE_COLS sums. It walks along the depth in steps of
+//           ┌────┬────┐               TILE_DEPTH, for which both sides are in workgroup memory. An invocation owns one block of
+//     DEPTH │ rhs│    │               4×4 sums (FOUR_BLOCKS: four blocks).
 //           └────┴────┘
-//     ┌───┐ ┌────┬────┐               Where a tile has fewer blocks than the workgroup has invocations, SLICES of them
-//     │lhs│ │ 4×4│    │ TILE_ROWS     share a block: slice s takes the depths s, s + SLICES, …; at the end the slices
-//     ├───┤ ├────┼────┤               are added up, in a fixed order.
+//     ┌───┐ ┌────┬────┐               If a tile has fewer blocks than the workgroup has invocations, SLICES of them share a
+//     │lhs│ │ 4×4│    │ TILE_ROWS     block: slice s takes the depths s, s + SLICES, …; at the end the slices are added in a
+//     ├───┤ ├────┼────┤               fixed order.
 //     └───┘ └────┴────┘
 
-const LHS_TILE_QUADS = TILE_ROWS / 4u;
-const RHS_TILE_QUADS = TILE_COLS / 4u;
-const BLOCKS = 1u + u32(WIDE);
-const ROW_LANES = LHS_TILE_QUADS / BLOCKS;
-const COL_LANES = RHS_TILE_QUADS / BLOCKS;
+const LHS_TILE_VEC4S = TILE_ROWS / 4u;
+const RHS_TILE_VEC4S = TILE_COLS / 4u;
+const BLOCKS = 1u + u32(FOUR_BLOCKS);
+const ROW_LANES = LHS_TILE_VEC4S / BLOCKS;
+const COL_LANES = RHS_TILE_VEC4S / BLOCKS;
 const LANES = ROW_LANES * COL_LANES;
 const THREADS = LANES * SLICES;
-// One quad more than a line needs: lines then begin in different banks of memory.
-const LHS_TILE_LINE = LHS_TILE_QUADS + 1u;
-const RHS_TILE_LINE = RHS_TILE_QUADS + 1u;
+// Lines are padded by one vec4, so that they start in different banks.
+const LHS_TILE_LINE = LHS_TILE_VEC4S + 1u;
+const RHS_TILE_LINE = RHS_TILE_VEC4S + 1u;
 
 var<workgroup> lhs_tile: array<vec4<f32>, TILE_DEPTH * LHS_TILE_LINE>;
 var<workgroup> rhs_tile: array<vec4<f32>, TILE_DEPTH * RHS_TILE_LINE>;
@@ -29,7 +29,7 @@ var<workgroup> rhs_tile: array<vec4<f32>, TILE_DEPTH * RHS_TILE_LINE>;
 fn lhs_put(slot: u32, line: vec4<f32>) { lhs_tile[slot] = line; }
 fn rhs_put(slot: u32, line: vec4<f32>) { rhs_tile[slot] = line; }
 
-// The sums of this invocation: column c of a matrix holds row c of a block.
+// The sums of this invocation: column c of each matrix is row c of a block.
 var<private> block00: mat4x4<f32>;
 var<private> block01: mat4x4<f32>;
 var<private> block10: mat4x4<f32>;
@@ -45,13 +45,13 @@ fn outer(block: mat4x4<f32>, a: vec4<f32>, b: vec4<f32>) -> mat4x4<f32> {
   );
 }
 
-// The part of the tile's depth that is this slice's.
+// Adds this slice's depths of the tile to the sums.
 fn multiply(slice: u32, r: u32, c: u32) {
   for (var p = slice; p < TILE_DEPTH; p += SLICES) {
     let a = lhs_tile[p * LHS_TILE_LINE + r];
     let b = rhs_tile[p * RHS_TILE_LINE + c];
     block00 = outer(block00, a, b);
-    if (WIDE) {
+    if (FOUR_BLOCKS) {
       let below = lhs_tile[p * LHS_TILE_LINE + r + ROW_LANES];
       let right = rhs_tile[p * RHS_TILE_LINE + c + COL_LANES];
       block01 = outer(block01, a, right);
@@ -63,14 +63,14 @@ fn multiply(slice: u32, r: u32, c: u32) {
 
 fn scale_blocks() {
   block00 *= s.scale;
-  if (WIDE) {
+  if (FOUR_BLOCKS) {
     block01 *= s.scale;
     block10 *= s.scale;
     block11 *= s.scale;
   }
 }
 
-// The tile of the group, by invocation t of subgroup `subgroup`. `add_more` adds the second product: blocks.wgsl, matrices.wgsl.
+// Computes a tile, in invocation t of subgroup `subgroup`. `add_base` is in blocks.wgsl or matrices.wgsl.
 fn sum_tile(group: vec3<u32>, t: u32, subgroup: u32) {
   let slice = t / LANES;
   let lane = t % LANES;
@@ -87,18 +87,18 @@ fn sum_tile(group: vec3<u32>, t: u32, subgroup: u32) {
     workgroupBarrier();
   }
   scale_blocks();
-  if (HAS_MORE) { add_more(t, row, col, slice, r, c, subgroup); }
-  block00 = folded_block(block00, slice, lane);
+  if (HAS_BASE) { add_base(t, row, col, slice, r, c, subgroup); }
+  block00 = reduced_block(block00, slice, lane);
   if (slice > 0u) { return; }
 
   let i = row + 4u * r;
   let j = col + 4u * c;
-  finish_block(i, j, block00);
-  if (WIDE) {
+  epilogue_block(i, j, block00);
+  if (FOUR_BLOCKS) {
     let below = i + 4u * ROW_LANES;
     let right = j + 4u * COL_LANES;
-    finish_block(i, right, block01);
-    finish_block(below, j, block10);
-    finish_block(below, right, block11);
+    epilogue_block(i, right, block01);
+    epilogue_block(below, j, block10);
+    epilogue_block(below, right, block11);
   }
 }

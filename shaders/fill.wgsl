@@ -1,17 +1,16 @@
-// How a factor of a product comes into workgroup memory. This file is written once for each factor, with its name in place of
-// OPERAND (see operand.wgsl), and with SIDE for the tile it fills: lhs or rhs, half_lhs or
-// half_rhs.
+// Loads a factor of a product to workgroup memory. This file is included once for each factor, with its name in place of OPERAND
+// (see operand.wgsl) and the name of its tile in place of SIDE: lhs or rhs, half_lhs or half_rhs.
 
-// Fills the side's tile with what begins `first` along the side and `depth` along the depth, in blocks of 4×4. Neighbours
-// load neighbours, whichever way the matrix lies.
+// Fills the tile from `first` along the side and `depth` along the depth, in blocks of 4×4. Consecutive invocations load
+// consecutive elements, in either orientation.
 fn OPERAND_fill(t: u32, first: u32, depth: u32) {
-  for (var e = t; e < TILE_DEPTH / 4u * SIDE_TILE_QUADS; e += THREADS) {
-    let p = select(e / SIDE_TILE_QUADS, e % (TILE_DEPTH / 4u), OPERAND_DEEP);
-    let q = select(e % SIDE_TILE_QUADS, e / (TILE_DEPTH / 4u), OPERAND_DEEP);
+  for (var e = t; e < TILE_DEPTH / 4u * SIDE_TILE_VEC4S; e += THREADS) {
+    let p = select(e / SIDE_TILE_VEC4S, e % (TILE_DEPTH / 4u), OPERAND_K_MAJOR);
+    let q = select(e % SIDE_TILE_VEC4S, e / (TILE_DEPTH / 4u), OPERAND_K_MAJOR);
     let i = first + 4u * q;
     let d = depth + 4u * p;
     var block: mat4x4<f32>;
-    if (OPERAND_DEEP) {
+    if (OPERAND_K_MAJOR) {
       block = transpose(mat4x4(
         OPERAND_line(i, d), OPERAND_line(i + 1u, d), OPERAND_line(i + 2u, d), OPERAND_line(i + 3u, d)));
     } else {

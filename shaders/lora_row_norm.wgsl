@@ -1,8 +1,9 @@
 // norm = ‖sums‖ by rows, where sums is a band of rows of W + scale·B·A
 //
-// A workgroup takes a row at a time. A row that no binding sees whole comes in parts: norm holds squares until the last.
+// A workgroup has one row at a time. A row that does not fit a binding comes in parts: norm holds the sum of squares until the
+// last.
 
-// `norm` is where in its binding the norm of the first row is.
+// `norm` is the offset of the first row's norm in its binding.
 struct RowNorm { rows: u32, cols: u32, norm: u32, begins: u32, ends: u32 }
 
 @group(0) @binding(0) var<uniform> r: RowNorm;

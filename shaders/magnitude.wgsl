@@ -1,6 +1,6 @@
-// y = (magnitude / norm)·z + bias, column by column; where norm is 0, the factor is 0
+// y = (magnitude / norm)·z + bias, by columns; the factor is 0 where norm is 0
 
-// `z` to `y` are where in each binding the first element is.
+// `z` to `y` are offsets of the first element in each binding.
 struct Magnitude {
   len: u32, first: u32, cols: u32, has_bias: u32,
   z: u32, magnitude: u32, norm: u32, bias: u32, y: u32,
@@ -20,8 +20,8 @@ fn magnitude(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgrou
     var factor = 0.0;
     let length = norm[m.norm + j];
     if (length != 0.0) { factor = f32(magnitude_[m.magnitude + j]) / length; }
-    var more = 0.0;
-    if (m.has_bias == 1u) { more = f32(bias[m.bias + j]); }
-    y[m.y + e] = Elem(rounded(fma(factor, f32(z[m.z + e]), more), HALF));
+    var added = 0.0;
+    if (m.has_bias == 1u) { added = f32(bias[m.bias + j]); }
+    y[m.y + e] = Elem(rounded(fma(factor, f32(z[m.z + e]), added), HALF));
   }
 }

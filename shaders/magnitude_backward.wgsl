@@ -1,10 +1,10 @@
-// dmagnitude = Σ dy·z / norm over the rows; where norm is 0, it is 0
+// dmagnitude = Σ dy·z / norm over the rows; 0 where norm is 0
 //
-// A workgroup takes LANES columns at a time, and SLICES of it share the rows: slice s takes the rows s, s + SLICES, …; at the
-// end the slices are added up, in a fixed order. Rows that no binding sees at once come in parts: dmagnitude holds sums
+// A workgroup has LANES columns at a time, whose rows are divided among SLICES invocations: slice s takes the rows s, s + SLICES,
+// …; at the end the slices are added in a fixed order. Rows that do not fit a binding come in parts: dmagnitude holds the sum
 // until the last.
 
-// `z` to `dmagnitude` are where in each binding the first element is.
+// `z` to `dmagnitude` are offsets of the first element in each binding.
 struct MagnitudeBackward {
   rows: u32, cols: u32, begins: u32, ends: u32,
   z: u32, norm: u32, dy: u32, dmagnitude: u32,

@@ -1,16 +1,16 @@
-// engine.wgsl, with the second product, of f16 by f16, in cooperative matrices of SIZE×SIZE (tensor cores, where there are any).
+// engine.wgsl with the base product, of f16 by f16, in cooperative matrices of SIZE×SIZE (tensor cores, if there are any).
 //
-// The first product, whose factors may be f32, is made in the invocations' blocks as always. They begin the sums of the second: by
-// way of workgroup memory they become cooperative matrices, and come back as blocks in the end. A subgroup owns a few neighbouring
-// matrices of one row; a line that begins with EACH is there once for each of them, with its number in place of Q.
+// The update, whose factors may be f32, is made in the invocations' blocks as usual. Through workgroup memory these sums become
+// the initial values of cooperative matrices, which become blocks again at the end. A subgroup owns some consecutive matrices of
+// one row; a line that begins with EACH is repeated for each of them, with its number in place of Q.
 
-const HALF_LHS_TILE_QUADS = LHS_TILE_QUADS;
-const HALF_RHS_TILE_QUADS = RHS_TILE_QUADS;
-// Two quads more than a line needs: lines then begin at 16 bytes, and in different banks of memory.
-const HALF_LHS_TILE_LINE = HALF_LHS_TILE_QUADS + 2u;
-const HALF_RHS_TILE_LINE = HALF_RHS_TILE_QUADS + 2u;
+const HALF_LHS_TILE_VEC4S = LHS_TILE_VEC4S;
+const HALF_RHS_TILE_VEC4S = RHS_TILE_VEC4S;
+// Lines are padded by two vec4, so that they start at multiples of 16 bytes and in different banks.
+const HALF_LHS_TILE_LINE = HALF_LHS_TILE_VEC4S + 2u;
+const HALF_RHS_TILE_LINE = HALF_RHS_TILE_VEC4S + 2u;
 
-// Single numbers: that is what matrices are loaded from.
+// Arrays of scalars, from which matrices are loaded.
 var<workgroup> half_lhs_tile: array<f16, TILE_DEPTH * 4u * HALF_LHS_TILE_LINE>;
 var<workgroup> half_rhs_tile: array<f16, TILE_DEPTH * 4u * HALF_RHS_TILE_LINE>;
 var<workgroup> sums: array<f32, TILE_ROWS * TILE_COLS>;
@@ -40,7 +40,7 @@ fn sums_at(e: u32) -> vec4<f32> {
   return vec4(sums[e], sums[e + 1u], sums[e + 2u], sums[e + 3u]);
 }
 
-fn add_more(t: u32, row: u32, col: u32, slice: u32, r: u32, c: u32, subgroup: u32) {
+fn add_base(t: u32, row: u32, col: u32, slice: u32, r: u32, c: u32, subgroup: u32) {
   let mine = 4u * (r * TILE_COLS + c);
   put_sums(mine, block00[0]);
   put_sums(mine + TILE_COLS, block00[1]);
@@ -53,12 +53,12 @@ fn add_more(t: u32, row: u32, col: u32, slice: u32, r: u32, c: u32, subgroup: u3
   let j = first % (TILE_COLS / SIZE) * SIZE;
   let corner = i * TILE_COLS + j;
   EACH var sumQ = coopLoadT<coop_matSIZExSIZE<f32, C>>(&sums[corner + Qu * SIZE], TILE_COLS);
-  for (var depth = 0u; depth < s.more_depth; depth += TILE_DEPTH) {
-    more_lhs_fill(t, row, depth);
-    more_rhs_fill(t, col, depth);
+  for (var depth = 0u; depth < s.base_depth; depth += TILE_DEPTH) {
+    base_lhs_fill(t, row, depth);
+    base_rhs_fill(t, col, depth);
     workgroupBarrier();
     for (var p = 0u; p < TILE_DEPTH; p += SIZE) {
-      // Lines of a tile are depths: columns of the left side, rows of the right.
+      // A line of a tile is one depth: a column of the left side, a row of the right side.
       let left = coopLoad<coop_matSIZExSIZE<f16, A>>(&half_lhs_tile[p * 4u * HALF_LHS_TILE_LINE + i], 4u * HALF_LHS_TILE_LINE);
       let line = p * 4u * HALF_RHS_TILE_LINE + j;
       EACH let rightQ = coopLoadT<coop_matSIZExSIZE<f16, B>>(&half_rhs_tile[line + Qu * SIZE], 4u * HALF_RHS_TILE_LINE);

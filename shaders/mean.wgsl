@@ -1,6 +1,6 @@
-// loss = Σ losses / counted, in a fixed order; 0 if none counts
+// loss = Σ losses / counted, in a fixed order; 0 if counted is 0
 
-// How many losses there are, how many count, and where in each binding the first is.
+// .x is the number of losses, .y is `counted`, .z and .w are offsets in each binding.
 @group(0) @binding(0) var<uniform> m: vec4<u32>;
 @group(0) @binding(1) var<storage, read> losses: array<f32>;
 @group(0) @binding(2) var<storage, read_write> loss: array<f32>;

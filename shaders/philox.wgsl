@@ -1,6 +1,6 @@
-// Philox 4×32-10, as src/random.rs has it: four random words for a block of a stream under a key.
+// Philox 4×32-10, as in src/random.rs: four random words for a block of a stream, with a key.
 
-// The upper and the lower half of a·b.
+// The upper and lower half of a·b.
 fn multiply_long(a: u32, b: u32) -> vec2<u32> {
   let low = (a & 0xffffu) * (b & 0xffffu);
   let cross = (a >> 16u) * (b & 0xffffu) + (low >> 16u); // at most (2¹⁶-1)² + 2¹⁶-1: no overflow
@@ -8,7 +8,7 @@ fn multiply_long(a: u32, b: u32) -> vec2<u32> {
   return vec2((a >> 16u) * (b >> 16u) + (cross >> 16u) + (middle >> 16u), a * b);
 }
 
-// The words of the counter (block, 0, stream, 0).
+// The words of counter (block, 0, stream, 0).
 fn philox(seed: vec2<u32>, block: u32, stream: u32) -> vec4<u32> {
   var key = seed;
   var c = vec4(block, 0u, stream, 0u);

@@ -1,11 +1,11 @@
-// A slice's part of a product, for skinny.wgsl. This file is written for lhs·rhs and for more_lhs·more_rhs, with those names in
+// A slice's part of a product, for skinny.wgsl. This file is included for lhs·rhs and for base_lhs·base_rhs, with those names in
 // place of LHS and RHS.
 
-// Sums of four rows from row i on, over four depths from p on. A column of the block holds what lies together in memory: depths of
-// one column of rhs if that is DEEP, else columns.
+// Sums of four rows from i on, over four depths from p on. A column of the block is contiguous in memory: depths of one column of
+// rhs if that is K_MAJOR, else columns.
 fn LHS_rows(i: u32, p: u32, block: mat4x4<f32>) -> mat4x4<f32> {
   var lines: mat4x4<f32>;
-  if (LHS_DEEP) {
+  if (LHS_K_MAJOR) {
     lines[0] = LHS_line(i, p);
     if (ROWS > 1u) {
       lines[1] = LHS_line(i + 1u, p);
@@ -26,12 +26,12 @@ fn LHS_rows(i: u32, p: u32, block: mat4x4<f32>) -> mat4x4<f32> {
 }
 
 fn LHS_row(line: vec4<f32>, block: mat4x4<f32>) -> vec4<f32> {
-  if (RHS_DEEP) { return line * block; }
+  if (RHS_K_MAJOR) { return line * block; }
   return block * line;
 }
 
 fn LHS_block(j: u32, p: u32) -> mat4x4<f32> {
-  if (RHS_DEEP) { return mat4x4(RHS_line(j, p), RHS_line(j + 1u, p), RHS_line(j + 2u, p), RHS_line(j + 3u, p)); }
+  if (RHS_K_MAJOR) { return mat4x4(RHS_line(j, p), RHS_line(j + 1u, p), RHS_line(j + 2u, p), RHS_line(j + 3u, p)); }
   return mat4x4(RHS_line(j, p), RHS_line(j, p + 1u), RHS_line(j, p + 2u), RHS_line(j, p + 3u));
 }
 

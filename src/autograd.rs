@@ -18,11 +18,11 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 //!
-//! A loop works in the same memory again and again: a tape takes over the lists of a step that is done
-//! ([`reusing`](Tape::reusing), [`reset`](Tape::reset)), and the backend lends again what tensors gave back.
+//! A training loop reuses its memory: a tape takes over the lists of the previous step ([`reusing`](Tape::reusing),
+//! [`reset`](Tape::reset)), and dropped tensors go back to the backend's pool.
 
+mod backward;
 mod custom;
-mod flow;
 mod gradients;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -42,11 +42,11 @@ use crate::tensor::Tensor;
 #[derive(Debug)]
 pub struct Param<B: Backend> {
     id: u64,
-    /// The numbers. Who holds a parameter relies on its shape: [`set_tensor`](Self::set_tensor) keeps it.
+    /// The elements. Layers rely on the shape, so [`set_tensor`](Self::set_tensor) does not change it.
     pub(crate) tensor: Tensor<B>,
-    /// Whether the backward pass computes its gradient. A frozen parameter is `false`.
+    /// If true, the backward pass computes its gradient. False for a frozen parameter.
     pub trainable: bool,
-    /// Whether LoRA+ gives it the larger learning rate: `B`, biases and magnitudes.
+    /// If true, LoRA+ gives it the larger learning rate: `B`, biases and magnitudes.
     pub(crate) plus: bool,
 }
 
@@ -61,12 +61,12 @@ impl<B: Backend> Param<B> {
         Self { plus: true, ..Self::new(tensor) }
     }
 
-    /// The numbers.
+    /// Its elements.
     pub fn tensor(&self) -> &Tensor<B> {
         &self.tensor
     }
 
-    /// Puts other numbers in the place of those that are there. Errors: [`Error::Shape`] for a tensor of another shape.
+    /// Replaces the tensor. Errors: [`Error::Shape`] for a tensor of another shape.
     pub fn set_tensor(&mut self, tensor: Tensor<B>) -> Result<()> {
         let (got, want) = (tensor.shape(), self.tensor.shape());
         if got != want {
@@ -76,24 +76,24 @@ impl<B: Backend> Param<B> {
         Ok(())
     }
 
-    /// Overwrites the numbers with those of `host`, row by row; nothing is allocated. Errors: [`Error::Value`] if there are more or
-    /// fewer.
+    /// Overwrites the elements with those of `host`, which is row-major; nothing is allocated. Errors: [`Error::Value`] for another
+    /// number of elements.
     pub fn copy_from_slice(&mut self, backend: &B, host: &[B::Elem]) -> Result<()> {
         self.tensor.copy_from_slice(backend, host)
     }
 
-    /// How many numbers it holds.
+    /// The number of elements.
     pub fn count(&self) -> usize {
         self.tensor.rows() * self.tensor.cols()
     }
 
-    /// What gradients and optimizer state are filed under; no two parameters of a process share it.
+    /// The key of its gradient and of its optimizer state; unique in this process.
     pub fn id(&self) -> u64 {
         self.id
     }
 }
 
-/// A number that no other parameter and no other tape of this process has.
+/// A number that is unique in this process, for a parameter or a tape.
 fn new_id() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
@@ -108,7 +108,7 @@ pub struct Var {
 
 /// The parameters of a low-rank layer, as [`Tape::lora_linear`] reads them.
 pub struct LoraParams<'m, B: Backend> {
-    /// `n×k`; without it only the update is computed, to be added to what else feeds the same output.
+    /// `n×k`. If `None`, only the update is computed; the caller adds it to the output of the layer.
     pub w: Option<&'m Param<B>>,
     /// `1×n`
     pub bias: Option<&'m Param<B>>,
@@ -118,13 +118,13 @@ pub struct LoraParams<'m, B: Backend> {
     pub b: &'m Param<B>,
     /// `1×n`: a bias of the update, multiplied with `scale` as well
     pub lora_bias: Option<&'m Param<B>>,
-    /// What the update is multiplied with.
+    /// The factor of the update.
     pub scale: f32,
-    /// Which elements of the input the adapter does not see.
+    /// The dropout on the input of the adapter; the base layer reads `x` as it is.
     pub dropout: Option<Dropout>,
 }
 
-/// What made a value.
+/// The operation that computed a value, with the operands that its derivative reads.
 enum Op<'m, B: Backend> {
     Input,
     Linear {
@@ -153,9 +153,9 @@ enum Op<'m, B: Backend> {
     Sum {
         x: Var,
         y: Var,
-        minus: bool,
+        negate: bool,
     },
-    /// One of the tape's `customs`.
+    /// An index into the tape's `customs`.
     Custom {
         index: usize,
     },
@@ -163,8 +163,8 @@ enum Op<'m, B: Backend> {
 
 struct Node<'m, B: Backend> {
     op: Op<'m, B>,
-    /// Whether a gradient has anywhere to go from here.
-    wanted: bool,
+    /// True if the value depends on a trainable parameter.
+    needs_grad: bool,
 }
 
 /// A Wengert list: the values computed so far, in order.
@@ -174,9 +174,9 @@ pub struct Tape<'m, B: Backend> {
     id: u64,
     backend: &'m B,
     nodes: Vec<Node<'m, B>>,
-    /// The derivatives of the caller's operations, in order.
+    /// The derivatives of custom operations, in the order of their calls.
     customs: Vec<custom::BoxedDerivative<'m, B>>,
-    /// The values, what losses sent to them, and where the gradients of parameters will be filed.
+    /// The values, their gradients so far, and the map that will hold the gradients of parameters.
     gradients: Gradients<B>,
 }
 
@@ -186,7 +186,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         Self::reusing(backend, Gradients::default())
     }
 
-    /// An empty tape in the memory of a step that is done: a loop of such steps allocates nothing after the first few.
+    /// An empty tape that reuses the memory of an earlier step. After the first few steps a loop allocates nothing.
     ///
     /// ```
     /// # use lowrank::{Cpu, Tensor, autograd::{Gradients, Tape}, nn::{Adam, Adaptable, Mlp}, op::Labels, random::Rng};
@@ -210,7 +210,7 @@ impl<'m, B: Backend> Tape<'m, B> {
         tape
     }
 
-    /// Forgets what was computed, so that the next step can work in its memory; values of before are those of another tape. For
+    /// Drops all values and keeps the memory for the next step. Each earlier [`Var`] is then refused as one of another tape. For
     /// loops without a gradient, such as decoding.
     pub fn reset(&mut self) {
         self.id = new_id();
@@ -219,17 +219,17 @@ impl<'m, B: Backend> Tape<'m, B> {
         self.gradients.clear();
     }
 
-    /// The backend it computes on.
+    /// The backend that computes.
     pub fn backend(&self) -> &'m B {
         self.backend
     }
 
-    /// Data: no gradient flows into it.
+    /// Puts data on the tape. It gets no gradient.
     pub fn input(&mut self, x: Tensor<B>) -> Var {
         self.push(Op::Input, false, x)
     }
 
-    /// A value computed on this tape.
+    /// The tensor of a value. Errors: [`Error::Value`] for a value of another tape.
     pub fn value(&self, var: Var) -> Result<&Tensor<B>> {
         let known = self.gradients.values.get(var.index).filter(|_| var.tape == self.id);
         known.ok_or_else(|| Error::Value {
@@ -240,8 +240,8 @@ impl<'m, B: Backend> Tape<'m, B> {
         })
     }
 
-    fn is_wanted(&self, var: Var) -> bool {
-        self.nodes.get(var.index).is_some_and(|node| node.wanted)
+    fn needs_grad(&self, var: Var) -> bool {
+        self.nodes.get(var.index).is_some_and(|node| node.needs_grad)
     }
 
     /// `y = x·Wᵀ + bias`
@@ -255,8 +255,8 @@ impl<'m, B: Backend> Tape<'m, B> {
             y: (&mut y).into(),
         }
         .run(self.backend)?;
-        let wanted = self.is_wanted(x) || w.trainable || bias.is_some_and(|bias| bias.trainable);
-        Ok(self.push(Op::Linear { x, w, bias }, wanted, y))
+        let needs_grad = self.needs_grad(x) || w.trainable || bias.is_some_and(|bias| bias.trainable);
+        Ok(self.push(Op::Linear { x, w, bias }, needs_grad, y))
     }
 
     /// `y = x·Wᵀ + bias + scale·(h·Bᵀ + lora_bias)`, `h = drop(x)·Aᵀ`
@@ -279,11 +279,11 @@ impl<'m, B: Backend> Tape<'m, B> {
         }
         .run(self.backend)?;
         let params = [*w, *bias, Some(a), Some(b), *lora_bias];
-        let wanted = self.is_wanted(x) || params.iter().flatten().any(|param| param.trainable);
-        Ok(self.push(Op::Lora { x, layer, h }, wanted, y))
+        let needs_grad = self.needs_grad(x) || params.iter().flatten().any(|param| param.trainable);
+        Ok(self.push(Op::Lora { x, layer, h }, needs_grad, y))
     }
 
-    /// `y = (magnitude / norm)·z + bias`, column by column; `norm` is a constant to the gradient.
+    /// `y = (magnitude / norm)·z + bias`, for each column. The gradient treats `norm` as a constant.
     pub fn magnitude(
         &mut self,
         z: Var,
@@ -302,24 +302,24 @@ impl<'m, B: Backend> Tape<'m, B> {
             y: y.view_mut(),
         }
         .run(self.backend)?;
-        let wanted = self.is_wanted(z) || magnitude.trainable || bias.is_some_and(|bias| bias.trainable);
-        Ok(self.push(Op::Magnitude { z, magnitude, norm, bias }, wanted, y))
+        let needs_grad = self.needs_grad(z) || magnitude.trainable || bias.is_some_and(|bias| bias.trainable);
+        Ok(self.push(Op::Magnitude { z, magnitude, norm, bias }, needs_grad, y))
     }
 
     /// `y = max(x, 0)`
     pub fn relu(&mut self, x: Var) -> Result<Var> {
         let mut y = Tensor::unwritten(self.backend, self.value(x)?.shape())?;
         Relu { x: self.value(x)?.view(), y: y.view_mut() }.run(self.backend)?;
-        let wanted = self.is_wanted(x);
-        Ok(self.push(Op::Relu { x }, wanted, y))
+        let needs_grad = self.needs_grad(x);
+        Ok(self.push(Op::Relu { x }, needs_grad, y))
     }
 
-    /// `y = drop(x)`
+    /// `y = drop(x)`: each element is zero or `x / (1 - p)`
     pub fn dropout(&mut self, x: Var, dropout: Dropout) -> Result<Var> {
         let mut y = Tensor::unwritten(self.backend, self.value(x)?.shape())?;
         DropoutForward { x: self.value(x)?.view(), dropout, y: y.view_mut() }.run(self.backend)?;
-        let wanted = self.is_wanted(x);
-        Ok(self.push(Op::Dropout { x, dropout }, wanted, y))
+        let needs_grad = self.needs_grad(x);
+        Ok(self.push(Op::Dropout { x, dropout }, needs_grad, y))
     }
 
     /// `x + y`
@@ -332,64 +332,67 @@ impl<'m, B: Backend> Tape<'m, B> {
         self.sum(x, y, true)
     }
 
-    fn sum(&mut self, x: Var, y: Var, minus: bool) -> Result<Var> {
-        let mut sum = signed(self.backend, self.value(y)?, minus)?;
+    fn sum(&mut self, x: Var, y: Var, negate: bool) -> Result<Var> {
+        let mut sum = copy(self.backend, self.value(y)?, negate)?;
         Add { x: self.value(x)?.view(), y: sum.view_mut() }.run(self.backend)?;
-        let wanted = self.is_wanted(x) || self.is_wanted(y);
-        Ok(self.push(Op::Sum { x, y, minus }, wanted, sum))
+        let needs_grad = self.needs_grad(x) || self.needs_grad(y);
+        Ok(self.push(Op::Sum { x, y, negate }, needs_grad, sum))
     }
 
-    /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. What [`backward`](Self::backward) differentiates.
+    /// `mean(-log softmax(logits)[label])`, as a 1×1 tensor. It is a loss: [`backward`](Self::backward) differentiates the sum of all
+    /// losses.
     pub fn cross_entropy(&mut self, logits: Var, labels: &Labels<B>) -> Result<Tensor<B, f32>> {
         let mut loss = Tensor::unwritten(self.backend, (1, 1))?;
         let mut dlogits = Tensor::unwritten(self.backend, self.value(logits)?.shape())?;
         CrossEntropy { logits: self.value(logits)?.view(), labels, loss: loss.view_mut(), dlogits: dlogits.view_mut() }
             .run(self.backend)?;
-        self.gradients.meet(self.backend, logits, dlogits)?;
+        self.gradients.add_to_value(self.backend, logits, dlogits)?;
         Ok(loss)
     }
 
-    /// Gives a value a gradient from outside: that of a loss computed elsewhere. Errors: [`Error::Shape`].
+    /// Adds to the gradient of a value: for a loss that the caller computes elsewhere. Errors: [`Error::Shape`].
     pub fn seed(&mut self, var: Var, gradient: Tensor<B>) -> Result<()> {
         let (got, want) = (gradient.shape(), self.value(var)?.shape());
         if got != want {
             return Err(Error::Shape { verb: "seed", name: "gradient", got, want });
         }
-        self.gradients.meet(self.backend, var, gradient)
+        self.gradients.add_to_value(self.backend, var, gradient)
     }
 
-    /// The gradients of the sum of all losses, for every trainable parameter. One that was used several times, such as a tied weight,
-    /// gets the sum: a matrix in `f32`, where a weight that was used once has its gradient as two factors.
+    /// The gradients of the sum of all losses, for every trainable parameter.
+    ///
+    /// The gradient of a weight is kept as two factors. For a weight that was used several times, such as a tied one, it is the sum, a
+    /// matrix in `f32`.
     ///
     /// Errors: [`Error::Value`] without a loss and without a [`seed`](Self::seed); those of the verbs and of custom operations.
     pub fn backward(self) -> Result<Gradients<B>> {
         let Tape { id, backend, nodes, customs, mut gradients } = self;
-        let begins = gradients.arrived.iter().any(Option::is_some);
-        Error::unless(begins, "backward", "loss", "missing", "a cross_entropy or a seed on the tape")?;
+        let has_loss = gradients.of_values.iter().any(Option::is_some);
+        Error::unless(has_loss, "backward", "loss", "missing", "a cross_entropy or a seed on the tape")?;
         for (index, node) in nodes.iter().enumerate().rev() {
-            if let (true, Some(dy)) = (node.wanted, gradients.arrived[index].take()) {
-                flow::through(backend, (&nodes, &customs), Var { tape: id, index }, dy, &mut gradients)?;
+            if let (true, Some(dy)) = (node.needs_grad, gradients.of_values[index].take()) {
+                backward::node(backend, (&nodes, &customs), Var { tape: id, index }, dy, &mut gradients)?;
             }
         }
-        gradients.arrived.clear();
-        gradients.nodes = emptied(nodes);
+        gradients.of_values.clear();
+        gradients.nodes = recycled(nodes);
         Ok(gradients)
     }
 
-    fn push(&mut self, op: Op<'m, B>, wanted: bool, value: Tensor<B>) -> Var {
-        self.nodes.push(Node { op, wanted });
+    fn push(&mut self, op: Op<'m, B>, needs_grad: bool, value: Tensor<B>) -> Var {
+        self.nodes.push(Node { op, needs_grad });
         self.gradients.values.push(value);
-        self.gradients.arrived.push(None);
+        self.gradients.of_values.push(None);
         Var { tape: self.id, index: self.gradients.values.len() - 1 }
     }
 }
 
-/// A list of the same memory for what borrows another model: the standard library keeps an allocation that fits.
-fn emptied<'n, B: Backend>(nodes: Vec<Node<'_, B>>) -> Vec<Node<'n, B>> {
+/// An empty list in the same allocation, with another lifetime: collecting a `Vec` into one of equal layout reuses its memory.
+fn recycled<'n, B: Backend>(nodes: Vec<Node<'_, B>>) -> Vec<Node<'n, B>> {
     nodes.into_iter().map_while(|_| None).collect()
 }
 
-/// `bias + scale·lora_bias`, if there is a bias of the update; the sum of products that it is, with one row and a depth of one.
+/// `bias + scale·lora_bias`, if the update has a bias: a merge with `A = lora_bias` (1×n) and `B = 1` (1×1).
 fn bias_sum<B: Backend>(
     backend: &B,
     bias: Option<&Param<B>>,
@@ -398,7 +401,7 @@ fn bias_sum<B: Backend>(
 ) -> Result<Option<Tensor<B>>> {
     let Some(Param { tensor: a, .. }) = lora_bias else { return Ok(None) };
     let mut w = match bias {
-        Some(bias) => signed(backend, &bias.tensor, false)?,
+        Some(bias) => copy(backend, &bias.tensor, false)?,
         None => Tensor::zeros(backend, a.shape())?,
     };
     let b = &Tensor::from_slice(backend, (1, 1), &[B::Elem::from_f32(1.0)])?;
@@ -406,10 +409,10 @@ fn bias_sum<B: Backend>(
     Ok(Some(w))
 }
 
-/// A copy of a value, or of its negative.
-fn signed<B: Backend>(backend: &B, x: &Tensor<B>, minus: bool) -> Result<Tensor<B>> {
+/// `x`, or `-x`: the latter by the verb `magnitude`, with magnitudes of -1 and norms of 1.
+fn copy<B: Backend>(backend: &B, x: &Tensor<B>, negate: bool) -> Result<Tensor<B>> {
     let mut y = Tensor::zeros(backend, x.shape())?;
-    if !minus {
+    if !negate {
         Add { x: x.view(), y: y.view_mut() }.run(backend)?;
         return Ok(y);
     }

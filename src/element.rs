@@ -1,22 +1,22 @@
-//! What a stored number is: `f32`, `f16` or `bf16`, stored narrow and added up as `f32`.
+//! Element types: `f32`, `f16` and `bf16`. All of them are summed in `f32`.
 
 use bytemuck::Pod;
 pub use half::{bf16, f16};
 
-/// Anything that a buffer may hold: the floats, and `u32` for labels.
+/// An element of a buffer: one of the floats, or `u32` for labels.
 pub trait Element: Pod + Default + Send + Sync + PartialEq + std::fmt::Debug + sealed::Sealed {}
 
-/// A number that weights and activations may be stored as. Every sum over it is made in `f32`.
+/// An element type of weights and activations. Sums are made in `f32`.
 pub trait Float: Element {
-    /// Which of the three it is.
+    /// The type as a value.
     const DTYPE: DType;
     /// Rounds to nearest, ties to even.
     fn from_f32(value: f32) -> Self;
-    /// Exact.
+    /// Widens to `f32`, which is exact.
     fn to_f32(self) -> f32;
 }
 
-/// The storage types by name, as safetensors and PyTorch call them.
+/// The element types as values. They are displayed as `f32`, `f16` and `bf16`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32 bits, 24 of them significant.
@@ -28,7 +28,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Bytes an element.
+    /// Bytes of an element.
     pub const fn size(self) -> usize {
         match self {
             DType::F32 => 4,

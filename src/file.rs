@@ -1,4 +1,4 @@
-//! Files read with errors that name them, and written whole or not at all.
+//! Reads and writes whole files. Errors name the file; a file is written completely or not at all.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write};
@@ -7,21 +7,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 
-/// Writes a file so that nobody ever sees a part of it: under another name, to the disk, then renamed.
+/// Writes a file atomically: under a temporary name, synchronised to the disk, then renamed.
 ///
-/// What was there before stays until the new file is complete. Errors: [`Error::File`].
+/// An old file of this name stays until the new file is complete. Errors: [`Error::Io`].
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     Staged::new(path, bytes)?.publish()
 }
 
-/// The bytes of a file. Errors: [`Error::File`].
+/// Returns the bytes of a file. Errors: [`Error::Io`].
 pub fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|error| failed(path, &error))
+    fs::read(path).map_err(|error| failed(path, error))
 }
 
-/// A file that is complete on the disk but does not have its name yet. Dropped without [`publish`](Self::publish), it is gone.
+/// A staged file: complete on the disk, under a temporary name. It is removed when dropped before [`publish`](Self::publish).
 ///
-/// Files that belong together are all staged first and then published: only renaming is left to fail.
+/// Files that belong together are all staged before the first is published, so that only renaming can still fail.
 #[derive(Debug)]
 pub struct Staged {
     path: PathBuf,
@@ -29,29 +29,29 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Writes the bytes into the folder of `path`, under a name of their own. Errors: [`Error::File`].
+    /// Writes the bytes to a temporary file in the folder of `path`. Errors: [`Error::Io`].
     pub fn new(path: &Path, bytes: &[u8]) -> Result<Self> {
-        Self::with(path, |file| file.write_all(bytes).map_err(|error| failed(path, &error)))
+        Self::with(path, |file| file.write_all(bytes).map_err(|error| failed(path, error)))
     }
 
-    /// What `write` writes, piece by piece. Errors: [`Error::File`], and those of `write`.
+    /// Calls `write` to write a temporary file in the folder of `path`. Errors: [`Error::Io`], and those of `write`.
     pub fn with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<Self> {
-        // A new file in the folder of `path`, which renaming therefore never has to copy.
+        // In the folder of `path`, and so on one file system: renaming copies nothing.
         let create = |temporary: &Path| OpenOptions::new().write(true).create_new(true).open(temporary);
-        let (temporary, mut file) = Temporary::beside(path, create).map_err(|error| failed(path, &error))?;
+        let (temporary, mut file) = Temporary::beside(path, create).map_err(|error| failed(path, error))?;
         let staged = Self { path: path.into(), temporary };
         write(&mut file)?;
-        file.sync_all().map_err(|error| failed(path, &error))?;
+        file.sync_all().map_err(|error| failed(path, error))?;
         Ok(staged)
     }
 
-    /// Gives the file its name, in place of what had it. Errors: [`Error::File`].
+    /// Renames the file to `path`, and replaces an old file of this name. Errors: [`Error::Io`].
     pub fn publish(self) -> Result<()> {
         self.temporary.publish(&self.path)
     }
 }
 
-/// A folder that is being filled and does not have its name yet. Dropped without [`publish`](Self::publish), it is gone.
+/// A staged folder, under a temporary name. It is removed with its files when dropped before [`publish`](Self::publish).
 #[derive(Debug)]
 pub struct StagedFolder {
     path: PathBuf,
@@ -59,43 +59,44 @@ pub struct StagedFolder {
 }
 
 impl StagedFolder {
-    /// An empty folder beside `path`. Errors: [`Error::File`], also if there is something under that name already.
+    /// Makes an empty folder beside `path`. Errors: [`Error::Io`]; [`Error::File`] if `path` exists.
     pub fn new(path: &Path) -> Result<Self> {
         if path.symlink_metadata().is_ok() {
-            return Err(Error::File { path: path.into(), reason: "is there already".into() });
+            return Err(Error::File { path: path.into(), reason: "exists already".into() });
         }
         let made = Temporary::beside(path, |temporary| fs::create_dir(temporary));
-        let (temporary, ()) = made.map_err(|error| failed(path, &error))?;
+        let (temporary, ()) = made.map_err(|error| failed(path, error))?;
         Ok(Self { path: path.into(), temporary })
     }
 
-    /// Where to put the files. Each must be on the disk before the folder is published, as a published [`Staged`] is.
+    /// The path of the temporary folder. Each file in it must be synchronised to the disk before the folder is published, as a
+    /// published [`Staged`] is.
     pub fn inside(&self) -> &Path {
         &self.temporary.path
     }
 
-    /// Gives the folder its name. Errors: [`Error::File`].
+    /// Renames the folder to `path`. Errors: [`Error::Io`].
     pub fn publish(self) -> Result<()> {
         self.temporary.publish(&self.path)
     }
 }
 
-/// A file or a folder that a run is filling: `.NAME.PID-N.lowrank`. Dropped, it is gone.
+/// A temporary file or folder, `.NAME.PID-N.lowrank`. It is removed when dropped.
 ///
-/// Its lock is held as long as this lives, and the system gives it back when the process ends, however it ends. So what nobody
-/// holds was left by a process that was killed, and the next that writes into the folder removes it.
+/// It is locked while it exists, and the system releases the lock when the process ends, even if it is killed. So an unlocked
+/// one was left by a process that was killed, and the next process that writes into the folder removes it.
 #[derive(Debug)]
 struct Temporary {
     path: PathBuf,
-    /// Holds the lock; `None` where there are no locks, and where nothing is removed therefore.
+    /// Holds the lock; `None` on systems without locks.
     _lock: Option<File>,
 }
 
-/// The end of the names of what is not complete.
+/// The extension of temporary files and folders.
 const INCOMPLETE: &str = ".lowrank";
 
 impl Temporary {
-    /// Makes something under a name that nothing in the folder of `path` has, and removes what killed processes left there.
+    /// Creates a file or folder under an unused name in the folder of `path`. First removes what killed processes left there.
     fn beside<T>(path: &Path, create: impl Fn(&Path) -> io::Result<T>) -> io::Result<(Self, T)> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let name = path.file_name().ok_or_else(|| io::Error::new(ErrorKind::InvalidInput, "names no file"))?;
@@ -105,10 +106,10 @@ impl Temporary {
             let name = format!(".{}.{}-{number}{INCOMPLETE}", name.to_string_lossy(), std::process::id());
             let temporary = path.with_file_name(name);
             match create(&temporary) {
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue, // by a process of the same number elsewhere
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => continue, // made by another machine
                 Err(error) => return Err(error),
                 Ok(created) => match lock(&temporary) {
-                    // Before it had its lock, another run may have taken it for abandoned.
+                    // Another process may have taken it for abandoned before it was locked.
                     Lock::Taken => continue,
                     lock if temporary.symlink_metadata().is_ok() => {
                         return Ok((Self { path: temporary, _lock: lock.held() }, created));
@@ -119,25 +120,26 @@ impl Temporary {
         }
     }
 
+    /// Renames it to `path`.
     fn publish(&self, path: &Path) -> Result<()> {
         let renamed = fs::rename(&self.path, path).and_then(|()| sync_folder(path));
-        renamed.map_err(|error| failed(path, &error))
+        renamed.map_err(|error| failed(path, error))
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // After `publish` there is nothing under this name, and nobody to tell if there is and it cannot be removed.
+        // After `publish` nothing has this name. A destructor cannot report an error.
         let _ = fs::remove_file(&self.path).or_else(|_| fs::remove_dir_all(&self.path));
     }
 }
 
-/// What became of asking for a lock.
+/// The result of trying to lock.
 enum Lock {
     Held(File),
     /// Another process holds it.
     Taken,
-    /// There is nothing to lock, or no lock for it.
+    /// The file does not exist, or cannot be locked.
     Unavailable,
 }
 
@@ -147,7 +149,7 @@ impl Lock {
     }
 }
 
-/// Asks for the lock of a file or a folder. Folders have locks on Unix alone.
+/// Tries to lock a file or a folder. Only on Unix, where folders can be locked too.
 fn lock(path: &Path) -> Lock {
     let Some(file) = File::open(path).ok().filter(|_| cfg!(unix)) else { return Lock::Unavailable };
     match file.try_lock() {
@@ -157,7 +159,7 @@ fn lock(path: &Path) -> Lock {
     }
 }
 
-/// Removes what processes that were killed left in a folder: what has such a name, and a lock that nobody holds.
+/// Removes what killed processes left in a folder: everything with the name of a [`Temporary`] that is not locked.
 fn remove_abandoned(folder: &Path) {
     let numbers = |text: &str| text.split_once('-').is_some_and(|(pid, n)| is_number(pid) && is_number(n));
     let incomplete = |name: &str| {
@@ -167,7 +169,7 @@ fn remove_abandoned(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let regular = entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_dir());
         if regular && entry.file_name().to_str().is_some_and(incomplete) {
-            drop(lock(&entry.path()).held().map(|lock| Temporary { path: entry.path(), _lock: Some(lock) })); // which removes it
+            drop(lock(&entry.path()).held().map(|lock| Temporary { path: entry.path(), _lock: Some(lock) })); // drop removes it
         }
     }
 }
@@ -181,13 +183,14 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Makes the renaming itself last, where folders can be synchronised.
+/// Synchronises the folder of `path`, so that a renaming in it is durable, on systems that can.
 fn sync_folder(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder_of(path))?.sync_all() } else { Ok(()) }
 }
 
-pub(crate) fn failed(path: &Path, error: &io::Error) -> Error {
-    Error::File { path: path.into(), reason: error.to_string() }
+/// [`Error::Io`] for a file.
+pub(crate) fn failed(path: &Path, source: io::Error) -> Error {
+    Error::Io { path: path.into(), source }
 }
 
 #[cfg(test)]
@@ -212,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_staged_and_dropped_never_was() {
+    fn a_staged_file_that_is_dropped_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
         write_whole(&path, b"old").unwrap();
@@ -251,11 +254,11 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_have_its_name_leaves_no_other() {
+    fn a_file_that_cannot_be_renamed_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("taken");
         fs::create_dir_all(path.join("by a folder")).unwrap();
-        assert!(matches!(write_whole(&path, b"new"), Err(Error::File { .. })));
+        assert!(matches!(write_whole(&path, b"new"), Err(Error::Io { .. })));
         assert_eq!(names(folder.path()), ["taken"]);
     }
 }

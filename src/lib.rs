@@ -4,9 +4,9 @@
 //! h = x·Aᵀ        y = x·Wᵀ + bias + scale·h·Bᵀ        W += scale·B·A
 //! ```
 //!
-//! One trait, [`Backend`], and three implementations of its verbs: SIMD on the CPU ([`Cpu`]), WGSL through wgpu (feature
-//! `webgpu`), PTX through cudarc (feature `cuda`). A low-rank update is more depth of the same sum of products, so the adapter
-//! rides along in the product that the base layer needs anyway, and no backend makes a matrix of the weight's size.
+//! The trait [`Backend`] has three implementations: SIMD on the CPU ([`Cpu`]), WGSL through wgpu (feature `webgpu`), and PTX
+//! through cudarc (feature `cuda`). A low-rank update only adds depth to the sums of the base layer, so both are computed in
+//! one pass over the output, and no backend stores a matrix of the size of the weight.
 //!
 //! ```
 //! use lowrank::nn::{Adapter, Linear, LoraConfig, LoraLinear};
@@ -21,22 +21,22 @@
 //! let x = tape.input(Tensor::from_slice(&cpu, (1, 3), &[1.0, 2.0, 3.0])?);
 //! let y = layer.forward(&mut tape, x, None)?;
 //! assert_eq!(tape.value(y)?.to_vec(&cpu)?.len(), 4);
-//! drop(tape); // it borrows the layer
+//! drop(tape); // the tape borrows the layer
 //!
 //! layer.merge(&cpu)?; // W += scaling·B·A
-//! layer.unmerge(&cpu)?; // and every bit is back
+//! layer.unmerge(&cpu)?; // restores every bit of W
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 //!
-//! Where to begin:
-//! - [`op`]: a request a verb, for those who link the kernels. The letters `m k n r` are explained there.
-//! - [`nn`] on [`autograd`]: layers with adapters, Adam, a tape; enough to train a small network.
-//! - `adapter` (feature `adapter`, there by default): the folders that PEFT reads and writes.
-//! - `checkpoint` (feature `checkpoint`): merging into models on disk, and the program `lowrank` (feature `cli`).
-//! - `examples/mnist_lora`: all of it in one run.
+//! Modules:
+//! - [`op`]: requests, one struct for each operation, to call the kernels from other code. It defines the letters `m k n r`.
+//! - [`nn`] on [`autograd`]: layers with adapters, Adam, and a tape, to train a network.
+//! - `adapter` (feature `adapter`, on by default): reads and writes the adapter folders of PEFT.
+//! - `checkpoint` (feature `checkpoint`): merges adapters into models on disk, as does the program `lowrank` (feature `cli`).
+//! - `examples/mnist_lora` uses all of them.
 //!
-//! To read the crate: [`op`] (what is asked) → [`backend`] (the seam) → `backend/cpu/lora.rs` (a verb, as the sums it is) →
-//! `backend/cpu/gemm` (the engine) → `backend/cpu/simd` (sixteen lanes on any CPU).
+//! To read the source: [`op`] (requests) → [`backend`] (the interface of devices) → `backend/cpu/lora.rs` (a verb as a sum of
+//! products) → `backend/cpu/gemm` (the engine) → `backend/cpu/simd` (vectors of sixteen lanes on any CPU).
 
 #[cfg(feature = "adapter")]
 pub mod adapter;
@@ -47,8 +47,6 @@ pub mod checkpoint;
 mod element;
 mod error;
 pub mod file;
-#[cfg(feature = "mnist")]
-pub mod mnist;
 pub mod nn;
 pub mod op;
 pub mod random;
@@ -66,7 +64,15 @@ pub use error::{Error, Result};
 pub use tensor::{Shape, Tensor};
 pub use view::{MatMut, MatRef};
 
-/// The README's examples run with the tests.
+/// Runs the examples of the README and of the pages in `docs/` as tests.
 #[cfg(all(doctest, feature = "adapter"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/adapters.md")]
+    struct Adapters;
+    #[doc = include_str!("../docs/training.md")]
+    struct Training;
+    #[doc = include_str!("../docs/merging.md")]
+    struct Merging;
+}

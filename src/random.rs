@@ -1,9 +1,9 @@
-//! Philox 4×32-10, a counter-based generator: a number is a function of a key and a counter, so any part of a stream can be
-//! made again, in any order, on any device.
+//! Philox 4×32-10, a counter-based random number generator: a random word is a function of a key and a counter, so any part of
+//! a stream can be recomputed, in any order, on any device.
 //!
 //! J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
-/// Four random words for a counter under a key. No state: the same arguments give the same words on every backend.
+/// Returns four random words for a key and a counter. A pure function: it gives the same words on every backend.
 pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     let [mut k0, mut k1] = key;
     let [mut c0, mut c1, mut c2, mut c3] = counter;
@@ -17,7 +17,7 @@ pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     [c0, c1, c2, c3]
 }
 
-/// A stream of [`philox`] numbers for initial weights and shuffles. The same seed gives the same stream on every machine.
+/// A stream of random numbers from [`philox`], for initial weights and shuffles. A seed gives the same stream on every machine.
 #[derive(Clone, Debug)]
 pub struct Rng {
     key: [u32; 2],
@@ -27,7 +27,7 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// The stream of a seed.
+    /// The stream with this seed.
     pub fn new(seed: u64) -> Self {
         Self { key: [seed as u32, (seed >> 32) as u32], block: 0, words: [0; 4], used: 4 }
     }
@@ -35,7 +35,7 @@ impl Rng {
     /// 32 random bits.
     pub fn word(&mut self) -> u32 {
         if self.used == 4 {
-            // The third word keeps these blocks apart from those of a dropout mask with the same seed.
+            // With 1 as the third word, the numbers differ from those of a dropout mask with the same seed.
             self.words = philox(self.key, [self.block as u32, (self.block >> 32) as u32, 1, 0]);
             self.block += 1;
             self.used = 0;

@@ -1,4 +1,4 @@
-//! Rows × columns on a device. A `Tensor` exists only with a buffer as long as its shape says.
+//! Matrices in the memory of a device. The buffer of a `Tensor` always has as many elements as its shape.
 
 use std::fmt;
 
@@ -7,18 +7,18 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::view::{MatMut, MatRef};
 
-/// Rows × columns of a row-major matrix. A vector, such as a bias, is one row.
+/// The shape of a row-major matrix, rows × columns. A vector, such as a bias, is one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
-    /// How many rows.
+    /// Number of rows.
     pub rows: usize,
-    /// How many columns; elements of one row lie side by side.
+    /// Number of columns; the elements of a row are contiguous.
     pub cols: usize,
 }
 
 impl Shape {
-    /// `rows × cols` as a number of elements, if that number and both sides can be addressed: one side may be 0, and the other is
-    /// still a number that is computed with.
+    /// The number of elements, `rows · cols`. Errors: [`Error::TooLarge`] if this number, `rows` or `cols` is more than the
+    /// machine can address.
     pub fn elements(self) -> Result<usize> {
         let fits = self.rows.checked_mul(self.cols).filter(|&n| n.max(self.rows).max(self.cols) <= isize::MAX as usize / 8);
         fits.ok_or(Error::TooLarge { shape: self, limit: "this machine can address" })
@@ -37,20 +37,20 @@ impl fmt::Display for Shape {
     }
 }
 
-/// A row-major matrix in the memory of a backend `B`; its numbers are `B::Elem` unless said otherwise.
+/// A row-major matrix in memory of a backend `B`. The element type is that of the backend, `B::Elem`, unless `T` names another.
 pub struct Tensor<B: Backend, T: Element = <B as Backend>::Elem> {
     shape: Shape,
     buffer: B::Buffer<T>,
 }
 
 impl<B: Backend, T: Element> Tensor<B, T> {
-    /// All zeros. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+    /// A matrix of zeros. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
     pub fn zeros(backend: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         Ok(Self { shape, buffer: backend.zeros(shape.elements()?)? })
     }
 
-    /// Whatever the memory holds: for what a verb overwrites.
+    /// A matrix with undefined elements, for a verb to overwrite.
     pub(crate) fn unwritten(backend: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         Ok(Self { shape, buffer: backend.unwritten(shape.elements()?)? })
@@ -63,26 +63,26 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         Ok(Self { shape, buffer: backend.upload(host)? })
     }
 
-    /// Takes a buffer that already is on the device. Errors: [`Error::Value`] if its length is not `rows · cols`.
+    /// A matrix that owns a buffer on the device. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn from_buffer(shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
         let shape = shape.into();
         holds("buffer", B::slice_len(B::slice(&buffer)), shape)?;
         Ok(Self { shape, buffer })
     }
 
-    /// The buffer alone.
+    /// The buffer of the matrix.
     pub fn into_buffer(self) -> B::Buffer<T> {
         self.buffer
     }
 
-    /// A copy in host memory, row by row; waits until everything that writes it is done.
+    /// A copy in host memory, row by row. Waits for all verbs that write this tensor.
     pub fn to_vec(&self, backend: &B) -> Result<Vec<T>> {
         let mut host = vec![T::default(); B::slice_len(B::slice(&self.buffer))];
         backend.download(&self.buffer, &mut host)?;
         Ok(host)
     }
 
-    /// Copies the elements to `host`, row by row; waits until everything that writes them is done.
+    /// Copies the elements to `host`, row by row. Waits for all verbs that write this tensor.
     ///
     /// Errors: [`Error::Value`] if the length of `host` is not `rows · cols`.
     pub fn copy_to_slice(&self, backend: &B, host: &mut [T]) -> Result<()> {
@@ -96,7 +96,7 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         backend.write(&mut self.buffer, host)
     }
 
-    /// A tensor of its own with the same bits; they stay on the device.
+    /// A new tensor with the same elements, copied on the device.
     ///
     /// Errors: [`Error::OutOfMemory`], [`Error::Device`].
     pub fn try_clone(&self, backend: &B) -> Result<Self> {
@@ -105,43 +105,44 @@ impl<B: Backend, T: Element> Tensor<B, T> {
         Ok(clone)
     }
 
-    /// The matrix, to be read.
+    /// A view for reading.
     pub fn view(&self) -> MatRef<'_, B, T> {
         MatRef::all(B::slice(&self.buffer), self.shape)
     }
 
-    /// The matrix, to be written.
+    /// A view for writing.
     pub fn view_mut(&mut self) -> MatMut<'_, B, T> {
         MatMut::all(B::slice_mut(&mut self.buffer), self.shape)
     }
 
-    /// Rows × columns.
+    /// The shape.
     pub fn shape(&self) -> Shape {
         self.shape
     }
 
-    /// How many rows.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.shape.rows
     }
 
-    /// How many columns.
+    /// Number of columns.
     pub fn cols(&self) -> usize {
         self.shape.cols
     }
 
-    /// The device memory, for a launch of the caller's own.
+    /// The memory on the device, for kernels of the caller.
     pub fn buffer(&self) -> &B::Buffer<T> {
         &self.buffer
     }
 
-    /// The memory a verb writes. Crate-private: a caller could swap in a shorter buffer, and launches rely on the length.
+    /// The memory, to be written. Crate-private, because a caller could swap in a shorter buffer, and launches rely on the
+    /// length.
     pub(crate) fn buffer_mut(&mut self) -> &mut B::Buffer<T> {
         &mut self.buffer
     }
 }
 
-/// Errors: [`Error::Value`] unless there are as many elements as the shape has.
+/// `Err` unless `len` is the number of elements of the shape.
 fn holds(name: &'static str, len: usize, shape: Shape) -> Result<()> {
     let want = shape.elements()?;
     if len == want {

@@ -1,13 +1,13 @@
-//! Views: a matrix in memory that somebody else owns, with a distance between its rows.
+//! Views: borrowed matrices with an offset and a row stride.
 //!
-//! A request does not ask who owns an operand. It takes views: of a [`Tensor`](crate::Tensor), of a range of its columns or rows, or of memory that
-//! another library allocated and lends for as long as the view lives.
+//! Operands of requests are views: of a [`Tensor`](crate::Tensor), of a range of its rows or columns, or of memory that another
+//! library allocated and lends while the view exists.
 //!
 //! ```
 //! use lowrank::{Cpu, MatMut, MatRef, Tensor, op::LinearForward};
 //!
 //! let cpu = Cpu::<f32>::new()?;
-//! let x = [1.0, 2.0]; // 1×2, in memory of yours
+//! let x = [1.0, 2.0]; // 1×2, in the caller's memory
 //! let qkv = Tensor::from_slice(&cpu, (3, 2), &[1.0, 0.0, 0.0, 1.0, 1.0, 1.0])?; // three layers in one weight
 //! let mut y = [0.0; 3]; // 1×3
 //! for row in 0..3 {
@@ -36,7 +36,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// Errors: [`Error::Value`] if rows would overlap, or reach beyond `len` elements.
+    /// `Err` if rows overlap or the matrix reaches beyond `len` elements.
     fn new(shape: Shape, offset: usize, row_stride: usize, len: usize) -> Result<Self> {
         shape.elements()?;
         Error::unless(
@@ -46,7 +46,7 @@ impl Layout {
             row_stride,
             "at least the number of columns",
         )?;
-        // Where there is no next row, any distance to it will do: one that no arithmetic can trip over.
+        // Without a second row the stride means nothing; this value cannot overflow.
         let row_stride = if shape.rows > 1 && shape.cols > 0 { row_stride } else { shape.cols };
         let layout = Self { shape, offset, row_stride };
         let end = layout.span().and_then(|span| span.checked_add(offset));
@@ -57,7 +57,7 @@ impl Layout {
         Err(Error::Value { verb: "view", name: "memory", got: format!("{len} elements"), want: want.into() })
     }
 
-    /// Elements from the first to behind the last; `None` if they cannot be counted.
+    /// The number of elements from the first to the last, both included; `None` if it overflows.
     fn span(&self) -> Option<usize> {
         match self.shape {
             Shape { rows: 0, .. } | Shape { cols: 0, .. } => Some(0),
@@ -79,7 +79,8 @@ impl Layout {
         Ok(self.part(Shape { cols: cols.len(), ..self.shape }, [0, cols.start]))
     }
 
-    /// The part of this shape that begins at an element; one of nothing begins where the whole does.
+    /// The part of this shape whose first element is `(row, col)`. An empty part keeps the offset of the whole, which is within
+    /// the memory.
     fn part(self, shape: Shape, [row, col]: [usize; 2]) -> Self {
         if shape.rows == 0 || shape.cols == 0 {
             return Self { shape, row_stride: shape.cols, ..self };
@@ -88,24 +89,26 @@ impl Layout {
     }
 }
 
-/// Errors: [`Error::Value`] unless the range lies within `0..len`.
+/// `Err` unless the range lies within `0..len`.
 fn within(name: &'static str, range: &Range<usize>, len: usize) -> Result<()> {
-    let fine = range.start <= range.end && range.end <= len;
-    if fine {
+    if range.start <= range.end && range.end <= len {
         return Ok(());
     }
     Err(Error::Value { verb: "view", name, got: format!("{range:?}"), want: format!("within 0..{len}").into() })
 }
 
-/// A matrix that is read. Elements of a row lie side by side; rows may lie apart.
+/// A matrix for reading: element `(i, j)` is element `offset + i·row_stride + j` of borrowed memory.
 ///
-/// The memory is a backend's [`Slice`](Backend::Slice): `[T]` on the CPU; memory of a tensor, or lent memory, on a GPU.
+/// The memory is a [`Slice`](Backend::Slice) of the backend: `[T]` on the CPU; a part of a buffer on a GPU. No element is ever
+/// copied to make a view.
 pub struct MatRef<'a, B: Backend, T: Element = <B as Backend>::Elem> {
     memory: &'a B::Slice<T>,
     layout: Layout,
 }
 
-/// A matrix that is written. It cannot be copied: only one request at a time can have it.
+/// A matrix for writing: element `(i, j)` is element `offset + i·row_stride + j` of mutably borrowed memory.
+///
+/// It is not `Copy`, so only one request at a time can write the matrix; see [`reborrow`](Self::reborrow).
 pub struct MatMut<'a, B: Backend, T: Element = <B as Backend>::Elem> {
     memory: &'a mut B::Slice<T>,
     layout: Layout,
@@ -120,14 +123,14 @@ impl<B: Backend, T: Element> Clone for MatRef<'_, B, T> {
 impl<B: Backend, T: Element> Copy for MatRef<'_, B, T> {}
 
 impl<'a, B: Backend, T: Element> MatRef<'a, B, T> {
-    /// All of `memory`, row after row. Errors: [`Error::Value`] if it does not hold exactly as many elements.
+    /// A contiguous matrix of all elements of `memory`. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn new(memory: &'a B::Slice<T>, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         exactly(B::slice_len(memory), shape)?;
         Ok(Self::all(memory, shape))
     }
 
-    /// All of `memory`, whose length is known to be that of the shape.
+    /// A contiguous matrix of all elements of `memory`, whose length is known to be `rows · cols`.
     pub(crate) fn all(memory: &'a B::Slice<T>, shape: Shape) -> Self {
         Self { memory, layout: Layout { shape, offset: 0, row_stride: shape.cols } }
     }
@@ -139,37 +142,37 @@ impl<'a, B: Backend, T: Element> MatRef<'a, B, T> {
         Ok(Self { memory, layout: Layout::new(shape.into(), offset, row_stride, B::slice_len(memory))? })
     }
 
-    /// These rows of it. Errors: [`Error::Value`] if it does not have them.
+    /// A range of rows. Errors: [`Error::Value`] if the matrix does not have them.
     pub fn row_range(self, rows: Range<usize>) -> Result<Self> {
         Ok(Self { layout: self.layout.row_range(rows)?, ..self })
     }
 
-    /// These columns of it, as a head of an attention, or one layer's part of a fused projection. Errors: [`Error::Value`] if it
-    /// does not have them.
+    /// A range of columns, such as one attention head, or one layer of a fused projection. Errors: [`Error::Value`] if the
+    /// matrix does not have them.
     pub fn column_range(self, cols: Range<usize>) -> Result<Self> {
         Ok(Self { layout: self.layout.column_range(cols)?, ..self })
     }
 
-    /// The memory that the view looks at, of which the matrix may be a part.
+    /// The borrowed memory, of which the matrix may be a part.
     pub fn memory(&self) -> &'a B::Slice<T> {
         self.memory
     }
 }
 
 impl<'a, B: Backend, T: Element> MatMut<'a, B, T> {
-    /// All of `memory`, row after row. Errors: [`Error::Value`] if it does not hold exactly as many elements.
+    /// A contiguous matrix of all elements of `memory`. Errors: [`Error::Value`] if its length is not `rows · cols`.
     pub fn new(memory: &'a mut B::Slice<T>, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         exactly(B::slice_len(memory), shape)?;
         Ok(Self::all(memory, shape))
     }
 
-    /// All of `memory`, whose length is known to be that of the shape.
+    /// A contiguous matrix of all elements of `memory`, whose length is known to be `rows · cols`.
     pub(crate) fn all(memory: &'a mut B::Slice<T>, shape: Shape) -> Self {
         Self { memory, layout: Layout { shape, offset: 0, row_stride: shape.cols } }
     }
 
-    /// The matrix whose element `(i, j)` is element `offset + i·row_stride + j` of `memory`. What lies between the rows is not
+    /// The matrix whose element `(i, j)` is element `offset + i·row_stride + j` of `memory`. Elements between the rows are not
     /// written.
     ///
     /// Errors: [`Error::Value`] if `row_stride` is less than the number of columns, or the matrix reaches beyond the memory.
@@ -178,34 +181,34 @@ impl<'a, B: Backend, T: Element> MatMut<'a, B, T> {
         Ok(Self { memory, layout })
     }
 
-    /// These rows of it. Errors: [`Error::Value`] if it does not have them.
+    /// A range of rows. Errors: [`Error::Value`] if the matrix does not have them.
     pub fn row_range(self, rows: Range<usize>) -> Result<Self> {
         Ok(Self { layout: self.layout.row_range(rows)?, ..self })
     }
 
-    /// These columns of it. Errors: [`Error::Value`] if it does not have them.
+    /// A range of columns. Errors: [`Error::Value`] if the matrix does not have them.
     pub fn column_range(self, cols: Range<usize>) -> Result<Self> {
         Ok(Self { layout: self.layout.column_range(cols)?, ..self })
     }
 
-    /// The matrix again, borrowed from this view for a shorter time.
+    /// The matrix for writing, borrowed from this view.
     pub fn reborrow(&mut self) -> MatMut<'_, B, T> {
         MatMut { memory: self.memory, layout: self.layout }
     }
 
-    /// The matrix, to be read for as long as this view is borrowed.
+    /// The matrix for reading, borrowed from this view.
     pub fn as_ref(&self) -> MatRef<'_, B, T> {
         MatRef { memory: self.memory, layout: self.layout }
     }
 
-    /// The matrix, to be read from now on.
+    /// The matrix for reading, in place of this view.
     pub fn into_ref(self) -> MatRef<'a, B, T> {
         MatRef { memory: self.memory, layout: self.layout }
     }
 
-    /// Overwrites it with the elements of another matrix of the same device; they do not go through the host.
+    /// Overwrites the matrix with the elements of another one, on the device.
     ///
-    /// Errors: [`Error::Shape`] for another shape; those of the device.
+    /// Errors: [`Error::Shape`] if the shapes differ; those of the device.
     pub fn copy_from(self, backend: &B, from: MatRef<'_, B, T>) -> Result<()> {
         if from.shape() != self.shape() {
             return Err(Error::Shape { verb: "copy", name: "from", got: from.shape(), want: self.shape() });
@@ -213,49 +216,50 @@ impl<'a, B: Backend, T: Element> MatMut<'a, B, T> {
         backend.copy(from, self)
     }
 
-    /// The memory that the view looks at, of which the matrix may be a part. Crate-private: a caller could swap the memory of two views.
+    /// The borrowed memory, of which the matrix may be a part. Crate-private, because a caller could swap the memory of two
+    /// views.
     pub(crate) fn into_memory(self) -> &'a mut B::Slice<T> {
         self.memory
     }
 }
 
-/// What both kinds of views say of themselves.
+/// Methods of both kinds of views.
 macro_rules! layout_of {
     ($view:ident) => {
         impl<B: Backend, T: Element> $view<'_, B, T> {
-            /// Rows × columns.
+            /// The shape.
             pub fn shape(&self) -> Shape {
                 self.layout.shape
             }
 
-            /// How many rows.
+            /// Number of rows.
             pub fn rows(&self) -> usize {
                 self.layout.shape.rows
             }
 
-            /// How many columns.
+            /// Number of columns.
             pub fn cols(&self) -> usize {
                 self.layout.shape.cols
             }
 
-            /// Elements of the memory before the first of the matrix.
+            /// Elements of the memory before the first element of the matrix.
             pub fn offset(&self) -> usize {
                 self.layout.offset
             }
 
-            /// Elements from the beginning of a row to that of the next.
+            /// Elements from the start of a row to the start of the next.
             pub fn row_stride(&self) -> usize {
                 self.layout.row_stride
             }
 
-            /// Whether each row begins where the one before it ends.
+            /// True if there is no space between rows.
             pub fn is_contiguous(&self) -> bool {
                 self.layout.is_contiguous()
             }
 
-            /// The elements of the memory from the first of the matrix to its last; what lies between its rows is among them.
+            /// The range of the memory from the first element of the matrix to its last, with the space between rows.
             pub fn span(&self) -> Range<usize> {
-                // A layout exists only within memory, so the sum cannot wrap.
+                // A layout is always within its memory, so the sum cannot overflow.
                 self.layout.offset..self.layout.offset + self.layout.span().unwrap_or(0)
             }
         }
@@ -273,7 +277,7 @@ macro_rules! layout_of {
 layout_of!(MatRef);
 layout_of!(MatMut);
 
-/// Errors: [`Error::Value`] unless there are as many elements as the shape has.
+/// `Err` unless `len` is the number of elements of the shape.
 fn exactly(len: usize, shape: Shape) -> Result<()> {
     let want = shape.elements()?;
     if len == want {

@@ -1,4 +1,4 @@
-//! Adapter folders: what is saved comes back bit for bit, and PEFT's files come back byte for byte.
+//! Adapter folders: saving and loading is exact bit for bit, and rewriting PEFT's files byte for byte.
 
 mod support;
 
@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, AdapterConfig, Asked, CONFIG_FILE, Factors, Folder, HostMatrix, TENSORS_FILE, TargetModules};
+use lowrank::adapter::{self, AdapterConfig, CONFIG_FILE, Factors, Folder, HostMatrix, LayerTarget, TENSORS_FILE, TargetModules};
 use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, DType, Error, Float, Tensor, bf16, f16};
@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 use support::adapters::{SIZES, adapted, base_bits, batch, cpu, document, net, outputs, read, state, trained};
 
-/// Every kind of scaling, some layers, other ranks and alphas in each: alpha 0.1 and rank 3 divide into nothing finite.
+/// Every kind of scaling, on some of the layers, with different ranks and alphas: 0.1 / 3 is no finite binary fraction.
 fn all_kinds() -> Vec<(&'static str, [Option<LoraConfig>; 3])> {
     let config = |rank, alpha, scaling| Some(LoraConfig { scaling, ..LoraConfig::new(rank, alpha) });
     let over_rank = |rank, alpha| config(rank, alpha, Scaling::AlphaOverRank);
@@ -89,10 +89,10 @@ fn peft_folders() -> Vec<PathBuf> {
     folders
 }
 
-/// PEFT's own files, read and written again, keep every byte: regular expressions, key order, an auto_mapping that nobody
-/// here reads.
+/// PEFT's own files, read and written again, keep every byte: regular expressions, the order of keys, an `auto_mapping` that this crate
+/// does not use.
 #[test]
-fn the_files_of_peft_come_back_byte_for_byte() {
+fn the_files_of_peft_survive_a_round_trip_byte_for_byte() {
     for theirs in peft_folders() {
         let ours = tempfile::tempdir().unwrap();
         let (cpu32, cpu16, cpub16) = (cpu::<f32>(), cpu::<f16>(), cpu::<bf16>());
@@ -146,9 +146,9 @@ fn unknown_keys_and_the_order_of_keys_are_kept_when_the_model_changes() {
     assert_eq!(outputs(&cpu, &model), outputs(&cpu, &other));
 }
 
-/// What a config says is told, set, and kept when a loaded one is saved again.
+/// The settings of a config can be read and set, and are kept when a loaded adapter is saved again.
 #[test]
-fn a_config_tells_its_settings_and_the_model_it_is_for() {
+fn a_config_has_its_settings_and_the_name_of_its_model() {
     let read = |targets: Value| {
         let config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 2.5, "target_modules": targets});
         AdapterConfig::from_json(config.to_string().as_bytes()).unwrap()
@@ -177,15 +177,15 @@ fn a_config_tells_its_settings_and_the_model_it_is_for() {
     assert_eq!(again.config().base_model_name_or_path(), Some("org/model"));
 }
 
-/// How the factors began is of no matter where the weights stayed: the file keeps what it says.
+/// An initialisation that did not change the weights does not matter for loading; the setting is kept in the file.
 #[test]
-fn beginnings_that_leave_the_weights_alone_are_plain_adapters() {
+fn initialisations_that_keep_the_weights_are_plain_adapters() {
     for (begins, extra) in [("gaussian", json!({})), ("orthogonal", json!({})), ("eva", json!({"rho": 2.0})), ("mica", json!({}))]
     {
         let config =
             json!({"peft_type": "LORA", "target_modules": ["linear1"], "init_lora_weights": begins, "eva_config": extra});
         let config = AdapterConfig::from_json(config.to_string().as_bytes()).unwrap();
-        assert_eq!(config.began_with(), None);
+        assert_eq!(config.principal(), None);
         let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
         let model = adapted(&cpu, [Some(LoraConfig::new(8, 8.0)), None, None]);
         adapter::save_with(&cpu, &model, &config, folder.path()).unwrap();
@@ -224,16 +224,16 @@ fn patterns_match_as_in_peft() {
     assert_eq!(rank_alpha("fc12"), None);
 }
 
-/// Exclusion wins over targets; a number picks layers that the end of a name picks, not those named in full; the first number
-/// counts; what is saved whole, or lies in it, gets no update.
+/// `exclude_modules` takes precedence over targets; `layers_to_transform` applies to layers that match the end of a name, not to those
+/// named in full; the first number in a name counts; modules that are saved whole, and those within them, get no update.
 #[test]
 fn layers_are_excluded_and_picked_by_number_as_in_peft() {
     let asked = |extra: Value, layer: &str| {
         let mut config = json!({"peft_type": "LORA", "target_modules": ["q", "v", "h.9.full"]});
         config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap().asks(layer)
+        AdapterConfig::from_json(config.to_string().as_bytes()).unwrap().layer_target(layer)
     };
-    let is_lora = |extra: Value, layer: &str| matches!(asked(extra, layer), Some(Asked::Lora(_)));
+    let is_lora = |extra: Value, layer: &str| matches!(asked(extra, layer), Some(LayerTarget::Lora(_)));
     assert!(!is_lora(json!({"exclude_modules": ["v"]}), "h.1.v") && is_lora(json!({"exclude_modules": ["v"]}), "h.1.q"));
     assert!(!is_lora(json!({"exclude_modules": r".*\.1\..*"}), "h.1.q") && is_lora(json!({"exclude_modules": ".*1"}), "h.1.q"));
     for (layer, want) in
@@ -248,14 +248,14 @@ fn layers_are_excluded_and_picked_by_number_as_in_peft() {
     }
     assert!(!is_lora(json!({"layers_to_transform": 1, "layers_pattern": ["g"]}), "h.1.q"));
     let saved = json!({"modules_to_save": ["head"], "bias": "all"});
-    assert_eq!(asked(saved.clone(), "m.head"), Some(Asked::Whole));
-    assert_eq!(asked(saved.clone(), "m.head.q"), Some(Asked::Bias));
+    assert_eq!(asked(saved.clone(), "m.head"), Some(LayerTarget::Whole));
+    assert_eq!(asked(saved.clone(), "m.head.q"), Some(LayerTarget::Bias));
     assert!(is_lora(saved, "m.q"));
     assert_eq!(asked(json!({}), "m.head"), None);
 }
 
 #[test]
-fn loading_replaces_the_adapters_there_were() {
+fn loading_replaces_all_adapters() {
     let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
     let model = adapted(&cpu, [Some(LoraConfig::new(2, 4.0)), None, None]);
     adapter::save(&cpu, &model, folder.path()).unwrap();
@@ -274,7 +274,7 @@ fn loading_replaces_the_adapters_there_were() {
 }
 
 #[test]
-fn what_no_config_can_tell_is_not_saved() {
+fn settings_that_no_config_can_hold_are_not_saved() {
     let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
     let with_dropout = |dropout| Some(LoraConfig { dropout, ..LoraConfig::new(2, 4.0) });
     for (configs, word) in [([None, None, None], "no adapter"), ([with_dropout(0.0), with_dropout(0.5), None], "lora_dropout")] {
@@ -285,7 +285,7 @@ fn what_no_config_can_tell_is_not_saved() {
     }
 }
 
-/// Folders for scripts/check-adapter-in-peft.py, in the format of the cases; and a check of them here.
+/// Writes folders for scripts/check-adapter-in-peft.py, in the format of the reference cases, and checks them here too.
 #[test]
 fn adapters_for_peft_to_check() {
     let cpu = cpu::<f32>();
@@ -307,9 +307,9 @@ fn adapters_for_peft_to_check() {
     }
 }
 
-/// What a folder gives a layer of one's own is what loading gives a model's layer of that name, all that goes with it included.
+/// `Folder::adapter` gives a single layer the same adapter, including biases and magnitudes, that loading gives a model's layer.
 #[test]
-fn a_layer_of_ones_own_has_the_adapter_that_a_model_would_load() {
+fn one_layer_gets_the_same_adapter_as_a_model() {
     let cpu = cpu::<f32>();
     for (kind, configs) in all_kinds() {
         let folder = tempfile::tempdir().unwrap();
@@ -335,7 +335,7 @@ fn a_layer_of_ones_own_has_the_adapter_that_a_model_would_load() {
 }
 
 #[test]
-fn a_layer_of_ones_own_that_does_not_fit_the_folder_is_refused() {
+fn a_layer_that_does_not_fit_the_folder_is_refused() {
     let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
     let biased = LoraConfig { bias: Bias::LoraOnly, ..usual() };
     adapter::save(&cpu, &adapted(&cpu, all(&biased)), folder.path()).unwrap();
@@ -350,9 +350,9 @@ fn a_layer_of_ones_own_that_does_not_fit_the_folder_is_refused() {
     assert!(refused("linear1", (11, 13)).contains("`linear1.base_layer.bias` has no place in layer `linear1`"), "no bias there");
 }
 
-/// Scalings that are those of the settings to the bit: none, negative, in no decimal, beside other ranks, at the ends of `f32`.
+/// Scalings survive writing to the bit: zero, negative, without a finite decimal, with different ranks, at the limits of `f32`.
 #[test]
-fn an_adapter_of_ones_own_keeps_its_scalings() {
+fn a_written_folder_keeps_its_scalings() {
     let kinds: [&[(usize, f32)]; 7] = [
         &[(2, 2.0)],
         &[(2, 1.0), (4, 1.0)],
@@ -390,13 +390,13 @@ fn an_adapter_of_ones_own_keeps_its_scalings() {
         let error = Folder::new(None, BTreeMap::from([("q".to_string(), one(scaling))])).unwrap_err().to_string();
         assert!(error.contains("`q` of scaling") && error.contains("finite"), "{error}");
     }
-    // `a.q` ends as `q` does, and PEFT's patterns go by the end of a name.
+    // `a.q` ends with `q`, and PEFT matches patterns at the end of a name.
     let alike = BTreeMap::from([("a.q".to_string(), one(1.0)), ("q".to_string(), one(2.0)), ("z".to_string(), one(3.0))]);
     let error = Folder::new(None, alike).unwrap_err().to_string();
     assert!(error.contains("`a.q` of rank 1, scaling 1, want told from others by its name"), "{error}");
 }
 
-/// A perceptron whose layers have the names that a folder has for them.
+/// An `Mlp` whose layers have the names of the folder's modules.
 #[test]
 fn a_model_of_named_layers_loads_a_folder_of_those_names() {
     let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());

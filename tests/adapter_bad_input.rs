@@ -1,5 +1,5 @@
-//! Adapter folders that are damaged, hostile or for another model: an error that names what is wrong, never a panic, and
-//! the model is as it was.
+//! Adapter folders that are damaged, malicious or for another model: an error that names the problem, never a panic, and the model does
+//! not change.
 
 mod support;
 
@@ -13,7 +13,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value, json};
 use support::adapters::{adapted, cpu, document, net, read, state};
 
-/// A good folder; what a test spoils in it must be refused.
+/// A valid folder, in which each test damages something.
 struct Folder(tempfile::TempDir);
 
 impl Folder {
@@ -35,7 +35,7 @@ impl Folder {
         self.write(CONFIG_FILE, Value::Object(document).to_string().as_bytes())
     }
 
-    /// Zeros of these types and shapes, by name.
+    /// Adds tensors of zeros with these names, types and shapes.
     fn tensors(&self, tensors: &[(&str, Dtype, &[usize])]) -> &Self {
         let zeros = [0; 4096];
         let view = |&(name, dtype, shape): &(_, Dtype, &[usize])| {
@@ -45,7 +45,7 @@ impl Folder {
         self.write(TENSORS_FILE, &serialize(tensors.iter().map(view), None).unwrap())
     }
 
-    /// Loading leaves a model as it was if it fails. The model has an adapter already.
+    /// Asserts that loading fails and does not change a model that has an adapter already.
     fn load(&self) -> lowrank::Result<()> {
         let cpu = cpu::<f32>();
         let mut model = adapted(&cpu, [None, None, Some(LoraConfig::new(1, 1.0))]);
@@ -96,9 +96,9 @@ fn tensors_that_do_not_fit_are_named_with_both_shapes() {
     folder.tensors(&extra("base_model.model.linear1.lora_A.weight")).refused(&[a, "twice"]);
 }
 
-/// The settings and the tensors agree with each other, and not with the model.
+/// The settings and the tensors agree with each other, but not with the model.
 #[test]
-fn a_layer_that_the_model_lacks_is_named_beside_those_it_has() {
+fn a_missing_layer_is_named_with_the_existing_ones() {
     let folder = Folder::new();
     folder.set("target_modules", json!(["linear1", "linear9"]));
     let other =
@@ -113,9 +113,9 @@ fn a_layer_that_the_model_lacks_is_named_beside_those_it_has() {
     folder.tensors(&saved).refused(&["`head.weight` is for `head`, which the model does not have"]);
 }
 
-/// What PEFT writes for embeddings: an update of one, and the whole of one whose vocabulary was resized.
+/// Tensors that PEFT writes for embeddings: an update of one, and a whole one whose vocabulary was resized.
 #[test]
-fn embeddings_are_refused_as_what_they_are() {
+fn updates_of_embeddings_are_refused_by_name() {
     let folder = Folder::new();
     let with = |extra: &[(&'static str, Dtype, &'static [usize])]| [&GOOD[..], extra].concat();
     let update = with(&[("wte.lora_embedding_A", Dtype::F32, &[2, 5]), ("wte.lora_embedding_B", Dtype::F32, &[4, 2])]);
@@ -128,9 +128,9 @@ fn embeddings_are_refused_as_what_they_are() {
     }
 }
 
-/// Settings that need tensors of their own: the file lacks them, or has them in another shape.
+/// Settings that require further tensors, which are missing or have another shape.
 #[test]
-fn what_goes_with_the_factors_is_named_where_it_is_missing_or_does_not_fit() {
+fn magnitudes_and_biases_that_are_missing_or_do_not_fit_are_named() {
     let needs = [
         ("lora_bias", json!(true), "linear1.lora_B.bias", "11"),
         ("use_dora", json!(true), "linear1.lora_magnitude_vector", "11"),
@@ -171,7 +171,7 @@ fn missing_and_empty_files_are_named() {
 }
 
 #[test]
-fn every_setting_that_is_not_honoured_is_named() {
+fn every_unsupported_setting_is_named() {
     let set = [
         ("alora_invocation_tokens", json!([1, 2])),
         ("corda_config", json!({"a": 1})),
@@ -193,7 +193,7 @@ fn every_setting_that_is_not_honoured_is_named() {
     }
 }
 
-/// What a version to come may ask for is refused; what is off, or is no switch, is not.
+/// An unknown key, of a later version perhaps, is refused if it enables something, and accepted otherwise.
 #[test]
 fn unknown_keys_that_switch_something_on_are_named() {
     for value in [json!(true), json!([1]), json!({"a": 1})] {
@@ -204,7 +204,7 @@ fn unknown_keys_that_switch_something_on_are_named() {
     }
 }
 
-/// The settings are fine; what they ask for takes a decomposition.
+/// The settings are valid, but need a decomposition, which this build does not have.
 #[cfg(not(feature = "svd"))]
 #[test]
 fn a_feature_that_is_missing_is_named() {
@@ -271,7 +271,7 @@ fn settings_outside_their_range_are_named() {
 }
 
 #[test]
-fn a_file_that_was_cut_short_is_said_to_be_with_both_lengths() {
+fn a_truncated_file_is_reported_with_both_lengths() {
     let folder = Folder::new();
     let whole = read(folder.0.path(), TENSORS_FILE);
     let header = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap());
@@ -291,7 +291,7 @@ fn a_file_that_was_cut_short_is_said_to_be_with_both_lengths() {
     )]);
 }
 
-/// Header sizes that promise more than there is, or more than there can be.
+/// Header sizes that are larger than the file, or than any file can be.
 #[test]
 fn absurd_headers_are_refused() {
     let (folder, whole) = (Folder::new(), Folder::new());

@@ -1,8 +1,7 @@
-//! A loop allocates nothing once it has run a few times: neither training nor decoding nor the bare verbs.
+//! Loops of training, decoding and bare verbs do not allocate after the first few iterations.
 //!
-//! What is counted is every call of the global allocator by the threads that compute, and, for memory that is asked of the system
-//! itself, page faults. The loops run inside a thread pool: handing work to one from outside costs rayon a block of memory every few
-//! dozen calls.
+//! Counted are the calls of the global allocator by the threads that compute, and, for memory that is mapped directly, page faults. The
+//! loops run inside a thread pool, because rayon allocates a block every few dozen calls when work comes from outside.
 #![allow(unsafe_code, reason = "an allocator that counts is an allocator")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -20,11 +19,11 @@ struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
-/// The number of the pool that is looked at: threads of those before it may still be on their way out.
+/// The number of the pool that is counted: threads of earlier pools may still be ending.
 static POOL: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
-    /// The number of the pool that this thread is of; 0 for all others.
+    /// The number of the pool that this thread belongs to; 0 for other threads.
     static MEMBER_OF: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -34,11 +33,11 @@ fn count() {
     }
 }
 
-// SAFETY: every call goes to the system's allocator as it came; counting allocates nothing.
+// SAFETY: every call is passed on to the system's allocator unchanged; counting does not allocate.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
-        // SAFETY: what the caller promises, the system's allocator asks for.
+        // SAFETY: the caller upholds the contract of the system's allocator.
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
@@ -60,15 +59,15 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Pages that this process touched for the first time since they were mapped.
+/// The number of page faults of this process: first accesses to mapped pages.
 fn page_faults() -> usize {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default(); // elsewhere there is none, and none are counted
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default(); // only on Linux; elsewhere none are counted
     stat.rsplit(')').next().and_then(|fields| fields.split_whitespace().nth(7)?.parse().ok()).unwrap_or(0)
 }
 
 const WARM_UP: usize = 5;
 
-/// So many steps, after as many more as it takes to warm up; what is counted is counted in between.
+/// Runs warm-up steps, then this many steps, which are counted.
 struct Steps {
     next: usize,
     last: usize,
@@ -93,9 +92,9 @@ impl Iterator for &mut Steps {
     }
 }
 
-/// Each of two threads steals a task of the other's: rayon allocates a little when a thread does so for the first time, which on a
-/// busy machine may be long after the loop has warmed up.
-fn meet() {
+/// Makes each of two threads steal a task from the other: rayon allocates a little when a thread steals for the first time, which may
+/// happen long after the warm-up on a busy machine.
+fn steal_once() {
     let (first, second) = (AtomicBool::new(false), AtomicBool::new(false));
     let wait = |met: &AtomicBool| {
         while !met.load(Ordering::Acquire) {
@@ -109,7 +108,7 @@ fn meet() {
     rayon::join(|| wait(&first), steal);
 }
 
-/// Runs a loop on one thread and on two: after the first steps it allocates nothing and maps no memory.
+/// Asserts, on one thread and on two, that a loop neither allocates nor maps memory after the first steps.
 fn assert_steady(what: &str, steps: usize, run: impl Fn(&mut Steps) -> Result<()> + Sync) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -118,7 +117,7 @@ fn assert_steady(what: &str, steps: usize, run: impl Fn(&mut Steps) -> Result<()
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).start_handler(move |_| MEMBER_OF.set(number));
         let mut counts = Steps { next: 0, last: WARM_UP + steps, allocations: 0, faults: 0 };
         let pool = pool.build().unwrap();
-        pool.install(|| (1..threads).for_each(|_| meet()));
+        pool.install(|| (1..threads).for_each(|_| steal_once()));
         pool.install(|| run(&mut counts)).unwrap();
         let Steps { allocations, faults, .. } = counts;
         println!("{what}: {allocations} allocations, {faults} page faults in {steps} steps on {threads} threads");
@@ -132,7 +131,7 @@ fn numbers<E: Float>(len: usize) -> Vec<E> {
     (0..len).map(|_| E::from_f32(rng.uniform(-1.0, 1.0) as f32)).collect()
 }
 
-/// Training steps of a model: what a step reads comes from the host, and the loss goes there.
+/// Training steps of a model, with inputs from the host and the loss read back.
 fn train<E: Float>(steps: &mut Steps, sizes: &[usize], batch: usize, config: Option<&LoraConfig>) -> Result<()> {
     let (cpu, rng) = (Cpu::<E>::new()?, &mut Rng::new(1));
     let (inputs, classes) = (sizes[0], sizes[sizes.len() - 1]);
@@ -179,7 +178,7 @@ fn a_training_step_of_the_base_model_allocates_nothing() {
     assert_steady("base, bf16", 50, |steps| train::<bf16>(steps, &SIZES, 40, None));
 }
 
-/// Weights, activations and gradients as large as what is asked of the system itself.
+/// Weights, activations and gradients that are large enough to be mapped directly.
 #[test]
 fn large_tensors_are_not_mapped_anew() {
     let (sizes, adapters) = ([1030, 1100, 16], LoraConfig::new(8, 8.0));
@@ -187,7 +186,7 @@ fn large_tensors_are_not_mapped_anew() {
     assert_steady("large, base", 8, |steps| train::<f32>(steps, &sizes, 1050, None));
 }
 
-/// A token at a time through layers with two adapters; what comes out goes in again.
+/// One token at a time through layers with two adapters; each output is the next input.
 fn decode<E: Float>(steps: &mut Steps) -> Result<()> {
     let (cpu, rng) = (Cpu::<E>::new()?, &mut Rng::new(2));
     let mut model = Mlp::new(&cpu, &[256, 300, 256], rng)?;
@@ -210,7 +209,7 @@ fn decoding_allocates_nothing() {
     assert_steady("decoding, bf16", 200, decode::<bf16>);
 }
 
-/// The update goes in and comes out again.
+/// Merges and unmerges an update.
 fn merge<E: Float>(steps: &mut Steps, (n, k, r): (usize, usize, usize), rounding: Rounding) -> Result<()> {
     let cpu = Cpu::<E>::new()?;
     let tensor = |rows, cols| Tensor::from_slice(&cpu, (rows, cols), &numbers::<E>(rows * cols));
@@ -225,11 +224,11 @@ fn merge<E: Float>(steps: &mut Steps, (n, k, r): (usize, usize, usize), rounding
 
 #[test]
 fn merging_allocates_nothing() {
-    let by_chance = Rounding::Stochastic { seed: 1 };
+    let stochastic = Rounding::Stochastic { seed: 1 };
     for size in [(200, 300, 4), (300, 200, 100), (1100, 1030, 16)] {
         assert_steady("merging", 20, |steps| merge::<f32>(steps, size, Rounding::Nearest));
         assert_steady("merging, bf16", 20, |steps| merge::<bf16>(steps, size, Rounding::Nearest));
-        assert_steady("merging by chance, bf16", 20, |steps| merge::<bf16>(steps, size, by_chance));
+        assert_steady("merging by chance, bf16", 20, |steps| merge::<bf16>(steps, size, stochastic));
     }
 }
 
@@ -328,7 +327,7 @@ fn verbs_allocate_nothing() {
     assert_steady("large verbs", 6, |steps| verbs::<f32>(steps, (1050, 1030, 1100, 16)));
 }
 
-/// Three projections in one weight, and their outputs side by side: parts of vectors of the caller's, which no tensor holds.
+/// Three projections fused in one weight, with their outputs side by side, all in vectors of the caller.
 fn lent<E: Float>(steps: &mut Steps, (m, k, n, r): (usize, usize, usize, usize)) -> Result<()> {
     let cpu = &Cpu::<E>::new()?;
     let (x, w, a, b) = (numbers::<E>(m * k), numbers::<E>(3 * n * k), numbers::<f32>(r * k), numbers::<f32>(n * r));
@@ -360,7 +359,7 @@ fn lent_memory_is_neither_copied_nor_allocated() {
     }
 }
 
-/// One step allocates less than a weight takes: no copy of it is made, not even once.
+/// The first step allocates less than the size of a weight, so the weight is not copied.
 #[test]
 fn the_first_use_of_a_lent_weight_copies_nothing() {
     let (m, k, n) = (4, 1024, 1024);

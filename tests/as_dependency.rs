@@ -1,9 +1,9 @@
-//! The crate as others have it: what is packed, and a crate of its own that links it with default features off.
+//! The crate as a dependency: the files of its package, and a separate crate that uses it without default features.
 
 use std::path::Path;
 use std::process::Command;
 
-/// The model of the example, and what it learns: written with what the crate hands out.
+/// The model of the attention example and its task, which use only the public API.
 const MODULES: [&str; 3] = ["model.rs", "ops.rs", "task.rs"];
 
 const MAIN: &str = r#"
@@ -53,7 +53,7 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
     }
     std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock")).unwrap();
 
-    // Offline: everything it needs was fetched for the tests.
+    // Offline, as all dependencies were fetched for the tests.
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["run", "--quiet", "--offline"]).current_dir(&dir).env("CARGO_TARGET_DIR", dir.join("target"));
     let output = cargo.output().unwrap();
@@ -66,7 +66,7 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
 }
 
 #[test]
-fn what_the_readme_links_to_is_packed_and_no_other_readme() {
+fn the_package_contains_what_the_readme_links_to() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["package", "--list", "--allow-dirty", "--offline", "--package", "lowrank"]).current_dir(root);

@@ -1,5 +1,5 @@
-//! A model written with what the crate hands out, `examples/attention`, does with adapters what a perceptron does. Its operations on
-//! the tape are checked by differences.
+//! The custom model of `examples/attention` supports adapters in the same way as `Mlp`. Its custom operations are checked by finite
+//! differences.
 
 #![allow(dead_code, reason = "the example uses all of its modules")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
@@ -38,7 +38,7 @@ fn config() -> LoraConfig {
     LoraConfig::new(4, 8.0)
 }
 
-/// With an adapter on every layer, trained a little.
+/// A model with an adapter on every layer, after a few training steps.
 fn tuned<B: Backend>(backend: &B, seed: u64) -> Decoder<B> {
     let mut model = base(backend);
     model.add_adapters(backend, Targets::All, &config(), &mut Rng::new(seed)).unwrap();
@@ -50,22 +50,22 @@ fn logits<B: Backend>(backend: &B, model: &Decoder<B>) -> Vec<B::Elem> {
     model.predict(backend, Batch::new(backend, 4, 1000).unwrap().x).unwrap()
 }
 
-/// The bits of the weights without their adapters, and of the norms.
+/// The bits of the base weights and of the norms.
 fn base_bits<B: Backend>(backend: &B, model: &Decoder<B>) -> Vec<Vec<u8>> {
     let params = model.layers().flat_map(|(_, layer)| layer.base().params()).chain(model.other_params());
     params.map(|param| bytemuck::cast_slice(&param.tensor().to_vec(backend).unwrap()).to_vec()).collect()
 }
 
-/// An operation on values and parameters of these.
+/// An operation on these values and parameters.
 type Operation = for<'m> fn(&mut Tape<'m, Device>, &[Var], &'m [Param<Device>]) -> Result<Var>;
 
-/// The numbers of a matrix, multiples of 2⁻¹⁰ below 2 in size: they, and those a step away, are exact in f32.
+/// The elements of a matrix, multiples of 2⁻¹⁰ below 2 in size, so that they and their finite differences are exact in f32.
 fn numbers(len: usize, seed: u64) -> Vec<f32> {
     let mut rng = Rng::new(seed);
     (0..len).map(|_| (rng.uniform(-1.5, 1.5) * 1024.0).round() as f32 / 1024.0).collect()
 }
 
-/// Operands of an operation: those that are values of the tape, and a parameter.
+/// The operands of an operation: values of the tape, and a parameter.
 #[derive(Clone)]
 struct Operands {
     values: Vec<((usize, usize), Vec<f32>)>,
@@ -73,7 +73,7 @@ struct Operands {
 }
 
 impl Operands {
-    /// A value with a gradient is the product of a unit matrix and a parameter, `I·Wᵀ`: its gradient is then a factor of `W`'s.
+    /// A value that needs a gradient is the product of a unit matrix and a parameter, `I·Wᵀ`, so that its gradient is a factor of `W`'s.
     fn params(&self, cpu: &Device) -> Vec<Param<Device>> {
         let transposed = |((rows, cols), x): &((usize, usize), Vec<f32>)| {
             let w: Vec<f32> = (0..*cols).flat_map(|j| (0..*rows).map(move |i| x[i * cols + j])).collect();
@@ -93,7 +93,7 @@ impl Operands {
         operation(tape, &values, &params[self.values.len()..]).unwrap()
     }
 
-    /// `Σ dy·y`, and what rounding `y` to f32 may change of it.
+    /// The loss `Σ dy·y`, and a bound on its error from rounding `y` to f32.
     fn loss(&self, cpu: &Device, operation: Operation, dy: &[f32]) -> (f64, f64) {
         let params = self.params(cpu);
         let mut tape = Tape::new(cpu);
@@ -110,9 +110,9 @@ impl Operands {
 
     /// Central differences, `D(h) = (L(x + h) - L(x - h)) / 2h`, against the tape.
     ///
-    /// The operations are computed in f64 and rounded once, so a loss is off by `e` at most, and `D(h)` by `e/h`. What the series leaves
-    /// out is a third of `D(2h) - D(h)` and terms in `h⁴`: the whole difference is allowed, and `e/h` once more, as it has errors of
-    /// its own. The gradient itself is rounded once.
+    /// The operations are computed in f64 and rounded once, so a loss has an error of at most `e`, and `D(h)` of `e/h`. The truncation error
+    /// of `D(h)` is a third of `D(2h) - D(h)` plus terms in `h⁴`: the whole difference is allowed, plus `e/h` for its own rounding. The
+    /// gradient itself is rounded once.
     fn check(&self, name: &str, operation: Operation) {
         const H: f32 = 1.0 / 64.0;
         let cpu = cpu();
@@ -151,7 +151,7 @@ impl Operands {
 }
 
 #[test]
-fn the_operations_are_differentiated_as_differences_say() {
+fn derivatives_agree_with_finite_differences() {
     let values = |count: u64, shape: (usize, usize)| -> Vec<_> {
         (0..count).map(|seed| (shape, numbers(shape.0 * shape.1, 5 + seed))).collect()
     };
@@ -165,7 +165,7 @@ fn the_operations_are_differentiated_as_differences_say() {
 }
 
 #[test]
-fn adapters_learn_and_leave_the_rest_alone() {
+fn only_adapters_are_trained() {
     let cpu = cpu();
     let mut model = base(&cpu);
     let (before, bits) = (logits(&cpu, &model), base_bits(&cpu, &model));
@@ -182,7 +182,7 @@ fn adapters_learn_and_leave_the_rest_alone() {
 }
 
 #[test]
-fn status_and_counts_say_what_is_there() {
+fn status_and_counts_are_complete() {
     let cpu = cpu();
     let mut model = base(&cpu);
     model.add_adapters(&cpu, Targets::All, &config(), &mut Rng::new(1)).unwrap();
@@ -236,7 +236,7 @@ fn a_folder_has_the_names_that_peft_has_for_such_a_model() {
     assert_eq!(logits(&cpu, &loaded), logits(&cpu, &model));
     assert_eq!(loaded.parameter_report(), model.parameter_report());
 
-    // Beside another, by name, and over one that is there.
+    // Loaded under a name beside another adapter, and swapped for an existing one.
     let mut other = tuned(&cpu, 2);
     adapter::load_as(&cpu, &mut other, "first", folder.path()).unwrap();
     other.set_active(&["first"]).unwrap();
@@ -247,8 +247,8 @@ fn a_folder_has_the_names_that_peft_has_for_such_a_model() {
     assert_eq!(logits(&cpu, &other), logits(&cpu, &model));
 }
 
-/// A layer's output may be off by `(depth + 2)·u` of its size, its depth being the inputs, the rank, and the rounding of the merged
-/// weight; the norms keep what goes into the next layers at that size. So all layers together: 15 times that.
+/// The error of a layer's output is at most `(depth + 2)·u` of its size, where the depth counts the inputs, the rank, and the rounding of
+/// the merged weight. The norms keep the inputs of the next layers at that size. For all 15 layers it is 15 times that.
 const MERGED_WITHIN: f64 = 15.0 * (24.0 + 4.0 + 1.0 + 2.0) * (f32::EPSILON / 2.0) as f64;
 
 #[track_caller]
@@ -260,7 +260,7 @@ fn assert_close(got: &[f32], want: &[f32], within: f64) {
 }
 
 #[test]
-fn merged_is_unmerged_and_every_bit_comes_back() {
+fn merged_equals_unmerged_and_unmerging_is_exact() {
     let cpu = cpu();
     let mut model = tuned(&cpu, 1);
     model.add_adapter(&cpu, "attention", Targets::Names(&["self_attn.o_proj"]), &config(), &mut Rng::new(2)).unwrap();
@@ -279,7 +279,7 @@ fn merged_is_unmerged_and_every_bit_comes_back() {
 }
 
 #[test]
-fn sixteen_bit_weights_come_back_as_well() {
+fn sixteen_bit_weights_are_restored_too() {
     let cpu = Cpu::<bf16>::new().unwrap();
     let mut model = tuned(&cpu, 1);
     let (on, bits) = (logits(&cpu, &model), base_bits(&cpu, &model));
@@ -288,9 +288,9 @@ fn sixteen_bit_weights_come_back_as_well() {
     assert_eq!((base_bits(&cpu, &model), logits(&cpu, &model)), (bits, on));
 }
 
-/// Sequences of a batch, each with an adapter of its own: as if those of one adapter were a batch.
+/// A batch whose sequences name their adapters gives the same as one batch for each adapter.
 #[test]
-fn sequences_go_through_the_adapters_they_name() {
+fn each_sequence_uses_its_adapter() {
     let cpu = cpu();
     let mut model = tuned(&cpu, 1);
     let other = LoraConfig { init: Init::NonZero, scaling: Scaling::Raw, ..config() };
@@ -319,7 +319,7 @@ fn sequences_go_through_the_adapters_they_name() {
     assert_eq!(wrong(&rows), "attention: `q` is 1×16, want rows of whole sequences, and columns for every head");
 }
 
-/// What a model must not lend.
+/// Models that lend layers of one name, or in different orders.
 struct Pair {
     layers: [(&'static str, Layer<Device>); 2],
     reversed: bool,
@@ -389,15 +389,15 @@ fn a_config_is_made_without_a_model() {
     assert!(error(&LoraConfig { rank: 0, ..settings.clone() }, TargetModules::AllLinear).contains("`rank` is 0"));
 }
 
-/// The principal part of each weight, moved into an adapter: the logits stay.
+/// Moving the principal part of each weight into an adapter keeps the logits.
 #[cfg(feature = "svd")]
 #[test]
-fn an_adapter_begins_with_a_part_of_the_weights() {
+fn an_adapter_is_initialised_with_a_part_of_the_weights() {
     let cpu = cpu();
     let mut model = base(&cpu);
     let (before, bits) = (logits(&cpu, &model), base_bits(&cpu, &model));
     model.add_adapters(&cpu, Targets::Names(&["q_proj", "up_proj"]), &config(), &mut Rng::new(1)).unwrap();
-    adapter::begin_with(&cpu, &mut model, DEFAULT, "start", adapter::Principal::Pissa).unwrap();
+    adapter::init_from_weight(&cpu, &mut model, DEFAULT, "start", adapter::Principal::Pissa).unwrap();
     assert_ne!(base_bits(&cpu, &model), bits);
     assert_close(&logits(&cpu, &model), &before, 2.0 * MERGED_WITHIN); // the factors are rounded as well
     model.unmerge_adapters(&cpu).unwrap();

@@ -1,4 +1,4 @@
-//! The tape against the oracle, and what it refuses.
+//! The tape: its gradients against the oracle's, and its errors.
 
 mod support;
 
@@ -6,7 +6,9 @@ use std::fmt::Debug;
 
 use approx::assert_abs_diff_eq;
 use lowrank::autograd::{Backward, Gradients, LoraParams, Param, Tape};
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Init, Layer, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{
+    Adam, Adaptable, Adapter, DEFAULT, Init, Layer, LayerAdapter, Linear, LoraConfig, LoraLinear, Mlp, Scaling, Targets,
+};
 use lowrank::op::{Dropout, Labels, WeightGrad};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Tensor, VectorUnit};
@@ -19,7 +21,7 @@ fn cpu() -> Cpu<f32> {
     Cpu::new().unwrap()
 }
 
-/// A gradient as a matrix, whichever way it is kept.
+/// A gradient as a matrix, from dense or factored form.
 fn dense(cpu: &Cpu<f32>, gradient: Option<WeightGrad<'_, Cpu<f32>>>) -> Mat {
     let mat = |rows, cols, data: Vec<f32>| Mat::from_vec(rows, cols, data.into_iter().map(f64::from).collect());
     match gradient.expect("a gradient") {
@@ -66,7 +68,7 @@ fn the_tape_differentiates_two_layers_as_the_oracle_does() {
     assert_close("dtop", &dense(&cpu, gradients.get(&top)), &(&second.dy.t() * &active), 40);
 }
 
-/// `y = relu(x·W)` and `z = x·W` share a value: its two gradients meet.
+/// `y = relu(x·W)` and `z = x·W` share a value: its two gradients are added.
 #[test]
 fn gradients_of_a_value_used_twice_are_added() {
     let cpu = cpu();
@@ -194,7 +196,7 @@ fn a_parameter_used_twice_gets_the_sum_of_both_gradients() {
     exact("b", tied_b, sum(&|dy, x| &dy.t() * &(x * &a.t())));
 }
 
-/// A model that goes over a tape twice has the gradients of two tapes added up, to the bit.
+/// Two forward passes of a model on one tape give the sum of the gradients of two tapes, bit for bit.
 #[test]
 fn a_model_may_go_over_a_tape_twice() {
     let (cpu, rng) = (cpu(), &mut Rng::new(3));
@@ -253,9 +255,9 @@ fn the_derivative_of_a_custom_operation_is_the_callers() {
     assert!(two.custom("copy", [x], [], tensor(&[1.0]), |Backward { .. }| Ok(([None], []))).is_err());
 }
 
-/// Threads may hand gradients to one another.
+/// Gradients are `Send`.
 #[test]
-fn gradients_go_from_thread_to_thread() {
+fn gradients_can_be_sent_to_other_threads() {
     fn check<T: Send + Sync>() {}
     check::<Gradients<Cpu<f32>>>();
 }
@@ -276,9 +278,9 @@ fn learning_rates_and_settings_are_checked_before_anything_moves() {
     assert!(model.layers().all(|(_, layer)| layer.lora().is_none()));
 }
 
-/// What would do nothing, though somebody asked for it.
+/// Requests that would do nothing are errors.
 #[test]
-fn asking_for_nothing_is_an_error() {
+fn empty_requests_are_errors() {
     let (cpu, mut rng) = (cpu(), Rng::new(1));
     let mut model = Mlp::new(&cpu, &[2, 2, 2], &mut rng).unwrap();
     let config = LoraConfig::new(1, 1.0);
@@ -329,13 +331,13 @@ fn a_value_of_another_tape_is_refused() {
     assert!(one.value(x).is_ok());
 }
 
-/// So that they stand in a struct that derives it, and a `Result` of them has `unwrap_err`.
+/// `Debug` is needed to derive it for a struct that holds them, and for `Result::unwrap_err`.
 #[test]
-fn everything_that_is_held_can_be_debugged() {
+fn all_public_types_implement_debug() {
     fn held<B: Backend + Debug>() {
         fn debug<T: Debug>() {}
         debug::<(B, Tensor<B>, Param<B>, Gradients<B>, Labels<B>)>();
-        debug::<(Linear<B>, Adapter<B>, Tuned<B>, LoraLinear<B>, Layer<B>, Mlp<B>, Adam<B>)>();
+        debug::<(Linear<B>, Adapter<B>, LayerAdapter<B>, LoraLinear<B>, Layer<B>, Mlp<B>, Adam<B>)>();
     }
     held::<Cpu<f32>>();
     #[cfg(feature = "webgpu")]
@@ -364,7 +366,7 @@ fn an_input_that_does_not_fit_is_named_with_the_layer() {
 }
 
 #[test]
-fn a_model_that_no_memory_holds_is_an_error() {
+fn a_model_too_large_for_memory_is_an_error() {
     let error = Mlp::new(&cpu(), &[1 << 30, 1 << 20], &mut Rng::new(1)).err().unwrap();
     assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
 }

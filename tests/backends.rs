@@ -1,4 +1,4 @@
-//! The one suite, on the CPU: every element type, and every vector unit that this machine has.
+//! The suite on the CPU: every element type, and every vector unit that this machine has.
 
 #[path = "../benches/shapes/mod.rs"]
 mod measured;
@@ -15,7 +15,7 @@ suite!(cpu_f32, lowrank::Cpu::<f32>::new().unwrap());
 suite!(cpu_f16, lowrank::Cpu::<lowrank::f16>::new().unwrap());
 suite!(cpu_bf16, lowrank::Cpu::<lowrank::bf16>::new().unwrap());
 
-/// The kernels again, on each unit that [`Cpu::new`] did not choose.
+/// Runs the suite on the units that [`Cpu::new`] did not choose.
 fn on_every_unit<E: Float>(check: impl Fn(&Cpu<E>)) {
     for unit in VectorUnit::available().into_iter().chain([VectorUnit::AmxEmulated]) {
         check(&Cpu::new().unwrap().with_unit(unit).unwrap());
@@ -66,7 +66,7 @@ fn every_vector_unit_passes_in_bf16() {
     on_every_unit(kernels::<bf16>);
 }
 
-/// Where rows lie changes no bit.
+/// Row strides do not change a bit.
 fn strides_change_no_bit<E: Float>(unit: VectorUnit) {
     let cpu = Cpu::<E>::new().unwrap().with_unit(unit).unwrap();
     for (seed, dims) in shapes().into_iter().enumerate() {
@@ -88,9 +88,9 @@ fn strides_change_no_bit_in_any_type() {
     strides_change_no_bit::<f16>(VectorUnit::best());
 }
 
-/// The shapes that the benches measure; of those too large for the oracle, rivals/ checks a part before it measures them.
+/// The shapes of the benchmarks. Those that are too large for the oracle are checked in part by rivals/ before they are measured.
 #[test]
-fn what_is_measured_is_right() {
+fn the_benchmarked_shapes_are_right() {
     let small = measured::Shape::all().into_iter().filter(|shape| shape.m * shape.k * shape.n <= 1 << 24);
     for (seed, measured::Shape { m, k, n, r, .. }) in small.enumerate() {
         suite::lora_is_exact_at(&Cpu::<f32>::new().unwrap(), Dims { m, k, n, r }, seed as u64);
@@ -98,7 +98,7 @@ fn what_is_measured_is_right() {
 }
 
 #[test]
-fn a_unit_that_is_not_there_is_refused_by_name() {
+fn an_unavailable_unit_is_refused_by_name() {
     let absent = if cfg!(target_arch = "x86_64") { VectorUnit::Neon } else { VectorUnit::Avx2 };
     let error = Cpu::<f32>::new().unwrap().with_unit(absent).err().unwrap();
     assert_eq!(error.to_string(), format!("cpu is unavailable: this CPU has no {}", absent.name()));
@@ -106,7 +106,7 @@ fn a_unit_that_is_not_there_is_refused_by_name() {
     assert!(Cpu::<f32>::new().unwrap().with_threads(0).is_err());
 }
 
-/// The variable is read in a process of its own: this test again.
+/// The variable is set for a process of its own, which runs this test again.
 #[cfg(unix)]
 #[test]
 fn a_name_that_is_not_unicode_is_refused() {
@@ -124,8 +124,8 @@ fn a_name_that_is_not_unicode_is_refused() {
     assert!(done.status.success() && said.contains("1 passed"), "{said}");
 }
 
-/// Sizes on either side of every cut that the engine makes: rows of a chunk, rows that are not worth packing, columns of a
-/// strip, steps of a block of the depth, and how deep an adapter may be to share the last one; and tall layers of nothing.
+/// Sizes on both sides of every limit of the blocked and skinny regimes: rows of a chunk, rows below which packing does not pay, columns
+/// of a strip, depth of a block, the largest rank that shares the last block of the depth; and empty layers.
 fn sizes_around_every_cut() -> Vec<Dims> {
     let rows = [16, 17, 24, 25, 1007, 1008, 1009, 1023].map(|m| Dims { m, k: 37, n: 21, r: 3 });
     let cols = [255, 256, 257, 513, 2100].map(|n| Dims { m: 30, k: 19, n, r: 17 });
@@ -146,7 +146,7 @@ fn every_cut_of_the_engine_is_exact_on_whole_numbers() {
     }
 }
 
-/// Panels that are kept hold the numbers that would be packed.
+/// Prepacked panels hold the elements that packing during a call would give.
 fn packed_weights_give_the_same_bits<E: Float>(unit: VectorUnit) {
     let cpu = Cpu::<E>::new().unwrap().with_unit(unit).unwrap();
     let deep = [Dims { m: 33, k: 2060, n: 70, r: 16 }, Dims { m: 70, k: 45, n: 1030, r: 130 }];
@@ -171,7 +171,7 @@ fn packed_weights_give_the_same_bits_in_every_type() {
     packed_weights_give_the_same_bits::<f16>(VectorUnit::best());
 }
 
-/// Whatever is kept of a weight is of the weight as it is.
+/// Writing to a weight invalidates its prepacked panels.
 #[test]
 fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
     use lowrank::op::{LoraMerge, Rounding};
@@ -191,9 +191,9 @@ fn a_packed_weight_that_is_written_is_read_as_it_was_written() {
     assert_eq!(results[0], results[1]);
 }
 
-/// A tensor with a side of 0 has no elements, however long the other is: no loop may count along it.
+/// A tensor with a dimension of 0 has no elements, whatever the other is: no loop may run along the other.
 #[test]
-fn beside_a_side_of_zero_the_other_costs_nothing() {
+fn an_empty_dimension_makes_the_other_free() {
     use lowrank::op::{Adam, AdamRate, LinearBackward, LinearForward, WeightGrad};
     let cpu = Cpu::<bf16>::new().unwrap().with_unit(VectorUnit::AmxEmulated).unwrap();
     for long in [1 << 40, isize::MAX as usize / 8] {
@@ -221,7 +221,7 @@ fn beside_a_side_of_zero_the_other_costs_nothing() {
     }
 }
 
-/// With `B = 0` nothing is added, and the rest is summed as the base layer sums it.
+/// With `B = 0` the sums are those of the base layer, in the same order.
 fn a_fresh_adapter_gives_the_bits_of_the_base_layer<E: Float>(cpu: &Cpu<E>) {
     use lowrank::op::{Factor, LinearForward, LoraForward};
     for dims in sizes_around_every_cut() {
@@ -249,7 +249,7 @@ fn a_fresh_adapter_gives_the_bits_of_the_base_layer_in_every_type() {
     a_fresh_adapter_gives_the_bits_of_the_base_layer(&Cpu::<bf16>::new().unwrap().with_unit(VectorUnit::AmxEmulated).unwrap());
 }
 
-/// What a number is, if it is not one to count with.
+/// The kind of a number that is not finite.
 fn kind(number: f64) -> &'static str {
     match number {
         _ if number.is_nan() => "NaN",
@@ -259,8 +259,8 @@ fn kind(number: f64) -> &'static str {
     }
 }
 
-/// One number of one operand is NaN or infinite: every output is what the formula makes of that, on every unit.
-fn what_is_not_finite_goes_where_it_must<E: Float>(cpu: &Cpu<E>) {
+/// One element of one operand is NaN or infinite: every output is as the formula gives it, on every unit.
+fn non_finite_inputs_propagate<E: Float>(cpu: &Cpu<E>) {
     let spoil: [fn(&mut Lora, f64); 5] = [
         |layer, number| layer.x.data[7] = number,
         |layer, number| layer.w.data[7] = number,
@@ -289,12 +289,12 @@ fn what_is_not_finite_goes_where_it_must<E: Float>(cpu: &Cpu<E>) {
 }
 
 #[test]
-fn what_is_not_finite_goes_where_it_must_on_every_unit() {
-    on_every_unit(what_is_not_finite_goes_where_it_must::<f32>);
-    on_every_unit(what_is_not_finite_goes_where_it_must::<bf16>);
+fn non_finite_inputs_propagate_on_every_unit() {
+    on_every_unit(non_finite_inputs_propagate::<f32>);
+    on_every_unit(non_finite_inputs_propagate::<bf16>);
 }
 
-/// All bits of what the verbs put out whose loops are shared by threads.
+/// All output bits of the verbs that use several threads.
 fn bits_of_every_loop<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
     use lowrank::op::{Dropout, LoraMerge, LoraRowNorm, MagnitudeBackward, Rounding};
     let (m, n, scale) = (layer.x.rows, layer.w.rows, 0.5);
@@ -345,7 +345,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
     threads_change_no_bit::<bf16>(VectorUnit::AmxEmulated, few);
 }
 
-/// What relu and a step of Adam, with both kinds of gradient, make of numbers of which some are 0, -0 or nearly 0.
+/// The outputs of ReLU and of a step of Adam, with both kinds of gradient, for elements of which some are 0, -0 or nearly 0.
 fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
     use lowrank::op::{Adam, AdamRate, Relu, WeightGrad};
     let thinned = |mat: &Mat| {
@@ -373,7 +373,7 @@ fn bits_of_one_pass<E: Float>(cpu: &Cpu<E>, layer: &Lora) -> Vec<u32> {
     bits
 }
 
-/// The lanes of every unit are the same sixteen, so sums are made in the same order.
+/// Every unit has sixteen lanes, so all sum in the same order.
 fn fused_units_agree<E: Float>() {
     let fused = VectorUnit::available().into_iter().filter(|unit| {
         use VectorUnit::{Avx2, Avx512, Neon};
@@ -395,7 +395,7 @@ fn units_with_fused_multiply_add_agree_bit_for_bit() {
     fused_units_agree::<bf16>();
 }
 
-/// The tile that tests use where there is no AMX is the one that AMX makes. Only a CPU that has it can tell.
+/// The emulated AMX tile equals the real one. Needs a CPU with AMX.
 #[test]
 fn emulated_tiles_are_those_of_amx_in_bf16() {
     let units = [VectorUnit::Amx, VectorUnit::AmxEmulated].map(|unit| Cpu::<bf16>::new().unwrap().with_unit(unit));
@@ -406,7 +406,7 @@ fn emulated_tiles_are_those_of_amx_in_bf16() {
     }
 }
 
-/// A step of Adam with a dense gradient, and one with a factored one: FNV-1a of all bits they leave.
+/// FNV-1a of all output bits of a step of Adam with a dense gradient, and of one with a factored gradient.
 fn hash_of_two_steps<E: Float>(cpu: &Cpu<E>) -> u64 {
     use lowrank::op::{Adam, AdamRate, WeightGrad};
     let (m, k, n) = (10, 37, 21);
@@ -426,7 +426,7 @@ fn hash_of_two_steps<E: Float>(cpu: &Cpu<E>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// As they were before there were weight decay and masters, on every unit with fused multiply-add.
+/// The bits from before weight decay and masters were added, on every unit with fused multiply-add.
 #[test]
 fn adam_without_decay_and_master_has_the_bits_written_down() {
     fn check<E: Float>(want: u64) {
@@ -440,7 +440,7 @@ fn adam_without_decay_and_master_has_the_bits_written_down() {
     check::<bf16>(0x1901_954b_93c8_56f9);
 }
 
-/// Batches too long to make the gradient on the way go through a product instead.
+/// For long batches Adam computes the gradient as a product first, instead of element by element.
 #[test]
 fn a_long_batch_gives_adam_the_same_gradient() {
     use lowrank::op::{Adam, AdamRate, WeightGrad};

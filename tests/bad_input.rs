@@ -1,4 +1,4 @@
-//! What does not fit is refused in the caller's words, and nothing panics.
+//! Bad input to requests gives a typed error that names the operand, and never a panic.
 
 mod support;
 
@@ -51,7 +51,7 @@ fn a_wrong_shape_is_named_with_the_shape_it_should_have() {
     assert_eq!(message("a", (0, 3)), "lora_forward: `rank` is 0, want at least 1");
 }
 
-/// The same of the verbs of weight decomposition, for a layer of 2 rows, 3 inputs, 4 outputs, rank 1.
+/// Wrong shapes for the verbs of DoRA, for a layer of 2 rows, 3 inputs, 4 outputs, rank 1.
 fn dora_with(wrong: &str, shape: (usize, usize)) -> Result<(), Error> {
     let new = |name: &str, rows, cols| if name == wrong { zeros(shape.0, shape.1) } else { zeros(rows, cols) };
     let (w, a, b, z, dy) = (new("w", 4, 3), new("a", 1, 3), new("b", 4, 1), new("z", 2, 4), new("dy", 2, 4));
@@ -122,9 +122,9 @@ fn an_input_that_is_not_for_the_weight_is_named() {
     }
 }
 
-/// Without a base weight, `b` says how many outputs there are.
+/// Without a base weight, the number of outputs is that of the rows of `b`.
 #[test]
-fn an_update_alone_takes_its_outputs_from_b() {
+fn without_a_weight_b_has_the_number_of_outputs() {
     let (x, a, b, mut h, mut y) = (zeros(2, 3), zeros(1, 3), zeros(4, 1), zeros(2, 1), zeros(2, 5));
     let op = LoraForward {
         x: x.view(),
@@ -209,7 +209,7 @@ fn sizes_that_no_machine_has_are_refused() {
     assert!(zeros(2, 2).copy_from_slice(&cpu(), &[1.0; 5]).is_err());
 }
 
-/// Tensors that fit, but for one at most: of the operands asked for, that of this number has another shape.
+/// Operands that fit, except that the operand of this number has another shape.
 struct Operands {
     cpu: Cpu<f32>,
     wrong: usize,
@@ -223,7 +223,7 @@ impl Operands {
         Tensor::zeros(&self.cpu, shape).unwrap()
     }
 
-    /// The verb of this number.
+    /// Runs the verb of this number.
     fn run(&self, verb: u8, [m, k, n, r]: [usize; 4], scale: f32, with_w: bool) -> Result<(), Error> {
         let (cpu, new) = (&self.cpu, |rows, cols| self.operand(rows, cols));
         let dropout = Dropout::new(scale, 1).ok();
@@ -307,13 +307,13 @@ impl Operands {
     }
 }
 
-/// As many operands as any verb is given above, and more for none that is wrong.
+/// The largest number of operands of a verb above; higher numbers mean that no operand is wrong.
 const OPERANDS: std::ops::Range<usize> = 0..24;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1024))]
 
-    /// An answer or a typed error, never a panic: an answer if all fits and the scalars are what they may be.
+    /// The result or a typed error, never a panic: a result exactly if all shapes fit and the scalars are in range.
     #[test]
     fn no_request_panics(
         dims in [0..40usize, 0..40, 0..40, 0..20],
@@ -329,7 +329,7 @@ proptest! {
     }
 }
 
-/// A part of a wider matrix, whose rows lie apart.
+/// A strided part of a wider matrix.
 fn part(wider: &T) -> MatRef<'_, Cpu<f32>> {
     wider.view().column_range(1..wider.cols() - 1).unwrap()
 }
@@ -339,12 +339,12 @@ fn part_mut(wider: &mut T) -> MatMut<'_, Cpu<f32>> {
     wider.view_mut().column_range(1..cols - 1).unwrap()
 }
 
-/// Verbs that pass over elements, and `f32` results of the low-rank layer, want rows that follow one another, and say whose do not.
+/// Elementwise verbs, and the `f32` outputs of the low-rank layer, need contiguous rows; the error names the operand.
 #[test]
 fn a_stride_that_a_verb_cannot_take_is_refused_by_operand() {
     let (cpu, wide, narrow) = (cpu(), zeros(3, 6), zeros(3, 4));
     let (mut wide_out, mut out, mut loss) = (zeros(3, 6), zeros(3, 4), zeros(1, 1));
-    let apart = "is a view whose rows lie apart, want one whose rows follow one another";
+    let apart = "is a view with space between its rows, want a contiguous view";
     let refused = |verb: &str, name: &str, result: Result<(), Error>| {
         assert_eq!(result.unwrap_err().to_string(), format!("{verb}: `{name}` {apart}"));
     };

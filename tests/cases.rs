@@ -35,7 +35,7 @@ fn run_everywhere(case: &Case) -> Vec<(String, Result<Outputs, String>)> {
     runs
 }
 
-/// The repository, or where a bundle of tests was unpacked and is run.
+/// The root of the repository, or the folder where a bundle of tests was unpacked.
 fn root() -> &'static Path {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
     if repository.is_dir() { repository } else { Path::new(".") }
@@ -56,7 +56,7 @@ fn cases() -> Vec<(PathBuf, Vec<Case>)> {
     folders().into_iter().map(read).map(|(cases, folder)| (folder, cases)).collect()
 }
 
-/// Seen without `--nocapture`: what is not covered must not be silent.
+/// Prints also without `--nocapture`, so that uncovered cases are visible.
 fn say(line: &str) {
     std::io::stderr().write_all(format!("{line}\n").as_bytes()).unwrap();
 }
@@ -108,7 +108,7 @@ fn every_comparison_sees_one_spoiled_value() {
 }
 
 #[test]
-fn what_cannot_be_read_fails() {
+fn unreadable_cases_fail() {
     let ours = root().join("tests/cases");
     let folder = tempfile::tempdir().unwrap();
     assert!(read_all(folder.path()).unwrap_err().contains("no cases"));

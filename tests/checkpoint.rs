@@ -1,5 +1,4 @@
-//! Checkpoints on disk, from the library: what merging writes, what unmerging restores, what is refused, and that a watcher
-//! may break off.
+//! Checkpoints on disk, with the library: merging, unmerging, errors, and interrupting.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -48,7 +47,7 @@ fn write(path: &Path, tensors: &[Stored<'_>]) {
     fs::write(path, serialize(views, Some(metadata)).unwrap()).unwrap();
 }
 
-/// One module `layer` of shape `n×k`, and what else a model may hold.
+/// One module `layer` of shape `n×k`, and other tensors of a model.
 fn model(path: &Path, dtype: DType, [n, k]: [usize; 2], w: &[f32]) {
     let others = [("ids", Dtype::I64, vec![2], vec![7; 16]), ("mask", Dtype::BOOL, vec![3], vec![1, 0, 1])];
     let bias = ("layer.bias", spelled(dtype), vec![n], stored(dtype, &numbers(n, 1.0, 9)));
@@ -121,7 +120,7 @@ fn merging_is_the_sum_rounded_once_and_leaves_the_rest() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever rounding loses, the residue has.
+    /// The residue restores everything that rounding loses.
     #[test]
     fn a_kept_residue_restores_every_bit(
         n in 1usize..70, k in 1usize..70, r in 1usize..5, size in -12i32..6, dtype in 0usize..3, seed in 0u64..1000,
@@ -140,7 +139,7 @@ proptest! {
     }
 }
 
-/// A tensor is read as it was stored, from a file or from shards, and refused by name where it is not there or no float.
+/// A tensor is read exactly, from a file or from shards; a missing one, or one that is not float, is refused by name.
 #[test]
 fn tensors_are_read_by_name() {
     let folder = tempfile::tempdir().unwrap();
@@ -174,7 +173,7 @@ fn tensors_are_read_by_name() {
     assert!(tensor(&[8], f32::INFINITY).to_device(&cpu).is_ok(), "what is not finite stays so");
 }
 
-/// What a damaged file may still be: read as something else, never beyond its end, and either refused or written whole.
+/// A damaged file is either refused or read, never beyond its end, and written completely.
 fn damaged(bytes: &[u8]) {
     let folder = tempfile::tempdir().unwrap();
     let [base, merged, ..] = paths(folder.path());
@@ -199,7 +198,7 @@ fn damaged(bytes: &[u8]) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// Mostly in the header, where a byte decides what all others mean.
+    /// Mostly in the header, where a byte can change the meaning of all others.
     #[test]
     fn flipped_and_missing_bytes_are_refused_or_read_within_the_file(
         flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<bool>()), 0..4),
@@ -229,7 +228,7 @@ proptest! {
 }
 
 #[test]
-fn a_checkpoint_that_was_cut_short_is_said_to_be_with_both_lengths() {
+fn a_truncated_checkpoint_is_reported_with_both_lengths() {
     let folder = tempfile::tempdir().unwrap();
     let [base, ..] = paths(folder.path());
     model(&base, DType::F32, [6, 5], &numbers(30, 1.0, 1));
@@ -263,7 +262,7 @@ fn a_residue_of_something_else_is_refused() {
 }
 
 #[test]
-fn who_watches_may_break_off_and_nothing_is_left() {
+fn interrupting_leaves_no_files() {
     let folder = tempfile::tempdir().unwrap();
     let [base, merged, _, residue] = paths(folder.path());
     model(&base, DType::F32, [64, 64], &numbers(4096, 1.0, 1));
@@ -292,7 +291,7 @@ fn who_watches_may_break_off_and_nothing_is_left() {
     assert_eq!(bytes, base.bytes());
 }
 
-/// Metadata, the order of keys and every byte that is not a merged weight: the header is not written anew.
+/// Metadata, the order of keys and every byte that is not a merged weight are kept.
 #[test]
 fn the_header_stays_as_it_was() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! The program `lowrank`, as a process: each subcommand, PEFT's merged weights, shards, and everything that must be refused
-//! in words that name it, without leaving a part of an output.
+//! The program `lowrank`, as a process: each subcommand, PEFT's merged weights, shards, and errors that name the problem and leave no
+//! partial output.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ impl Desk {
         Command::new(env!("CARGO_BIN_EXE_lowrank")).args(words).current_dir(self.0.path()).output().unwrap()
     }
 
-    /// Runs to the end, and gives what was printed.
+    /// Asserts that the program succeeds, and returns its output.
     #[track_caller]
     fn good(&self, line: &str) -> String {
         let output = self.run(line);
@@ -42,7 +42,7 @@ impl Desk {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Fails with a message that has these words, and leaves nothing that was not there.
+    /// Asserts that the program fails with a message that contains these words, and creates no files.
     #[track_caller]
     fn refused(&self, line: &str, words: &[&str]) {
         let before = self.names();
@@ -54,7 +54,7 @@ impl Desk {
         assert_eq!(self.names(), before, "lowrank {line}");
     }
 
-    /// The base weights and the adapter of a case from PEFT; gives its expected tensors.
+    /// Writes the base weights and the adapter of a case from PEFT, and returns its expected tensors.
     fn case(&self, name: impl AsRef<Path>) -> Vec<u8> {
         let case = tests().join("cases").join(name);
         fs::create_dir(self.path("adapter")).unwrap();
@@ -71,7 +71,7 @@ fn tests() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests")
 }
 
-/// The tensors of a file whose names begin so, without that beginning.
+/// The tensors of a file whose names have this prefix, without it.
 fn part(bytes: &[u8], prefix: &str) -> Vec<u8> {
     let file = SafeTensors::deserialize(bytes).unwrap();
     let tensors = file.iter().filter_map(|(name, view)| Some((name.strip_prefix(prefix)?.to_string(), view)));
@@ -123,9 +123,9 @@ fn unmerging_restores_within_rounding_or_bit_for_bit() {
     assert!(desk.good("unmerge --help").contains("--merged"));
 }
 
-/// Lengths of rows, biases, whole modules: what a merged tensor does not tell, the residue has; without it, that is said.
+/// DoRA, biases and whole modules can be unmerged only with a residue; without it, the error says so.
 #[test]
-fn what_is_more_than_an_update_is_unmerged_with_its_residue() {
+fn dora_biases_and_whole_modules_are_unmerged_with_a_residue() {
     for (name, hidden) in [
         ("peft_dora", Some("`linear1.weight`")),
         ("peft_lora_bias", None),
@@ -160,9 +160,9 @@ fn what_is_more_than_an_update_is_unmerged_with_its_residue() {
     desk.refused("unmerge --base base.safetensors --adapter adapter --out x.safetensors", &["init_lora_weights", "pissa"]);
 }
 
-/// A model that stores its weights `in × out`, as GPT-2 does.
+/// A model that stores its weights as `in × out`, like GPT-2.
 #[test]
-fn weights_stored_the_other_way_round_are_merged_so() {
+fn weights_stored_in_by_out_are_merged() {
     let desk = Desk::new();
     let expected = desk.case("peft_plain");
     let turned = |bytes: &[u8]| {
@@ -188,7 +188,7 @@ fn weights_stored_the_other_way_round_are_merged_so() {
     same(&fs::read(desk.path("merged.safetensors")).unwrap(), &turned(&part(&expected, "merged.")), 1e-5, "turned");
 }
 
-/// The base in two shards, with what lies beside them.
+/// The base in two shards, with other files in the folder.
 fn shard(desk: &Desk, folder: &str) {
     let bytes = fs::read(desk.path("base.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -207,9 +207,9 @@ fn shard(desk: &Desk, folder: &str) {
     fs::write(desk.path(folder).join("pytorch_model.bin"), "not copied").unwrap();
 }
 
-/// The copied config.json says how the weights are stored now, and all else that it said; without `--dtype` it is the same bytes.
+/// The copied config.json has the new element type and is otherwise unchanged; without `--dtype` it is copied byte for byte.
 #[test]
-fn a_copied_config_names_the_type_that_was_asked_for() {
+fn a_copied_config_has_the_new_element_type() {
     let desk = Desk::new();
     desk.case("peft_plain");
     shard(&desk, "base");
@@ -268,7 +268,7 @@ fn shards_are_merged_into_a_folder_of_shards() {
 }
 
 #[test]
-fn an_index_that_lies_is_refused() {
+fn an_inconsistent_index_is_refused() {
     let desk = Desk::new();
     desk.case("peft_plain");
     shard(&desk, "base");
@@ -359,7 +359,7 @@ fn an_adapter_that_does_not_fit_is_refused_with_names_and_shapes() {
 }
 
 #[test]
-fn non_finite_results_are_refused_unless_they_are_asked_for() {
+fn non_finite_results_are_refused_unless_allowed() {
     let desk = Desk::new();
     desk.case("peft_plain");
     let mut bytes = fs::read(desk.path("base.safetensors")).unwrap();
@@ -397,7 +397,7 @@ fn another_element_type_is_rounded_once_and_overflow_is_refused() {
 }
 
 #[test]
-fn what_was_merged_can_be_extracted_compressed_and_combined() {
+fn a_merged_adapter_can_be_extracted_compressed_and_combined() {
     let desk = Desk::new();
     let expected = desk.case("peft_plain");
     desk.good("merge --base base.safetensors --adapter adapter --out tuned.safetensors");
@@ -436,17 +436,17 @@ fn what_was_merged_can_be_extracted_compressed_and_combined() {
     );
 }
 
-/// Every command of the README's section about the program, in its order.
+/// Every command of docs/program.md, in its order.
 #[test]
-fn the_commands_of_the_readme_run() {
+fn the_commands_of_the_programs_page_run() {
     let desk = Desk::new();
     desk.case("peft_plain");
     fs::create_dir(desk.path("model")).unwrap();
     fs::copy(desk.path("base.safetensors"), desk.path("model/model.safetensors")).unwrap();
-    let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    let commands: Vec<&str> = readme.lines().filter_map(|line| line.strip_prefix("lowrank ")).collect();
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/program.md")).unwrap();
+    let commands: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("lowrank ")).collect();
     for verb in ["info", "merge", "unmerge", "extract", "combine", "compress", "convert"] {
-        assert!(commands.iter().any(|line| line.starts_with(verb)), "the README does not show `lowrank {verb}`");
+        assert!(commands.iter().any(|line| line.starts_with(verb)), "docs/program.md does not show `lowrank {verb}`");
     }
     for line in commands {
         desk.good(line.split('#').next().unwrap_or_default());

@@ -1,5 +1,4 @@
-//! Combining, compressing and extracting adapters: against PEFT's own results, against dense arithmetic in f64, and what is
-//! refused.
+//! Combining, compressing and extracting adapters, compared with PEFT's results and with dense arithmetic in f64; and errors.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +13,7 @@ fn stored() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/combined")
 }
 
-/// `scaling·B·A` in f64, as the three loops it is.
+/// `scaling·B·A` in f64, as three plain loops.
 fn delta(Factors { a, b, scaling, .. }: &Factors) -> Vec<f64> {
     let (n, r, k) = (b.rows(), b.cols(), a.cols());
     let term = |i: usize, j: usize, q: usize| f64::from(b.values()[i * r + q]) * f64::from(a.values()[q * k + j]);
@@ -43,7 +42,7 @@ fn adapter(shapes: &[(usize, usize, usize)], seed: u64) -> Folder {
 }
 
 #[test]
-fn every_way_of_combining_gives_what_peft_gives() {
+fn every_combination_type_agrees_with_peft() {
     let bytes = std::fs::read(stored().join("expected.safetensors")).unwrap();
     let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
     let cases: Vec<Value> = serde_json::from_str(&metadata.metadata().as_ref().unwrap()["cases"]).unwrap();
@@ -77,7 +76,7 @@ fn every_way_of_combining_gives_what_peft_gives() {
     assert_eq!(types.len(), CombinationType::ALL.len(), "a way of combining is not covered: {types:?}");
 }
 
-/// `Σ wᵢ·ΔWᵢ` in f64. The factors are rounded once: two roundings to an element's terms.
+/// `Σ wᵢ·ΔWᵢ` in f64. The factors are rounded once, so there are two roundings for each term of an element.
 #[test]
 fn cat_and_svd_of_full_rank_are_the_sum() {
     let shapes = [(9, 7, 2), (4, 12, 3), (1, 5, 1)];
@@ -116,7 +115,7 @@ fn compression_loses_the_tail_and_says_so_in_its_settings() {
 }
 
 #[test]
-fn an_adapter_comes_back_out_of_the_weights_it_was_merged_into() {
+fn extracting_restores_the_merged_adapter() {
     let rng = &mut Rng::new(4);
     let (w, a, b) = (random(12, 10, rng), random(2, 10, rng), random(12, 2, rng));
     let factors = Factors { a, b, scaling: 1.0, dtype: DType::F32 };
@@ -149,7 +148,7 @@ fn refused(adapters: &[(&Folder, f64)], how: Combine, words: &str) {
 }
 
 #[test]
-fn what_cannot_be_combined_is_refused_by_name() {
+fn adapters_that_cannot_be_combined_are_refused_by_name() {
     let (one, two, wide) = (adapter(&[(9, 7, 2)], 5), adapter(&[(9, 7, 3)], 6), adapter(&[(9, 8, 2)], 7));
     let pair = [(&one, 1.0), (&two, 1.0)];
     let how = Combine::new;
@@ -183,9 +182,9 @@ fn what_cannot_be_combined_is_refused_by_name() {
     }
 }
 
-/// One test a kind of content that factors do not tell: it is named, not dropped.
+/// Each kind of content other than factors is refused by name, not dropped.
 #[test]
-fn what_is_more_than_factors_is_refused_by_name() {
+fn adapters_with_more_than_factors_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let good = adapter(&[(3, 2, 1)], 8);
     good.write(folder.path()).unwrap();
@@ -210,7 +209,7 @@ fn what_is_more_than_factors_is_refused_by_name() {
             }
         };
         let combined = combine(&[(&good, 1.0), (&more, 1.0)], &Combine::new(CombinationType::Cat)).unwrap_err();
-        // Biases and whole modules stay as they are beside smaller factors.
+        // Compressing keeps biases and whole modules.
         let compressed = match compress(&more, Keep::Rank(1)) {
             Ok(small) => {
                 assert!(["bias", "modules_to_save"].contains(&key) && small.extras() == more.extras(), "{key}");

@@ -1,5 +1,5 @@
-//! `lowrank convert --to`: adapters of other programs become PEFT folders and back, bit for bit; what a format does not tell is asked
-//! for, and what another cannot hold is refused.
+//! `lowrank convert --to`: adapters of other programs are converted to PEFT folders and back, bit for bit. Missing information must be
+//! given by an option, and content that the new format cannot hold is refused.
 
 mod desk;
 
@@ -25,7 +25,7 @@ fn decoder(desk: &Desk, settings: &Value) {
 }
 
 #[test]
-fn there_and_back_gives_the_same_bits() {
+fn converting_there_and_back_gives_the_same_bits() {
     for (to, path, back) in [
         ("mlx-lm", "there", ""),
         ("kohya --prefix lora_te", "there.safetensors", "--base base"),
@@ -38,7 +38,7 @@ fn there_and_back_gives_the_same_bits() {
             desk.good(&format!("convert peft --to {to} --out {path}"), &["3 modules"]);
             desk.good(&format!("convert {path} --to peft {back} --out out"), &["3 modules"]);
             desk.same("peft", "out");
-            // The same once more: what was written is read as what it was.
+            // Once more, from the converted file.
             desk.good(&format!("convert out --to {to} --out again-{path}"), &[]);
             let file =
                 |path: &str| if path.ends_with("there") { format!("{path}/{}", desk.tensors_of(path)) } else { path.into() };
@@ -49,7 +49,7 @@ fn there_and_back_gives_the_same_bits() {
 }
 
 #[test]
-fn half_precision_magnitudes_and_convolutions_come_back() {
+fn half_precision_magnitudes_and_convolutions_survive_a_round_trip() {
     let desk = Desk::new();
     decoder(&desk, &json!({}));
     desk.good("convert peft --to mlx-lm --dtype bf16 --out mlx", &[]);
@@ -75,7 +75,7 @@ fn half_precision_magnitudes_and_convolutions_come_back() {
     desk.refused("convert peft --to gguf --base llama --out out", &["magnitudes"]);
 }
 
-/// mlx-lm has one rank: modules of a smaller one get zeros, and the update stays.
+/// mlx-lm has one rank for all modules: smaller factors are padded with zeros, which does not change the update.
 #[test]
 fn ranks_are_padded_for_mlx_lm_and_scalings_are_not_mixed() {
     let desk = Desk::new();
@@ -130,14 +130,14 @@ fn rows_of_heads_are_put_in_order() {
     }
 }
 
-/// An mlx-lm folder tells all: it is merged as it is, like its PEFT folder.
+/// An mlx-lm folder is complete in itself: it can be merged directly, with the same result as its PEFT folder.
 #[test]
 fn mlx_lm_is_read_in_its_layout() {
     let desk = Desk::new();
     decoder(&desk, &json!({}));
     let name = |end: &str| format!("{LAYER}.mlp.down_proj.lora_{end}");
     desk.tensors("mlx/adapters.safetensors", &[(&name("a"), &[10, 2]), (&name("b"), &[2, 6])]);
-    desk.refused("convert mlx --to peft --out out", &["does not tell", "--alpha"]);
+    desk.refused("convert mlx --to peft --out out", &["does not contain the scaling", "--alpha"]);
     desk.json(
         "mlx/adapter_config.json",
         &json!({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}, "model": "org/m"}),
@@ -181,7 +181,7 @@ fn kohya_needs_the_model_for_its_names() {
     desk.good("info k.safetensors", &["kohya", "rank 2, alpha 2.75"]);
     desk.good(
         &convert("two.safetensors", "--base unet.safetensors --prefix lora_unet").replace("--out out", "--out chosen"),
-        &["left in", "lora_te"],
+        &["not converted", "lora_te"],
     );
     desk.good(
         &convert("k.safetensors", "--map lora_unet_down_blocks_0_attn1_to_q=x.y").replace("--out out", "--out mapped"),
@@ -223,7 +223,7 @@ fn names_and_scalings_of_the_others() {
             serde_json::from_slice(&fs::read(desk.path(&format!("peft-{path}/adapter_config.json"))).unwrap()).unwrap();
         assert_eq!((&config["lora_alpha"], &config["target_modules"]), (&alpha, &json!([module])), "{path}");
     }
-    desk.refused(&convert("lib", "", "out"), &["does not tell", "--alpha"]);
+    desk.refused(&convert("lib", "", "out"), &["does not contain the scaling", "--alpha"]);
     desk.refused(&convert("candle", "--alpha 7", "out"), &["`lora_llama.0` is a number", "--map lora_llama.0=MODULE"]);
     desk.refused(&convert("fused", "--alpha 7", "out"), &["4×4 and 6×2", "MergedLinear"]);
     desk.refused(&convert("words", "--alpha 7", "out"), &["is an embedding"]);

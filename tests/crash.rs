@@ -1,4 +1,4 @@
-//! What a killed run leaves is gone after the next, and what a living run is writing is not.
+//! Temporary files of a killed process are removed by the next one; those of a running process are kept.
 #![cfg(unix)]
 
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 
 const SIDE: usize = 3072;
 
-/// A model in a file and in a folder, large enough that merging takes a while, and an adapter for it.
+/// Writes a model, as a file and as a folder, large enough that merging takes a while, and an adapter for it.
 fn inputs(dir: &Path) {
     let zeros = vec![0; 4 * SIDE * SIDE];
     let weight = TensorView::new(Dtype::F32, vec![SIDE, SIDE], &zeros).unwrap();
@@ -31,30 +31,30 @@ fn program(dir: &Path, base: &str, out: &str) -> Command {
     command
 }
 
-/// Files and folders that are not complete.
+/// The incomplete files and folders of a folder.
 fn incomplete(dir: &Path) -> Vec<String> {
     let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.starts_with('.')).collect()
 }
 
-/// Whether somebody holds the lock of a file or a folder, as far as the system tells.
+/// True if a process holds the lock of a file or a folder.
 fn is_locked(path: &Path) -> bool {
     let Ok(locks) = fs::read_to_string("/proc/locks") else { return true };
     let inode = fs::metadata(path).map_or(0, |metadata| metadata.ino());
     locks.lines().filter_map(|lock| lock.split_whitespace().nth(5)).any(|id| id.ends_with(&format!(":{inode}")))
 }
 
-/// A run of the program, which ends with the test.
+/// A running process, which is killed at the end of the test.
 struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.kill(); // it may have ended
+        let _ = self.0.kill(); // fails if it has ended already
         let _ = self.0.wait();
     }
 }
 
-/// A run that has begun to write, and is not done.
+/// Starts a process, and waits until it has begun to write.
 fn begun(dir: &Path, base: &str, out: &str) -> Running {
     let child = Running(program(dir, base, out).spawn().unwrap());
     let start = Instant::now();
@@ -66,7 +66,7 @@ fn begun(dir: &Path, base: &str, out: &str) -> Running {
 }
 
 #[test]
-fn what_a_killed_run_left_is_removed_by_the_next() {
+fn files_of_a_killed_run_are_removed_by_the_next() {
     let desk = tempfile::tempdir().unwrap();
     let dir = desk.path();
     inputs(dir);
@@ -85,7 +85,7 @@ fn what_a_killed_run_left_is_removed_by_the_next() {
 }
 
 #[test]
-fn what_a_living_run_writes_stays() {
+fn files_of_a_running_process_are_kept() {
     let desk = tempfile::tempdir().unwrap();
     let dir = desk.path();
     inputs(dir);

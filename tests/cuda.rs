@@ -1,4 +1,4 @@
-//! The CUDA backend: the one suite on the emulated device, and on a GPU where there is one.
+//! The CUDA backend: the suite on the emulated device, and on a GPU if there is one.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -14,14 +14,14 @@ suite!(gpu_f32, if let Some(gpu) = crate::open::<f32>() { gpu } else { return })
 suite!(gpu_f16, if let Some(gpu) = crate::open::<lowrank::f16>() { gpu } else { return });
 suite!(gpu_bf16, if let Some(gpu) = crate::open::<lowrank::bf16>() { gpu } else { return });
 
-/// Whatever this machine has, opening a GPU that does not exist is an error and not a panic.
+/// Opening a GPU that does not exist is an error on every machine, not a panic.
 #[test]
 fn a_missing_gpu_is_a_typed_error_with_the_reason() {
     let Err(error) = Cuda::<f32>::new(1 << 20) else { panic!("a million GPUs") };
     assert!(matches!(&error, Error::Unavailable { backend: "cuda", reason } if !reason.is_empty()), "{error}");
 }
 
-/// Also for who asks the backend itself, past the shapes of tensors.
+/// Also when the backend is called directly, without the checks of tensors.
 #[test]
 fn more_than_can_be_addressed_is_a_typed_error() {
     for len in [usize::MAX, usize::MAX / 4 + 2, isize::MAX as usize / 4 + 1] {

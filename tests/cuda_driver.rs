@@ -1,4 +1,4 @@
-//! What only a GPU can tell of the driver: whose thread frees, whose stream it is, what a graph holds. Not run where there is none.
+//! Tests of the driver that need a GPU: freeing on other threads, streams of the caller, graph capture. Not run without a GPU.
 #![cfg(feature = "cuda")]
 #![allow(unsafe_code, reason = "cudarc's events are turned off: nobody but the caller knows that one stream is all")]
 
@@ -14,7 +14,7 @@ use support::data::{Dims, down, unwritten, up, whole};
 use support::emulator::open;
 use support::oracle::Lora;
 
-/// Memory is freed on any thread, also on one that never called CUDA: the driver would refuse it there, and it would be lost.
+/// Memory can be freed on any thread, also on one without a CUDA context, where the driver alone would fail and leak it.
 #[test]
 fn gpu_memory_is_freed_on_the_thread_that_drops_it() {
     let Some(gpu) = open::<bf16>() else { return };
@@ -27,7 +27,7 @@ fn gpu_memory_is_freed_on_the_thread_that_drops_it() {
     assert_eq!(tensor.to_vec(&gpu).unwrap(), [1.0, 2.0, 3.0].map(bf16::from_f32));
 }
 
-/// What one stream writes another may read too early, and nobody knows when it may be freed.
+/// Operands of another stream are refused: they might be read before they are written, or freed too early.
 #[test]
 fn gpu_operands_of_another_stream_are_refused() {
     let Some(gpu) = open::<bf16>() else { return };
@@ -45,9 +45,9 @@ fn gpu_operands_of_another_stream_are_refused() {
     }
 }
 
-/// Its name means another stream on each thread: so the backend works on one, and memory may be dropped on any.
+/// The per-thread default stream is another one on each thread, so the backend works only on its own; memory may be dropped on any.
 #[test]
-fn gpu_a_stream_that_each_thread_has_its_own_of_belongs_to_one() {
+fn gpu_the_per_thread_stream_is_that_of_one_thread() {
     if open::<bf16>().is_none() {
         return;
     }
@@ -73,9 +73,9 @@ fn gpu_a_stream_that_each_thread_has_its_own_of_belongs_to_one() {
     assert_eq!(x.to_vec(&gpu).unwrap(), [bf16::ONE; 4]);
 }
 
-/// Memory of cudarc's is read and written where it lies, and is there when the loan is over.
+/// Lent memory of cudarc is read and written in place, and stays valid afterwards.
 #[test]
-fn gpu_memory_that_is_lent_is_written_where_it_lies() {
+fn gpu_lent_memory_is_written_in_place() {
     if open::<f32>().is_none() {
         return;
     }
@@ -86,7 +86,7 @@ fn gpu_memory_that_is_lent_is_written_where_it_lies() {
     {
         let (x, mut y) = (x.slice(1..), y.as_view_mut());
         let (x, mut y) = (gpu.lend(&x).unwrap(), gpu.lend_mut(&mut y).unwrap());
-        // 1×3 of what begins at an odd place, to the second row of 2×3
+        // 1×3 from an odd offset to the second row of 2×3
         let row = y.view_mut((2, 3)).unwrap().row_range(1..2).unwrap();
         Add { x: x.view((1, 3)).unwrap(), y: row }.run(&gpu).unwrap();
         assert!(x.view::<f32>((1, 4)).is_err() && y.view_strided_mut::<f32>((2, 3), 1, 3).is_err(), "beyond the memory");
@@ -95,7 +95,7 @@ fn gpu_memory_that_is_lent_is_written_where_it_lies() {
     assert_eq!(stream.clone_dtoh(&x).unwrap(), [0.0, 1.0, 2.0, 3.0]);
 }
 
-/// A slice becomes a tensor's memory and comes back, at the same address.
+/// A tensor adopts a slice and gives it back, at the same address.
 #[test]
 fn gpu_a_slice_is_adopted_and_handed_back() {
     if open::<f32>().is_none() {
@@ -129,7 +129,7 @@ fn gpu_memory_of_another_stream_is_not_borrowed() {
 /// A stream that can be captured: one of its own, in a context whose events cudarc does not track.
 fn capturable() -> Arc<CudaStream> {
     let context = CudaContext::new(0).unwrap();
-    // SAFETY: all that a test does with this context is on this one stream.
+    // SAFETY: the test uses this context only on this one stream.
     unsafe { context.disable_event_tracking() };
     context.new_stream().unwrap()
 }
@@ -137,7 +137,7 @@ fn capturable() -> Arc<CudaStream> {
 const THREAD_LOCAL: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
 const AUTO_FREE: sys::CUgraphInstantiate_flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
 
-/// The graph would read or write the host's memory at each launch. What was captured before the refusal still is.
+/// A captured copy would access the host's memory at each launch, so it is refused; what was captured before stays valid.
 #[test]
 fn gpu_copies_are_refused_while_a_graph_is_captured() {
     if open::<bf16>().is_none() {
@@ -157,7 +157,7 @@ fn gpu_copies_are_refused_while_a_graph_is_captured() {
     assert_eq!(y.to_vec(&gpu).unwrap(), [bf16::from_f32(2.0); 4]);
 }
 
-/// A layer's passes, captured once, on two inputs: with new contents in the same tensor, as a caller of graphs does it.
+/// Both passes of a layer, captured once, run on two inputs: the tensor gets new contents between the launches.
 #[test]
 fn gpu_a_captured_layer_runs_again_on_new_contents() {
     if open::<bf16>().is_none() {

@@ -1,4 +1,4 @@
-//! The kernels for Hopper that ship, on the emulated device: every edge of their tiles, and seeded bugs that must be caught.
+//! The shipped kernels for Hopper on the emulated device: every edge of their tiles, and seeded bugs that must be detected.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -92,7 +92,7 @@ fn base_backward<B: Backend>(backend: &B, layer: &Lora) -> Result<Vec<B::Elem>, 
     Ok(down(backend, &dx))
 }
 
-/// What has wide tiles on a GPU of 132 multiprocessors, in one of the passes.
+/// Shapes that have wide tiles on a GPU with 132 multiprocessors, in one of the passes.
 const LARGE_SHAPES: [Dims; 2] = [Dims { m: 2048, k: 136, n: 4096, r: 16 }, Dims { m: 2048, k: 4096, n: 136, r: 20 }];
 
 fn products_are_exact_on_whole_numbers<B: Backend>(backend: &B, shapes: &[Dims]) {
@@ -126,7 +126,7 @@ fn products_are_exact_on_whole_numbers_bf16() {
     base_products_are_exact_on_whole_numbers(&Emulator::hopper_backend::<bf16>());
 }
 
-/// Also where `h` is beyond what f16 can hold: it goes to the tensor cores as two parts in tf32.
+/// Also if `h` overflows f16, because the tensor cores get it as two parts in tf32.
 fn products_round_within_bounds_and_drop_what_the_mask_says<B: Backend>(backend: &B) {
     for (seed, dims) in [1, 3, 7, 8].map(|shape| (shape, SHAPES[shape])) {
         for (scale, dropout) in [(0.7, Some(Dropout::new(0.3, seed as u64).unwrap())), (3e-5, None)] {
@@ -157,7 +157,7 @@ fn products_round_within_bounds_and_drop_what_the_mask_says_bf16() {
     products_round_within_bounds_and_drop_what_the_mask_says(&Emulator::hopper_backend::<bf16>());
 }
 
-/// The same on a GPU, where there is one: any, but only on Hopper with these kernels.
+/// The same check on a GPU, if there is one; these kernels are used only on Hopper.
 fn gpu_products_are_right<E: Float>() {
     let Some(gpu) = open::<E>() else { return };
     products_are_exact_on_whole_numbers(&gpu, &[&SHAPES[..], &LARGE_SHAPES].concat());
@@ -175,13 +175,13 @@ fn gpu_products_are_right_bf16() {
     gpu_products_are_right::<bf16>();
 }
 
-/// Without W, or where rows are no whole multiples of 16 bytes, other kernels do it.
+/// Without W, or if rows are not multiples of 16 bytes, other kernels are used.
 #[test]
-fn what_these_kernels_cannot_do_goes_to_others() {
+fn unsupported_shapes_use_other_kernels() {
     support::suite::update_alone_is_exact_on_whole_numbers(&Emulator::hopper_backend::<bf16>());
 }
 
-/// The kernel's text in the PTX that ships, and what stands before all kernels.
+/// The text of the kernel in the shipped PTX, and the text before all kernels.
 fn kernel(name: &str) -> [&'static str; 2] {
     let ptx = cuda::hopper_ptx(lowrank::DType::BF16).unwrap();
     let start = ptx.find(&format!(".visible .entry {name}_bf16(")).unwrap();
@@ -189,7 +189,7 @@ fn kernel(name: &str) -> [&'static str; 2] {
     [&ptx[..ptx.find(".visible").unwrap()], &ptx[start..end]]
 }
 
-/// The kernel with its `nth` statement that starts with `opcode` changed, for each there is.
+/// One mutant of the kernel for each statement that starts with `opcode`.
 fn mutants(name: &str, opcode: &str, change: impl Fn(&str) -> String) -> Vec<String> {
     let [head, text] = kernel(name);
     let places: Vec<_> = text.match_indices(opcode).map(|(at, _)| at).collect();
@@ -201,7 +201,7 @@ fn mutants(name: &str, opcode: &str, change: impl Fn(&str) -> String) -> Vec<Str
     places.into_iter().map(mutant).collect()
 }
 
-/// What a kernel is for.
+/// The product that a kernel computes.
 #[derive(Clone, Copy, PartialEq)]
 enum Pass {
     Forward,
@@ -209,10 +209,10 @@ enum Pass {
     Base,
 }
 
-/// What became of a mutant of that kernel: None if nothing was noticed.
+/// The outcome of a mutant of that kernel: `None` if it was not detected.
 fn verdict(ptx: &str, pass: Pass, name: &str) -> Option<String> {
-    // Two tiles one after the other for the only cluster, of one more step and chunk than there are stages and than one. Narrow
-    // tiles are what a single multiprocessor is given; they have two more stages.
+    // Two tiles in sequence for the only cluster, with one step more than there are stages and more than one chunk. A single multiprocessor
+    // gets narrow tiles, which have two more stages.
     let (cols, depth, multiprocessors) = if name.ends_with("_128") { (136, 264, 1) } else { (504, 136, 2) };
     let (k, n) = if pass == Pass::Backward { (cols, depth) } else { (depth, cols) };
     let dims = Dims { m: if multiprocessors == 1 { 100 } else { 130 }, k, n, r: 17 };
@@ -235,18 +235,18 @@ const FORWARD: (Pass, &str) = (Pass::Forward, "lora_forward_y_hopper_256");
 const BACKWARD: (Pass, &str) = (Pass::Backward, "lora_backward_dx_hopper_256");
 const FORWARD_128: (Pass, &str) = (Pass::Forward, "lora_forward_y_hopper_128");
 const BACKWARD_128: (Pass, &str) = (Pass::Backward, "lora_backward_dx_hopper_128");
-/// Those of whose statements mutants are made.
+/// The kernels whose statements are mutated.
 const KERNELS: [(Pass, &str); 4] = [FORWARD, BACKWARD, FORWARD_128, BACKWARD_128];
 
-/// Waits for products. The last of them is noticed only at rank 0: with an update it is for nothing, since its last chunk was waited
-/// for. So mutants of these alone run without an update too.
+/// Waits for products. A missing last one is detected only at rank 0, because with an update the wait for its last chunk is enough. So
+/// only these mutants also run without an update.
 const WAIT_FOR_PRODUCTS: &str = "wgmma.wait_group";
 
-/// Asserts that every mutant of both directions and both widths is noticed, in one of the ways that `reasons` names.
+/// Asserts that every mutant of both passes and both widths is detected, for one of these `reasons`.
 fn assert_caught(opcode: &str, reasons: &[&str], change: impl Fn(&str) -> String) {
     for (pass, name) in KERNELS {
         if opcode.contains("cluster") && !kernel(name)[1].contains(opcode) {
-            continue; // narrow tiles are in no clusters
+            continue; // narrow tiles do not use clusters
         }
         for (nth, mutant) in mutants(name, opcode, &change).iter().enumerate() {
             let also_at_rank_0 = opcode == WAIT_FOR_PRODUCTS && pass == Pass::Forward;
@@ -274,7 +274,7 @@ fn every_arrival_is_needed_and_missed() {
 
 #[test]
 fn every_wait_is_needed_and_missed() {
-    // Waits for nothing; and for the phase before.
+    // No wait at all; and a wait for the previous phase.
     let noticed = ["race", "nothing wrote", "asynchronous copy", "more arrivals", "waits for ever", "wrong result", "was read"];
     assert_caught("mbarrier.try_wait", &noticed, |_| "setp.eq.u32 p, 0, 0;".into());
     assert_caught("mbarrier.try_wait", &noticed, |wait| {
@@ -284,7 +284,7 @@ fn every_wait_is_needed_and_missed() {
 }
 
 #[test]
-fn every_meeting_is_needed_and_missed() {
+fn every_syncwarp_is_needed_and_missed() {
     assert_caught("bar.sync", &["race", "nothing wrote", "was made by", "was not made"], |_| String::new());
     assert_caught("barrier.cluster.arrive", &["waits for ever"], |_| String::new());
     assert_caught("cp.async.bulk.wait_group", &["race", "wrong result", "returns before"], |_| String::new());
@@ -293,7 +293,7 @@ fn every_meeting_is_needed_and_missed() {
     assert_caught(WAIT_FOR_PRODUCTS, &noticed, early);
 }
 
-/// For the launch before: it may still be writing h, or dh.
+/// Waits for the previous launch, which may still be writing h or dh.
 #[test]
 fn every_wait_for_a_launch_is_needed_and_missed() {
     assert_caught("griddepcontrol.wait", &["too early"], |_| String::new());
@@ -307,7 +307,7 @@ fn every_fence_is_needed_and_missed() {
     assert_caught("fence.mbarrier_init", &["no proxy fence"], removed);
 }
 
-/// The constants of descriptors: what stands beside an address.
+/// The constants of descriptors, next to the address.
 fn descriptors(text: &str) -> BTreeSet<u64> {
     let constants =
         text.lines().filter(|line| line.contains("or.b64")).filter_map(|line| line.trim_end_matches(';').rsplit_once(", "));
@@ -322,7 +322,7 @@ fn wrong_layouts_give_wrong_results() {
         let [head, text] = kernel(name);
         for right in descriptors(text) {
             let (leap, stride) = (right >> 16 & 0x3fff, right >> 32 & 0x3fff);
-            // Strides half and double; a leap that is an atom short, where there is one; the other swizzle.
+            // Half and double strides; a leading offset that is one atom too short, if there is one; the other swizzle.
             let strides = [stride / 2, stride * 2].map(|wrong| right ^ (stride ^ wrong) << 32);
             let leap = (leap > 0).then(|| right ^ (leap ^ (leap - 64)) << 16);
             for wrong in strides.into_iter().chain(leap).chain([right ^ 3 << 62]) {

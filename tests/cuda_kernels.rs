@@ -1,4 +1,4 @@
-//! The kernels that ship, on the emulated device: the edges of their tiles, and what a verb asks of the device.
+//! The shipped kernels on the emulated device: the edges of their tiles, and the launches and copies of each verb.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -13,8 +13,7 @@ use support::oracle::Lora;
 use support::passes::{backward, forward};
 use support::suite::lora_is_exact_at;
 
-/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of the stages that are fetched ahead; more rows than
-/// the narrow engine takes.
+/// Both sides of every edge of the 128×128 tile, of its depth of 32 or 16 and of its pipeline stages; more rows than the skinny regime has.
 fn wide_shapes() -> Vec<Dims> {
     let shapes = [(127, 8, 128, 3), (128, 40, 136, 16), (129, 64, 8, 17), (65, 104, 120, 1), (80, 32, 264, 5), (97, 96, 16, 8)];
     shapes.into_iter().map(|(m, k, n, r)| Dims { m, k, n, r }).collect()
@@ -50,7 +49,7 @@ fn wide_products_are_exact_on_whole_numbers<E: Float>() {
     }
 }
 
-/// So which of them a GPU uses changes nothing.
+/// The results do not depend on which of the kernels a GPU uses.
 #[test]
 fn tiles_of_64_and_of_128_give_the_same_bits_in_f32() {
     let (wide, small) = (Emulator::with_one_multiprocessor(DType::F32), Emulator::new(DType::F32));
@@ -62,9 +61,9 @@ fn tiles_of_64_and_of_128_give_the_same_bits_in_f32() {
     }
 }
 
-/// Both sides of every edge of the narrow engine (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for dx
+/// Both sides of every edge of the skinny kernels (16 rows, 32 or 16 columns of y and dx, 16 of h, 256 or 128 of the depth, for dx
 /// 128), of where it ends (64 rows, rank 16), of bands (256 columns, 16 rows, rank 16) and of merging (128 rows, 32 to 256 columns, rank 16).
-fn narrow_shapes() -> Vec<Dims> {
+fn skinny_shapes() -> Vec<Dims> {
     let few_rows = [(1, 8, 1, 1), (15, 256, 31, 16), (16, 264, 32, 15), (17, 248, 33, 17), (64, 40, 32, 16), (65, 40, 33, 16)];
     let back = [(1, 24, 120, 16), (15, 32, 128, 3), (17, 40, 136, 17), (64, 8, 264, 1), (65, 40, 8, 16)];
     let bands = [(17, 257, 255, 17), (33, 255, 257, 16), (16, 256, 256, 33), (2, 520, 65, 8), (3, 8, 0, 2), (0, 8, 3, 2)];
@@ -73,10 +72,10 @@ fn narrow_shapes() -> Vec<Dims> {
     all.into_iter().map(|(m, k, n, r)| Dims { m, k, n, r }).collect()
 }
 
-fn narrow_products_are_exact_on_whole_numbers<E: Float>() {
+fn skinny_products_are_exact_on_whole_numbers<E: Float>() {
     let backend = Emulator::backend::<E>();
     let halves = Dropout::new(0.5, 7).unwrap(); // keeps whole numbers whole
-    for (seed, dims) in narrow_shapes().into_iter().enumerate() {
+    for (seed, dims) in skinny_shapes().into_iter().enumerate() {
         lora_is_exact_at(&backend, dims, seed as u64);
         let layer = Lora { mask: mask(halves, dims.m, dims.k), ..whole(dims, seed as u64) };
         let ((h, y), want) = (forward(&backend, &layer, Some(halves)).unwrap(), layer.run());
@@ -88,27 +87,27 @@ fn narrow_products_are_exact_on_whole_numbers<E: Float>() {
 }
 
 #[test]
-fn narrow_products_are_exact_on_whole_numbers_f32() {
-    narrow_products_are_exact_on_whole_numbers::<f32>();
+fn skinny_products_are_exact_on_whole_numbers_f32() {
+    skinny_products_are_exact_on_whole_numbers::<f32>();
 }
 
 #[test]
-fn narrow_products_are_exact_on_whole_numbers_f16() {
-    narrow_products_are_exact_on_whole_numbers::<f16>();
+fn skinny_products_are_exact_on_whole_numbers_f16() {
+    skinny_products_are_exact_on_whole_numbers::<f16>();
 }
 
 #[test]
-fn narrow_products_are_exact_on_whole_numbers_bf16() {
-    narrow_products_are_exact_on_whole_numbers::<bf16>();
+fn skinny_products_are_exact_on_whole_numbers_bf16() {
+    skinny_products_are_exact_on_whole_numbers::<bf16>();
 }
 
-/// So many rows that a block walks down its band in several steps.
+/// Enough rows that a block needs several steps for its band.
 #[test]
 fn many_rows_are_exact_on_whole_numbers() {
     lora_is_exact_at(&Emulator::backend::<bf16>(), Dims { m: 4300, k: 8, n: 8, r: 2 }, 1);
 }
 
-/// An update of zeros does not change a bit: `y`'s kernel adds it last.
+/// An update of zeros does not change a bit, because the kernel of `y` adds it last.
 #[test]
 fn a_fresh_adapter_gives_the_bits_of_the_base_layer() {
     let backend = Emulator::backend::<bf16>();
@@ -159,7 +158,7 @@ fn wide_products_round_within_bounds_and_drop_what_the_mask_says() {
 }
 
 #[test]
-fn narrow_products_round_within_bounds_and_drop_what_the_mask_says() {
+fn skinny_products_round_within_bounds_and_drop_what_the_mask_says() {
     let shapes = [Dims { m: 3, k: 264, n: 200, r: 16 }, Dims { m: 33, k: 40, n: 264, r: 17 }];
     products_round_within_bounds_and_drop_what_the_mask_says::<f32>(&shapes);
     products_round_within_bounds_and_drop_what_the_mask_says::<bf16>(&shapes);

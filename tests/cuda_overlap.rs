@@ -1,4 +1,4 @@
-//! Launches of a verb that overlap, as they do from Hopper on: kernels wait before they touch what the launch before may be using.
+//! Overlapping launches of a verb (from Hopper on): a kernel must wait before it accesses memory that the previous launch may be using.
 #![cfg(feature = "cuda")]
 
 mod support;
@@ -10,8 +10,8 @@ use support::data::Dims;
 use support::emulator::Emulator;
 use support::mutants::{Pass, Verdict, belated, mutant, verdict};
 
-/// One launch for y and two; few rows and many, ranks of one chunk and of several; by tensor cores and without; a launch for parts
-/// of dB and none.
+/// One and two launches for y; few and many rows; ranks of one and of several chunks; with and without tensor cores; with and without a
+/// launch that sums parts of dB.
 const SHAPES: [Dims; 5] = [
     Dims { m: 5, k: 64, n: 40, r: 9 },
     Dims { m: 17, k: 72, n: 272, r: 17 },
@@ -22,7 +22,7 @@ const SHAPES: [Dims; 5] = [
 
 fn overlapping_launches_are_exact_on_whole_numbers<E: Float>() {
     let backend = Cuda::<E, _>::on(Emulator::younger(E::DTYPE));
-    let halves = Dropout::new(0.5, 7).unwrap(); // keeps whole numbers whole
+    let halves = Dropout::new(0.5, 7).unwrap(); // with one half, whole numbers stay whole
     for dims in SHAPES {
         for (pass, dropout) in [Pass::Forward, Pass::Backward].into_iter().zip([None, Some(halves)]) {
             assert_eq!(verdict(&backend, pass, dims, dropout), Verdict::Survives, "{dims:?}");
@@ -45,17 +45,17 @@ fn overlapping_launches_are_exact_on_whole_numbers_bf16() {
     overlapping_launches_are_exact_on_whole_numbers::<bf16>();
 }
 
-/// A kernel that waits, and a layer that launches it second or later.
+/// A kernel that waits, and a layer in which it is not the first launch.
 const WAITS: [(DType, &str, Pass, Dims); 11] = [
     (DType::F32, "lora_forward_y", Pass::Forward, SHAPES[2]),
-    (DType::F32, "lora_forward_y_narrow", Pass::Forward, SHAPES[0]),
+    (DType::F32, "lora_forward_y_skinny", Pass::Forward, SHAPES[0]),
     (DType::F32, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::BF16, "lora_forward_y_wide", Pass::Forward, SHAPES[3]),
     (DType::F32, "lora_backward_sum", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_da", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_dx", Pass::Backward, SHAPES[2]),
-    (DType::F32, "lora_backward_dx_narrow", Pass::Backward, SHAPES[0]),
-    (DType::BF16, "lora_backward_dx_narrow", Pass::Backward, SHAPES[1]),
+    (DType::F32, "lora_backward_dx_skinny", Pass::Backward, SHAPES[0]),
+    (DType::BF16, "lora_backward_dx_skinny", Pass::Backward, SHAPES[1]),
     (DType::F32, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
     (DType::BF16, "lora_backward_dx_wide", Pass::Backward, SHAPES[3]),
 ];
@@ -77,13 +77,13 @@ fn every_wait_is_needed_and_missed() {
     }
 }
 
-/// Every kernel that others of its verb follow lets them begin, and whatever waits is tested above.
+/// Every kernel that is followed by another of its verb allows it to begin, and every kernel that waits is tested above.
 #[test]
 fn kernels_let_the_next_begin_and_wait_once() {
     for dtype in [DType::F32, DType::BF16] {
         for entry in ptx(dtype).split(".entry ").skip(1) {
             let kernel = entry.split(&format!("_{dtype}(")).next().unwrap();
-            let first = ["lora_forward_h", "lora_forward_h_narrow", "lora_backward_dy"].contains(&kernel);
+            let first = ["lora_forward_h", "lora_forward_h_skinny", "lora_backward_dy"].contains(&kernel);
             let between = ["lora_backward_sum", "lora_backward_da"].contains(&kernel);
             let count = |text| entry.matches(text).count();
             assert_eq!(count("//@ griddepcontrol.launch_dependents;"), usize::from(first || between), "{kernel}");

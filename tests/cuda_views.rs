@@ -12,14 +12,14 @@ use support::emulator::Emulator;
 use support::mutants::replaced;
 use support::oracle::{Lora, Mat};
 
-/// Columns on the left and on the right of an operand in a wider matrix.
+/// Extra columns on the left and on the right of an operand in a wider matrix.
 type Around = [usize; 2];
-/// Rows begin at multiples of 16 bytes, as much as those of the operand alone would.
+/// Rows are aligned to 16 bytes if those of a contiguous operand would be.
 const ALIGNED: Around = [8, 16];
-/// Rows begin at any element.
+/// Rows are not aligned.
 const ASKEW: Around = [3, 2];
 
-/// An operand in a wider matrix, which is NaN around it, and must stay so.
+/// An operand in a wider matrix, which is filled with NaN outside the operand, and must stay so.
 struct Part<B: Backend> {
     wide: Tensor<B>,
     around: Around,
@@ -42,7 +42,7 @@ impl<B: Backend> Part<B> {
         self.wide.view_mut().column_range(self.around[0]..self.around[0] + self.cols).unwrap()
     }
 
-    /// Whether it holds these numbers, and nothing around it was written.
+    /// True if it has these elements, and nothing outside was written.
     fn is(&self, backend: &B, want: &Mat) -> bool {
         let ([left, _], width) = (self.around, self.wide.cols());
         let right = |(e, number): (usize, &B::Elem)| match (e % width).checked_sub(left).filter(|&j| j < self.cols) {
@@ -57,8 +57,8 @@ fn is<T: Float>(got: &[T], want: &Mat) -> bool {
     got.iter().zip(&want.data).all(|(got, want)| *got == T::from_f32(*want as f32))
 }
 
-/// Every verb that takes strided operands, each of them a part of a wider matrix; whether all results are right. With `adds` the big
-/// outputs are added to.
+/// Runs every verb that takes strided operands, with each operand in a wider matrix; true if all results are right. With `adds`, `y` and
+/// `dx` are added to.
 fn verbs_are_right<B: Backend>(backend: &B, dims: Dims, around: Around, adds: bool) -> Result<bool, Error> {
     let (layer, Dims { m, k, n, r }) = (whole(dims, 1), dims);
     let (want, scale) = (layer.run(), layer.scale as f32);
@@ -127,14 +127,14 @@ fn verbs_are_right<B: Backend>(backend: &B, dims: Dims, around: Around, adds: bo
         && merged.is(backend, &layer.merged()))
 }
 
-/// Few rows, of a rank that `y`'s kernel makes `h` of and one that it does not; many rows.
-const NARROW: [Dims; 2] = [Dims { m: 5, k: 64, n: 40, r: 8 }, Dims { m: 18, k: 72, n: 40, r: 24 }];
+/// Few rows with a rank for which the kernel of `y` also computes `h`, and with a larger one; many rows.
+const SKINNY: [Dims; 2] = [Dims { m: 5, k: 64, n: 40, r: 8 }, Dims { m: 18, k: 72, n: 40, r: 24 }];
 const WIDE: Dims = Dims { m: 70, k: 40, n: 72, r: 8 };
 const SMALL: Dims = Dims { m: 19, k: 21, n: 18, r: 3 };
 
 fn strided_operands_are_exact<E: Float>() {
     let small = || Cuda::<E, _>::on(Emulator::with_one_multiprocessor(E::DTYPE));
-    for dims in [NARROW[0], NARROW[1], WIDE, SMALL] {
+    for dims in [SKINNY[0], SKINNY[1], WIDE, SMALL] {
         for (around, adds) in [(ALIGNED, false), (ALIGNED, true), (ASKEW, false), (ASKEW, true), ([0, 8], false)] {
             assert!(verbs_are_right(&small(), dims, around, adds).unwrap(), "{dims:?}, {around:?} around, adds: {adds}");
         }
@@ -164,42 +164,42 @@ fn strided_operands_are_exact_bf16() {
     strided_operands_are_exact::<bf16>();
 }
 
-/// What `verbs_are_right` asks of a device.
+/// The counts of `verbs_are_right` on a device.
 fn asked<E: Float>(emulator: Emulator, dims: Dims, around: Around, adds: bool) -> Asked {
     let backend = Cuda::<E, _>::on(Counting::new(emulator));
     assert!(verbs_are_right(&backend, dims, around, adds).unwrap());
     backend.on_device().asked()
 }
 
-/// Strides cost nothing where rows begin at multiples of 16 bytes: the same kernels as without. Elsewhere those for any shape.
+/// Strided operands with rows aligned to 16 bytes use the same kernels as contiguous ones; others use the kernels for any shape.
 #[test]
 fn aligned_parts_are_taken_by_the_same_kernels_and_others_by_those_for_any_shape() {
     let small: fn() -> Emulator = || Emulator::with_one_multiprocessor(DType::BF16);
     let hopper: fn() -> Emulator = || Emulator::hopper(DType::BF16);
-    for (emulator, dims) in [(small, NARROW[0]), (small, NARROW[1]), (small, WIDE), (hopper, WIDE)] {
+    for (emulator, dims) in [(small, SKINNY[0]), (small, SKINNY[1]), (small, WIDE), (hopper, WIDE)] {
         let kernels = |around, adds| asked::<bf16>(emulator(), dims, around, adds).kernels;
         let alone = kernels([0, 0], false);
         assert!(alone.iter().any(|kernel| kernel.contains("hopper") || kernel.contains("wide")), "{alone:?}");
         assert_eq!(kernels(ALIGNED, false), alone, "{dims:?}");
-        let special = |kernel: &&str| ["hopper", "wide", "narrow"].iter().any(|name| kernel.contains(name));
+        let special = |kernel: &&str| ["hopper", "wide", "skinny"].iter().any(|name| kernel.contains(name));
         let askew = kernels(ASKEW, false);
         assert!(!askew.iter().any(special), "{askew:?}");
-        // Boxes that are stored cannot be added to: another kernel does it.
+        // TMA stores cannot accumulate, so another kernel is used.
         let adds = kernels(ALIGNED, true);
         assert!(!adds.iter().any(|kernel| kernel.contains("hopper")), "{adds:?}");
     }
-    let kernels = asked::<f32>(Emulator::with_one_multiprocessor(DType::F32), NARROW[0], ALIGNED, false).kernels;
-    assert!(kernels.contains(&"lora_forward_h_narrow") && kernels.contains(&"lora_merge_wide"), "{kernels:?}");
+    let kernels = asked::<f32>(Emulator::with_one_multiprocessor(DType::F32), SKINNY[0], ALIGNED, false).kernels;
+    assert!(kernels.contains(&"lora_forward_h_skinny") && kernels.contains(&"lora_merge_wide"), "{kernels:?}");
 }
 
-/// Only what was asked for is allocated or copied: an operand is read, and an output written, where it lies.
+/// Operands are read and outputs written in place: nothing else is allocated or copied.
 #[test]
 fn views_of_memory_that_is_lent_cost_no_copy_and_no_memory() {
     let backend = Cuda::<bf16, _>::on(Counting::new(Emulator::new(DType::BF16)));
     let asked = || backend.on_device().asked();
     let layer = Lora { bias: None, ..whole(Dims { m: 3, k: 64, n: 40, r: 8 }, 3) };
     let host = |mat: &Mat| mat.data.iter().map(|&x| bf16::from_f32(x as f32)).collect::<Vec<_>>();
-    // Memory that somebody else owns; x begins at an odd element, and y is the middle of a wider row.
+    // Memory of another owner; x begins at an odd element, and y is the middle of a wider row.
     let mine = backend.upload(&[vec![bf16::ZERO], host(&layer.x)].concat()).unwrap();
     let mut out = backend.upload(&[bf16::NAN; 3 * 60]).unwrap();
     let w = up(&backend, &layer.w);
@@ -243,7 +243,7 @@ fn copies_stay_on_the_device() {
     }
 }
 
-/// Beside 16-bit weights a factor in f32 is rounded where products take it, into memory of its size; merging takes it as it is.
+/// With 16-bit weights, a factor in f32 is rounded for products, into scratch memory of its size; merging uses it without rounding.
 #[test]
 fn factors_in_f32_are_rounded_for_products_and_merged_as_they_are() {
     let backend = Cuda::<bf16, _>::on(Counting::new(Emulator::new(DType::BF16)));
@@ -265,7 +265,7 @@ fn factors_in_f32_are_rounded_for_products_and_merged_as_they_are() {
         (asked(), down(&backend, &h), down(&backend, &y))
     };
     let (Asked { kernels, copies, scratch, .. }, h, y) = forward(Factor::F32(a.view()), Factor::F32(b.view()));
-    assert_eq!(kernels, ["round_factor", "round_factor", "lora_forward_y_narrow"]);
+    assert_eq!(kernels, ["round_factor", "round_factor", "lora_forward_y_skinny"]);
     assert_eq!((copies, scratch), (0, 2 * (8 * 64 + 40 * 8)));
     let (_, want_h, want_y) = forward((&a16).into(), (&b16).into());
     assert_eq!((h, y), (want_h, want_y), "the bits of factors that were rounded before");
@@ -282,7 +282,7 @@ fn factors_in_f32_are_rounded_for_products_and_merged_as_they_are() {
     support::bounds::assert_within("merged", &down(&backend, &merged), &product, &size, dims.r + 2);
 }
 
-/// The parameters of a kernel that are strides, each with that of the width for which it would be taken by mistake.
+/// The strides among the parameters of a kernel, each with the width that might be used by mistake.
 type Strides = &'static [(u32, u32)];
 const STRIDES: [(&str, Strides); 17] = [
     ("linear_backward_dbias", &[(4, 3)]),
@@ -290,26 +290,26 @@ const STRIDES: [(&str, Strides); 17] = [
     ("linear_backward_dw_wide", &[(6, 4), (7, 5)]),
     ("lora_backward_da", &[(11, 8)]),
     ("lora_backward_dx", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
-    ("lora_backward_dx_narrow", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
+    ("lora_backward_dx_skinny", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
     ("lora_backward_dx_wide", &[(13, 10), (14, 10), (15, 11), (16, 10)]),
     ("lora_backward_dy", &[(11, 9), (12, 8)]),
     ("lora_forward_h", &[(10, 8), (11, 8)]),
-    ("lora_forward_h_narrow", &[(10, 8), (11, 8)]),
+    ("lora_forward_h_skinny", &[(10, 8), (11, 8)]),
     ("lora_forward_y", &[(11, 8), (12, 8), (13, 10), (14, 9)]),
-    ("lora_forward_y_narrow", &[(12, 9), (13, 9), (15, 11), (16, 10)]),
+    ("lora_forward_y_skinny", &[(12, 9), (13, 9), (15, 11), (16, 10)]),
     ("lora_forward_y_wide", &[(11, 8), (12, 8), (13, 10), (14, 9)]),
     ("lora_merge", &[(10, 8), (11, 9), (12, 8)]),
     ("lora_merge_wide", &[(10, 8), (11, 9), (12, 8)]),
     ("lora_row_norm", &[(8, 6), (9, 6), (10, 7)]),
-    // A is read here only where h is made besides, in 16 bits.
-    ("lora_forward_y_narrow", &[(14, 9)]),
+    // A is read here only if h is computed too, in 16 bits.
+    ("lora_forward_y_skinny", &[(14, 9)]),
 ];
 
-/// Whether a mutant of a kernel gives a wrong result, or faults, for one of the shapes that the kernel is for.
+/// True if a mutant of a kernel gives a wrong result, or faults, for one of the shapes of the kernel.
 fn is_noticed<E: Float>(kernel: &str, ptx: &str) -> bool {
     let backend = Cuda::<E, _>::on(Emulator::with_ptx(E::DTYPE, ptx));
     let cases = match kernel {
-        _ if kernel.ends_with("_narrow") => &[(NARROW[0], ALIGNED), (NARROW[1], ALIGNED)][..],
+        _ if kernel.ends_with("_skinny") => &[(SKINNY[0], ALIGNED), (SKINNY[1], ALIGNED)][..],
         _ if kernel.ends_with("_wide") => &[(WIDE, ALIGNED)],
         _ => &[(SMALL, ASKEW)],
     };
@@ -317,7 +317,7 @@ fn is_noticed<E: Float>(kernel: &str, ptx: &str) -> bool {
 }
 
 fn every_stride_is_needed<E: Float>() {
-    for kernel in ["_narrow", "_wide", ""] {
+    for kernel in ["_skinny", "_wide", ""] {
         assert!(!is_noticed::<E>(kernel, lowrank::cuda::ptx(E::DTYPE)), "what ships is right");
     }
     for (kernel, strides) in STRIDES {

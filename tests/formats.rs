@@ -1,5 +1,5 @@
-//! Adapters and models of other programs are called what they are, with what to do with them, by every command that meets them.
-//! Inputs are made here, as small as can be.
+//! Every command recognises adapters and models of other programs, and says what they are and what to do. Inputs are made here, as small
+//! as possible.
 
 mod desk;
 
@@ -12,7 +12,7 @@ use serde_json::json;
 const Q: &str = "model.layers.0.self_attn.q_proj";
 const PLAIN: [Tensor<'static>; 2] = [("model.layers.0.self_attn.q_proj.weight", &[8, 4]), ("model.norm.weight", &[4])];
 
-/// What is in a file that is not safetensors, or not a plain model, and the words for it.
+/// Contents of files that are not safetensors, or not plain models, each with words of the message.
 fn strange_files() -> Vec<(Vec<u8>, [&'static str; 2])> {
     let zip = |name: &str| [b"PK\x03\x04".as_slice(), &[0; 26], name.as_bytes(), &[0; 30]].concat();
     let gguf = |kind: &str| {
@@ -34,7 +34,7 @@ fn strange_files() -> Vec<(Vec<u8>, [&'static str; 2])> {
 }
 
 #[test]
-fn what_is_no_safetensors_file_is_called_what_it_is() {
+fn files_of_other_formats_are_named() {
     for (bytes, words) in strange_files() {
         let desk = Desk::new();
         desk.adapter("good", &[(Q, [8, 4, 2])], &json!({}));
@@ -56,7 +56,7 @@ fn what_is_no_safetensors_file_is_called_what_it_is() {
     }
 }
 
-/// A header of 640 bytes begins like a pickle of protocol 2.
+/// The bytes of a header length of 640 are the start of a pickle of protocol 2.
 #[test]
 fn a_header_of_any_length_is_no_pickle() {
     for length in (576..1600).step_by(8) {
@@ -67,7 +67,7 @@ fn a_header_of_any_length_is_no_pickle() {
 }
 
 #[test]
-fn a_pickle_a_pointer_and_a_sub_folder_in_place_of_an_adapter() {
+fn a_pickle_a_pointer_or_a_sub_folder_instead_of_an_adapter() {
     let desk = Desk::new();
     desk.tensors("base/model.safetensors", &PLAIN);
     desk.adapter("pickled", &[(Q, [8, 4, 2])], &json!({}));
@@ -84,7 +84,7 @@ fn a_pickle_a_pointer_and_a_sub_folder_in_place_of_an_adapter() {
     desk.refused(&merge("base"), &["base: is a model, not an adapter"]);
     desk.refused(&merge("outer/reviewer/adapter_model.safetensors"), &["name its folder"]);
     desk.refused("merge --base old --adapter outer/reviewer --out out", &["old/pytorch_model.bin: is a pickle"]);
-    desk.refused("merge --base outer/reviewer --adapter outer/reviewer --out out", &["is an adapter, where a model is wanted"]);
+    desk.refused("merge --base outer/reviewer --adapter outer/reviewer --out out", &["is an adapter, where a model is needed"]);
     desk.good("info pickled", &["pickle"]);
     desk.good("info outer", &["outer/reviewer"]);
     desk.json("pipe/model_index.json", &json!({}));
@@ -92,10 +92,10 @@ fn a_pickle_a_pointer_and_a_sub_folder_in_place_of_an_adapter() {
     desk.refused("merge --base pipe --adapter outer/reviewer --out out", &["pipe: is a diffusers pipeline", "pipe/unet"]);
     desk.good("info pipe", &["diffusers pipeline", "pipe/unet"]);
     desk.write("base/adapter_model.safetensors", fs::read(desk.path("outer/reviewer/adapter_model.safetensors")).unwrap());
-    desk.good(&merge("outer/reviewer"), &["1 modules merged"]); // the model beside an adapter is the model
+    desk.good(&merge("outer/reviewer"), &["1 modules merged"]); // in a folder with both, the model is read
 }
 
-/// The ends of names, shapes, the element type, and a word that is said.
+/// Ends of names, shapes, the element type, and a word of the message.
 type Model = (&'static [&'static str], &'static [&'static [usize]], Dtype, &'static str);
 
 #[test]
@@ -135,7 +135,7 @@ fn quantised_and_broken_models_are_no_base() {
 }
 
 #[test]
-fn empty_tensors_of_an_adapter_are_zero_threes() {
+fn empty_tensors_of_an_adapter_are_explained() {
     let desk = Desk::new();
     desk.adapter("adapter", &[(Q, [8, 4, 2])], &json!({}));
     let names = ["A", "B"].map(|f| format!("base_model.model.{Q}.lora_{f}.weight"));
@@ -147,7 +147,7 @@ fn empty_tensors_of_an_adapter_are_zero_threes() {
 }
 
 #[test]
-fn combine_names_the_folder_at_fault() {
+fn combine_names_the_folder_of_an_error() {
     let desk = Desk::new();
     desk.adapter("first", &[(Q, [8, 4, 2])], &json!({}));
     desk.adapter("second", &[(Q, [8, 4, 2])], &json!({"bias": "lora_only"}));
@@ -166,9 +166,9 @@ fn an_empty_file_is_called_empty() {
     desk.refused("merge --base empty.safetensors --adapter adapter --out out", &["0 bytes"]);
 }
 
-/// A byte order mark before JSON, as some editors write it, says nothing.
+/// Some editors write a byte order mark before JSON.
 #[test]
-fn a_byte_order_mark_is_passed_over() {
+fn a_byte_order_mark_is_ignored() {
     let desk = Desk::new();
     desk.adapter("adapter", &[(Q, [8, 4, 2])], &json!({}));
     let config = fs::read(desk.path("adapter/adapter_config.json")).unwrap();

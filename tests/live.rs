@@ -1,9 +1,10 @@
-//! Adapters of a live model: by name, several at once, switched, swapped, merged and unmerged.
+//! Managing adapters of a model: named, several at once, activated, swapped, merged and unmerged.
 
 mod support;
 
 use lowrank::nn::{
-    Adaptable, Adapter, Bias, DEFAULT, Init, Kept, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets, Tuned,
+    Adaptable, Adapter, Bias, DEFAULT, Init, LayerAdapter, Linear, LoraConfig, LoraLinear, Merge, Mlp, Scaling, Targets,
+    UnmergeCost,
 };
 use lowrank::op::Rounding;
 use lowrank::random::Rng;
@@ -16,14 +17,14 @@ use support::oracle::Mat;
 
 on_every_backend!(
     the_active_adapters_are_added_up,
-    status_and_counts_say_what_is_there,
+    status_and_counts_are_complete,
     names_are_checked_and_nothing_changes_on_error,
     deleting_the_last_adapter_leaves_the_plain_model,
     biases_and_whole_layers_go_when_the_adapter_goes,
-    a_whole_layer_stands_alone,
-    new_adapters_begin_as_in_peft,
-    rows_go_through_the_adapters_they_name,
-    weights_stored_the_other_way_round_are_turned_once,
+    a_whole_layer_cannot_be_combined,
+    new_adapters_are_initialised_as_in_peft,
+    each_row_uses_its_adapter,
+    weights_stored_in_by_out_are_transposed_once,
     every_bit_comes_back,
 );
 
@@ -35,7 +36,7 @@ fn all(config: &LoraConfig) -> [Option<LoraConfig>; 3] {
     [Some(config.clone()), Some(config.clone()), Some(config.clone())]
 }
 
-/// Three adapters on one net: on all layers, on two, and on one with DoRA.
+/// Three adapters on one network: on all layers, on two, and on one with DoRA.
 fn several<B: Backend>(backend: &B) -> Mlp<B> {
     let mut model = net(backend);
     let dora = LoraConfig { use_dora: true, ..config(4, 6.0) };
@@ -55,7 +56,7 @@ fn mat<B: Backend>(backend: &B, tensor: &Tensor<B>) -> Mat {
     Mat::from_vec(tensor.rows(), tensor.cols(), data)
 }
 
-/// What the model computes with these adapters active, as the formulas read, in f64.
+/// The outputs of the model with these adapters active, by the formulas, in f64.
 fn oracle<B: Backend>(backend: &B, model: &Mlp<B>, active: &[&str]) -> Mat {
     let mut x = mat(backend, &batch(backend));
     for (i, (_, layer)) in model.layers().enumerate() {
@@ -101,7 +102,7 @@ fn the_active_adapters_are_added_up<B: Backend<Elem = f32>>(backend: &B) {
     assert_eq!(outputs(backend, &model), outputs(backend, &net(backend)), "off is the base model, bit for bit");
 }
 
-fn status_and_counts_say_what_is_there<B: Backend<Elem = f32>>(backend: &B) {
+fn status_and_counts_are_complete<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = several(backend);
     let before = model.parameter_report();
     let a = 3 * (13 + 11) + 3 * (11 + 9) + 3 * (9 + 7);
@@ -141,7 +142,7 @@ fn names_are_checked_and_nothing_changes_on_error<B: Backend<Elem = f32>>(backen
         model.add_adapter(backend, name, Targets::Names(&["linear1"]), &bias, &mut Rng::new(1)).unwrap();
     }
     let two = model.set_active(&["d", "e"]).unwrap_err().to_string();
-    assert!(two.contains("several with a bias of their own"), "{two}");
+    assert!(two.contains("several that replace the bias"), "{two}");
     assert_eq!(model.active_adapters(), ["a"]);
     assert_eq!(outputs(backend, &model), before);
 
@@ -191,8 +192,8 @@ fn biases_and_whole_layers_go_when_the_adapter_goes<B: Backend<Elem = f32>>(back
     );
     let kinds: Vec<bool> = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).is_some()).collect();
     assert_eq!(kinds, [true, false, false]);
-    assert!(matches!(model.layer("linear2").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Bias(_))));
-    assert!(matches!(model.layer("linear3").unwrap().lora().unwrap().part(DEFAULT), Some(Tuned::Whole(_))));
+    assert!(matches!(model.layer("linear2").unwrap().lora().unwrap().part(DEFAULT), Some(LayerAdapter::Bias(_))));
+    assert!(matches!(model.layer("linear3").unwrap().lora().unwrap().part(DEFAULT), Some(LayerAdapter::Whole(_))));
     assert_eq!(model.parameter_report().trainable, 2 * (13 + 11) + 11 + 9 + 7 * 9 + 7);
     for param in model.params_mut().filter(|param| param.trainable) {
         let shifted: Vec<f32> = param.tensor().to_vec(backend).unwrap().into_iter().map(|x| x + 0.25).collect();
@@ -211,16 +212,16 @@ fn biases_and_whole_layers_go_when_the_adapter_goes<B: Backend<Elem = f32>>(back
     ));
 }
 
-fn a_whole_layer_stands_alone<B: Backend<Elem = f32>>(backend: &B) {
+fn a_whole_layer_cannot_be_combined<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = net(backend);
     model.insert_adapter("update", trained(backend, all(&config(2, 3.0)), 51)).unwrap();
     let whole = LoraConfig { modules_to_save: vec!["linear3".into()], ..config(2, 3.0) };
     model.insert_adapter("whole", trained(backend, all(&whole), 52)).unwrap();
     let bits = base_bits(backend, &model);
     let both = model.set_active(&["update", "whole"]).unwrap_err().to_string();
-    assert!(both.contains("takes the layer's place"), "{both}");
+    assert!(both.contains("replaces the layer"), "{both}");
     let both = model.merge_as(backend, &["update", "whole"], Merge::default()).unwrap_err().to_string();
-    assert!(both.contains("takes the layer's place") && both.contains("linear3"), "{both}");
+    assert!(both.contains("replaces the layer") && both.contains("linear3"), "{both}");
     assert_eq!(base_bits(backend, &model), bits);
     model.set_active(&["whole"]).unwrap();
     let want = outputs(backend, &model).iter().map(|&y| y.into()).collect();
@@ -229,7 +230,7 @@ fn a_whole_layer_stands_alone<B: Backend<Elem = f32>>(backend: &B) {
     assert_near("merged, though not active", &outputs(backend, &model), &Mat::from_vec(5, 7, want));
 }
 
-fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
+fn new_adapters_are_initialised_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
     let begin = |init, rank| {
         let mut model = net(backend);
         let config = LoraConfig { init, ..config(rank, 4.0) };
@@ -245,7 +246,7 @@ fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
     let update = (&b * &a).data.into_iter().fold(0.0, |most: f64, x| most.max(x.abs()));
     assert!(size > 1e-3 && update <= 8.0 * f64::from(f32::EPSILON) * size, "B·A = {update}, of {size}");
     let odd = begin(Init::Orthogonal, 3).unwrap_err();
-    assert_eq!(odd.to_string(), "lora: `rank` is 3, want even, to begin orthogonal");
+    assert_eq!(odd.to_string(), "lora: `rank` is 3, want even, for orthogonal factors");
     assert!(begin(Init::Gaussian { std: f32::NAN }, 3).is_err());
     for init in [Init::KaimingUniform, Init::NonZero, Init::Orthogonal] {
         let error = begin(init, 1 << 50).unwrap_err();
@@ -260,7 +261,7 @@ fn new_adapters_begin_as_in_peft<B: Backend<Elem = f32>>(backend: &B) {
     assert!(model.add_adapters(backend, Targets::All, &both, &mut Rng::new(3)).is_err());
 }
 
-fn rows_go_through_the_adapters_they_name<B: Backend<Elem = f32>>(backend: &B) {
+fn each_row_uses_its_adapter<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = several(backend);
     let names = [Some("c"), None, Some("a"), Some("c"), Some("b")];
     let mixed = model.predict_mixed(backend, &batch(backend), &names).unwrap();
@@ -275,7 +276,7 @@ fn rows_go_through_the_adapters_they_name<B: Backend<Elem = f32>>(backend: &B) {
     assert!(model.predict_mixed(backend, &batch(backend), &names).is_err());
 }
 
-/// Weights and updates that do not fit the element type: refused if safe, else put back to the bit all the same.
+/// Weights and updates that overflow the element type: refused with `safe`; without it, unmerging is still exact.
 #[test]
 fn a_merge_that_is_not_finite_is_refused_by_layer_and_adapter() {
     let cpu = cpu::<f16>();
@@ -296,7 +297,7 @@ fn a_merge_that_is_not_finite_is_refused_by_layer_and_adapter() {
     assert!(model.merge_adapters(&cpu).is_err(), "off and merged contradict each other");
 }
 
-/// What is merged and unmerged, in which order, with which rounding.
+/// A step of a random sequence: merging with some rounding, or unmerging.
 #[derive(Clone, Debug)]
 enum Step {
     Merge(Vec<usize>, Merge),
@@ -311,7 +312,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![3 => (names, how).prop_map(|(names, how)| Step::Merge(names, how)), 2 => (0..3usize).prop_map(Step::Unmerge), 1 => Just(Step::UnmergeAll)]
 }
 
-/// Adapters of every kind, with these settings and factors `10^magnitude` times as large.
+/// Adapters of every kind with these settings, whose factors are scaled by `10^magnitude`.
 fn every_kind<B: Backend>(backend: &B, seed: u64, magnitude: f64) -> Mlp<B> {
     let mut model = net(backend);
     let alpha = (7.0 * 10f64.powf(magnitude)) as f32;
@@ -352,15 +353,15 @@ fn comes_back<B: Backend>(backend: &B, seed: u64, magnitude: f64, steps: &[Step]
     }
     model.unmerge_adapters(backend).unwrap();
     assert_eq!(base_bits(backend, &model), bits);
-    assert_eq!(model.kept(), Kept::default());
+    assert_eq!(model.kept(), UnmergeCost::default());
 }
 
-/// A few of the orders that the properties below try at random on the CPU.
+/// A few fixed orders; the properties below try random ones on the CPU.
 fn every_bit_comes_back<B: Backend<Elem = f32>>(backend: &B) {
-    let (nearest, by_chance) = (Merge::default(), Merge { rounding: Rounding::Stochastic { seed: 7 }, ..Merge::default() });
+    let (nearest, stochastic) = (Merge::default(), Merge { rounding: Rounding::Stochastic { seed: 7 }, ..Merge::default() });
     let merge = |which: &[usize], how| Step::Merge(which.to_vec(), how);
     for (seed, magnitude) in [(1, -3.0), (2, 0.0), (3, 2.5)] {
-        comes_back(backend, seed, magnitude, &[merge(&[0, 1, 2], nearest), Step::Unmerge(1), merge(&[1], by_chance)]);
+        comes_back(backend, seed, magnitude, &[merge(&[0, 1, 2], nearest), Step::Unmerge(1), merge(&[1], stochastic)]);
         comes_back(backend, seed, magnitude, &[merge(&[2], nearest), merge(&[0], nearest), Step::Unmerge(2), Step::UnmergeAll]);
     }
 }
@@ -380,7 +381,7 @@ proptest! {
         }
     }
 
-    /// For every setting that changes what is merged, at a scaling that is not 1.
+    /// For every setting that affects merging, with a scaling other than 1.
     #[test]
     fn merged_equals_unmerged(
         seed in any::<u64>(),
@@ -411,9 +412,9 @@ proptest! {
     }
 }
 
-/// After any cycles the weights with some adapters merged are those of a model where only they ever were.
+/// After any sequence of merges and unmerges, the weights are those of a model into which only the remaining adapters were merged.
 #[test]
-fn unmerging_below_the_top_leaves_the_others_as_if_alone() {
+fn unmerging_one_of_several_leaves_the_others_as_if_merged_without_it() {
     let cpu = cpu::<bf16>();
     let (mut model, mut alone) = (every_kind(&cpu, 5, 0.0), every_kind(&cpu, 5, 0.0));
     let bits = base_bits(&cpu, &model);
@@ -444,7 +445,7 @@ fn what_exact_unmerging_costs() {
     }
 }
 
-/// The fraction of weights kept, and bytes for each weight there is: 512×512, normal with deviation 0.02, rank 16.
+/// The fraction of weights in the residue, and its bytes per weight: 512×512, normally distributed with deviation 0.02, rank 16.
 fn cost<E: Float>(ratio: f64) -> (f64, f64) {
     let (cpu, mut rng) = (Cpu::<E>::new().unwrap(), Rng::new(9));
     let numbers = |rows, cols, std, rng: &mut Rng| Init::Gaussian { std }.tensor(&cpu, (rows, cols), rng).unwrap();
@@ -460,7 +461,7 @@ fn cost<E: Float>(ratio: f64) -> (f64, f64) {
     (kept.weights as f64 / all, kept.bytes as f64 / all)
 }
 
-fn weights_stored_the_other_way_round_are_turned_once<B: Backend<Elem = f32>>(backend: &B) {
+fn weights_stored_in_by_out_are_transposed_once<B: Backend<Elem = f32>>(backend: &B) {
     let weight = Tensor::from_slice(backend, (2, 3), &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
     let linear = Linear::from_fan_in_fan_out(backend, &weight, None).unwrap();
     assert_eq!(linear.weight().tensor().to_vec(backend).unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);

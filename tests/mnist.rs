@@ -1,12 +1,17 @@
-//! The readers of MNIST's files: what they accept, what they refuse, and that nothing makes them panic or fill the memory.
+//! The MNIST readers of `examples/mnist_lora`: what they accept, what they refuse, and that no input makes them panic or fill the memory.
+
+#![allow(dead_code, unreachable_pub, reason = "the readers of an example, of which this uses a part")]
+
+#[path = "../examples/mnist_lora/mnist/mod.rs"]
+mod mnist;
 
 use std::io::Write;
 use std::path::Path;
 
 use flate2::{Compression, write::GzEncoder};
-use lowrank::mnist::{DIGITS, FILES, Idx, Images, Labels, MEAN, Mnist, STD, Split, shuffled_batches};
 use lowrank::random::Rng;
 use lowrank::{Cpu, Error};
+use mnist::{DIGITS, FILES, Idx, Images, Labels, MEAN, Mnist, STD, Split, shuffled_batches};
 use proptest::prelude::*;
 
 /// An IDX file of bytes.
@@ -29,7 +34,7 @@ fn labels(file: &[u8]) -> Result<Labels, String> {
     Labels::from_idx(Path::new("labels"), file).map_err(|error| error.to_string())
 }
 
-/// A folder with two images of 1×3 to train on and one to test with.
+/// A folder with two training images of 1×3 and one test image.
 fn folder(change: impl Fn(&str, Vec<u8>) -> Option<(String, Vec<u8>)>) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let contents = [idx(&[2, 1, 3], &[0, 1, 2, 3, 4, 255]), idx(&[2], &[9, 0]), idx(&[1, 1, 3], &[7, 8, 9]), idx(&[1], &[5])];
@@ -45,7 +50,7 @@ fn folder(change: impl Fn(&str, Vec<u8>) -> Option<(String, Vec<u8>)>) -> tempfi
 fn a_folder_loads_plain_and_gzipped() {
     let plain = Mnist::load(folder(|name, content| Some((name.into(), content)))).unwrap();
     let zipped = Mnist::load(folder(|name, content| Some((format!("{name}.gz"), gzip(&content))))).unwrap();
-    // Told by the content, not by the name.
+    // Gzip is detected by the content, not by the name.
     let misnamed = Mnist::load(folder(|name, content| Some((name.into(), gzip(&content))))).unwrap();
     assert!(plain == zipped && plain == misnamed);
     assert_eq!((plain.train.len(), plain.test.len()), (2, 1));
@@ -54,7 +59,7 @@ fn a_folder_loads_plain_and_gzipped() {
 }
 
 #[test]
-fn what_is_wrong_with_a_file_is_said_in_words() {
+fn damaged_files_are_refused_with_a_reason() {
     let good = idx(&[2, 1, 3], &[1; 6]);
     let long = [&good[..], &[0]].concat();
     let bomb = gzip(&idx(&[1, 1, 1], &vec![0; 50_000_000]));
@@ -64,11 +69,11 @@ fn what_is_wrong_with_a_file_is_said_in_words() {
         (&good[..15], "images: is truncated"),
         (&good[..21], "images: is truncated: holds 5 of the 6 bytes that it claims"),
         (&gzip(&good)[..30], "images: is truncated"),
-        (&long, "images: goes on after the 6 bytes that it claims to hold"),
-        (&gzip(&long), "images: goes on after the 6 bytes that it claims to hold"),
-        (&bomb, "images: goes on after the 1 bytes that it claims to hold"),
-        (&[&gzip(&good)[..], &[0]].concat(), "images: goes on after the 6 bytes that it claims to hold"),
-        (&idx(&[2], &[1, 2]), "images: begins with 00000801, an IDX file of bytes in 3 dimensions with 00000803"),
+        (&long, "images: has more data than the 6 bytes that its header claims"),
+        (&gzip(&long), "images: has more data than the 6 bytes that its header claims"),
+        (&bomb, "images: has more data than the 1 bytes that its header claims"),
+        (&[&gzip(&good)[..], &[0]].concat(), "images: has more data than the 6 bytes that its header claims"),
+        (&idx(&[2], &[1, 2]), "images: begins with 00000801, want 00000803 for an IDX file of bytes in 3 dimensions"),
         (&idx(&[0, 28, 28], &[]), "images: claims to hold [0, 28, 28] bytes, want 1 to 1073741824"),
         (&idx(&[u32::MAX; 3], &[]), "images: claims to hold [4294967295, 4294967295, 4294967295] bytes, want 1 to 1073741824"),
         (&idx(&[1 << 20, 1 << 10, 1], &[]), "images: is truncated: holds 0 of the 1073741824 bytes that it claims"),
@@ -89,13 +94,13 @@ fn files_that_do_not_belong_together_are_refused() {
         other => panic!("{other}"),
     };
     let missing = folder(|name, content| (name != FILES[3]).then(|| (name.into(), content)));
-    assert_eq!(refused(missing), (FILES[3].into(), "is not there, nor with .gz behind its name".into()));
+    assert_eq!(refused(missing), (FILES[3].into(), "does not exist, nor does it with .gz at the end".into()));
     let swap = |at: usize, other: Vec<u8>| {
         folder(move |name, content| Some((name.into(), if name == FILES[at] { other.clone() } else { content })))
     };
-    let count = "`labels` is 3 for 2 images, want one an image";
+    let count = "`labels` is 3 for 2 images, want one for each image";
     assert_eq!(refused(swap(1, idx(&[3], &[1, 2, 3]))), (FILES[1].into(), count.into()));
-    let size = "holds images of 3×1, those to train on are 1×3";
+    let size = "holds images of 3×1, but the training images are 1×3";
     assert_eq!(refused(swap(2, idx(&[1, 3, 1], &[1, 2, 3]))), (FILES[2].into(), size.into()));
     assert!(matches!(Mnist::load("no such folder"), Err(Error::File { .. })));
 }
@@ -140,7 +145,7 @@ fn generated_digits_are_the_same_for_a_seed_and_differ_within_it() {
 }
 
 #[test]
-fn a_split_can_be_cut_short_and_never_lies_about_its_length() {
+fn a_truncated_split_has_consistent_lengths() {
     let mut split = Mnist::generate(0, 20, 1).train;
     split.truncate(usize::MAX);
     assert_eq!(split.len(), 20);

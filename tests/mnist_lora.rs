@@ -1,16 +1,19 @@
-//! The main job in small: a net that learns drawn digits, adapters that learn the worst of them, and a base that stays.
+//! The experiment of `examples/mnist_lora` on generated digits and a small network: the adapters improve the worst digit, and the base
+//! does not change.
 
 #![allow(dead_code, reason = "the example uses all of its modules")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
 #[path = "../examples/mnist_lora/experiment.rs"]
 mod experiment;
+#[path = "../examples/mnist_lora/mnist/mod.rs"]
+mod mnist;
 #[path = "../examples/mnist_lora/whole.rs"]
 mod whole;
 
 use experiment::{Outcome, Progress, Settings, difference, same_bits};
-use lowrank::mnist::Mnist;
 use lowrank::{Backend, Cpu, Error, Result, bf16};
+use mnist::Mnist;
 
 fn settings() -> Settings {
     let (seed, hidden, epochs, batch, lr) = (5, vec![24, 16], 1, 10, 3e-3);
@@ -26,7 +29,7 @@ fn run_small<B: Backend>(backend: &B) -> Outcome {
     run(backend, &settings(), &mut |_| {}).unwrap()
 }
 
-/// What must hold on every backend and element type.
+/// Asserts what must hold on every backend and element type.
 fn assert_story(outcome: &Outcome) {
     let Outcome { base, digit, on, off, reloaded, merged_difference, merged_tolerance, .. } = outcome;
     assert!(base.accuracy > 0.7, "the base learns: {}", base.accuracy);
@@ -41,7 +44,7 @@ fn assert_story(outcome: &Outcome) {
 }
 
 #[test]
-fn adapters_fix_the_worst_digit_and_leave_the_base_alone() {
+fn adapters_improve_the_worst_digit_and_keep_the_base() {
     let outcome = run_small(&Cpu::<f32>::new().unwrap());
     assert_story(&outcome);
     assert_eq!(outcome.params.original, 784 * 24 + 24 + 24 * 16 + 16 + 16 * 10 + 10);
@@ -52,12 +55,12 @@ fn adapters_fix_the_worst_digit_and_leave_the_base_alone() {
 }
 
 #[test]
-fn sixteen_bit_weights_tell_the_same_story() {
+fn sixteen_bit_weights_give_the_same_results() {
     assert_story(&run_small(&Cpu::<bf16>::new().unwrap()));
 }
 
-/// Means of 15 steps each. Another vector unit adds in another order, and Adam's division makes more of the difference.
-/// (AVX-512, AVX2 and scalar: 3e-7.) The rest is room for another machine's sines, which may move a shade of a drawn digit.
+/// Means of 15 steps each. Vector units without fused multiply-add round differently, and Adam's division amplifies the difference (AVX-512,
+/// AVX2 and scalar: 3e-7). The rest allows for another machine's sine function, which may change a shade of a generated digit.
 const LOSSES: [f32; 10] =
     [2.2224567, 2.1247501, 1.7909131, 1.4994864, 1.3620938, 1.0860733, 0.93678796, 0.9137313, 1.0302033, 0.8388789];
 const LOSSES_WITHIN: f32 = 1e-4;
@@ -101,7 +104,7 @@ fn settings_that_make_no_sense_are_refused() {
     assert_eq!(refused(Settings { lr: 1e30, ..settings() }), "loss");
 }
 
-/// Within rounding: the low-rank term lengthens the sums of the blocked engine, which then cuts them elsewhere.
+/// Within rounding: the low-rank term lengthens the sums of the blocked regime, which cuts them at other places then.
 #[test]
 fn an_adapter_that_was_not_tuned_changes_nothing() {
     let settings = Settings { epochs: 0, batches: 0, ..settings() };

@@ -1,11 +1,11 @@
-//! The oracle's derivatives against finite differences of the oracle: doubt about the formulas themselves.
+//! Checks the oracle itself: its derivatives against finite differences.
 
 mod support;
 
 use support::data::{Dims, random};
 use support::oracle::{Decomposed, Lora, Mat, cross_entropy};
 
-/// Half the width of the difference; with f64 it leaves about ten digits.
+/// Half the width of the difference; in f64 about ten digits remain.
 const STEP: f64 = 1e-5;
 
 /// `∂f/∂mat[e]` by a central difference.
@@ -57,7 +57,7 @@ fn the_gradients_of_a_decomposed_layer_are_those_of_its_formula() {
     assert_gradient("dbias", layer.bias.as_ref().unwrap(), &dbias, |bias| loss(&moved(bias)));
 }
 
-/// The norm in expanded form, as a formula for doubters: `‖W‖² + 2s·B·(A·Wᵀ) + s²·B·(A·Aᵀ)·Bᵀ`.
+/// The norm in expanded form: `‖W‖² + 2s·B·(A·Wᵀ) + s²·B·(A·Aᵀ)·Bᵀ`.
 #[test]
 fn the_row_norm_is_that_of_its_expansion() {
     let Lora { w, a, b, scale, .. } = &random::<f32>(Dims { m: 1, k: 7, n: 4, r: 3 }, -0.7, 5);
@@ -77,7 +77,7 @@ fn the_gradient_of_cross_entropy_is_that_of_its_formula() {
     assert_gradient("dlogits", &logits, &cross_entropy(&logits, &labels).1, |logits| cross_entropy(logits, &labels).0);
 }
 
-/// Merged into the weight, the adapter does what it did beside it.
+/// A merged adapter gives the same outputs as one that is not merged.
 #[test]
 fn merging_is_the_same_function() {
     let layer = random::<f32>(Dims { m: 3, k: 5, n: 4, r: 2 }, -0.7, 3);

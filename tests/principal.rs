@@ -1,11 +1,11 @@
-//! Adapters that begin with a part of the weights: the model computes what it did, and every bit comes back.
+//! Adapters that are initialised with a part of the weights: outputs do not change, and unmerging restores every bit.
 
 mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, begin_with, combine};
+use lowrank::adapter::{self, CombinationType, Combine, Folder, Principal, combine, init_from_weight};
 use lowrank::nn::{Adaptable, DEFAULT, LoraConfig, Mlp, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, bf16, f16};
@@ -15,8 +15,8 @@ use support::cases::{self, Case, Mats, TOLERANCE, Task};
 use support::oracle::Mat;
 
 on_every_backend!(
-    the_model_computes_what_it_did_and_the_weights_come_back,
-    what_was_learned_is_saved_as_a_plain_adapter,
+    outputs_do_not_change_and_the_weights_are_restored,
+    a_trained_adapter_is_saved_as_a_plain_one,
     the_folders_of_peft_give_its_outputs,
 );
 
@@ -28,11 +28,11 @@ fn near(got: &[f32], want: &[f32]) -> bool {
 fn begun<B: Backend>(backend: &B, part: Principal) -> Mlp<B> {
     let mut model = net(backend);
     model.add_adapters(backend, Targets::All, &LoraConfig::new(3, 4.5), &mut Rng::new(1)).unwrap();
-    begin_with(backend, &mut model, DEFAULT, "start", part).unwrap();
+    init_from_weight(backend, &mut model, DEFAULT, "start", part).unwrap();
     model
 }
 
-fn the_model_computes_what_it_did_and_the_weights_come_back<B: Backend<Elem = f32>>(backend: &B) {
+fn outputs_do_not_change_and_the_weights_are_restored<B: Backend<Elem = f32>>(backend: &B) {
     let (base, bits) = (outputs(backend, &net(backend)), base_bits(backend, &net(backend)));
     for part in [Principal::Pissa, Principal::Olora] {
         let mut model = begun(backend, part);
@@ -48,8 +48,8 @@ fn the_model_computes_what_it_did_and_the_weights_come_back<B: Backend<Elem = f3
     }
 }
 
-/// Trained, as far as numbers tell; saved as a plain adapter of twice the rank, which a model with its weights as they were loads.
-fn what_was_learned_is_saved_as_a_plain_adapter<B: Backend<Elem = f32>>(backend: &B) {
+/// An adapter with changed factors is saved as a plain adapter of twice the rank, which a model with the original weights loads.
+fn a_trained_adapter_is_saved_as_a_plain_one<B: Backend<Elem = f32>>(backend: &B) {
     for part in [Principal::Pissa, Principal::Olora] {
         let mut model = begun(backend, part);
         for param in model.params_mut().filter(|param| param.trainable) {
@@ -70,21 +70,21 @@ fn what_was_learned_is_saved_as_a_plain_adapter<B: Backend<Elem = f32>>(backend:
 }
 
 #[test]
-fn what_cannot_begin_so_is_refused_and_nothing_changes() {
+fn weights_without_a_principal_part_are_refused_and_nothing_changes() {
     let cpu = cpu::<f32>();
     for config in [LoraConfig::new(8, 1.0), LoraConfig { use_dora: true, ..LoraConfig::new(2, 1.0) }, LoraConfig::new(2, -1.0)] {
         let mut model = net(&cpu);
         model.add_adapters(&cpu, Targets::All, &config, &mut Rng::new(1)).unwrap();
         let (bits, before) = (base_bits(&cpu, &model), outputs(&cpu, &model));
-        assert!(matches!(begin_with(&cpu, &mut model, DEFAULT, "start", Principal::Pissa), Err(Error::Value { .. })));
-        assert!(begin_with(&cpu, &mut model, "other", "start", Principal::Pissa).is_err());
-        assert!(begin_with(&cpu, &mut model, DEFAULT, DEFAULT, Principal::Pissa).is_err());
+        assert!(matches!(init_from_weight(&cpu, &mut model, DEFAULT, "start", Principal::Pissa), Err(Error::Value { .. })));
+        assert!(init_from_weight(&cpu, &mut model, "other", "start", Principal::Pissa).is_err());
+        assert!(init_from_weight(&cpu, &mut model, DEFAULT, DEFAULT, Principal::Pissa).is_err());
         assert_eq!((base_bits(&cpu, &model), outputs(&cpu, &model)), (bits, before));
         assert_eq!(model.adapter_names(), [DEFAULT]);
     }
 }
 
-/// Adapters that PEFT began so, trained and saved; their folders, and what their net is made of.
+/// Adapters that PEFT initialised this way, trained and saved: the cases, their folders, and the weights of the network.
 fn of_peft() -> Vec<(Case, PathBuf, Mats)> {
     let cases = cases::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/principal")).unwrap();
     let parts = |case: Case| match case.task.clone() {
@@ -94,7 +94,7 @@ fn of_peft() -> Vec<(Case, PathBuf, Mats)> {
     cases.into_iter().map(parts).collect()
 }
 
-/// On, off, merged and unmerged; every bit of the weights comes back.
+/// Enabled, disabled, merged and unmerged; every bit of the weights is restored.
 fn the_folders_of_peft_give_its_outputs<B: Backend<Elem = f32>>(backend: &B) {
     for (case, folder, _) in of_peft() {
         let failures = case.failures(&case.run(backend).unwrap());
@@ -127,15 +127,15 @@ fn comes_and_goes<B: Backend>(backend: &B, folder: &Path) {
     assert_eq!((base_bits(backend, &model), outputs(backend, &model)), (bits, plain), "{}", folder.display());
 }
 
-/// Saved again it is a plain adapter of twice the rank: for scripts/check-adapter-in-peft.py, which expects what PEFT made of the
-/// folder it came from.
+/// Saved again, it is a plain adapter of twice the rank. scripts/check-adapter-in-peft.py checks that PEFT computes the same with both
+/// folders.
 #[test]
 fn a_folder_of_peft_is_saved_as_a_plain_one() {
     let cpu = cpu::<f32>();
     for (case, folder, inputs) in of_peft() {
         let mut model = cases::base_net(&cpu, &inputs).unwrap();
         let config = adapter::load(&cpu, &mut model, &folder).unwrap();
-        assert!(config.began_with().is_some());
+        assert!(config.principal().is_some());
         let plain = Path::new(env!("CARGO_TARGET_TMPDIR")).join("for_peft").join(&case.name);
         adapter::save_with(&cpu, &model, &config, &plain).unwrap();
         fs::copy(folder.join("expected.safetensors"), plain.join("expected.safetensors")).unwrap();
@@ -143,13 +143,13 @@ fn a_folder_of_peft_is_saved_as_a_plain_one() {
         assert_eq!((&is["init_lora_weights"], &is["r"]), (&true.into(), &(2 * was["r"].as_u64().unwrap()).into()));
 
         let mut again = cases::base_net(&cpu, &inputs).unwrap();
-        assert_eq!(adapter::load(&cpu, &mut again, &plain).unwrap().began_with(), None);
+        assert_eq!(adapter::load(&cpu, &mut again, &plain).unwrap().principal(), None);
         assert_eq!(outputs(&cpu, &again), outputs(&cpu, &model), "{}", case.name);
     }
 }
 
 #[test]
-fn a_folder_whose_beginning_cannot_be_found_again_is_refused_by_name() {
+fn a_random_initialisation_from_the_weights_is_refused_by_name() {
     let cpu = cpu::<f32>();
     let dir = tempfile::tempdir().unwrap();
     let mut model = net(&cpu);

@@ -1,4 +1,4 @@
-//! The PTX that ships: made of the sources as they are, and complete. What ptxas makes of it: `registers.rs`.
+//! The shipped PTX is complete and belongs to the current sources. See `registers.rs` for the results of ptxas.
 #![cfg(feature = "cuda")]
 
 #[path = "../kernels/ptx.rs"]
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use compiler::{MODULES, Target};
 use lowrank::DType;
-use lowrank::cuda::{hopper, plan};
+use lowrank::cuda::Kernel;
 use ptx_interpreter::Module;
 
 fn kernels() -> PathBuf {
@@ -20,19 +20,16 @@ fn kernels() -> PathBuf {
 fn entries(module: compiler::Module) -> Vec<String> {
     let dtypes = [DType::F32, DType::F16, DType::BF16];
     let dtype = dtypes.into_iter().find(|dtype| dtype.to_string() == module.element).unwrap();
-    let stems: Vec<_> = match module.target {
-        Target::Every => plan::KERNELS.to_vec(),
-        Target::Hopper => hopper::kernels().collect(),
-    };
-    stems.into_iter().map(|stem| format!("{stem}_{dtype}")).collect()
+    let kernels = Kernel::ALL.iter().filter(|kernel| kernel.is_for_hopper() == (module.target == Target::Hopper));
+    kernels.map(|kernel| format!("{kernel}_{dtype}")).collect()
 }
 
 fn nvcc() -> Option<PathBuf> {
     std::env::var_os("LOWRANK_NVCC").map(PathBuf::from)
 }
 
-/// With `LOWRANK_NVCC` the compiler makes it again; without, the hash of the sources in its first line must fit.
-/// `scripts/build-ptx` sets `LOWRANK_WRITE_PTX` too: then it is written.
+/// With `LOWRANK_NVCC` the PTX is compiled again and compared; without, the hash of the sources in its first line must match.
+/// `scripts/build-ptx` also sets `LOWRANK_WRITE_PTX`, with which the PTX is written.
 #[test]
 fn shipped_ptx_is_what_the_sources_make() {
     let scratch = tempfile::tempdir().unwrap();

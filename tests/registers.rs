@@ -1,4 +1,4 @@
-//! What ptxas makes of the PTX that ships, kept in `kernels/ptx/registers.txt`: registers, shared memory, spills.
+//! The results of ptxas for the shipped PTX, in `kernels/ptx/registers.txt`: registers, shared memory, spills.
 #![cfg(feature = "cuda")]
 
 #[path = "../kernels/ptx.rs"]
@@ -24,7 +24,7 @@ fn modules() -> Vec<(Module, String)> {
     modules
 }
 
-/// What a module is assembled for: the oldest GPUs that it runs on, and Hopper.
+/// The targets that a module is assembled for: the oldest GPUs that it runs on, and Hopper.
 fn targets(module: Module) -> &'static [&'static str] {
     match module.target {
         Target::Every => &["sm_80", "sm_90"],
@@ -36,7 +36,7 @@ fn entries(ptx: &str) -> impl Iterator<Item = &str> {
     ptx.lines().filter_map(|line| Some(line.split_once(".entry ")?.1.trim_end_matches('(').trim()))
 }
 
-/// The first line of the table, of the PTX as it is.
+/// The first line of the table, for the current PTX.
 fn stamp() -> String {
     let text: String = modules().into_iter().map(|(_, ptx)| ptx).collect();
     format!("# ptxas 13.0 on PTX with hash {:016x}; made by scripts/build-ptx", fnv1a(text.bytes()))
@@ -90,7 +90,7 @@ fn assemble(ptxas: &Path, targets: impl Fn(Module) -> &'static [&'static str]) -
             let output = Command::new(ptxas).args(["-v", "-arch", target]).arg(&ptx).arg("-o").arg(cubin).output().unwrap();
             let report = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{name} for {target}: {report}");
-            // Products of Hopper that ptxas made wait for each other.
+            // ptxas warns that it serialised the WGMMA instructions.
             assert!(!report.contains("Potential Performance Loss"), "{name} for {target}: {report}");
             let before = rows.len();
             rows.extend(read_report(&report, target));
@@ -116,8 +116,8 @@ fn read_report(report: &str, target: &str) -> Vec<Row> {
     rows
 }
 
-/// With ptxas of the release that made the table it must come out the same; `LOWRANK_WRITE_PTX`, which `scripts/build-ptx` sets,
-/// writes it. Without, the table must be of this PTX. Registers that spill to memory cost more than a kernel can gain: none does.
+/// With ptxas of the same release the table must be reproduced; `LOWRANK_WRITE_PTX`, which `scripts/build-ptx` sets, writes it. Without
+/// ptxas, the table must belong to this PTX. No kernel may spill registers, because spills cost more than any kernel gains.
 #[test]
 fn the_table_of_registers_is_true_and_nothing_spills() {
     let path = kernels().join("ptx").join("registers.txt");
@@ -145,9 +145,9 @@ fn the_table_of_registers_is_true_and_nothing_spills() {
     }
 }
 
-/// What is younger than the PTX runs it too.
+/// GPUs that are newer than the target of the PTX run it too.
 #[test]
-fn younger_gpus_run_it_without_spills() {
+fn newer_gpus_run_it_without_spills() {
     let Some(ptxas) = ptxas() else {
         println!("not run: there is no ptxas");
         return;
@@ -160,7 +160,7 @@ fn younger_gpus_run_it_without_spills() {
     assert!(spilled.is_empty(), "{spilled:?}");
 }
 
-/// The table leaves out no kernel, and none needs more than a block of an Ampere GPU may have without asking.
+/// The table has every kernel, and none needs more shared memory than a block of an Ampere GPU has by default.
 #[test]
 fn the_table_has_every_kernel() {
     let table = fs::read_to_string(kernels().join("ptx").join("registers.txt")).unwrap();

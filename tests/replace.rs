@@ -1,9 +1,9 @@
-//! What takes the place of something else in a live model: a parameter, its numbers, an adapter.
+//! Replacing parts of a model: a parameter, its elements, an adapter.
 
 mod support;
 
 use lowrank::autograd::Param;
-use lowrank::nn::{Adaptable, Bias, DEFAULT, LayerStatus, Linear, LoraConfig, Mlp, Scaling, Targets, Tuned};
+use lowrank::nn::{Adaptable, Bias, DEFAULT, LayerAdapter, LayerStatus, Linear, LoraConfig, Mlp, Scaling, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Tensor, adapter};
 use support::adapters::{adapted, base_bits, cpu, net, outputs, trained};
@@ -48,9 +48,9 @@ fn without_layer(error: Error) -> Error {
     }
 }
 
-/// Who holds a parameter can still put another one in its place: an error that names it, wherever it is used.
+/// `params_mut` lets a caller replace a parameter by one of another shape: every use of it is an error that names it.
 #[test]
-fn a_parameter_of_another_shape_in_the_place_of_one_is_named() {
+fn a_parameter_replaced_by_one_of_another_shape_is_named() {
     let (cpu, folder) = (cpu::<f32>(), tempfile::tempdir().unwrap());
     let dora = LoraConfig { use_dora: true, ..config(2, 4.0) };
     for (at, name) in [(0, "a"), (1, "b"), (2, "magnitude")] {
@@ -75,16 +75,16 @@ fn a_parameter_of_another_shape_in_the_place_of_one_is_named() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "something was written");
 }
 
-/// Whole layers, one with a bias and one without, are not swapped for one another.
+/// A whole layer with a bias is not swapped for one without.
 #[test]
-fn a_swap_that_would_leave_a_bias_behind_is_refused() {
+fn a_swap_between_layers_with_and_without_a_bias_is_refused() {
     let cpu = cpu::<f32>();
     let config = LoraConfig { modules_to_save: vec!["linear3".into()], ..config(2, 4.0) };
     let mut model = net(&cpu);
     model.insert_adapter("a", trained(&cpu, all(&config), 4)).unwrap();
     let (before, mut parts) = (outputs(&cpu, &model), trained(&cpu, all(&config), 5));
     let without_bias = Linear::from_tensors(Tensor::zeros(&cpu, (7, 9)).unwrap(), None).unwrap();
-    parts[2].1 = Tuned::Whole(without_bias);
+    parts[2].1 = LayerAdapter::Whole(without_bias);
     assert!(matches!(model.swap_adapter(&cpu, "a", parts), Err(Error::Value { name: "bias", .. })));
     assert_eq!(outputs(&cpu, &model), before);
 }
@@ -98,7 +98,7 @@ fn an_adapter_of_the_same_name_is_replaced_as_a_whole<B: Backend<Elem = f32>>(ba
     let set = |model: &mut Mlp<B>, _: &mut Rng| {
         let parts = trained(backend, [None, Some(config(1, 3.0)), None], 26).into_iter();
         let adapters =
-            parts.filter_map(|(layer, part)| if let Tuned::Lora(adapter) = part { Some((layer, adapter)) } else { None });
+            parts.filter_map(|(layer, part)| if let LayerAdapter::Lora(adapter) = part { Some((layer, adapter)) } else { None });
         model.set_adapters(adapters.collect()).unwrap();
     };
     let insert = |model: &mut Mlp<B>, _: &mut Rng| {
@@ -119,7 +119,7 @@ fn an_adapter_of_the_same_name_is_replaced_as_a_whole<B: Backend<Elem = f32>>(ba
     }
 }
 
-/// Refused where the old one is merged, in layers that the new one does not name as well.
+/// Refused while the old adapter is merged, also in layers that the new one does not name.
 #[test]
 fn a_merged_adapter_is_not_replaced() {
     let cpu = cpu::<f32>();
@@ -133,7 +133,7 @@ fn a_merged_adapter_is_not_replaced() {
 }
 
 #[test]
-fn a_swap_writes_into_the_tensors_that_are_there() {
+fn a_swap_writes_into_the_existing_tensors() {
     let cpu = cpu::<f32>();
     let places = |model: &Mlp<Cpu<f32>>| -> Vec<*const f32> {
         model.adapters("a").flat_map(|(_, a)| a.params()).map(|param| param.tensor().buffer().as_ptr()).collect()

@@ -1,12 +1,12 @@
-//! Small steps count over 16-bit weights: adapters move there as they do over the same weights in f32, and whoever overwrites a
-//! parameter has the last word.
+//! Small optimizer steps on 16-bit backends are not lost: adapters learn as on the same weights in f32. A parameter that the caller
+//! overwrites is the start of the next step.
 
 mod support;
 
 use std::collections::HashMap;
 
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Targets, Tuned};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, LayerAdapter, Linear, LoraConfig, Mlp, Targets};
 use lowrank::op::{self, AdamRate, Labels};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor, bf16, f16};
@@ -22,7 +22,7 @@ fn mat<B: Backend, T: Float>(backend: &B, tensor: &Tensor<B, T>) -> Mat {
     Mat::from_vec(tensor.rows(), tensor.cols(), numbers.collect())
 }
 
-/// Sixteen batches of numbers that `E` holds, each labelled with the largest of ten of them.
+/// Sixteen batches of elements that `E` holds exactly; the label of a row is the index of the largest of its first ten elements.
 fn batches<E: Float>() -> Vec<(Mat, Vec<u32>)> {
     let mut rng = Rng::new(11);
     let mut batch = || {
@@ -51,7 +51,7 @@ fn model<B: Backend>(backend: &B) -> Mlp<B> {
     model
 }
 
-/// The same numbers in f32.
+/// The same model in f32.
 fn widened<B: Backend>(backend: &B, model: &Mlp<B>, wide: &Cpu<f32>) -> Mlp<Cpu<f32>> {
     let wider = |tensor: &Tensor<B>| up(wide, &mat(backend, tensor));
     let base = model.layers().map(|(_, layer)| {
@@ -84,7 +84,7 @@ fn updates<B: Backend>(
     factors.map(|[b, a]| &b * &a).collect()
 }
 
-/// Adam that takes its steps on the parameters as they are stored.
+/// Adam without masters: steps are applied to the stored parameters.
 fn without_masters<B: Backend>(backend: &B) -> impl FnMut(&mut Mlp<B>, &Gradients<B>) {
     let (mut moments, mut t) = (HashMap::new(), 0);
     move |model, gradients| {
@@ -100,21 +100,21 @@ fn without_masters<B: Backend>(backend: &B) -> impl FnMut(&mut Mlp<B>, &Gradient
     }
 }
 
-/// `‖got - want‖ / ‖want‖` of the adapter: of the `B·A` of all its layers.
+/// `‖got - want‖ / ‖want‖` over the `B·A` of all layers of the adapter.
 fn difference(got: &[Mat], want: &[Mat]) -> f64 {
     let norm = |layers: &mut dyn Iterator<Item = Mat>| layers.map(|layer| layer.norm().powi(2)).sum::<f64>().sqrt();
     let apart = |(got, want): (&Mat, &Mat)| got + &(want * -1.0);
     norm(&mut got.iter().zip(want).map(apart)) / norm(&mut want.iter().cloned())
 }
 
-/// How far an adapter is from the one over f32: as a whole, and layer by layer.
+/// The relative difference between an adapter and the one in f32: as a whole, and layer by layer.
 #[derive(Debug)]
 struct Off {
     whole: f64,
     layers: Vec<f64>,
 }
 
-/// How far the updates of two hundred steps are from those over f32: with masters, and without.
+/// The relative difference to f32 of the updates after two hundred steps: with masters, and without.
 fn off_from_f32<E: Float>() -> [Off; 2] {
     let (backend, wide, batches) = (Cpu::<E>::new().unwrap(), Cpu::<f32>::new().unwrap(), batches::<E>());
     let fresh = || model(&backend);
@@ -136,7 +136,7 @@ fn off_from_f32<E: Float>() -> [Off; 2] {
 #[test]
 fn adapters_over_bf16_move_as_over_f32() {
     let [with, without] = off_from_f32::<bf16>();
-    // The adapter as a whole. Its second layer is off by 2.2 %, so the bar of 2 % is not met by each layer: see benches/RESULTS.md.
+    // For the adapter as a whole. Its second layer differs by 2.2 %, so not every layer is within 2 %: see benches/RESULTS.md.
     assert!(with.whole <= 0.02, "{with:?}");
     assert!(without.layers.iter().all(|&off| off > 0.02), "{without:?}: so this shows something");
 }
@@ -147,9 +147,9 @@ fn adapters_over_f16_move_as_over_f32() {
     assert!(with.layers.iter().all(|&off| off <= 0.02), "{with:?}, without masters {without:?}");
 }
 
-/// Every way to overwrite a parameter between two steps: the next step begins from what was written.
+/// After each way of overwriting a parameter between two steps, the next step starts from the written elements.
 #[test]
-fn what_was_overwritten_between_steps_stays_overwritten() {
+fn an_overwritten_parameter_is_where_the_next_step_starts() {
     let (cpu, batches) = (Cpu::<bf16>::new().unwrap(), batches::<bf16>());
     let written = |rows: usize, cols: usize| -> Vec<bf16> {
         (0..rows * cols).map(|e| bf16::from_f32((e % 17) as f32 / 16.0 - 0.5)).collect()
@@ -175,7 +175,7 @@ fn what_was_overwritten_between_steps_stays_overwritten() {
                 .collect();
             let parts = shapes.into_iter().map(|(layer, shapes)| {
                 let [a, b] = shapes.map(|shape| Tensor::from_slice(cpu, shape, &numbers(shape.rows, shape.cols)).unwrap());
-                (layer, Tuned::Lora(Adapter::from_tensors(a, b, LoraConfig::new(8, 16.0)).unwrap()))
+                (layer, LayerAdapter::Lora(Adapter::from_tensors(a, b, LoraConfig::new(8, 16.0)).unwrap()))
             });
             model.swap_adapter(cpu, DEFAULT, parts.collect()).unwrap();
         }),

@@ -1,4 +1,4 @@
-//! Which threads there are: those that the caller asked for, and no others. Linux tells how many a process has.
+//! The crate starts no threads that the caller did not ask for. Linux reports the number of threads of a process.
 #![cfg(target_os = "linux")]
 
 mod support;
@@ -13,8 +13,8 @@ fn threads() -> usize {
     std::fs::read_dir("/proc/self/task").unwrap().count()
 }
 
-/// Each verb that may be little work, at this shape: both passes of the layer and of its base, the merge, the norms, Adam, and
-/// those of one pass. All bits of what they put out.
+/// All output bits of the verbs that may run sequentially, at this shape: both passes of the layer and of its base, merging, norms, Adam,
+/// and the elementwise verbs.
 fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
     let (Dims { m, k, n, .. }, layer) = (dims, random::<E>(dims, 0.5, 7));
     let mut bits = suite::run_lora(cpu, &layer, None).bits();
@@ -49,7 +49,7 @@ fn every_verb<E: Float>(cpu: &Cpu<E>, dims: Dims) -> Vec<u32> {
 
 /// One test, so that no other starts threads meanwhile.
 #[test]
-fn nothing_runs_on_threads_that_nobody_asked_for() {
+fn only_the_threads_of_the_callers_pool_are_used() {
     let before = threads();
     let little = Dims { m: 3, k: 40, n: 20, r: 2 };
     let here = every_verb(&Cpu::<f32>::new().unwrap(), little);
@@ -59,7 +59,7 @@ fn nothing_runs_on_threads_that_nobody_asked_for() {
     let half = Cpu::<bf16>::new().unwrap().with_threads(1).unwrap();
     assert_eq!(threads(), before + 4);
     assert!(here == every_verb(&one, little) && here == every_verb(&two, little));
-    // Shapes about where a verb, or a loop of it, is no longer little work.
+    // Shapes around the limit where a verb, or a loop of it, is no longer sequential.
     for (m, k, n, r) in [(16, 256, 128, 4), (28, 292, 64, 4), (113, 289, 10, 1), (1, 784, 200, 4), (33, 128, 128, 32)] {
         let dims = Dims { m, k, n, r };
         assert!(every_verb(&one, dims) == every_verb(&two, dims), "{dims:?}");

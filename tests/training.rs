@@ -1,4 +1,4 @@
-//! What training an adapter offers: gradients of every part of it, two learning rates, several batches a step, clipping.
+//! Training adapters: gradients of all their parameters, two learning rates, gradient accumulation, clipping.
 
 mod support;
 
@@ -15,13 +15,13 @@ on_every_backend!(
     every_part_of_an_adapter_gets_its_gradient,
     lora_plus_gives_b_and_biases_a_larger_learning_rate,
     weight_decay_holds_for_every_parameter_at_its_own_learning_rate,
-    a_parameter_that_joins_late_begins_with_its_first_step,
+    a_parameter_added_later_starts_at_step_one,
     batches_add_up_to_the_gradient_of_all_rows,
     clipping_scales_all_gradients_to_the_norm,
-    what_is_not_active_or_is_merged_is_not_trained,
+    inactive_and_merged_adapters_are_not_trained,
 );
 
-/// Two layers with relu between them, an adapter beside the second: all its numbers, in f64.
+/// Two layers with ReLU between them and an adapter on the second: all parameters, in f64.
 #[derive(Clone)]
 struct Net {
     x: Mat,
@@ -68,7 +68,7 @@ impl Net {
         &self.w + &(&(&self.b * &self.a) * self.scale)
     }
 
-    /// `Σ dy·y`. DoRA as PEFT has it: `base(x) + (c - 1)·drop(x)·Wᵀ + c·scale·drop(x)·Aᵀ·Bᵀ`.
+    /// The loss `Σ dy·y`. DoRA as in PEFT: `base(x) + (c - 1)·drop(x)·Wᵀ + c·scale·drop(x)·Aᵀ·Bᵀ`.
     fn loss(&self) -> f64 {
         let hidden = (&self.x * &self.first.t()).map(|x| x.max(0.0));
         let seen = hidden.times(&self.mask);
@@ -85,7 +85,7 @@ impl Net {
         y.times(&self.dy).sum()
     }
 
-    /// By central differences, which for these formulas are exact but for rounding: nearly all are linear in each number.
+    /// Gradients by central differences, which are exact except for rounding, because nearly all formulas are linear in each element.
     fn gradient(&self, part: impl Fn(&mut Self) -> &mut Mat) -> Mat {
         let (mut net, step) = (self.clone(), 1e-5);
         let shape = part(&mut net).clone();
@@ -134,7 +134,8 @@ fn dense<B: Backend<Elem = f32>>(backend: &B, gradient: WeightGrad<'_, B>) -> Ve
     }
 }
 
-/// Sums of at most 40 numbers of size one in f32, through two layers: below this. The differences are good to 1e-9.
+/// A bound on the rounding errors of sums of at most 40 elements of size one in f32, through two layers. The finite differences are
+/// accurate to 1e-9.
 const CLOSE: f64 = 2e-6;
 
 fn every_part_of_an_adapter_gets_its_gradient<B: Backend<Elem = f32>>(backend: &B) {
@@ -142,7 +143,7 @@ fn every_part_of_an_adapter_gets_its_gradient<B: Backend<Elem = f32>>(backend: &
     for (dora, lora_bias, dropout) in
         [(false, false, 0.0), (false, true, 0.0), (false, true, 0.4), (true, false, 0.0), (true, false, 0.4)]
     {
-        // The second of two layers takes the seed 2·seed + 1.
+        // The second of two layers uses the seed 2·seed + 1.
         let drop = (dropout > 0.0).then(|| Dropout::new(dropout, 2 * seed + 1).unwrap());
         let net = Net::new(dora, lora_bias, drop);
         let model = net.model(backend, dropout);
@@ -198,7 +199,7 @@ fn all_params<B: Backend<Elem = f32>>(backend: &B, model: &mut Mlp<B>) -> Vec<(V
     model.params_mut().map(|param| (down(backend, param.tensor()), param.trainable)).collect()
 }
 
-/// The first step of Adam moves every number by the learning rate.
+/// The first step of Adam moves every element by the learning rate.
 fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = model(backend, &LoraConfig { bias: Bias::LoraOnly, use_dora: true, ..LoraConfig::new(2, 2.0) });
     let before = all_params(backend, &mut model);
@@ -225,7 +226,7 @@ fn lora_plus_gives_b_and_biases_a_larger_learning_rate<B: Backend<Elem = f32>>(b
     assert_eq!((all_params(backend, &mut model), adam.steps()), (before, 1));
 }
 
-/// Two models that differ in the weight decay alone are, after a step, apart by what has decayed.
+/// After one step, two models that differ only in the weight decay differ by the decay.
 fn weight_decay_holds_for_every_parameter_at_its_own_learning_rate<B: Backend<Elem = f32>>(backend: &B) {
     let config = LoraConfig { bias: Bias::LoraOnly, use_dora: true, ..LoraConfig::new(2, 2.0) };
     let stepped = |mut adam: Adam<B>| {
@@ -253,8 +254,8 @@ fn weight_decay_holds_for_every_parameter_at_its_own_learning_rate<B: Backend<El
     }
 }
 
-/// Counted with those that were there before, its first step would be several times the learning rate.
-fn a_parameter_that_joins_late_begins_with_its_first_step<B: Backend<Elem = f32>>(backend: &B) {
+/// If its steps were counted with those of older parameters, its first step would be several times the learning rate.
+fn a_parameter_added_later_starts_at_step_one<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = model(backend, &LoraConfig::new(2, 2.0));
     let other = LoraConfig { init: Init::NonZero, ..LoraConfig::new(1, 1.0) };
     model.add_adapter(backend, "other", Targets::All, &other, &mut Rng::new(6)).unwrap();
@@ -327,7 +328,7 @@ fn clipping_scales_all_gradients_to_the_norm<B: Backend<Elem = f32>>(backend: &B
     assert!(matches!(grads.clip(backend, 1.0), Err(Error::Value { name: "norm", .. })));
 }
 
-fn what_is_not_active_or_is_merged_is_not_trained<B: Backend<Elem = f32>>(backend: &B) {
+fn inactive_and_merged_adapters_are_not_trained<B: Backend<Elem = f32>>(backend: &B) {
     let mut model = model(backend, &LoraConfig::new(2, 2.0));
     let other = LoraConfig { init: Init::NonZero, ..LoraConfig::new(1, 1.0) };
     model.add_adapter(backend, "other", Targets::All, &other, &mut Rng::new(6)).unwrap();

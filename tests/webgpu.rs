@@ -1,6 +1,6 @@
-//! The one suite, on WebGPU; the same again on adapters poorer than this one; and what only this backend can get wrong.
+//! The suite on WebGPU, also with reduced limits and features, and tests of what is special to this backend.
 //!
-//! Without an adapter the tests say what they could not run, and pass; unless `LOWRANK_REQUIRE` contains `webgpu`.
+//! Without an adapter the tests print that they did not run, and pass, unless `LOWRANK_REQUIRE` contains `webgpu`.
 
 mod support;
 
@@ -24,7 +24,7 @@ fn adapter<E: Float>(required: &str, open: impl Fn() -> Result<WebGpu<E>>) -> Op
         Err(error @ Error::Unavailable { .. }) => {
             assert!(!support::is_required(required), "{error}, and LOWRANK_REQUIRE asks for {required}");
             let thread = std::thread::current();
-            // Not `eprintln!`, which is seen only when a test fails.
+            // Not `eprintln!`, which is shown only when a test fails.
             let _ = writeln!(std::io::stderr(), "not run: {}: {error}", thread.name().unwrap_or("a test"));
             None
         }
@@ -32,7 +32,7 @@ fn adapter<E: Float>(required: &str, open: impl Fn() -> Result<WebGpu<E>>) -> Op
     }
 }
 
-/// What a later caller is told too; errors themselves cannot be cloned.
+/// The message for later callers, because errors cannot be cloned.
 fn reason(error: Error) -> String {
     match error {
         Error::Unavailable { reason, .. } => reason,
@@ -58,7 +58,7 @@ fn shared_f16() -> Option<WebGpu<f16>> {
     })
 }
 
-/// The device, or the end of the test that asks for it.
+/// The device; without one the calling test ends here.
 macro_rules! or_return {
     ($gpu:expr) => {
         match $gpu {
@@ -76,13 +76,13 @@ mod views;
 suite!(webgpu_f32, or_return!(crate::shared_f32()));
 suite!(webgpu_f16, or_return!(crate::shared_f16()));
 
-/// The least that WebGPU promises.
+/// The minimum limits that WebGPU guarantees.
 const POOR: Limits =
     Limits { invocations: 256, workgroup_bytes: 16384, groups: 65535, binding_bytes: 128 << 20, subgroup: 0, matrix: 0 };
-/// Every matrix of it is a few pages.
+/// A layer in which every matrix spans several bindings.
 const PAGES: Dims = Dims { m: 18, k: 100, n: 52, r: 12 };
 
-/// Bindings of 2 KiB, so that every matrix is cut, along its rows, its columns or a depth.
+/// With bindings of 2 KiB every matrix is cut, along its rows, its columns or the depth.
 #[test]
 fn matrices_larger_than_a_binding_are_exact() {
     let gpu = or_return!(shared_f32()).with_limits(Limits { binding_bytes: 2048, ..POOR });
@@ -96,7 +96,7 @@ fn matrices_larger_than_a_binding_are_exact() {
     check::factored_gradients_equal_dense_ones(&gpu);
 }
 
-/// Where a depth is cut, a 16-bit output cannot hold the sum so far.
+/// If the depth is cut, partial sums of a 16-bit output must not be rounded.
 #[test]
 fn half_matrices_larger_than_a_binding_are_rounded_once() {
     let gpu = or_return!(shared_f16()).with_limits(Limits { binding_bytes: 1024, ..POOR });
@@ -105,7 +105,7 @@ fn half_matrices_larger_than_a_binding_are_rounded_once() {
     check::stochastic_merging_takes_the_neighbour_that_the_word_says(&gpu);
 }
 
-/// What an adapter without subgroups, or with another number of them, computes.
+/// Adapters without subgroups, or of another subgroup size, give exact results too.
 #[test]
 fn few_rows_need_no_subgroups() {
     let gpu = or_return!(shared_f32()).with_limits(Limits { binding_bytes: 1 << 30, workgroup_bytes: 32768, ..POOR });
@@ -125,7 +125,7 @@ fn small_workgroups_give_the_same_numbers() {
     }
 }
 
-/// Grids are at most 65535 groups long; here they are at most 2.
+/// Grids have at most 65535 groups in each dimension; here at most 2.
 #[test]
 fn small_grids_give_the_same_numbers() {
     let gpu = or_return!(shared_f32()).with_limits(Limits { groups: 2, ..POOR });
@@ -135,7 +135,7 @@ fn small_grids_give_the_same_numbers() {
     check::cross_entropy_rounds_within_bounds(&gpu);
 }
 
-/// Outputs of at least 512×512 take the tile of 128×128.
+/// Outputs of at least 512×512 use tiles of 128×128.
 #[test]
 fn the_wide_tile_is_exact_up_to_its_edges() {
     for dims in [Dims { m: 513, k: 20, n: 516, r: 3 }, Dims { m: 512, k: 33, n: 639, r: 8 }] {
@@ -162,7 +162,7 @@ fn the_wide_tile_is_exact_up_to_its_edges() {
     }
 }
 
-/// Products of f16 in cooperative matrices, at the tile of 64×64 and just beyond it, with and without what they add to.
+/// Products of f16 with cooperative matrices, at a tile of 64×64 and just above it, overwriting and accumulating.
 #[test]
 fn cooperative_matrices_are_exact_up_to_the_edges_of_the_tile() {
     let gpu = or_return!(adapter("webgpu-matrices", WebGpu::<f16>::with_cooperative_matrices));
@@ -175,9 +175,9 @@ fn cooperative_matrices_are_exact_up_to_the_edges_of_the_tile() {
     check::lora_rounds_within_bounds(&gpu);
 }
 
-/// A device's own clock runs while it works, and the caller's commands come between verbs.
+/// Timestamps of the device, and the caller's commands between verbs.
 #[test]
-fn the_device_tells_its_time_and_takes_the_callers_commands() {
+fn timestamps_and_the_callers_commands_work() {
     let gpu = or_return!(shared_f32());
     let (x, mut y) = (Tensor::from_slice(&gpu, (1, 4), &[1.0f32; 4]).unwrap(), Tensor::zeros(&gpu, (1, 4)).unwrap());
     let cleared = y.buffer().raw().clone();
@@ -196,9 +196,9 @@ fn the_device_tells_its_time_and_takes_the_callers_commands() {
     assert!(failed.is_err_and(|error| error.to_string().contains("the caller's")));
 }
 
-/// A real one: 172 MiB of weights, where a binding of most software adapters sees 128 MiB.
+/// 172 MiB of weights; a binding of most software adapters is limited to 128 MiB.
 #[test]
-fn a_large_weight_needs_no_adapter_that_binds_it_whole() {
+fn a_weight_larger_than_a_binding_works() {
     let gpu = or_return!(shared_f32());
     let (n, k) = (4096, 11008);
     let w: Vec<f32> = (0..n * k).map(|e| (e % 7) as f32 - 3.0).collect();
@@ -210,7 +210,7 @@ fn a_large_weight_needs_no_adapter_that_binds_it_whole() {
     assert_eq!(down(&gpu, &y), want);
 }
 
-/// With A the identity, h is what the adapter sees of x.
+/// With A the identity, h is the dropped-out x.
 #[test]
 fn the_mask_is_that_of_the_cpu_bit_for_bit() {
     fn seen<B: Backend<Elem = f32>>(backend: &B, dropout: Dropout) -> Vec<f32> {
@@ -243,7 +243,7 @@ fn the_mask_is_that_of_the_cpu_bit_for_bit() {
     }
 }
 
-/// Uploads are recorded like launches, and only the loss comes back.
+/// Uploads are recorded like launches, and only reading the loss submits.
 #[test]
 fn a_training_step_is_one_submission() {
     or_return!(shared_f32());
@@ -269,7 +269,7 @@ fn a_training_step_is_one_submission() {
     }
 }
 
-/// What is written twice, or read between, comes in the order of the calls, however long it is.
+/// Uploads of any size, repeated or with reads between them, are executed in the order of the calls.
 #[test]
 fn uploads_keep_their_order() {
     let gpu = or_return!(shared_f32());
@@ -297,9 +297,9 @@ fn another_device_on_the_same_adapter_gives_the_same_bits() {
     assert_eq!(merged(&gpu), merged(&WebGpu::new().unwrap()));
 }
 
-/// A file of pipelines is written when asked and when the device goes; a damaged one is replaced, and the numbers are the same.
+/// A pipeline cache is written on request and when the device is dropped; a damaged one is replaced, and results do not change.
 #[test]
-fn pipelines_wait_in_a_file_for_the_next_run() {
+fn pipelines_are_cached_in_a_file() {
     or_return!(shared_f32());
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pipelines");
@@ -322,10 +322,10 @@ fn pipelines_wait_in_a_file_for_the_next_run() {
         assert_eq!(written()[..8], first[..8]);
     }
     let error = WebGpu::<f32>::with_pipelines(folder.path()).unwrap_err();
-    assert!(matches!(error, Error::File { .. }), "{error}");
+    assert!(matches!(error, Error::Io { .. }), "{error}");
 }
 
-/// In a process of its own, for the environment is everybody's.
+/// In a process of its own, because environment variables are shared by all tests.
 #[test]
 fn shaders_can_be_read() {
     or_return!(shared_f32());
@@ -348,7 +348,7 @@ fn errors_say_what_is_wrong() {
     assert!(matches!(huge, Error::TooLarge { .. }), "{huge}");
 }
 
-/// What is recorded together fails together, and nobody is handed numbers that were never written.
+/// If a submission fails, every later read is an error, so that unwritten results are never returned.
 #[test]
 fn a_submission_that_fails_is_every_later_error() {
     or_return!(shared_f32());
@@ -364,7 +364,7 @@ fn a_submission_that_fails_is_every_later_error() {
     }
 }
 
-/// Products of two f16 have 22 bits, of which f16 holds fewer and fewer below 2⁻¹⁴: every tie, both signs, down to 0.
+/// Products of two f16 have 22 bits, and below 2⁻¹⁴ f16 holds fewer and fewer of them: every tie, both signs, down to 0.
 #[test]
 fn what_is_tiny_in_f16_is_rounded_to_nearest_even() {
     let gpu = or_return!(shared_f16());
@@ -391,7 +391,7 @@ fn a_lost_device_is_an_error() {
     gpu.wgpu_device().destroy();
     assert!(matches!(tensor.to_vec(&gpu), Err(Error::Device { .. })));
     assert!(matches!(gpu.synchronize(), Err(Error::Device { .. })));
-    // An upload is recorded: it fails where it is waited for, if not before.
+    // An upload is only recorded, so it may fail as late as the next download.
     let late = Tensor::from_slice(&gpu, (1, 1), &[1.0f32]).and_then(|tensor| tensor.to_vec(&gpu));
     assert!(matches!(late, Err(Error::Device { .. })));
 }

@@ -1,7 +1,7 @@
-//! Adapters on a model of one's own: a small decoder of attention blocks learns, is saved, loaded, merged and unmerged.
+//! Adapters on a custom model: trains, saves, loads, merges and unmerges adapters of a small decoder with attention blocks.
 //!
-//! `cargo run --release --example attention`. The model is in `model.rs`, its own operations on the tape in `ops.rs`; they are to be
-//! copied.
+//! `cargo run --release --example attention`. The model is in `model.rs`, its custom operations on the tape in `ops.rs`. Copy them as a
+//! starting point for a model of your own.
 #![allow(unreachable_pub, reason = "the modules are as public as they are in a crate of their own")]
 
 mod model;
@@ -39,7 +39,7 @@ fn main() -> Result<()> {
     model.merge_adapters(&cpu)?;
     let merged = model.predict(&cpu, x()?)?;
     let difference = merged.iter().zip(&logits).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    println!("merged: logits within {difference:e}; {:?} are kept for the way back", model.kept());
+    println!("merged: logits within {difference:e}; {:?} are kept for unmerging", model.kept());
     model.unmerge_adapters(&cpu)?;
     println!("unmerged: the same logits, {}", model.predict(&cpu, x()?)? == logits);
     Ok(())

@@ -1,12 +1,12 @@
-//! A decoder of attention blocks, as Llama's, with adapters on its linear layers.
+//! A decoder with attention blocks like those of Llama, and adapters on its linear layers.
 //!
 //! ```text
 //! h = x + o_proj(attention(q_proj(n), k_proj(n), v_proj(n)))        n = norm(x)
 //! y = h + down_proj(silu(gate_proj(n))·up_proj(n))                  n = norm(h)
 //! ```
 //!
-//! To have adapters the model lends its layers by name ([`Adaptable`]). The names are those of Llama in `transformers`, and so a folder
-//! that is saved has the keys of PEFT's for such a model.
+//! To support adapters, the model lends its layers by name ([`Adaptable`]). The names are those of Llama in `transformers`, so a saved
+//! folder has the keys that PEFT uses for such a model.
 
 use lowrank::autograd::{Param, Tape, Var};
 use lowrank::nn::{Adaptable, Adapters, Init, Layer, Linear};
@@ -18,19 +18,19 @@ use super::ops::{Attention, rms_norm, silu_gate};
 /// The sizes of a decoder.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// How many blocks.
+    /// Number of blocks.
     pub blocks: usize,
-    /// Columns of a token's row.
+    /// Number of features of a token.
     pub width: usize,
-    /// Columns between `up_proj` and `down_proj`.
+    /// Number of features between `up_proj` and `down_proj`.
     pub hidden: usize,
-    /// Outputs.
+    /// Number of outputs.
     pub classes: usize,
-    /// Heads, and rows of a sequence.
+    /// Number of heads and length of a sequence.
     pub attention: Attention,
 }
 
-/// Rows of tokens in, logits out.
+/// A decoder: from a matrix with one row for each token to logits.
 #[derive(Debug)]
 pub struct Decoder<B: Backend> {
     blocks: Vec<Block<B>>,
@@ -76,7 +76,7 @@ impl<B: Backend> Adaptable<B> for Decoder<B> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Random weights, no biases.
+    /// A decoder with random weights and no biases.
     pub fn new(backend: &B, sizes: Sizes, rng: &mut Rng) -> Result<Self> {
         let blocks = (0..sizes.blocks).map(|i| Block::new(backend, &format!("model.layers.{i}"), sizes, rng));
         Ok(Self {
@@ -87,7 +87,7 @@ impl<B: Backend> Decoder<B> {
         })
     }
 
-    /// Logits, on the tape. `seed` makes the dropout of the adapters take part; `adapters` says which of them do.
+    /// The logits, on the tape, with the chosen adapters. With a `seed` their dropout is applied.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, mut x: Var, seed: Option<u64>, adapters: Adapters<'_>) -> Result<Var> {
         let layers = self.layers().count() as u64;
         let mut pass = Pass { adapters, seed: seed.map(|seed| seed.wrapping_mul(layers)) };
@@ -95,10 +95,10 @@ impl<B: Backend> Decoder<B> {
             x = block.forward(tape, x, self.attention, &mut pass)?;
         }
         let x = rms_norm(tape, x, &self.norm)?;
-        pass.through(tape, &self.lm_head, x)
+        pass.layer(tape, &self.lm_head, x)
     }
 
-    /// Logits in host memory.
+    /// The logits, in host memory.
     pub fn predict(&self, backend: &B, x: Tensor<B>) -> Result<Vec<B::Elem>> {
         let mut tape = Tape::new(backend);
         let x = tape.input(x);
@@ -135,31 +135,31 @@ impl<B: Backend> Block<B> {
 
     fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, attention: Attention, pass: &mut Pass<'_>) -> Result<Var> {
         let n = rms_norm(tape, x, &self.attention_norm)?;
-        let q = pass.through(tape, &self.q_proj, n)?;
-        let k = pass.through(tape, &self.k_proj, n)?;
-        let v = pass.through(tape, &self.v_proj, n)?;
+        let q = pass.layer(tape, &self.q_proj, n)?;
+        let k = pass.layer(tape, &self.k_proj, n)?;
+        let v = pass.layer(tape, &self.v_proj, n)?;
         let attended = attention.forward(tape, [q, k, v])?;
-        let attended = pass.through(tape, &self.o_proj, attended)?;
+        let attended = pass.layer(tape, &self.o_proj, attended)?;
         let h = tape.add(x, attended)?;
 
         let n = rms_norm(tape, h, &self.mlp_norm)?;
-        let gate = pass.through(tape, &self.gate_proj, n)?;
-        let up = pass.through(tape, &self.up_proj, n)?;
+        let gate = pass.layer(tape, &self.gate_proj, n)?;
+        let up = pass.layer(tape, &self.up_proj, n)?;
         let gated = silu_gate(tape, gate, up)?;
-        let down = pass.through(tape, &self.down_proj, gated)?;
+        let down = pass.layer(tape, &self.down_proj, gated)?;
         tape.add(h, down)
     }
 }
 
-/// What goes from layer to layer in a forward pass.
+/// The state of a forward pass.
 struct Pass<'a> {
     adapters: Adapters<'a>,
-    /// Of the layer that is next: each has a dropout mask of its own.
+    /// The seed of the next layer: each has its own dropout mask.
     seed: Option<u64>,
 }
 
 impl Pass<'_> {
-    fn through<'m, B: Backend>(&mut self, tape: &mut Tape<'m, B>, (name, layer): &'m Named<B>, x: Var) -> Result<Var> {
+    fn layer<'m, B: Backend>(&mut self, tape: &mut Tape<'m, B>, (name, layer): &'m Named<B>, x: Var) -> Result<Var> {
         let y = layer.forward_with(tape, x, self.seed, self.adapters).map_err(|error| error.in_layer(name))?;
         self.seed = self.seed.map(|seed| seed.wrapping_add(1));
         Ok(y)

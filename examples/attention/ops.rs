@@ -1,6 +1,6 @@
-//! Operations of the model's own, with their derivatives: RMS norm, softmax attention and the SiLU gate.
+//! The custom operations of the model, with their derivatives: RMS norm, softmax attention and the SiLU gate.
 //!
-//! They are computed on the host, in f64, and rounded once: short to read, and good for models as small as this one.
+//! They are computed on the host in f64 and rounded once, which is simple and fast enough for a model as small as this one.
 
 use std::ops::Range;
 
@@ -50,30 +50,30 @@ pub fn silu_gate<B: Backend>(tape: &mut Tape<'_, B>, gate: Var, up: Var) -> Resu
     })
 }
 
-/// How rows are attended to.
+/// Causal self-attention with several heads.
 #[derive(Clone, Copy, Debug)]
 pub struct Attention {
-    /// As many heads share the columns.
+    /// Number of heads; the columns are divided among them.
     pub heads: usize,
-    /// As many rows are a sequence; each row attends to itself and to those before it in its sequence.
+    /// Rows of a sequence. Each row attends to itself and to the rows before it in its sequence.
     pub length: usize,
 }
 
 impl Attention {
-    /// `y = softmax(q·kᵀ/√d)·v` for each head of `d` columns. All three have one shape.
+    /// `y = softmax(q·kᵀ/√d)·v` for each head of `d` columns. `q`, `k` and `v` have the same shape.
     ///
-    /// Errors: [`Error::Value`] unless the rows are whole sequences, and the columns are shared evenly.
+    /// Errors: [`Error::Value`] unless the number of rows is a multiple of `length`, and that of columns a multiple of `heads`.
     pub fn forward<B: Backend>(self, tape: &mut Tape<'_, B>, [q, k, v]: [Var; 3]) -> Result<Var> {
         let (backend, shape) = (tape.backend(), tape.value(q)?.shape());
         let whole = |count: usize, of: usize| count.checked_rem(of) == Some(0);
         if !(whole(shape.rows, self.length) && whole(shape.cols, self.heads)) {
-            let want = "rows of whole sequences, and columns for every head".into();
+            let want = "rows of whole sequences, and a multiple of `heads` columns".into();
             return Err(Error::Value { verb: "attention", name: "q", got: shape.to_string(), want });
         }
         let hosts = [host(backend, tape.value(q)?)?, host(backend, tape.value(k)?)?, host(backend, tape.value(v)?)?];
         let [qs, ks, vs] = hosts.map(|numbers| Rows { numbers, cols: shape.cols });
         let mut y = Rows::zeros(shape);
-        for (i, seen, head) in self.attended(shape) {
+        for (i, seen, head) in self.queries(shape) {
             for (weight, j) in weights(&qs, &ks, i, seen.clone(), head.clone()).into_iter().zip(seen) {
                 y.add(i, &head, weight, vs.part(j, &head));
             }
@@ -83,7 +83,7 @@ impl Attention {
             let hosts = [host(backend, q)?, host(backend, k)?, host(backend, v)?, host(backend, dy)?];
             let [q, k, v, dy] = hosts.map(|numbers| Rows { numbers, cols: shape.cols });
             let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Rows::zeros(shape));
-            for (i, seen, head) in self.attended(shape) {
+            for (i, seen, head) in self.queries(shape) {
                 let weights = weights(&q, &k, i, seen.clone(), head.clone());
                 let dweights: Vec<f64> = seen.clone().map(|j| dot(dy.part(i, &head), v.part(j, &head))).collect();
                 let mean = dot(&weights, &dweights);
@@ -99,8 +99,8 @@ impl Attention {
         })
     }
 
-    /// Every row with the rows that it attends to, and the columns of each head.
-    fn attended(self, shape: Shape) -> impl Iterator<Item = (usize, Range<usize>, Range<usize>)> {
+    /// For every row and head: the row, the rows that it attends to, and the columns of the head.
+    fn queries(self, shape: Shape) -> impl Iterator<Item = (usize, Range<usize>, Range<usize>)> {
         let (width, first) = (shape.cols / self.heads, move |i| i / self.length * self.length);
         let head = move |head: usize| head * width..(head + 1) * width;
         (0..shape.rows).flat_map(move |i| (0..self.heads).map(move |at| (i, first(i)..i + 1, head(at))))
@@ -111,13 +111,13 @@ impl Attention {
 fn weights(q: &Rows, k: &Rows, i: usize, seen: Range<usize>, head: Range<usize>) -> Vec<f64> {
     let root = (head.len() as f64).sqrt();
     let scores: Vec<f64> = seen.map(|j| dot(q.part(i, &head), k.part(j, &head)) / root).collect();
-    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let exps: Vec<f64> = scores.into_iter().map(|score| (score - most).exp()).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let exps: Vec<f64> = scores.into_iter().map(|score| (score - max).exp()).collect();
     let sum: f64 = exps.iter().sum();
     exps.into_iter().map(|exp| exp / sum).collect()
 }
 
-/// A matrix on the host, row by row.
+/// A row-major matrix on the host.
 struct Rows {
     numbers: Vec<f64>,
     cols: usize,
@@ -128,12 +128,12 @@ impl Rows {
         Self { numbers: vec![0.0; shape.rows * shape.cols], cols: shape.cols }
     }
 
-    /// The columns of a head, of a row.
+    /// The columns of a head in a row.
     fn part(&self, row: usize, head: &Range<usize>) -> &[f64] {
         &self.numbers[row * self.cols..][head.clone()]
     }
 
-    /// Adds `factor·other` to the columns of a head, of a row.
+    /// Adds `factor·other` to the columns of a head in a row.
     fn add(&mut self, row: usize, head: &Range<usize>, factor: f64, other: &[f64]) {
         let part = &mut self.numbers[row * self.cols..][head.clone()];
         part.iter_mut().zip(other).for_each(|(x, other)| *x += factor * other);

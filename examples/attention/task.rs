@@ -1,4 +1,4 @@
-//! What the adapters learn: to say which token came before.
+//! The task that the adapters learn: to predict the previous token.
 
 use lowrank::autograd::Tape;
 use lowrank::nn::{Adam, Adaptable, Adapters};
@@ -9,19 +9,19 @@ use lowrank::{Backend, Float, Result, Tensor};
 use super::model::{Decoder, Sizes};
 use super::ops::Attention;
 
-/// Two blocks, small enough to be trained in a moment.
+/// Two blocks, small enough to be trained in seconds.
 pub const SIZES: Sizes = Sizes { blocks: 2, width: 16, hidden: 24, classes: 4, attention: Attention { heads: 2, length: 6 } };
 
-/// A batch of sequences: their tokens, as rows of an embedding, and for each the token before (the first has itself).
+/// A batch of sequences: the embeddings of their tokens, and the previous token of each (of the first token: itself).
 pub struct Batch<B: Backend> {
     /// `m×width`
     pub x: Tensor<B>,
-    /// One a row.
+    /// One label for each row.
     pub labels: Labels<B>,
 }
 
 impl<B: Backend> Batch<B> {
-    /// A batch of random sequences, the same for the same seed.
+    /// A batch of random sequences, which depend only on the seed.
     pub fn new(backend: &B, sequences: usize, seed: u64) -> Result<Self> {
         let Sizes { width, classes, attention, .. } = SIZES;
         let table: Vec<f32> = (0..classes * width).map(|at| (1.7 * at as f32 * (1 + at / width) as f32).sin()).collect();
@@ -42,7 +42,7 @@ impl<B: Backend> Batch<B> {
     }
 }
 
-/// Trains what is trainable, and returns the loss of every step.
+/// Trains the trainable parameters, and returns the loss of every step.
 pub fn train<B: Backend>(backend: &B, model: &mut Decoder<B>, steps: u64, lr: f32) -> Result<Vec<f32>> {
     let mut adam = Adam::new(lr)?;
     let mut losses = Vec::new();

@@ -17,37 +17,37 @@ pub struct Args {
     /// Draw the digits instead of reading or downloading them
     #[arg(long)]
     pub generate: bool,
-    /// Use the first N training images, and a sixth as many to test with
+    /// Use the first N training images, and N/6 test images
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
-    /// Of initial weights, shuffles and generated digits: the same seed gives the same numbers, whatever the threads
+    /// Seed of initial weights, shuffles and generated digits; results do not depend on the number of threads
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Rank of the adapters
     #[arg(long, default_value_t = 1)]
     pub rank: usize,
-    /// The update is multiplied with alpha / rank
+    /// Alpha of the adapters: the update is multiplied by alpha / rank
     #[arg(long, default_value_t = 1.0)]
     pub alpha: f32,
     /// Learning rate of Adam, for the training and for the adapters
     #[arg(long, default_value_t = 1e-3)]
     pub lr: f32,
-    /// Batches of 10 that the adapters are tuned on
+    /// Number of batches of 10 images that the adapters are trained on
     #[arg(long, default_value_t = 100)]
     pub batches: usize,
-    /// Digit to tune the adapters on [default: the one with the most test errors]
+    /// Digit to train the adapters on [default: the one with the most test errors]
     #[arg(long, value_parser = clap::value_parser!(u8).range(0..10))]
     pub digit: Option<u8>,
     /// Passes over the training images before the adapters
     #[arg(long, default_value_t = 1)]
     pub epochs: usize,
-    /// What to compute on
+    /// Backend to compute on
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub backend: Device,
-    /// Threads of the CPU backend [default: one a core]
+    /// Threads of the CPU backend [default: one for each core]
     #[arg(long)]
     pub threads: Option<usize>,
-    /// Where the adapter and the charts go
+    /// Folder for the adapter and the charts
     #[arg(long, value_name = "DIR", default_value = "out/mnist_lora")]
     pub out: PathBuf,
     /// Also write every figure to this file
@@ -55,7 +55,7 @@ pub struct Args {
     pub json: Option<PathBuf>,
 }
 
-/// What to compute on.
+/// The backend to compute on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Device {
     /// An NVIDIA GPU if there is one and CUDA is compiled in, else the CPU

@@ -1,6 +1,6 @@
-//! Two charts as SVG. The text stays text: whoever shows the file brings the font.
+//! Two charts as SVG. Labels are stored as text, so the viewer chooses the font.
 
-use lowrank::mnist::DIGITS;
+use crate::mnist::DIGITS;
 use lowrank::{Error, Result};
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -11,7 +11,7 @@ const FONT: (&str, u32) = ("sans-serif", 15);
 const TITLE: (&str, u32) = ("sans-serif", 20);
 const BEFORE: RGBColor = RGBColor(0x9a, 0xa5, 0xb1);
 const ON: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
-/// Steps that the training loss is averaged over: single batches of 10 hide the curve.
+/// Steps that the training loss is averaged over, because the loss of single batches of 10 is noisy.
 const WINDOW: usize = 50;
 
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;

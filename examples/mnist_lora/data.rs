@@ -1,22 +1,22 @@
-//! Where the digits come from: a folder, the user's cache, a mirror; without a network they are drawn.
+//! Finding MNIST: in a folder, in the user's cache, or on a mirror; without a network, digits are generated.
 
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::mnist::{FILES, Mnist};
 use flate2::bufread::GzDecoder;
-use lowrank::mnist::{FILES, Mnist};
 use lowrank::{Error, Result};
 use sha2::{Digest, Sha256};
 
 use crate::args::Args;
 use crate::{progress, whole};
 
-/// PyTorch's copy.
+/// PyTorch's mirror.
 const MIRROR: &str = "https://ossci-datasets.s3.amazonaws.com/mnist";
 
-/// Bytes and SHA-256 of each of [`FILES`], unzipped: mirrors zip them differently.
+/// Size and SHA-256 of each of [`FILES`], decompressed, because mirrors compress them differently.
 const CONTENTS: [(usize, &str); 4] = [
     (47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
     (60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
@@ -24,7 +24,7 @@ const CONTENTS: [(usize, &str); 4] = [
     (10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 ];
 
-/// The digits, and where they are from.
+/// The digits, and a description of their source.
 pub fn find(args: &Args) -> Result<(Mnist, String)> {
     let dir = args.data.clone().or_else(|| std::env::var_os("MNIST_DIR").map(PathBuf::from));
     let (mut mnist, source) = match dir {
@@ -46,16 +46,16 @@ pub fn find(args: &Args) -> Result<(Mnist, String)> {
     Ok((mnist, source))
 }
 
-/// As many as MNIST has, or as are asked for.
+/// Generates as many digits as MNIST has, or as many as `--limit` says.
 fn generate(args: &Args) -> (Mnist, String) {
     let count = args.limit.unwrap_or(60_000).clamp(1, 60_000);
     (Mnist::generate(args.seed, count, count.div_ceil(6)), format!("generated, seed {}", args.seed))
 }
 
-/// Why there is no way to the mirror.
+/// The reason why the mirror cannot be reached.
 type Offline = String;
 
-/// The cache folder, once it has all four files.
+/// The cache folder; files that it lacks are downloaded first.
 fn cached(args: &Args) -> Result<Result<PathBuf, Offline>> {
     let mirror = args.mirror.clone().or_else(|| std::env::var("MNIST_MIRROR").ok());
     let mirror = mirror.unwrap_or_else(|| MIRROR.into());
@@ -63,7 +63,7 @@ fn cached(args: &Args) -> Result<Result<PathBuf, Offline>> {
     let dir = dir.join("lowrank").join("mnist");
     for (name, content) in FILES.into_iter().zip(CONTENTS) {
         let path = dir.join(format!("{name}.gz"));
-        // What is in the cache was checked when it came, and is checked again: disks fill up, and hands slip.
+        // Files were checked when they were downloaded. They are checked again, because they may have been damaged since.
         if fs::read(&path).is_ok_and(|file| check(&file, content).is_ok()) {
             continue;
         }
@@ -78,8 +78,8 @@ fn cached(args: &Args) -> Result<Result<PathBuf, Offline>> {
     Ok(Ok(dir))
 }
 
-/// The file behind a URL, or why the network cannot be reached. Errors: [`Error::File`] if the server has no such file, or one
-/// larger than `limit`.
+/// Downloads a file; the inner error is the reason why the network cannot be reached. Errors: [`Error::File`] if the server has no such
+/// file, or one larger than `limit`.
 fn download(url: &str, limit: usize) -> Result<Result<Vec<u8>, Offline>> {
     let fail = |reason: String| Error::File { path: PathBuf::from(url), reason };
     let timeouts = ureq::Agent::config_builder()
@@ -107,7 +107,7 @@ fn download(url: &str, limit: usize) -> Result<Result<Vec<u8>, Offline>> {
     Ok(Ok(file))
 }
 
-/// `Err` with what is wrong, unless the file holds the original, gzipped or not.
+/// Checks that a file, gzipped or not, has the content of the original. The error is the reason.
 fn check(file: &[u8], (len, sha256): (usize, &str)) -> Result<(), String> {
     let mut content = Vec::new();
     if file.starts_with(&[0x1f, 0x8b]) {

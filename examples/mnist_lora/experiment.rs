@@ -1,49 +1,50 @@
-//! Train, freeze, tune the worst digit, and look at what changed. Generic in the backend, and silent: what it found is returned.
+//! The experiment: trains a network, freezes it, trains adapters on its worst digit, and compares the results. Generic in the backend;
+//! prints nothing.
 
 use std::path::Path;
 use std::time::Instant;
 
+use crate::mnist::{DIGITS, Mnist, Split, shuffled_batches};
 use lowrank::autograd::{Gradients, Tape};
-use lowrank::mnist::{DIGITS, Mnist, Split, shuffled_batches};
 use lowrank::nn::{Adam, Adaptable, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
 
 use crate::whole;
 
-/// What may be chosen.
+/// The settings of the experiment.
 pub struct Settings {
-    /// Of the initial weights and the shuffles.
+    /// Seed of the initial weights and the shuffles.
     pub seed: u64,
     /// Sizes of the hidden layers.
     pub hidden: Vec<usize>,
     /// Passes over the training images.
     pub epochs: usize,
-    /// Images a step.
+    /// Images of a batch.
     pub batch: usize,
     /// Learning rate of Adam, in both phases.
     pub lr: f32,
-    /// Rank and alpha of the adapters.
+    /// Rank of the adapters.
     pub rank: usize,
-    /// The update is multiplied with alpha / rank.
+    /// Alpha of the adapters: the update is multiplied by alpha / rank.
     pub alpha: f32,
-    /// Steps that the adapters are tuned for.
+    /// Number of batches that the adapters are trained on.
     pub batches: usize,
-    /// The digit to tune them on; the worst if `None`.
+    /// The digit to train them on; the worst if `None`.
     pub digit: Option<u8>,
 }
 
-/// Where a phase stands.
+/// The progress of a phase.
 pub struct Progress {
     /// `training` or `tuning`
     pub phase: &'static str,
     /// Steps done.
     pub step: usize,
-    /// Steps in all.
+    /// Total number of steps.
     pub steps: usize,
-    /// Mean loss of the last few.
+    /// Mean loss of the last steps.
     pub loss: f32,
-    /// Since the phase began.
+    /// Seconds since the phase began.
     pub seconds: f64,
 }
 
@@ -52,39 +53,39 @@ pub struct Progress {
 pub struct Phase {
     /// The loss of every step.
     pub losses: Vec<f32>,
-    /// How long it took.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// What a model says of the test images.
+/// The results of a model on the test images.
 #[derive(Debug, PartialEq)]
 pub struct Score {
-    /// A row an image.
+    /// The logits, with a row for each image.
     pub logits: Vec<f32>,
-    /// Images of each digit that were taken for another.
+    /// Wrongly classified images of each digit.
     pub errors: [usize; DIGITS],
-    /// The part of all images that were not.
+    /// The fraction of correctly classified images.
     pub accuracy: f64,
 }
 
-/// What the experiment found.
+/// The results of the experiment.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What the base model says.
+    /// Results of the base model.
     pub base: Score,
-    /// The digit that the adapters were tuned on.
+    /// The digit that the adapters were trained on.
     pub digit: u8,
-    /// What the model says with its adapters on,
+    /// Results with the adapters enabled.
     pub on: Score,
-    /// off,
+    /// Results with the adapters disabled.
     pub off: Score,
-    /// saved and loaded again beside the base model,
+    /// Results of a new model with the same base, after saving and loading the adapters.
     pub reloaded: Score,
-    /// and merged into its weights.
+    /// Results with the adapters merged.
     pub merged: Score,
-    /// The largest difference that merging makes to a logit, relative to the largest logit.
+    /// The largest change of a logit by merging, relative to the largest logit.
     pub merged_difference: f64,
-    /// What rounding explains of it.
+    /// The change that rounding can explain.
     pub merged_tolerance: f64,
     /// Parameters of the model and of the adapters.
     pub params: ParameterReport,
@@ -92,13 +93,13 @@ pub struct Outcome {
     pub pretrain: Phase,
     /// The training of the adapters.
     pub tune: Phase,
-    /// Whether every weight and bias of the base model has the same bits after tuning.
+    /// True if every weight and bias of the base model has the same bits after training the adapters.
     pub base_unchanged: bool,
     /// The weights and biases of the base model, then A and B of each adapter.
     pub weights: Vec<Vec<f32>>,
 }
 
-/// Runs the whole of it; the adapters are saved to `dir`. Errors: those of the crate.
+/// Runs the experiment; the adapters are saved to `dir`. Errors: those of the crate.
 pub fn run<B: Backend>(
     backend: &B,
     mnist: &Mnist,
@@ -107,7 +108,7 @@ pub fn run<B: Backend>(
     watch: &mut dyn FnMut(&Progress),
 ) -> Result<Outcome> {
     let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
-    config.check()?; // now, not after minutes of training
+    config.check()?; // fail now, not after minutes of training
     settings.digit.map_or(Ok(()), |digit| shown(&mnist.train, digit).map(drop))?;
     let rng = &mut Rng::new(settings.seed);
     let pixels = mnist.train.images().rows() * mnist.train.images().cols();
@@ -129,9 +130,9 @@ pub fn run<B: Backend>(
     let base_unchanged = same_bits(&before, &weights(backend, &mlp)?);
     mlp.set_adapters_enabled(false)?;
     let off = score(backend, &mlp, &mnist.test)?;
-    whole::uncut(|| adapter::save(backend, &mlp, dir))?;
+    whole::uninterrupted(|| adapter::save(backend, &mlp, dir))?;
 
-    // A model that has never seen the adapters, but for the files.
+    // A new model, which gets the adapters from the files.
     let mut again = copy(backend, &mlp)?;
     adapter::load(backend, &mut again, dir)?;
     let reloaded = score(backend, &again, &mnist.test)?;
@@ -155,10 +156,10 @@ pub fn run<B: Backend>(
     })
 }
 
-/// How many losses are read at a time: reading one waits for the device.
+/// The number of losses that are read together, because reading one waits for the device.
 const READ: usize = 50;
 
-/// A step of Adam on the mean cross-entropy of each batch.
+/// Trains with Adam on the mean cross-entropy, one step for each batch.
 fn train<B: Backend>(
     backend: &B,
     mlp: &mut Mlp<B>,
@@ -168,7 +169,7 @@ fn train<B: Backend>(
     (phase, watch): (&'static str, &mut dyn FnMut(&Progress)),
 ) -> Result<Phase> {
     let (mut adam, mut losses, began) = (Adam::new(lr)?, Vec::with_capacity(batches.len()), Instant::now());
-    let mut gradients = Gradients::default(); // of the step before: the next works in their memory
+    let mut gradients = Gradients::default(); // of the previous step: the next one reuses their memory
     for group in batches.chunks(READ) {
         let unread =
             group.iter().map(|rows| step(backend, mlp, (&mut adam, &mut gradients), split, rows)).collect::<Result<Vec<_>>>()?;
@@ -185,7 +186,7 @@ fn train<B: Backend>(
     Ok(Phase { losses, seconds: began.elapsed().as_secs_f64() })
 }
 
-/// The loss before the step, still on the device.
+/// Makes one step. Returns the loss before the step, on the device.
 fn step<B: Backend>(
     backend: &B,
     mlp: &mut Mlp<B>,
@@ -208,12 +209,12 @@ fn shown(split: &Split, digit: u8) -> Result<Vec<usize>> {
     let rows = split.of_digit(digit);
     if rows.is_empty() {
         let got = format!("{digit}, which no training image shows");
-        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit that is there".into() });
+        return Err(Error::Value { verb: "mnist_lora", name: "digit", got, want: "a digit of the training images".into() });
     }
     Ok(rows)
 }
 
-/// Batches of one digit: its images in random order, and in another when they run out.
+/// Batches of one digit: its images in random order, shuffled again each time all have been used.
 fn batches_of(split: &Split, digit: u8, settings: &Settings, rng: &mut Rng) -> Result<Vec<Vec<usize>>> {
     let (rows, mut batches) = (shown(split, digit)?, Vec::new());
     while batches.len() < settings.batches {
@@ -223,7 +224,7 @@ fn batches_of(split: &Split, digit: u8, settings: &Settings, rng: &mut Rng) -> R
     Ok(batches)
 }
 
-/// Test images a forward pass: enough for the CPU's blocked engine.
+/// Test images of a forward pass: enough for the CPU's blocked regime.
 const SCORED: usize = 1000;
 
 fn score<B: Backend>(backend: &B, mlp: &Mlp<B>, split: &Split) -> Result<Score> {
@@ -254,12 +255,12 @@ fn tolerance<E: Float>(sizes: &[usize]) -> f64 {
     8.0 * E::DTYPE.unit_roundoff() * (terms as f64).sqrt()
 }
 
-/// Where the largest number is, the first of equals.
+/// The index of the largest element, the first of equal ones.
 fn largest(row: &[f32]) -> usize {
     (1..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 
-/// The digit with the most errors, the first of equals.
+/// The digit with the most errors, the first of equal ones.
 fn worst(errors: &[usize; DIGITS]) -> u8 {
     (1..DIGITS).fold(0, |worst, digit| if errors[digit] > errors[worst] { digit } else { worst }) as u8
 }
@@ -276,7 +277,7 @@ fn adapter_weights<B: Backend>(backend: &B, mlp: &Mlp<B>) -> Result<Vec<Vec<f32>
     params.map(|param| Ok(param.tensor().to_vec(backend)?.into_iter().map(Float::to_f32).collect())).collect()
 }
 
-/// Whether the numbers have the same bits: unlike `==`, this tells 0 from -0.
+/// True if the elements have the same bits; unlike `==`, this distinguishes 0 and -0.
 pub fn same_bits(a: &[Vec<f32>], b: &[Vec<f32>]) -> bool {
     let bits = |weights: &[Vec<f32>]| -> Vec<Vec<u32>> {
         weights.iter().map(|weight| weight.iter().map(|w| w.to_bits()).collect()).collect()

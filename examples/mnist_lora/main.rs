@@ -1,12 +1,13 @@
-//! The whole story of LoRA in one run: train a network on MNIST, find the digit it is worst at, teach it that digit with
-//! adapters of rank 1, and show that the base model underneath is what it was.
+//! LoRA from start to end: trains a network on MNIST, finds the digit with the most errors, trains adapters of rank 1 on that digit, and
+//! shows that the base model has not changed.
 //!
 //! ```text
 //! args.rs        the flags
-//! data.rs        MNIST: a folder, the cache, a mirror, or drawn digits
-//! experiment.rs  train, freeze, tune, score: the part to read
-//! progress.rs    bars             report.rs  tables and JSON
-//! chart.rs       SVG              whole.rs   files written whole or not at all
+//! data.rs        finding MNIST: a folder, the cache, a mirror, or generated digits
+//! mnist/         readers of IDX files, and generated digits
+//! experiment.rs  training, freezing, adapting, scoring: the part to read
+//! progress.rs    progress bars    report.rs  tables and JSON
+//! chart.rs       SVG              whole.rs   files written completely or not at all
 //! ```
 
 #![allow(unreachable_pub, reason = "an example exports nothing")]
@@ -15,6 +16,8 @@ mod args;
 mod chart;
 mod data;
 mod experiment;
+#[allow(dead_code, unused_imports, reason = "tests/mnist.rs and the fuzz targets use all of it")]
+mod mnist;
 mod progress;
 mod report;
 mod whole;
@@ -24,8 +27,8 @@ use std::process::ExitCode;
 use clap::Parser;
 #[cfg(not(all(feature = "webgpu", feature = "cuda")))]
 use lowrank::Error;
-use lowrank::mnist::Mnist;
 use lowrank::{Backend, Cpu, Result};
+use mnist::Mnist;
 
 use args::{Args, Device};
 use experiment::Settings;
@@ -41,7 +44,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Opens the backend before the data: to hear that it is missing should not take a download.
+/// Opens the backend before the data is downloaded, so that a missing backend is reported at once.
 fn start(args: &Args) -> Result<()> {
     whole::guard_against_ctrl_c()?;
     match args.backend {
@@ -78,7 +81,7 @@ fn not_compiled(backend: &'static str) -> Error {
     Error::Unavailable { backend, reason }
 }
 
-/// Runs the experiment and shows what it found.
+/// Runs the experiment and shows the results.
 fn show<B: Backend>(backend: &B, args: &Args) -> Result<()> {
     let (mnist, source) = data::find(args)?;
     report::begin(&backend.device(), &source, &mnist);
@@ -98,13 +101,13 @@ fn show<B: Backend>(backend: &B, args: &Args) -> Result<()> {
     report::verdict(&outcome)
 }
 
-/// The network is oversized on purpose: its update does not need to be.
+/// The settings. The network is oversized on purpose, to show how small an update can be.
 fn settings(args: &Args) -> Settings {
     let Args { seed, rank, alpha, lr, batches, digit, epochs, .. } = *args;
     Settings { seed, hidden: vec![1000, 2000], epochs, batch: 10, lr, rank, alpha, batches, digit }
 }
 
-/// Test images of each digit.
-fn digit_counts(mnist: &Mnist) -> [usize; lowrank::mnist::DIGITS] {
+/// The number of test images of each digit.
+fn digit_counts(mnist: &Mnist) -> [usize; mnist::DIGITS] {
     std::array::from_fn(|digit| mnist.test.of_digit(digit as u8).len())
 }

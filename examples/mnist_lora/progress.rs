@@ -1,4 +1,4 @@
-//! Bars on a terminal, plain lines elsewhere.
+//! Progress: bars on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::experiment::Progress;
 
-/// How often a line is printed where there is no terminal.
+/// The interval between lines if there is no terminal.
 const PLAIN: Duration = Duration::from_secs(10);
 
-/// A bar over the bytes of a file.
+/// A progress bar for a download.
 pub fn download(name: &str, bytes: Option<u64>) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         eprintln!("downloading {name}");
@@ -19,7 +19,7 @@ pub fn download(name: &str, bytes: Option<u64>) -> ProgressBar {
     bar.with_style(style("{prefix} {bar:30} {bytes} of {total_bytes}, {bytes_per_sec}")).with_prefix(name.to_string())
 }
 
-/// Shows how training goes on.
+/// Shows the progress of training.
 pub struct Watch {
     bar: Option<ProgressBar>,
     phase: &'static str,
@@ -27,12 +27,12 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Nothing shown yet.
+    /// A watch that has shown nothing yet.
     pub fn new() -> Self {
         Self { bar: None, phase: "", printed: Instant::now() }
     }
 
-    /// Shows where a phase stands.
+    /// Shows the progress of a phase.
     pub fn show(&mut self, at: &Progress) {
         if self.phase != at.phase {
             (self.phase, self.printed) = (at.phase, Instant::now());

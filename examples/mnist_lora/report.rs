@@ -1,6 +1,6 @@
-//! What the experiment found, as tables and as JSON.
+//! The results of the experiment, as tables and as JSON.
 
-use lowrank::mnist::{DIGITS, Mnist};
+use crate::mnist::{DIGITS, Mnist};
 use lowrank::{Error, Result};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -8,13 +8,13 @@ use sha2::{Digest, Sha256};
 use crate::args::Args;
 use crate::experiment::Outcome;
 
-/// What is about to be run.
+/// Prints the backend and the data.
 pub fn begin(device: &str, source: &str, mnist: &Mnist) {
     println!("backend  {device}");
     println!("digits   {source}: {} to train on, {} to test with", mnist.train.len(), mnist.test.len());
 }
 
-/// The findings that are checks: what it is called in the JSON, what it says, and whether it holds.
+/// The checks of the results: key in the JSON, sentence, and whether it holds.
 fn checks(outcome: &Outcome) -> [(&'static str, &'static str, bool); 4] {
     let Outcome { base, on, off, reloaded, merged_difference, merged_tolerance, .. } = outcome;
     [
@@ -33,7 +33,7 @@ pub fn verdict(outcome: &Outcome) -> Result<()> {
     }
 }
 
-/// Prints the findings.
+/// Prints the results.
 pub fn tables(outcome: &Outcome, counts: &[usize; DIGITS]) {
     let Outcome { base, on, off, merged, digit, params, .. } = outcome;
     println!("\ntest errors      images    before   adapters on       off    merged");
@@ -63,7 +63,7 @@ pub fn tables(outcome: &Outcome, counts: &[usize; DIGITS]) {
     println!("     (largest difference {:.1e}, rounding explains {:.1e})", outcome.merged_difference, outcome.merged_tolerance);
 }
 
-/// Every figure. The keys are stable: scripts read them.
+/// All results. The keys are stable, because scripts read them.
 pub fn json(outcome: &Outcome, args: &Args, device: &str, source: &str) -> Value {
     let Outcome { base, on, off, merged, reloaded, params, pretrain, tune, .. } = outcome;
     let mut figures = json!({
@@ -101,7 +101,7 @@ pub fn json(outcome: &Outcome, args: &Args, device: &str, source: &str) -> Value
     figures
 }
 
-/// Of the bits of every weight: two runs agree on it if they agree on all.
+/// A digest of the bits of all weights, to compare two runs.
 fn digest(weights: &[Vec<f32>]) -> String {
     let mut sum = Sha256::new();
     for weight in weights.iter().flatten() {
@@ -110,7 +110,7 @@ fn digest(weights: &[Vec<f32>]) -> String {
     sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// 2807010 as 2,807,010.
+/// Groups digits: 2807010 as 2,807,010.
 fn thousands(number: usize) -> String {
     let digits = number.to_string();
     let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();

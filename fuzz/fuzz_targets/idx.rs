@@ -1,12 +1,16 @@
-//! Any bytes are images, labels or an error; what is read is as long as it says, and was in the file.
+//! The IDX reader of `examples/mnist_lora` on any bytes: it returns images, labels or an error, and never more data than the file holds.
 #![no_main]
+#![allow(dead_code, unreachable_pub, reason = "the readers of an example, of which this uses a part")]
+
+#[path = "../../examples/mnist_lora/mnist/mod.rs"]
+mod mnist;
 
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use lowrank::mnist::{Images, Labels};
+use mnist::{Images, Labels};
 
-/// Deflate makes at most this many bytes of one.
+/// The largest number of bytes that deflate can expand one byte to.
 const DEFLATE: usize = 1032;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,4 +1,4 @@
-//! What touches memory: loads, stores, asynchronous copies, and the matrices that a warp loads.
+//! Memory accesses: loads, stores, asynchronous copies, ldmatrix and stmatrix.
 
 use crate::WARP;
 use crate::arg::{Arg, SPAN};
@@ -10,8 +10,8 @@ use crate::warp::lanes;
 
 impl Cluster<'_, '_, '_> {
     fn read(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize) -> Result<u128, Kind> {
-        let now = self.place.moment(&self.warps[warp], warp, lane);
-        let shared = &mut self.rooms[self.place.rank(warp)].memory;
+        let now = self.position.moment(&self.warps[warp], warp, lane);
+        let shared = &mut self.block_states[self.position.rank(warp)].memory;
         match space {
             Some(Space::Param) => self.context.params.peek(at, width),
             Some(Space::Shared) => shared.read(at, width, now),
@@ -41,7 +41,7 @@ impl Cluster<'_, '_, '_> {
             let value = self.read(warp, lane, *space, at[lane], width * to.len()).map_err(|kind| (lane, kind))?;
             for (i, row) in (0..).zip(&mut rows[..to.len()]) {
                 let part = (value >> (i * bits)) as u64 & (u64::MAX >> (64 - bits));
-                // A narrow signed value fills the 32 bits of its register with its sign.
+                // A signed value of less than 32 bits is sign-extended to 32.
                 let extend = *signed && bits < 32;
                 row[lane] = if extend { ((part << (64 - bits)) as i64 >> (64 - bits)) as u32 as u64 } else { part };
             }
@@ -69,8 +69,8 @@ impl Cluster<'_, '_, '_> {
     }
 
     fn write(&mut self, warp: usize, lane: usize, space: Option<Space>, at: u64, width: usize, value: u128) -> Result<(), Kind> {
-        let now = self.place.moment(&self.warps[warp], warp, lane);
-        let shared = &mut self.rooms[self.place.rank(warp)].memory;
+        let now = self.position.moment(&self.warps[warp], warp, lane);
+        let shared = &mut self.block_states[self.position.rank(warp)].memory;
         match space {
             Some(Space::Shared) => shared.write(at, width, value, now),
             None if at < SPAN => shared.write(at, width, value, now),
@@ -83,7 +83,7 @@ impl Cluster<'_, '_, '_> {
         }
     }
 
-    /// The source is read now; the destination gets it when its group is waited for.
+    /// `cp.async`: reads the source now, and writes the destination when its group is waited for.
     pub(crate) fn copy_async(
         &mut self,
         warp: usize,
@@ -99,15 +99,15 @@ impl Cluster<'_, '_, '_> {
             return Err(Kind::Misaligned { space: Space::Global, at: from % SPAN, width });
         }
         let value = if filled == 0 { 0 } else { self.read(warp, lane, Some(Space::Global), from, filled)? };
-        let now = self.place.moment(&self.warps[warp], warp, lane);
-        self.rooms[self.place.rank(warp)].memory.depart(to, width, now)?;
+        let now = self.position.moment(&self.warps[warp], warp, lane);
+        self.block_states[self.position.rank(warp)].memory.depart(to, width, now)?;
         self.copies[warp * WARP + lane].open.push(Copy { to, bytes: value.to_le_bytes()[..width].to_vec() });
         Ok(())
     }
 
     pub(crate) fn wait_copies(&mut self, warp: usize, lane: usize, pending: Option<usize>) -> Result<(), Kind> {
-        let now = self.place.moment(&self.warps[warp], warp, lane);
-        let shared = &mut self.rooms[self.place.rank(warp)].memory;
+        let now = self.position.moment(&self.warps[warp], warp, lane);
+        let shared = &mut self.block_states[self.position.rank(warp)].memory;
         let copies = &mut self.copies[warp * WARP + lane];
         if pending.is_none() {
             copies.close();
@@ -115,7 +115,7 @@ impl Cluster<'_, '_, '_> {
         copies.take_until(pending.unwrap_or(0)).iter().try_for_each(|copy| shared.land(copy.to, &copy.bytes, now))
     }
 
-    /// Row i of matrix j is where lane 8·j + i says.
+    /// `ldmatrix`: row i of matrix j is at the address of lane 8·j + i.
     pub(crate) fn load_matrix(&mut self, warp: usize, to: &[u32], address: Address, transposed: bool) -> Step<()> {
         let at = self.addresses(warp, address);
         for (j, &to) in to.iter().enumerate() {
@@ -133,7 +133,7 @@ impl Cluster<'_, '_, '_> {
         Ok(())
     }
 
-    /// The other way round.
+    /// `stmatrix`: row i of matrix j goes to the address of lane 8·j + i.
     pub(crate) fn store_matrix(&mut self, warp: usize, from: &[u32], address: Address, transposed: bool) -> Step<()> {
         let (at, stored) = (self.addresses(warp, address), self.context.semantics.stored);
         for (j, &from) in from.iter().enumerate() {
@@ -150,7 +150,7 @@ impl Cluster<'_, '_, '_> {
     }
 }
 
-/// An address that belongs to no argument, such as one behind a null pointer.
+/// The fault of an address outside every argument, such as a null pointer's.
 fn nowhere(at: u64, width: usize) -> Kind {
     Kind::OutOfBounds { space: Space::Global, at, width, len: 0 }
 }

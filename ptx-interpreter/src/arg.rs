@@ -1,10 +1,10 @@
-//! Arguments of a launch, and the bytes of the parameters that a kernel finds.
+//! Arguments of a launch, and their bytes in the kernel's parameters.
 
 use crate::memory::Global;
 use crate::parse::Kernel;
 use crate::tensor::TensorMap;
 
-/// One argument.
+/// An argument of a launch.
 pub enum Arg<'m> {
     /// A 32-bit number.
     U32(u32),
@@ -14,33 +14,33 @@ pub enum Arg<'m> {
     F32(f32),
     /// A null pointer.
     Null,
-    /// Memory that the kernel may only read.
+    /// Memory that the kernel may read.
     Read(&'m Global),
-    /// Memory that the kernel may only read, with a pointer to the byte at this place of it.
+    /// Memory that the kernel may read, with a pointer to the byte at this offset.
     ReadAt(&'m Global, u64),
     /// Memory that the kernel may read and write.
     Write(&'m mut Global),
-    /// Memory that the kernel may read and write, with a pointer to the byte at this place of it.
+    /// Memory that the kernel may read and write, with a pointer to the byte at this offset.
     WriteAt(&'m mut Global, u64),
-    /// A map of a tensor, of which TMA loads boxes.
+    /// A tensor map for TMA loads.
     ReadTiles(&'m Global, TensorMap),
-    /// A map of a tensor, to which TMA stores boxes.
+    /// A tensor map for TMA stores.
     WriteTiles(&'m mut Global, TensorMap),
-    /// A structure of so many bytes, passed by value: fields by their offset, none of them a structure; zeros between.
+    /// A structure of this size in bytes, passed by value: its fields by offset, none of them a structure; zeros between.
     Struct(usize, Vec<(usize, Arg<'m>)>),
 }
 
-/// An argument in memory starts at its place among all of them, fields counted one by one, from 1, times this.
+/// Address space of an argument: argument `i`, from 1, fields counted one by one, starts at address `i · SPAN`.
 pub(crate) const SPAN: u64 = 1 << 40;
 
-/// The arguments of a launch, fields of structures one by one, each with its offset among the bytes of the parameters.
+/// The arguments of a launch, fields of structures one by one, each with its offset in the parameters.
 pub(crate) struct Args<'l, 'm> {
     flat: Vec<(usize, &'l mut Arg<'m>)>,
     pub(crate) bytes: Vec<u8>,
 }
 
 impl<'l, 'm> Args<'l, 'm> {
-    /// The arguments as the kernel takes them. Errors: why they do not fit.
+    /// Lays out the arguments for the kernel. Errors: the reason why they do not fit.
     pub(crate) fn new(kernel: &Kernel, args: &'l mut [Arg<'m>]) -> Result<Self, String> {
         let (want, got) = (kernel.params.len(), args.len());
         if want != got {
@@ -56,7 +56,7 @@ impl<'l, 'm> Args<'l, 'm> {
         Ok(all)
     }
 
-    /// Adds an argument, or the fields of one. Returns where it ends.
+    /// Adds an argument, or the fields of one. Returns the end of its bytes.
     fn add(&mut self, offset: usize, arg: &'l mut Arg<'m>) -> Result<usize, String> {
         if let Arg::Struct(size, fields) = arg {
             let end = offset + *size;
@@ -104,13 +104,13 @@ impl<'l, 'm> Args<'l, 'm> {
         self.flat.get_mut(number as usize).map(|(_, arg)| &mut **arg)
     }
 
-    /// The number of the argument that starts at an offset of the parameters, and its map of a tensor.
+    /// The number of the argument at an offset of the parameters, and its tensor map.
     pub(crate) fn map_at(&self, offset: usize) -> Option<(usize, &TensorMap)> {
         let number = self.flat.iter().position(|&(at, _)| at == offset)?;
         Some((number, self.map(number)?))
     }
 
-    /// The map of a tensor that an argument is.
+    /// The tensor map of an argument.
     pub(crate) fn map(&self, number: usize) -> Option<&TensorMap> {
         match &*self.flat[number].1 {
             Arg::ReadTiles(_, map) | Arg::WriteTiles(_, map) => Some(map),

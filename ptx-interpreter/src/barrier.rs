@@ -1,4 +1,4 @@
-//! mbarriers: who has yet to arrive, which bytes have yet to come, and what those who wait will have seen.
+//! mbarriers: pending arrivals and bytes, and the clocks that they hand to waiting threads.
 
 use std::collections::HashMap;
 
@@ -6,29 +6,29 @@ use crate::fault::Kind;
 use crate::semantics::Semantics;
 use crate::shadow::{BULK, Clocks, MAX_BARRIERS, Moment};
 
-/// One mbarrier.
+/// An mbarrier, and its phases.
 struct Phases {
-    /// Which of its block: bulk copies write in its name.
+    /// Number in its block: bulk copies use it as their agent.
     number: u32,
-    /// The time of the last phase of the one that was at its place before it.
+    /// Time of the last phase of an earlier mbarrier at the same address.
     before: u32,
-    /// No `mbarrier.inval` has come.
+    /// False after `mbarrier.inval`.
     valid: bool,
     count: u32,
-    /// The thread that made it, and when.
+    /// Block, thread and time of `mbarrier.init`.
     made: (u32, u32, u32),
-    /// TMA and other blocks can see it.
+    /// True if TMA and other blocks can see it, after `fence.mbarrier_init`.
     published: bool,
-    /// Phases that have ended.
+    /// Number of completed phases.
     ended: u32,
     missing: u32,
     bytes: i64,
-    /// What has been handed on in this phase, and what was in the one before.
+    /// Clocks of the arrivals in this phase, and in the previous one.
     arriving: Clocks,
     arrived: Clocks,
 }
 
-/// The mbarriers of a block, by their place in its shared memory.
+/// The mbarriers of a block, by their address in shared memory.
 pub(crate) struct Barriers {
     semantics: &'static Semantics,
     all: HashMap<u64, Phases>,
@@ -43,7 +43,7 @@ impl Barriers {
         Self { semantics, all: HashMap::new() }
     }
 
-    pub(crate) fn make(&mut self, at: u64, count: u32, now: Moment<'_>) -> Result<(), Kind> {
+    pub(crate) fn init(&mut self, at: u64, count: u32, now: Moment<'_>) -> Result<(), Kind> {
         let before = self.all.get(&at);
         let number = before.map_or(self.all.len() as u32, |phases| phases.number);
         match () {
@@ -62,9 +62,9 @@ impl Barriers {
         Ok(())
     }
 
-    /// `mbarrier.inval`: its place may be used for something else.
-    pub(crate) fn unmake(&mut self, at: u64, now: Moment<'_>) -> Result<(), Kind> {
-        let phases = self.seen(at, now)?;
+    /// `mbarrier.inval`: the address may be used for something else.
+    pub(crate) fn invalidate(&mut self, at: u64, now: Moment<'_>) -> Result<(), Kind> {
+        let phases = self.usable(at, now)?;
         if phases.bytes != 0 {
             return Err(bad(at, "is made invalid while bytes are on their way"));
         }
@@ -72,14 +72,14 @@ impl Barriers {
         Ok(())
     }
 
-    /// `fence.mbarrier_init` of a thread.
+    /// `fence.mbarrier_init`, executed by a thread.
     pub(crate) fn publish(&mut self, (block, thread): (u32, u32)) {
         let mine = self.all.values_mut().filter(|phases| (phases.made.0, phases.made.1) == (block, thread));
         mine.for_each(|phases| phases.published = true);
     }
 
-    /// The mbarrier at a place, as a thread that has seen it made may use it.
-    fn seen(&mut self, at: u64, now: Moment<'_>) -> Result<&mut Phases, Kind> {
+    /// The mbarrier at an address, if the thread has seen its initialisation.
+    fn usable(&mut self, at: u64, now: Moment<'_>) -> Result<&mut Phases, Kind> {
         let phases = self.all.get_mut(&at).filter(|phases| phases.valid).ok_or(bad(at, "was not made"))?;
         let (block, thread, time) = phases.made;
         if !now.has_seen(block, thread, time) {
@@ -91,10 +91,10 @@ impl Barriers {
         Ok(phases)
     }
 
-    /// So many arrivals of a thread. `expected`: one that says how many bytes will come.
+    /// `count` arrivals of a thread; with `expected`, one arrival that expects this many bytes.
     pub(crate) fn arrive(&mut self, at: u64, count: u32, expected: Option<u32>, now: Moment<'_>) -> Result<(), Kind> {
         let semantics = self.semantics;
-        let phases = self.seen(at, now)?;
+        let phases = self.usable(at, now)?;
         if count == 0 {
             return Err(bad(at, "gets an arrival that counts as none"));
         }
@@ -106,17 +106,18 @@ impl Barriers {
         Ok(())
     }
 
-    /// Bytes that a bulk copy will bring: the number of the mbarrier, and of the phase that this is. `published`: it has to be.
-    pub(crate) fn departs(&mut self, at: u64, published: bool, now: Moment<'_>) -> Result<(u32, u32), Kind> {
-        let phases = self.seen(at, now)?;
+    /// Starts a bulk copy. Returns its agent, from the number of the mbarrier, and the time of this phase. `published`: the
+    /// mbarrier must be.
+    pub(crate) fn start_copy(&mut self, at: u64, published: bool, now: Moment<'_>) -> Result<(u32, u32), Kind> {
+        let phases = self.usable(at, now)?;
         if published && !phases.published {
             return Err(Kind::Unpublished { at });
         }
         Ok((BULK + phases.number, phases.time()))
     }
 
-    /// They came. `block` counts from the first of the cluster.
-    pub(crate) fn lands(&mut self, at: u64, bytes: usize, block: u32) {
+    /// Completes a bulk copy of `bytes` bytes. `block` is relative to the cluster.
+    pub(crate) fn complete_copy(&mut self, at: u64, bytes: usize, block: u32) {
         let phases = self.all.get_mut(&at).expect("it was there when the copy departed");
         phases.bytes -= (self.semantics.landed)(bytes as u64);
         let (thread, time) = (BULK + phases.number, phases.time());
@@ -124,14 +125,14 @@ impl Barriers {
         phases.end_if_complete(self.semantics);
     }
 
-    /// What a thread sees that waits for the end of the phase of that parity; None: it has not ended.
+    /// The clocks for a thread that waits for the phase with this parity; `None` if the phase has not ended.
     pub(crate) fn ended(&mut self, at: u64, parity: u64, now: Moment<'_>) -> Result<Option<&Clocks>, Kind> {
         let semantics = self.semantics;
-        let phases = self.seen(at, now)?;
+        let phases = self.usable(at, now)?;
         Ok((semantics.has_ended)(phases.ended, parity).then_some(&phases.arrived))
     }
 
-    /// In words.
+    /// A description for errors.
     pub(crate) fn describe(&self, at: u64, parity: u64) -> String {
         let Some(Phases { count, missing, bytes, ended, .. }) = self.all.get(&at) else { return String::new() };
         let arrived = count - missing;
@@ -143,7 +144,7 @@ impl Barriers {
 }
 
 impl Phases {
-    /// The time of this phase: it grows for as long as the block runs.
+    /// The time of this phase; it increases for as long as the block runs.
     fn time(&self) -> u32 {
         self.before + self.ended + 1
     }

@@ -1,7 +1,7 @@
-//! What an instruction does to the blocks that run together.
+//! Executes instructions.
 
 use crate::WARP;
-use crate::cluster::{Cluster, Room, Step, whole_warp};
+use crate::cluster::{BlockState, Cluster, Step, whole_warp};
 use crate::fault::Kind;
 use crate::matrix;
 use crate::op::{Address, Arrivals, Half, Instruction, Op, Operand, Shuffle};
@@ -10,7 +10,7 @@ use crate::semantics::Semantics;
 use crate::warp::{Registers, Wait, lanes};
 
 impl Cluster<'_, '_, '_> {
-    /// One instruction for the lanes of a group, and where they go next.
+    /// Executes an instruction for a group of lanes, and moves them to the next one.
     pub(crate) fn step(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Step<()> {
         self.context.budget = self.context.budget.checked_sub(1).ok_or(whole_warp(Kind::Runaway))?;
         let Some(group) = self.gather(warp, at, group, instruction) else { return Ok(()) };
@@ -60,8 +60,8 @@ impl Cluster<'_, '_, '_> {
         Ok(())
     }
 
-    /// The lanes of a group, with those that have waited for them at an instruction that names its lanes. None: now these wait for
-    /// others, which live and may yet come.
+    /// For an instruction that names lanes: adds the lanes that already wait there. `None` if named lanes are still missing; then
+    /// the group waits for them.
     fn gather(&mut self, warp: usize, at: usize, group: u32, instruction: &Instruction) -> Option<u32> {
         let (Op::WarpBarrier { lanes: mask } | Op::Elect { lanes: mask, .. } | Op::Shuffle { lanes: mask, .. }) = instruction.op
         else {
@@ -78,13 +78,13 @@ impl Cluster<'_, '_, '_> {
         None
     }
 
-    /// The phase that a lane has to wait for; None: all have ended.
+    /// The phase that a lane must wait for; `None` if all have ended.
     fn wait_phase(&mut self, warp: usize, active: u32, to: u32, barrier: Address, parity: Operand) -> Step<Option<Wait>> {
         for lane in lanes(active) {
-            let (block, barrier) = self.room(warp, lane, barrier);
+            let (block, barrier) = self.resolve_shared(warp, lane, barrier);
             let parity = self.registers(warp).get(parity, lane);
-            let now = self.place.moment(&self.warps[warp], warp, lane);
-            let ended = self.rooms[block].barriers.ended(barrier, parity, now).map_err(|kind| (lane, kind))?;
+            let now = self.position.moment(&self.warps[warp], warp, lane);
+            let ended = self.block_states[block].barriers.ended(barrier, parity, now).map_err(|kind| (lane, kind))?;
             let Some(clocks) = ended.cloned() else { return Ok(Some(Wait::Phase { block, barrier, parity })) };
             self.warps[warp].clocks.join(&clocks);
             self.registers(warp).set(to, lane, 1);
@@ -102,7 +102,7 @@ impl Cluster<'_, '_, '_> {
             Op::Shuffle { .. } => return self.shuffle(warp, active, op),
             Op::WarpBarrier { lanes: mask } => {
                 if self.wanted(warp, active, *mask)? == u32::MAX && whole {
-                    self.hand_on(warp, true);
+                    self.release(warp, true);
                 }
             }
             Op::Elect { to, chosen, lanes: mask } => {
@@ -118,25 +118,25 @@ impl Cluster<'_, '_, '_> {
             }
             Op::CommitCopies => lanes(active).for_each(|lane| self.copies[warp * WARP + lane].close()),
             Op::Trap => return Err((active.trailing_zeros() as usize, Kind::Trap)),
-            Op::WaitForLaunch => self.warps[warp].waited |= active,
-            Op::LetNextBegin | Op::Nothing => {}
+            Op::WaitForPreviousLaunch => self.warps[warp].waited |= active,
+            Op::LaunchDependents | Op::NoEffect => {}
             Op::WaitCopies { pending } => return self.each_lane(active, |block, lane| block.wait_copies(warp, lane, *pending)),
-            Op::MakeBarrier { .. } | Op::UnmakeBarrier { .. } | Op::Arrive { .. } => return self.mbarrier(warp, active, op),
-            Op::PublishBarriers => lanes(active).for_each(|lane| {
-                let (thread, rank) = (self.place.thread(warp, lane), self.place.rank(warp));
-                self.rooms[rank].barriers.publish(thread);
+            Op::InitBarrier { .. } | Op::InvalidateBarrier { .. } | Op::Arrive { .. } => return self.mbarrier(warp, active, op),
+            Op::BarrierInitFence => lanes(active).for_each(|lane| {
+                let (thread, rank) = (self.position.thread(warp, lane), self.position.rank(warp));
+                self.block_states[rank].barriers.publish(thread);
             }),
-            Op::PublishStores => {
+            Op::ProxyFence => {
                 self.warps[warp].clocks.published = self.warps[warp].clocks.seen.clone();
-                self.hand_on(warp, false);
+                self.release(warp, false);
             }
-            Op::LoadBox { .. } | Op::StoreBox { .. } | Op::CommitStores | Op::WaitStores { .. } => {
+            Op::TmaLoad { .. } | Op::TmaStore { .. } | Op::TmaStoreCommit | Op::TmaStoreWait { .. } => {
                 return self.bulk(warp, active, op);
             }
-            Op::LoadMatrix { .. } | Op::StoreMatrix { .. } | Op::Multiply { .. } | Op::Together if !whole => {
+            Op::LoadMatrix { .. } | Op::StoreMatrix { .. } | Op::Multiply { .. } | Op::ConvergedNoEffect if !whole => {
                 return Err(whole_warp(Kind::DivergedWarp));
             }
-            Op::BeginProducts | Op::Product(_) | Op::CommitProducts | Op::WaitProducts { .. } if !whole => {
+            Op::WgmmaFence | Op::Product(_) | Op::WgmmaCommit | Op::WgmmaWait { .. } if !whole => {
                 return Err(whole_warp(Kind::DivergedWarp));
             }
             Op::LoadMatrix { to, address, transposed } => return self.load_matrix(warp, to, *address, *transposed),
@@ -145,17 +145,17 @@ impl Cluster<'_, '_, '_> {
                 let semantics = self.context.semantics;
                 multiply(semantics, &mut self.registers(warp), *half, d, a, b, c);
             }
-            Op::BeginProducts => self.warps[warp].fenced = u64::MAX - self.context.budget,
-            Op::CommitProducts => self.warps[warp].products.groups.close(),
-            Op::WaitProducts { pending } => return self.wait_products(warp, *pending),
-            // `step` has done these.
+            Op::WgmmaFence => self.warps[warp].fenced = u64::MAX - self.context.budget,
+            Op::WgmmaCommit => self.warps[warp].products.groups.close(),
+            Op::WgmmaWait { pending } => return self.wgmma_wait(warp, *pending),
+            // Executed in `step`.
             Op::Branch { .. } | Op::Return | Op::Barrier { .. } | Op::ArriveInCluster | Op::WaitInCluster => {}
-            Op::WaitPhase { .. } | Op::Product(_) | Op::Together => {}
+            Op::WaitPhase { .. } | Op::Product(_) | Op::ConvergedNoEffect => {}
         }
         Ok(())
     }
 
-    /// The lanes that an instruction names, all of which have to have come.
+    /// The lanes that an instruction names, all of which must be there.
     fn wanted(&mut self, warp: usize, active: u32, mask: Operand) -> Step<u32> {
         let wanted = self.registers(warp).get(mask, active.trailing_zeros() as usize) as u32;
         if wanted & !active == 0 { Ok(wanted) } else { Err(whole_warp(Kind::DivergedWarp)) }
@@ -168,32 +168,32 @@ impl Cluster<'_, '_, '_> {
     fn mbarrier(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
         for lane in lanes(active) {
             let done = match *op {
-                Op::MakeBarrier { barrier, count } => {
+                Op::InitBarrier { barrier, count } => {
                     let (at, count) = (self.addresses(warp, barrier)[lane], self.registers(warp).get(count, lane) as u32);
-                    let now = self.place.moment(&self.warps[warp], warp, lane);
-                    let Room { memory, barriers } = &mut self.rooms[self.place.rank(warp)];
-                    memory.place(at, 8).and_then(|_| barriers.make(at, count, now))
+                    let now = self.position.moment(&self.warps[warp], warp, lane);
+                    let BlockState { memory, barriers } = &mut self.block_states[self.position.rank(warp)];
+                    memory.place(at, 8).and_then(|_| barriers.init(at, count, now))
                 }
-                Op::UnmakeBarrier { barrier } => {
+                Op::InvalidateBarrier { barrier } => {
                     let at = self.addresses(warp, barrier)[lane];
-                    let now = self.place.moment(&self.warps[warp], warp, lane);
-                    self.rooms[self.place.rank(warp)].barriers.unmake(at, now)
+                    let now = self.position.moment(&self.warps[warp], warp, lane);
+                    self.block_states[self.position.rank(warp)].barriers.invalidate(at, now)
                 }
                 Op::Arrive { barrier, by } => {
-                    let (room, at) = self.room(warp, lane, barrier);
+                    let (room, at) = self.resolve_shared(warp, lane, barrier);
                     let registers = self.registers(warp);
                     let (count, bytes) = match by {
                         Arrivals::Count(count) => (registers.get(count, lane) as u32, None),
                         Arrivals::Expecting(bytes) => (1, Some(registers.get(bytes, lane) as u32)),
                     };
-                    let now = self.place.moment(&self.warps[warp], warp, lane);
-                    self.rooms[room].barriers.arrive(at, count, bytes, now)
+                    let now = self.position.moment(&self.warps[warp], warp, lane);
+                    self.block_states[room].barriers.arrive(at, count, bytes, now)
                 }
                 _ => Ok(()),
             };
             done.map_err(|kind| (lane, kind))?;
         }
-        self.hand_on(warp, false);
+        self.release(warp, false);
         Ok(())
     }
 
@@ -257,7 +257,7 @@ fn multiply(semantics: &Semantics, registers: &mut Registers<'_>, half: Half, d:
     }
 }
 
-/// The lane that a shuffle reads from, and whether that is inside the segment that `clamp` describes.
+/// The source lane of a shuffle, and true if it is inside the segment that `clamp` describes.
 fn partner(kind: Shuffle, lane: u32, by: u32, clamp: u32) -> (u32, bool) {
     let (by, limit, segment) = (by & 31, clamp & 31, clamp >> 8 & 31);
     let (first, last) = (lane & segment, lane & segment | limit & !segment);

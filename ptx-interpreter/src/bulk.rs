@@ -1,7 +1,7 @@
-//! Bulk copies (TMA): boxes of tensors on their way into shared memory, or out of it.
+//! Bulk copies (TMA): boxes of tensors to or from shared memory.
 //!
-//! A load has claimed its place from the start, and lands when no warp can go on: as late as a GPU could be. A store reads what it
-//! stores when it is waited for, which is as late as well.
+//! A load claims its destination at once, and completes when no warp can continue: as late as on any GPU. A store reads its
+//! source when it is waited for, also as late as possible.
 
 use crate::WARP;
 use crate::arg::Arg;
@@ -12,22 +12,22 @@ use crate::op::{Address, Op, Operand};
 use crate::shadow::Moment;
 use crate::warp::lanes;
 
-/// A box in shared memory starts at a multiple of these bytes.
+/// Alignment of a box in shared memory, in bytes.
 const ALIGNMENT: u64 = 128;
 
 impl Cluster<'_, '_, '_> {
     pub(crate) fn bulk(&mut self, warp: usize, active: u32, op: &Op) -> Step<()> {
         for lane in lanes(active) {
             let done = match op {
-                Op::LoadBox { to, map, corner, barrier, blocks } => {
+                Op::TmaLoad { to, map, corner, barrier, blocks } => {
                     self.load_box(warp, lane, [*to, *barrier], (*map, corner), *blocks)
                 }
-                Op::StoreBox { map, corner, from } => self.store_box(warp, lane, (*map, corner), *from),
-                Op::CommitStores => {
+                Op::TmaStore { map, corner, from } => self.store_box(warp, lane, (*map, corner), *from),
+                Op::TmaStoreCommit => {
                     self.stores[warp * WARP + lane].close();
                     Ok(())
                 }
-                Op::WaitStores { pending } => self.wait_stores(warp, lane, *pending),
+                Op::TmaStoreWait { pending } => self.wait_stores(warp, lane, *pending),
                 _ => Ok(()),
             };
             done.map_err(|kind| (lane, kind))?;
@@ -35,7 +35,7 @@ impl Cluster<'_, '_, '_> {
         Ok(())
     }
 
-    /// The argument that a map belongs to, which is passed by its place among the parameters, and the corner of a box.
+    /// The argument of a tensor map, which is identified by its offset in the parameters, and the corner of the box.
     fn tensor(&mut self, warp: usize, lane: usize, (map, corner): (Operand, &[Operand])) -> Result<(usize, Vec<i64>), Kind> {
         let registers = self.registers(warp);
         let at = registers.get(map, lane) as usize;
@@ -58,26 +58,26 @@ impl Cluster<'_, '_, '_> {
         blocks: Option<Operand>,
     ) -> Result<(), Kind> {
         let (arg, corner) = self.tensor(warp, lane, tensor)?;
-        let (room, to) = self.room(warp, lane, to);
-        let (barrier_room, barrier) = self.room(warp, lane, barrier);
+        let (room, to) = self.resolve_shared(warp, lane, to);
+        let (barrier_room, barrier) = self.resolve_shared(warp, lane, barrier);
         if room != barrier_room || to % ALIGNMENT != 0 {
             return Err(Kind::Misuse("a box must start at a multiple of 128 bytes, in the block of its mbarrier".into()));
         }
         let chunks = self.box_of(warp, lane, arg, &corner, to)?;
         let blocks = blocks.map_or(1 << room, |blocks| self.registers(warp).get(blocks, lane));
         let published = self.context.checks.barriers_are_published;
-        for room in (0..self.rooms.len()).filter(|room| blocks >> room & 1 == 1) {
-            let now = self.place.moment(&self.warps[warp], warp, lane);
-            let (thread, time) = self.rooms[room].barriers.departs(barrier, published, now)?;
-            let now = Moment { block: self.place.first + room as u32, thread, time, bulk: true, ..now };
-            let memory = &mut self.rooms[room].memory;
+        for room in (0..self.block_states.len()).filter(|room| blocks >> room & 1 == 1) {
+            let now = self.position.moment(&self.warps[warp], warp, lane);
+            let (thread, time) = self.block_states[room].barriers.start_copy(barrier, published, now)?;
+            let now = Moment { block: self.position.first + room as u32, thread, time, bulk: true, ..now };
+            let memory = &mut self.block_states[room].memory;
             chunks.iter().try_for_each(|&(at, _)| memory.depart(at, 16, now))?;
             self.loads.push_back(Load { room, barrier, chunks: chunks.clone() });
         }
         Ok(())
     }
 
-    /// The chunks of a box, each with its place in shared memory. What lies outside the tensor is zero.
+    /// The chunks of a box, with their addresses in shared memory; elements outside the tensor are zero.
     fn box_of(&self, warp: usize, lane: usize, arg: usize, corner: &[i64], to: u64) -> Result<Vec<(u64, [u8; 16])>, Kind> {
         let (semantics, pending) = (self.context.semantics, self.pending(warp, lane));
         let Arg::ReadTiles(global, map) = self.context.args.get(arg) else {
@@ -95,12 +95,12 @@ impl Cluster<'_, '_, '_> {
         (0..map.chunks()).map(chunk).collect()
     }
 
-    /// The oldest load lands, if there is one.
+    /// Completes the oldest load, if there is one.
     pub(crate) fn land(&mut self) -> bool {
         let Some(Load { room, barrier, chunks }) = self.loads.pop_front() else { return false };
-        let Self { rooms, .. } = self;
-        chunks.iter().for_each(|(at, bytes)| rooms[room].memory.settle(*at, bytes));
-        rooms[room].barriers.lands(barrier, 16 * chunks.len(), room as u32);
+        let Self { block_states, .. } = self;
+        chunks.iter().for_each(|(at, bytes)| block_states[room].memory.settle(*at, bytes));
+        block_states[room].barriers.complete_copy(barrier, 16 * chunks.len(), room as u32);
         true
     }
 
@@ -120,8 +120,8 @@ impl Cluster<'_, '_, '_> {
     }
 
     fn copy_out(&mut self, warp: usize, lane: usize, Store { arg, corner, from }: Store) -> Result<(), Kind> {
-        let (room, early) = (self.place.rank(warp), self.pending(warp, lane).is_some());
-        let (now, semantics) = (self.place.moment(&self.warps[warp], warp, lane), self.context.semantics);
+        let (room, early) = (self.position.rank(warp), self.pending(warp, lane).is_some());
+        let (now, semantics) = (self.position.moment(&self.warps[warp], warp, lane), self.context.semantics);
         let Arg::WriteTiles(global, map) = self.context.args.get_mut(arg) else { return Err(Kind::ReadOnly) };
         for i in 0..map.chunks() {
             for (offset, to, width) in map.parts(semantics, &corner, i) {
@@ -129,7 +129,7 @@ impl Cluster<'_, '_, '_> {
                     return Err(Kind::WritesEarly { at: to });
                 }
                 let at = map.place(semantics, from, i) + offset as u64;
-                let value = self.rooms[room].memory.read(at, width, Moment { bulk: true, ..now })?;
+                let value = self.block_states[room].memory.read(at, width, Moment { bulk: true, ..now })?;
                 global.memory.write(to, width, value, now)?;
             }
         }

@@ -1,4 +1,4 @@
-//! Blocks that run together, a cluster or a single one: what they share, and where they stand in the grid.
+//! The state of a cluster of blocks, or of a single block: shared memory, warps, and operations in flight.
 
 use std::collections::VecDeque;
 
@@ -15,7 +15,7 @@ use crate::semantics::Semantics;
 use crate::shadow::Moment;
 use crate::warp::{Grid, Registers, Warp};
 
-/// What all blocks of a launch share.
+/// The context of a launch, shared by its blocks.
 pub(crate) struct Context<'l, 'm> {
     pub(crate) kernel: &'l Kernel,
     pub(crate) grid: Grid,
@@ -24,21 +24,21 @@ pub(crate) struct Context<'l, 'm> {
     pub(crate) checks: Checks,
     pub(crate) semantics: &'static Semantics,
     pub(crate) number: u32,
-    /// The first of the launches that may not have ended when this one begins.
+    /// The first launch that may not have ended when this one starts.
     pub(crate) pending: Option<u32>,
     pub(crate) params: Memory,
     pub(crate) args: Args<'l, 'm>,
     pub(crate) budget: u64,
 }
 
-/// What is reported although a GPU does as was meant: all of it, unless a launch says otherwise.
+/// Optional checks, for code that works on a GPU. All are on by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Checks {
-    /// TMA uses an mbarrier with no `fence.mbarrier_init` since it was made. PTX asks for the fence; Triton 3.9 has a barrier of the
-    /// block in its place.
+    /// Report an mbarrier that TMA uses without `fence.mbarrier_init`. PTX requires the fence; Triton 3.9 uses a barrier of the
+    /// block instead.
     pub barriers_are_published: bool,
-    /// Lanes of one store write the same value to the same place.
+    /// Report lanes of one store that write the same value to the same address.
     pub stores_are_apart: bool,
 }
 
@@ -48,24 +48,24 @@ impl Default for Checks {
     }
 }
 
-/// Where a cluster stands in the grid. Its warps are numbered through its blocks.
+/// The position of a cluster in the grid. Its warps are numbered across its blocks.
 #[derive(Clone, Copy)]
-pub(crate) struct Place {
+pub(crate) struct Position {
     launch: u32,
-    /// The first of its blocks.
+    /// Its first block.
     pub(crate) first: u32,
     blocks: u32,
-    /// Of a block.
+    /// Warps of a block.
     warps: usize,
 }
 
-impl Place {
-    /// The rank of the block of a warp in the cluster.
+impl Position {
+    /// The cluster rank of a warp's block.
     pub(crate) fn rank(self, warp: usize) -> usize {
         warp / self.warps
     }
 
-    /// The block of a warp, and a thread's number there.
+    /// The block and thread number of a lane of a warp.
     pub(crate) fn thread(self, warp: usize, lane: usize) -> (u32, u32) {
         (self.first + self.rank(warp) as u32, (warp % self.warps * WARP + lane) as u32)
     }
@@ -78,49 +78,49 @@ impl Place {
     }
 }
 
-/// What the threads of a block share.
-pub(crate) struct Room {
+/// The state that the threads of a block share.
+pub(crate) struct BlockState {
     pub(crate) memory: Memory,
     pub(crate) barriers: Barriers,
 }
 
 pub(crate) struct Cluster<'c, 'l, 'm> {
     pub(crate) context: &'c mut Context<'l, 'm>,
-    pub(crate) place: Place,
-    pub(crate) rooms: Vec<Room>,
+    pub(crate) position: Position,
+    pub(crate) block_states: Vec<BlockState>,
     registers: Vec<Row>,
-    /// When each register was written.
+    /// The instruction count at the last write of each register.
     written: Vec<u64>,
     pub(crate) warps: Vec<Warp>,
-    /// Of each thread.
+    /// Operations in flight, of each thread.
     pub(crate) copies: Vec<Groups<Copy>>,
     pub(crate) stores: Vec<Groups<Store>>,
     pub(crate) loads: VecDeque<Load>,
 }
 
-/// A fault of a lane, or of the warp.
+/// The result of a step; a fault has the lane that caused it.
 pub(crate) type Step<T> = Result<T, (usize, Kind)>;
 
 pub(crate) fn whole_warp(kind: Kind) -> (usize, Kind) {
     (0, kind)
 }
 
-/// Addresses of another block's shared memory: its rank in the cluster, from 1, times this.
+/// Address space of another block's shared memory: the block of cluster rank `i`, from 1, starts at `i · WINDOW`.
 const WINDOW: u64 = 1 << 24;
 
 impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
     pub(crate) fn new(context: &'c mut Context<'l, 'm>, first: u32) -> Self {
         let (threads, blocks) = (context.grid.threads as usize, context.grid.cluster);
         let one = (0..threads).step_by(WARP).map(|first| (threads - first).min(WARP));
-        let (place, all) = (Place { launch: context.number, first, blocks, warps: one.len() }, blocks as usize * one.len());
+        let (position, all) = (Position { launch: context.number, first, blocks, warps: one.len() }, blocks as usize * one.len());
         let warps = (0..blocks).flat_map(|_| one.clone().map(Warp::new)).collect();
-        let room = || Room { memory: Memory::shared(context.shared), barriers: Barriers::new(context.semantics) };
-        let rooms = (0..blocks).map(|_| room()).collect();
+        let room = || BlockState { memory: Memory::shared(context.shared), barriers: Barriers::new(context.semantics) };
+        let block_states = (0..blocks).map(|_| room()).collect();
         let registers = context.kernel.registers * all;
         let mut cluster = Self {
             context,
-            place,
-            rooms,
+            position,
+            block_states,
             registers: vec![[0; WARP]; registers],
             written: vec![0; registers],
             warps,
@@ -128,20 +128,20 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
             stores: (0..all * WARP).map(|_| Groups::default()).collect(),
             loads: VecDeque::new(),
         };
-        (0..all).for_each(|warp| cluster.hand_on(warp, true));
+        (0..all).for_each(|warp| cluster.release(warp, true));
         cluster
     }
 
     pub(crate) fn registers(&mut self, warp: usize) -> Registers<'_> {
-        let (count, rank) = (self.context.kernel.registers, self.place.rank(warp) as u32);
+        let (count, rank) = (self.context.kernel.registers, self.position.rank(warp) as u32);
         let range = warp * count..(warp + 1) * count;
         Registers {
             values: &mut self.registers[range.clone()],
             written: &mut self.written[range],
             now: u64::MAX - self.context.budget,
             rank,
-            first_thread: (warp % self.place.warps * WARP) as u32,
-            block: self.place.first + rank,
+            first_thread: (warp % self.position.warps * WARP) as u32,
+            block: self.position.first + rank,
             grid: self.context.grid,
         }
     }
@@ -150,25 +150,25 @@ impl<'c, 'l, 'm> Cluster<'c, 'l, 'm> {
         self.registers(warp).row(address.base, &mut [0; WARP]).map(|base| base.wrapping_add_signed(address.offset))
     }
 
-    /// The block of the cluster that an address of shared memory belongs to, and the place there.
-    pub(crate) fn room(&mut self, warp: usize, lane: usize, address: Address) -> (usize, u64) {
+    /// Splits an address of shared memory into a block of the cluster and an address there.
+    pub(crate) fn resolve_shared(&mut self, warp: usize, lane: usize, address: Address) -> (usize, u64) {
         let at = self.addresses(warp, address)[lane];
         match at / WINDOW {
-            0 => (self.place.rank(warp), at),
-            rank => ((rank as usize - 1).min(self.rooms.len() - 1), at % WINDOW),
+            0 => (self.position.rank(warp), at),
+            rank => ((rank as usize - 1).min(self.block_states.len() - 1), at % WINDOW),
         }
     }
 
-    /// The launches before this one that may not have ended as far as a thread knows: from this number on. None: all have.
+    /// Earlier launches that may not have ended as far as a thread knows, by number; `None` if all have.
     pub(crate) fn pending(&self, warp: usize, lane: usize) -> Option<std::ops::Range<u32>> {
         let first = self.context.pending.filter(|_| self.warps[warp].waited >> lane & 1 == 0)?;
         Some(first..self.context.number)
     }
 
-    /// What the warp did until now is what it hands on; what it does from now on is not. `together`: all its lanes have come.
-    pub(crate) fn hand_on(&mut self, warp: usize, together: bool) {
-        let (_, thread) = self.place.thread(warp, 0);
-        let (rank, state) = (self.place.rank(warp) as u32, &mut self.warps[warp]);
+    /// Advances the warp's clock: later work is not covered by what it has released. `together`: its lanes have converged.
+    pub(crate) fn release(&mut self, warp: usize, together: bool) {
+        let (_, thread) = self.position.thread(warp, 0);
+        let (rank, state) = (self.position.rank(warp) as u32, &mut self.warps[warp]);
         state.time += 1;
         state.clocks.seen.set(rank, thread, state.time);
         if together {

@@ -1,11 +1,11 @@
-//! The text of a statement → an instruction.
+//! Decodes a statement into an instruction.
 
 use crate::fault::{ParseError, Space, error};
 use crate::names::Name;
 use crate::op::{Address, Arrivals, Half, Instruction, MAX_VECTOR, Op, Operand, Product, Shuffle, Side, Special};
 use crate::scalar;
 
-/// Reads the operands of one statement.
+/// Reads the operands of a statement.
 struct Reader<'s, F> {
     line: usize,
     opcode: &'s str,
@@ -13,7 +13,7 @@ struct Reader<'s, F> {
     find: F,
 }
 
-/// Decodes a statement; `find` says what a name stands for.
+/// Decodes a statement; `find` resolves names.
 pub(crate) fn decode(text: &str, line: usize, find: impl Fn(&str) -> Option<Name>) -> Result<Instruction, ParseError> {
     let (guard, text) = match text.strip_prefix('@') {
         None => (None, text),
@@ -31,7 +31,7 @@ pub(crate) fn decode(text: &str, line: usize, find: impl Fn(&str) -> Option<Name
     Ok(Instruction { line, guard, op: reader.op()? })
 }
 
-/// Splits at the commas that stand outside of brackets and braces.
+/// Splits at commas outside of brackets and braces.
 fn list(text: &str) -> Vec<&str> {
     let mut depth = 0;
     let parts = text.split(|c| {
@@ -76,7 +76,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         }
     }
 
-    /// The parts of `{a, b}`, or the one that stands alone.
+    /// The parts of `{a, b}`, or a single operand.
     fn vector(&self, i: usize) -> Result<Vec<&str>, ParseError> {
         let text = self.text(i)?;
         Ok(text.strip_prefix('{').map_or(vec![text], |inner| list(inner.trim_end_matches('}'))))
@@ -110,16 +110,16 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
             ["bar", "warp", "sync"] => Ok(Op::WarpBarrier { lanes: self.operand(self.text(0)?)? }),
             ["bar" | "barrier", "sync", ..] => self.barrier(),
             ["mbarrier", ..] => self.mbarrier(&words),
-            ["fence", "mbarrier_init", ..] => Ok(Op::PublishBarriers),
-            ["fence", "proxy", "async", ..] => Ok(Op::PublishStores),
+            ["fence", "mbarrier_init", ..] => Ok(Op::BarrierInitFence),
+            ["fence", "proxy", "async", ..] => Ok(Op::ProxyFence),
             ["cp", "async", "bulk", ..] => self.bulk(&words),
             ["wgmma", ..] => self.wgmma(&words),
             ["barrier", "cluster", "arrive", ..] => Ok(Op::ArriveInCluster),
             ["barrier", "cluster", "wait", ..] => Ok(Op::WaitInCluster),
-            ["griddepcontrol", "wait"] => Ok(Op::WaitForLaunch),
-            ["griddepcontrol", "launch_dependents"] => Ok(Op::LetNextBegin),
-            ["setmaxnreg", ..] => Ok(Op::Together),
-            ["prefetch" | "prefetchu", ..] => Ok(Op::Nothing),
+            ["griddepcontrol", "wait"] => Ok(Op::WaitForPreviousLaunch),
+            ["griddepcontrol", "launch_dependents"] => Ok(Op::LaunchDependents),
+            ["setmaxnreg", ..] => Ok(Op::ConvergedNoEffect),
+            ["prefetch" | "prefetchu", ..] => Ok(Op::NoEffect),
             ["trap" | "brkpt"] => Ok(Op::Trap),
             ["elect", "sync"] => self.elect(),
             ["shfl", "sync", kind, "b32"] => self.shuffle(kind),
@@ -206,7 +206,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         Ok(Op::Elect { to, chosen: self.register(chosen)?, lanes: self.operand(self.text(1)?)? })
     }
 
-    /// Whether 8×8 matrices in so many registers are transposed.
+    /// True if the 8×8 matrices are transposed.
     fn matrices(&self, flags: &[&str], registers: usize) -> Result<bool, ParseError> {
         let known = |&flag: &&str| ["m8n8", "trans"].contains(&flag) || flag == format!("x{registers}");
         let shaped = flags.contains(&"m8n8") && flags.iter().any(|flag| flag.starts_with('x'));
@@ -240,8 +240,8 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
     fn mbarrier(&self, words: &[&str]) -> Result<Op, ParseError> {
         let operand = |i| self.operand(self.text(i)?);
         match words[1..] {
-            ["init", ..] => Ok(Op::MakeBarrier { barrier: self.address(0)?, count: operand(1)? }),
-            ["inval", ..] => Ok(Op::UnmakeBarrier { barrier: self.address(0)? }),
+            ["init", ..] => Ok(Op::InitBarrier { barrier: self.address(0)?, count: operand(1)? }),
+            ["inval", ..] => Ok(Op::InvalidateBarrier { barrier: self.address(0)? }),
             ["arrive", "expect_tx", ..] => self.arrive(Arrivals::Expecting(operand(2)?)),
             ["arrive", "release" | "shared" | "shared::cta" | "shared::cluster" | "b64", ..] => {
                 let count = self.operands.get(2).map_or(Ok(Operand::Constant(1)), |text| self.operand(text));
@@ -254,7 +254,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         }
     }
 
-    /// The state of the phase that an arrival gives back is not known here: waiting is by parity.
+    /// The state that an arrival returns is not modelled: waiting is by parity.
     fn arrive(&self, by: Arrivals) -> Result<Op, ParseError> {
         match self.text(0)? {
             "_" => Ok(Op::Arrive { barrier: self.address(1)?, by }),
@@ -263,7 +263,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
     }
 
     fn bulk(&self, words: &[&str]) -> Result<Op, ParseError> {
-        // A hint to the cache is the last operand, and changes nothing. Tiles are what boxes of tensors are if nothing is said.
+        // A cache hint, the last operand, has no effect. Tiled is the default of tensor copies.
         let words: Vec<_> = words[3..].iter().copied().filter(|&word| word != "tile" && word != "L2::cache_hint").collect();
         match words[..] {
             ["tensor", rank, "shared::cluster" | "shared::cta", "global", "mbarrier::complete_tx::bytes", ref flags @ ..] => {
@@ -273,14 +273,14 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
                     ["multicast::cluster"] => Some(self.operand(self.text(3)?)?),
                     _ => return self.fail(format!("unknown instruction `{}`", self.opcode)),
                 };
-                Ok(Op::LoadBox { to: self.address(0)?, map, corner, barrier: self.address(2)?, blocks })
+                Ok(Op::TmaLoad { to: self.address(0)?, map, corner, barrier: self.address(2)?, blocks })
             }
             ["tensor", rank, "global", "shared::cta", "bulk_group"] => {
                 let (map, corner) = self.corner(0, rank)?;
-                Ok(Op::StoreBox { map, corner, from: self.address(1)? })
+                Ok(Op::TmaStore { map, corner, from: self.address(1)? })
             }
-            ["commit_group"] => Ok(Op::CommitStores),
-            ["wait_group", ..] => Ok(Op::WaitStores { pending: self.number(0)? }),
+            ["commit_group"] => Ok(Op::TmaStoreCommit),
+            ["wait_group", ..] => Ok(Op::TmaStoreWait { pending: self.number(0)? }),
             _ => self.fail(format!("unknown instruction `{}`", self.opcode)),
         }
     }
@@ -298,9 +298,9 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
 
     fn wgmma(&self, words: &[&str]) -> Result<Op, ParseError> {
         let (half, cols) = match words[1..] {
-            ["fence", ..] => return Ok(Op::BeginProducts),
-            ["commit_group", ..] => return Ok(Op::CommitProducts),
-            ["wait_group", ..] => return Ok(Op::WaitProducts { pending: self.number(0)? }),
+            ["fence", ..] => return Ok(Op::WgmmaFence),
+            ["commit_group", ..] => return Ok(Op::WgmmaCommit),
+            ["wait_group", ..] => return Ok(Op::WgmmaWait { pending: self.number(0)? }),
             ["mma_async", "sync", "aligned", shape, "f32", "bf16", "bf16"] => (Some(Half::BF16), columns(shape, "k16")),
             ["mma_async", "sync", "aligned", shape, "f32", "f16", "f16"] => (Some(Half::F16), columns(shape, "k16")),
             ["mma_async", "sync", "aligned", shape, "f32", "tf32", "tf32"] => (None, columns(shape, "k8")),
@@ -311,7 +311,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         let in_registers = self.text(1)?.starts_with('{');
         let adds = self.operand(self.text(3)?)?;
         let flags: Vec<_> = (4..self.operands.len()).map(|i| self.number(i)).collect::<Result<_, _>>()?;
-        // Neither side is negated; for 16-bit elements in shared memory, whether a side is transposed.
+        // Neither side may be negated; 16-bit elements in shared memory have flags for transposed sides.
         let (lhs_along, rhs_along) = match (half, in_registers, &flags[..]) {
             (Some(_), false, &[1, 1, lhs @ (0 | 1), rhs @ (0 | 1)]) => (lhs == 1, rhs == 1),
             (Some(_), true, &[1, 1, rhs @ (0 | 1)]) => (false, rhs == 1),
@@ -326,7 +326,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
         Ok(Op::Product(Product { half, cols, d, lhs, rhs, lhs_along, rhs_along, adds }))
     }
 
-    /// Bytes of a type.
+    /// The size of a type in bytes.
     fn width(&self, ty: &str) -> Result<usize, ParseError> {
         match ty.trim_start_matches(char::is_alphabetic) {
             "8" => Ok(1),
@@ -338,7 +338,7 @@ impl<F: Fn(&str) -> Option<Name>> Reader<'_, F> {
     }
 }
 
-/// The memory that an access names; None: the address tells.
+/// The memory space of an access; `None`: generic, decided by the address.
 fn space(flags: &[&str]) -> Option<Space> {
     flags.iter().find_map(|&flag| match flag {
         "param" => Some(Space::Param),
@@ -353,7 +353,7 @@ fn columns(shape: &str, depth: &str) -> Option<usize> {
     shape.strip_prefix("m64n")?.strip_suffix(depth)?.parse().ok()
 }
 
-/// Blocks of threads, and clusters of blocks, lie along x alone.
+/// Blocks of threads, and clusters of blocks, have x only.
 fn special(text: &str) -> Option<Operand> {
     Some(Operand::Special(match text {
         "%tid.x" => Special::Thread,

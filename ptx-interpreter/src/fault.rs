@@ -1,4 +1,4 @@
-//! What the interpreter reports.
+//! Errors and faults that the interpreter reports.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use std::fmt;
 pub struct ParseError {
     /// The line of the PTX text, from 1.
     pub line: usize,
-    /// What is wrong there.
+    /// The error.
     pub reason: String,
 }
 
@@ -23,7 +23,7 @@ impl fmt::Display for ParseError {
 
 impl std::error::Error for ParseError {}
 
-/// Something a kernel must not do, and where it did it.
+/// An error of a kernel, and its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// The entry's name.
@@ -34,104 +34,104 @@ pub struct Fault {
     pub block: u32,
     /// The thread's index in its block.
     pub thread: u32,
-    /// What it did.
+    /// The error.
     pub kind: Kind,
 }
 
-/// What a kernel must not do.
+/// Errors of kernels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kind {
     /// An access outside the memory that an address belongs to.
     OutOfBounds {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
-        /// How many bytes.
+        /// The width of the access, in bytes.
         width: usize,
-        /// How many bytes there are.
+        /// The length of the memory, in bytes.
         len: usize,
     },
     /// An access at an address that is not a multiple of its width.
     Misaligned {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
-        /// How many bytes.
+        /// The width of the access, in bytes.
         width: usize,
     },
     /// A read of bytes that nothing wrote.
     Uninitialised {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
     },
     /// A write to memory that the launch passed as read-only.
     ReadOnly,
     /// An access to shared memory that an asynchronous copy may still be writing.
     InFlight {
-        /// Where in shared memory, in bytes.
+        /// The address in shared memory.
         at: u64,
     },
-    /// Two threads touched the same bytes, one of them writing, with no barrier between.
+    /// Two threads accessed the same bytes, at least one of them writing, and no barrier orders them.
     Race {
-        /// Which memory.
+        /// The memory space.
         space: Space,
-        /// Where in it, in bytes.
+        /// The offset, in bytes.
         at: u64,
         /// The block of the other thread.
         other_block: u32,
         /// The other thread, if it was only one.
         other_thread: Option<u32>,
     },
-    /// TMA or wgmma reads what threads wrote, with no `fence.proxy.async` between; or a barrier is used by TMA or by other blocks,
-    /// with no `fence.mbarrier_init` since it was made.
+    /// TMA or wgmma reads what threads wrote without `fence.proxy.async`, or TMA or another block uses an mbarrier without
+    /// `fence.mbarrier_init`.
     Unpublished {
-        /// Where in shared memory, in bytes.
+        /// The address in shared memory.
         at: u64,
     },
-    /// A read of what the launch before wrote, and may be writing still: no `griddepcontrol.wait` of this thread came before.
+    /// A read of bytes that an earlier launch wrote and may still be writing: this thread has not executed `griddepcontrol.wait`.
     ReadsEarly {
-        /// Where in global memory, in bytes.
+        /// The offset in global memory, in bytes.
         at: u64,
     },
-    /// A write that the launch before may not expect yet: no `griddepcontrol.wait` of this thread came before.
+    /// A write that an earlier launch may not expect: this thread has not executed `griddepcontrol.wait`.
     WritesEarly {
-        /// Where in global memory, in bytes.
+        /// The offset in global memory, in bytes.
         at: u64,
     },
-    /// No thread can go on.
+    /// Deadlock: no thread can continue.
     Deadlock {
-        /// What this one waits for.
+        /// The barrier that the reported thread waits for.
         barrier: String,
-        /// The first thread of each warp that waits, and its block.
+        /// Block and first thread of each waiting warp.
         waiting: Vec<(u32, u32)>,
     },
-    /// An mbarrier that was not made, or is used in a way it was not made for.
+    /// An mbarrier that is not initialised, or used inconsistently.
     BadBarrier {
-        /// Where in shared memory, in bytes.
+        /// The address in shared memory.
         at: u64,
-        /// What is wrong.
+        /// The error.
         reason: &'static str,
     },
-    /// A product on registers that were written since the last `wgmma.fence`.
+    /// A wgmma on registers that were written after the last `wgmma.fence`.
     MissingFence,
-    /// Sums of a product that was not waited for were written over.
+    /// A write to the sums of a wgmma that was not waited for.
     SumsInFlight,
-    /// An operand of TMA or wgmma that the hardware would not take, or would take for something else.
+    /// An operand of TMA or wgmma that the hardware would reject or misinterpret.
     Misuse(String),
-    /// A barrier that not every living thread of the warp, or of the block, came to.
+    /// A barrier that not every living thread of the warp or block reaches.
     DivergedBarrier,
-    /// An instruction of the whole warp, or of the lanes that it names, that only some of them came to.
+    /// An instruction for the whole warp, or for named lanes, that only some of them reach.
     DivergedWarp,
-    /// A `trap` or a `brkpt`: the kernel itself found something wrong.
+    /// A `trap` or a `brkpt` in the kernel.
     Trap,
     /// A shuffle from a lane that does not take part.
     AbsentLane,
-    /// More instructions than any of these kernels should need: it does not end.
+    /// The limit of instructions is exceeded: an endless loop.
     Runaway,
     /// The launch does not fit the kernel.
     BadLaunch(String),
@@ -144,7 +144,7 @@ pub enum Space {
     Param,
     /// An allocation of the device.
     Global,
-    /// What the threads of a block share.
+    /// Shared memory of a block.
     Shared,
 }
 
@@ -172,8 +172,12 @@ impl fmt::Display for Kind {
                 write!(f, "race on {at:#x} of {space} memory with {other} of block {other_block}")
             }
             Self::Unpublished { at } => write!(f, "no proxy fence since threads wrote {at:#x} of shared memory"),
-            Self::ReadsEarly { at } => write!(f, "reads {at:#x} of global memory too early: the launch before may be writing it"),
-            Self::WritesEarly { at } => write!(f, "writes {at:#x} of global memory too early: the launch before may be using it"),
+            Self::ReadsEarly { at } => {
+                write!(f, "reads {at:#x} of global memory too early: the previous launch may be writing it")
+            }
+            Self::WritesEarly { at } => {
+                write!(f, "writes {at:#x} of global memory too early: the previous launch may be using it")
+            }
             Self::Deadlock { barrier, waiting } => {
                 let threads: Vec<_> = waiting.iter().map(|(block, thread)| format!("{block}:{thread}")).collect();
                 write!(f, "waits for ever at {barrier}; warps that wait (block:thread): {}", threads.join(" "))
@@ -182,9 +186,9 @@ impl fmt::Display for Kind {
             Self::MissingFence => write!(f, "no wgmma.fence since registers of this product were written"),
             Self::SumsInFlight => write!(f, "sums were touched before the product was waited for"),
             Self::Misuse(reason) => write!(f, "{reason}"),
-            Self::DivergedBarrier => write!(f, "not every thread comes to this barrier"),
-            Self::DivergedWarp => write!(f, "not every lane of the warp comes to this instruction"),
-            Self::Trap => write!(f, "the kernel stops itself"),
+            Self::DivergedBarrier => write!(f, "not every thread reaches this barrier"),
+            Self::DivergedWarp => write!(f, "not every lane of the warp reaches this instruction"),
+            Self::Trap => write!(f, "the kernel executes a trap"),
             Self::AbsentLane => write!(f, "shuffles with a lane that does not take part"),
             Self::Runaway => write!(f, "the kernel does not end"),
             Self::BadLaunch(reason) => write!(f, "{reason}"),

@@ -1,30 +1,30 @@
-//! What a thread has started and nobody has waited for yet: copies, boxes and products, in groups.
+//! Asynchronous operations that were started and not waited for, in groups.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::scalar::Row;
 
-/// An asynchronous copy on its way into shared memory.
+/// A `cp.async` in flight.
 pub(crate) struct Copy {
     pub(crate) to: u64,
     pub(crate) bytes: Vec<u8>,
 }
 
-/// A box on its way into a block's shared memory.
+/// A TMA load in flight.
 pub(crate) struct Load {
     pub(crate) room: usize,
     pub(crate) barrier: u64,
     pub(crate) chunks: Vec<(u64, [u8; 16])>,
 }
 
-/// A box that is to be stored: the argument with its map, the coordinates of its corner, and its place in shared memory.
+/// A TMA store: the argument with its tensor map, the corner of the box, and its address in shared memory.
 pub(crate) struct Store {
     pub(crate) arg: usize,
     pub(crate) corner: Vec<i64>,
     pub(crate) from: u64,
 }
 
-/// A product that was started: its instruction, what the descriptors said, and whether it adds to the sums or replaces them.
+/// A wgmma in flight: its instruction, its descriptors, and true if it accumulates.
 pub(crate) struct Started {
     pub(crate) at: usize,
     pub(crate) lhs: u64,
@@ -32,7 +32,7 @@ pub(crate) struct Started {
     pub(crate) adds: bool,
 }
 
-/// What one thread, or one warp, started: each group that it closed, and the open one.
+/// The groups of a thread or warp: those that were committed, and the open one.
 pub(crate) struct Groups<T> {
     closed: VecDeque<Vec<T>>,
     pub(crate) open: Vec<T>,
@@ -43,7 +43,7 @@ impl<T> Groups<T> {
         self.closed.push_back(std::mem::take(&mut self.open));
     }
 
-    /// Takes out the oldest until so many groups are left.
+    /// Removes the oldest groups until this many are left.
     pub(crate) fn take_until(&mut self, pending: usize) -> Vec<T> {
         let due = self.closed.len().saturating_sub(pending);
         self.closed.drain(..due).flatten().collect()
@@ -60,10 +60,10 @@ impl<T> Default for Groups<T> {
     }
 }
 
-/// The products that a warp started.
+/// The wgmma of a warp.
 #[derive(Default)]
 pub(crate) struct Products {
     pub(crate) groups: Groups<Started>,
-    /// The sums that they work on, while the registers are poisoned.
+    /// Registers of their sums, which hold NaN meanwhile.
     pub(crate) sums: HashMap<u32, Row>,
 }

@@ -1,4 +1,4 @@
-//! The 16-bit floats, and the roundings that Rust's arithmetic lacks.
+//! 16-bit floats, and roundings that Rust's arithmetic lacks.
 
 /// Exact.
 pub(crate) fn from_f16(bits: u16) -> f32 {
@@ -45,17 +45,17 @@ pub(crate) fn to_bf16(value: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// To 11 significant bits, ties away from zero.
+/// Rounds to tf32's 11 significant bits, ties away from zero.
 pub(crate) fn to_tf32(value: f32) -> f32 {
     if value.is_finite() { cut_to_tf32(f32::from_bits(value.to_bits() + 0x1000)) } else { value }
 }
 
-/// The part of an `f32` that a product in tf32 reads.
+/// The bits of an `f32` that a tf32 product reads.
 pub(crate) fn cut_to_tf32(value: f32) -> f32 {
     f32::from_bits(value.to_bits() & !0x1fff)
 }
 
-/// `a·b + c`, rounded once, to nearest; `f32::mul_add` is a call on machines that are not told to use their instruction for it.
+/// `a·b + c`, rounded once, to nearest; `f32::mul_add` is a library call unless the target has FMA.
 pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
     fma_odd(a, b, c) as f32
 }
@@ -67,14 +67,14 @@ pub(crate) fn fma_down(a: f32, b: f32, c: f32) -> f32 {
     if f64::from(nearest) > exact { nearest.next_down() } else { nearest }
 }
 
-/// `a·b + c` in `f64`, where a result that is not exact is made odd. It then lies on the same side of every `f32`, and of the
-/// middle between two of them, as the exact one, so that rounding it again is rounding once.
+/// `a·b + c` in `f64`, rounded to odd: the result is on the same side of every `f32`, and of the middle of two, as the exact
+/// value, so that rounding it again equals rounding once.
 fn fma_odd(a: f32, b: f32, c: f32) -> f64 {
     let (product, c) = (f64::from(a) * f64::from(b), f64::from(c)); // 24 + 24 bits: exact
     let sum = product + c;
     let from_c = sum - product;
     let lost = (product - (sum - from_c)) + (c - from_c);
-    let inexact = lost.abs() > 0.0; // not for NaN, which infinities lose
+    let inexact = lost.abs() > 0.0; // false for NaN, which infinities give
     let even = sum.to_bits() & 1 == 0;
     let away = (lost > 0.0) == (sum > 0.0);
     let odd = if away { sum.to_bits().wrapping_add(1) } else { sum.to_bits().wrapping_sub(1) };
@@ -86,7 +86,7 @@ pub(crate) fn flush(value: f32) -> f32 {
     if value.is_subnormal() { 0f32.copysign(value) } else { value }
 }
 
-/// To 0..1; NaN becomes 0.
+/// Clamps to 0..1; NaN becomes 0.
 pub(crate) fn saturate(value: f32) -> f32 {
     if value.is_nan() { 0.0 } else { value.clamp(0.0, 1.0) }
 }
@@ -109,7 +109,7 @@ mod tests {
         let mut state = 1u64;
         let mut number = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            // Exponents near each other, so that sums cancel and round in every way.
+            // Similar exponents, so that sums cancel and every rounding occurs.
             f32::from_bits((state >> 32) as u32 & 0x83ff_ffff | 0x3e00_0000)
         };
         for _ in 0..1_000_000 {

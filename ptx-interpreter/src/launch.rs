@@ -1,4 +1,4 @@
-//! A launch: its size, what it may say besides, and blocks that run one after another.
+//! Launches: size, options, and execution, one cluster after another.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -10,27 +10,27 @@ use crate::parse::{Kernel, Module};
 use crate::semantics::Semantics;
 use crate::warp::Grid;
 
-/// How many threads, and how much shared memory beyond what the kernel declares.
+/// The size of a launch, and its dynamic shared memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// Blocks, along x.
     pub grid: u32,
-    /// Threads a block.
+    /// Threads of a block.
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared: usize,
 }
 
-/// What most launches leave as it is.
+/// Options of a launch, with defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
     /// Blocks along y and z.
     pub grid_yz: [u32; 2],
-    /// Blocks of a cluster, which lie along x: 1 or 2. None: as many as the kernel says (`.reqnctapercluster`), or 1.
+    /// Blocks of a cluster, along x: 1 or 2. `None`: the kernel's number (`.reqnctapercluster`), or 1.
     pub cluster: Option<u32>,
-    /// The first of the launches that may not have ended: see [`Launch::run_after`].
+    /// The first launch that may not have ended: see [`Launch::run_after`].
     pub pending: Option<u32>,
-    /// What is reported although a GPU does as was meant.
+    /// Optional checks.
     pub checks: Checks,
 }
 
@@ -40,40 +40,40 @@ impl Default for Options {
     }
 }
 
-/// What a launch did.
+/// The report of a launch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Instructions that warps executed.
+    /// Executed instructions, counted by warp.
     pub instructions: u64,
-    /// Its number: later launches have larger ones.
+    /// The number of the launch: later launches have larger ones.
     pub number: u32,
 }
 
-/// Instructions of a warp after which a block is taken to run for ever.
+/// Limit of instructions, after which an endless loop is reported.
 const BUDGET: u64 = 50_000_000;
 
-/// Numbers launches, so that what earlier ones touched cannot clash.
+/// Counts launches, so that accesses of earlier ones are not taken for races.
 static LAUNCHES: AtomicU32 = AtomicU32::new(1);
 
 impl Launch {
-    /// Runs a kernel to its end. Errors: the first [`Fault`]; what was written before stays.
+    /// Runs a kernel. Errors: the first [`Fault`]; earlier writes remain.
     pub fn run(self, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
         self.run_with(Options::default(), module, kernel, args)
     }
 
-    /// The same as a programmatic dependent launch: launches with the number `pending` and larger ones may not have ended when it
-    /// begins. Until a thread has executed `griddepcontrol.wait` it must not read what they wrote, nor write anything; and a block
-    /// none of whose threads waits would let its own dependents begin too early.
+    /// Runs a kernel as a programmatic dependent launch: the launches from number `pending` on may not have ended when it starts.
+    /// Until a thread has executed `griddepcontrol.wait` it must not read what they wrote, nor write anything; and in every block
+    /// some thread must wait, or its own dependents could start too early.
     pub fn run_after(self, pending: Option<u32>, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
         self.run_with(Options { pending, ..Options::default() }, module, kernel, args)
     }
 
-    /// The same with options.
+    /// Runs a kernel with options.
     pub fn run_with(self, options: Options, module: &Module, kernel: &str, args: &mut [Arg<'_>]) -> Result<Report, Fault> {
         self.run_as(&Semantics::PTX, options, module, kernel, args)
     }
 
-    /// The same on hardware that does other things than the PTX ISA says.
+    /// Runs a kernel on hardware with other semantics than the PTX ISA's.
     pub(crate) fn run_as(
         self,
         semantics: &'static Semantics,
@@ -99,7 +99,7 @@ impl Launch {
         Ok(report)
     }
 
-    /// The grid, if the kernel can run in it.
+    /// Checks the launch against the kernel, and returns the grid.
     fn grid(self, options: Options, kernel: &Kernel) -> Result<Grid, String> {
         let [y, z] = options.grid_yz;
         let blocks = [self.grid, y, z];

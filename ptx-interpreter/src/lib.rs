@@ -1,40 +1,44 @@
-//! Runs NVIDIA PTX on the CPU, and reports what a GPU would let pass.
+//! Runs NVIDIA PTX on the CPU, and reports errors that a GPU would not.
 //!
 //! ```text
-//! parse     text → statements → Kernel: names, decoded instructions              parse.rs  names.rs  decode.rs  op.rs  scalar.rs
-//! launch    arguments → parameter bytes; clusters of blocks one after another    launch.rs  arg.rs  tensor.rs
-//! schedule  the warps of a cluster in turn                                       schedule.rs
-//! block     an instruction: moves, products, barriers                            block.rs  access.rs  bulk.rs  product.rs
-//! cluster   what the threads share, what each has started, what it has seen      cluster.rs  flight.rs  barrier.rs  warp.rs
-//! memory    bytes, which of them were ever written, and who touched them when    memory.rs  shadow.rs
-//! semantics where elements lie, what an mbarrier counts, how products add up     semantics.rs  matrix.rs  sums.rs
+//! parse     text → statements → kernels: names, decoded instructions               parse.rs names.rs decode.rs op.rs scalar.rs
+//! launch    arguments → parameter bytes; runs one cluster of blocks after another  launch.rs arg.rs tensor.rs
+//! schedule  runs the warps of a cluster in turn                                    schedule.rs
+//! block     executes an instruction: moves, products, barriers                     block.rs access.rs bulk.rs product.rs
+//! cluster   state of the threads: shared memory, copies in flight, clocks          cluster.rs flight.rs barrier.rs warp.rs
+//! memory    bytes; which were written, and by whom they were accessed              memory.rs shadow.rs
+//! semantics layouts of elements, counts of mbarriers, rounding of products         semantics.rs matrix.rs sums.rs
 //! ```
 //!
-//! Lanes of a warp run in lock-step: of the groups that a branch made, the one with the smallest program counter runs, and
-//! groups that meet become one. That is one of the orders a GPU may choose. What must not depend on the order is reported
-//! rather than played out: two threads that touch the same bytes, one of them writing, with nothing between that orders them, are
-//! a race; what orders them is kept in vector clocks, which barriers of every kind hand on. Where no thread can go on, the barrier
-//! that it waits at is named. What is asynchronous happens as late as it may: `cp.async` stores nothing until it is waited for, a
-//! box lands when every warp waits, and a product of a warpgroup reads and adds up when it is waited for, its sums being NaN till
-//! then.
+//! The lanes of a warp run in lock-step: after a branch, the group of lanes with the smallest program counter runs, and groups
+//! that meet are merged. This is one of the orders that a GPU may choose. Results that depend on the order are reported instead
+//! of tried: if two threads access the same bytes, one of them writing, and nothing orders them, that is a race. The order is
+//! tracked by vector clocks, which every kind of barrier joins. If no thread can continue, a deadlock is reported, with the
+//! barrier. Asynchronous operations happen as late as possible: `cp.async` stores when it is waited for, a TMA load completes
+//! when every warp waits, and a wgmma reads its operands and accumulates when it is waited for; until then its sums are NaN.
 //!
-//! A launch that may begin before the one before has ended ([`Launch::run_after`]) is run after it all the same, and whatever it
-//! touches before its `griddepcontrol.wait` and should not is reported.
+//! A launch that may start before the previous one has ended ([`Launch::run_after`]) is run after it. Accesses before
+//! `griddepcontrol.wait` that may conflict with earlier launches are reported.
 //!
-//! Some of what it reports would do as was meant on a GPU, or on every GPU so far:
+//! Some reported errors would work on a GPU, or on all GPUs so far:
 //!
-//! - an mbarrier that TMA uses without `fence.mbarrier_init`, lanes of one store that write the same value to one place: unless
-//!   [`Checks`] say otherwise;
-//! - a barrier of the whole block (`bar.sync 0`) that warps come to at several places, which CUDA forbids for `__syncthreads`;
-//!   barriers for so many threads (`bar.sync 1, 64`) may have several;
-//! - lanes that name each other (`bar.warp.sync`, `elect.sync`, `shfl.sync`) at different places. At one place they wait for each other;
-//! - a product of a warpgroup whose operands one of its warps gives away when it has waited for the product itself: it is taken as
-//!   four products of warps, and the reads of the other three may still come.
+//! - an mbarrier that TMA uses without `fence.mbarrier_init`, and lanes of one store that write the same value to the same
+//!   address, unless
+//! [`Checks`] allow them;
+//! - a barrier of the whole block (`bar.sync 0`) that warps reach at different instructions, which CUDA forbids for
+//!   `__syncthreads`;
+//! barriers for a number of threads (`bar.sync 1, 64`) may be reached at several;
+//! - lanes that name each other (`bar.warp.sync`, `elect.sync`, `shfl.sync`) at different instructions; at one instruction they
+//!   wait for
+//! each other;
+//! - a wgmma whose operands one of its warps releases after it has waited for the wgmma itself: it is modelled as four products
+//!   of single
+//! warps, and the other three may still read.
 //!
-//! What it does not know: timing, weak memory, local memory (a kernel of ours that needs it is too big), blocks of threads in 2-D,
-//! clusters of more than two blocks or along other axes than x, tensors that are not tiled (im2col) or whose maps a kernel makes,
-//! descriptors without swizzle, the state that `mbarrier.arrive` returns, and which registers `setmaxnreg` moves. The lanes of a warp are taken to have come together when one of
-//! them arrives at an mbarrier, and `elect.sync` takes the lowest lane.
+//! Not modelled: timing, weak memory, local memory (our kernels must not use it), blocks of threads in 2-D, clusters of more than
+//! two blocks or along other axes than x, tensors that are not tiled (im2col) or whose maps a kernel makes, descriptors without
+//! swizzle, the state that `mbarrier.arrive` returns, and the registers that `setmaxnreg` moves. The lanes of a warp count as
+//! converged when one of them arrives at an mbarrier, and `elect.sync` elects the lowest lane.
 //!
 //! ```
 //! use ptx_interpreter::{Arg, Global, Launch, Module};
@@ -56,7 +60,7 @@
 //! Launch { grid: 1, block: 2, shared: 0 }.run(&module, "double", &mut [Arg::Write(&mut data)])?;
 //! assert_eq!(data.bytes(), [2, 0, 0, 0, 14, 0, 0, 0]);
 //!
-//! // A third thread would reach past the end.
+//! // A third thread would access memory beyond the end.
 //! let fault = Launch { grid: 1, block: 3, shared: 0 }.run(&module, "double", &mut [Arg::Write(&mut data)]).unwrap_err();
 //! assert_eq!((fault.line, fault.thread), (7, 2));
 //! # Ok::<(), Box<dyn std::error::Error>>(())

@@ -13,7 +13,7 @@ pub(crate) fn widen(half: Half, bits: u16) -> f32 {
     }
 }
 
-/// Registers of a fragment, lane by lane.
+/// Registers of a fragment, by lane.
 pub(crate) type Fragment<const N: usize> = [[u32; WARP]; N];
 
 /// Each half of each register, with its lane.

@@ -1,30 +1,30 @@
-//! Memory that knows which of its bytes were written.
+//! Memory that tracks which bytes were written.
 
 use std::ops::Range;
 
 use crate::fault::{Kind, Space};
-use crate::shadow::{Moment, Other, Shadow};
+use crate::shadow::{Conflict, Moment, Shadow};
 
-/// What is known about a byte.
+/// The state of a byte.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
     Unwritten,
-    /// An asynchronous copy into it was started and not waited for.
+    /// An asynchronous copy to it was started and not waited for.
     InFlight,
     Written,
 }
 
-/// Bytes, their states, and who touched them.
+/// Bytes, their states, and their accesses.
 pub(crate) struct Memory {
     space: Space,
     bytes: Vec<u8>,
     state: Vec<State>,
-    /// None: nothing writes here, so nothing can clash.
+    /// `None`: never written, so that there are no races.
     shadow: Option<Shadow>,
 }
 
 impl Memory {
-    /// A block's shared memory: nothing is written yet.
+    /// The shared memory of a block, not initialised.
     pub(crate) fn shared(len: usize) -> Self {
         let shadow = Some(Shadow::new(len));
         Self { space: Space::Shared, bytes: vec![0; len], state: vec![State::Unwritten; len], shadow }
@@ -36,7 +36,7 @@ impl Memory {
         Self { space: Space::Param, bytes, state, shadow: None }
     }
 
-    /// `width` bytes from `at`, if they are inside and aligned.
+    /// The index of `width` bytes from `at`, if they are inside and aligned.
     pub(crate) fn place(&self, at: u64, width: usize) -> Result<usize, Kind> {
         let (space, len) = (self.space, self.bytes.len());
         let inside = at.checked_add(width as u64).is_some_and(|end| end <= len as u64);
@@ -56,13 +56,13 @@ impl Memory {
         Ok(value)
     }
 
-    /// Reads memory that nothing writes meanwhile.
+    /// Reads without recording the access, for memory that nothing writes meanwhile.
     pub(crate) fn peek(&self, at: u64, width: usize) -> Result<u128, Kind> {
         let place = self.readable(at, width)?;
         Ok(number(&self.bytes[place..place + width]))
     }
 
-    /// `Err` if a launch wrote there that may not have ended: one of those numbers.
+    /// `Err` if the bytes were written by one of the launches in `pending`, which may not have ended.
     pub(crate) fn unless_pending(&self, at: u64, width: usize, pending: Option<Range<u32>>) -> Result<(), Kind> {
         let Some((shadow, pending)) = self.shadow.as_ref().zip(pending) else { return Ok(()) };
         if shadow.was_written_by(at as usize, width, &pending) { Err(Kind::ReadsEarly { at }) } else { Ok(()) }
@@ -92,12 +92,12 @@ impl Memory {
         Ok(())
     }
 
-    /// Starts an asynchronous copy into these bytes: until it lands nobody may touch them.
+    /// Starts an asynchronous copy to these bytes, which must not be accessed until it completes.
     pub(crate) fn depart(&mut self, at: u64, width: usize, now: Moment<'_>) -> Result<(), Kind> {
         self.claim(at, width, State::InFlight, now)
     }
 
-    /// The copy lands, as a write of the thread that waited for it.
+    /// Completes a copy, as a write of the thread that waited for it.
     pub(crate) fn land(&mut self, at: u64, bytes: &[u8], now: Moment<'_>) -> Result<(), Kind> {
         let range = at as usize..at as usize + bytes.len();
         self.state[range.clone()].fill(State::Unwritten);
@@ -106,7 +106,7 @@ impl Memory {
         Ok(())
     }
 
-    /// A bulk copy lands, in whose name the bytes were claimed when it departed.
+    /// Completes a bulk copy, whose bytes were claimed for its agent when it started.
     pub(crate) fn settle(&mut self, at: u64, bytes: &[u8]) {
         let range = at as usize..at as usize + bytes.len();
         self.state[range.clone()].fill(State::Written);
@@ -128,25 +128,25 @@ impl Memory {
 /// Up to 16 bytes, the first in the lowest bits.
 fn number(bytes: &[u8]) -> u128 {
     if let Ok(four) = <[u8; 4]>::try_from(bytes) {
-        return u128::from(u32::from_le_bytes(four)); // by far the most frequent: no loop
+        return u128::from(u32::from_le_bytes(four)); // the most frequent case
     }
     bytes.iter().rev().fold(0, |value, &byte| value << 8 | u128::from(byte))
 }
 
-fn race(space: Space, at: u64, other: Other) -> Kind {
+fn race(space: Space, at: u64, other: Conflict) -> Kind {
     match other {
-        Other { unpublished: true, .. } => Kind::Unpublished { at },
-        Other { block, thread, .. } => Kind::Race { space, at, other_block: block, other_thread: thread },
+        Conflict { unpublished: true, .. } => Kind::Unpublished { at },
+        Conflict { block, thread, .. } => Kind::Race { space, at, other_block: block, other_thread: thread },
     }
 }
 
-/// An allocation of the device. It remembers which bytes were ever written.
+/// A device allocation, which tracks the bytes that were written.
 pub struct Global {
     pub(crate) memory: Memory,
 }
 
 impl Global {
-    /// Memory that nothing has written: reading it is a fault.
+    /// Uninitialised memory: reading it is a fault.
     pub fn uninitialised(len: usize) -> Self {
         let memory = Memory { space: Space::Global, bytes: vec![0; len], state: vec![State::Unwritten; len], shadow: None };
         Self { memory }
@@ -165,17 +165,17 @@ impl Global {
         self.memory.state[..bytes.len()].fill(State::Written);
     }
 
-    /// What it holds; bytes that nothing wrote are 0.
+    /// The contents; bytes that were never written are 0.
     pub fn bytes(&self) -> &[u8] {
         &self.memory.bytes
     }
 
-    /// Whether every byte was written.
+    /// True if every byte was written.
     pub fn is_initialised(&self) -> bool {
         self.memory.state.iter().all(|&state| state == State::Written)
     }
 
-    /// A launch that may write here begins.
+    /// Starts tracking accesses, for a launch that may write here.
     pub(crate) fn watch(&mut self) {
         let len = self.memory.bytes.len();
         self.memory.shadow.get_or_insert_with(|| Shadow::new(len));

@@ -1,8 +1,8 @@
-//! What names of a PTX text stand for, scope by scope.
+//! Names in a PTX text, and their scopes.
 
 use std::collections::HashMap;
 
-/// What a name stands for.
+/// The meaning of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Name {
     Register(u32),
@@ -18,12 +18,12 @@ pub(crate) struct Names {
 }
 
 impl Names {
-    /// No names yet, in scopes with these parents.
+    /// An empty table, for scopes with these parents.
     pub(crate) fn new(parents: Vec<usize>) -> Self {
         Self { parents, names: HashMap::new() }
     }
 
-    /// What a name stands for in a scope, or in those around it.
+    /// Looks up a name in a scope and those around it.
     pub(crate) fn find(&self, mut scope: usize, name: &str) -> Option<Name> {
         loop {
             if let Some(&found) = self.names.get(&(scope, name.to_owned())) {

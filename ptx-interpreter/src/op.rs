@@ -1,17 +1,17 @@
-//! What a statement is once it is decoded: an operation on registers by number.
+//! Decoded instructions: operations on registers by number.
 
 use crate::fault::Space;
 use crate::scalar::Function;
 
-/// What runs: an operation, for the lanes whose guard holds.
+/// An instruction: an operation, for the lanes whose guard holds.
 pub(crate) struct Instruction {
     pub(crate) line: usize,
-    /// The register, and the value it must have.
+    /// The guard's register, and the value that it must have.
     pub(crate) guard: Option<(u32, bool)>,
     pub(crate) op: Op,
 }
 
-/// What is read.
+/// A source operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operand {
     Register(u32),
@@ -19,16 +19,16 @@ pub(crate) enum Operand {
     Special(Special),
 }
 
-/// What a lane knows about itself.
+/// Special registers of a lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Special {
     Thread,
     Threads,
-    /// The block's place along an axis of the grid, and how many there are.
+    /// The block's index along an axis of the grid, and the number of blocks.
     Block(usize),
     Blocks(usize),
     Lane,
-    /// The block's number in its cluster.
+    /// The block's rank in its cluster.
     Rank,
     /// Blocks of a cluster.
     Ranks,
@@ -41,10 +41,10 @@ pub(crate) struct Address {
     pub(crate) offset: i64,
 }
 
-/// The most registers that one access fills.
+/// The largest number of registers in one access.
 pub(crate) const MAX_VECTOR: usize = 4;
 
-/// How an operand of a matrix product is stored.
+/// Element types of matrix products.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Half {
     F16,
@@ -53,23 +53,23 @@ pub(crate) enum Half {
 
 /// `d += lhs·rhs`, 64×cols×(32 bytes)
 pub(crate) struct Product {
-    /// None: tf32.
+    /// `None`: tf32.
     pub(crate) half: Option<Half>,
     pub(crate) cols: usize,
     pub(crate) d: Vec<u32>,
     pub(crate) lhs: Side,
     /// A descriptor.
     pub(crate) rhs: u32,
-    /// Neighbours of the side are neighbours in row, not in depth.
+    /// True if the right side is MN-major.
     pub(crate) lhs_along: bool,
     pub(crate) rhs_along: bool,
-    /// False: `d = lhs·rhs`.
+    /// False: `d = lhs·rhs`, without accumulating.
     pub(crate) adds: Operand,
 }
 
-/// Where the left side of a product is.
+/// The location of the left side.
 pub(crate) enum Side {
-    /// Where a descriptor says.
+    /// In shared memory, by a descriptor.
     Shared(u32),
     Registers(Vec<u32>),
 }
@@ -80,22 +80,22 @@ impl Product {
         if self.half.is_some() { 2 } else { 1 }
     }
 
-    /// Elements of depth: 32 bytes.
+    /// Depth of a product, in elements: 32 bytes.
     pub(crate) fn depth(&self) -> usize {
         8 * self.parts()
     }
 }
 
-/// What a thread does when it arrives at an mbarrier.
+/// Kinds of arrivals at an mbarrier.
 #[derive(Clone, Copy)]
 pub(crate) enum Arrivals {
-    /// Counts as so many.
+    /// This number of arrivals.
     Count(Operand),
-    /// Counts as one, and so many bytes will come.
+    /// One arrival, which expects this many bytes.
     Expecting(Operand),
 }
 
-/// How a lane of a shuffle finds its partner.
+/// Modes of shuffles.
 #[derive(Clone, Copy)]
 pub(crate) enum Shuffle {
     Up,
@@ -104,21 +104,21 @@ pub(crate) enum Shuffle {
     Index,
 }
 
-/// The operations, with registers by number.
+/// Operations, with registers by number.
 pub(crate) enum Op {
-    /// `to = f(from)`, lane by lane
+    /// `to = f(from)`, in each lane
     Scalar {
         f: Function,
         to: u32,
         from: [Operand; 4],
     },
-    /// Parts of `bits` each side by side in one register.
+    /// Packs parts of `bits` bits into one register.
     Pack {
         to: u32,
         parts: Vec<Operand>,
         bits: u32,
     },
-    /// The other way round.
+    /// Unpacks a register into parts of `bits` bits.
     Unpack {
         to: Vec<Option<u32>>,
         from: Operand,
@@ -141,7 +141,7 @@ pub(crate) enum Op {
         to: usize,
     },
     Return,
-    /// Waits for as many threads as come to the same barrier; None: for all.
+    /// Waits at a barrier for this many threads; `None`: for all.
     Barrier {
         number: Operand,
         threads: Option<Operand>,
@@ -165,11 +165,11 @@ pub(crate) enum Op {
         filled: Option<Operand>,
     },
     CommitCopies,
-    /// Waits until so many groups are on their way; None: until no copy is, not even one of the open group.
+    /// Waits until at most this many groups are in flight; `None`: until no copy is, not even one of the open group.
     WaitCopies {
         pending: Option<usize>,
     },
-    /// 8×8 matrices of 16-bit elements from shared memory into fragments.
+    /// ldmatrix: 8×8 matrices of 16-bit elements from shared memory to fragments.
     LoadMatrix {
         to: Vec<u32>,
         address: Address,
@@ -181,20 +181,20 @@ pub(crate) enum Op {
         address: Address,
         transposed: bool,
     },
-    /// Which of these lanes is chosen, and to each whether it is.
+    /// elect.sync: the elected lane, and a predicate that is true in it.
     Elect {
         to: Option<u32>,
         chosen: u32,
         lanes: Operand,
     },
-    MakeBarrier {
+    InitBarrier {
         barrier: Address,
         count: Operand,
     },
-    UnmakeBarrier {
+    InvalidateBarrier {
         barrier: Address,
     },
-    PublishBarriers,
+    BarrierInitFence,
     Arrive {
         barrier: Address,
         by: Arrivals,
@@ -204,43 +204,43 @@ pub(crate) enum Op {
         barrier: Address,
         parity: Operand,
     },
-    /// What the thread has seen written by plain stores, TMA and wgmma see too.
-    PublishStores,
-    /// A box of a tensor into shared memory; `to` and `barrier` in each of `blocks` of the cluster.
-    LoadBox {
+    /// fence.proxy.async: makes ordinary writes that the thread has seen visible to TMA and wgmma.
+    ProxyFence,
+    /// TMA load: a box of a tensor to shared memory; `to` and `barrier` in each block of the cluster in `blocks`.
+    TmaLoad {
         to: Address,
         map: Operand,
         corner: Vec<Operand>,
         barrier: Address,
         blocks: Option<Operand>,
     },
-    StoreBox {
+    TmaStore {
         map: Operand,
         corner: Vec<Operand>,
         from: Address,
     },
-    CommitStores,
-    WaitStores {
+    TmaStoreCommit,
+    TmaStoreWait {
         pending: usize,
     },
-    /// Registers that were written are there for the products that follow.
-    BeginProducts,
+    /// wgmma.fence: orders earlier writes to registers before later wgmma.
+    WgmmaFence,
     Product(Product),
-    CommitProducts,
-    WaitProducts {
+    WgmmaCommit,
+    WgmmaWait {
         pending: usize,
     },
-    /// All threads of the cluster; between the two each goes on.
+    /// A barrier of the cluster, in two halves: arriving and waiting.
     ArriveInCluster,
     WaitInCluster,
-    /// Until the launches before this one have ended, and what they wrote is there.
-    WaitForLaunch,
-    /// The next launch may begin.
-    LetNextBegin,
-    /// What changes nothing that an interpreter can see.
-    Nothing,
-    /// The same, but the whole warp has to come.
-    Together,
+    /// griddepcontrol.wait: waits until earlier launches have ended and their writes are visible.
+    WaitForPreviousLaunch,
+    /// griddepcontrol.launch_dependents: the next launch may start.
+    LaunchDependents,
+    /// No effect that the interpreter models.
+    NoEffect,
+    /// No effect, but the whole warp must be converged.
+    ConvergedNoEffect,
     Trap,
     /// `d = a·b + c`, 16×8×16, in fragments
     Multiply {

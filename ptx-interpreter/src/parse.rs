@@ -1,4 +1,4 @@
-//! PTX text → statements → kernels with every name resolved.
+//! Parses PTX text into statements, and these into kernels with resolved names.
 
 use std::collections::HashMap;
 
@@ -7,12 +7,12 @@ use crate::fault::{ParseError, error};
 use crate::names::{Name, Names};
 use crate::op::Instruction;
 
-/// A PTX file: its kernels by name.
+/// A PTX module: its kernels by name.
 pub struct Module {
     kernels: HashMap<String, Kernel>,
 }
 
-/// One entry, decoded.
+/// A decoded kernel.
 pub struct Kernel {
     pub(crate) name: String,
     pub(crate) code: Vec<Instruction>,
@@ -20,16 +20,16 @@ pub struct Kernel {
     /// Offset and size of each parameter.
     pub(crate) params: Vec<(usize, usize)>,
     pub(crate) static_shared: usize,
-    /// The most threads of a block, and how many it must have.
+    /// Limits of threads in a block: the largest number, and the required number.
     pub(crate) max_threads: Option<u32>,
     pub(crate) required_threads: Option<u32>,
-    /// Blocks of a cluster, if the kernel says.
+    /// Blocks of a cluster, if the kernel requires a number.
     pub(crate) cluster: Option<u32>,
-    /// Bytes of shared memory that a block may have: those of the smallest GPU that runs it.
+    /// The limit of shared memory of a block, in bytes: that of the smallest GPU for the target.
     pub(crate) most_shared: usize,
 }
 
-/// Text up to a semicolon, a colon or a brace, and the scope it stands in.
+/// A statement: text up to a semicolon, a colon or a brace, with its scope.
 #[derive(Debug)]
 struct Statement {
     line: usize,
@@ -46,7 +46,7 @@ enum End {
 }
 
 impl Module {
-    /// Reads PTX as nvcc and LLVM write it. Errors: what it cannot read, and instructions that the interpreter does not know.
+    /// Parses PTX as written by nvcc and LLVM. Errors: text that cannot be parsed, and unknown instructions.
     pub fn parse(ptx: &str) -> Result<Self, ParseError> {
         let (statements, parents) = split(ptx)?;
         let mut names = Names::new(parents);
@@ -70,7 +70,7 @@ impl Module {
         Ok(Self { kernels })
     }
 
-    /// The kernel of that name.
+    /// The kernel with this name.
     pub fn kernel(&self, name: &str) -> Option<&Kernel> {
         self.kernels.get(name)
     }
@@ -81,7 +81,8 @@ impl Module {
     }
 }
 
-/// Cuts the text at semicolons, labels and the braces of scopes; braces of vectors stay. Returns the parents of scopes too.
+/// Splits the text at semicolons, labels and the braces of scopes, but not at braces of vectors. Also returns the parents of
+/// scopes.
 fn split(ptx: &str) -> Result<(Vec<Statement>, Vec<usize>), ParseError> {
     let (mut statements, mut parents) = (Vec::new(), vec![0]);
     let (mut scope, mut vector, mut start, mut text) = (0, 0, 0, String::new());
@@ -121,7 +122,7 @@ fn split(ptx: &str) -> Result<(Vec<Statement>, Vec<usize>), ParseError> {
     if text.is_empty() { Ok((statements, parents)) } else { Err(error(start, "the statement does not end")) }
 }
 
-/// Whether a colon after it makes a label of it; in `ld.global.L1::evict_last` it does not.
+/// True if a colon after `text` makes it a label; in `ld.global.L1::evict_last` it does not.
 fn is_name(text: &str) -> bool {
     let rest = text.strip_prefix(|c: char| c.is_ascii_alphabetic() || "$_%".contains(c));
     rest.is_some_and(|rest| rest.chars().all(|c| c.is_ascii_alphanumeric() || "$_".contains(c)))
@@ -151,11 +152,11 @@ fn variable(text: &str, line: usize) -> Result<(usize, Option<usize>, &str), Par
     Ok((align.unwrap_or(size), len, name))
 }
 
-/// Where the variables in shared memory lie.
+/// Offsets of the variables in shared memory.
 #[derive(Default)]
 struct SharedLayout {
     len: usize,
-    /// Scopes and names of what lies behind everything else, as long as the launch says.
+    /// Scopes and names of dynamic shared memory, which is behind everything else.
     dynamic: Vec<(usize, String)>,
 }
 
@@ -173,7 +174,7 @@ impl SharedLayout {
         Ok(())
     }
 
-    /// Returns how many bytes the variables of known length take, and puts the others behind them.
+    /// Places dynamic shared memory behind the variables, and returns the bytes of the variables.
     fn close(mut self, names: &mut Names) -> usize {
         if !self.dynamic.is_empty() {
             self.len = self.len.next_multiple_of(16);
@@ -185,7 +186,7 @@ impl SharedLayout {
     }
 }
 
-/// Those of the module's variables in shared memory that a body names: a block has room for no other.
+/// The module's shared variables that a body names: only these take room in a block.
 fn shared_of<'s>(body: &[Statement], declared: &[&'s Statement]) -> Result<Vec<&'s Statement>, ParseError> {
     let mut used = Vec::new();
     for &statement in declared {
@@ -197,7 +198,7 @@ fn shared_of<'s>(body: &[Statement], declared: &[&'s Statement]) -> Result<Vec<&
     Ok(used)
 }
 
-/// Makes a kernel of its statements.
+/// Builds a kernel from its statements.
 struct Builder<'n> {
     names: &'n mut Names,
     shared: SharedLayout,

@@ -1,4 +1,4 @@
-//! Products of a warpgroup (wgmma): where their operands lie, and what one warp's share of the sums is.
+//! wgmma: addresses of operands, and the sums of one warp.
 
 use std::collections::hash_map::Entry;
 
@@ -14,11 +14,11 @@ use crate::semantics::Layout;
 use crate::shadow::Moment;
 use crate::sums::WGMMA;
 
-/// What the sums hold for who reads them too early: a NaN.
+/// The value of sums that are read too early: a NaN.
 const POISON: Row = [0x7fc0_dead; WARP];
 
 impl Layout {
-    /// What the bits of a descriptor say.
+    /// Decodes a descriptor.
     fn of(descriptor: u64) -> Result<Self, Kind> {
         let bytes = |from: u32| (descriptor >> from & 0x3fff) << 4;
         let line = match descriptor >> 62 {
@@ -35,7 +35,7 @@ impl Layout {
 }
 
 impl Product {
-    /// Elements of a chunk of 16 bytes: four or eight.
+    /// Elements in 16 bytes: four or eight.
     fn elements(&self, chunk: u128) -> impl Iterator<Item = f32> {
         let (half, bits) = (self.half, 32 / self.parts());
         (0..16 / (bits / 8)).map(move |i| match half {
@@ -46,7 +46,7 @@ impl Product {
 }
 
 impl Cluster<'_, '_, '_> {
-    /// Starts a product: its sums are poisoned until it is waited for.
+    /// Starts a wgmma. Its sums are NaN until it is waited for.
     pub(crate) fn start(&mut self, warp: usize, at: usize, product: &Product) -> Step<()> {
         let fenced = self.warps[warp].fenced;
         let mut sums = std::mem::take(&mut self.warps[warp].products.sums);
@@ -75,8 +75,8 @@ impl Cluster<'_, '_, '_> {
         Ok(())
     }
 
-    /// Finishes products until so many groups are left.
-    pub(crate) fn wait_products(&mut self, warp: usize, pending: usize) -> Step<()> {
+    /// Completes wgmma until at most this many groups are left.
+    pub(crate) fn wgmma_wait(&mut self, warp: usize, pending: usize) -> Step<()> {
         for started in self.warps[warp].products.groups.take_until(pending) {
             self.finish_product(warp, &started).map_err(whole_warp)?;
         }
@@ -137,7 +137,7 @@ impl Cluster<'_, '_, '_> {
         Ok((0..product.depth()).map(|d| lines.iter().map(|line| line[d]).collect()).collect())
     }
 
-    /// Rows whose neighbours in depth are neighbours in memory, each two chunks long: `lines[row][d]`
+    /// Rows of a K-major side, each two chunks long: `lines[row][d]`
     fn lines(
         &mut self,
         warp: usize,
@@ -157,7 +157,7 @@ impl Cluster<'_, '_, '_> {
         (first..first + rows).map(&mut line).collect()
     }
 
-    /// The same rows if neighbours in row are neighbours in memory, eight to a chunk: `columns[d][row]`
+    /// Rows of an MN-major side, eight to a chunk: `columns[d][row]`
     fn columns(
         &mut self,
         warp: usize,
@@ -191,10 +191,10 @@ impl Cluster<'_, '_, '_> {
         rows
     }
 
-    /// 16 bytes of an operand, at an offset from its start.
+    /// 16 bytes of an operand, at an offset.
     fn chunk(&mut self, warp: usize, layout: Layout, offset: u64) -> Result<u128, Kind> {
         let at = (self.context.semantics.operand_byte)(layout.start, offset, layout.line);
-        let now = Moment { bulk: true, ..self.place.moment(&self.warps[warp], warp, 0) };
-        self.rooms[self.place.rank(warp)].memory.read(at, 16, now)
+        let now = Moment { bulk: true, ..self.position.moment(&self.warps[warp], warp, 0) };
+        self.block_states[self.position.rank(warp)].memory.read(at, 16, now)
     }
 }

@@ -1,4 +1,4 @@
-//! What an instruction computes in one lane: a table from opcodes to functions of bits.
+//! Operations of one lane: a table from opcodes to functions of bits.
 //!
 //! A register holds its value in the low bits and zeros above; predicates are 0 or 1.
 
@@ -7,10 +7,10 @@ use std::array::from_fn;
 use crate::WARP;
 use crate::float;
 
-/// A register of every lane.
+/// A register, in every lane.
 pub(crate) type Row = [u64; WARP];
 
-/// A function of one to four operands, for all lanes at once: it cannot fail, and idle lanes drop what they get.
+/// A function of one to four operands, for all lanes at once. It cannot fail; inactive lanes drop the result.
 #[derive(Clone, Copy)]
 pub(crate) enum Function {
     One(fn(&Row) -> Row),
@@ -32,7 +32,7 @@ impl Function {
     }
 }
 
-/// A type as registers hold it.
+/// The representation of a type in registers.
 trait Bits {
     fn of(bits: u64) -> Self;
     fn bits(self) -> u64;
@@ -119,7 +119,7 @@ macro_rules! select {
     };
 }
 
-/// The function of an opcode, if it is one that works lane by lane.
+/// The function of an opcode, if it operates lane by lane.
 pub(crate) fn function(opcode: &str) -> Option<Function> {
     let (stem, ty) = opcode.rsplit_once('.')?;
     moves(stem, ty)
@@ -130,7 +130,7 @@ pub(crate) fn function(opcode: &str) -> Option<Function> {
         .or_else(|| conversions(opcode))
 }
 
-/// Addresses of all memories are numbers of one range, so that `cvta` changes nothing.
+/// All memories share one range of addresses, so `cvta` has no effect.
 fn moves(stem: &str, ty: &str) -> Option<Function> {
     Some(match (stem, ty) {
         ("mov", "pred") => one!(bool => bool, |a| a),
@@ -138,7 +138,7 @@ fn moves(stem: &str, ty: &str) -> Option<Function> {
         ("mov", "u32" | "s32" | "b32" | "f32") => one!(u32 => u32, |a| a),
         ("mov", "u64" | "s64" | "b64" | "f64") => one!(u64 => u64, |a| a),
         ("cvta.to.global" | "cvta.to.shared" | "cvta.global" | "cvta.shared" | "cvta.param", "u64") => one!(u64 => u64, |a| a),
-        // The place of an address in a block of the cluster: `WINDOW` in cluster.rs.
+        // `mapa`: an address in another block of the cluster; see `WINDOW` in cluster.rs.
         ("mapa.shared::cluster", "u32") => two!(u32 => u32, |a, block| (block + 1) << 24 | a & 0xff_ffff),
         ("selp", "b16" | "u16" | "s16") => select!(u16),
         ("selp", "b32" | "u32" | "s32" | "f32") => select!(u32),
@@ -183,12 +183,12 @@ fn funnel(low: u32, high: u32) -> u64 {
     u64::from(high) << 32 | u64::from(low)
 }
 
-/// As many ones as the low byte of `len` says, at most 32.
+/// A mask of `len` ones, at most 32; only the low byte of `len` counts.
 fn mask(len: u32) -> u32 {
     u32::MAX.checked_shr(32u32.saturating_sub(len & 255)).unwrap_or(0)
 }
 
-/// The `len` bits of `a` from bit `from` on; the highest of them, or of `a` if that comes first, fills the rest.
+/// `bfe`: `len` bits of `a` from bit `from` on, filled with the highest of them, or of `a` if that comes first.
 fn signed_bits(a: i32, from: u32, len: u32) -> u32 {
     let shifted = (i64::from(a) >> from.min(63)) as i32;
     match len {
@@ -198,7 +198,7 @@ fn signed_bits(a: i32, from: u32, len: u32) -> u32 {
     }
 }
 
-/// The `len` low bits of `a` in the place of as many of `b`, from bit `at` on.
+/// `bfi`: replaces `len` bits of `b`, from bit `at` on, by the low bits of `a`.
 fn insert_bits(a: u64, b: u64, at: u64, len: u64) -> u64 {
     let at = at as u32 & 255;
     let place = |bits: u32| bits.checked_shl(at).unwrap_or(0);
@@ -206,7 +206,7 @@ fn insert_bits(a: u64, b: u64, at: u64, len: u64) -> u64 {
     (b as u32 & !mask | place(a as u32) & mask).bits()
 }
 
-/// Four bytes, each chosen by a digit of `selector` among the eight of `a` and `b`; 8 and up repeat the byte's sign.
+/// `prmt`: four bytes, each selected by a digit of `selector` from the eight of `a` and `b`; 8 and up repeat the byte's sign.
 fn permute(a: u32, b: u32, selector: u32) -> u32 {
     let bytes = funnel(a, b).to_le_bytes();
     let byte = |digit: u32| {
@@ -263,7 +263,7 @@ fn integers(stem: &str, ty: &str) -> Option<Function> {
     })
 }
 
-/// Sums of 16-bit floats, two side by side. Adding in f32 first rounds as adding at once: 24 bits are more than twice as many.
+/// Adds 16-bit floats in pairs. Rounding to f32 first has no effect: 24 bits are more than twice as many.
 fn pairs(stem: &str, ty: &str) -> Option<Function> {
     Some(match (stem, ty) {
         ("add" | "add.rn", "bf16x2") => two!(u32 => u32, |a, b| {
@@ -280,7 +280,7 @@ fn each_half(a: u32, b: u32, f: impl Fn(u16, u16) -> u16) -> u32 {
     u32::from(f(a as u16, b as u16)) | u32::from(f((a >> 16) as u16, (b >> 16) as u16)) << 16
 }
 
-/// The approximate functions are computed exactly here; nothing may rely on their last bits.
+/// Approximate functions are computed exactly; results must not depend on their last bits.
 fn floats(stem: &str, ty: &str) -> Option<Function> {
     if ty != "f32" {
         return pairs(stem, ty);
@@ -336,7 +336,7 @@ fn comparisons(stem: &str, ty: &str) -> Option<Function> {
         "u64" | "b64" => compare!(u64, how),
         "s64" => compare!(i64, how),
         "f32" => match how {
-            // Those that end in u hold for NaN too.
+            // Comparisons that end in u are true for NaN.
             "ne" => two!(f32 => bool, |a, b| a != b && !unordered(a, b)),
             "neu" => two!(f32 => bool, |a, b| a != b),
             "equ" => two!(f32 => bool, |a, b| a == b || unordered(a, b)),

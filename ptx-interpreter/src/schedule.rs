@@ -1,4 +1,4 @@
-//! The warps of a cluster in turn, each until it has to wait; and when those who wait go on.
+//! Runs the warps of a cluster in turn, each until it must wait, and completes barriers.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +25,8 @@ impl Cluster<'_, '_, '_> {
         }
     }
 
-    /// No thread can go on. Who waits for a phase is the reason; who waits for other lanes, or at a barrier, waits for them.
+    /// The fault of a deadlock. A thread that waits for a phase is reported first, then one that waits for lanes, then one at a
+    /// barrier.
     fn deadlock(&self) -> Fault {
         let rank = |wait| match wait {
             Some(Wait::Phase { .. }) => 0,
@@ -34,7 +35,7 @@ impl Cluster<'_, '_, '_> {
         };
         let groups = self.warps.iter().enumerate().flat_map(|(warp, state)| state.groups.iter().map(move |group| (warp, group)));
         let (warp, group) = groups.min_by_key(|(_, group)| rank(group.waits)).expect("somebody waits");
-        let first = |warp, group: &Group| self.place.thread(warp, group.lanes.trailing_zeros() as usize);
+        let first = |warp, group: &Group| self.position.thread(warp, group.lanes.trailing_zeros() as usize);
         let waiting = self.warps.iter().enumerate().filter_map(|(warp, state)| Some(first(warp, state.groups.first()?)));
         let (at, kind) = match group.waits {
             Some(Wait::Lanes) => (group.at, Kind::DivergedWarp),
@@ -46,7 +47,7 @@ impl Cluster<'_, '_, '_> {
         self.fault(warp, at, (group.lanes.trailing_zeros() as usize, kind))
     }
 
-    /// All have returned: nothing may be on its way any more.
+    /// All threads have returned: nothing may be in flight.
     fn finish(&self) -> Result<(), Fault> {
         let (last, fault) = (self.context.kernel.code.len() - 1, |reason: &str| Kind::Misuse(reason.into()));
         if !self.loads.is_empty() {
@@ -61,7 +62,7 @@ impl Cluster<'_, '_, '_> {
 
     fn describe(&self, wait: Option<Wait>) -> String {
         match wait {
-            Some(Wait::Phase { block, barrier, parity }) => self.rooms[block].barriers.describe(barrier, parity),
+            Some(Wait::Phase { block, barrier, parity }) => self.block_states[block].barriers.describe(barrier, parity),
             Some(Wait::Barrier { number, threads: None }) => format!("barrier {number}, for all threads"),
             Some(Wait::Barrier { number, threads: Some(threads) }) => format!("barrier {number}, for {threads} threads"),
             Some(Wait::Cluster | Wait::Lanes) | None => "the barrier of the cluster".into(),
@@ -69,11 +70,11 @@ impl Cluster<'_, '_, '_> {
     }
 
     fn fault(&self, warp: usize, at: usize, (lane, kind): (usize, Kind)) -> Fault {
-        let (kernel, (block, thread)) = (self.context.kernel, self.place.thread(warp, lane));
+        let (kernel, (block, thread)) = (self.context.kernel, self.position.thread(warp, lane));
         Fault { kernel: kernel.name.clone(), line: kernel.code[at].line, block, thread, kind }
     }
 
-    /// Steps until every lane has returned or waits. Returns whether any could go on.
+    /// Runs a warp until every lane has returned or waits. Returns true if any lane ran.
     fn run_warp(&mut self, warp: usize) -> Result<bool, Fault> {
         let (kernel, mut ran) = (self.context.kernel, false);
         loop {
@@ -90,15 +91,15 @@ impl Cluster<'_, '_, '_> {
         }
     }
 
-    /// Lets the groups go on that wait for the end of a phase, if it has come.
+    /// Resumes groups whose phase has ended. Returns true if there are any.
     fn wake(&mut self, warp: usize) -> bool {
-        let (mut woken, Self { rooms, warps, place, .. }) = (false, self);
+        let (mut woken, Self { block_states, warps, position, .. }) = (false, self);
         for i in 0..warps[warp].groups.len() {
             let Group { waits: Some(Wait::Phase { block, barrier, parity }), lanes, .. } = warps[warp].groups[i] else {
                 continue;
             };
-            let now = place.moment(&warps[warp], warp, lanes.trailing_zeros() as usize);
-            if !matches!(rooms[block].barriers.ended(barrier, parity, now), Ok(None)) {
+            let now = position.moment(&warps[warp], warp, lanes.trailing_zeros() as usize);
+            if !matches!(block_states[block].barriers.ended(barrier, parity, now), Ok(None)) {
                 warps[warp].groups[i].waits = None;
                 woken = true;
             }
@@ -106,26 +107,27 @@ impl Cluster<'_, '_, '_> {
         woken
     }
 
-    /// Lets those go on who wait at a barrier that all have come to.
+    /// Resumes warps at barriers that all threads have reached. Returns true if there are any.
     fn open_barriers(&mut self) -> Result<bool, Fault> {
         let mut waiting: BTreeMap<(usize, u32), Vec<usize>> = BTreeMap::new();
         let (mut opened, all) = (false, 0..self.warps.len());
         for warp in all.clone() {
             if let [Group { waits: Some(Wait::Barrier { number, .. }), .. }] = self.warps[warp].groups[..] {
-                waiting.entry((self.place.rank(warp), number)).or_default().push(warp);
+                waiting.entry((self.position.rank(warp), number)).or_default().push(warp);
             }
         }
         for ((rank, _), warps) in waiting {
             let Group { at, waits, .. } = self.warps[warps[0]].groups[0];
             let Some(Wait::Barrier { threads, .. }) = waits else { continue };
-            // All threads meet at one place, as CUDA asks of __syncthreads; some of them may come from several.
+            // A barrier for all threads must be reached at one instruction, as CUDA requires for __syncthreads; one for a number
+            // of threads need not.
             let strays = |group: Group| group.waits != waits || threads.is_none() && group.at != at;
             if let Some(&warp) = warps.iter().find(|&&warp| strays(self.warps[warp].groups[0])) {
                 return Err(self.fault(warp, self.warps[warp].groups[0].at - 1, whole_warp(Kind::DivergedBarrier)));
             }
-            let living = all.clone().filter(|&warp| self.place.rank(warp) == rank && !self.warps[warp].is_empty()).count();
+            let living = all.clone().filter(|&warp| self.position.rank(warp) == rank && !self.warps[warp].is_empty()).count();
             if warps.len() >= threads.map_or(living, |threads| threads as usize / WARP) {
-                self.meet(&warps);
+                self.synchronize(&warps);
                 opened = true;
             }
         }
@@ -133,20 +135,20 @@ impl Cluster<'_, '_, '_> {
         if living().all(|warp| warp.arrived_in_cluster) && living().any(|warp| warp.groups[0].waits == Some(Wait::Cluster)) {
             let warps: Vec<usize> = all.filter(|&warp| !self.warps[warp].is_empty()).collect();
             warps.iter().for_each(|&warp| self.warps[warp].arrived_in_cluster = false);
-            self.meet(&warps);
+            self.synchronize(&warps);
             opened = true;
         }
         Ok(opened)
     }
 
-    /// Each of these warps has seen from now on what all of them have.
-    fn meet(&mut self, warps: &[usize]) {
+    /// Joins the clocks of these warps, and resumes them.
+    fn synchronize(&mut self, warps: &[usize]) {
         let mut clocks = Clocks::default();
         warps.iter().for_each(|&warp| clocks.join(&self.warps[warp].clocks));
         for &warp in warps {
             self.warps[warp].clocks = clocks.clone();
             self.warps[warp].groups.iter_mut().for_each(|group| group.waits = None);
-            self.hand_on(warp, true);
+            self.release(warp, true);
         }
     }
 }

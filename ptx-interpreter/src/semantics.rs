@@ -1,49 +1,49 @@
-//! What the hardware does where a reader of the PTX ISA could be mistaken: where elements lie, and what an mbarrier counts. One
-//! function each, so that the tests can put a wrong one in its place, and see other people's kernels fail (`third_party.rs`).
+//! Hardware semantics that a reader of the PTX ISA could misunderstand: layouts of elements, and counts of mbarriers. Each is a
+//! function, so that tests can replace it by a wrong one and see third-party kernels fail (`third_party.rs`).
 
-/// What a wgmma descriptor says: where a matrix lies in shared memory, in bytes.
+/// A decoded wgmma descriptor: the layout of a matrix in shared memory, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     pub(crate) start: u64,
-    /// From one line of columns to the next, where neighbours in row are neighbours in memory ("leading dimension byte offset").
+    /// MN-major: from one line of columns to the next ("leading dimension byte offset").
     pub(crate) leap: u64,
     /// From eight lines to the next eight ("stride dimension byte offset").
     pub(crate) stride: u64,
-    /// Bytes of a line, whose chunks of 16 bytes are exchanged.
+    /// Bytes of a line, within which 16-byte chunks are swizzled.
     pub(crate) line: u64,
 }
 
-/// The statements. `PTX` has those of the PTX ISA.
+/// The semantics. `PTX` is that of the PTX ISA.
 #[derive(Clone, Copy)]
 pub(crate) struct Semantics {
-    /// Where a byte of a box lies that would lie at `at` if no chunks were exchanged in lines of so many bytes.
+    /// Swizzled address of the byte of a box at address `at`, for lines of this many bytes.
     pub(crate) box_byte: fn(at: u64, line: u64) -> u64,
-    /// Where a byte of an operand of wgmma lies: from its start, an offset, and the bytes of a line.
+    /// Swizzled address of a byte of a wgmma operand, from its start, an offset, and the bytes of a line.
     pub(crate) operand_byte: fn(start: u64, offset: u64, line: u64) -> u64,
-    /// Offset of a chunk of a row, if neighbours in depth are neighbours in memory (K-major).
+    /// Offset of a chunk of a row, K-major.
     pub(crate) row_chunk: fn(layout: &Layout, row: u64, chunk: u64) -> u64,
-    /// Offset of a chunk of rows at a depth, if neighbours in row are neighbours in memory (MN-major).
+    /// Offset of a chunk of rows at a depth, MN-major.
     pub(crate) depth_chunk: fn(layout: &Layout, chunk: u64, depth: u64) -> u64,
     /// Row and column of a register of a lane's sums of wgmma, and of mma.
     pub(crate) wgmma_sum: fn(lane: usize, register: usize) -> (usize, usize),
     pub(crate) mma_sum: fn(lane: usize, register: usize) -> (usize, usize),
-    /// Row and depth of a part of a register of a lane's left side, whose registers hold so many elements.
+    /// Row and depth of an element in a register of a lane's left side; the register holds this many elements.
     pub(crate) wgmma_lhs: fn(lane: usize, register: usize, part: usize, parts: usize) -> (usize, usize),
     pub(crate) mma_lhs: fn(lane: usize, register: usize, part: usize, parts: usize) -> (usize, usize),
     /// Depth and column of a half of a register of a lane's right side.
     pub(crate) mma_rhs: fn(lane: usize, register: usize, half: usize) -> (usize, usize),
-    /// Which line and which of its elements ldmatrix puts into a half of a lane's register, and stmatrix takes from it.
+    /// ldmatrix and stmatrix: the line, and its element, for a half of a lane's register.
     pub(crate) loaded: fn(lane: usize, half: usize, transposed: bool) -> (usize, usize),
     pub(crate) stored: fn(lane: usize, half: usize, transposed: bool) -> (usize, usize),
-    /// Which coordinate of a box's corner belongs to an axis of a tensor, counted from the innermost.
+    /// The axis of a tensor for each coordinate of a box, counted from the innermost.
     pub(crate) coordinate: fn(axis: usize, rank: usize) -> usize,
-    /// Whether the phase of a parity has ended, after so many.
+    /// True if the phase with this parity has ended, after this many phases.
     pub(crate) has_ended: fn(ended: u32, parity: u64) -> bool,
-    /// How many arrivals one that expects bytes is.
+    /// The arrivals that an arrival with expected bytes counts as.
     pub(crate) expecting: fn() -> u32,
-    /// What an mbarrier counts when so many bytes land.
+    /// The count of an mbarrier for bytes that arrived.
     pub(crate) landed: fn(bytes: u64) -> i64,
-    /// Whether a phase ends when so many arrivals and bytes are missing.
+    /// True if a phase ends with this many arrivals and bytes missing.
     pub(crate) is_complete: fn(arrivals: u32, bytes: i64) -> bool,
 }
 
@@ -71,13 +71,13 @@ impl Semantics {
     };
 }
 
-/// The chunks of a line are exchanged by the bits of the address above it: three for lines of 128 bytes, two for 64, one for 32;
-/// none for 16.
+/// Swizzle: chunks of a line are permuted by the address bits above: three for lines of 128 bytes, two for 64, one for 32, none
+/// for 16.
 pub(crate) fn swizzle(at: u64, line: u64) -> u64 {
     at ^ (at >> 7 & (line / 16 - 1)) << 4
 }
 
-/// Eight columns are four registers: two neighbours of a row, and the two that lie eight rows below.
+/// Eight columns are four registers: two consecutive elements of a row, and the two eight rows below.
 pub(crate) fn sum(lane: usize, register: usize) -> (usize, usize) {
     (lane / 4 + register / 2 % 2 * 8, register / 4 * 8 + lane % 4 * 2 + register % 2)
 }
@@ -87,7 +87,7 @@ pub(crate) fn lhs(lane: usize, register: usize, part: usize, parts: usize) -> (u
     (lane / 4 + register % 2 * 8, (register / 2 * 4 + lane % 4) * parts + part)
 }
 
-/// A lane has two neighbours of an 8×8 matrix of 16-bit elements.
+/// A lane has two consecutive elements of an 8×8 matrix of 16-bit elements.
 pub(crate) fn element(lane: usize, half: usize, transposed: bool) -> (usize, usize) {
     let (line, element) = (lane / 4, lane % 4 * 2 + half);
     if transposed { (element, line) } else { (line, element) }

@@ -1,19 +1,20 @@
-//! Who touched which bytes, and who has seen it: how races are found without playing out every order.
+//! Detects races without trying every order: records accesses to bytes, and orders them by vector clocks.
 //!
-//! Every warp has a time of its own. What it hands on, at a barrier, is the times up to which it has seen each other one: a
-//! vector clock. An access is ordered after another if the clock of who makes it has reached that one's time.
+//! Every warp has a time of its own. At a barrier it joins the clocks of the others: for each warp, the time up to which it has
+//! seen that warp's work. An access is ordered after another if the clock of the later thread has reached the time of the earlier
+//! access.
 
 use std::ops::Range;
 
-/// Bytes that share a record. No element of the kernels is smaller.
+/// Bytes that share a record; no element is smaller.
 const CELL: usize = 2;
 
-/// From here on a "thread" is a barrier of the block, in whose name bulk copies write: their time is the phase that they end.
+/// Thread numbers from here on are mbarriers of the block, the agents of bulk copies; their time is the phase.
 pub(crate) const BULK: u32 = 1 << 16;
-/// Set in the place of a thread: several of its warp, at the same time.
+/// Flag of a thread number: several threads of its warp, at the same time.
 const SEVERAL: u32 = 1 << 31;
 
-/// Warps of a block, then barriers of a block.
+/// Agents of a block: its warps, then its mbarriers.
 const AGENTS: usize = 64;
 pub(crate) const MAX_BARRIERS: usize = AGENTS / 2;
 
@@ -22,12 +23,12 @@ fn agent(thread: u32) -> usize {
     if thread < BULK { thread as usize / crate::WARP } else { AGENTS - MAX_BARRIERS + (thread - BULK) as usize }
 }
 
-/// The times up to which everything that was done has been seen, for every agent of a cluster.
+/// A vector clock: for every agent of a cluster, the time up to which its work has been seen.
 #[derive(Clone, Default)]
 pub(crate) struct Clock(Vec<u32>);
 
 impl Clock {
-    /// `block` counts from the first of the cluster.
+    /// `block` is relative to the cluster.
     fn of(&self, block: u32, thread: u32) -> u32 {
         self.0.get(block as usize * AGENTS + agent(thread)).copied().unwrap_or(0)
     }
@@ -48,11 +49,11 @@ impl Clock {
     }
 }
 
-/// What is handed on at a barrier.
+/// The clocks that a barrier hands on.
 #[derive(Clone, Default)]
 pub(crate) struct Clocks {
     pub(crate) seen: Clock,
-    /// The part of it that TMA and wgmma see too: what a `fence.proxy.async` came after.
+    /// Work that TMA and wgmma see too: followed by `fence.proxy.async`.
     pub(crate) published: Clock,
 }
 
@@ -63,53 +64,53 @@ impl Clocks {
     }
 }
 
-/// Who accesses, and what it has seen.
+/// An agent that accesses memory, its time and its clocks.
 #[derive(Clone, Copy)]
 pub(crate) struct Moment<'c> {
     pub(crate) launch: u32,
-    /// The first block of the cluster, and how many it has.
+    /// The first block of the cluster, and its number of blocks.
     pub(crate) cluster: (u32, u32),
-    /// In whose name.
+    /// The agent.
     pub(crate) block: u32,
     pub(crate) thread: u32,
     pub(crate) time: u32,
-    /// The thread that does it or started it.
+    /// The thread that executes or started the access.
     pub(crate) actor: (u32, u32),
-    /// When the lanes of its warp last came together.
+    /// The time at which its warp was last converged.
     pub(crate) converged: u32,
     pub(crate) clocks: &'c Clocks,
-    /// It is TMA or wgmma that accesses.
+    /// True for accesses by TMA and wgmma.
     pub(crate) bulk: bool,
 }
 
 impl Moment<'_> {
-    /// Whether what a thread did at that time comes before.
+    /// True if a thread's work at that time is ordered before this.
     pub(crate) fn has_seen(&self, block: u32, thread: u32, time: u32) -> bool {
-        Seen { launch: self.launch, block, thread, time }.is_before(self)
+        Access { launch: self.launch, block, thread, time }.is_before(self)
     }
 }
 
-/// The last to be seen there. The launches count from 1.
+/// The last access of some bytes. Launches count from 1.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Seen {
+struct Access {
     launch: u32,
     block: u32,
     thread: u32,
     time: u32,
 }
 
-/// Who is in the way.
+/// The other side of a race.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Other {
+pub(crate) struct Conflict {
     pub(crate) block: u32,
-    /// None: several, or a bulk copy.
+    /// `None`: several threads, or a bulk copy.
     pub(crate) thread: Option<u32>,
-    /// It is seen, but not by TMA and wgmma.
+    /// True if the access is ordered, but without a proxy fence for TMA and wgmma.
     pub(crate) unpublished: bool,
 }
 
-impl Seen {
-    const NOBODY: Self = Self { launch: 0, block: 0, thread: 0, time: 0 };
+impl Access {
+    const NONE: Self = Self { launch: 0, block: 0, thread: 0, time: 0 };
 
     fn one(now: &Moment<'_>) -> Self {
         Self { launch: now.launch, block: now.block, thread: now.thread, time: now.time }
@@ -119,7 +120,7 @@ impl Seen {
         !(now.cluster.0..now.cluster.0 + now.cluster.1).contains(&self.block)
     }
 
-    /// Whether something orders it before `now`.
+    /// True if the access is ordered before `now`.
     #[inline]
     fn is_before(&self, now: &Moment<'_>) -> bool {
         if self.launch != now.launch {
@@ -143,62 +144,62 @@ impl Seen {
         self.launch != now.launch || by_bulk || self.time <= now.clocks.published.of(self.block - now.cluster.0, self.thread)
     }
 
-    /// The same warp at the same time.
+    /// True if it is the same warp at the same time.
     fn is_as(self, other: Self) -> bool {
         (self.time, self.launch, self.block) == (other.time, other.launch, other.block)
             && agent(self.thread) == agent(other.thread)
     }
 
-    /// One thread, or several of its warp.
+    /// Merges an access of the same warp: one thread, or several.
     fn thread_with(self, other: Self) -> u32 {
         if self.thread == other.thread { self.thread } else { self.thread | SEVERAL }
     }
 
-    /// Whom nothing orders before `now`.
-    fn clashes(&self, now: &Moment<'_>) -> Option<Other> {
+    /// The race, if the access is not ordered before `now`.
+    fn clashes(&self, now: &Moment<'_>) -> Option<Conflict> {
         let thread = (self.thread < BULK).then_some(self.thread);
-        (!self.is_before(now)).then_some(Other { block: self.block, thread, unpublished: false })
+        (!self.is_before(now)).then_some(Conflict { block: self.block, thread, unpublished: false })
     }
 }
 
 struct Record {
-    wrote: Seen,
-    /// The last to read, and the other warps of its cluster that nothing orders before it.
-    read: Seen,
+    wrote: Access,
+    /// The last reader, and other warps of its cluster that are not ordered before it.
+    read: Access,
     others: Option<Box<Others>>,
 }
 
-/// The last to read of each warp of a cluster, if it has read since the last write.
+/// The last reader of each warp of a cluster, if it has read since the last write.
 #[derive(Default)]
 struct Others {
     launch: u32,
-    /// The first block.
+    /// The first block of the cluster.
     first: u32,
-    readers: Vec<Seen>,
-    /// A bit for each that counts.
+    readers: Vec<Access>,
+    /// A bit for each warp with an entry.
     valid: u64,
 }
 
 impl Others {
-    /// A warp's place among those of its cluster.
-    fn place(&self, seen: Seen) -> usize {
+    /// The index of a warp in its cluster.
+    fn place(&self, seen: Access) -> usize {
         (seen.block - self.first) as usize * (AGENTS - MAX_BARRIERS) + agent(seen.thread)
     }
 
-    fn add(&mut self, seen: Seen, now: &Moment<'_>) {
+    fn add(&mut self, seen: Access, now: &Moment<'_>) {
         if (self.launch, self.first) != (now.launch, now.cluster.0) {
             *self = Self { launch: now.launch, first: now.cluster.0, valid: 0, readers: std::mem::take(&mut self.readers) };
         }
         let place = self.place(seen);
         if self.readers.len() <= place {
-            self.readers.resize(place + 1, Seen::NOBODY);
+            self.readers.resize(place + 1, Access::NONE);
         }
         self.readers[place] = seen;
         self.valid |= 1 << place;
     }
 
-    /// Takes out the reader of the same warp.
-    fn take(&mut self, one: Seen, now: &Moment<'_>) -> Option<Seen> {
+    /// Removes the reader of the same warp.
+    fn take(&mut self, one: Access, now: &Moment<'_>) -> Option<Access> {
         if (self.launch, self.first) != (now.launch, now.cluster.0) {
             return None;
         }
@@ -208,7 +209,7 @@ impl Others {
         valid.then(|| self.readers[place])
     }
 
-    fn clashes(&self, now: &Moment<'_>) -> Option<Other> {
+    fn clashes(&self, now: &Moment<'_>) -> Option<Conflict> {
         if (self.launch, self.first) != (now.launch, now.cluster.0) {
             return None;
         }
@@ -219,21 +220,21 @@ impl Others {
 
 impl Record {
     #[inline]
-    fn wrote_clashes(&self, now: &Moment<'_>) -> Option<Other> {
+    fn wrote_clashes(&self, now: &Moment<'_>) -> Option<Conflict> {
         if !self.wrote.is_before(now) {
             return self.wrote.clashes(now);
         }
         let unseen = now.bulk && !self.wrote.is_published(now);
-        unseen.then_some(Other { block: self.wrote.block, thread: None, unpublished: true })
+        unseen.then_some(Conflict { block: self.wrote.block, thread: None, unpublished: true })
     }
 
-    fn read_clashes(&self, now: &Moment<'_>) -> Option<Other> {
+    fn read_clashes(&self, now: &Moment<'_>) -> Option<Conflict> {
         self.read.clashes(now).or_else(|| self.others.as_ref()?.clashes(now))
     }
 
-    /// Adds a reader. Those before it no longer matter: whoever comes after it comes after them.
+    /// Adds a reader. Readers that are ordered before it are dropped: whatever follows it also follows them.
     #[inline]
-    fn note(&mut self, mut one: Seen, now: &Moment<'_>) {
+    fn note(&mut self, mut one: Access, now: &Moment<'_>) {
         if self.read.is_as(one) {
             self.read.thread = self.read.thread_with(one);
         } else if self.read.is_before(now) {
@@ -245,17 +246,17 @@ impl Record {
             }
             others.add(self.read, now);
             self.read = one;
-        } // a writer that follows a reader of another cluster is never ordered after it, whoever else has read
+        } // a writer in another cluster is never ordered after this reader
     }
 }
 
-/// A record for every two bytes of a memory.
+/// The records of a memory, one for every two bytes.
 #[derive(Default)]
 pub(crate) struct Shadow(Vec<Record>);
 
 impl Shadow {
     pub(crate) fn new(bytes: usize) -> Self {
-        let nobody = || Record { wrote: Seen::NOBODY, read: Seen::NOBODY, others: None };
+        let nobody = || Record { wrote: Access::NONE, read: Access::NONE, others: None };
         Self(std::iter::repeat_with(nobody).take(bytes.div_ceil(CELL)).collect())
     }
 
@@ -263,16 +264,16 @@ impl Shadow {
         &mut self.0[at / CELL..(at + width).div_ceil(CELL)]
     }
 
-    /// Whether one of those launches was the last to write there.
+    /// True if the last writer is one of these launches.
     pub(crate) fn was_written_by(&self, at: usize, width: usize, launches: &Range<u32>) -> bool {
         self.0[at / CELL..(at + width).div_ceil(CELL)].iter().any(|record| launches.contains(&record.wrote.launch))
     }
 
-    /// Notes a read. `Err`: who wrote there at the same time.
-    pub(crate) fn read(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Other> {
-        let (one, mut checked) = (Seen::one(&now), Seen::NOBODY);
+    /// Records a read. `Err`: a race with a writer.
+    pub(crate) fn read(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Conflict> {
+        let (one, mut checked) = (Access::one(&now), Access::NONE);
         for record in self.cells(at, width) {
-            // Neighbours were mostly written together.
+            // Consecutive bytes were mostly written together.
             if record.wrote != checked {
                 if let Some(other) = record.wrote_clashes(&now) {
                     return Err(other);
@@ -284,13 +285,13 @@ impl Shadow {
         Ok(())
     }
 
-    /// Notes a write. `Err`: who wrote or read there at the same time.
-    pub(crate) fn write(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Other> {
+    /// Records a write. `Err`: a race with a writer or reader.
+    pub(crate) fn write(&mut self, at: usize, width: usize, now: Moment<'_>) -> Result<(), Conflict> {
         for record in self.cells(at, width) {
             if let Some(other) = record.wrote_clashes(&now).or_else(|| record.read_clashes(&now)) {
                 return Err(other);
             }
-            record.wrote = Seen::one(&now);
+            record.wrote = Access::one(&now);
             record.others.iter_mut().for_each(|others| others.valid = 0);
         }
         Ok(())

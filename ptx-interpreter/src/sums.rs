@@ -1,29 +1,29 @@
-//! Sums as tensor cores make them, which is not as f32 is added.
+//! Rounding of tensor core sums, which differs from f32 addition.
 //!
-//! `sum + Σ lᵢ·rᵢ` over a block: products are exact; each of them, and the sum so far, is cut at a bit so many places below the
-//! largest exponent among them (of a product: that of its factors, added); what is left is added exactly, and the result is cut to
-//! f32. The numbers were measured on GPUs by Xie, Wang, Yang and Yang ("MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and
-//! Matrix Cores", arXiv 2511.10909); NVIDIA says nothing about it.
+//! `sum + Σ lᵢ·rᵢ` over a block: products are exact; each product, and the sum so far, is truncated at a bit this many places
+//! below the largest exponent among them (for a product: the sum of its factors' exponents); the rest is added exactly, and the
+//! result is truncated to f32. The numbers were measured on GPUs by Xie, Wang, Yang and Yang ("MMA-Sim: Bit-Accurate Reference
+//! Model of Tensor Cores and Matrix Cores", arXiv 2511.10909); NVIDIA does not document them.
 //!
-//! A block is off by at most `block·2⁻ᵇⁱᵗˢ·largest + 2u·|sum|`, u = 2⁻²⁴, as the largest is not cut: over a depth of d by `5/8·d·u`
-//! of the magnitudes for wgmma (`3/4` in tf32, whose blocks are eight deep), and by `5/4·d·u` for mma; adding in f32 is off by `d·u`.
-//! Numbers below the smallest normal one are as exact as others here.
+//! The error of a block is at most `block·2⁻ᵇⁱᵗˢ·largest + 2u·|sum|`, u = 2⁻²⁴, as the largest is not truncated: over a depth of
+//! d, `5/8·d·u` of the magnitudes for wgmma (`3/4` in tf32, whose blocks are eight deep), and `5/4·d·u` for mma; f32 addition has
+//! `d·u`. Subnormal numbers are treated like others here.
 
-/// How an instruction adds up.
+/// The summation of an instruction.
 #[derive(Clone, Copy)]
 pub(crate) struct Adder {
-    /// Products that are added at once.
+    /// Products in a block.
     block: usize,
-    /// Places below the largest exponent.
+    /// Bits kept below the largest exponent.
     bits: i32,
 }
 
-/// `mma.sync` on Ampere. Later GPUs cut later.
+/// `mma.sync` on Ampere; later GPUs keep more bits.
 pub(crate) const MMA: Adder = Adder { block: 8, bits: 24 };
-/// `wgmma` on Hopper: a block is an instruction.
+/// `wgmma` on Hopper: a block is one instruction.
 pub(crate) const WGMMA: Adder = Adder { block: 16, bits: 25 };
 
-/// Columns at a time.
+/// Columns computed at a time.
 const WIDTH: usize = 8;
 
 impl Adder {
@@ -61,12 +61,12 @@ impl Adder {
     }
 }
 
-/// The power of two that a number starts with: 5 → 4, 0 → 0; ∞ and NaN → ∞.
+/// The power of two of a number's exponent: 5 → 4, 0 → 0; ∞ and NaN → ∞.
 fn power(value: f64) -> f64 {
     f64::from_bits(value.to_bits() & f64::INFINITY.to_bits())
 }
 
-/// To a multiple of `step` towards zero, if there are less than 2⁵¹ of them.
+/// Truncates to a multiple of `step`, if the quotient is below 2⁵¹.
 fn cut(value: f64, step: f64) -> f64 {
     let (magnitude, large) = (value.abs(), step * 2f64.powi(52));
     let nearest = (magnitude + large) - large;
@@ -74,7 +74,7 @@ fn cut(value: f64, step: f64) -> f64 {
     cut.copysign(value)
 }
 
-/// To f32 towards zero.
+/// Truncates to f32.
 fn cut_to_f32(value: f64) -> f32 {
     let nearest = value as f32;
     let away = nearest.is_finite() && f64::from(nearest).abs() > value.abs();
@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(sum(WGMMA, 2f32.powi(-25), &[1.5, -1.5], &[1.5, 1.5]), 2f32.powi(-25));
     }
 
-    /// The bound above, on numbers of eight bits and many sizes; the last factor is for what the bound leaves out, squares of u.
+    /// Checks the bound above on numbers of eight bits and many magnitudes; the last factor allows for terms in u².
     #[test]
     fn long_sums_stay_within_the_bound() {
         let mut state = 7u32;

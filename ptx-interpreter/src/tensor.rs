@@ -1,33 +1,33 @@
-//! Maps of tensors, of which TMA moves boxes, and where the elements of a box lie.
+//! Tensor maps of TMA, and the layout of their boxes.
 
 use crate::semantics::Semantics;
 
-/// What a tensor map says (`cuTensorMapEncodeTiled`): a tensor of up to five axes, and the box that one copy moves.
+/// A tensor map (`cuTensorMapEncodeTiled`): a tensor of up to five axes, and the box that one copy moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorMap {
     /// Bytes of an element: 1, 2, 4 or 8.
     pub element: u64,
     /// The axes, innermost first.
     pub axes: Vec<Axis>,
-    /// Bytes of the memory before the first element: a multiple of 16.
+    /// Offset of the first element in the memory, in bytes: a multiple of 16.
     pub offset: u64,
-    /// Bytes of the lines of a box whose chunks of 16 bytes are exchanged: 128, 64 or 32; 16: none are.
+    /// Swizzle: bytes of the lines within which 16-byte chunks are permuted, 128, 64 or 32; 16: no swizzle.
     pub swizzle: u64,
 }
 
-/// One axis of a tensor.
+/// An axis of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Axis {
     /// Elements of the tensor.
     pub len: u64,
-    /// Bytes from one to the next. The innermost axis has those of an element, others multiples of 16.
+    /// Stride in bytes: for the innermost axis the size of an element, for others a multiple of 16.
     pub stride: u64,
     /// Elements of the box, up to 256.
     pub tile: u32,
 }
 
 impl TensorMap {
-    /// A matrix of 16-bit elements, row after row, and a box of so many rows and columns, in lines of 128 bytes
+    /// A row-major matrix of 16-bit elements, and a box of `rows` and `cols`, in lines of 128 bytes
     /// (`CU_TENSOR_MAP_SWIZZLE_128B`).
     pub fn matrix(rows: u64, cols: u64, tile: [u32; 2]) -> Self {
         let [down, across] = tile;
@@ -35,13 +35,13 @@ impl TensorMap {
         Self { element: 2, axes, offset: 0, swizzle: 128 }
     }
 
-    /// The matrix as a part of its memory: `offset` bytes lie before it, and its rows begin `stride` elements after one another.
+    /// A part of the memory as the matrix: `offset` bytes lie before it, and its rows are `stride` elements apart.
     pub fn strided(mut self, offset: u64, stride: u64) -> Self {
         self.axes[1].stride = stride * self.element;
         Self { offset, ..self }
     }
 
-    /// The bytes of a tensor map, which mean nothing here, if a driver would make one of memory of so many bytes.
+    /// Placeholder bytes of the tensor map, if a driver would accept it for memory of this many bytes.
     pub(crate) fn encode(&self, bytes: usize) -> Result<Vec<u8>, String> {
         let Self { element, axes, offset, swizzle } = self;
         let inside = || self.end().is_some_and(|end| end <= bytes as u64);
@@ -57,7 +57,7 @@ impl TensorMap {
         if good && inside() { Ok(vec![0; 128]) } else { Err(format!("no tensor map of {self:?} in {bytes} bytes")) }
     }
 
-    /// Where the last element ends.
+    /// The end of the last element.
     fn end(&self) -> Option<u64> {
         self.axes.iter().try_fold(self.element.checked_add(self.offset)?, |end, axis| {
             axis.len.checked_sub(1)?.checked_mul(axis.stride)?.checked_add(end)
@@ -74,13 +74,13 @@ impl TensorMap {
         self.row_bytes() / 16 * self.axes[1..].iter().map(|axis| u64::from(axis.tile)).product::<u64>()
     }
 
-    /// Where a chunk of a box that starts at `start` lies in shared memory.
+    /// The address in shared memory of a chunk of a box that starts at `start`.
     pub(crate) fn place(&self, semantics: &Semantics, start: u64, chunk: u64) -> u64 {
         (semantics.box_byte)(start + chunk * 16, self.swizzle)
     }
 
-    /// The parts of a chunk that lie inside the tensor: their offset in the chunk, their place in the tensor, and their bytes.
-    /// A chunk that lies inside as a whole, and at a multiple of 16 bytes, is one part; others go element by element.
+    /// The parts of a chunk inside the tensor: offset in the chunk, offset in the tensor, and bytes. A chunk that is aligned and
+    /// completely inside is one part; otherwise each element is a part.
     pub(crate) fn parts(&self, semantics: &Semantics, corner: &[i64], chunk: u64) -> Vec<(usize, u64, usize)> {
         let rank = self.axes.len();
         let (mut rest, across) = (chunk / (self.row_bytes() / 16), chunk % (self.row_bytes() / 16));

@@ -1,7 +1,6 @@
-//! The interpreter held to other people's code: PTX that Triton made of matrix products (`scripts/check-interpreter`), on whole
-//! numbers, so that each element must be equal. Whoever wrote that compiler knows what the hardware does. Then the same with each
-//! statement of `semantics.rs` put wrong: a reading that our kernels and this interpreter share cannot be wrong in one of these
-//! ways, or a kernel of Triton's would fail.
+//! Tests the interpreter with third-party code: PTX that Triton generated for matrix products (`scripts/check-interpreter`), on
+//! whole numbers, so that every element must be equal. Then each statement of `semantics.rs` is made wrong, and a kernel must
+//! fail: so a misreading that our kernels and this interpreter share cannot be one of these.
 //!
 //! `PTX_INTERPRETER_FIXTURES` names a folder with other kernels.
 
@@ -16,10 +15,10 @@ use crate::semantics::Semantics;
 use crate::{Arg, Checks, Global, Launch, Module, Options, TensorMap};
 use matrices::{Matrix, from_bytes, to_bytes};
 
-/// Why a kernel failed: it was reported, or an element is wrong.
+/// The reason why a kernel failed: a fault, or a wrong element.
 type Outcome = Result<(), String>;
 
-/// A kernel, and what it is said to compute.
+/// A kernel, and its expected result.
 struct Case {
     name: String,
     module: Module,
@@ -59,7 +58,7 @@ impl Case {
         self.says[key].as_str().unwrap()
     }
 
-    /// Rows and columns of the boxes of a map, and of tiles.
+    /// Rows and columns of tiles, and of the boxes of tensor maps.
     fn pair(value: &Value) -> [u32; 2] {
         [0, 1].map(|i| value[i].as_u64().unwrap() as u32)
     }
@@ -70,10 +69,10 @@ impl Case {
         Launch { grid: grid as u32, block: self.size("threads") as u32, shared: self.size("shared") }
     }
 
-    /// Runs it on hardware of those semantics, and compares.
+    /// Runs the kernel with these semantics, and compares the result.
     fn run(&self, semantics: &'static Semantics) -> Outcome {
         let [m, n, k] = ["m", "n", "k"].map(|key| self.size(key));
-        // The numbers stay whole in what the output and the sums in between hold.
+        // The numbers stay whole in the output's type and in partial sums.
         let span = match (self.text("kind"), self.text("out")) {
             ("chain", _) => 3,
             (_, "fp32") => 17,
@@ -103,7 +102,8 @@ impl Case {
         let map = |i: usize, matrix: &Matrix| {
             TensorMap::matrix(matrix.rows as u64, matrix.cols as u64, Self::pair(&self.says["boxes"][i]))
         };
-        // Behind a map Triton passes the sizes and strides of the tensor, and behind all arguments two places for scratch memory.
+        // After a tensor map Triton passes sizes and strides of the tensor, and after all arguments two pointers to scratch
+        // memory.
         let sizes = |matrix: &Matrix| {
             let [rows, cols] = [matrix.rows, matrix.cols].map(|size| size as u32);
             [Arg::U32(rows), Arg::U32(cols), Arg::U64(cols.into()), Arg::U64(1)]
@@ -158,7 +158,7 @@ fn third_party_kernels_notice_each_wrong_reading() {
     }
 }
 
-/// Or else any change would be noticed.
+/// Without this, any change would be noticed.
 #[test]
 fn third_party_kernels_do_not_notice_another_order_of_the_sum() {
     for case in cases().iter().filter(|case| case.name.starts_with("sm80")) {

@@ -6,20 +6,20 @@ use crate::op::{Operand, Special};
 use crate::scalar::Row;
 use crate::shadow::Clocks;
 
-/// What a group waits for.
+/// The event that a group waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wait {
-    /// A barrier of the block, for as many threads; None: for all that live.
+    /// A barrier of the block, for this many threads; `None`: for all living ones.
     Barrier { number: u32, threads: Option<u32> },
-    /// The end of a phase of an mbarrier of a block of the cluster.
+    /// The end of a phase of an mbarrier in the cluster.
     Phase { block: usize, barrier: u64, parity: u64 },
-    /// Every warp of the cluster.
+    /// The barrier of the cluster.
     Cluster,
     /// Other lanes of the warp, at the same instruction.
     Lanes,
 }
 
-/// Lanes that are at the same instruction, as a bit mask.
+/// A group of lanes at the same instruction, as a bit mask.
 #[derive(Clone, Copy)]
 pub(crate) struct Group {
     pub(crate) at: usize,
@@ -27,38 +27,38 @@ pub(crate) struct Group {
     pub(crate) waits: Option<Wait>,
 }
 
-/// Where the lanes of a warp are, and what they know of others.
+/// The program counters of a warp's lanes, and its clocks.
 pub(crate) struct Warp {
-    /// No two that run are at the same instruction. Empty: every lane has returned.
+    /// Groups of lanes; no two running groups are at the same instruction. Empty: every lane has returned.
     pub(crate) groups: Vec<Group>,
-    /// The warp's own time, which is in its clocks too, and when all its lanes last came together.
+    /// The warp's time, which is also in its clocks, and the time at which it was last converged.
     pub(crate) time: u32,
     pub(crate) converged: u32,
     pub(crate) clocks: Clocks,
     pub(crate) products: Products,
-    /// What was written before came before the last `wgmma.fence`.
+    /// Instruction count of the last `wgmma.fence`.
     pub(crate) fenced: u64,
     pub(crate) arrived_in_cluster: bool,
-    /// The lanes that have waited for the launch before.
+    /// Lanes that have executed `griddepcontrol.wait`.
     pub(crate) waited: u32,
 }
 
 impl Warp {
-    /// The first `lanes` lanes, at the first instruction.
+    /// A warp of `lanes` lanes, at the first instruction.
     pub(crate) fn new(lanes: usize) -> Self {
         let groups = vec![Group { at: 0, lanes: u32::MAX >> (WARP - lanes), waits: None }];
         let (clocks, products) = Default::default();
         Self { groups, time: 0, converged: 0, clocks, products, fenced: 0, arrived_in_cluster: false, waited: 0 }
     }
 
-    /// Takes out the group that is furthest behind of those that wait for nothing.
+    /// Removes the running group with the smallest program counter.
     pub(crate) fn take_hindmost(&mut self) -> Option<Group> {
         let running = (0..self.groups.len()).filter(|&i| self.groups[i].waits.is_none());
         let hindmost = running.min_by_key(|&i| self.groups[i].at)?;
         Some(self.groups.swap_remove(hindmost))
     }
 
-    /// Puts lanes at an instruction, where they join those that are there.
+    /// Adds lanes at an instruction, and merges them with a group there.
     pub(crate) fn put(&mut self, at: usize, lanes: u32) {
         match self.groups.iter_mut().find(|group| group.at == at && group.waits.is_none()) {
             Some(group) => group.lanes |= lanes,
@@ -67,23 +67,23 @@ impl Warp {
         }
     }
 
-    /// Puts lanes at an instruction that they reach when something has happened.
+    /// Adds lanes that wait, and then continue at an instruction.
     pub(crate) fn put_waiting(&mut self, at: usize, lanes: u32, wait: Wait) {
         self.groups.push(Group { at, lanes, waits: Some(wait) });
     }
 
-    /// Takes out the lanes that wait at an instruction for others of the warp.
+    /// Removes the lanes that wait at an instruction for others of the warp.
     pub(crate) fn take_waiting_lanes(&mut self, at: usize) -> u32 {
         let waiting = self.groups.iter().position(|group| group.at == at && group.waits == Some(Wait::Lanes));
         waiting.map_or(0, |i| self.groups.swap_remove(i).lanes)
     }
 
-    /// The lanes that live, without those that were taken out.
+    /// The living lanes, without removed groups.
     pub(crate) fn living(&self) -> u32 {
         self.groups.iter().fold(0, |living, group| living | group.lanes)
     }
 
-    /// Whether no lane lives but those that were taken out.
+    /// True if no lane lives except in removed groups.
     pub(crate) fn is_empty(&self) -> bool {
         self.groups.is_empty()
     }
@@ -101,25 +101,25 @@ pub(crate) fn lanes(mut mask: u32) -> impl Iterator<Item = usize> {
 /// The size of a launch.
 #[derive(Clone, Copy)]
 pub(crate) struct Grid {
-    /// Along x, y and z.
+    /// Blocks along x, y and z.
     pub(crate) blocks: [u32; 3],
     /// Blocks of a cluster.
     pub(crate) cluster: u32,
-    /// Of a block.
+    /// Threads of a block.
     pub(crate) threads: u32,
 }
 
 impl Grid {
-    /// The place of a block along an axis.
+    /// The index of a block along an axis.
     fn along(&self, axis: usize, block: u32) -> u32 {
         block / self.blocks[..axis].iter().product::<u32>() % self.blocks[axis]
     }
 }
 
-/// The registers of one warp, and what its lanes know about themselves.
+/// The registers of a warp, and its special registers.
 pub(crate) struct Registers<'r> {
     pub(crate) values: &'r mut [Row],
-    /// When each was written, in instructions.
+    /// The instruction count at the last write of each register.
     pub(crate) written: &'r mut [u64],
     pub(crate) now: u64,
     pub(crate) rank: u32,
@@ -145,7 +145,7 @@ impl Registers<'_> {
         }
     }
 
-    /// An operand of every lane; `scratch` holds it if no register does.
+    /// An operand in every lane; `scratch` holds it if it is not a register.
     pub(crate) fn row<'a>(&'a self, operand: Operand, scratch: &'a mut Row) -> &'a Row {
         match operand {
             Operand::Register(register) => return &self.values[register as usize],
@@ -155,7 +155,7 @@ impl Registers<'_> {
         scratch
     }
 
-    /// Sets a register of the active lanes.
+    /// Sets a register in the active lanes.
     pub(crate) fn set_row(&mut self, register: u32, active: u32, row: &Row) {
         self.written[register as usize] = self.now;
         let values = &mut self.values[register as usize];

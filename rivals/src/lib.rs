@@ -4,7 +4,7 @@
 //! options.rs layer.rs      what to measure, on what; whoever computes it is a `Contender`
 //!   └─ check.rs            everyone against the f64 oracle of the tests
 //!   └─ measure.rs peaks/   everyone's time, in interleaved runs; what the machine can do
-//!   └─ race.rs table.rs    all of it, row by row
+//!   └─ race.rs table.rs    all of it, row by row; chart.rs draws it
 //! rivals/                  lowrank itself, and the products of crates that are quickly built
 //! ```
 //!
@@ -14,6 +14,7 @@
 #[path = "../../tests/support/bounds.rs"]
 #[allow(dead_code, reason = "a part of it is enough")]
 mod bounds;
+pub mod chart;
 pub mod check;
 pub mod layer;
 pub mod measure;

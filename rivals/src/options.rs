@@ -17,6 +17,9 @@ pub struct Options {
     /// Writes the rows here as well
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Draws the rows as a chart (SVG): everyone's speed beside lowrank's
+    #[arg(long, value_name = "FILE")]
+    pub chart: Option<PathBuf>,
     /// Rows of JSON that another program wrote on this machine, as more columns: of benches/rivals/lora_layer.py, say
     #[arg(long, value_name = "FILE")]
     pub beside: Vec<PathBuf>,

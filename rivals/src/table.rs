@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::{Map, Value, json};
 
+use crate::chart;
 use crate::layer::Verb;
 use crate::measure::Timed;
 use crate::options::Options;
@@ -89,6 +90,7 @@ pub struct Report {
     rivals: Vec<String>,
     beside: Beside,
     json: Option<PathBuf>,
+    chart: Option<PathBuf>,
     rows: Vec<Row>,
 }
 
@@ -110,7 +112,7 @@ unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's
         let cells: Vec<String> = head.into_iter().chain(rivals.iter().cloned()).collect();
         line(&cells, ' ');
         line(&vec![String::new(); cells.len()], '-');
-        Ok(Self { rivals, beside, json: options.json.clone(), rows: Vec::new() })
+        Ok(Self { rivals, beside, json: options.json.clone(), chart: options.chart.clone(), rows: Vec::new() })
     }
 
     pub fn add(&mut self, mut row: Row) {
@@ -119,11 +121,16 @@ unfused: lowrank's own verbs, the adapter as layers of its own; plain: lowrank's
         self.rows.push(row);
     }
 
-    /// Writes the file that the options name.
+    /// Writes the files that the options name.
     pub fn finish(self) -> Result<(), Box<dyn Error>> {
-        let Some(path) = self.json else { return Ok(()) };
-        let rows: Vec<_> = self.rows.iter().map(Row::json).collect();
-        Ok(std::fs::write(path, serde_json::to_string_pretty(&rows)? + "\n")?)
+        if let Some(path) = self.json {
+            let rows: Vec<_> = self.rows.iter().map(Row::json).collect();
+            std::fs::write(path, serde_json::to_string_pretty(&rows)? + "\n")?;
+        }
+        if let Some(path) = self.chart {
+            std::fs::write(path, chart::svg(&self.rows, "Speed beside lowrank's: more is faster")?)?;
+        }
+        Ok(())
     }
 
     fn print(&self, row: &Row) {

@@ -1,4 +1,4 @@
-//! `ΔW = Σ wᵢ·ΔWᵢ`, exactly or in one of the ways of making adapters get along: several adapters become one.
+//! Combining several adapters into one: `ΔW = Σ wᵢ·ΔWᵢ`, exactly, approximately, or with pruning and sign election (TIES, DARE).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -6,33 +6,35 @@ use std::str::FromStr;
 use super::folder::{Factors, Folder};
 use super::kind::Kind;
 use super::matrix::HostMatrix;
-use super::mix::{Mix, Pruning};
+use super::ties_dare::{Mix, Pruning};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
 const VERB: &str = "combine";
 
-/// How adapters are combined, under PEFT's names.
+/// The algorithm that combines adapters, with PEFT's names.
 ///
-/// Forms without `svd` work on each factor of its own, with weight `√|w·scaling|` and the sign on A; all adapters must have
-/// the same rank. Forms with `svd` work on `scaling·B·A` and approximate the result with an SVD.
+/// Algorithms without `svd` in the name, except [`Cat`](Self::Cat), combine the `Aᵢ` and the `Bᵢ` separately, each with the weight
+/// `√|wᵢ·scalingᵢ|`, and with the sign of `wᵢ` on `A`; all adapters must have the same rank. Those with `svd` combine the products
+/// `scalingᵢ·Bᵢ·Aᵢ`, and approximate the result by an SVD.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CombinationType {
-    /// `A = Σ √·Aᵢ`, `B = Σ √·Bᵢ`: cheap and rough, because the product has cross terms.
+    /// `A = Σ √|wᵢ·scalingᵢ|·Aᵢ`, `B = Σ √|wᵢ·scalingᵢ|·Bᵢ`: cheap and inexact, because the product has cross terms.
     Linear,
     /// `A = [wᵢ·scalingᵢ·Aᵢ]`, `B = [Bᵢ]`: exact; the rank is the sum of the ranks.
     Cat,
-    /// `ΔW = Σ wᵢ·ΔWᵢ`, truncated.
+    /// `ΔW = Σ wᵢ·ΔWᵢ`, truncated to a rank.
     #[cfg(feature = "svd")]
     Svd,
-    /// The largest elements of each; of each element those whose sign the majority has, averaged.
+    /// Prunes each tensor to its largest elements; then averages, for each element, the adapters that have the majority's sign.
     Ties,
     /// [`Ties`](Self::Ties) on `ΔW`.
     #[cfg(feature = "svd")]
     TiesSvd,
-    /// Random elements of each, divided by the density; summed.
+    /// Keeps random elements of each tensor, divided by the density; then sums.
     DareLinear,
-    /// Random elements of each, divided by the density; of each element those whose sign the majority has, averaged.
+    /// Keeps random elements of each tensor, divided by the density; then averages, for each element, the adapters that have the
+    /// majority's sign.
     DareTies,
     /// [`DareLinear`](Self::DareLinear) on `ΔW`.
     #[cfg(feature = "svd")]
@@ -40,7 +42,7 @@ pub enum CombinationType {
     /// [`DareTies`](Self::DareTies) on `ΔW`.
     #[cfg(feature = "svd")]
     DareTiesSvd,
-    /// The largest elements of each, summed.
+    /// Prunes each tensor to its largest elements; then sums.
     MagnitudePrune,
     /// [`MagnitudePrune`](Self::MagnitudePrune) on `ΔW`.
     #[cfg(feature = "svd")]
@@ -48,7 +50,7 @@ pub enum CombinationType {
 }
 
 impl CombinationType {
-    /// All there are, in the order PEFT names them.
+    /// All combination types with PEFT's names, in PEFT's order.
     pub const ALL: &'static [(&'static str, Self)] = &[
         #[cfg(feature = "svd")]
         ("svd", Self::Svd),
@@ -68,7 +70,7 @@ impl CombinationType {
         ("magnitude_prune_svd", Self::MagnitudePruneSvd),
     ];
 
-    /// Its name, as PEFT spells it.
+    /// Its name in PEFT.
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(_, kind)| *kind == self).map_or("", |(name, _)| name)
     }
@@ -94,13 +96,13 @@ impl FromStr for CombinationType {
     }
 }
 
-/// Whose sign an element of the combination has.
+/// How the sign of an element of the combination is elected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MajoritySign {
-    /// That of the sum of the adapters' elements.
+    /// The sign of the sum of the adapters' elements.
     #[default]
     Total,
-    /// That which more adapters have.
+    /// The sign that more adapters have.
     Frequency,
 }
 
@@ -115,23 +117,23 @@ impl FromStr for MajoritySign {
     }
 }
 
-/// How to [`combine`]. A setting that the combination type does not use must be `None`.
+/// The settings of [`combine`]. A setting that the combination type does not use must be `None`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Combine {
-    /// The way of combining.
+    /// The algorithm.
     pub combination_type: CombinationType,
-    /// The share of elements that pruning keeps, from 0 to 1; the types that prune need it.
+    /// The fraction of elements that pruning keeps, from 0 to 1. Required by the types that prune.
     pub density: Option<f64>,
-    /// For `ties`, `dare_ties` and their svd forms; `total` by default.
+    /// For `ties`, `dare_ties` and their svd variants; `total` by default.
     pub majority_sign_method: Option<MajoritySign>,
-    /// The rank of the result, for the svd forms; by default the greatest of the ranks.
+    /// The rank of the result, for the svd variants; by default the largest rank of the adapters.
     pub svd_rank: Option<usize>,
-    /// For the dare forms; 0 by default. The same seed prunes the same elements.
+    /// The seed of the dare variants; 0 by default. The same seed prunes the same elements.
     pub seed: Option<u64>,
 }
 
 impl Combine {
-    /// With every other setting at its default.
+    /// Settings for a combination type, with all others at their defaults.
     pub fn new(combination_type: CombinationType) -> Self {
         Self { combination_type, density: None, majority_sign_method: None, svd_rank: None, seed: None }
     }
@@ -167,14 +169,14 @@ impl Combine {
     }
 }
 
-/// One adapter that does what several do together, each times its weight, which may be negative.
+/// Combines adapters, each with a weight, which may be negative, into one.
 ///
-/// As PEFT's `add_weighted_adapter`: the result has `lora_alpha = r`; a module that only some of the adapters have is combined
-/// of those; one adapter alone is always combined by `linear`. Sums are made in `f64` and rounded once.
+/// As in PEFT's `add_weighted_adapter`, the result has `lora_alpha = r`; a module that only some of the adapters have is combined from
+/// those; a single adapter is always combined by `linear`. Sums are computed in `f64` and rounded once.
 ///
-/// Errors: [`Error::Value`] for no adapter, a weight or an element that is not finite, ranks or shapes that do not go
-/// together, and a setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that does more than its
-/// factors tell.
+/// Errors: [`Error::Value`] for an empty list, a weight or an element that is not finite, ranks or shapes that cannot be combined, and a
+/// setting that is out of range, missing, or not used; [`Error::Unsupported`] for an adapter that has more than factors, such as DoRA
+/// magnitudes or biases.
 pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
     how.check()?;
     let Some((first, _)) = adapters.first() else { return Err(refused("adapters", "empty", "at least one")) };
@@ -200,7 +202,7 @@ pub fn combine(adapters: &[(&Folder, f64)], how: &Combine) -> Result<Folder> {
     Ok(Folder::new(Some(first.config()), modules)?.of_kinds(kinds(adapters)?))
 }
 
-/// The kinds of the modules. Errors: [`Error::Value`] for a module that is of two.
+/// The kinds of the modules that are not linear layers. Errors: [`Error::Value`] if the adapters disagree about one.
 fn kinds(adapters: &[(&Folder, f64)]) -> Result<BTreeMap<String, Kind>> {
     let mut kinds: BTreeMap<&String, &Kind> = BTreeMap::new();
     for (folder, _) in adapters {
@@ -215,14 +217,14 @@ fn kinds(adapters: &[(&Folder, f64)]) -> Result<BTreeMap<String, Kind>> {
     Ok(others.map(|(name, kind)| (name.clone(), kind.clone())).collect())
 }
 
-/// What one adapter brings to a module.
+/// The factors of one adapter for a module, and the adapter's weight.
 struct Part<'a> {
     factors: &'a Factors,
     weight: f64,
 }
 
 impl Part<'_> {
-    /// What `B·A` is multiplied with.
+    /// The factor of `B·A` in the sum.
     fn scale(&self) -> f64 {
         self.weight * f64::from(self.factors.scaling)
     }
@@ -236,11 +238,11 @@ fn module(name: &str, parts: &[Part], how: &Combine, mix: &mut Mix) -> Result<Fa
         kind if kind.by_svd() => by_svd(parts, how, mix)?,
         _ => by_factor(name, parts, mix)?,
     };
-    let (a, b) = (rounded(name, a)?, rounded(name, b)?);
+    let (a, b) = (check_finite(name, a)?, check_finite(name, b)?);
     Ok(Factors { a, b, scaling: 1.0, dtype })
 }
 
-/// All parts are finite and update a weight of one shape. The element type they share, or `f32`.
+/// Checks that all parts are finite and update a weight of one shape. Returns the element type that they share, or else `f32`.
 fn fits(name: &str, parts: &[Part]) -> Result<DType> {
     let side = |part: &Part| (part.factors.b.rows(), part.factors.a.cols());
     let Some(first) = parts.first() else { return Ok(DType::F32) };
@@ -272,7 +274,7 @@ fn cat(parts: &[Part]) -> (HostMatrix, HostMatrix) {
     (a, b)
 }
 
-/// Each factor of its own, with the square root of the weight; the sign on A.
+/// Combines the `Aᵢ` and the `Bᵢ` separately, each weighted by `√|wᵢ·scalingᵢ|`; the sign goes to `A`.
 fn by_factor(name: &str, parts: &[Part], mix: &mut Mix) -> Result<(HostMatrix, HostMatrix)> {
     let ranks: BTreeSet<usize> = parts.iter().map(|part| part.factors.rank()).collect();
     if ranks.len() > 1 {
@@ -290,12 +292,12 @@ fn mixed(parts: &[Part], factor: impl Fn(&Factors) -> &HostMatrix, weights: &[f6
     HostMatrix::from_fn(rows, cols, |i, j| sum[i * cols + j])
 }
 
-/// The combined update, as the best factors of the rank asked for.
+/// Combines the products, and returns the factors of the best approximation of rank `how.svd_rank`.
 #[cfg(feature = "svd")]
 fn by_svd(parts: &[Part], how: &Combine, mix: &mut Mix) -> Result<(HostMatrix, HostMatrix)> {
     use super::decompose::Svd;
     let svd = if how.combination_type == CombinationType::Svd {
-        let (a, b) = cat(parts); // the sum itself, in factored form
+        let (a, b) = cat(parts); // the exact sum, in factored form
         Svd::of_product(&b, &a, 1.0)?
     } else {
         let (n, k) = parts.first().map_or((0, 0), |part| (part.factors.b.rows(), part.factors.a.cols()));
@@ -303,10 +305,10 @@ fn by_svd(parts: &[Part], how: &Combine, mix: &mut Mix) -> Result<(HostMatrix, H
         let sum = mix.run(parts.iter().map(|part| delta(part.factors)).collect(), &weights);
         Svd::of(&HostMatrix::from_fn(n, k, |i, j| sum[i * k + j]))?
     };
-    Ok(svd.factors(how.svd_rank.unwrap_or(usize::MAX))) // `combine` has set it
+    Ok(svd.factors(how.svd_rank.unwrap_or(usize::MAX))) // always `Some` here: `combine` sets a default
 }
 
-/// `scaling·B·A`, row by row.
+/// `scaling·B·A`, row-major.
 #[cfg(feature = "svd")]
 fn delta(Factors { a, b, scaling, .. }: &Factors) -> Vec<f64> {
     let (n, r, k) = (b.rows(), b.cols(), a.cols());
@@ -320,8 +322,8 @@ fn delta(Factors { a, b, scaling, .. }: &Factors) -> Vec<f64> {
     delta
 }
 
-/// Sums in `f64` may be more than `f32` holds.
-fn rounded(name: &str, matrix: HostMatrix) -> Result<HostMatrix> {
+/// Errors: [`Error::Value`] if a sum in `f64` overflowed when it was rounded to `f32`.
+fn check_finite(name: &str, matrix: HostMatrix) -> Result<HostMatrix> {
     if matrix.is_finite() {
         Ok(matrix)
     } else {

@@ -1,15 +1,17 @@
-//! Adapters of a smaller rank, and adapters out of the difference of two weights.
+//! Compressing adapters to a smaller rank, and extracting adapters from the difference of two weights, by SVD.
 
 use super::decompose::{Keep, Svd};
 use super::folder::{Factors, Folder};
 use super::matrix::HostMatrix;
 use crate::error::{Error, Result};
 
-/// The best approximation of every module's `scaling·B·A` of a smaller rank; a module that has no more is only rewritten.
+/// Replaces every module's `scaling·B·A` by its best approximation of a smaller rank. A module whose rank is small already keeps it, but
+/// its factors change.
 ///
-/// The result has `lora_alpha = r`; where modules differ in rank, the settings say so. Whole modules and biases stay. Errors: [`Error::Value`] for what
-/// [`Keep`] excludes and factors that are not finite; [`Error::Unsupported`] for an adapter that does something
-/// else to a module than add `scaling·B·A`.
+/// The result has `lora_alpha = r`, with `rank_pattern` and `alpha_pattern` where modules differ. Whole modules and biases are kept.
+///
+/// Errors: [`Error::Value`] for a `keep` out of range and factors that are not finite; [`Error::Unsupported`] for an adapter that is more
+/// than a sum of products, such as DoRA.
 pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
     keep.check("compress")?;
     adapter.only_products()?;
@@ -22,10 +24,9 @@ pub fn compress(adapter: &Folder, keep: Keep) -> Result<Folder> {
     Ok(folder.of_kinds(adapter.kinds().clone()).with_extras(adapter))
 }
 
-/// The factors `A` and `B` for which `W + B·A` is as near to the tuned weight as their rank allows.
+/// The factors `A` and `B` that make `W + B·A` the best approximation of the fine-tuned weight.
 ///
-/// Errors: [`Error::Shape`] if the weights differ in shape; [`Error::Value`] for what [`Keep`] excludes and weights that are
-/// not finite.
+/// Errors: [`Error::Shape`] if the weights differ in shape; [`Error::Value`] for a `keep` out of range and weights that are not finite.
 pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMatrix, HostMatrix)> {
     if w.shape() != tuned.shape() {
         return Err(Error::Shape { verb: "extract", name: "tuned", got: tuned.shape(), want: w.shape() });
@@ -36,7 +37,7 @@ pub fn extract(w: &HostMatrix, tuned: &HostMatrix, keep: Keep) -> Result<(HostMa
     Ok(svd.factors(svd.rank(keep)?))
 }
 
-/// The same error, with the name of the module.
+/// Adds the name of the module to an error.
 pub(crate) fn inside(module: &str, error: Error) -> Error {
     match error {
         Error::Value { verb, name, got, want } => Error::Value { verb, name, got: format!("{got} in `{module}`"), want },

@@ -1,22 +1,22 @@
-//! `adapter_config.json`: the settings of an adapter, under PEFT's names.
+//! `adapter_config.json`: the settings of an adapter, with PEFT's names.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::fields::{Begins, Fields, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
+use super::config_fields::{Fields, InitMethod, RANK, dropout, is_set, peft_defaults, rank, refused, unsupported};
 use super::formats::json_damage;
 use super::modules::{Modules, Selection};
 use super::pattern::Pattern;
 use super::{CONFIG_FILE, Principal};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LoraConfig, Scaling, Tuned};
+use crate::nn::{Adaptable, Adapter, Bias, DEFAULT, Layer, LayerAdapter, LoraConfig, Scaling};
 
 /// The settings in an `adapter_config.json`.
 ///
-/// It remembers the file as it was: keys that this crate does not know, and the order of all, are written again. An unknown key that
-/// switches something on (`true`, a list, an object) is refused.
+/// All keys of the file are kept, in their order, and written again, including those that this crate does not know. An unknown key that
+/// enables something (`true`, a list, an object) is refused.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
     document: Map<String, Value>,
@@ -30,40 +30,40 @@ pub struct AdapterConfig {
     alpha_pattern: Vec<(Pattern, f64)>,
     use_rslora: bool,
     lora_dropout: f32,
-    begins: Begins,
+    init: InitMethod,
     bias: Bias,
     lora_bias: bool,
     use_dora: bool,
     fan_in_fan_out: bool,
 }
 
-/// Which layers get an update: `target_modules`.
+/// The layers that get an update: `target_modules`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetModules<'c> {
-    /// `all-linear`: all of them.
+    /// `all-linear`: all linear layers.
     AllLinear,
-    /// Those whose names are these, or end with a dot and one of these.
+    /// Layers with one of these names, or with a name that ends with a dot and one of these.
     Names(&'c [String]),
-    /// Those whose whole name is matched by this regular expression.
+    /// Layers whose full name matches this regular expression.
     Matching(&'c str),
 }
 
-/// What a config asks for a layer.
+/// The part of an adapter that a config describes for one layer.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Asked {
+pub enum LayerTarget {
     /// An update with these settings.
     Lora(LoraConfig),
-    /// A bias of its own, if the layer has one: `bias = "all"`.
+    /// A bias that replaces the layer's, if the layer has one: `bias = "all"`.
     Bias,
-    /// A copy, trained whole: `modules_to_save`.
+    /// A copy of the whole layer, which is trained: `modules_to_save`.
     Whole,
 }
 
 impl AdapterConfig {
-    /// Reads the bytes of a file; `peft_type` and `target_modules` are the least it must hold.
+    /// Parses the bytes of a file. Only `peft_type` and `target_modules` are required.
     ///
-    /// Errors: [`Error::File`] for what is not such a file or has a setting outside its range; [`Error::Unsupported`] for a
-    /// setting that this crate does not know how to honour.
+    /// Errors: [`Error::File`] for bytes that are no such file, or a setting out of range; [`Error::Unsupported`] for a setting that this
+    /// crate does not support.
     pub fn from_json(bytes: &[u8]) -> Result<Self> {
         let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes); // a byte order mark, as some editors write it
         Self::from_document(
@@ -71,7 +71,7 @@ impl AdapterConfig {
         )
     }
 
-    /// The settings of an adapter of these modules, beside PEFT's defaults; no model is needed.
+    /// The settings of an adapter for these modules, with PEFT's defaults for all others. No model is needed.
     ///
     /// ```
     /// use lowrank::adapter::{AdapterConfig, TargetModules};
@@ -84,8 +84,10 @@ impl AdapterConfig {
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     ///
-    /// Errors: [`Error::Value`] for settings out of range and for no name; [`Error::File`], as when such a config is read, for a pattern
-    /// that is no regular expression. A config does not hold the deviation of [`Init::Gaussian`](crate::nn::Init): PEFT's is `1/r`.
+    /// A config does not hold the standard deviation of [`Init::Gaussian`](crate::nn::Init); PEFT uses `1/r`.
+    ///
+    /// Errors: [`Error::Value`] for settings out of range and for an empty list of names; [`Error::File`], as if such a config were read,
+    /// for a pattern that is not a regular expression.
     pub fn new(config: &LoraConfig, target_modules: TargetModules<'_>) -> Result<Self> {
         config.check()?;
         let none = matches!(target_modules, TargetModules::Names([]));
@@ -102,44 +104,45 @@ impl AdapterConfig {
         };
         let use_rslora = config.scaling == Scaling::AlphaOverSqrtRank;
         let rest = [("bias", json!(bias)), ("modules_to_save", list(&config.modules_to_save)), ("target_modules", targets)];
-        let new = Self::beside_defaults(settings(config, use_rslora).into_iter().chain(rest))?;
-        // The pattern `all-linear` is the word for all of them.
+        let new = Self::with_defaults(settings(config, use_rslora).into_iter().chain(rest))?;
+        // The pattern `all-linear` would be read as `AllLinear`.
         let same = new.target_modules() == target_modules;
         Error::unless(same, "adapter_config", "target_modules", "the pattern `all-linear`", "`TargetModules::AllLinear`")?;
         Ok(new)
     }
 
-    /// The settings of a model's adapter `default`, beside PEFT's defaults. Errors: [`Error::Value`] if it has none, or such as no
-    /// config can tell.
+    /// The settings of a model's adapter `default`, with PEFT's defaults for all others. Errors: [`Error::Value`] without such an adapter,
+    /// or if its layers differ in a setting that a config has only once.
     pub fn of<B: Backend>(model: &impl Adaptable<B>) -> Result<Self> {
         Self::of_adapter(model, DEFAULT)
     }
 
-    /// The settings of an adapter of a model, beside PEFT's defaults. Errors: as [`of`](Self::of).
+    /// The settings of an adapter of a model, with PEFT's defaults for all others. Errors: those of [`of`](Self::of).
     pub fn of_adapter<B: Backend>(model: &impl Adaptable<B>, name: &str) -> Result<Self> {
-        Self::describing(model, name, peft_defaults())
+        Self::describe(model, name, peft_defaults())
     }
 
-    /// The same config if it tells what adapter `default` the model has, else one that does, with every other key kept.
+    /// A copy that describes the adapter `default` of a model; every key that agrees with the model is kept. Errors: those of
+    /// [`of`](Self::of).
     pub fn updated<B: Backend>(&self, model: &impl Adaptable<B>) -> Result<Self> {
-        match self.misdescribed(model, DEFAULT) {
-            None if self.began_with().is_none() => Ok(self.clone()),
-            _ => Self::describing(model, DEFAULT, self.document.clone()),
+        match self.first_difference(model, DEFAULT) {
+            None if self.principal().is_none() => Ok(self.clone()),
+            _ => Self::describe(model, DEFAULT, self.document.clone()),
         }
     }
 
-    /// As PEFT writes it: two spaces of indent, nothing after the last brace.
+    /// The file as PEFT writes it: indented by two spaces, without a newline at the end.
     pub fn to_json(&self) -> String {
         format!("{:#}", Value::Object(self.document.clone()))
     }
 
-    /// What the config asks for a layer of this name, if anything.
-    pub fn asks(&self, layer: &str) -> Option<Asked> {
+    /// The part of the adapter for a layer of this name; `None` if the adapter does not change the layer.
+    pub fn layer_target(&self, layer: &str) -> Option<LayerTarget> {
         if self.selection.saves(layer) {
-            return Some(Asked::Whole);
+            return Some(LayerTarget::Whole);
         }
-        let bias = (self.bias == Bias::All).then_some(Asked::Bias);
-        self.lora_config(layer).map(Asked::Lora).or(bias)
+        let bias = (self.bias == Bias::All).then_some(LayerTarget::Bias);
+        self.lora_config(layer).map(LayerTarget::Lora).or(bias)
     }
 
     /// The settings of the update of a layer of this name; `None` if it is not a target.
@@ -147,7 +150,7 @@ impl AdapterConfig {
         (self.selection.targets(layer) || self.targets_parameter(&format!("{layer}.weight"))).then(|| self.settings(layer))
     }
 
-    /// Whether a parameter of this name gets an update: `target_parameters`.
+    /// True if a parameter of this name gets an update: `target_parameters`.
     pub(super) fn targets_parameter(&self, name: &str) -> bool {
         self.target_parameters.iter().any(|target| {
             let above = name.strip_suffix(target.as_str());
@@ -155,13 +158,13 @@ impl AdapterConfig {
         })
     }
 
-    /// The parameters of a module that get an update, by their last names, in the order in which models register them. PEFT nests
-    /// their updates in this order, from the inside out.
+    /// The parameters of a module that get an update (the last components of their names), in the order in which models register
+    /// them. PEFT nests their updates in this order, from the inside out.
     ///
-    /// Errors: [`Error::File`] for several of which some are none of those whose order is known.
+    /// Errors: [`Error::File`] for two or more parameters if the order of one is not known.
     pub(super) fn parameters(&self, module: &str) -> Result<Vec<&str>> {
         const REGISTERED: [&str; 2] = ["gate_up_proj", "down_proj"];
-        // A target without a dot is the name of a parameter of experts: linear layers have one only, their weight.
+        // A target without a dot names a parameter of experts, because the only such parameter of a linear layer is `weight`.
         let experts = module.split('.').any(|part| part == "experts");
         let targets = self.target_parameters.iter().filter(|target| experts || target.contains('.'));
         let names = targets.filter_map(|target| target.rsplit('.').next());
@@ -170,39 +173,39 @@ impl AdapterConfig {
         names.dedup();
         match names.iter().find(|name| !REGISTERED.contains(name)).filter(|_| names.len() > 1) {
             Some(name) => {
-                Err(refused(format!("`target_parameters`: nothing tells which update of `{module}` is that of `{name}`")))
+                Err(refused(format!("`target_parameters`: which update of `{module}` belongs to `{name}` is not known")))
             }
             None => Ok(names),
         }
     }
 
-    /// The rows of a table that are trained, in the order in which the file has them: `trainable_token_indices`.
+    /// The trained rows of an embedding table, in the order of the file: `trainable_token_indices`.
     pub(crate) fn tokens(&self, module: &str) -> Option<&[usize]> {
         let of = |layer: &str| module.strip_suffix(layer).is_some_and(|above| above.is_empty() || above.ends_with('.'));
         let found = self.tokens.iter().find(|(layer, _)| layer.as_deref().is_none_or(of));
         found.map(|(_, rows)| rows.as_slice())
     }
 
-    /// `ensure_weight_tying`: whether what is done to the embedding is done to the head that shares its weight.
+    /// `ensure_weight_tying`: if true, a change to the embedding is also made to the output head that shares its weight.
     pub fn ensures_weight_tying(&self) -> bool {
         self.ensure_weight_tying
     }
 
-    /// Errors: [`Error::Unsupported`] for a setting that speaks of something else than whole layers.
+    /// Errors: [`Error::Unsupported`] for a setting about single parameters or rows instead of layers.
     pub(super) fn only_layers(&self) -> Result<()> {
         let set = |&field: &&'static str| Some((field, self.get(field).filter(|value| is_set(value))?));
         let set = ["target_parameters", "trainable_token_indices"].iter().find_map(set);
         set.map_or(Ok(()), |(field, value)| Err(unsupported(field, value)))
     }
 
-    /// The settings of an update, whether or not the name is a target.
+    /// The settings that an update of this name has, also if the name is not a target.
     pub(super) fn settings(&self, layer: &str) -> LoraConfig {
         let rank = first_match(&self.rank_pattern, layer).unwrap_or(self.r);
         let lora_alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
         let (alpha, scaling) = match (lora_alpha as f32, self.use_rslora) {
             (alpha, true) if f64::from(alpha) == lora_alpha => (alpha, Scaling::AlphaOverSqrtRank),
             (alpha, false) if f64::from(alpha) == lora_alpha => (alpha, Scaling::AlphaOverRank),
-            // An alpha that f32 does not hold: divided before it is rounded, as PEFT does, and as a raw alpha comes back.
+            // An alpha that is no `f32` (a raw alpha that was saved, for example): divided before it is rounded, as in PEFT.
             (_, true) => ((lora_alpha / (rank as f64).sqrt()) as f32, Scaling::Raw),
             (_, false) => ((lora_alpha / rank as f64) as f32, Scaling::Raw),
         };
@@ -211,7 +214,7 @@ impl AdapterConfig {
             alpha,
             scaling,
             dropout: self.lora_dropout,
-            init: self.begins.init(rank),
+            init: self.init.init(rank),
             use_dora: self.use_dora,
             lora_bias: self.lora_bias,
             bias: self.bias,
@@ -219,33 +222,33 @@ impl AdapterConfig {
         }
     }
 
-    /// Errors: [`Error::File`] for settings of a layer that are fine by themselves and cannot be computed with: a scaling that `f32`
-    /// does not hold, an odd rank that begins orthogonal; for a pattern that does not decide.
-    pub(super) fn check(&self, layer: &str, asked: &LoraConfig) -> Result<()> {
+    /// Checks the settings of one layer in combination. Errors: [`Error::File`] for a scaling that overflows `f32`, an odd rank with
+    /// orthogonal factors, or a pattern that takes too many steps on the name.
+    pub(super) fn check(&self, layer: &str, config: &LoraConfig) -> Result<()> {
         let ranks = self.rank_pattern.iter().map(|(pattern, _)| pattern);
         let alphas = self.alpha_pattern.iter().map(|(pattern, _)| pattern);
-        self.selection.patterns().chain(ranks).chain(alphas).try_for_each(|pattern| pattern.decides(layer))?;
-        if !asked.scaling.of(asked.alpha, asked.rank).is_finite() {
+        self.selection.patterns().chain(ranks).chain(alphas).try_for_each(|pattern| pattern.check_steps(layer))?;
+        if !config.scaling.of(config.alpha, config.rank).is_finite() {
             let alpha = first_match(&self.alpha_pattern, layer).unwrap_or(self.lora_alpha);
             return Err(refused(format!("`lora_alpha` of `{layer}` is {alpha:?}, want one whose scaling f32 can hold")));
         }
-        asked.check().map_err(|error| match error {
+        config.check().map_err(|error| match error {
             Error::Value { name, got, want, .. } => refused(format!("`{name}` of `{layer}` is {got}, want {want}")),
             other => other,
         })
     }
 
-    /// `r`: the rank of modules that [`lora_config`](Self::lora_config) tells no other of.
+    /// `r`: the rank of modules that `rank_pattern` does not match.
     pub fn r(&self) -> usize {
         self.r
     }
 
-    /// `lora_alpha`: that of modules that [`lora_config`](Self::lora_config) tells no other of.
+    /// `lora_alpha`: that of modules that `alpha_pattern` does not match.
     pub fn lora_alpha(&self) -> f64 {
         self.lora_alpha
     }
 
-    /// `target_modules`
+    /// `target_modules`: the layers that get an update.
     pub fn target_modules(&self) -> TargetModules<'_> {
         match (&self.selection.targets, self.get("target_modules")) {
             (Modules::Names(names), _) => TargetModules::Names(names),
@@ -254,57 +257,57 @@ impl AdapterConfig {
         }
     }
 
-    /// `base_model_name_or_path`: which model it is for, where that is known.
+    /// `base_model_name_or_path`: the model that the adapter is for, if the config has it.
     pub fn base_model_name_or_path(&self) -> Option<&str> {
         self.get("base_model_name_or_path").and_then(Value::as_str)
     }
 
-    /// `task_type`, such as `CAUSAL_LM`, where it is known.
+    /// `task_type`, such as `CAUSAL_LM`, if the config has it.
     pub fn task_type(&self) -> Option<&str> {
         self.get("task_type").and_then(Value::as_str)
     }
 
-    /// The same config for the model of this name, which [`save_with`](super::save_with) writes.
+    /// Sets `base_model_name_or_path`; [`save_with`](super::save_with) writes it.
     #[must_use]
     pub fn with_base_model_name_or_path(mut self, name: &str) -> Self {
         self.document.insert("base_model_name_or_path".into(), json!(name));
         self
     }
 
-    /// The same config for a task of this type, by PEFT's names, such as `CAUSAL_LM`.
+    /// Sets `task_type`, one of PEFT's names such as `CAUSAL_LM`.
     #[must_use]
     pub fn with_task_type(mut self, task_type: &str) -> Self {
         self.document.insert("task_type".into(), json!(task_type));
         self
     }
 
-    /// Which part of each weight the adapter began with, if any.
-    pub fn began_with(&self) -> Option<Principal> {
-        match self.begins {
-            Begins::With(part) => Some(part),
+    /// The part of each weight that the factors were initialised with, if `init_lora_weights` is `pissa` or `olora`.
+    pub fn principal(&self) -> Option<Principal> {
+        match self.init {
+            InitMethod::Principal(part) => Some(part),
             _ => None,
         }
     }
 
-    /// Whether it is for a model that stores its weights `in × out`. The factors are stored alike either way, and a
-    /// [`Linear`](crate::nn::Linear) is `out × in` always: it turns such a weight around when it is made.
+    /// `fan_in_fan_out`: true for a model that stores its weights as `in × out`. The factors are stored in the same way for either
+    /// layout. [`Linear::from_fan_in_fan_out`](crate::nn::Linear::from_fan_in_fan_out) transposes such a weight.
     pub fn fan_in_fan_out(&self) -> bool {
         self.fan_in_fan_out
     }
 
-    /// What the file says under a key that this crate knows or does not know.
+    /// The value of a key of the file, known or unknown.
     pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.document.get(key)
     }
 
     /// PEFT's defaults, with these settings. Errors: those of [`from_json`](Self::from_json).
-    pub(super) fn beside_defaults(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
+    pub(super) fn with_defaults(settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
         let mut document = peft_defaults();
         document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
         Self::from_document(document)
     }
 
-    /// The same config with these settings in place of its own. Errors: those of [`from_json`](Self::from_json).
+    /// A copy with these settings replaced. Errors: those of [`from_json`](Self::from_json).
     pub(super) fn with(&self, settings: impl IntoIterator<Item = (&'static str, Value)>) -> Result<Self> {
         let mut document = self.document.clone();
         document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
@@ -325,7 +328,7 @@ impl AdapterConfig {
             alpha_pattern: fields.pattern("alpha_pattern", "a number", Value::as_f64)?,
             use_rslora: fields.flag("use_rslora")?,
             lora_dropout: fields.read("lora_dropout", "at least 0 and below 1", dropout)?.unwrap_or(0.0),
-            begins: fields.begins()?,
+            init: fields.init_method()?,
             bias: fields.bias()?,
             lora_bias: fields.flag("lora_bias")?,
             use_dora: fields.flag("use_dora")?,
@@ -338,17 +341,18 @@ impl AdapterConfig {
         }
     }
 
-    fn describing<B: Backend>(model: &impl Adaptable<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
+    /// `document` with the settings of an adapter of a model.
+    fn describe<B: Backend>(model: &impl Adaptable<B>, name: &str, mut document: Map<String, Value>) -> Result<Self> {
         let adapters: Vec<(&str, &LoraConfig)> = model.adapters(name).map(|(layer, adapter)| (layer, adapter.config())).collect();
         let Some(&(_, first)) = adapters.first() else {
-            return Err(unsaid(format!("no adapter `{name}`"), "at least one layer with it"));
+            return Err(cannot_save(format!("without an adapter `{name}`"), "at least one layer with it"));
         };
         let use_rslora = adapters.iter().all(|(_, config)| config.scaling == Scaling::AlphaOverSqrtRank);
         let alpha = |config: &LoraConfig| number(lora_alpha(config, use_rslora));
         let whole = whole_layers(model, name);
         let rest = [
             ("alpha_pattern", exceptions(&adapters, alpha)),
-            ("bias", json!(brought_biases(model, name))),
+            ("bias", json!(bias_setting(model, name))),
             ("exclude_modules", Value::Null),
             ("layers_pattern", Value::Null),
             ("layers_to_transform", Value::Null),
@@ -357,36 +361,36 @@ impl AdapterConfig {
             ("target_modules", adapters.iter().map(|(layer, _)| *layer).collect()),
         ];
         let mut settings: Vec<_> = settings(first, use_rslora).into_iter().chain(rest).collect();
-        settings.sort_unstable_by_key(|(key, _)| *key); // keys that are new to the document come in this order
+        settings.sort_unstable_by_key(|(key, _)| *key); // keys that are new to the document are appended in this order
         document.extend(settings.into_iter().map(|(key, value)| (key.to_string(), value)));
         let config = Self::from_document(document)?;
-        match config.misdescribed(model, name) {
+        match config.first_difference(model, name) {
             None => Ok(config),
             Some(layer) => {
                 let want = "one `lora_dropout`, `use_dora`, `lora_bias` and `bias` for all layers";
-                Err(unsaid(format!("`{layer}` with settings of its own"), want))
+                Err(cannot_save(format!("one whose layer `{layer}` has other settings"), want))
             }
         }
     }
 
-    /// The first layer for which the config tells something else than the model has.
-    fn misdescribed<'m, B: Backend>(&self, model: &'m impl Adaptable<B>, name: &str) -> Option<&'m str> {
-        let told = |layer: &str, has_bias: bool| match self.asks(layer)? {
-            Asked::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
-            Asked::Bias => has_bias.then_some(Effect::Bias),
-            Asked::Whole => Some(Effect::Whole),
+    /// The first layer whose adapter in the model is not what the config describes.
+    fn first_difference<'m, B: Backend>(&self, model: &'m impl Adaptable<B>, name: &str) -> Option<&'m str> {
+        let described = |layer: &str, has_bias: bool| match self.layer_target(layer)? {
+            LayerTarget::Lora(config) => Some(Effect::Lora(effect(&config), has_bias && config.bias != Bias::None)),
+            LayerTarget::Bias => has_bias.then_some(Effect::Bias),
+            LayerTarget::Whole => Some(Effect::Whole),
         };
-        let has = |layer: &Layer<B>| match layer.lora()?.part(name)? {
-            Tuned::Lora(adapter) => Some(Effect::Lora(effect(adapter.config()), adapter.bias().is_some())),
-            Tuned::Bias(_) => Some(Effect::Bias),
-            Tuned::Whole(_) => Some(Effect::Whole),
+        let actual = |layer: &Layer<B>| match layer.lora()?.part(name)? {
+            LayerAdapter::Lora(adapter) => Some(Effect::Lora(effect(adapter.config()), adapter.bias().is_some())),
+            LayerAdapter::Bias(_) => Some(Effect::Bias),
+            LayerAdapter::Whole(_) => Some(Effect::Whole),
         };
         let mut layers = model.layers();
-        layers.find(|(name, layer)| told(name, layer.base().bias().is_some()) != has(layer)).map(|(name, _)| name)
+        layers.find(|(name, layer)| described(name, layer.base().bias().is_some()) != actual(layer)).map(|(name, _)| name)
     }
 }
 
-/// What an adapter does to a layer, as far as a config tells.
+/// The part of an adapter that belongs to one layer, reduced to what a config describes.
 #[derive(PartialEq)]
 enum Effect {
     Lora((usize, f32, f32, bool, bool), bool),
@@ -394,27 +398,27 @@ enum Effect {
     Whole,
 }
 
-/// Rank, scaling, dropout, magnitudes, a bias of the update.
+/// Rank, scaling, dropout, and whether there are magnitudes and a bias of the update.
 fn effect(config: &LoraConfig) -> (usize, f32, f32, bool, bool) {
     (config.rank, config.scaling.of(config.alpha, config.rank), config.dropout, config.use_dora, config.lora_bias)
 }
 
-/// `bias`: all, if a layer has nothing else from this adapter.
-fn brought_biases<B: Backend>(model: &impl Adaptable<B>, name: &str) -> &'static str {
+/// The value of `bias`: `all` if some layer has only a bias from this adapter.
+fn bias_setting<B: Backend>(model: &impl Adaptable<B>, name: &str) -> &'static str {
     let parts = || model.layers().filter_map(|(_, layer)| layer.lora()?.part(name));
     let own = |adapter: &Adapter<B>| adapter.bias().is_some();
-    if parts().any(|part| matches!(part, Tuned::Bias(_))) {
+    if parts().any(|part| matches!(part, LayerAdapter::Bias(_))) {
         "all"
-    } else if parts().filter_map(Tuned::adapter).any(own) {
+    } else if parts().filter_map(LayerAdapter::adapter).any(own) {
         "lora_only"
     } else {
         "none"
     }
 }
 
-/// `modules_to_save`: the layers that this adapter has whole.
+/// The value of `modules_to_save`: the layers that this adapter replaces.
 fn whole_layers<'m, B: Backend>(model: &'m impl Adaptable<B>, name: &str) -> Vec<&'m str> {
-    let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(Tuned::Whole(_)));
+    let whole = |layer: &Layer<B>| matches!(layer.lora().and_then(|lora| lora.part(name)), Some(LayerAdapter::Whole(_)));
     model.layers().filter(|(_, layer)| whole(layer)).map(|(name, _)| name).collect()
 }
 
@@ -423,12 +427,12 @@ fn list<S: AsRef<str>>(names: &[S]) -> Value {
     if names.is_empty() { Value::Null } else { names.iter().map(S::as_ref).collect() }
 }
 
-/// What a config has of settings that are the same for all layers.
+/// The keys of a config that follow from the settings of one layer.
 fn settings(config: &LoraConfig, use_rslora: bool) -> [(&'static str, Value); 7] {
-    // PEFT takes a bias of the update with two ways to begin only.
-    let begins = Some(Begins::of(config.init)).filter(|_| !config.lora_bias).unwrap_or(Begins::Usual);
+    // PEFT accepts `lora_bias` only with `init_lora_weights` true or false.
+    let init = Some(InitMethod::of(config.init)).filter(|_| !config.lora_bias).unwrap_or(InitMethod::Default);
     [
-        ("init_lora_weights", begins.value()),
+        ("init_lora_weights", init.value()),
         ("lora_alpha", number(lora_alpha(config, use_rslora))),
         ("lora_bias", json!(config.lora_bias)),
         ("lora_dropout", json!(shortest(config.dropout))),
@@ -438,14 +442,14 @@ fn settings(config: &LoraConfig, use_rslora: bool) -> [(&'static str, Value); 7]
     ]
 }
 
-/// The layers whose setting is not that of the first one, which stands for all others.
+/// An object of the layers whose setting differs from that of the first layer, which is the setting for all others.
 fn exceptions(adapters: &[(&str, &LoraConfig)], setting: impl Fn(&LoraConfig) -> Value) -> Value {
     let usual = adapters.first().map(|(_, config)| setting(config));
     let settings = adapters.iter().map(|(name, config)| (name.to_string(), setting(config)));
     Value::Object(settings.filter(|(_, setting)| Some(setting) != usual.as_ref()).collect())
 }
 
-/// The `lora_alpha` that comes to the scaling of an adapter: exactly, because f64 holds any f32 times a rank.
+/// The `lora_alpha` that gives the scaling of an adapter. It is exact, because `f64` holds any `f32` times a rank.
 fn lora_alpha(config: &LoraConfig, use_rslora: bool) -> f64 {
     match config.scaling {
         Scaling::AlphaOverRank => f64::from(config.alpha),
@@ -458,17 +462,17 @@ fn first_match<T: Copy>(patterns: &[(Pattern, T)], layer: &str) -> Option<T> {
     patterns.iter().find(|(pattern, _)| pattern.is_match(layer)).map(|&(_, value)| value)
 }
 
-/// `8`, not `8.0`, where it is whole: PEFT's alphas mostly are.
+/// A JSON number: `8`, not `8.0`, for a whole number, as PEFT writes it.
 pub(super) fn number(value: f64) -> Value {
     let whole = value as i64;
     if whole as f64 == value { json!(whole) } else { json!(value) }
 }
 
-/// The shortest decimal that is this number as `f32`: 0.1, not 0.10000000149011612.
+/// The shortest decimal that rounds to this `f32`: 0.1, not 0.10000000149011612.
 fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }
 
-fn unsaid(got: String, want: &'static str) -> Error {
+fn cannot_save(got: String, want: &'static str) -> Error {
     Error::Value { verb: "save", name: "model", got, want: want.into() }
 }

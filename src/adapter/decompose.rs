@@ -1,20 +1,20 @@
-//! `M = U·diag(s)·V` and `M = Q·R`: the decompositions that compression, extraction and some initialisations begin with.
+//! `M = U·diag(s)·V` and `M = Q·R`: the decompositions for compressing, extracting, and the initialisations `pissa` and `olora`.
 //!
-//! All arithmetic is `f64`, on one thread: the same matrix gives the same bits. The decompositions are faer's.
+//! All arithmetic is in `f64` on one thread, so equal matrices give equal bits. The decompositions are faer's.
 
 use faer::Mat;
 use faer::linalg::solvers::{Qr, Svd as FaerSvd};
 
-use super::leading::leading;
 use super::matrix::HostMatrix;
+use super::randomized_svd::leading;
 use crate::error::{Error, Result};
 
-/// How much of a matrix is kept.
+/// The number of singular values that an approximation keeps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Keep {
-    /// So many singular values, or all where there are fewer.
+    /// This many, or all if there are fewer.
     Rank(usize),
-    /// As few singular values as hold this share of the sum of all their squares: above 0, at most 1.
+    /// The fewest whose squares sum to at least this fraction of the sum of all squares: above 0, at most 1.
     Energy(f64),
 }
 
@@ -28,27 +28,28 @@ impl Keep {
     }
 }
 
-/// `M = U·diag(s)·V`: U `n×q` and V `q×k` orthonormal, s falling, q the lesser of n and k (or less, for a product, and for the
-/// [leading](Self::leading) part).
+/// A singular value decomposition `M = U·diag(s)·V`: U `n×q` and V `q×k` are orthonormal, and s is descending. q is the smaller of n and
+/// k, or less for a product and for a [leading](Self::leading) part.
 #[derive(Clone, Debug)]
 pub struct Svd {
     u: Mat<f64>,
     s: Vec<f64>,
-    /// Transposed, as faer has it: `k×q`.
+    /// V transposed, as faer stores it: `k×q`.
     v: Mat<f64>,
-    /// The sum of the squares of all singular values, also of those that are not in `s`.
+    /// The sum of the squares of all singular values, including those that are not in `s`.
     energy: f64,
 }
 
 impl Svd {
-    /// Of any matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the decomposition does not converge.
+    /// The full decomposition of a matrix. Errors: [`Error::Value`] if an element is infinite or NaN, or the SVD does not converge.
     pub fn of(matrix: &HostMatrix) -> Result<Self> {
         finite("svd", "matrix", matrix)?;
         Self::decompose(&wide(matrix))
     }
 
-    /// Of any matrix, as far as it is kept: the greatest singular values alone where they are sooner found so, as those of a large
-    /// weight are. What is lost is within `3·10⁻⁷·‖M‖` of the least. Errors: those of [`of`](Self::of) and [`rank`](Self::rank).
+    /// The decomposition of a matrix as far as `keep` needs it. If few singular values of a large matrix are needed, a randomized SVD
+    /// finds only those, which is faster; the error of the approximation is then within `3·10⁻⁷·‖M‖` of the smallest possible one.
+    /// Errors: those of [`of`](Self::of) and [`rank`](Self::rank).
     pub fn leading(matrix: &HostMatrix, keep: Keep) -> Result<Self> {
         keep.check("svd")?;
         finite("svd", "matrix", matrix)?;
@@ -57,9 +58,9 @@ impl Svd {
         leading(&matrix, energy, keep)?.map_or_else(|| Self::decompose(&matrix), Ok)
     }
 
-    /// Of `scale·B·A`, in factored form: QR of both factors, then SVD of an `r×r` core. The product is never made.
+    /// The decomposition of `scale·B·A`, without computing the product: QR of both factors, then SVD of an `r×r` core.
     ///
-    /// Errors: [`Error::Shape`] if A does not have as many rows as B has columns; those of [`of`](Self::of).
+    /// Errors: [`Error::Shape`] unless A has as many rows as B has columns; those of [`of`](Self::of).
     pub fn of_product(b: &HostMatrix, a: &HostMatrix, scale: f64) -> Result<Self> {
         finite("svd", "b", b)?;
         finite("svd", "a", a)?;
@@ -74,32 +75,37 @@ impl Svd {
         Ok(core.within(&left.compute_thin_Q(), &right.compute_thin_Q(), energy))
     }
 
-    /// Of `Q·M·Pᵀ`, where this is of M, and Q and P have orthonormal columns; a part of a matrix of so much energy.
+    /// The decomposition of `Q·M·Pᵀ` from that of M, where Q and P have orthonormal columns. `energy` is that of the whole matrix.
     pub(super) fn within(self, q: &Mat<f64>, p: &Mat<f64>, energy: f64) -> Self {
         Self { u: q * self.u, s: self.s, v: p * self.v, energy }
     }
 
-    /// Without all but the first singular values.
+    /// Only the first singular values.
     pub(super) fn truncated(mut self, rank: usize) -> Self {
         self.s.truncate(rank);
         self
     }
 
     pub(super) fn decompose(matrix: &Mat<f64>) -> Result<Self> {
-        let not_converged =
-            |_| Error::Value { verb: "svd", name: "matrix", got: "one without".into(), want: "convergence".into() };
+        let not_converged = |_| Error::Value {
+            verb: "svd",
+            name: "matrix",
+            got: "one whose SVD did not converge".into(),
+            want: "another".into(),
+        };
         let svd = FaerSvd::new_thin(matrix.as_ref()).map_err(not_converged)?;
         let s: Vec<f64> = svd.S().column_vector().iter().copied().collect();
         let energy = s.iter().map(|s| s * s).sum();
         Ok(Self { u: svd.U().to_owned(), s, v: svd.V().to_owned(), energy })
     }
 
-    /// From the greatest to the least.
+    /// The singular values, in descending order.
     pub fn singular_values(&self) -> &[f64] {
         &self.s
     }
 
-    /// How many singular values are kept; at least 1 if there is one. One more than there are here if these do not hold the share. Errors: [`Error::Value`] for what [`Keep`] excludes.
+    /// The number of singular values that `keep` selects; at least 1 if there is one. If this is a leading part whose values do not
+    /// reach the fraction of [`Keep::Energy`], it is one more than their number. Errors: [`Error::Value`] for a `keep` out of range.
     pub fn rank(&self, keep: Keep) -> Result<usize> {
         keep.check("svd")?;
         let share = match keep {
@@ -115,12 +121,12 @@ impl Svd {
         Ok((below + 1).min(self.s.len() + usize::from(self.is_part())))
     }
 
-    /// Whether there are singular values that are not in `s`.
+    /// True if there are singular values that are not in `s`.
     fn is_part(&self) -> bool {
         self.s.len() < self.u.ncols()
     }
 
-    /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank; of lower rank, all there is.
+    /// The factors `A = V` and `B = U·diag(s)` of the best approximation of this rank, or of all singular values if there are fewer.
     pub fn factors(&self, rank: usize) -> (HostMatrix, HostMatrix) {
         let rank = rank.min(self.s.len());
         self.split(rank, |_| 1.0, |s| s)
@@ -134,7 +140,7 @@ impl Svd {
     }
 }
 
-/// `A` and `B` with `scaling·B·A ≈ W`: the principal part of a weight, as the initialisation `pissa` takes it out of W.
+/// `A` and `B` with `scaling·B·A ≈ W`: the principal part of a weight, which the initialisation `pissa` subtracts from W.
 ///
 /// `A = diag(√(s/scaling))·V`, `B = U·diag(√(s/scaling))`. Errors: [`Error::Value`] for a rank above the sides of W, a
 /// scaling that is not above 0, or a weight that is not finite.
@@ -145,7 +151,7 @@ pub fn pissa(w: &HostMatrix, rank: usize, scaling: f64) -> Result<(HostMatrix, H
     Ok(Svd::of(w)?.split(rank, root, root))
 }
 
-/// `B = Q[:, ..rank]` and `A = R[..rank]` of `W = Q·R`, as the initialisation `olora` takes them out of W.
+/// `B = Q[:, ..rank]` and `A = R[..rank]` of `W = Q·R`; the initialisation `olora` subtracts `scaling·B·A` from W.
 ///
 /// Errors: [`Error::Value`] for a rank above the sides of W, or a weight that is not finite.
 pub fn olora(w: &HostMatrix, rank: usize) -> Result<(HostMatrix, HostMatrix)> {
@@ -157,13 +163,13 @@ pub fn olora(w: &HostMatrix, rank: usize) -> Result<(HostMatrix, HostMatrix)> {
 }
 
 fn within(verb: &'static str, w: &HostMatrix, rank: usize) -> Result<()> {
-    let most = w.rows().min(w.cols());
-    Error::unless((1..=most).contains(&rank), verb, "rank", rank, "at least 1, and at most the lesser side of the weight")
+    let max = w.rows().min(w.cols());
+    Error::unless((1..=max).contains(&rank), verb, "rank", rank, "at least 1, and at most the smaller dimension of the weight")
 }
 
 fn finite(verb: &'static str, name: &'static str, matrix: &HostMatrix) -> Result<()> {
-    let strange = matrix.values().iter().find(|value| !value.is_finite());
-    strange.map_or(Ok(()), |value| Error::unless(false, verb, name, value, "finite numbers"))
+    let bad = matrix.values().iter().find(|value| !value.is_finite());
+    bad.map_or(Ok(()), |value| Error::unless(false, verb, name, value, "finite numbers"))
 }
 
 fn wide(matrix: &HostMatrix) -> Mat<f64> {
@@ -181,7 +187,7 @@ mod tests {
         HostMatrix::new((rows, cols), (0..rows * cols).map(|_| rng.gaussian() as f32).collect()).unwrap()
     }
 
-    /// `scale·B·A`, as the three loops it is.
+    /// `scale·B·A`, as three plain loops.
     fn product(b: &HostMatrix, a: &HostMatrix, scale: f64) -> Vec<f64> {
         let (n, r, k) = (b.rows(), b.cols(), a.cols());
         let term = |i: usize, j: usize, q: usize| f64::from(b.values()[i * r + q]) * f64::from(a.values()[q * k + j]);
@@ -200,14 +206,14 @@ mod tests {
         matrix.values().iter().copied().map(f64::from).collect()
     }
 
-    /// What rounding the two factors to `f32` may add to the error: both times the unit roundoff, of a product of `rank` terms.
+    /// A bound on the error from rounding the two factors to `f32`: one unit roundoff for each, in a product of `rank` terms.
     fn rounding(svd: &Svd) -> f64 {
         2.0 * norm(svd.s.iter().copied()) * (svd.s.len() as f64).sqrt() / (1u64 << 23) as f64
     }
 
     /// Eckart and Young: the error of the best approximation is the tail of the singular values.
     #[test]
-    fn what_is_lost_is_the_tail_of_the_singular_values() {
+    fn the_error_is_the_tail_of_the_singular_values() {
         for (n, k) in [(1, 1), (7, 4), (4, 7), (12, 12), (1, 9), (9, 1)] {
             let matrix = random(n, k, 1);
             let svd = Svd::of(&matrix).unwrap();
@@ -239,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn energy_keeps_as_few_values_as_hold_the_share() {
+    fn energy_keeps_the_fewest_values_that_reach_the_fraction() {
         let diagonal = HostMatrix::from_fn(4, 4, |i, j| if i == j { [4.0, 2.0, 2.0, 1.0][i] } else { 0.0 }); // squares 16 4 4 1
         let svd = Svd::of(&diagonal).unwrap();
         for (share, want) in [(1e-9, 1), (0.63, 1), (0.65, 2), (0.79, 2), (0.81, 3), (0.95, 3), (0.97, 4), (1.0, 4)] {
@@ -251,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn pissa_and_olora_give_the_weight_back_at_full_rank() {
+    fn pissa_and_olora_of_full_rank_are_the_weight() {
         for (n, k) in [(6, 4), (4, 6), (5, 5)] {
             let w = random(n, k, 4);
             let svd = Svd::of(&w).unwrap();
@@ -264,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_decomposition_is_refused() {
+    fn bad_matrices_and_ranks_are_refused() {
         for strange in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut values = vec![1.0; 12];
             values[7] = strange;
@@ -293,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_decomposes_into_nothing() {
+    fn an_empty_matrix_has_rank_zero() {
         for (rows, cols) in [(0, 0), (0, 3), (3, 0)] {
             let svd = Svd::of(&random(rows, cols, 7)).unwrap();
             assert_eq!(svd.rank(Keep::Energy(0.5)).unwrap(), 0);

@@ -1,4 +1,4 @@
-//! An adapter as its folder holds it: settings and factors in host memory, without a model.
+//! An adapter folder in host memory: settings, factors and other tensors, without a model.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -6,33 +6,33 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::config::number;
-use super::extra::{Extra, Role, role, unknown};
+use super::extra_tensors::{Extra, Role, role, unknown};
 use super::kind::{self, Kind};
 use super::matrix::HostMatrix;
-use super::spelling::respelled;
+use super::spelling::normalised;
 use super::tensors::{HostTensors, parse_tensors, refused, spell};
-use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, fields, formats, parts, publish};
+use super::{AdapterConfig, CONFIG_FILE, TENSORS_FILE, at, config_fields, formats, layer_tensors, publish};
 use crate::backend::Backend;
 use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::nn::{Adapter, Linear};
 
-/// Settings that make more of the factors than `scaling·B·A` of one matrix.
+/// Settings with which an update is not just `scaling·B·A` of one matrix.
 const MORE_THAN_PRODUCTS: [&str; 3] = ["lora_bias", "target_parameters", "use_dora"];
-/// Settings that put tensors into a folder that take the place of the model's.
-const BESIDE_FACTORS: [&str; 3] = ["bias", "modules_to_save", "trainable_token_indices"];
+/// Settings with which a folder holds tensors that replace those of the model.
+const MORE_THAN_FACTORS: [&str; 3] = ["bias", "modules_to_save", "trainable_token_indices"];
 
-/// `ΔW = scaling·B·A` of one module.
+/// The update of one module, `ΔW = scaling·B·A`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Factors {
     /// `r×k`
     pub a: HostMatrix,
     /// `n×r`
     pub b: HostMatrix,
-    /// `lora_alpha / r`, or what the settings make of it.
+    /// The factor of `B·A`, such as `lora_alpha / r`.
     pub scaling: f32,
-    /// How the factors are stored.
+    /// The element type of the file.
     pub dtype: DType,
 }
 
@@ -42,30 +42,30 @@ impl Factors {
         self.a.rows()
     }
 
-    /// How many numbers both factors have.
+    /// The number of elements of both factors.
     pub fn parameters(&self) -> usize {
         self.a.values().len() + self.b.values().len()
     }
 }
 
-/// An adapter folder in host memory: every module's factors by name (`model.layers.0.self_attn.q_proj`), what it holds beside
-/// them (DoRA's magnitudes, biases, whole modules), and the settings.
+/// An adapter folder in host memory: the settings, the factors of every module by name (`model.layers.0.self_attn.q_proj`), and all
+/// other tensors (DoRA magnitudes, biases, whole modules).
 #[derive(Clone, Debug)]
 pub struct Folder {
-    /// Where it was read, for errors.
+    /// The folder that it was read from, for errors.
     dir: PathBuf,
     config: AdapterConfig,
     modules: BTreeMap<String, Factors>,
-    /// The kinds of the modules that are no linear layers.
+    /// The kinds of the modules that are not linear layers.
     kinds: BTreeMap<String, Kind>,
     extras: BTreeMap<String, Extra>,
 }
 
 impl Folder {
-    /// Reads a folder as PEFT writes it, or an adapter in another [format](formats) that tells all there is to know, such as mlx-lm's.
+    /// Reads a folder that PEFT wrote, or an adapter in another [format](formats) that is complete in itself, such as mlx-lm's.
     ///
-    /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not know of, or one they ask for
-    /// that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not know how to honour.
+    /// Errors: [`Error::File`] for a file that is missing or damaged, a tensor that the settings do not include, or one that they require
+    /// and that is missing or of another shape; [`Error::Unsupported`] for a setting that this crate does not support.
     pub fn read(dir: &Path) -> Result<Self> {
         let read = || {
             let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
@@ -75,16 +75,16 @@ impl Folder {
         read().or_else(|error| formats::foreign(dir, error))
     }
 
-    /// Reads the bytes of the two files. Errors: those of [`read`](Self::read).
+    /// Parses the bytes of the two files. Errors: those of [`read`](Self::read).
     pub fn parse(config: &[u8], tensors: &[u8]) -> Result<Self> {
         let (config, tensors) = (AdapterConfig::from_json(config)?, parse_tensors(tensors)?);
-        let mut tensors = respelled(tensors)?;
+        let mut tensors = normalised(tensors)?;
         let factor = |name: &String| FACTORS.iter().find_map(|factor| Some(name.strip_suffix(factor)?.to_string()));
         let names: BTreeSet<String> = tensors.keys().filter_map(factor).collect();
         let (mut modules, mut kinds) = (BTreeMap::new(), BTreeMap::new());
         for name in names {
             let (name, parameter) = parameter(&config, &name)?;
-            let settings = told(&config, &name, parameter)?;
+            let settings = rank_and_scaling(&config, &name, parameter)?;
             let (kind, factors) = kind::read(&mut tensors, &name, parameter, settings)?;
             if kind != Kind::Linear {
                 kinds.insert(name.clone(), kind);
@@ -98,10 +98,11 @@ impl Folder {
         Ok(Self { dir: PathBuf::new(), config, modules, kinds, extras })
     }
 
-    /// Modules under settings that say their ranks and scalings: `lora_alpha = scaling·r`, and `rank_pattern` and `alpha_pattern` for
-    /// those that differ from the first of the greatest rank. All else is as `template` has it, or PEFT's default.
+    /// A folder of these modules. Its settings are derived from their ranks and scalings: `r` and `lora_alpha = scaling·r` are those of
+    /// the first module of the largest rank, and `rank_pattern` and `alpha_pattern` hold the others. All other settings are those of
+    /// `template`, or PEFT's defaults.
     ///
-    /// Errors: [`Error::Value`] for no module, for factors that do not fit, a scaling that is not finite, or names that no settings
+    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, a scaling that is not finite, or names that patterns cannot
     /// tell apart.
     pub fn new(template: Option<&AdapterConfig>, modules: BTreeMap<String, Factors>) -> Result<Self> {
         let r = modules.values().map(Factors::rank).max().unwrap_or(0);
@@ -112,29 +113,44 @@ impl Folder {
         let settings = settings(&modules.iter().map(|(name, m)| (name.clone(), (m.rank(), lora_alpha(m)))).collect());
         let config = match template {
             Some(template) => template.with(settings)?,
-            None => AdapterConfig::beside_defaults(settings)?,
+            None => AdapterConfig::with_defaults(settings)?,
         };
-        for (name, Factors { a, b, scaling, .. }) in &modules {
-            unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
-            let (rank, told) = told(&config, name, None)?;
-            let tells = rank == a.rows() && told == *scaling;
-            unless(tells, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
-        }
-        Ok(Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() })
+        Self::from_config(config, modules)
     }
 
-    /// The same folder, whose modules are of these kinds.
+    /// A folder of these modules with these settings, which must give each module the rank and the scaling that it has.
+    ///
+    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, and for a module with another rank or scaling than the
+    /// settings give it.
+    pub fn from_config(config: AdapterConfig, modules: BTreeMap<String, Factors>) -> Result<Self> {
+        unless(!modules.is_empty(), "none".into(), "at least one module")?;
+        let folder = Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() };
+        folder.check_described()?;
+        Ok(folder)
+    }
+
+    /// Errors: [`Error::Value`] unless the factors of each module fit, with the rank and the scaling that the settings give it.
+    fn check_described(&self) -> Result<()> {
+        for (name, Factors { a, b, scaling, .. }) in &self.modules {
+            unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
+            let described = rank_and_scaling(&self.config, name, None)? == (a.rows(), *scaling);
+            unless(described, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
+        }
+        Ok(())
+    }
+
+    /// Sets the kinds of the modules that are not linear layers.
     pub(super) fn of_kinds(self, kinds: BTreeMap<String, Kind>) -> Self {
         Self { kinds, ..self }
     }
 
-    /// The same folder, for a model that stores the weights of linear layers `in × out`.
+    /// Sets `fan_in_fan_out`, for a model that stores the weights of linear layers as `in × out`.
     #[cfg(all(feature = "checkpoint", feature = "svd"))]
     pub(crate) fn stored_in_out(self) -> Result<Self> {
         Ok(Self { config: self.config.with([("fan_in_fan_out", json!(true))])?, ..self })
     }
 
-    /// The same folder, with what another one holds beside factors.
+    /// Copies the tensors of another folder that are not factors.
     #[cfg(feature = "svd")]
     pub(super) fn with_extras(self, other: &Self) -> Self {
         Self { extras: other.extras.clone(), ..self }
@@ -155,73 +171,75 @@ impl Folder {
         self.kinds.get(module).unwrap_or(&Kind::Linear)
     }
 
-    /// The kinds of the modules that are no linear layers.
+    /// The kinds of the modules that are not linear layers.
     #[cfg(feature = "svd")]
     pub(super) fn kinds(&self) -> &BTreeMap<String, Kind> {
         &self.kinds
     }
 
-    /// Whether merging it would leave every weight as it is: every `B` or `A` is zero, and there is nothing beside factors.
+    /// True if merging would not change any weight: in each module `A` or `B` is zero, and there are no other tensors.
     pub fn changes_nothing(&self) -> bool {
         let zero = |matrix: &HostMatrix| matrix.values().iter().all(|&value| value == 0.0);
         self.extras.is_empty() && self.modules.values().all(|factors| zero(&factors.a) || zero(&factors.b))
     }
 
-    /// What it holds beside factors, by the name of the tensor in its file.
+    /// The tensors that are not factors, by their names in the file.
     pub fn extras(&self) -> &BTreeMap<String, Extra> {
         &self.extras
     }
 
-    /// Errors: [`Error::Unsupported`] if the factors do not tell all that the adapter does.
+    /// Errors: [`Error::Unsupported`] if the adapter has more than factors.
     pub(super) fn only_factors(&self) -> Result<()> {
-        self.unset(&BESIDE_FACTORS)?;
+        self.unset(&MORE_THAN_FACTORS)?;
         let extra = self.extras.keys().next();
-        extra
-            .map_or(Ok(()), |name| Err(refused(format!("`{name}` is there beside the factors, which is not supported here"))))?;
+        extra.map_or(Ok(()), |name| Err(refused(format!("`{name}` is not a factor, which is not supported here"))))?;
         self.only_products()
     }
 
-    /// Errors: [`Error::Unsupported`] if a module does something else than add `scaling·B·A`.
+    /// Errors: [`Error::Unsupported`] if the update of a module is not just `scaling·B·A`.
     pub(super) fn only_products(&self) -> Result<()> {
-        // One that began with a part of the weights took it out of them: its factors alone belong to other weights.
-        let began = self.config.began_with().map(|part| json!(part.name()));
-        began.map_or(Ok(()), |value| Err(at(&self.dir, fields::unsupported("init_lora_weights", &value))))?;
+        // The initialisations `pissa` and `olora` changed the weights, so their factors belong to other weights than the model's.
+        let principal = self.config.principal().map(|part| json!(part.name()));
+        principal.map_or(Ok(()), |value| Err(at(&self.dir, config_fields::unsupported("init_lora_weights", &value))))?;
         self.unset(&MORE_THAN_PRODUCTS)
     }
 
     fn unset(&self, settings: &[&'static str]) -> Result<()> {
-        let set = |&field: &&'static str| Some((field, self.config.get(field).filter(|value| fields::is_set(value))?));
-        settings.iter().find_map(set).map_or(Ok(()), |(field, value)| Err(at(&self.dir, fields::unsupported(field, value))))
+        let set = |&field: &&'static str| Some((field, self.config.get(field).filter(|value| config_fields::is_set(value))?));
+        settings
+            .iter()
+            .find_map(set)
+            .map_or(Ok(()), |(field, value)| Err(at(&self.dir, config_fields::unsupported(field, value))))
     }
 
-    /// The element type of all factors, or `f32` where they differ.
+    /// The element type of all factors, or `f32` if they differ.
     pub fn dtype(&self) -> DType {
         let mut dtypes = self.modules.values().map(|factors| factors.dtype);
         let first = dtypes.next().unwrap_or(DType::F32);
         if dtypes.all(|dtype| dtype == first) { first } else { DType::F32 }
     }
 
-    /// The update of a layer of one's own, on a device: factors `r×k` and `n×r`, and the bias of the update, the magnitudes and the
-    /// layer's new bias where the settings ask for them. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
+    /// The update of one linear layer, on a device: factors `r×k` and `n×r`, and, if the settings include them, the bias of the update,
+    /// the magnitudes and the layer's new bias. For [`LoraLinear::new`](crate::nn::LoraLinear::new) or
     /// [`insert`](crate::nn::LoraLinear::insert).
     ///
-    /// `module` is the name that the layer has in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a
-    /// weight `n×k`. An adapter that began with a part of the weight comes as the plain one of twice the rank, see
+    /// `module` is the name of the layer in the folder, such as `model.layers.0.self_attn.q_proj`; `base` is the layer, with a weight
+    /// `n×k`. For the initialisations `pissa` and `olora` it is the equivalent plain update of twice the rank, see
     /// [`Principal`](super::Principal). Layers that the folder holds whole are in [`extras`](Self::extras).
     ///
-    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the layer
-    /// or hold more than the backend's element type can; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
+    /// Errors: [`Error::NoSuchLayer`] if the folder has no update of that name; [`Error::File`] for tensors that do not fit the layer, or
+    /// elements that overflow the backend's element type; [`Error::Unsupported`] for `pissa` and `olora` without the feature `svd`.
     pub fn adapter<B: Backend>(&self, backend: &B, module: &str, base: &Linear<B>) -> Result<Adapter<B>> {
-        let factors = self.modules.get(module).ok_or_else(|| self.lacks(module))?;
-        let asked = self.config.lora_config(module).filter(|_| *self.kind(module) == Kind::Linear);
-        let asked = asked.ok_or_else(|| self.lacks(module))?;
-        let beside = ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"].map(|end| format!("{module}.{end}"));
-        let beside = beside.into_iter().filter_map(|name| Some((name.clone(), self.extras.get(&name)?.tensor.clone())));
-        let tensors = Kind::Linear.stored(module, factors).into_iter().chain(beside).collect();
-        parts::adapter((backend, tensors), (module, base), asked, self.config.began_with())
+        let factors = self.modules.get(module).ok_or_else(|| self.no_such_layer(module))?;
+        let config = self.config.lora_config(module).filter(|_| *self.kind(module) == Kind::Linear);
+        let config = config.ok_or_else(|| self.no_such_layer(module))?;
+        let others = ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"].map(|end| format!("{module}.{end}"));
+        let others = others.into_iter().filter_map(|name| Some((name.clone(), self.extras.get(&name)?.tensor.clone())));
+        let tensors = Kind::Linear.stored(module, factors).into_iter().chain(others).collect();
+        layer_tensors::adapter((backend, tensors), (module, base), config, self.config.principal())
     }
 
-    fn lacks(&self, module: &str) -> Error {
+    fn no_such_layer(&self, module: &str) -> Error {
         const SHOWN: usize = 8;
         let mut known: Vec<&str> = self.modules.keys().take(SHOWN).map(String::as_str).collect();
         if self.modules.len() > SHOWN {
@@ -230,15 +248,15 @@ impl Folder {
         Error::NoSuchLayer { name: module.into(), known: known.join(", ") }
     }
 
-    /// How many numbers it holds.
+    /// The number of elements of all tensors.
     pub fn parameters(&self) -> usize {
         let extras: usize = self.extras.values().map(|extra| extra.tensor.values.len()).sum();
         self.modules.values().map(Factors::parameters).sum::<usize>() + extras
     }
 
-    /// Writes the folder as PEFT would, both files whole or not at all; makes the folder if it is not there.
+    /// Writes the folder as PEFT would: both files completely, or neither. A missing folder is created.
     ///
-    /// Errors: [`Error::File`], also for a number that the stored element type cannot hold.
+    /// Errors: [`Error::File`], also for an element that overflows the stored element type.
     pub fn write(&self, dir: &Path) -> Result<()> {
         let factors = self.modules.iter().flat_map(|(name, factors)| self.kind(name).stored(name, factors));
         let extras = self.extras.iter().map(|(name, extra)| (name.clone(), extra.tensor.clone()));
@@ -246,8 +264,8 @@ impl Folder {
     }
 }
 
-/// The settings that tell the rank and the `lora_alpha` of every module: those of the first of the greatest rank for all, and patterns
-/// for the others.
+/// The settings for modules of these ranks and alphas: `r` and `lora_alpha` from the first module of the largest rank, and patterns for
+/// the modules that differ.
 pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'static str, Value)> {
     let r = modules.values().map(|(rank, _)| *rank).max().unwrap_or(0);
     let usual = modules.values().find(|(rank, _)| *rank == r).map_or(Value::Null, |(_, alpha)| alpha.clone());
@@ -266,11 +284,11 @@ pub(super) fn settings(modules: &BTreeMap<String, (usize, Value)>) -> Vec<(&'sta
     ]
 }
 
-/// The ends of the names of the first factors, for every kind of module, and of the second, which must not be there alone.
+/// The ends of the names of factors, for every kind of module. Both `A` and `B` are listed, so that a file with only one is refused.
 const FACTORS: [&str; 4] = [".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"];
 
-/// The module whose factors have this name in the file. If the update is one of a parameter: the parameter, and how many other
-/// updates are nested in this one.
+/// The module whose factors have this name in the file. For `target_parameters` it is the name of the parameter, with the number of
+/// other updates that are nested in this one.
 fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize>)> {
     let module = name.trim_end_matches(".base_layer");
     let (nested, parameters) = ((name.len() - module.len()) / ".base_layer".len(), config.parameters(module)?);
@@ -278,7 +296,7 @@ fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize
         [] => Ok((name.into(), None)),
         ["weight"] if nested == 0 => Ok((name.into(), None)),
         parameters => {
-            // The update that lies the deepest in the nest is that of the parameter that was registered first.
+            // The innermost update belongs to the parameter that was registered first.
             let parameter = parameters.len().checked_sub(nested + 1).and_then(|at| parameters.get(at));
             let parameter = parameter.ok_or_else(|| refused(format!("`{name}` is none of the `target_parameters`")))?;
             Ok((format!("{module}.{parameter}"), Some(nested)))
@@ -286,7 +304,8 @@ fn parameter(config: &AdapterConfig, name: &str) -> Result<(String, Option<usize
     }
 }
 
-/// What the tensors are that are no factors: all of them known to the settings, none missing that they ask of every module.
+/// The roles of the tensors that are not factors. Errors: [`Error::File`] for a tensor that the settings do not include, and for one that
+/// they require and that is missing.
 fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: HostTensors) -> Result<BTreeMap<String, Extra>> {
     let mut extras = BTreeMap::new();
     for (name, tensor) in tensors {
@@ -296,25 +315,25 @@ fn extras(config: &AdapterConfig, modules: &BTreeMap<String, Factors>, tensors: 
         extras.insert(name, Extra { role, target, tensor });
     }
     for (module, factors) in modules {
-        let Some(told) = config.lora_config(module) else { continue };
+        let Some(update) = config.lora_config(module) else { continue };
         let n = factors.b.rows();
-        for (end, asked) in
-            [("lora_magnitude_vector", told.use_dora), ("lora_B.bias", told.lora_bias), ("base_layer.bias", false)]
+        for (end, required) in
+            [("lora_magnitude_vector", update.use_dora), ("lora_B.bias", update.lora_bias), ("base_layer.bias", false)]
         {
             let name = format!("{module}.{end}");
             match extras.get(&name) {
                 Some(extra) if extra.tensor.values.len() != n => {
                     return Err(refused(format!("`{name}` is {}, want {n}", spell(&extra.tensor.shape))));
                 }
-                None if asked => return Err(refused(format!("`{name}` is missing, want {n}"))),
+                None if required => return Err(refused(format!("`{name}` is missing, want {n}"))),
                 _ => {}
             }
         }
     }
-    let needs = [Role::Magnitude, Role::Plus];
-    let alone = |extra: &Extra| needs.contains(&extra.role) && !modules.contains_key(module_of(&extra.target));
-    match extras.iter().find(|(_, extra)| alone(extra)) {
-        Some((name, _)) => Err(refused(format!("`{name}` is there without the factors of its module"))),
+    let need_factors = [Role::Magnitude, Role::AddToBias];
+    let incomplete = |extra: &Extra| need_factors.contains(&extra.role) && !modules.contains_key(module_of(&extra.target));
+    match extras.iter().find(|(_, extra)| incomplete(extra)) {
+        Some((name, _)) => Err(refused(format!("`{name}` needs the factors of its module, which are missing"))),
         None => Ok(extras),
     }
 }
@@ -324,17 +343,17 @@ pub(crate) fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
 }
 
-/// `scaling·r`: a number of `f64`, so that dividing it by r once more gives the scaling to the bit, in PEFT as here.
+/// `scaling·r` in `f64`, so that dividing it by r gives exactly the scaling, in PEFT as well as here.
 fn lora_alpha(module: &Factors) -> Value {
     number(f64::from(module.scaling) * module.rank() as f64)
 }
 
-/// The rank and the scaling that the settings tell of a module, or of a parameter.
-fn told(config: &AdapterConfig, name: &str, parameter: Option<usize>) -> Result<(usize, f32)> {
-    let told = parameter.map(|_| config.settings(name)).or_else(|| config.lora_config(name));
-    let told = told.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
-    config.check(name, &told)?;
-    Ok((told.rank, told.scaling.of(told.alpha, told.rank)))
+/// The rank and the scaling that the settings give to a module, or to a parameter.
+fn rank_and_scaling(config: &AdapterConfig, name: &str, parameter: Option<usize>) -> Result<(usize, f32)> {
+    let update = parameter.map(|_| config.settings(name)).or_else(|| config.lora_config(name));
+    let update = update.ok_or_else(|| refused(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
+    config.check(name, &update)?;
+    Ok((update.rank, update.scaling.of(update.alpha, update.rank)))
 }
 
 fn unless(holds: bool, got: String, want: &'static str) -> Result<()> {

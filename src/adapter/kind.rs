@@ -1,4 +1,4 @@
-//! Kinds of layers that get an update, and the tensors that hold its factors.
+//! The kinds of layers that get an update, and how a file stores the factors of each.
 //!
 //! | kind | `A` in the file | `B` in the file | `ΔW` |
 //! |---|---|---|---|
@@ -12,26 +12,26 @@ use super::{Factors, HostMatrix, TENSORS_FILE};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// What kind of layer an update is for.
+/// The kind of layer that an update is for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Kind {
     /// A linear layer, stored `n×k`, or `k×n` (`fan_in_fan_out`).
     #[default]
     Linear,
-    /// A table that is read row by row, stored `rows×n`.
+    /// An embedding table, stored `rows×n`.
     Embedding,
     /// A convolution of `channels` inputs, stored `n × channels × kernel…`.
     Convolution {
         /// Input channels.
         channels: usize,
-        /// The sizes of the kernel: one to three.
+        /// The kernel size in each dimension: one to three.
         kernel: Vec<usize>,
     },
-    /// A parameter of a module, with a matrix for each of its experts: `target_parameters`.
+    /// A parameter of a module, with a matrix for each expert: `target_parameters`.
     Parameter {
-        /// How many experts.
+        /// Number of experts.
         experts: usize,
-        /// How many updates of other parameters of the module are nested in it.
+        /// Number of updates of other parameters of the module that are nested in this one.
         nested: usize,
     },
 }
@@ -68,7 +68,8 @@ impl Kind {
     }
 }
 
-/// The factors of a module out of the tensors of a file, whatever its kind, if they are of this rank.
+/// Takes the factors of a module from the tensors of a file, and finds its kind. `parameter` is `Some(nested)` for a parameter of
+/// experts. Errors: [`Error::File`] for factors that are missing, empty, or not of this rank.
 pub(super) fn read(
     tensors: &mut HostTensors,
     module: &str,
@@ -117,7 +118,8 @@ pub(super) fn read(
     }
 }
 
-/// Errors: [`Error::Unsupported`] for one in groups: `A` mixes all channels, so the update is no convolution in groups.
+/// The kind of a convolution. Errors: [`Error::File`] for other shapes; [`Error::Unsupported`] for a grouped convolution, because `A`
+/// mixes all channels, and the weight of a grouped convolution cannot hold such an update.
 fn convolution(names: &[String; 2], a: &HostTensor, b: &HostTensor) -> Result<Kind> {
     let pointwise = b.shape.len() == a.shape.len() && b.shape[2..].iter().all(|&side| side == 1);
     if !pointwise {

@@ -17,7 +17,7 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 //!
-//! On layers of one's own, by the names that the folder has for them:
+//! Adapters can also be loaded one layer at a time, by the names that the folder has for the layers:
 //!
 //! ```
 //! use lowrank::adapter::Folder;
@@ -31,7 +31,7 @@
 //! # let factors = Factors { a, b, scaling: 2.0, dtype: DType::F32 };
 //! # Folder::new(None, [("model.layers.0.self_attn.q_proj".to_string(), factors)].into())?.write(dir)?;
 //! let cpu = Cpu::<f32>::new()?;
-//! let q_proj = Linear::new(&cpu, 8, 4, &mut Rng::new(0))?; // of your model, 8 inputs and 4 outputs
+//! let q_proj = Linear::new(&cpu, 8, 4, &mut Rng::new(0))?; // a layer of your model, with 8 inputs and 4 outputs
 //!
 //! let folder = Folder::read(dir)?; // as PEFT wrote it
 //! let adapter = folder.adapter(&cpu, "model.layers.0.self_attn.q_proj", &q_proj)?;
@@ -45,24 +45,24 @@ mod combine;
 #[cfg(feature = "svd")]
 mod compress;
 mod config;
+mod config_fields;
 #[cfg(feature = "svd")]
 mod decompose;
-mod extra;
-mod fields;
+mod extra_tensors;
 mod folder;
 pub mod formats;
 mod kind;
-#[cfg(feature = "svd")]
-mod leading;
+mod layer_tensors;
 mod matrix;
-mod mix;
 mod modules;
-mod parts;
 mod pattern;
 #[cfg(feature = "svd")]
 mod principal;
+#[cfg(feature = "svd")]
+mod randomized_svd;
 mod spelling;
 mod tensors;
+mod ties_dare;
 
 use std::path::{Path, PathBuf};
 
@@ -71,18 +71,18 @@ pub use combine::{CombinationType, Combine, MajoritySign, combine};
 pub(crate) use compress::inside;
 #[cfg(feature = "svd")]
 pub use compress::{compress, extract};
-pub use config::{AdapterConfig, Asked, TargetModules};
+pub use config::{AdapterConfig, LayerTarget, TargetModules};
+pub use config_fields::Principal;
 #[cfg(feature = "svd")]
 pub use decompose::{Keep, Svd, olora, pissa};
-pub use extra::{Extra, Role};
-pub use fields::Principal;
+pub use extra_tensors::{Extra, Role};
 #[cfg(feature = "checkpoint")]
 pub(crate) use folder::module_of;
 pub use folder::{Factors, Folder};
 pub use kind::Kind;
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
-pub use principal::begin_with;
+pub use principal::init_from_weight;
 #[cfg(feature = "checkpoint")]
 pub(crate) use tensors::damage;
 pub use tensors::{HostTensor, HostTensors, parse_tensors};
@@ -90,19 +90,21 @@ pub use tensors::{HostTensor, HostTensors, parse_tensors};
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::file::{self, Staged};
-use crate::nn::{Adaptable, DEFAULT, Tuned, check_layers, unmerged};
+use crate::nn::{Adaptable, DEFAULT, LayerAdapter, check_layers, check_unmerged};
 
-/// The settings of an adapter, in its folder.
+/// The file name of an adapter's settings.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The numbers of an adapter, in its folder.
+/// The file name of an adapter's tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
-/// Writes every adapter of a model as PEFT 0.21 would: `default` to the folder itself, each other to a sub-folder of its name.
-/// All files whole or none; folders that are not there are made. What a model does not know, such as `base_model_name_or_path`, is at
-/// PEFT's default: [`save_with`] writes it.
+/// Writes every adapter of a model as PEFT 0.21 would: `default` into the folder itself, each other one into a sub-folder of its name.
 ///
-/// PEFT has no raw alpha: it is written as the `lora_alpha` that comes to the same scaling. Errors: [`Error::Value`] for a model
-/// without adapters, or an adapter whose layers differ in what a config has once for all; [`Error::File`].
+/// Missing folders are created. Files are staged: either all are written completely, or none. Settings that a model does not hold, such
+/// as `base_model_name_or_path`, get PEFT's defaults; [`save_with`] can set them. PEFT has no [raw](crate::nn::Scaling::Raw) alpha, so
+/// the `lora_alpha` that gives the same scaling is written instead.
+///
+/// Errors: [`Error::Value`] for a model without adapters, or for an adapter whose layers differ in a setting that a config has only
+/// once; [`Error::File`].
 pub fn save<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<()> {
     let names = model.adapter_names();
     Error::unless(!names.is_empty(), "save", "model", "no adapter", "at least one adapter")?;
@@ -117,8 +119,8 @@ pub fn save_as<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &str, d
     write(backend, model, &[(name, AdapterConfig::of_adapter(model, name)?)], dir)
 }
 
-/// Writes the adapter `default`, with the keys of a config that came from elsewhere. What says something else than the model is set
-/// anew. Errors: those of [`save`].
+/// Writes the adapter `default` with the settings of `config`, for example a config that [`load`] returned. Settings that disagree with
+/// the model are replaced by those of the model. Errors: those of [`save`].
 ///
 /// ```
 /// # use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
@@ -130,7 +132,7 @@ pub fn save_as<B: Backend>(backend: &B, model: &impl Adaptable<B>, name: &str, d
 /// let config = AdapterConfig::of(&model)?.with_base_model_name_or_path("org/model").with_task_type("CAUSAL_LM");
 /// adapter::save_with(&cpu, &model, &config, dir)?;
 ///
-/// let loaded = adapter::load(&cpu, &mut model, dir)?; // keep it, and save with it
+/// let loaded = adapter::load(&cpu, &mut model, dir)?; // to save the adapter again, pass this config
 /// assert_eq!(loaded.base_model_name_or_path(), Some("org/model"));
 /// # Ok::<(), lowrank::Error>(())
 /// ```
@@ -138,29 +140,29 @@ pub fn save_with<B: Backend>(backend: &B, model: &impl Adaptable<B>, config: &Ad
     write(backend, model, &[(DEFAULT, config.updated(model)?)], dir)
 }
 
-/// Where the files of an adapter go in a folder: `default` to the folder itself, each other to a sub-folder of its name.
+/// The folder of an adapter's files: `dir` itself for `default`, and the sub-folder of its name for any other.
 pub fn folder(dir: &Path, name: &str) -> PathBuf {
     if name == DEFAULT { dir.into() } else { dir.join(name) }
 }
 
 fn write<B: Backend>(backend: &B, model: &impl Adaptable<B>, configs: &[(&str, AdapterConfig)], dir: &Path) -> Result<()> {
-    let tensors = |(name, config)| Ok((folder(dir, name), config, parts::write(backend, model, name)?));
+    let tensors = |(name, config)| Ok((folder(dir, name), config, layer_tensors::write(backend, model, name)?));
     let folders = configs.iter().map(|(name, config)| tensors((name, config))).collect::<Result<Vec<_>>>()?;
     publish(&folders)
 }
 
-/// Writes adapters into their folders: all files whole or none. Folders that are not there are made.
+/// Writes adapters into their folders: all files completely, or none. Missing folders are created.
 fn publish(folders: &[(PathBuf, &AdapterConfig, HostTensors)]) -> Result<()> {
     let mut files = Vec::new();
     for (dir, config, tensors) in folders {
         let bytes = tensors::serialize(tensors::PREFIX, tensors).map_err(|error| at(dir, error))?;
         files.extend([(dir.clone(), TENSORS_FILE, bytes), (dir.clone(), CONFIG_FILE, config.to_json().into_bytes())]);
     }
-    place(files)
+    write_files(files)
 }
 
-/// Writes files into folders: all whole or none. Folders that are not there are made.
-fn place(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
+/// Writes files into folders: all completely, or none. Missing folders are created.
+fn write_files(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
     let stage = |(dir, name, bytes): &(PathBuf, &str, Vec<u8>)| {
         std::fs::create_dir_all(dir).map_err(|error| Error::File { path: dir.into(), reason: error.to_string() })?;
         Staged::new(&dir.join(name), bytes)
@@ -169,36 +171,36 @@ fn place(files: Vec<(PathBuf, &str, Vec<u8>)>) -> Result<()> {
     staged.into_iter().try_for_each(Staged::publish)
 }
 
-/// Freezes a model and gives it the adapter of a folder as its only one, `default`. The config is for [`save_with`].
+/// Freezes a model and loads the adapter of a folder as its only one, `default`. Returns the settings, which [`save_with`] takes.
 ///
-/// The numbers are rounded to the model's element type. An adapter that began with a part of the weights (`pissa`, `olora`) loads
-/// as the plain one of twice the rank that it comes to, see [`Principal`]; the weights stay.
+/// Elements are rounded to the model's element type. An adapter that was initialised with a part of the weights (`pissa`, `olora`) is
+/// loaded as the equivalent plain adapter of twice the rank, see [`Principal`]; the weights are not changed.
 ///
-/// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and a setting outside its range;
-/// [`Error::Unsupported`] for a setting that this crate does not know how to honour; [`Error::Value`] for a model that holds a merged
-/// adapter. The model is not changed then.
+/// Errors: [`Error::File`] for a file that is missing, damaged or does not fit the model, and for a setting out of range;
+/// [`Error::Unsupported`] for a setting that this crate does not support; [`Error::Value`] while an adapter is merged. The model is not
+/// changed then.
 pub fn load<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
-    unmerged(model, "load")?;
+    check_unmerged(model, "load")?;
     check_layers(model, "load")?;
     model.unload()?;
-    model.insert_adapter(DEFAULT, parts)?; // cannot fail: each part is for a layer there is, and fits it
+    model.insert_adapter(DEFAULT, parts)?; // cannot fail: each part is for an existing layer and fits it
     Ok(config)
 }
 
-/// Freezes a model and gives it the adapter of a folder under a name, beside those it has; one of the same name is replaced. The
-/// first adapter of a model is active, others wait for [`Adaptable::set_active`].
+/// Freezes a model and adds the adapter of a folder under a name; an adapter of the same name is replaced. The first adapter of a model
+/// is active at once; later ones need [`Adaptable::set_active`].
 ///
 /// Errors: those of [`load`]; [`Error::Value`] for a name with a dot or a slash. The model is not changed then.
 pub fn load_as<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
     let (config, parts) = read(backend, model, dir)?;
-    unmerged(model, "load_as")?;
+    check_unmerged(model, "load_as")?;
     model.insert_adapter(name, parts)?;
     Ok(config)
 }
 
-/// Writes the adapter of a folder over the numbers and settings of one that is there, without a new allocation: see
-/// [`Adaptable::swap_adapter`], also for what becomes of the scale and of an optimizer's moments.
+/// Overwrites an adapter of the model, in place, with the adapter of a folder. See [`Adaptable::swap_adapter`], also for what happens to
+/// the scale and to an optimizer's moments.
 ///
 /// Errors: those of [`load`] and of [`Adaptable::swap_adapter`]. The model is not changed then.
 pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, dir: &Path) -> Result<AdapterConfig> {
@@ -207,15 +209,15 @@ pub fn swap<B: Backend>(backend: &B, model: &mut impl Adaptable<B>, name: &str, 
     Ok(config)
 }
 
-type Parts<B> = Vec<(String, Tuned<B>)>;
+type Parts<B> = Vec<(String, LayerAdapter<B>)>;
 
 fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Result<(AdapterConfig, Parts<B>)> {
     let read = || {
         let (config, tensors) = (file::read(&dir.join(CONFIG_FILE))?, file::read(&dir.join(TENSORS_FILE))?);
         let parse = || {
             let config = AdapterConfig::from_json(&config)?;
-            let tensors = parse_tensors(&tensors).and_then(spelling::respelled)?;
-            let parts = parts::read(backend, model, &config, tensors)?;
+            let tensors = parse_tensors(&tensors).and_then(spelling::normalised)?;
+            let parts = layer_tensors::read(backend, model, &config, tensors)?;
             Ok((config, parts))
         };
         parse().map_err(|error| at(dir, error))
@@ -223,7 +225,7 @@ fn read<B: Backend>(backend: &B, model: &impl Adaptable<B>, dir: &Path) -> Resul
     read().map_err(|error| formats::explained(dir, error))
 }
 
-/// The same error, with the file it speaks of in this folder.
+/// Adds the folder to the path of an error.
 fn at(dir: &Path, error: Error) -> Error {
     match error {
         Error::File { path, reason } => Error::File { path: dir.join(path), reason },

@@ -1,8 +1,8 @@
-//! Which layers a config names, by PEFT's rules.
+//! The layers that a config selects, by PEFT's rules.
 
 use super::pattern::Pattern;
 
-/// Which layers get an update, and which are copied and trained whole.
+/// The rules that select the layers which get an update, and those which are copied and trained whole.
 #[derive(Clone, Debug)]
 pub(super) struct Selection {
     /// `target_modules`
@@ -23,26 +23,26 @@ pub(super) enum Modules {
     Matching(Pattern),
 }
 
-/// Numbered layers, `3` in `model.layers.3.q_proj`.
+/// Numbers of layers, such as `3` in `model.layers.3.q_proj`.
 #[derive(Clone, Debug)]
 pub(super) struct Layers {
     pub(super) numbers: Vec<u64>,
-    /// Each finds the number of a layer as its group `idx`.
+    /// Patterns whose group `idx` is the number of a layer; the first that matches counts.
     pub(super) patterns: Vec<Pattern>,
 }
 
 /// An entry of `modules_to_save`.
 #[derive(Clone, Debug)]
 pub(super) struct Saved {
-    /// The end of the name of what is copied.
+    /// Layers whose names end with this are copied.
     pub(super) name: String,
-    /// What gets no update: it, and all that is in it.
+    /// Matches the names of these modules and of all modules within them, which get no update.
     pub(super) within: Pattern,
 }
 
 impl Selection {
-    /// Whether a layer gets an update. What is excluded or saved whole does not; the number counts for layers that the end of a
-    /// name picks, not for one that is named in full.
+    /// True if a layer gets an update: it is a target, and neither excluded nor saved whole. `layers_to_transform` applies to layers
+    /// that match the end of a name, not to one that is named in full.
     pub(super) fn targets(&self, layer: &str) -> bool {
         if self.excluded.as_ref().is_some_and(|excluded| excluded.include(layer)) {
             return false;
@@ -55,14 +55,14 @@ impl Selection {
         named || self.targets.include(layer) && numbered()
     }
 
-    /// Whether a layer is copied and trained whole.
+    /// True if a layer is copied and trained whole.
     pub(super) fn saves(&self, layer: &str) -> bool {
         self.saved.iter().any(|saved| layer.ends_with(&saved.name))
     }
 }
 
 impl Selection {
-    /// The patterns that decide about a layer.
+    /// All regular expressions of the selection.
     pub(super) fn patterns(&self) -> impl Iterator<Item = &Pattern> {
         let numbered = self.layers.iter().flat_map(|layers| &layers.patterns);
         let whole = std::iter::once(&self.targets).chain(&self.excluded).filter_map(Modules::pattern);
@@ -91,7 +91,7 @@ impl Modules {
 }
 
 impl Layers {
-    /// By the first pattern that finds a number.
+    /// True if the layer's number is in the list.
     fn include(&self, layer: &str) -> bool {
         let digits = self.patterns.iter().find_map(|pattern| pattern.group(layer, "idx"));
         digits.and_then(|digits| digits.parse().ok()).is_some_and(|number: u64| self.numbers.contains(&number))

@@ -1,8 +1,8 @@
-//! The regular expressions of a config, as Python's `re` reads them: with look-around and back-references.
+//! Regular expressions of a config, in the syntax of Python's `re`, with look-around and back-references.
 
 use fancy_regex::{Regex, RegexBuilder};
 
-use super::fields::{brief, refused};
+use super::config_fields::{brief, refused};
 use crate::error::Result;
 
 /// A pattern for names of modules.
@@ -14,8 +14,8 @@ pub(super) struct Pattern {
 }
 
 impl Pattern {
-    /// A pattern between what makes it match as PEFT does. Errors: [`Error::File`](crate::Error::File) for what is no regular
-    /// expression. The limits keep a hostile one small and short.
+    /// A pattern, with a prefix and a suffix that make it match as in PEFT. Its size and its number of steps are limited, so that a
+    /// malicious one cannot exhaust memory or time. Errors: [`Error::File`](crate::Error::File) if it is not a regular expression.
     pub(super) fn new(key: &str, [before, pattern, after]: [&str; 3]) -> Result<Self> {
         const STEPS: usize = 100_000;
         let mut builder = RegexBuilder::new(&[before, pattern, after].concat());
@@ -24,18 +24,18 @@ impl Pattern {
         Ok(Self { key: key.into(), regex: built.map_err(wrong)? })
     }
 
-    /// Whether it matches. A pattern that gives up does not: see [`decides`](Self::decides).
+    /// True if it matches. False if it takes too many steps; [`check_steps`](Self::check_steps) makes that an error.
     pub(super) fn is_match(&self, name: &str) -> bool {
         self.regex.is_match(name).unwrap_or(false)
     }
 
-    /// What its group of this name matched.
+    /// The text that its group of this name matched.
     pub(super) fn group<'n>(&self, name: &'n str, group: &str) -> Option<&'n str> {
         Some(self.regex.captures(name).ok()??.name(group)?.as_str())
     }
 
-    /// Errors: [`Error::File`](crate::Error::File) if the pattern takes more steps on this name than anybody should wait for.
-    pub(super) fn decides(&self, name: &str) -> Result<()> {
+    /// Errors: [`Error::File`](crate::Error::File) if the pattern takes too many steps on this name.
+    pub(super) fn check_steps(&self, name: &str) -> Result<()> {
         let gives_up = |_| refused(format!("`{}` holds a pattern that takes too many steps on `{name}`", self.key));
         self.regex.is_match(name).map(drop).map_err(gives_up)
     }

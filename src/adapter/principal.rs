@@ -1,23 +1,24 @@
-//! Adapters that begin with a part of the weight they adapt: `W -= scaling·B·A`.
+//! Initialising an adapter with the principal part of the weights (PiSSA, OLoRA): `W -= scaling·B·A`.
 
 use super::compress::inside;
 use super::{HostMatrix, Principal, olora, pissa};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::{Error, Result};
-use crate::nn::{Adaptable, Adapter, LoraConfig, Merge, Scaling, Tuned, insert_inactive, unmerged, write_factors};
+use crate::nn::{Adaptable, Adapter, LayerAdapter, LoraConfig, Merge, Scaling, check_unmerged, insert_inactive, write_factors};
 use crate::tensor::Tensor;
 
-/// Moves the principal part of each weight that an adapter adapts into the adapter: `W -= scaling·B·A`, and the model computes
-/// what it did.
+/// Moves the principal part of each adapted weight into the factors of an adapter: `W -= scaling·B·A`. The outputs of the model stay
+/// the same, up to rounding.
 ///
-/// The part is kept as an adapter of its own, named `start`, with `-B`, and merged: unmerging it brings back every bit of the
-/// weights. So what was learned is the sum of the two adapters, a plain one of twice the rank: [`save`](super::save) writes
-/// both, and [`combine`](super::combine) by `cat`, with a weight of 1 each, makes one folder of them that any model loads.
+/// The part is also added as a second adapter, named `start`, with `A` and `-B`, which is merged; unmerging it restores every bit of the
+/// weights. The learned update is the sum of the two adapters, of twice the rank. [`save`](super::save) writes both, and
+/// [`combine`](super::combine) by `cat`, with a weight of 1 each, makes one adapter of them that any model can load.
 ///
-/// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the sides of a weight, for DoRA, a weight or a scaling
-/// that cannot be decomposed, a name that is taken or has a dot, and while an adapter is merged or off. Nothing is changed then.
-pub fn begin_with<B: Backend>(
+/// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for a rank above the smaller dimension of a weight, for DoRA, a weight or a scaling
+/// that cannot be decomposed, a name that exists or has a dot, and while an adapter is merged or adapters are disabled. Nothing is
+/// changed then.
+pub fn init_from_weight<B: Backend>(
     backend: &B,
     model: &mut impl Adaptable<B>,
     name: &str,
@@ -25,9 +26,9 @@ pub fn begin_with<B: Backend>(
     part: Principal,
 ) -> Result<()> {
     model.check_adapters(&[name])?;
-    unmerged(model, "begin_with")?;
+    check_unmerged(model, "init_from_weight")?;
     let taken = model.adapter_names().contains(&start);
-    Error::unless(!taken, "begin_with", "start", format!("`{start}`, which is there"), "a new name")?;
+    Error::unless(!taken, "init_from_weight", "start", format!("`{start}`, which exists"), "a new name")?;
     let mut numbers = Vec::new();
     for (layer, adapter) in model.adapters(name) {
         let w = &model.layer(layer)?.base().weight().tensor;
@@ -36,11 +37,11 @@ pub fn begin_with<B: Backend>(
 
     let mut starts = Vec::new();
     for (layer, (a, b, config)) in &numbers {
-        let minus: Vec<B::Elem> = b.values().iter().map(|b| B::Elem::from_f32(-b)).collect();
-        let (a, b) = (up(backend, a)?, Tensor::from_slice(backend, b.shape(), &minus)?);
-        starts.push((layer.clone(), Tuned::Lora(Adapter::from_tensors(a, b, config.clone())?)));
+        let negated: Vec<B::Elem> = b.values().iter().map(|b| B::Elem::from_f32(-b)).collect();
+        let (a, b) = (upload(backend, a)?, Tensor::from_slice(backend, b.shape(), &negated)?);
+        starts.push((layer.clone(), LayerAdapter::Lora(Adapter::from_tensors(a, b, config.clone())?)));
     }
-    insert_inactive(model, "begin_with", start, starts)?;
+    insert_inactive(model, "init_from_weight", start, starts)?;
     if let Err(error) = model.merge_as(backend, &[start], Merge::default()) {
         model.delete_adapter(start)?;
         return Err(error);
@@ -51,7 +52,7 @@ pub fn begin_with<B: Backend>(
     Ok(())
 }
 
-/// `A` and `B` of the part, and the settings of an adapter that has just them.
+/// `A` and `B` of the principal part, and the settings of an adapter with these factors.
 fn factors<B: Backend>(
     backend: &B,
     w: &Tensor<B>,
@@ -59,17 +60,17 @@ fn factors<B: Backend>(
     part: Principal,
 ) -> Result<(HostMatrix, HostMatrix, LoraConfig)> {
     let there = adapter.config();
-    Error::unless(!there.use_dora, "begin_with", "use_dora", "set", "an adapter without magnitudes")?;
-    Error::unless(adapter.room() == there.rank, "begin_with", "room", adapter.room(), "the rank, as when it was added")?;
+    Error::unless(!there.use_dora, "init_from_weight", "use_dora", "set", "an adapter without magnitudes")?;
+    Error::unless(adapter.room() == there.rank, "init_from_weight", "room", adapter.room(), "the rank, as when it was added")?;
     let usual = there.scaling.of(there.alpha, there.rank);
-    Error::unless(adapter.scaling() == usual, "begin_with", "scale", adapter.scaling() / usual, "1, as when it was added")?;
+    Error::unless(adapter.scaling() == usual, "init_from_weight", "scale", adapter.scaling() / usual, "1, as when it was added")?;
     let (a, b) = part.of(&host(backend, w)?, there.rank, adapter.scaling())?;
     let config = LoraConfig { scaling: there.scaling, ..LoraConfig::new(there.rank, there.alpha) };
     Ok((a, b, config))
 }
 
 impl Principal {
-    /// `A₀` and `B₀`: what an adapter of this weight begins with.
+    /// The initial factors `A₀` and `B₀` of an adapter for this weight.
     fn of(self, w: &HostMatrix, rank: usize, scaling: f32) -> Result<(HostMatrix, HostMatrix)> {
         match self {
             Principal::Pissa => pissa(w, rank, scaling.into()),
@@ -77,7 +78,7 @@ impl Principal {
         }
     }
 
-    /// The factors of the plain adapter that one which began so comes to: `A` over `A₀`, `B` beside `-B₀`.
+    /// The factors of the equivalent plain adapter, of rank 2r: `[A; A₀]` and `[B, -B₀]`.
     ///
     /// Errors: [`Error::Value`] for a weight or a scaling that cannot be decomposed.
     pub(crate) fn plain(self, w: &HostMatrix, [a, b]: [HostMatrix; 2], scaling: f32) -> Result<[HostMatrix; 2]> {
@@ -90,7 +91,7 @@ impl Principal {
     }
 }
 
-/// The factors of a folder, and their settings, as a plain adapter of this layer. Errors: those of [`Principal::plain`].
+/// The factors and settings of the plain adapter that is equivalent to that of a folder. Errors: those of [`Principal::plain`].
 pub(super) fn plain<B: Backend>(
     (backend, layer, w): (&B, &str, &Tensor<B>),
     factors: [HostMatrix; 2],
@@ -110,6 +111,6 @@ fn narrow<E: Float>(matrix: &HostMatrix) -> Vec<E> {
     matrix.values().iter().map(|&x| E::from_f32(x)).collect()
 }
 
-fn up<B: Backend>(backend: &B, matrix: &HostMatrix) -> Result<Tensor<B>> {
+fn upload<B: Backend>(backend: &B, matrix: &HostMatrix) -> Result<Tensor<B>> {
     Tensor::from_slice(backend, matrix.shape(), &narrow::<B::Elem>(matrix))
 }

@@ -1,4 +1,4 @@
-//! Names of tensors, as they are found in files, under the one spelling that PEFT writes.
+//! Normalises the names of tensors in files to the spelling that PEFT writes.
 //!
 //! | found | written |
 //! |---|---|
@@ -8,7 +8,7 @@
 //! | `x.lora_magnitude_vector.weight`, `x.lora_magnitude_vector.default.weight` | `x.lora_magnitude_vector` |
 //! | `x.modules_to_save.default.weight` | `x.weight` |
 //! | `x.token_adapter.base_layer.weight` | `x.base_layer.weight` |
-//! | `x.original_module.weight`, `x.token_adapter.trainable_tokens_original.default` | no tensor of the adapter |
+//! | `x.original_module.weight`, `x.token_adapter.trainable_tokens_original.default` | dropped: not part of the adapter |
 
 use std::collections::BTreeMap;
 
@@ -16,16 +16,16 @@ use super::HostTensors;
 use super::tensors::{PREFIX, refused};
 use crate::error::Result;
 
-/// What wrappers of models (torch.compile, FSDP, activation checkpointing) put into the names of modules.
+/// Components that wrappers of models (torch.compile, FSDP, activation checkpointing) insert into the names of modules.
 const WRAPPERS: [&str; 3] = ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"];
 
-/// The tensors under PEFT's spelling. Errors: [`Error::File`](crate::Error::File) if two tensors then have one name, as in a file
-/// with two adapters.
-pub(super) fn respelled(tensors: HostTensors) -> Result<HostTensors> {
+/// The tensors with their names in PEFT's spelling. Errors: [`Error::File`](crate::Error::File) if two tensors get one name, as in a
+/// file with two adapters.
+pub(super) fn normalised(tensors: HostTensors) -> Result<HostTensors> {
     let mut found: BTreeMap<String, String> = BTreeMap::new();
     let mut written = HostTensors::new();
     for (name, tensor) in tensors {
-        let Some(short) = spelled(&name) else { continue };
+        let Some(short) = normalise(&name) else { continue };
         if let Some(other) = found.insert(short.clone(), name.clone()) {
             return Err(refused(format!("`{other}` and `{name}` are both `{short}`: want one adapter in a file")));
         }
@@ -34,7 +34,8 @@ pub(super) fn respelled(tensors: HostTensors) -> Result<HostTensors> {
     Ok(written)
 }
 
-fn spelled(name: &str) -> Option<String> {
+/// A name in PEFT's spelling; `None` for a tensor that is not part of the adapter.
+fn normalise(name: &str) -> Option<String> {
     let mut rest = name;
     loop {
         let wrapped = rest.strip_prefix("module.").filter(|rest| rest.starts_with("base_model."));
@@ -67,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_found_has_one_spelling() {
+    fn every_spelling_is_normalised() {
         for (found, written) in [
             ("x.lora_A.weight", Some("x.lora_A.weight")),
             ("x.lora_B.second.bias", Some("x.lora_B.bias")),
@@ -85,7 +86,7 @@ mod tests {
             ("x.original_module.weight", None),
             ("module.x.lora_A.weight", Some("module.x.lora_A.weight")),
         ] {
-            assert_eq!(spelled(found).as_deref(), written, "{found}");
+            assert_eq!(normalise(found).as_deref(), written, "{found}");
         }
     }
 }

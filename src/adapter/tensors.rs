@@ -1,4 +1,4 @@
-//! `adapter_model.safetensors`: the factors of an adapter, by name.
+//! `adapter_model.safetensors`: reading and writing the tensors of an adapter.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -12,32 +12,32 @@ use crate::element::{DType, Float, bf16, f16};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// What PEFT puts before the name of a module; files without it are read as well.
+/// The prefix that PEFT writes before the name of a module. Files without it are accepted too.
 pub(super) const PREFIX: &str = "base_model.model.";
 
-/// A tensor in host memory, widened to `f32`, which holds every `f16` and `bf16` exactly.
+/// A tensor in host memory, widened to `f32`, which is exact for `f16` and `bf16`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostTensor {
     /// The length of each dimension.
     pub shape: Vec<usize>,
-    /// How a file stores the elements.
+    /// The element type of the file.
     pub dtype: DType,
-    /// The elements, row by row.
+    /// The elements, in row-major order.
     pub values: Vec<f32>,
 }
 
 impl HostTensor {
-    /// The same numbers on a device, rounded to its element type: a matrix as it is, a vector of length n as `1×n`.
+    /// Uploads the tensor, rounded to the element type of the backend. A vector of length n becomes `1×n`.
     ///
-    /// Errors: [`Error::Value`] for any other number of dimensions, for a number that is more than the element type can hold, and
-    /// unless there are as many as the shape says.
+    /// Errors: [`Error::Value`] for more than two dimensions, for an element that overflows the element type, and if the number of
+    /// elements is not that of the shape.
     pub fn to_device<B: Backend>(&self, backend: &B) -> Result<Tensor<B>> {
         let shape = match self.shape[..] {
             [n] => (1, n),
             [rows, cols] => (rows, cols),
             _ => return Err(unfit("shape", spell(&self.shape), "one or two dimensions")),
         };
-        let over = |value: f32| unfit("values", value.to_string(), "what the element type can hold");
+        let over = |value: f32| unfit("values", value.to_string(), "values that the element type can hold");
         let values = self.values.iter().map(|&value| narrowed::<B::Elem>(value).ok_or_else(|| over(value)));
         Tensor::from_slice(backend, shape, &values.collect::<Result<Vec<_>>>()?)
     }
@@ -55,15 +55,14 @@ pub(super) fn key(layer: &str, factor: &str) -> String {
     format!("{layer}.{factor}.weight")
 }
 
-/// Reads the bytes of a safetensors file. Errors: [`Error::File`] for anything but `f32`, `f16` and `bf16` tensors, each
-/// under one name, that fill the file.
+/// Parses the bytes of a safetensors file. Errors: [`Error::File`] for a damaged file, for element types other than `f32`, `f16` and
+/// `bf16`, and for two tensors of one name.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| refused(damage(Path::new(TENSORS_FILE), bytes, &error)))?;
     let mut tensors = HostTensors::new();
     for (name, view) in file.iter() {
-        let (dtype, values) = widen(view.dtype(), view.data()).ok_or_else(|| {
-            refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", view.dtype())) // as the file spells them
-        })?;
+        let (dtype, values) = widen(view.dtype(), view.data())
+            .ok_or_else(|| refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", view.dtype())))?;
         let short = name.strip_prefix(PREFIX).unwrap_or(name);
         if tensors.insert(short.into(), HostTensor { shape: view.shape().into(), dtype, values }).is_some() {
             return Err(refused(format!("`{short}` is there twice, with and without `{PREFIX}`")));
@@ -72,7 +71,7 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     Ok(tensors)
 }
 
-/// What is wrong with a safetensors file: another kind of file, cut short, as by a download that broke off, or what its reader says.
+/// Describes why a safetensors file cannot be read: it is another kind of file, it is truncated, or else the reader's own message.
 pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> String {
     let got = file.len() as u64;
     if let Some(kind) = formats::other_kind(path, file) {
@@ -93,7 +92,7 @@ pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> Strin
     }
 }
 
-/// Where the last tensor of a file ends, by its header.
+/// The length of the file according to its header: the end of the last tensor.
 fn end(file: &[u8]) -> Option<u64> {
     let (&length, rest) = file.split_first_chunk()?;
     let length = u64::from_le_bytes(length);
@@ -102,8 +101,8 @@ fn end(file: &[u8]) -> Option<u64> {
     ends.max().unwrap_or(0).checked_add(8 + length)
 }
 
-/// The bytes of a file with these tensors, each in the element type it has, their names behind a prefix. Errors: [`Error::File`] for
-/// a number that is more than its type can hold.
+/// The bytes of a file with these tensors, each in its own element type, with a prefix before each name. Errors: [`Error::File`] for an
+/// element that overflows its type.
 pub(super) fn serialize(prefix: &str, tensors: &HostTensors) -> Result<Vec<u8>> {
     let stored = |(name, tensor): (&String, &HostTensor)| {
         let name = format!("{prefix}{name}");
@@ -118,7 +117,7 @@ pub(super) fn serialize(prefix: &str, tensors: &HostTensors) -> Result<Vec<u8>> 
     views.and_then(|views| to_safetensors(views, Some(metadata))).map_err(|error| refused(error.to_string()))
 }
 
-/// The bytes of a file's tensor. Errors: those of [`serialize`].
+/// The bytes of one tensor of a file. Errors: those of [`serialize`].
 pub(super) fn stored(name: &str, dtype: DType, values: &[f32]) -> Result<(Dtype, Vec<u8>)> {
     Ok(match dtype {
         DType::F32 => (Dtype::F32, little_endian(values)),
@@ -136,7 +135,7 @@ fn little_endian<E: Float>(values: &[E]) -> Vec<u8> {
     }
 }
 
-/// The elements of a file as `f32`, and how they are stored; `None` for a type that is not one of the three.
+/// The elements of a file as `f32`, and their stored type; `None` for a type other than `f32`, `f16` and `bf16`.
 pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
     let halves = || bytes.as_chunks().0.iter();
     match dtype {
@@ -147,24 +146,24 @@ pub(super) fn widen(dtype: Dtype, bytes: &[u8]) -> Option<(DType, Vec<f32>)> {
     }
 }
 
-/// Rounded to the element type of a backend. Errors: [`Error::File`] where a finite number becomes infinite.
+/// Rounds to an element type. Errors: [`Error::File`] if a finite element becomes infinite.
 pub(super) fn narrow<E: Float>(name: &str, values: &[f32]) -> Result<Vec<E>> {
     let over = |value: f32| refused(format!("`{name}` holds {value}, more than {} can", E::DTYPE));
     values.iter().map(|&value| narrowed(value).ok_or_else(|| over(value))).collect()
 }
 
-/// Rounded, unless a finite number would become infinite.
+/// The rounded value; `None` if a finite one would become infinite.
 fn narrowed<E: Float>(value: f32) -> Option<E> {
     let narrowed = E::from_f32(value);
     (narrowed.to_f32().is_finite() || !value.is_finite()).then_some(narrowed)
 }
 
-/// `7×9`
+/// A shape as text, such as `7×9`.
 pub(super) fn spell(shape: &[usize]) -> String {
     shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
 }
 
-/// What is wrong with the file, before it is known where it lies.
+/// An error about the tensors of an adapter; the folder is added to its path later.
 pub(super) fn refused(reason: String) -> Error {
     Error::File { path: TENSORS_FILE.into(), reason }
 }

@@ -1,4 +1,4 @@
-//! Operations of the caller's: a value, and the derivative that goes with it.
+//! Custom operations: the caller computes a value and supplies its derivative.
 
 use super::gradients::{Gradient, Gradients};
 use super::{Node, Op, Param, Tape, Var};
@@ -7,29 +7,29 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// What the derivative of a [custom](Tape::custom) operation reads.
+/// The arguments of the derivative of a [custom](Tape::custom) operation.
 #[derive(Debug)]
 pub struct Backward<'t, B: Backend, const N: usize> {
-    /// Where the values are.
+    /// The backend that holds the tensors.
     pub backend: &'t B,
-    /// The values that the operation read.
+    /// The inputs of the operation.
     pub inputs: [&'t Tensor<B>; N],
-    /// Which inputs need a gradient. What is given for others is dropped, so it need not be computed.
+    /// True for each input that needs a gradient. A gradient for any other input is dropped, so it need not be computed.
     pub wanted: [bool; N],
-    /// The value that the operation made.
+    /// The output of the operation.
     pub y: &'t Tensor<B>,
-    /// The gradient of the loss for `y`, of its shape.
+    /// The gradient of the loss with respect to `y`, of its shape.
     pub dy: &'t Tensor<B>,
 }
 
-/// The gradients that a custom operation gives: of its inputs, and of its parameters in `f32`. `None` is a gradient of zero.
+/// The gradients that the derivative returns: one for each input, and one in `f32` for each parameter. `None` means zero.
 pub type CustomGradients<B, const N: usize, const P: usize> = ([Option<Tensor<B>>; N], [Option<Tensor<B, f32>>; P]);
 
 impl<'m, B: Backend> Tape<'m, B> {
-    /// An operation of the caller's: `y`, computed from values of the tape and from parameters, and its derivative.
+    /// Puts `y` on the tape: a value that the caller computed from `inputs` and `params`, together with its derivative.
     ///
-    /// `backward` makes the gradients of the inputs and of the parameters, in this order and of their shapes, from that of `y`. What
-    /// else it needs it captures. `name` is what errors call the operation.
+    /// `backward` computes the gradients of the inputs and of the parameters, in this order and of their shapes, from the gradient of
+    /// `y`. It captures whatever else it needs. Errors call the operation `name`.
     ///
     /// ```
     /// use lowrank::autograd::{Backward, Tape};
@@ -51,8 +51,8 @@ impl<'m, B: Backend> Tape<'m, B> {
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     ///
-    /// Errors: [`Error::Value`] for an input of another tape. [`backward`](Tape::backward) has those of the derivative, and
-    /// [`Error::Value`] for a gradient of another shape.
+    /// Errors: [`Error::Value`] for an input of another tape. [`Tape::backward`] returns the errors of the derivative, and
+    /// [`Error::Value`] for a gradient of the wrong shape.
     pub fn custom<const N: usize, const P: usize>(
         &mut self,
         name: &'static str,
@@ -62,19 +62,19 @@ impl<'m, B: Backend> Tape<'m, B> {
         backward: impl Fn(Backward<'_, B, N>) -> Result<CustomGradients<B, N, P>> + 'm,
     ) -> Result<Var> {
         inputs.iter().try_for_each(|&input| self.value(input).map(|_| ()))?;
-        let wanted = inputs.iter().any(|&input| self.is_wanted(input)) || params.iter().any(|param| param.trainable);
+        let needs_grad = inputs.iter().any(|&input| self.needs_grad(input)) || params.iter().any(|param| param.trainable);
         self.customs.push(Box::new(Custom { name, inputs, params, backward }));
-        Ok(self.push(Op::Custom { index: self.customs.len() - 1 }, wanted, y))
+        Ok(self.push(Op::Custom { index: self.customs.len() - 1 }, needs_grad, y))
     }
 }
 
 /// The derivative of a custom operation, as a tape holds it.
 pub(super) type BoxedDerivative<'m, B> = Box<dyn Derivative<B> + 'm>;
 
-/// The derivative of a custom operation, whatever the number of its inputs.
+/// The derivative of a custom operation, for any number of inputs and parameters.
 pub(super) trait Derivative<B: Backend> {
-    /// From `dy`, the gradients of what the operation read. All values are of the same tape.
-    fn through(&self, backend: &B, nodes: &[Node<'_, B>], y: Var, dy: &Tensor<B>, gradients: &mut Gradients<B>) -> Result<()>;
+    /// Adds to the gradients of the inputs and parameters, computed from `dy`. All values are of the same tape.
+    fn backward(&self, backend: &B, nodes: &[Node<'_, B>], y: Var, dy: &Tensor<B>, gradients: &mut Gradients<B>) -> Result<()>;
 }
 
 struct Custom<'m, B: Backend, F, const N: usize, const P: usize> {
@@ -88,28 +88,28 @@ impl<B: Backend, F, const N: usize, const P: usize> Derivative<B> for Custom<'_,
 where
     F: Fn(Backward<'_, B, N>) -> Result<CustomGradients<B, N, P>>,
 {
-    fn through(&self, backend: &B, nodes: &[Node<'_, B>], y: Var, dy: &Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
+    fn backward(&self, backend: &B, nodes: &[Node<'_, B>], y: Var, dy: &Tensor<B>, gradients: &mut Gradients<B>) -> Result<()> {
         let values = &gradients.values;
         let inputs = self.inputs.map(|input| &values[input.index]);
-        let wanted = self.inputs.map(|input| nodes[input.index].wanted);
+        let wanted = self.inputs.map(|input| nodes[input.index].needs_grad);
         let y = &values[y.index];
         let (of_inputs, of_params) = (self.backward)(Backward { backend, inputs, wanted, y, dy })?;
         for (i, (input, gradient)) in self.inputs.into_iter().zip(of_inputs).enumerate() {
             let Some(gradient) = gradient.filter(|_| wanted[i]) else { continue };
             self.fits(("input", i), &gradient, &gradients.values[input.index])?;
-            gradients.meet(backend, input, gradient)?;
+            gradients.add_to_value(backend, input, gradient)?;
         }
         for (i, (param, gradient)) in self.params.into_iter().zip(of_params).enumerate() {
             let Some(gradient) = gradient.filter(|_| param.trainable) else { continue };
             self.fits(("parameter", i), &gradient, &param.tensor)?;
-            gradients.file(backend, Some(param), Some(Gradient::Dense(gradient)))?;
+            gradients.add_to_parameter(backend, Some(param), Some(Gradient::Dense(gradient)))?;
         }
         Ok(())
     }
 }
 
 impl<B: Backend, F, const N: usize, const P: usize> Custom<'_, B, F, N, P> {
-    /// Errors: [`Error::Value`] unless the gradient has the shape of what it is for.
+    /// Errors: [`Error::Value`] unless the gradient has the shape of its input or parameter.
     fn fits<T: Element>(&self, (what, i): (&str, usize), gradient: &Tensor<B, T>, of: &Tensor<B>) -> Result<()> {
         let (got, want) = (gradient.shape(), of.shape());
         if got == want {

@@ -1,4 +1,4 @@
-//! What a backward pass found: looked up, added up over batches, and clipped.
+//! The gradients of a backward pass: looked up by parameter, accumulated over batches, scaled and clipped.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -19,25 +19,24 @@ pub(super) enum Gradient<B: Backend> {
     },
 }
 
-/// What a backward pass found, by parameter.
+/// The gradients of a backward pass, by parameter.
 ///
-/// The gradient of a weight is kept as the product that it is, with the values of the tape as its right factors. Using a weight twice,
-/// adding up and
-/// clipping make matrices of such products.
+/// The gradient of a weight is kept as its two factors, `dy` and `x` of `dyᵀ·x`. The product is computed, as a matrix in `f32`, when
+/// the weight was used twice, or when gradients are added, scaled, clipped or measured.
 pub struct Gradients<B: Backend> {
     pub(super) values: Vec<Tensor<B>>,
     pub(super) of: HashMap<u64, Gradient<B>>,
-    /// What has arrived at each value, on the way back.
-    pub(super) arrived: Vec<Option<Tensor<B>>>,
-    /// The tape's list, empty, for [the next](super::Tape::reusing).
+    /// The gradient of each value, as far as it has been summed.
+    pub(super) of_values: Vec<Option<Tensor<B>>>,
+    /// The tape's empty list of nodes, for [the next tape](super::Tape::reusing).
     pub(super) nodes: Vec<Node<'static, B>>,
-    /// Where a norm is made: the parameters in order, and the numbers of one.
+    /// Scratch of [`norm`](Self::norm): the parameters in ascending order, and the elements of one gradient.
     order: Vec<u64>,
     host: Vec<f32>,
 }
 
 impl<B: Backend> Gradient<B> {
-    /// Makes the matrix of one that is kept as a product, with the values of its tape.
+    /// Computes the product of a factored gradient; `values` are those of its tape.
     fn make_dense(&mut self, backend: &B, values: &[Tensor<B>]) -> Result<()> {
         let Gradient::Factored { dy, x } = self else { return Ok(()) };
         let x = &values[x.index];
@@ -51,10 +50,10 @@ impl<B: Backend> Gradient<B> {
 }
 
 impl<B: Backend> Default for Gradients<B> {
-    /// None.
+    /// No gradients.
     fn default() -> Self {
-        let (values, of, arrived) = (Vec::new(), HashMap::new(), Vec::new());
-        Self { values, of, arrived, nodes: Vec::new(), order: Vec::new(), host: Vec::new() }
+        let (values, of, of_values) = (Vec::new(), HashMap::new(), Vec::new());
+        Self { values, of, of_values, nodes: Vec::new(), order: Vec::new(), host: Vec::new() }
     }
 }
 
@@ -65,7 +64,7 @@ impl<B: Backend> fmt::Debug for Gradients<B> {
 }
 
 impl<B: Backend> Gradients<B> {
-    /// The gradient of a parameter; `None` if it was frozen or took no part.
+    /// The gradient of a parameter; `None` if it was frozen or not used.
     pub fn get(&self, param: &Param<B>) -> Option<WeightGrad<'_, B>> {
         self.of.get(&param.id).map(|gradient| match gradient {
             Gradient::Dense(gradient) => WeightGrad::Dense(gradient),
@@ -73,18 +72,18 @@ impl<B: Backend> Gradients<B> {
         })
     }
 
-    /// How many parameters have a gradient.
+    /// The number of parameters that have a gradient.
     pub fn len(&self) -> usize {
         self.of.len()
     }
 
-    /// Whether no parameter has one.
+    /// True if no parameter has a gradient.
     pub fn is_empty(&self) -> bool {
         self.of.is_empty()
     }
 
-    /// Adds the gradients of another batch: several small batches then make one step. A loss is a mean over its batch, so the
-    /// sum over `n` of them is [scaled](Self::scale) by `1/n`.
+    /// Adds the gradients of another batch (gradient accumulation). A loss is the mean over its batch, so the sum over `n` batches of
+    /// equal size is to be [scaled](Self::scale) by `1/n`.
     pub fn add(&mut self, backend: &B, mut other: Self) -> Result<()> {
         self.make_dense(backend)?;
         other.make_dense(backend)?;
@@ -105,7 +104,7 @@ impl<B: Backend> Gradients<B> {
         Ok(())
     }
 
-    /// `√Σ g²` over all gradients: what [`clip`](Self::clip) compares.
+    /// The norm over all gradients together, `√Σ g²`; [`clip`](Self::clip) limits it.
     pub fn norm(&mut self, backend: &B) -> Result<f64> {
         self.make_dense(backend)?;
         self.order.clear();
@@ -122,10 +121,10 @@ impl<B: Backend> Gradients<B> {
         Ok(sum.sqrt())
     }
 
-    /// Multiplies every gradient with `max_norm / (norm + 1e-6)` if that is below 1, as PyTorch does, and returns the norm there
-    /// was.
+    /// Multiplies every gradient by `max_norm / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_` does. Returns the
+    /// norm before clipping.
     ///
-    /// Errors: [`Error::Value`] unless `max_norm` is finite and not negative and the norm is finite; nothing is changed then.
+    /// Errors: [`Error::Value`] unless `max_norm` is finite and not negative and the norm is finite; no gradient is changed then.
     pub fn clip(&mut self, backend: &B, max_norm: f32) -> Result<f64> {
         let fine = max_norm.is_finite() && max_norm >= 0.0;
         Error::unless(fine, "clip", "max_norm", max_norm, "finite and not negative")?;
@@ -138,16 +137,16 @@ impl<B: Backend> Gradients<B> {
         Ok(norm)
     }
 
-    /// Forgets everything but how long the lists were.
+    /// Removes all values and gradients; the lists keep their capacity.
     pub(super) fn clear(&mut self) {
         self.values.clear();
         self.of.clear();
-        self.arrived.clear();
+        self.of_values.clear();
     }
 
-    /// Adds a gradient to what has already arrived at a value.
-    pub(super) fn meet(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
-        match &mut self.arrived[var.index] {
+    /// Adds to the gradient of a value.
+    pub(super) fn add_to_value(&mut self, backend: &B, var: Var, gradient: Tensor<B>) -> Result<()> {
+        match &mut self.of_values[var.index] {
             Some(sum) => Add { x: gradient.view(), y: sum.view_mut() }.run(backend),
             empty => {
                 *empty = Some(gradient);
@@ -156,8 +155,13 @@ impl<B: Backend> Gradients<B> {
         }
     }
 
-    /// Files the gradient of a parameter, if there is one; it is added to what the parameter has already.
-    pub(super) fn file(&mut self, backend: &B, param: Option<&Param<B>>, gradient: Option<Gradient<B>>) -> Result<()> {
+    /// Adds to the gradient of a parameter, if both are there.
+    pub(super) fn add_to_parameter(
+        &mut self,
+        backend: &B,
+        param: Option<&Param<B>>,
+        gradient: Option<Gradient<B>>,
+    ) -> Result<()> {
         let (Some(param), Some(gradient)) = (param, gradient) else { return Ok(()) };
         self.accumulate(backend, param.id, gradient)
     }
@@ -178,7 +182,7 @@ impl<B: Backend> Gradients<B> {
         }
     }
 
-    /// Makes the matrix of every gradient that is kept as a product.
+    /// Computes the product of every factored gradient.
     fn make_dense(&mut self, backend: &B) -> Result<()> {
         self.of.values_mut().try_for_each(|gradient| gradient.make_dense(backend, &self.values))
     }

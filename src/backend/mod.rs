@@ -1,4 +1,4 @@
-//! The seam: what a device must be able to do. Everything above it is generic in `B: Backend` and names no device.
+//! The interface of devices. All code above it is generic in `B: Backend` and names no device.
 
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -15,73 +15,74 @@ use crate::op::{
 use crate::tensor::Tensor;
 use crate::view::{MatMut, MatRef};
 
-/// For which products a weight is [kept packed](Backend::keep_packed).
+/// The products for which a weight is [prepacked](Backend::keep_packed).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Passes {
-    /// `y = x·Wᵀ`: serving.
+    /// `y = x·Wᵀ`, for inference.
     Forward,
-    /// And `dx = dy·W`: training what comes before the layer.
+    /// `y = x·Wᵀ` and `dx = dy·W`, for training of layers in front of this one.
     ForwardAndBackward,
 }
 
-/// A device, its memory, and the verbs of low-rank training.
+/// A device, its memory, and the operations ("verbs") of low-rank training.
 ///
-/// Verbs take a [`Checked`] request: shapes fit, scalars are finite, nothing written is also read under another name. Any size
-/// may be zero. A verb may return before the device is done; [`download`](Self::download) and
-/// [`synchronize`](Self::synchronize) wait. The same request on the same device gives the same bits.
+/// Callers build a request, such as [`LoraForward`], and [`run`](LoraForward::run) it; they need not call the verbs of this
+/// trait. A verb takes a [`Checked`] request: shapes fit, scalars are finite, and no output is also an input. Any dimension may
+/// be zero. On a GPU, a verb may return before the device is done; [`download`](Self::download) and
+/// [`synchronize`](Self::synchronize) wait for it. The same request on the same device gives the same bits.
 ///
-/// Memory that is dropped is kept for who asks for as much, within bounds: the steps of a training or decoding loop find what those
-/// before them gave back. What a step works in does not outlive the backend, and so a backend borrows nothing (`'static`).
+/// Dropped buffers go to a bounded pool, from which the next allocation of the same size is served, so loops in a steady state
+/// do not allocate. A backend borrows nothing (`'static`).
 ///
-/// Callers build a request and [`run`](LoraForward::run) it; they need not call the verbs here. The trait is sealed: it grows with the
-/// crate, and the backends are those of this crate.
+/// The trait is sealed: only this crate implements it.
 pub trait Backend: sealed::Sealed + Sized + 'static {
-    /// How weights and activations are stored. `Cpu<f32>` and `Cpu<bf16>` are two backends.
+    /// The element type of weights and activations. `Cpu<f32>` and `Cpu<bf16>` are two backends.
     type Elem: Float;
-    /// Memory for elements `T` on this device, owned: it is freed with its owner.
+    /// Owned memory for elements `T` on this device.
     type Buffer<T: Element>;
-    /// Memory for elements `T` on this device, owned or lent: what views look at. `[T]` on the CPU.
+    /// Memory for elements `T` on this device, owned or lent, which views borrow. `[T]` on the CPU.
     type Slice<T: Element>: ?Sized + 'static;
-    /// A weight in the order in which products read it; see [`Packed`](crate::op::Packed).
+    /// The panels of a prepacked weight; see [`Packed`](crate::op::Packed).
     type Panels: 'static;
 
-    /// What it runs on, in words: `cpu (AVX-512, 2 threads)`.
+    /// A description of the device for people, such as `cpu (AVX-512, 2 threads)`.
     fn device(&self) -> String;
 
-    /// Memory for `len` elements, all zero. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
+    /// A buffer of `len` zeros. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
     fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
-    /// Memory for `len` elements, whatever is in it: for what a verb overwrites.
+    /// A buffer of `len` undefined elements, for a verb to overwrite.
     fn unwritten<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
         self.zeros(len)
     }
-    /// New memory with a copy of `host`.
+    /// A new buffer with a copy of `host`.
     fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buffer<T>>;
-    /// Overwrites a buffer with as many elements from the host.
+    /// Overwrites a buffer with `host`, which must have its length.
     fn write<T: Element>(&self, buffer: &mut Self::Buffer<T>, host: &[T]) -> Result<()>;
-    /// Copies a buffer into as many elements on the host, once everything that writes it is done.
+    /// Copies a buffer to `host`, which must have its length, after all verbs that write the buffer are done.
     fn download<T: Element>(&self, buffer: &Self::Buffer<T>, host: &mut [T]) -> Result<()>;
-    /// Returns when every verb called so far is done.
+    /// Waits until every verb called so far is done.
     fn synchronize(&self) -> Result<()>;
 
-    /// The memory of a buffer, to be read.
+    /// The memory of a buffer, for reading.
     fn slice<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Slice<T>;
-    /// The memory of a buffer, to be written.
+    /// The memory of a buffer, for writing.
     fn slice_mut<T: Element>(buffer: &mut Self::Buffer<T>) -> &mut Self::Slice<T>;
-    /// How many elements there are in it.
+    /// Number of elements.
     fn slice_len<T: Element>(slice: &Self::Slice<T>) -> usize;
-    /// Copies a matrix to one of the same shape, on the device.
+    /// `to = from`, of the same shape, on the device.
     fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()>;
 
-    /// A weight in the order in which products read it; nothing, on backends whose products read weights as they are.
+    /// Packs a weight. Empty panels on backends whose kernels read weights unpacked (WebGPU, CUDA).
     fn pack(&self, w: MatRef<'_, Self>, passes: Passes) -> Result<Self::Panels>;
-    /// The panels that [`keep_packed`](Self::keep_packed) made of what is in a buffer.
+    /// The panels that [`keep_packed`](Self::keep_packed) attached to a buffer.
     fn panels(_buffer: &Self::Buffer<Self::Elem>) -> Option<&Self::Panels> {
         None
     }
 
-    /// Keeps a weight that stays as it is, a frozen one, also in the order in which products read it, so that they need not sort it
-    /// anew each time. It costs the memory of `w` again for each pass, and lasts until `w` is next written; results keep their
-    /// bits. Backends whose products read weights as they are do nothing. Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
+    /// Prepacks a frozen weight: attaches panels to `w`, so that products need not pack it again. The panels take as much
+    /// memory as `w` for each pass, and are dropped when `w` is next written. Results have the same bits with them and without.
+    /// Does nothing on backends whose kernels read weights unpacked (WebGPU, CUDA). Errors:
+    /// [`OutOfMemory`](crate::Error::OutOfMemory).
     fn keep_packed(&self, _w: &mut Tensor<Self>, _passes: Passes) -> Result<()> {
         Ok(())
     }
@@ -92,7 +93,7 @@ pub trait Backend: sealed::Sealed + Sized + 'static {
     fn lora_backward(&self, op: Checked<LoraBackward<'_, Self>>) -> Result<()>;
     /// `W += scale·B·A`
     fn lora_merge(&self, op: Checked<LoraMerge<'_, Self>>) -> Result<()>;
-    /// `norm = ‖W + scale·B·A‖` by rows
+    /// `norm = ‖W + scale·B·A‖`, row by row
     fn lora_row_norm(&self, op: Checked<LoraRowNorm<'_, Self>>) -> Result<()>;
     /// `y = (magnitude / norm)·z + bias`
     fn magnitude(&self, op: Checked<Magnitude<'_, Self>>) -> Result<()>;
@@ -119,8 +120,8 @@ pub trait Backend: sealed::Sealed + Sized + 'static {
     fn adam(&self, op: Checked<Adam<'_, Self>>) -> Result<()>;
 }
 
-/// Who may implement [`Backend`].
+/// The supertrait that seals [`Backend`].
 pub(crate) mod sealed {
-    /// Implemented for the backends of this crate alone.
+    /// Implemented only for the backends of this crate.
     pub trait Sealed {}
 }

@@ -1,4 +1,4 @@
-//! The same checkpoint in another element type.
+//! Converting a checkpoint to another element type.
 
 use std::path::Path;
 
@@ -10,23 +10,23 @@ use crate::adapter::formats::Kind;
 use crate::element::DType;
 use crate::error::Result;
 
-/// Writes a checkpoint whose `f32`, `f16` and `bf16` tensors are of this type, rounded to nearest; all others stay as they are. A
-/// `config.json` that is copied along names the new type.
+/// Writes a checkpoint whose `f32`, `f16` and `bf16` tensors are rounded to this type, to the nearest; all others are copied. A
+/// `config.json` is copied too, with the new type.
 ///
-/// Errors: [`File`](crate::Error::File), also if a number is more than the type can hold; [`Interrupted`](crate::Error::Interrupted).
+/// Errors: [`File`](crate::Error::File), also if an element overflows the type; [`Interrupted`](crate::Error::Interrupted).
 pub fn convert(base: &Checkpoint, dtype: DType, out: &Path, mut watch: Watch<'_>) -> Result<()> {
     if matches!(base.kind(), Kind::Quantised(_)) {
-        base.is_plain_model()?; // the scales of quantised weights are floats as well, and would be rounded
+        base.check_plain_model()?; // refused, because the scales of quantised weights are floats too and would be rounded
     }
     rewrite(base, out, &mut Convert(Some(dtype)), &mut watch)?.0.publish()
 }
 
-/// Every float tensor in this type, or as it is.
+/// Converts every float tensor to this type; `None` copies it.
 pub(super) struct Convert(pub(super) Option<DType>);
 
 impl Edit for Convert {
     fn stored(&self, entry: &Entry) -> Entry {
-        entry.stored(self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, spelled))
+        entry.with_dtype(self.0.filter(|_| entry.float().is_some()).map_or(entry.dtype, spelled))
     }
 
     fn config(&self) -> ConfigEdit {

@@ -1,4 +1,4 @@
-//! Updates of the experts of a mixture: stacked in one tensor, or in a tensor for each.
+//! Updates of a mixture of experts, whose weights are stacked in one tensor or stored in one tensor for each expert.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,8 @@ use crate::error::Result;
 
 /// The model types whose stacked experts are stored `E×k×n`.
 const IN_OUT: [&str; 6] = ["gpt_oss", "aria", "aria_text", "openai_privacy_filter", "qwen3_vl_moe", "qwen3_vl_moe_text"];
-/// What parameters of stacked experts are called in a checkpoint with a tensor for each expert: parts, one above the other.
+/// For each parameter of stacked experts, the tensors of one expert that together (stacked in this order) hold it, with their possible
+/// names.
 const APART: [(&str, &[&[&str]]); 4] = [
     ("gate_up_proj", &[&["gate_proj", "w1"], &["up_proj", "w3"]]),
     ("down_proj", &[&["down_proj", "w2"]]),
@@ -21,7 +22,7 @@ const APART: [(&str, &[&[&str]]); 4] = [
 ];
 
 impl<'r> Planner<'r> {
-    /// `A` is a stack of the experts' `Aₑ`; column `q·E + e` of `B` is column q of `Bₑ`.
+    /// Plans the update of a parameter of experts. `A` is the stack of the `Aₑ`; column `q·E + e` of `B` is column q of `Bₑ`.
     pub(super) fn parameter(
         &mut self,
         (name, factors): (&str, &'r Factors),
@@ -35,7 +36,7 @@ impl<'r> Planner<'r> {
             return self.stacked(target, factors, experts, layouts);
         }
         for expert in 0..experts {
-            self.apart(name, &of_expert(factors, experts, expert)?, expert)?;
+            self.single_expert(name, &of_expert(factors, experts, expert)?, expert)?;
         }
         Ok(())
     }
@@ -46,11 +47,11 @@ impl<'r> Planner<'r> {
         let in_out = match (straight, transposed) {
             (true, true) => {
                 let mut types = layouts.config.iter().flat_map(|config| config.model_types()).peekable();
-                let told = types.peek().is_some().then(|| types.any(|name| IN_OUT.contains(&name)));
-                let asked = layouts.asked.map(|layout| layout == Layout::InOut);
-                let what = "is square, and nothing tells whether it is stored out × in or in × out";
-                let unknown = || refused(self.base.path(), format!("`{}` {what}; say it with --layout", target.name));
-                asked.or(told).ok_or_else(unknown)?
+                let known = types.peek().is_some().then(|| types.any(|name| IN_OUT.contains(&name)));
+                let requested = layouts.requested.map(|layout| layout == Layout::InOut);
+                let what = "is square, and it is not known whether it is stored out × in or in × out";
+                let unknown = || refused(self.base.path(), format!("`{}` {what}; give --layout", target.name));
+                requested.or(known).ok_or_else(unknown)?
             }
             (_, transposed) => transposed,
         };
@@ -59,7 +60,7 @@ impl<'r> Planner<'r> {
         self.fits(&target, &want)?;
         let pieces = (0..experts).map(|expert| {
             let factors = Cow::Owned(of_expert(factors, experts, expert)?);
-            Ok(Piece { first_row: expert * sides[0], factors, transposed: in_out, began_with: None })
+            Ok(Piece { first_row: expert * sides[0], factors, transposed: in_out, principal: None })
         });
         let pieces = pieces.collect::<Result<Vec<_>>>()?;
         let change = self.change(&target)?;
@@ -67,8 +68,8 @@ impl<'r> Planner<'r> {
         Ok(())
     }
 
-    /// The tensors of one expert.
-    fn apart(&mut self, name: &str, factors: &Factors, expert: usize) -> Result<()> {
+    /// Plans the update of one expert that has tensors of its own.
+    fn single_expert(&mut self, name: &str, factors: &Factors, expert: usize) -> Result<()> {
         let (above, parameter) = (module_of(name), name.rsplit('.').next().unwrap_or(name));
         let known = APART.iter().find(|(stacked, _)| *stacked == parameter).map(|(_, parts)| *parts);
         let own: [&[&str]; 1] = [&[parameter]];
@@ -95,7 +96,7 @@ impl<'r> Planner<'r> {
                 first_row: 0,
                 factors: Cow::Owned(part),
                 transposed: false,
-                began_with: None,
+                principal: None,
             });
         }
         Ok(())

@@ -1,54 +1,55 @@
-//! `B·A ≈ W_tuned - W`: an adapter out of a base checkpoint and a tuned one.
+//! Extracting an adapter from a base checkpoint and a fine-tuned one: `B·A ≈ W_tuned - W`.
 
 use std::collections::BTreeMap;
 
 use super::layout::{self, Layout};
 use super::model::ModelConfig;
 use super::names::Place;
-use super::output::go_on;
-use super::{Checkpoint, Entry, Watch, listed, number, refused};
+use super::output::check_interrupted;
+use super::{Checkpoint, Entry, Watch, convert_elements, listed, refused};
 use crate::adapter::{self, Factors, Folder, HostMatrix, Keep};
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// What to [`extract`].
+/// The arguments of [`extract`].
 #[derive(Debug)]
 pub struct Extract<'e> {
-    /// The model before it was tuned.
+    /// The model before fine-tuning.
     pub base: &'e Checkpoint,
-    /// The same model after.
+    /// The model after fine-tuning.
     pub tuned: &'e Checkpoint,
-    /// The rank, or the share of the change, of each module.
+    /// The rank, or the fraction of the energy, of each module's update.
     pub keep: Keep,
-    /// How the factors are stored.
+    /// The element type of the stored factors.
     pub dtype: DType,
-    /// Whether changed tensors that an adapter cannot hold, such as biases, norms and embeddings, are left as in the base.
+    /// If true, changes that an adapter cannot hold, such as those of biases, norms and embeddings, are ignored instead of refused.
     pub leave_others: bool,
-    /// How linear layers are stored, where the config does not tell.
+    /// The layout of linear layers, for models whose config does not determine it.
     pub layout: Option<Layout>,
 }
 
-/// What [`extract`] makes.
+/// The result of [`extract`].
 #[derive(Clone, Debug)]
 pub struct Extracted {
     /// The adapter.
     pub adapter: Folder,
-    /// What of the tuned model is not in it, a sentence for each reason.
-    pub left: Vec<String>,
+    /// Changes of the fine-tuned model that are not in the adapter, a sentence for each reason.
+    pub omitted: Vec<String>,
 }
 
-/// An adapter of all weights that differ: of every two-dimensional tensor `x.weight`, embeddings aside, by truncated SVD.
+/// Extracts an adapter from all weights that differ, by truncated SVD. Weights are the two-dimensional tensors `x.weight`, except
+/// embeddings.
 ///
-/// Numbers are compared by value, whatever type they are stored in. Weights that the model stores `k×n` (GPT-2) give factors of the
-/// layer, and `fan_in_fan_out`.
+/// Elements are compared by value, independent of the stored type. For weights that the model stores as `k×n` (GPT-2) the adapter has
+/// `fan_in_fan_out`.
 ///
-/// Errors: [`Error::File`] if nothing differs, if something does that an adapter cannot hold, such as a tensor that only one of the
-/// two has, or if nothing tells how a layer is stored; [`Error::Value`] for what [`Keep`] excludes; [`Error::Interrupted`].
+/// Errors: [`Error::File`] if no weight differs, if there is a change that an adapter cannot hold, such as a tensor that only one of the
+/// models has, or if the layout of a layer is not known; [`Error::Value`] for a `keep` out of range; [`Error::Interrupted`].
 pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
     let Extract { base, tuned, keep, dtype, leave_others, layout } = *request;
-    base.is_plain_model()?;
-    tuned.is_plain_model()?;
-    let config = base.beside().and_then(ModelConfig::read);
+    base.check_plain_model()?;
+    tuned.check_plain_model()?;
+    let config = base.parent().and_then(ModelConfig::read);
     let (mut modules, mut others, mut in_out) = (BTreeMap::new(), Others::default(), false);
     for entry in base.entries() {
         let Some(place) = base.find(&entry.name) else { continue };
@@ -60,8 +61,9 @@ pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
             Some(changed) if differs(place, changed)? => match (module(entry), &entry.shape[..]) {
                 (Some(name), &[_, _]) if entry.float().is_some() && changed.1.float().is_some() => {
                     let transposed = stored(config.as_ref(), layout, name).ok_or_else(|| {
-                        let what = "is named as in GPT-2, and no config.json tells whether it is stored out × in or in × out";
-                        refused(base.path(), format!("`{}` {what}; say it with --layout", entry.name))
+                        let what =
+                            "is named as in GPT-2, and without a config.json its layout (out × in or in × out) is not known";
+                        refused(base.path(), format!("`{}` {what}; give --layout", entry.name))
                     })? == Layout::InOut;
                     let matrix = |place| matrix(place).map(|w| if transposed { w.transposed() } else { w });
                     let factors = adapter::extract(&matrix(place)?, &matrix(changed)?, keep);
@@ -73,22 +75,22 @@ pub fn extract(request: &Extract<'_>, watch: Watch<'_>) -> Result<Extracted> {
             },
             Some(_) => {}
         }
-        go_on(watch(entry.bytes as u64))?;
+        check_interrupted(watch(entry.bytes as u64))?;
     }
     others.new = tuned.entries().filter(|entry| base.find(&entry.name).is_none()).map(|entry| entry.name.clone()).collect();
-    let left = others.told(|names| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "));
-    if !left.is_empty() && !leave_others {
-        let left = others.told(listed);
-        return Err(refused(tuned.path(), format!("{}; an adapter cannot hold that: --leave-others leaves it", left.join("; "))));
+    let omitted = others.sentences(|names| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "));
+    if !omitted.is_empty() && !leave_others {
+        let changes = others.sentences(listed).join("; ");
+        return Err(refused(tuned.path(), format!("{changes}; an adapter cannot hold this; --leave-others ignores it")));
     }
     if modules.is_empty() {
         return Err(refused(tuned.path(), "no weight differs from the base".into()));
     }
     let adapter = Folder::new(None, modules)?;
-    Ok(Extracted { adapter: if in_out { adapter.stored_in_out()? } else { adapter }, left })
+    Ok(Extracted { adapter: if in_out { adapter.stored_in_out()? } else { adapter }, omitted })
 }
 
-/// What differs and is no weight of a module.
+/// The names of tensors that differ and are not the weight of a module.
 #[derive(Default)]
 struct Others {
     changed: Vec<String>,
@@ -98,25 +100,25 @@ struct Others {
 }
 
 impl Others {
-    fn told(&self, names: impl Fn(&[String]) -> String) -> Vec<String> {
+    fn sentences(&self, names: impl Fn(&[String]) -> String) -> Vec<String> {
         let kinds = [
-            (&self.changed, "other numbers than in the base"),
+            (&self.changed, "other values than in the base"),
             (&self.resized, "another shape than in the base"),
             (&self.gone, "only in the base"),
             (&self.new, "only in the tuned model"),
         ];
-        let told = kinds.iter().filter(|(kind, _)| !kind.is_empty());
-        told.map(|(kind, what)| format!("{what}: {}", names(kind))).collect()
+        let kinds = kinds.iter().filter(|(kind, _)| !kind.is_empty());
+        kinds.map(|(kind, what)| format!("{what}: {}", names(kind))).collect()
     }
 }
 
-/// How a module is stored; `None` if nothing tells.
-fn stored(config: Option<&ModelConfig>, asked: Option<Layout>, module: &str) -> Option<Layout> {
+/// The layout of a module; `None` if it is not known.
+fn stored(config: Option<&ModelConfig>, requested: Option<Layout>, module: &str) -> Option<Layout> {
     let usual = (!layout::is_conv1d(module)).then_some(Layout::OutIn);
-    layout::told(config, module).or(asked).or(usual)
+    layout::from_config(config, module).or(requested).or(usual)
 }
 
-/// Whether two tensors of one shape hold other numbers, whatever their types.
+/// True if two tensors of one shape have different values; their types may differ.
 fn differs((base, entry): Place<'_>, (tuned, changed): Place<'_>) -> Result<bool> {
     const PIECE: usize = 1 << 21;
     match (entry.float(), changed.float()) {
@@ -125,8 +127,8 @@ fn differs((base, entry): Place<'_>, (tuned, changed): Place<'_>) -> Result<bool
             for start in (0..total).step_by(PIECE) {
                 let len = PIECE.min(total - start);
                 let [mut before, mut after] = [vec![0.0; len], vec![0.0; len]];
-                number::widen(one, &base.read(entry, start * one.size(), len * one.size())?, &mut before);
-                number::widen(other, &tuned.read(changed, start * other.size(), len * other.size())?, &mut after);
+                convert_elements::widen(one, &base.read(entry, start * one.size(), len * one.size())?, &mut before);
+                convert_elements::widen(other, &tuned.read(changed, start * other.size(), len * other.size())?, &mut after);
                 let same = |(before, after): (&f32, &f32)| before == after || before.is_nan() && after.is_nan();
                 if !before.iter().zip(&after).all(same) {
                     return Ok(true);
@@ -147,7 +149,7 @@ fn differs((base, entry): Place<'_>, (tuned, changed): Place<'_>) -> Result<bool
     }
 }
 
-/// The name of the module whose weight this is, unless it looks its rows up instead of multiplying with them.
+/// The name of the module whose weight this is; `None` for other tensors and for embeddings.
 fn module(entry: &Entry) -> Option<&str> {
     const EMBEDDINGS: [&str; 6] = ["embed_tokens", "embeddings", "wte", "wpe", "tok_embeddings", "shared"];
     let module = entry.name.strip_suffix(".weight")?;
@@ -158,7 +160,7 @@ fn module(entry: &Entry) -> Option<&str> {
 fn matrix((shard, entry): Place<'_>) -> Result<HostMatrix> {
     let dtype = entry.float().ok_or_else(|| shard.refused(format!("`{}` holds {:?}", entry.name, entry.dtype)))?;
     let mut values = vec![0.0; entry.elements()];
-    number::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
+    convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
     HostMatrix::new((entry.shape[0], entry.shape[1]), values)
 }
 

@@ -1,4 +1,4 @@
-//! The first bytes of a safetensors file: what tensors it holds, and where.
+//! The header of a safetensors file: names, types, shapes and places of its tensors.
 
 use std::path::Path;
 
@@ -9,23 +9,23 @@ use crate::adapter::damage;
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// A tensor of a file.
+/// A tensor of a file, without its data.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// Its name, such as `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
-    /// The type of its elements, as the file spells it: `F32`, `BF16`, `I64`, …
+    /// The element type in the spelling of safetensors: `F32`, `BF16`, `I64`, …
     pub dtype: Dtype,
     /// The length of each dimension.
     pub shape: Vec<usize>,
-    /// Where its bytes begin, counted from the beginning of the file.
+    /// The offset of its first byte from the beginning of the file.
     pub start: u64,
-    /// How many bytes it has.
+    /// Its size in bytes.
     pub bytes: usize,
 }
 
 impl Entry {
-    /// The type of its elements, if it is one of the three this crate computes with.
+    /// The element type, if it is `f32`, `f16` or `bf16`.
     pub fn float(&self) -> Option<DType> {
         match self.dtype {
             Dtype::F32 => Some(DType::F32),
@@ -35,42 +35,42 @@ impl Entry {
         }
     }
 
-    /// `4096×11008`
+    /// The shape as text, such as `4096×11008`.
     pub fn dimensions(&self) -> String {
         dimensions(&self.shape)
     }
 
-    /// One that is yet to be written.
-    pub(super) fn made(name: &str, dtype: Dtype, shape: Vec<usize>) -> Self {
+    /// An entry for a tensor that is to be written.
+    pub(super) fn new(name: &str, dtype: Dtype, shape: Vec<usize>) -> Self {
         let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
         Self { name: name.into(), dtype, shape, start: 0, bytes }
     }
 
-    /// The same tensor, with elements of this type.
-    pub(super) fn stored(&self, dtype: Dtype) -> Self {
-        if dtype == self.dtype { self.clone() } else { Self::made(&self.name, dtype, self.shape.clone()) }
+    /// The entry of this tensor converted to another type.
+    pub(super) fn with_dtype(&self, dtype: Dtype) -> Self {
+        if dtype == self.dtype { self.clone() } else { Self::new(&self.name, dtype, self.shape.clone()) }
     }
 
-    /// How many elements it has.
+    /// The number of its elements.
     pub fn elements(&self) -> usize {
-        self.shape.iter().product() // the file is at least as long
+        self.shape.iter().product() // cannot overflow: the file was checked to be long enough
     }
 }
 
-/// The header of a file, as it was written.
+/// The header of a file.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
-    /// The length in eight bytes, then the text.
+    /// The bytes of the file: the length in eight bytes, then JSON.
     raw: Vec<u8>,
-    /// In the order of their bytes, which fill the rest of the file.
+    /// The tensors, in the order of their data, which fills the rest of the file.
     pub(super) entries: Vec<Entry>,
-    /// Whether the file holds tensors that do not count.
-    cut: bool,
+    /// True if the file holds tensors that are not in `entries`.
+    filtered: bool,
 }
 
 impl Header {
-    /// Reads the header of a whole file; looks at no other byte. Errors: [`Error::File`] for what is no such file: too short,
-    /// too long, with offsets that overlap, leave gaps or do not fit the shapes.
+    /// Parses the header at the beginning of `file`, which is the complete file; its other bytes are not read. Errors: [`Error::File`] for
+    /// a file that is too short or too long, or whose offsets overlap, leave gaps or do not fit the shapes.
     pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Self> {
         let refused = |reason: String| Error::File { path: path.into(), reason };
         let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| refused(damage(path, file, &error)))?;
@@ -83,10 +83,10 @@ impl Header {
             let shape = info.shape.clone();
             entries.push(Entry { name, dtype: info.dtype, shape, start: (data + start) as u64, bytes: end - start });
         }
-        Ok(Self { raw, entries, cut: false })
+        Ok(Self { raw, entries, filtered: false })
     }
 
-    /// The entry `__metadata__`, or nothing.
+    /// The object `__metadata__`; empty if there is none.
     pub(super) fn metadata(&self, path: &Path) -> Result<Map<String, Value>> {
         let mut document = self.document(path)?;
         Ok(document.remove("__metadata__").and_then(|value| value.as_object().cloned()).unwrap_or_default())
@@ -97,13 +97,12 @@ impl Header {
         serde_json::from_slice(text).map_err(|error| Error::File { path: path.into(), reason: error.to_string() })
     }
 
-    /// The bytes of a header for these tensors, which lie one after the other. The same bytes if they are those of the file.
-    ///
-    /// Metadata and the order of keys stay; new tensors come last.
+    /// The bytes of a header for these tensors, stored one after the other; those of the file itself if the tensors are the same. Metadata
+    /// and the order of keys are kept; new tensors come last.
     pub(super) fn with_entries(&self, path: &Path, entries: &[Entry]) -> Result<Vec<u8>> {
         let same =
             |(one, other): (&Entry, &Entry)| (&one.name, one.dtype, &one.shape) == (&other.name, other.dtype, &other.shape);
-        if !self.cut && self.entries.len() == entries.len() && self.entries.iter().zip(entries).all(same) {
+        if !self.filtered && self.entries.len() == entries.len() && self.entries.iter().zip(entries).all(same) {
             return Ok(self.raw.clone());
         }
         let refused = |error: serde_json::Error| Error::File { path: path.into(), reason: error.to_string() };
@@ -120,20 +119,20 @@ impl Header {
         Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
     }
 
-    /// Without the tensors that do not count.
-    pub(super) fn cut(&mut self, counts: impl Fn(&Entry) -> bool) {
+    /// Removes the entries for which `keep` is false.
+    pub(super) fn retain(&mut self, keep: impl Fn(&Entry) -> bool) {
         let before = self.entries.len();
-        self.entries.retain(counts);
-        self.cut |= self.entries.len() != before;
+        self.entries.retain(keep);
+        self.filtered |= self.entries.len() != before;
     }
 }
 
-/// `4096×11008`
+/// A shape as text, such as `4096×11008`.
 pub(super) fn dimensions(shape: &[usize]) -> String {
     shape.iter().map(usize::to_string).collect::<Vec<_>>().join("×")
 }
 
-/// As safetensors spells it.
+/// An element type in the spelling of safetensors.
 pub(super) fn spelled(dtype: DType) -> Dtype {
     match dtype {
         DType::F32 => Dtype::F32,

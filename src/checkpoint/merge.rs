@@ -1,4 +1,4 @@
-//! An adapter into a checkpoint on disk, and out of it again: `W += scale·B·A`, and what goes with it.
+//! Merging an adapter into a checkpoint on disk, and unmerging it: `W += scale·B·A`, with biases, magnitudes and replaced tensors.
 
 use std::path::Path;
 
@@ -10,87 +10,87 @@ use super::header::Entry;
 use super::layout::Layout;
 use super::model::ConfigEdit;
 use super::names::Place;
-use super::plan::{Known, Plan, keeps_shapes};
-use super::residue::{Keeper, Restored, Restorer};
+use super::plan::{Options, Plan, check_shapes_kept};
+use super::residue::{ResidueReader, ResidueWriter, Restored};
 use super::rewrite::{Edit, Pass, rewrite};
-use super::weight::{BLOCKS, Way, Weight};
+use super::weight::{BLOCKS, MergeMode, Weight};
 use super::{Checkpoint, Shard, Watch, refused};
 use crate::adapter::{CONFIG_FILE, Folder, Principal};
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// What to [`merge`].
+/// The arguments of [`merge`].
 #[derive(Clone, Copy, Debug)]
 pub struct Merge<'m> {
     /// The model.
     pub base: &'m Checkpoint,
-    /// What is merged into it. The weight of its module `x` is the tensor `x.weight`, or one that is called so in other versions.
+    /// The adapter. The weight of its module `x` is the tensor `x.weight`, or the tensor of that name in another version of transformers.
     pub adapter: &'m Folder,
-    /// The new checkpoint: a file if `base` was opened as one, else a folder that is not there yet.
+    /// The path of the new checkpoint: a file if `base` was opened as one, else a folder that does not exist yet.
     pub out: &'m Path,
-    /// The element type of all float tensors of the new checkpoint, which its `config.json` names as well; as in `base` by default.
+    /// The element type of all float tensors of the new checkpoint, also written to its `config.json`. `None`: as in `base`.
     pub dtype: Option<DType>,
-    /// A file for what rounding would keep [`unmerge`] from restoring.
+    /// The path of a residue to write: the file with which [`unmerge`] can restore the weights exactly.
     pub keep_residue: Option<&'m Path>,
-    /// Whether weights that become infinite or NaN are written.
+    /// If true, weights that become infinite or NaN are written instead of refused.
     pub allow_non_finite: bool,
-    /// Names of modules of the adapter, or beginnings of them, and what they are in the checkpoint.
+    /// Pairs of the name of a module in the adapter, or a prefix of names, and its name in the checkpoint.
     pub names: &'m [(String, String)],
-    /// How linear layers are stored, where nothing tells.
+    /// The layout of linear layers, for models where it cannot be found out.
     pub layout: Option<Layout>,
-    /// A folder, such as the adapter's, whose tokenizer, chat template and generation config take the place of the base's, where the
-    /// new checkpoint is a folder.
+    /// A folder, such as the adapter's, whose tokenizer, chat template and generation config replace those of the base, if the new
+    /// checkpoint is a folder.
     pub companions: Option<&'m Path>,
 }
 
 impl<'m> Merge<'m> {
-    /// With every other setting at its default.
+    /// A merge with every other setting at its default.
     pub fn new(base: &'m Checkpoint, adapter: &'m Folder, out: &'m Path) -> Self {
         let (dtype, keep_residue, layout, companions) = Default::default();
         Self { base, adapter, out, dtype, keep_residue, allow_non_finite: false, names: &[], layout, companions }
     }
 }
 
-/// What to [`unmerge`].
+/// The arguments of [`unmerge`].
 #[derive(Clone, Copy, Debug)]
 pub struct Unmerge<'m> {
     /// The merged model.
     pub merged: &'m Checkpoint,
-    /// What was merged into it.
+    /// The adapter that was merged into it.
     pub adapter: &'m Folder,
-    /// The new checkpoint: a file if `merged` was opened as one, else a folder that is not there yet.
+    /// The path of the new checkpoint: a file if `merged` was opened as one, else a folder that does not exist yet.
     pub out: &'m Path,
-    /// What [`merge`] kept.
+    /// The residue that [`merge`] wrote.
     pub residue: Option<&'m Path>,
-    /// As in [`Merge`].
+    /// See [`Merge::names`].
     pub names: &'m [(String, String)],
-    /// As in [`Merge`].
+    /// See [`Merge::layout`].
     pub layout: Option<Layout>,
 }
 
 impl<'m> Unmerge<'m> {
-    /// With every other setting at its default.
+    /// An unmerge with every other setting at its default.
     pub fn new(merged: &'m Checkpoint, adapter: &'m Folder, out: &'m Path) -> Self {
         Self { merged, adapter, out, residue: None, names: &[], layout: None }
     }
 }
 
-/// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once. Gives what the caller should
-/// know, a sentence each: names that were mapped, tensors that are new, what was left.
+/// Writes a checkpoint with an adapter merged into it: `W + scale·B·A`, summed in `f32` and rounded once. Returns notes for the user, a
+/// sentence each: names that were mapped, new tensors, files that were not copied.
 ///
-/// With magnitudes (DoRA) every row is then given its length; biases are added to or replaced, whole modules replaced. Tensors that
-/// are not targets are copied as bytes; names, metadata and the order of everything stay. One weight at a time is decomposed for an
-/// adapter that [began with a part of it](crate::adapter::Principal). A head that shares the embedding's weight gets one of its own if
-/// the adapter changes one of the two.
+/// With magnitudes (DoRA) every row is then scaled to its norm. Biases are added to or replaced, and whole modules replaced. All other
+/// tensors are copied byte for byte; names, metadata and the order of tensors are kept. For an adapter that was
+/// [initialised with a part of the weights](crate::adapter::Principal) each weight is decomposed again. An output head that shares the
+/// weight of the embedding gets a weight of its own if the adapter changes only one of the two.
 ///
-/// Errors: [`Error::File`] for modules without a weight or with several that could be meant, tensors that do not fit, results that are
-/// not finite, and what the disk refuses; [`Error::Value`] for a residue of weights that change their type; [`Error::Unsupported`] for
-/// a residue of decomposed weights; [`Error::Interrupted`]. Nothing is written then.
+/// Errors: [`Error::File`] for modules whose weight is missing or ambiguous, shapes that do not fit, results that are not finite, and
+/// failures of the disk; [`Error::Value`] for a residue together with another `dtype`; [`Error::Unsupported`] for a residue of an adapter
+/// with [`Principal`]; [`Error::Interrupted`]. Nothing is written then.
 pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
     let Merge { base, adapter, out, dtype, keep_residue, allow_non_finite, names, layout, companions } = *request;
-    base.is_plain_model()?;
-    let mut updates = Updates::new(base, adapter, 1.0, Known { names, layout })?;
+    base.check_plain_model()?;
+    let mut updates = Updates::new(base, adapter, 1.0, Options { names, layout })?;
     let mut notes = std::mem::take(&mut updates.plan.notes);
     updates.convert = Convert(dtype);
     updates.companions = companions;
@@ -105,16 +105,16 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
         "merge",
         "dtype",
         "set",
-        "absent where a residue is kept: rounded weights cannot be restored",
+        "absent if a residue is kept, because rounded weights cannot be restored",
     )?;
-    decomposes_nothing(adapter)?;
-    keeps_shapes(&updates.plan, base)?;
+    check_no_decomposition(adapter)?;
+    check_shapes_kept(&updates.plan, base)?;
     let changes = updates.plan.changes.iter();
     let targets = changes.filter_map(|(name, change)| Some((base.find(name)?.1, change.gains().unwrap_or(0))));
     let targets: Vec<(&Entry, usize)> = targets.collect();
     let mut merged = None;
-    let residue = Keeper::stage(path, &targets, |keeper| {
-        let mut updates = Updates { residue: Residue::Keep(keeper), ..updates };
+    let residue = ResidueWriter::stage(path, &targets, |writer| {
+        let mut updates = Updates { residue: Residue::Keep(writer), ..updates };
         merged = Some(rewrite(base, out, &mut updates, &mut watch)?);
         Ok(())
     })?;
@@ -126,49 +126,50 @@ pub fn merge(request: &Merge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
     Ok(notes)
 }
 
-/// Writes a checkpoint with an adapter taken out of it: `W - scale·B·A`. Gives what the caller should know.
+/// Writes a checkpoint with an adapter taken out of it: `W - scale·B·A`. Returns notes for the user.
 ///
-/// With the residue that [`merge`] kept, every tensor is bit for bit what it was; without, it is that within rounding.
-/// Errors: as [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or there is none and a
-/// merged tensor does not tell what it was: one that was replaced, or whose rows were given other lengths.
+/// With the residue that [`merge`] wrote, every tensor is restored bit for bit; without it, within rounding.
+///
+/// Errors: those of [`merge`]; also [`Error::File`] if the residue does not belong to this checkpoint and adapter, or if there is no
+/// residue and a change cannot be undone without it: a replaced tensor, or rows that were scaled (DoRA).
 pub fn unmerge(request: &Unmerge<'_>, mut watch: Watch<'_>) -> Result<Vec<String>> {
     let Unmerge { merged, adapter, out, residue, names, layout } = *request;
-    merged.is_plain_model()?;
-    decomposes_nothing(adapter)?;
-    let mut updates = Updates::new(merged, adapter, -1.0, Known { names, layout })?;
-    let restorer = residue.map(Restorer::open).transpose()?;
-    if let Some(restorer) = &restorer {
-        restorer.covers(updates.plan.changes.keys())?;
-        updates.allow_non_finite = true; // what comes back is what was there
-        updates.residue = Residue::Restore(restorer);
+    merged.check_plain_model()?;
+    check_no_decomposition(adapter)?;
+    let mut updates = Updates::new(merged, adapter, -1.0, Options { names, layout })?;
+    let reader = residue.map(ResidueReader::open).transpose()?;
+    if let Some(reader) = &reader {
+        reader.covers(updates.plan.changes.keys())?;
+        updates.allow_non_finite = true; // the original weights may not be finite
+        updates.residue = Residue::Restore(reader);
     }
-    let hidden = updates.plan.changes.iter().find_map(|(name, change)| Some((name, change.hides()?)));
-    if let (Some((name, why)), None) = (hidden, residue) {
+    let irreversible = updates.plan.changes.iter().find_map(|(name, change)| Some((name, change.irreversible()?)));
+    if let (Some((name, why)), None) = (irreversible, residue) {
         return Err(refused(merged.path(), format!("`{name}` cannot be restored without the residue of the merge: {why}")));
     }
-    keeps_shapes(&updates.plan, merged)?;
+    check_shapes_kept(&updates.plan, merged)?;
     updates.plan.config = ConfigEdit::default();
     let (staged, more) = rewrite(merged, out, &mut updates, &mut watch)?;
     staged.publish()?;
     Ok(updates.plan.notes.into_iter().chain(more).collect())
 }
 
-/// Errors: [`Error::Unsupported`] for an adapter whose update takes the weights as they were before they were merged.
-fn decomposes_nothing(adapter: &Folder) -> Result<()> {
-    let value = |part: Principal| format!("\"{}\" where a merge is to be undone", part.name());
-    adapter.config().began_with().map_or(Ok(()), |part| {
+/// Errors: [`Error::Unsupported`] for an adapter whose update is computed from the weights before merging.
+fn check_no_decomposition(adapter: &Folder) -> Result<()> {
+    let value = |part: Principal| format!("\"{}\" for a merge that is to be undone", part.name());
+    adapter.config().principal().map_or(Ok(()), |part| {
         Err(Error::Unsupported { path: CONFIG_FILE.into(), field: "init_lora_weights", value: value(part) })
     })
 }
 
-/// What is done about the elements that rounding does not restore.
+/// The residue of a merge: none, one that is written, or one that is applied.
 enum Residue<'r> {
     None,
-    Keep(&'r mut Keeper),
-    Restore(&'r Restorer),
+    Keep(&'r mut ResidueWriter),
+    Restore(&'r ResidueReader),
 }
 
-/// The changes of a checkpoint, forth or back.
+/// The changes of a checkpoint: merging (sign 1) or unmerging (sign -1).
 struct Updates<'r> {
     cpu: Cpu<f32>,
     plan: Plan<'r>,
@@ -180,9 +181,9 @@ struct Updates<'r> {
 }
 
 impl<'r> Updates<'r> {
-    fn new(base: &'r Checkpoint, adapter: &'r Folder, sign: f32, known: Known<'r>) -> Result<Self> {
+    fn new(base: &'r Checkpoint, adapter: &'r Folder, sign: f32, options: Options<'r>) -> Result<Self> {
         let (convert, residue) = (Convert(None), Residue::None);
-        let (cpu, mut plan) = (Cpu::new()?, Plan::new(base, adapter, known)?);
+        let (cpu, mut plan) = (Cpu::new()?, Plan::new(base, adapter, options)?);
         if sign < 0.0 {
             plan.notes.retain(|note| note.starts_with("names: "));
         }
@@ -194,7 +195,7 @@ impl Edit for Updates<'_> {
     fn stored(&self, entry: &Entry) -> Entry {
         let stored = self.convert.stored(entry);
         match self.plan.changes.get(&entry.name) {
-            Some(change) => Entry::made(&entry.name, stored.dtype, change.shape.clone()),
+            Some(change) => Entry::new(&entry.name, stored.dtype, change.shape.clone()),
             None => stored,
         }
     }
@@ -216,25 +217,25 @@ impl Edit for Updates<'_> {
             return self.convert.write(shard, entry, pass);
         };
         let restored = match &mut self.residue {
-            Residue::Restore(restorer) => Some(restorer.tensor(entry, change.gains())?),
-            Residue::Keep(keeper) => {
-                keeper.begin(entry);
+            Residue::Restore(reader) => Some(reader.tensor(entry, change.gains())?),
+            Residue::Keep(writer) => {
+                writer.begin(entry);
                 None
             }
             Residue::None => None,
         };
         let keeps = matches!(self.residue, Residue::Keep(_));
-        let way = Way { sign: self.sign, dtypes: [from, self.convert.0.unwrap_or(from)], keeps };
+        let mode = MergeMode { sign: self.sign, dtypes: [from, self.convert.0.unwrap_or(from)], keeps };
         let Self { cpu, residue, allow_non_finite, .. } = self;
-        let target = Target { place: (shard, entry), way, pass, residue, restored, allow_non_finite: *allow_non_finite };
+        let target = Target { place: (shard, entry), mode, pass, residue, restored, allow_non_finite: *allow_non_finite };
         target.change(cpu, change)
     }
 }
 
-/// A tensor that is changed, block by block.
+/// A tensor that is changed block by block.
 struct Target<'t, 'p, 'w, 'r> {
     place: Place<'t>,
-    way: Way,
+    mode: MergeMode,
     pass: &'t mut Pass<'p, 'w>,
     residue: &'t mut Residue<'r>,
     restored: Option<Restored>,
@@ -244,14 +245,14 @@ struct Target<'t, 'p, 'w, 'r> {
 impl Target<'_, '_, '_, '_> {
     fn change(mut self, cpu: &Cpu<f32>, change: &Change<'_>) -> Result<()> {
         let kept = self.restored.as_mut().map(Restored::take_gains).unwrap_or_default();
-        let weight = Weight::new(cpu, (change, self.place), self.way, &kept)?;
+        let weight = Weight::new(cpu, (change, self.place), self.mode, &kept)?;
         let columns = weight.column_gains(cpu)?;
         let weight = weight.with_column_gains(&columns);
-        if let Residue::Keep(keeper) = &mut *self.residue {
-            keeper.keep_gains(&columns);
+        if let Residue::Keep(writer) = &mut *self.residue {
+            writer.keep_gains(&columns);
         }
         for blocks in weight.blocks().chunks(BLOCKS) {
-            let buffer = |&block| (block, self.pass.buffer(weight.elements(block) * self.way.dtypes[1].size()));
+            let buffer = |&block| (block, self.pass.buffer(weight.elements(block) * self.mode.dtypes[1].size()));
             let buffers: Vec<_> = blocks.iter().map(buffer).collect();
             let changed = buffers.into_par_iter().map(|(block, new)| weight.update(cpu, block, new));
             changed.collect::<Result<Vec<_>>>()?.into_iter().try_for_each(|changed| self.put(changed))?;
@@ -259,27 +260,27 @@ impl Target<'_, '_, '_, '_> {
         self.end()
     }
 
-    /// The next block.
+    /// Writes the next block.
     fn put(&mut self, changed: Changed) -> Result<()> {
         let Changed { first, mut new, finite, bytes, kept, gains } = changed;
         if !finite && !self.allow_non_finite {
             let (shard, entry) = self.place;
-            return Err(shard.refused(format!("`{}` is not finite once merged; nothing was written", entry.name)));
+            return Err(shard.refused(format!("`{}` is not finite after merging; nothing was written", entry.name)));
         }
         if let Some(restored) = &mut self.restored {
             restored.patch(first, &mut new);
         }
-        if let (Residue::Keep(keeper), Some((old, back))) = (&mut *self.residue, kept) {
-            keeper.compare(first, &old, &back);
-            keeper.keep_gains(&gains);
+        if let (Residue::Keep(writer), Some((old, back))) = (&mut *self.residue, kept) {
+            writer.compare(first, &old, &back);
+            writer.keep_gains(&gains);
         }
         self.pass.write(new)?;
         self.pass.done(bytes)
     }
 
     fn end(self) -> Result<()> {
-        if let Residue::Keep(keeper) = self.residue {
-            keeper.end()?;
+        if let Residue::Keep(writer) = self.residue {
+            writer.end()?;
         }
         self.restored.map_or(Ok(()), Restored::end)
     }

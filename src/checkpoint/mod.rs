@@ -1,19 +1,19 @@
-//! Models on disk: safetensors checkpoints, one file or sharded, read through a memory map a piece at a time.
+//! Models on disk: safetensors checkpoints, in one file or sharded, read through a memory map one piece at a time.
 //!
 //! ```text
-//! mod.rs which.rs header.rs map.rs model.rs      what a folder holds, and what its config says
-//! rewrite.rs output.rs companions.rs             the same checkpoint with some tensors changed, whole or not at all
-//! plan.rs names.rs ties.rs layout.rs experts.rs  which tensors an adapter means
-//! change.rs weight.rs merge.rs                   what it does to them
-//! residue.rs                                     what takes it back to the bit
-//! convert.rs                                     another element type
-//! extract.rs                                     an adapter out of two checkpoints
+//! mod.rs which.rs header.rs map.rs model.rs      opening a file or folder, and reading its config
+//! rewrite.rs output.rs companions.rs             writing a checkpoint with some tensors changed, completely or not at all
+//! plan.rs names.rs ties.rs layout.rs experts.rs  finding the tensors that an adapter changes
+//! change.rs weight.rs merge.rs                   merging into them, and unmerging
+//! residue.rs                                     the file that makes unmerging exact
+//! convert.rs                                     converting to another element type
+//! extract.rs                                     extracting an adapter from two checkpoints
 //! ```
 //!
-//! Memory stays near one piece of a tensor, whatever the size of the model. Every verb takes a `watch`, which is told how many
-//! more bytes are done and may break off: then nothing was written.
+//! Only one piece of a tensor is in memory at a time, whatever the size of the model. Every function takes a `watch`, which is called with
+//! the number of bytes that have been processed since the last call, and can interrupt the work; nothing is written then.
 //!
-//! The weights of a layer, read onto a device:
+//! To read the weights of a layer onto a device:
 //!
 //! ```
 //! use lowrank::{Cpu, checkpoint::Checkpoint, nn::Linear};
@@ -35,6 +35,7 @@
 mod change;
 mod companions;
 mod convert;
+mod convert_elements;
 mod experts;
 #[cfg(feature = "svd")]
 mod extract;
@@ -44,7 +45,6 @@ mod map;
 mod merge;
 mod model;
 mod names;
-mod number;
 mod output;
 mod plan;
 mod residue;
@@ -74,22 +74,23 @@ use crate::file::{self, failed};
 use header::Header;
 use which::main_file;
 
-/// Told how many more bytes of the checkpoint are done. [`ControlFlow::Break`] ends the work with [`Error::Interrupted`].
+/// Called with the number of bytes of the checkpoint that have been processed since the last call. [`ControlFlow::Break`] ends the work
+/// with [`Error::Interrupted`].
 pub type Watch<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
 
-/// What the index of a sharded checkpoint is called.
+/// The end of the file name of a sharded checkpoint's index.
 const INDEX: &str = ".safetensors.index.json";
 
-/// A checkpoint whose header is read and whose tensors are not.
+/// An open checkpoint: its headers are in memory, its tensors are not.
 ///
-/// Its files must not be changed while they are read.
+/// The files must not be changed while it is open.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     folder: Option<PathBuf>,
     index: Option<PathBuf>,
     shards: Vec<Shard>,
-    /// The shard and the entry of a tensor.
+    /// The indices of a tensor's shard and of its entry there, by name.
     places: BTreeMap<String, (usize, usize)>,
     note: Option<String>,
 }
@@ -105,13 +106,13 @@ pub(crate) struct Shard {
 impl Checkpoint {
     /// Opens a `.safetensors` file, the index of a sharded checkpoint, or a folder that holds one of the two.
     ///
-    /// In a folder, `model.safetensors` or its index counts before others, and an adapter's file only if there is nothing else.
+    /// In a folder, `model.safetensors` or its index is preferred, and the file of an adapter is opened only if there is no other.
     ///
-    /// Errors: [`Error::File`] for what is missing or damaged, an index that does not agree with its shards, and a folder with
-    /// none or several of them.
+    /// Errors: [`Error::File`] for a file that is missing or damaged, an index that disagrees with its shards, and a folder with no
+    /// checkpoint or several.
     pub fn open(path: &Path) -> Result<Self> {
         Self::read(path).map_err(|error| match formats::recognise(path) {
-            Ok(thing) if path.is_dir() && !thing.kind.is_safetensors() => thing.refused(),
+            Ok(found) if path.is_dir() && !found.kind.is_safetensors() => found.refusal(),
             _ => error,
         })
     }
@@ -121,13 +122,13 @@ impl Checkpoint {
         let indexed = main.extension().is_some_and(|extension| extension == "json");
         let names = if indexed { read_index(&main)? } else { BTreeMap::new() };
         let files: BTreeSet<&String> = names.values().collect();
-        // Of a tensor that lies in two shards, the one counts that the index names.
-        let beside = |file: &String| {
+        // If a tensor is in two shards, the one that the index names is used.
+        let open_shard = |file: &String| {
             let mut shard = Shard::open(&main.with_file_name(file))?;
-            shard.header.cut(|entry| names.get(&entry.name).is_none_or(|named| named == file));
+            shard.header.retain(|entry| names.get(&entry.name).is_none_or(|named| named == file));
             Ok(shard)
         };
-        let shards = if indexed { files.into_iter().map(beside).collect::<Result<_>>()? } else { vec![Shard::open(&main)?] };
+        let shards = if indexed { files.into_iter().map(open_shard).collect::<Result<_>>()? } else { vec![Shard::open(&main)?] };
         let mut places = BTreeMap::new();
         for (at, shard) in shards.iter().enumerate() {
             for (entry, info) in shard.header.entries.iter().enumerate() {
@@ -147,64 +148,64 @@ impl Checkpoint {
         Ok(Self { path: path.into(), folder, index: indexed.then_some(main), shards, places, note })
     }
 
-    /// Where it lies, as it was opened.
+    /// The path that was given to [`open`](Self::open).
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What there is to tell about the choice of its file in a folder.
+    /// A note about the choice of the file in a folder, if there was a doubt.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()
     }
 
-    /// Whether a file is one of its own.
+    /// True if a file is one of its shards.
     pub(crate) fn holds(&self, path: &Path) -> bool {
         self.shards.iter().any(|shard| shard.path.file_name() == path.file_name())
     }
 
-    /// The folder that its files lie in.
-    pub(crate) fn beside(&self) -> Option<&Path> {
+    /// The folder that contains its files.
+    pub(crate) fn parent(&self) -> Option<&Path> {
         let folder = self.shards.first()?.path.parent()?;
         Some(if folder.as_os_str().is_empty() { Path::new(".") } else { folder })
     }
 
-    /// Whether it is written as a folder.
+    /// True if it is to be written as a folder.
     pub(crate) fn is_folder(&self) -> bool {
         self.folder.is_some()
     }
 
-    /// How many files it has.
+    /// The number of its files.
     pub fn files(&self) -> usize {
         self.shards.len()
     }
 
-    /// All tensors, file by file, in the order in which they are stored.
+    /// The entries of all tensors, file by file, in the order in which they are stored.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         self.shards.iter().flat_map(|shard| &shard.header.entries)
     }
 
-    /// The bytes of all tensors.
+    /// The total size of all tensors in bytes.
     pub fn bytes(&self) -> u64 {
         self.entries().map(|entry| entry.bytes as u64).sum()
     }
 
-    /// A tensor by name, read whole: its shape, how it is stored, and its numbers as `f32`, which holds every `f16` and `bf16`.
+    /// Reads a tensor, widened to `f32`, which is exact for `f16` and `bf16`.
     ///
-    /// A weight is `n×k`, as a [`Linear`](crate::nn::Linear) has it; see [`HostTensor::to_device`]. Errors: [`Error::File`] for a
-    /// name that the checkpoint does not have, and for a tensor of another element type than these three.
+    /// A weight is `n×k`, as in a [`Linear`](crate::nn::Linear); see [`HostTensor::to_device`]. Errors: [`Error::File`] for a name that
+    /// the checkpoint does not have, and for a tensor of another element type than `f32`, `f16` and `bf16`.
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let found = self.find(name).ok_or_else(|| refused(&self.path, format!("has no tensor `{name}`")))?;
         let (shard, entry) = found;
         let other = || shard.refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", entry.dtype));
         let dtype = entry.float().ok_or_else(other)?;
         let mut values = vec![0.0; entry.elements()];
-        number::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
+        convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
         Ok(HostTensor { shape: entry.shape.clone(), dtype, values })
     }
 
-    /// What its tensors are: a model, an adapter, a quantised model.
+    /// The kind of its tensors, such as a model, an adapter or a quantised model.
     pub fn kind(&self) -> Kind {
-        let outline = |entry: &Entry| formats::Outline {
+        let outline = |entry: &Entry| formats::TensorInfo {
             name: entry.name.clone(),
             shape: entry.shape.clone(),
             dtype: format!("{:?}", entry.dtype),
@@ -212,16 +213,16 @@ impl Checkpoint {
         formats::by_tensors(&self.entries().map(outline).collect::<Vec<_>>())
     }
 
-    /// Errors: [`Error::File`] for tensors that are no model in `f32`, `f16` or `bf16`, saying what they are and what to do.
-    pub(crate) fn is_plain_model(&self) -> Result<()> {
+    /// Errors: [`Error::File`] unless it is a model in `f32`, `f16` or `bf16`; the error says what it is and what to do.
+    pub(crate) fn check_plain_model(&self) -> Result<()> {
         match self.kind() {
             Kind::Checkpoint => Ok(()),
-            Kind::Peft => Err(refused(&self.path, "is an adapter, where a model is wanted".into())),
-            kind => Err(formats::Thing { kind, path: self.path.clone() }.refused()),
+            Kind::Peft => Err(refused(&self.path, "is an adapter, where a model is needed".into())),
+            kind => Err(formats::Recognised { kind, path: self.path.clone() }.refusal()),
         }
     }
 
-    /// A tensor by name, and the file it lies in.
+    /// The entry of a tensor, and its file.
     pub(crate) fn find(&self, name: &str) -> Option<(&Shard, &Entry)> {
         let &(shard, entry) = self.places.get(name)?;
         Some((&self.shards[shard], &self.shards[shard].header.entries[entry]))
@@ -231,16 +232,16 @@ impl Checkpoint {
 impl Shard {
     fn open(path: &Path) -> Result<Self> {
         let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
-        let (length, file) = opened.map_err(|error| failed(path, &error))?;
+        let (length, file) = opened.map_err(|error| failed(path, error))?;
         let length = usize::try_from(length).map_err(|_| refused(path, "is too large for this machine".into()))?;
-        let whole = map::map(&file, 0, length).map_err(|error| failed(path, &error))?;
+        let whole = map::map(&file, 0, length).map_err(|error| failed(path, error))?;
         let header = Header::parse(path, &whole)?;
         Ok(Self { path: path.into(), file, header })
     }
 
     /// A piece of a tensor. Errors: [`Error::File`].
     pub(crate) fn read(&self, entry: &Entry, start: usize, bytes: usize) -> Result<Mmap> {
-        map::map_to_read(&self.file, entry.start + start as u64, bytes).map_err(|error| failed(&self.path, &error))
+        map::map_to_read(&self.file, entry.start + start as u64, bytes).map_err(|error| failed(&self.path, error))
     }
 
     fn refused(&self, reason: String) -> Error {
@@ -248,7 +249,7 @@ impl Shard {
     }
 }
 
-/// Which file each tensor lies in.
+/// The file of each tensor.
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     let bytes = file::read(path)?;
     let parsed = serde_json::from_slice(&bytes);
@@ -268,7 +269,7 @@ fn refused(path: &Path, reason: String) -> Error {
     Error::File { path: path.into(), reason }
 }
 
-/// The names in a message: as many as it can bear.
+/// The first few names, for a message, and the number of the others.
 fn listed(names: &[String]) -> String {
     const SHOWN: usize = 4;
     let shown: Vec<String> = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();

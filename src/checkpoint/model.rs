@@ -1,4 +1,4 @@
-//! What a model's `config.json` says of its weights, and what must be changed in the copy of it.
+//! Reading a model's `config.json`, and editing the copy of it.
 
 use std::path::Path;
 
@@ -6,30 +6,30 @@ use serde_json::{Map, Value, json};
 
 use crate::element::DType;
 
-/// What a model's config is called, beside its weights.
+/// The file name of a model's config.
 pub(super) const MODEL_CONFIG: &str = "config.json";
-/// The element types, as such a config spells them.
+/// The names of element types in such a config.
 const TORCH_NAMES: [(DType, &str); 3] = [(DType::F32, "float32"), (DType::F16, "float16"), (DType::BF16, "bfloat16")];
-/// Whether the head of a model multiplies with its embedding.
+/// The key that says whether the output head shares the weight of the embedding.
 const TIED: &str = "tie_word_embeddings";
 
-/// The config of a model, and those of its parts, such as `text_config`.
+/// The config of a model, including those of its parts, such as `text_config`.
 #[derive(Debug)]
 pub(super) struct ModelConfig(Map<String, Value>);
 
 impl ModelConfig {
-    /// That of the model in a folder; `None` if there is none that can be read.
+    /// Reads the config of a folder; `None` if there is none or it cannot be read.
     pub(super) fn read(folder: &Path) -> Option<Self> {
         serde_json::from_slice(&std::fs::read(folder.join(MODEL_CONFIG)).ok()?).ok().map(Self)
     }
 
-    /// What it and its parts say under a key, the whole first.
+    /// The values of a key in the config and in those of its parts, the config itself first.
     fn all<'k>(&'k self, key: &'k str) -> impl Iterator<Item = &'k Value> {
         let parts = self.0.iter().filter(|(name, _)| is_part(name)).filter_map(|(_, part)| part.as_object());
         std::iter::once(&self.0).chain(parts).filter_map(move |config| config.get(key))
     }
 
-    /// `model_type`, of the whole and of its parts.
+    /// `model_type`, of the model and of its parts.
     pub(super) fn model_types(&self) -> impl Iterator<Item = &str> {
         self.all("model_type").filter_map(Value::as_str)
     }
@@ -39,41 +39,41 @@ impl ModelConfig {
         self.0.get("architectures")?.get(0)?.as_str()
     }
 
-    /// `tie_word_embeddings`. The whole counts before its parts.
+    /// `tie_word_embeddings` of the model, or else of a part.
     pub(super) fn ties(&self) -> Option<bool> {
         self.all(TIED).find_map(Value::as_bool)
     }
 }
 
 fn is_part(key: &str) -> bool {
-    key.ends_with("_config") && key != "quantization_config" // that one speaks of how others store and compute
+    key.ends_with("_config") && key != "quantization_config" // describes the format of weights, not a part of the model
         || ["encoder", "decoder", "text", "vision", "audio"].contains(&key)
 }
 
-/// What the copy of a config is to say.
+/// The edits of a copied config.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct ConfigEdit {
-    /// Weights are stored so. transformers loads weights in the type that the config names, which would undo what was asked for.
+    /// The new element type of the weights. It must be in the config, because transformers converts weights to the type named there.
     pub(super) dtype: Option<DType>,
-    /// The head has a weight of its own.
+    /// If true, the output head has a weight of its own now.
     pub(super) untie: bool,
-    /// The number of tokens there was, and the one there is.
+    /// The old and the new number of tokens.
     pub(super) vocabulary: Option<[usize; 2]>,
 }
 
 impl ConfigEdit {
-    /// The bytes of the new config; `None` if the old one says it already, or is none.
+    /// The bytes of the edited config; `None` if nothing changes, or if the bytes are not a JSON object.
     pub(super) fn apply(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let mut document: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
         let mut changed = self.edit(&mut document);
         if self.untie && document.get(TIED) != Some(&json!(false)) {
-            document.insert(TIED.into(), json!(false)); // absent, it is true for many models
+            document.insert(TIED.into(), json!(false)); // the default is true for many models
             changed = true;
         }
         changed.then(|| format!("{:#}\n", Value::Object(document)).into_bytes())
     }
 
-    /// In a config and those of its parts. Says whether something changed.
+    /// Edits a config and those of its parts. Returns true if something changed.
     fn edit(&self, config: &mut Map<String, Value>) -> bool {
         let mut changed = false;
         for (key, value) in config {

@@ -1,4 +1,4 @@
-//! Where the tensors of a checkpoint are that an adapter means, by whatever names.
+//! Finding the tensors of a checkpoint that an adapter refers to, also if their names differ.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -6,7 +6,7 @@ use super::header::Entry;
 use super::{Checkpoint, Shard, listed, refused};
 use crate::error::Result;
 
-/// Beginnings of names that transformers changed between versions: in adapters, and in checkpoints. Either may be the older one.
+/// Prefixes of names that transformers changed between versions. Either of the two may be the name in the adapter or in the checkpoint.
 const MOVED: [(&str, &str); 14] = [
     ("model.language_model.model.", "language_model.model."),
     ("model.language_model.lm_head", "language_model.lm_head"),
@@ -23,13 +23,13 @@ const MOVED: [(&str, &str); 14] = [
     ("lm_head", "language_model.lm_head"),
     ("lm_head", "thinker.lm_head"),
 ];
-/// Parts of names that changed, wherever they are.
+/// Parts of names that changed, at any place in a name.
 const PARTS: [(&str, &str); 3] = [
     (".mlp.experts.", ".block_sparse_moe.experts."),
     (".mlp.gate.", ".block_sparse_moe.gate."),
     (".mlp.router.", ".block_sparse_moe.gate."),
 ];
-/// Modules that only hold the rest of a model: one may stand for another.
+/// Names of modules that only contain the rest of a model, and may replace one another.
 const CONTAINERS: [&str; 12] = [
     "model",
     "language_model",
@@ -45,35 +45,35 @@ const CONTAINERS: [&str; 12] = [
     "gpt_neox",
 ];
 
-/// The tensors of a checkpoint, under the names of an adapter.
+/// Finds the tensors of a checkpoint by the names of an adapter.
 pub(super) struct Names<'r> {
     base: &'r Checkpoint,
-    /// Asked for: beginnings or whole names of modules, and what they are in the checkpoint.
-    asked: &'r [(String, String)],
+    /// The caller's mapping: pairs of a name or prefix in the adapter and the one in the checkpoint.
+    mapped: &'r [(String, String)],
     used: Vec<bool>,
-    /// What beginnings of names turned out to be, and of how many tensors.
+    /// Prefixes that were found: the one in the adapter, the one in the checkpoint, and the number of tensors.
     found: BTreeMap<String, (String, usize)>,
-    /// The tensors whose names end alike: with the last two parts.
+    /// Tensors by the last two components of their names.
     ends: HashMap<&'r str, Vec<&'r str>>,
 }
 
-/// A tensor, and the file it lies in.
+/// A tensor and its file.
 pub(super) type Place<'r> = (&'r Shard, &'r Entry);
 
 impl<'r> Names<'r> {
-    pub(super) fn new(base: &'r Checkpoint, asked: &'r [(String, String)]) -> Self {
+    pub(super) fn new(base: &'r Checkpoint, mapped: &'r [(String, String)]) -> Self {
         let mut ends: HashMap<&str, Vec<&str>> = HashMap::new();
         for entry in base.entries() {
             ends.entry(end(&entry.name)).or_default().push(&entry.name);
         }
-        Self { base, asked, used: vec![false; asked.len()], found: BTreeMap::new(), ends }
+        Self { base, mapped, used: vec![false; mapped.len()], found: BTreeMap::new(), ends }
     }
 
-    /// The tensor that an adapter calls so; `None` if there is none, or none that fits under another name.
+    /// The tensor that an adapter refers to by this name, or else one of another name that fits; `None` if there is none.
     ///
-    /// Errors: [`Error::File`](crate::Error::File) if several could be meant.
+    /// Errors: [`Error::File`](crate::Error::File) if several tensors fit.
     pub(super) fn find(&mut self, name: &str, fits: impl Fn(&Entry) -> bool) -> Result<Option<Place<'r>>> {
-        for (at, (old, new)) in self.asked.iter().enumerate() {
+        for (at, (old, new)) in self.mapped.iter().enumerate() {
             if let Some(renamed) = replaced(name, old, new) {
                 self.used[at] = true;
                 let place = self.base.find(&renamed);
@@ -116,7 +116,7 @@ impl<'r> Names<'r> {
         }
     }
 
-    /// The names that it may have by [`MOVED`] and [`PARTS`], and what was replaced by what.
+    /// The other names that [`MOVED`] and [`PARTS`] give, each with the replaced text and its replacement.
     fn moved(&self, name: &str) -> Vec<(String, String, String)> {
         let both = |&(one, other): &(&'static str, &'static str)| [(one, other), (other, one)];
         let mut renamed = Vec::new();
@@ -133,8 +133,8 @@ impl<'r> Names<'r> {
         renamed
     }
 
-    /// The tensors that fit and have the longest end in common with the name. Nothing numbered may be lost or made up, and what is
-    /// replaced by something else must be a mere container on both sides.
+    /// The tensors that fit and have the longest common end with the name. The parts that differ must not contain numbers (of layers), and
+    /// if both are non-empty, they must consist of [`CONTAINERS`].
     fn longest(&self, name: &str, fits: impl Fn(&Entry) -> bool) -> Vec<(String, String, Place<'r>)> {
         let parts: Vec<&str> = name.split('.').collect();
         let numbered = |parts: &[&str]| parts.iter().any(|part| part.parse::<usize>().is_ok());
@@ -158,7 +158,7 @@ impl<'r> Names<'r> {
         found
     }
 
-    /// Errors: [`Error::File`](crate::Error::File) if a beginning of names would stand for two others.
+    /// Records a replaced prefix. Errors: [`Error::File`](crate::Error::File) if a prefix has two different replacements.
     fn take(&mut self, old: &str, new: &str, place: Place<'r>) -> Result<Option<Place<'r>>> {
         let (there, count) = self.found.entry(old.into()).or_insert_with(|| (new.into(), 0));
         if there != new {
@@ -170,20 +170,20 @@ impl<'r> Names<'r> {
         Ok(Some(place))
     }
 
-    /// The tensors that end as a name does: what may be meant by one that is not there.
-    pub(super) fn alike(&self, name: &str) -> Vec<String> {
+    /// The tensors whose names have the same last two components: suggestions for a missing name.
+    pub(super) fn similar(&self, name: &str) -> Vec<String> {
         self.ends.get(end(name)).into_iter().flatten().map(ToString::to_string).collect()
     }
 
-    /// Errors: [`Error::File`](crate::Error::File) if something that was asked for was of no use.
+    /// Errors: [`Error::File`](crate::Error::File) if an entry of the caller's mapping was not used.
     pub(super) fn all_used(&self) -> Result<()> {
-        let unused = self.used.iter().zip(self.asked).find(|(used, _)| !**used).map(|(_, (old, _))| old);
+        let unused = self.used.iter().zip(self.mapped).find(|(used, _)| !**used).map(|(_, (old, _))| old);
         let reason = |old| format!("--map: no name of the adapter begins with or is `{old}`");
         unused.map_or(Ok(()), |old| Err(refused(self.base.path(), reason(old))))
     }
 
-    /// What was mapped to what.
-    pub(super) fn told(self) -> Vec<String> {
+    /// Notes about the prefixes that were replaced.
+    pub(super) fn notes(self) -> Vec<String> {
         let mut found: BTreeMap<[String; 2], usize> = BTreeMap::new();
         for (old, (new, count)) in &self.found {
             *found.entry([unnumbered(old), unnumbered(new)]).or_default() += count;
@@ -202,14 +202,14 @@ fn unnumbered(name: &str) -> String {
     name.split('.').map(part).collect::<Vec<_>>().join(".")
 }
 
-/// The last two parts of a name, or all of it: `q_proj.weight`.
+/// The last two components of a name, such as `q_proj.weight`, or all of it.
 fn end(name: &str) -> &str {
     let mut dots = name.rmatch_indices('.');
     dots.next();
     dots.next().map_or(name, |(at, _)| &name[at + 1..])
 }
 
-/// The name with its beginning replaced, if it begins so; at a dot, if the beginning is a whole name.
+/// The name with its prefix `old` replaced by `new`; `None` if it does not have it. The prefix must end at a dot or at the end of the name.
 fn replaced(name: &str, old: &str, new: &str) -> Option<String> {
     let rest = name.strip_prefix(old)?;
     let whole = rest.is_empty() || rest.starts_with('.') || old.ends_with('.') || old.is_empty();

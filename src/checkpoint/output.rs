@@ -1,4 +1,4 @@
-//! A new checkpoint on its way to the disk: under another name until all of it is there.
+//! Writing a new checkpoint to the disk, under a temporary name until it is complete.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -12,12 +12,12 @@ use memmap2::Mmap;
 use crate::error::{Error, Result};
 use crate::file::{Staged, StagedFolder, failed};
 
-/// How much is written before the disk is asked to begin with it.
+/// Bytes that are written between two calls of `fdatasync`.
 const FLUSH: usize = 32 << 20;
-/// How many pieces may wait: enough that neither side does, few enough that memory stays near one of them.
+/// Capacity of the queue of pieces: enough that neither side waits, and small enough to bound memory.
 const WAITING: usize = 8;
 
-/// Bytes on their way to the disk: made here, or as another file has them.
+/// Bytes to be written: a buffer, or a mapped piece of another file.
 pub(super) enum Piece {
     Made(Vec<u8>),
     Mapped(Mmap),
@@ -33,7 +33,7 @@ impl Deref for Piece {
     }
 }
 
-/// A file that is written, and goes to the disk, while more of it is made: little is left to do at the end.
+/// A file that is written and synchronised by background threads while the next pieces are computed.
 ///
 /// ```text
 /// caller ─ pieces → writer ─ every 32 MiB → flusher
@@ -47,36 +47,36 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// `path` is what errors call it.
+    /// Starts the threads that write to `file`. Errors name the file `path`.
     pub(super) fn new(path: &Path, file: &File) -> Result<Self> {
         let cloned = file.try_clone().and_then(|one| Ok((one, file.try_clone()?)));
-        let (file, background) = cloned.map_err(|error| failed(path, &error))?;
+        let (file, background) = cloned.map_err(|error| failed(path, error))?;
         let (pieces, to_write) = sync_channel(WAITING);
         let (used, spare) = sync_channel(WAITING);
         let writer = std::thread::spawn(move || write_all(file, background, to_write, used));
         Ok(Self { path: path.into(), pieces, spare, writer })
     }
 
-    /// A buffer that was written and may be filled again, or a new one.
+    /// A buffer that has been written and can be reused, or an empty one.
     pub(super) fn spare(&self) -> Vec<u8> {
         self.spare.try_recv().unwrap_or_default()
     }
 
-    /// Errors: [`Error::File`] if the disk is known to have refused something.
+    /// Queues a piece. Errors: [`Error::File`] if an earlier write has failed.
     pub(super) fn write(&mut self, piece: Piece) -> Result<()> {
-        // A writer that is gone has failed, and says at the end why.
+        // If the writer has ended, it has failed; `finish` returns its error.
         self.pieces.send(piece).map_err(|_| Error::File { path: self.path.clone(), reason: "cannot be written".into() })
     }
 
-    /// Waits for the writer. What the flusher was not asked for is still to be synchronised.
+    /// Waits for the writer. The caller must still synchronise the file, as the last pieces may not be on the disk.
     pub(super) fn finish(self, made: Result<()>) -> Result<()> {
         drop(self.pieces);
         let written = self.writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer died")));
-        written.map_err(|error| failed(&self.path, &error)).and(made)
+        written.map_err(|error| failed(&self.path, error)).and(made)
     }
 }
 
-/// The writer, and its flusher.
+/// The writer thread, which starts the flusher.
 fn write_all(mut file: File, background: File, pieces: Receiver<Piece>, used: SyncSender<Vec<u8>>) -> io::Result<()> {
     let (flush, asked) = sync_channel(1);
     let flusher = std::thread::spawn(move || asked.into_iter().try_for_each(|()| background.sync_data()));
@@ -84,19 +84,19 @@ fn write_all(mut file: File, background: File, pieces: Receiver<Piece>, used: Sy
     for piece in pieces {
         file.write_all(&piece)?;
         unflushed += piece.len();
-        // A flusher that is still busy is not asked again.
+        // If the flusher is still busy, this piece is left to the next call.
         if unflushed >= FLUSH && flush.try_send(()).is_ok() {
             unflushed = 0;
         }
         if let Piece::Made(buffer) = piece {
-            let _ = used.try_send(buffer); // one too many is freed
+            let _ = used.try_send(buffer); // if the queue is full, the buffer is freed
         }
     }
     drop(flush);
     flusher.join().unwrap_or_else(|_| Err(io::Error::other("the flusher died")))
 }
 
-/// A checkpoint that is complete on the disk but does not have its name yet. Dropped, it is gone.
+/// A checkpoint that is complete on the disk but does not have its final name yet. Dropping it deletes it.
 pub(super) enum StagedCheckpoint {
     File(Staged),
     Folder(StagedFolder),
@@ -111,7 +111,7 @@ impl StagedCheckpoint {
     }
 }
 
-/// `Err` if the caller asked to stop.
-pub(super) fn go_on(flow: std::ops::ControlFlow<()>) -> Result<()> {
+/// Errors: [`Error::Interrupted`] if the caller's `watch` returned `Break`.
+pub(super) fn check_interrupted(flow: std::ops::ControlFlow<()>) -> Result<()> {
     if flow.is_break() { Err(Error::Interrupted) } else { Ok(()) }
 }

@@ -1,5 +1,4 @@
-//! What an adapter does to the tensors of a checkpoint: which it changes, which it adds, what the config must say, and what there is
-//! to tell about it.
+//! Plans a merge: the tensors that an adapter changes or adds, the edits of the config, and notes for the user.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -15,30 +14,30 @@ use crate::adapter::{Extra, Factors, Folder, Kind, Role, TargetModules, module_o
 use crate::element::DType;
 use crate::error::{Error, Result};
 
-/// What a caller knows beside the files.
+/// Options of the caller that resolve names and layouts.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Known<'r> {
-    /// Names of the adapter, and what they are in the checkpoint.
+pub(super) struct Options<'r> {
+    /// Pairs of a name or prefix in the adapter and the one in the checkpoint.
     pub(super) names: &'r [(String, String)],
     pub(super) layout: Option<Layout>,
 }
 
-/// The changes of an adapter.
+/// The changes that an adapter makes to a checkpoint.
 pub(super) struct Plan<'r> {
-    /// By the name of the tensor in the checkpoint.
+    /// The changes, by the name of the tensor in the checkpoint.
     pub(super) changes: BTreeMap<String, Change<'r>>,
-    /// Tensors that the checkpoint does not have. Their changes say what they are.
+    /// Tensors that the checkpoint does not have. `changes` holds their values.
     pub(super) added: Vec<Entry>,
     pub(super) config: ConfigEdit,
-    /// What the caller should know.
+    /// Notes for the user, a sentence each.
     pub(super) notes: Vec<String>,
 }
 
-/// A tensor that an adapter means.
+/// A tensor that an adapter changes.
 pub(super) struct Target<'r> {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
-    /// `None` for one that is yet to be made.
+    /// `None` for a tensor that the checkpoint does not have.
     pub(super) place: Option<Place<'r>>,
     source: Source<'r>,
 }
@@ -55,12 +54,12 @@ pub(super) struct Planner<'r> {
 }
 
 impl<'r> Plan<'r> {
-    /// Errors: [`Error::File`] for tensors that are missing, could be several, do not fit, or are changed twice.
-    pub(super) fn new(base: &'r Checkpoint, adapter: &'r Folder, known: Known<'r>) -> Result<Self> {
-        let config = base.beside().and_then(ModelConfig::read);
+    /// Errors: [`Error::File`] for tensors that are missing, ambiguous, of another shape, or changed twice.
+    pub(super) fn new(base: &'r Checkpoint, adapter: &'r Folder, options: Options<'r>) -> Result<Self> {
+        let config = base.parent().and_then(ModelConfig::read);
         let tie = Tie::of(base, config.as_ref());
         let (names, layouts) =
-            (Names::new(base, known.names), Layouts::new(known.layout, config.as_ref(), adapter.config().fan_in_fan_out()));
+            (Names::new(base, options.names), Layouts::new(options.layout, config.as_ref(), adapter.config().fan_in_fan_out()));
         let (changes, missing, notes) = Default::default();
         let mut planner = Planner { base, adapter, names, tie, changes, missing, notes, config: ConfigEdit::default() };
         planner.modules(layouts)?;
@@ -72,7 +71,8 @@ impl<'r> Plan<'r> {
 }
 
 impl<'r> Planner<'r> {
-    /// The tensor that an adapter calls so. The head that shares the embedding's weight is there even if it is not stored.
+    /// The tensor that an adapter refers to by this name. An output head that shares the embedding's weight is found even if it is not
+    /// stored.
     pub(super) fn target(&mut self, name: &str, fits: impl Fn(&[usize]) -> bool) -> Result<Option<Target<'r>>> {
         if let Some(place) = self.names.find(name, |entry| fits(&entry.shape))? {
             let (name, shape) = (place.1.name.clone(), place.1.shape.clone());
@@ -83,7 +83,7 @@ impl<'r> Planner<'r> {
         Ok(Some(Target { name: head, shape: place.1.shape.clone(), place: None, source: Source::Other(place) }))
     }
 
-    /// The change of a tensor that nothing else changes. Errors: [`Error::File`] if something does.
+    /// Adds a change of a tensor. Errors: [`Error::File`] if it has one already.
     pub(super) fn change(&mut self, target: &Target<'r>) -> Result<&mut Change<'r>> {
         if self.changes.contains_key(&target.name) {
             return Err(refused(self.base.path(), format!("`{}` is changed in two ways by the adapter", target.name)));
@@ -100,9 +100,9 @@ impl<'r> Planner<'r> {
             match adapter.kind(module) {
                 Kind::Linear => {
                     let found = self.target(&name, |shape| shape == [n, k] || shape == [k, n])?;
-                    match found.or_else(|| self.brought(module, &name)) {
+                    match found.or_else(|| self.new_module(module, &name)) {
                         Some(target) => {
-                            layouts.see(module, &target.shape, [n, k]);
+                            layouts.observe(module, &target.shape, [n, k]);
                             linear.push((module, factors, target));
                         }
                         None => self.missing.push(name),
@@ -126,8 +126,8 @@ impl<'r> Planner<'r> {
             let sides = [factors.b.rows(), factors.a.cols()];
             let layout = layouts.of(module, &target.shape, sides).ok_or_else(|| {
                 let what =
-                    "`fan_in_fan_out` is set, and nothing tells whether the model stores this square weight out × in or in × out";
-                refused(self.base.path(), format!("`{}`: {what}; say it with --layout out-in or --layout in-out", target.name))
+                    "`fan_in_fan_out` is set, and it is not known whether this square weight is stored out × in or in × out";
+                refused(self.base.path(), format!("`{}`: {what}; give --layout out-in or --layout in-out", target.name))
             })?;
             let [n, k] = sides;
             let (want, transposed) = if layout == Layout::InOut { ([k, n], true) } else { ([n, k], false) };
@@ -136,14 +136,14 @@ impl<'r> Planner<'r> {
         Ok(())
     }
 
-    /// A module that the checkpoint lacks and whose weight the adapter brings: `base_layer.weight`.
-    fn brought(&self, module: &str, name: &str) -> Option<Target<'r>> {
+    /// A module that the checkpoint lacks and whose weight is in the adapter: `base_layer.weight`.
+    fn new_module(&self, module: &str, name: &str) -> Option<Target<'r>> {
         let extra = self.adapter.extras().get(&format!("{module}.base_layer.weight"))?;
-        let (name, shape, source) = (name.to_string(), extra.tensor.shape.clone(), Source::Instead(&extra.tensor.values));
-        self.names.alike(&name).is_empty().then_some(Target { name, shape, place: None, source })
+        let (name, shape, source) = (name.to_string(), extra.tensor.shape.clone(), Source::Replacement(&extra.tensor.values));
+        self.names.similar(&name).is_empty().then_some(Target { name, shape, place: None, source })
     }
 
-    /// `scaling·B·A` on a whole tensor, and what goes with it.
+    /// Plans the update of a whole tensor, with its magnitudes and a new base weight if the adapter has them.
     fn update(
         &mut self,
         module: &str,
@@ -152,19 +152,22 @@ impl<'r> Planner<'r> {
     ) -> Result<()> {
         let (adapter, base) = (self.adapter, self.base);
         if let Some(extra) = adapter.extras().get(&format!("{module}.base_layer.weight")) {
-            (target.shape, target.source) = (extra.tensor.shape.clone(), Source::Instead(&extra.tensor.values));
-            self.resized(&target, want);
+            (target.shape, target.source) = (extra.tensor.shape.clone(), Source::Replacement(&extra.tensor.values));
+            self.note_resized(&target, want);
         }
         self.fits(&target, want)?;
-        let began_with = adapter.config().began_with().filter(|_| *adapter.kind(module) == Kind::Linear);
-        if let (Some(part), false) = (began_with, matches!(target.source, Source::Stored)) {
-            let reason =
-                format!("`{}` is not stored as it was when the adapter began with a part of it ({})", target.name, part.name());
+        let principal = adapter.config().principal().filter(|_| *adapter.kind(module) == Kind::Linear);
+        if let (Some(part), false) = (principal, matches!(target.source, Source::Stored)) {
+            let reason = format!(
+                "`{}` is not stored as it was when the adapter was initialised with a part of it ({})",
+                target.name,
+                part.name()
+            );
             return Err(refused(base.path(), reason));
         }
         let magnitude = adapter.extras().get(&format!("{module}.lora_magnitude_vector"));
         let change = self.change(&target)?;
-        change.pieces.push(Piece { first_row: 0, factors: Cow::Borrowed(factors), transposed, began_with });
+        change.pieces.push(Piece { first_row: 0, factors: Cow::Borrowed(factors), transposed, principal });
         change.magnitude = magnitude.map(|extra| Magnitude { of_columns: transposed, values: &extra.tensor.values });
         Ok(())
     }
@@ -190,8 +193,8 @@ impl<'r> Planner<'r> {
             match extra.role {
                 Role::Magnitude => {}
                 Role::Base if adapter.modules().contains_key(module_of(&extra.target)) => {}
-                Role::Base | Role::Instead => self.instead(extra)?,
-                Role::Plus => {
+                Role::Base | Role::Replace => self.replace_tensor(extra)?,
+                Role::AddToBias => {
                     let scaling = adapter.modules().get(module_of(&extra.target)).map_or(0.0, |module| module.scaling);
                     let Some(target) = self.target(&extra.target, |shape| shape == extra.tensor.shape)? else {
                         self.missing.push(extra.target.clone());
@@ -206,13 +209,14 @@ impl<'r> Planner<'r> {
         Ok(())
     }
 
-    /// Another tensor in place of one, of as many rows as the adapter has; or a new one.
-    fn instead(&mut self, extra: &'r Extra) -> Result<()> {
+    /// Plans the replacement of a tensor, perhaps with another number of rows, or the addition of a new one.
+    fn replace_tensor(&mut self, extra: &'r Extra) -> Result<()> {
         let new = &extra.tensor.shape;
         let like = |shape: &[usize]| shape.len() == new.len() && shape.get(1..) == new.get(1..);
         let Some(target) = self.target(&extra.target, like)? else {
             let longer = format!(".{}", extra.target);
-            let alike: Vec<String> = self.names.alike(&extra.target).into_iter().filter(|name| name.ends_with(&longer)).collect();
+            let similar: Vec<String> =
+                self.names.similar(&extra.target).into_iter().filter(|name| name.ends_with(&longer)).collect();
             let numbered = extra.target.split('.').any(|part| part.parse::<usize>().is_ok());
             if numbered
                 || extra.target.ends_with(".bias") && self.base.find(&format!("{}.weight", module_of(&extra.target))).is_some()
@@ -220,16 +224,16 @@ impl<'r> Planner<'r> {
                 self.missing.push(extra.target.clone());
                 return Ok(());
             }
-            if !alike.is_empty() {
-                let hint = format!("has no `{}`, which the adapter has whole, but {}", extra.target, listed(&alike));
-                return Err(refused(self.base.path(), format!("{hint}; say which it is with --map OLD=NEW")));
+            if !similar.is_empty() {
+                let hint = format!("has no `{}`, which the adapter replaces, but {}", extra.target, listed(&similar));
+                return Err(refused(self.base.path(), format!("{hint}; give the right one with --map OLD=NEW")));
             }
             self.notes.push(format!("added: `{}` ({}), which the base does not have", extra.target, dimensions(new)));
             let target = Target {
                 name: extra.target.clone(),
                 shape: new.clone(),
                 place: None,
-                source: Source::Instead(&extra.tensor.values),
+                source: Source::Replacement(&extra.tensor.values),
             };
             return self.change(&target).map(drop);
         };
@@ -238,13 +242,13 @@ impl<'r> Planner<'r> {
             return self.fits(&target, new);
         }
         self.fits(&Target { shape: new.clone(), name: target.name.clone(), ..target }, new)?;
-        self.resized(&target, new);
-        let target = Target { shape: new.clone(), source: Source::Instead(&extra.tensor.values), ..target };
+        self.note_resized(&target, new);
+        let target = Target { shape: new.clone(), source: Source::Replacement(&extra.tensor.values), ..target };
         self.change(&target).map(drop)
     }
 
-    /// Takes note of a tensor that gets another shape.
-    fn resized(&mut self, target: &Target<'r>, new: &[usize]) {
+    /// Adds a note about a tensor that gets another shape.
+    fn note_resized(&mut self, target: &Target<'r>, new: &[usize]) {
         let Some((_, entry)) = target.place.filter(|(_, entry)| entry.shape != new) else { return };
         self.notes.push(format!("resized: `{}` from {} to {}", target.name, entry.dimensions(), dimensions(new)));
         if ties::is_embedding(&target.name) {
@@ -252,15 +256,15 @@ impl<'r> Planner<'r> {
         }
     }
 
-    /// Whether a tensor may get another number of rows: one of a module that the adapter has whole.
+    /// True if a tensor may get another number of rows: the adapter replaces its whole module.
     fn may_resize(&self, extra: &Extra) -> bool {
         self.adapter.extras().values().any(|other| {
             let weight = format!("{}.weight", module_of(&extra.target));
-            matches!(other.role, Role::Instead | Role::Base) && other.target == weight
+            matches!(other.role, Role::Replace | Role::Base) && other.target == weight
         })
     }
 
-    /// Some rows of a table in place of those there are.
+    /// Plans the replacement of some rows of a table.
     fn rows(&mut self, extra: &'r Extra) -> Result<()> {
         let (adapter, module) = (self.adapter, module_of(&extra.target));
         let rows = adapter.config().tokens(module).unwrap_or_default();
@@ -270,8 +274,8 @@ impl<'r> Planner<'r> {
             return Ok(());
         };
         self.fits(&target, &[target.shape[0], cols])?;
-        let strange = rows.iter().find(|&&row| row >= target.shape[0]);
-        if extra.tensor.shape != [rows.len(), cols] || strange.is_some() {
+        let outside = rows.iter().find(|&&row| row >= target.shape[0]);
+        if extra.tensor.shape != [rows.len(), cols] || outside.is_some() {
             let reason = format!(
                 "`trainable_token_indices` names {} rows, the adapter has {}, and `{}` has {}",
                 rows.len(),
@@ -290,21 +294,21 @@ impl<'r> Planner<'r> {
         if self.missing.is_empty() {
             return Ok(());
         }
-        let alike = self.missing.first().map(|name| self.names.alike(name)).unwrap_or_default();
-        let hint = match alike.as_slice() {
+        let similar = self.missing.first().map(|name| self.names.similar(name)).unwrap_or_default();
+        let hint = match similar.as_slice() {
             [] => String::new(),
-            names => format!("; it has {}: if these are meant, say so with --map OLD=NEW", listed(names)),
+            names => format!("; it has {}: if these are meant, map the names with --map OLD=NEW", listed(names)),
         };
         Err(refused(self.base.path(), format!("has no {}, which the adapter changes{hint}", listed(&self.missing))))
     }
 
-    /// The head and the embedding go ways of their own, unless the adapter does the same to both.
+    /// Separates an output head from the embedding whose weight it shares, unless the adapter changes both alike.
     fn ties(&mut self) -> Result<()> {
         if let Some(name) = self.changes.keys().find(|name| ties::is_shared(self.base, name)).filter(|_| self.tie.is_none()) {
-            let what = "is one weight with the tables of the encoder, the decoder and the head, and the adapter does not tell which it changes";
+            let what = "is shared by the encoder, the decoder and the output head, and it is not known which of them the adapter changes";
             return Err(refused(
                 self.base.path(),
-                format!("`{name}` {what}; store them apart first (tie_word_embeddings: false)"),
+                format!("`{name}` {what}; store them as separate tensors first (tie_word_embeddings: false)"),
             ));
         }
         let Some(tie) = self.tie.clone() else { return Ok(()) };
@@ -313,7 +317,7 @@ impl<'r> Planner<'r> {
         };
         let (changed, head_changed) = (self.changes.get(&embedding), self.changes.get(&head));
         let refuse =
-            |why: &str| Err(refused(self.base.path(), format!("`{embedding}` is the weight of the head as well, and {why}")));
+            |why: &str| Err(refused(self.base.path(), format!("`{embedding}` is also the weight of the output head, and {why}")));
         let follows = match (changed, head_changed) {
             (None, None) => return Ok(()),
             (Some(one), Some(other)) => ties::same(one, other),
@@ -329,17 +333,17 @@ impl<'r> Planner<'r> {
             return Ok(());
         }
         if self.adapter.config().ensures_weight_tying() {
-            return refuse("the adapter does something else to the head, although its `ensure_weight_tying` is set");
+            return refuse("the adapter changes the head in another way, although its `ensure_weight_tying` is set");
         }
         if !tie.known {
             self.notes.push(format!(
-                "`{embedding}` is changed, and no config.json tells whether the head shares it: if so, the head changes too"
+                "`{embedding}` is changed; without a config.json it is not known whether the head shares it; if so, the head changes too"
             ));
             return Ok(());
         }
         if !self.base.is_folder() {
             return refuse(
-                "the adapter changes one of them: the config must say that they are two; give the model's folder as the base",
+                "the adapter changes only one of them, so the config must be changed; give the model's folder as the base",
             );
         }
         if let (Some(change), None, false) = (changed, head_changed, tie.stored) {
@@ -347,7 +351,7 @@ impl<'r> Planner<'r> {
                 return refuse("the adapter has another number of rows for the embedding only");
             }
             if head.is_empty() {
-                return refuse("the checkpoint, whose names have no prefix, has no place for a head of its own");
+                return refuse("the name of a separate head is not known, because the names of this checkpoint have no prefix");
             }
             let change = Change { source: Source::Other(tie.embedding), ..Change::of(&tie.embedding.1.shape) };
             self.changes.insert(head.clone(), change);
@@ -365,9 +369,9 @@ impl<'r> Planner<'r> {
             .map(|(name, change)| {
                 let dtype = match change.source {
                     Source::Other((_, entry)) => entry.float().unwrap_or(dtype),
-                    Source::Stored | Source::Instead(_) => dtype,
+                    Source::Stored | Source::Replacement(_) => dtype,
                 };
-                Entry::made(name, spelled(dtype), change.shape.clone())
+                Entry::new(name, spelled(dtype), change.shape.clone())
             })
             .collect();
         let heads: Vec<String> = added.iter().map(|entry| entry.name.clone()).filter(|name| !ties::is_head(name)).collect();
@@ -378,27 +382,27 @@ impl<'r> Planner<'r> {
         if self.adapter.changes_nothing() {
             self.notes.push("the adapter changes nothing: all of its updates are zero".into());
         }
-        let notes = self.names.told().into_iter().chain(self.notes).collect();
+        let notes = self.names.notes().into_iter().chain(self.notes).collect();
         Ok(Plan { changes: self.changes, added, config: self.config, notes })
     }
 
-    /// Weights that the settings name and the adapter has no factors for.
+    /// A note about weights that the settings select and for which the adapter has no factors.
     fn unsaved(&self) -> Option<String> {
         let config = self.adapter.config();
         if config.target_modules() == TargetModules::AllLinear {
             return None;
         }
-        let asked = |entry: &&Entry| {
+        let selected = |entry: &&Entry| {
             let module = entry.name.strip_suffix(".weight").filter(|_| entry.shape.len() >= 2);
             module.is_some_and(|module| config.lora_config(module).is_some() && !self.changes.contains_key(&entry.name))
         };
-        let names: Vec<String> = self.base.entries().filter(asked).map(|entry| entry.name.clone()).collect();
-        let what = "`target_modules` names, and the adapter has no factors for";
-        (!names.is_empty()).then(|| format!("unchanged: {} tensors that {what}: {}", names.len(), listed(&names)))
+        let names: Vec<String> = self.base.entries().filter(selected).map(|entry| entry.name.clone()).collect();
+        let what = "tensors that `target_modules` selects, but for which the adapter has no factors";
+        (!names.is_empty()).then(|| format!("unchanged: {} {what}: {}", names.len(), listed(&names)))
     }
 }
 
-/// The type of most elements.
+/// The element type that most elements have.
 fn usual_dtype(base: &Checkpoint) -> DType {
     let mut counts = [(DType::F32, 0), (DType::F16, 0), (DType::BF16, 0)];
     for (dtype, entry) in base.entries().filter_map(|entry| Some((entry.float()?, entry))) {
@@ -407,11 +411,11 @@ fn usual_dtype(base: &Checkpoint) -> DType {
     counts.into_iter().max_by_key(|(_, count)| *count).map_or(DType::F32, |(dtype, _)| dtype)
 }
 
-/// Errors: [`Error::File`]: a residue cannot take such a plan back.
-pub(super) fn keeps_shapes(plan: &Plan<'_>, base: &Checkpoint) -> Result<(), Error> {
+/// Errors: [`Error::File`] for a plan that adds or resizes tensors, because a residue cannot undo that.
+pub(super) fn check_shapes_kept(plan: &Plan<'_>, base: &Checkpoint) -> Result<(), Error> {
     let resized =
         plan.changes.iter().find(|(name, change)| base.find(name).is_some_and(|(_, entry)| entry.shape != change.shape));
     let name = resized.map(|(name, _)| name).or_else(|| plan.added.first().map(|entry| &entry.name));
-    let what = "is new, or of another shape, once merged: no residue can take that back; keep the base";
+    let what = "is new, or of another shape, after merging, which a residue cannot undo; keep the base";
     name.map_or(Ok(()), |name| Err(refused(base.path(), format!("`{name}` {what}"))))
 }

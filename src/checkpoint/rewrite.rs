@@ -1,38 +1,38 @@
-//! The same checkpoint with some tensors changed: streamed a piece at a time, whole or not at all.
+//! Writing a copy of a checkpoint with some tensors changed: streamed one piece at a time, completely or not at all.
 
 use std::path::Path;
 
 use super::companions::copy_companions;
 use super::header::Entry;
 use super::model::ConfigEdit;
-use super::output::{Output, Piece, StagedCheckpoint, go_on};
-use super::{Checkpoint, Shard, Watch, number, refused};
+use super::output::{Output, Piece, StagedCheckpoint, check_interrupted};
+use super::{Checkpoint, Shard, Watch, convert_elements, refused};
 use crate::element::DType;
 use crate::error::Result;
 use crate::file::{self, Staged, StagedFolder};
 
-/// Bytes that are mapped at once.
+/// Bytes that are mapped at a time.
 const PIECE: usize = 4 << 20;
 
-/// What becomes of each tensor.
+/// The changes of a checkpoint.
 pub(super) trait Edit {
-    /// How it will be stored.
+    /// The entry of a tensor after the change.
     fn stored(&self, entry: &Entry) -> Entry;
-    /// Tensors that come after all others.
+    /// New tensors, which are stored after all others.
     fn added(&self) -> &[Entry] {
         &[]
     }
-    /// What the model's config is to say.
+    /// The edits of the model's config.
     fn config(&self) -> ConfigEdit;
-    /// A folder whose tokenizer the new model has.
+    /// A folder whose tokenizer replaces that of the model.
     fn companions(&self) -> Option<&Path> {
         None
     }
-    /// Writes its new bytes, as many as [`stored`](Self::stored) says.
+    /// Writes the new bytes of a tensor, with the size that [`stored`](Self::stored) returns.
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()>;
 }
 
-/// One pass over a file: where the new bytes go, and who watches.
+/// One pass over a file: the output, and the caller's watch.
 pub(super) struct Pass<'p, 'w> {
     output: &'p mut Output,
     watch: &'p mut Watch<'w>,
@@ -43,19 +43,19 @@ impl Pass<'_, '_> {
         self.output.write(Piece::Made(bytes))
     }
 
-    /// A buffer of this length for [`write`](Self::write), whatever it holds.
+    /// A buffer of this length, with arbitrary content, for [`write`](Self::write).
     pub(super) fn buffer(&self, len: usize) -> Vec<u8> {
         let mut buffer = self.output.spare();
         buffer.resize(len, 0);
         buffer
     }
 
-    /// So many bytes of the old checkpoint are done.
+    /// Reports that this many more bytes of the old checkpoint are done. Errors: [`Interrupted`](crate::Error::Interrupted).
     pub(super) fn done(&mut self, bytes: usize) -> Result<()> {
-        go_on((self.watch)(bytes as u64))
+        check_interrupted((self.watch)(bytes as u64))
     }
 
-    /// The bytes as they are.
+    /// Copies the bytes of a tensor.
     pub(super) fn copy(&mut self, shard: &Shard, entry: &Entry) -> Result<()> {
         for start in (0..entry.bytes).step_by(PIECE) {
             let piece = shard.read(entry, start, PIECE.min(entry.bytes - start))?;
@@ -66,38 +66,38 @@ impl Pass<'_, '_> {
         Ok(())
     }
 
-    /// Every element rounded. Errors: [`File`](crate::Error::File) if a finite number is more than the new type can hold.
+    /// Converts the elements of a tensor, rounded to the nearest. Errors: [`File`](crate::Error::File) if a finite element overflows.
     pub(super) fn convert(&mut self, shard: &Shard, entry: &Entry, [from, to]: [DType; 2]) -> Result<()> {
         const ELEMENTS: usize = PIECE / 4;
-        let mut wide = vec![0.0; ELEMENTS];
+        let mut widened = vec![0.0; ELEMENTS];
         let total = entry.elements();
         for start in (0..total).step_by(ELEMENTS) {
             let len = ELEMENTS.min(total - start);
             let piece = shard.read(entry, start * from.size(), len * from.size())?;
-            let (wide, mut narrow) = (&mut wide[..len], self.buffer(len * to.size()));
-            number::widen(from, &piece, wide);
-            if !number::narrow(to, wide, &mut narrow)
-                && let Some(value) = overflowing(to, wide, &narrow)
+            let (widened, mut rounded) = (&mut widened[..len], self.buffer(len * to.size()));
+            convert_elements::widen(from, &piece, widened);
+            if !convert_elements::round(to, widened, &mut rounded)
+                && let Some(value) = overflowing(to, widened, &rounded)
             {
                 return Err(refused(&shard.path, format!("`{}` holds {value}, more than {to} can", entry.name)));
             }
-            self.write(narrow)?;
+            self.write(rounded)?;
             self.done(piece.len())?;
         }
         Ok(())
     }
 }
 
-/// A finite number that did not stay so.
+/// The first finite value that became infinite.
 fn overflowing(dtype: DType, values: &[f32], bytes: &[u8]) -> Option<f32> {
     let mut back = vec![0.0; values.len()];
-    number::widen(dtype, bytes, &mut back);
+    convert_elements::widen(dtype, bytes, &mut back);
     let mut pairs = values.iter().zip(&back);
     pairs.find(|(value, back)| value.is_finite() && !back.is_finite()).map(|(value, _)| *value)
 }
 
-/// Writes the edited checkpoint beside `out`: a file if it was opened as one, else a folder with all that lies beside it. Beside
-/// it, what there is to tell of that.
+/// Stages the edited checkpoint: a file if the base was opened as one, else a folder, with copies of the other files. Returns it with notes
+/// about these files.
 pub(super) fn rewrite(
     base: &Checkpoint,
     out: &Path,
@@ -133,11 +133,11 @@ fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit
         let made = made.and_then(|()| entries.try_for_each(|entry| edit.write(shard, entry, &mut pass)));
         output.finish(made)
     })?;
-    go_on(watch(0))?; // synchronising takes a while: the caller may have changed their mind
+    check_interrupted(watch(0))?; // synchronising takes a while, so ask the caller again
     Ok(staged)
 }
 
-/// The index, with the bytes of all tensors as they are now, and with those that are new.
+/// The bytes of the index, with the new total size and the new tensors.
 fn index_of(base: &Checkpoint, path: &Path, edit: &impl Edit) -> Result<Vec<u8>> {
     let total: usize = base.entries().chain(edit.added()).map(|entry| edit.stored(entry).bytes).sum();
     let bytes = file::read(path)?;

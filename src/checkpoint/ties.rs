@@ -1,32 +1,32 @@
-//! Models whose head multiplies with the embedding, and what an adapter makes of them.
+//! Models whose output head shares the weight of the embedding (tied weights).
 
 use super::change::{Change, Source};
 use super::model::ModelConfig;
 use super::names::Place;
 use super::{Checkpoint, Entry};
 
-/// The last names of modules that hold an embedding for each token.
+/// The names (last components) of token embeddings.
 const EMBEDDINGS: [&str; 5] = ["embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"];
-/// The heads of language models.
+/// The names of the output heads of language models.
 const HEADS: [&str; 6] =
     ["lm_head", "language_model.lm_head", "thinker.lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder"];
-/// Words in the names of classes of models that have one.
+/// Words in the class names of models that have an output head.
 const WITH_HEAD: [&str; 5] = ["ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining"];
 
-/// The embedding of a model and its head, which may be one weight.
+/// The embedding and the output head of a model, which share or may share one weight.
 #[derive(Clone)]
 pub(super) struct Tie<'r> {
     pub(super) embedding: Place<'r>,
-    /// The head's weight; `None` if the checkpoint has no place for one.
+    /// The name of the head's weight; `None` if it is not known.
     pub(super) head: Option<String>,
-    /// Whether the head's weight is stored.
+    /// True if the head's weight is stored as a tensor of its own.
     pub(super) stored: bool,
-    /// Whether the config tells that the two are one; else nothing tells.
+    /// True if the config says that the weight is shared; false if that is not known.
     pub(super) known: bool,
 }
 
 impl<'r> Tie<'r> {
-    /// `None` if the two are not one weight, or there is no embedding, or more than one.
+    /// The tie of a model; `None` if the weight is not shared, or there is not exactly one embedding.
     pub(super) fn of(base: &'r Checkpoint, config: Option<&ModelConfig>) -> Option<Self> {
         let ties = config.and_then(ModelConfig::ties);
         if ties == Some(false) {
@@ -48,7 +48,7 @@ impl<'r> Tie<'r> {
     }
 }
 
-/// Where transformers looks for the head of a model whose embedding has this name.
+/// The name under which transformers looks for the head of a model with this embedding.
 fn head_of(base: &Checkpoint, embedding: &Entry) -> Option<&'static str> {
     let begins = |beginning: &str| base.entries().any(|entry| entry.name.starts_with(beginning));
     match embedding.name.as_str() {
@@ -62,30 +62,30 @@ fn head_of(base: &Checkpoint, embedding: &Entry) -> Option<&'static str> {
     }
 }
 
-/// Whether a tensor is the table that an encoder and a decoder share (T5, BART), in a model whose config does not set them apart.
+/// True if a tensor is the table that encoder and decoder share (T5, BART), unless the config unties them.
 pub(super) fn is_shared(base: &Checkpoint, name: &str) -> bool {
     let last = name.strip_suffix(".weight").and_then(|module| module.rsplit('.').next());
-    let config = base.beside().and_then(ModelConfig::read);
+    let config = base.parent().and_then(ModelConfig::read);
     last == Some("shared") && config.and_then(|config| config.ties()) != Some(false)
 }
 
-/// Whether a tensor is an embedding of tokens.
+/// True if a tensor is a token embedding.
 pub(super) fn is_embedding(name: &str) -> bool {
     let module = name.strip_suffix(".weight").unwrap_or_default();
     EMBEDDINGS.contains(&module.rsplit('.').next().unwrap_or_default())
 }
 
-/// Whether a tensor is the head of a language model.
+/// True if a tensor is the output head of a language model.
 pub(super) fn is_head(name: &str) -> bool {
     let module = name.strip_suffix(".weight").unwrap_or_default();
     HEADS.iter().any(|head| module == *head || module.ends_with(&format!(".{head}")))
 }
 
-/// Whether two changes only put the same numbers in place of what is there.
+/// True if both changes are replacements by the same values.
 pub(super) fn same(one: &Change<'_>, other: &Change<'_>) -> bool {
     let plain = |change: &Change<'_>| change.pieces.is_empty() && change.rows.is_none() && change.magnitude.is_none();
     match (one.source, other.source) {
-        (Source::Instead(a), Source::Instead(b)) => plain(one) && plain(other) && one.shape == other.shape && a == b,
+        (Source::Replacement(a), Source::Replacement(b)) => plain(one) && plain(other) && one.shape == other.shape && a == b,
         _ => false,
     }
 }

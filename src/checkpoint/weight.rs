@@ -1,44 +1,46 @@
-//! A tensor that an adapter changes, on its way through memory.
+//! Merging into one tensor of a checkpoint, block by block.
+//!
+//! Each block of rows is read and widened to `f32`, the update is added, and the sums are rounded once. Blocks are computed in parallel,
+//! and depend only on the shape, so the result has the same bits for any number of threads.
 
 use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
 use super::change::{Change, Changed, Piece, Source};
+use super::convert_elements;
 use super::names::Place;
-use super::number;
 use crate::backend::cpu::Cpu;
 use crate::element::DType;
 use crate::error::Result;
 use crate::op::{LoraMerge, Rounding};
 use crate::tensor::Tensor;
 
-/// Elements that are merged at once: 1 MiB of `f32`, which stays in L2 from its widening to its rounding.
+/// Elements of a block: 1 MiB of `f32`, which stays in L2 between widening and rounding.
 const BLOCK: usize = 1 << 18;
-/// Blocks that are worked on side by side, and then written in their order.
+/// Blocks that are computed in parallel, and then written in order.
 pub(super) const BLOCKS: usize = 8;
 
-/// How a tensor goes: forth with sign 1, back with sign -1; from which element type to which; and whether blocks are kept as they
-/// were and as they come back.
+/// Merging (`sign` 1) or unmerging (-1), the element types before and after, and whether the data for a residue is returned.
 #[derive(Clone, Copy)]
-pub(super) struct Way {
+pub(super) struct MergeMode {
     pub(super) sign: f32,
     pub(super) dtypes: [DType; 2],
     pub(super) keeps: bool,
 }
 
-/// A tensor, in blocks of rows that do not depend on the number of threads.
+/// A tensor that is changed, in blocks of rows.
 pub(super) struct Weight<'c> {
     change: &'c Change<'c>,
     place: Place<'c>,
-    way: Way,
+    mode: MergeMode,
     updates: Vec<Update>,
     gains: Gains<'c>,
-    /// Blocks of `f32` that are not in use: fresh pages cost more than the sums.
+    /// Buffers for blocks that are not in use. They are reused because fresh pages would cost more than the sums.
     spare: Mutex<Vec<Tensor<Cpu<f32>>>>,
 }
 
-/// `scale·B·A`, for the rows as they are stored.
+/// An update `scale·B·A` of a range of rows, with factors in the layout of the stored tensor.
 struct Update {
     rows: [usize; 2],
     scale: f32,
@@ -46,24 +48,29 @@ struct Update {
     b: Vec<f32>,
 }
 
-/// What the rows or the columns are multiplied with after the update, or divided by before it is taken out.
+/// The factors that rows or columns are multiplied by after the update, or divided by before it is subtracted (DoRA).
 #[derive(Clone, Copy)]
 enum Gains<'g> {
     None,
-    /// Each row is to be so long.
-    Long(&'g [f32]),
+    /// The wanted norm of each row, from which its gain is computed.
+    Norms(&'g [f32]),
     Rows(&'g [f32]),
     Columns(&'g [f32]),
 }
 
-/// The first row, and how many.
+/// The first row and the number of rows.
 pub(super) type Block = [usize; 2];
 
 impl<'c> Weight<'c> {
-    /// Gains are those that were kept when the tensor was merged, on the way back, or else those of the columns.
-    pub(super) fn new(cpu: &Cpu<f32>, (change, place): (&'c Change<'c>, Place<'c>), way: Way, gains: &'c [f32]) -> Result<Self> {
+    /// `gains` are those of a residue if the tensor is unmerged, and empty if it is merged.
+    pub(super) fn new(
+        cpu: &Cpu<f32>,
+        (change, place): (&'c Change<'c>, Place<'c>),
+        mode: MergeMode,
+        gains: &'c [f32],
+    ) -> Result<Self> {
         let update = |piece: &Piece<'_>| {
-            let [a, b] = piece.stored(place, way.dtypes[0])?;
+            let [a, b] = piece.stored(place, mode.dtypes[0])?;
             let (scale, a) = (piece.factors.scaling, Tensor::from_slice(cpu, a.shape(), a.values())?);
             Ok(Update { rows: piece.rows(), scale, a, b: b.values().to_vec() })
         };
@@ -71,13 +78,13 @@ impl<'c> Weight<'c> {
         let gains = match change.magnitude {
             Some(magnitude) if magnitude.of_columns && !gains.is_empty() => Gains::Columns(gains),
             Some(_) if !gains.is_empty() => Gains::Rows(gains),
-            Some(magnitude) if !magnitude.of_columns && way.sign > 0.0 => Gains::Long(magnitude.values),
+            Some(magnitude) if !magnitude.of_columns && mode.sign > 0.0 => Gains::Norms(magnitude.values),
             _ => Gains::None,
         };
-        Ok(Self { change, place, way, updates, gains, spare: Mutex::default() })
+        Ok(Self { change, place, mode, updates, gains, spare: Mutex::default() })
     }
 
-    /// Blocks that no update begins or ends in.
+    /// The blocks, cut so that each update covers a block completely or not at all.
     pub(super) fn blocks(&self) -> Vec<Block> {
         let (total, most) = (self.change.elements() / self.change.cols.max(1), (BLOCK / self.change.cols.max(1)).max(1));
         let mut cuts: Vec<usize> = self.updates.iter().flat_map(|update| update.rows).chain([0, total]).collect();
@@ -94,20 +101,20 @@ impl<'c> Weight<'c> {
         rows * self.change.cols
     }
 
-    /// `magnitude / ‖column‖` of every column of the updated tensor. A column of zeros has no direction, and stays zero.
+    /// `gain = magnitude / ‖column‖` for every column of the updated tensor; 0 for a column of zeros, which stays zero.
     pub(super) fn column_gains(&self, cpu: &Cpu<f32>) -> Result<Vec<f32>> {
-        let magnitude = self.change.magnitude.filter(|magnitude| magnitude.of_columns && self.way.sign > 0.0);
+        let magnitude = self.change.magnitude.filter(|magnitude| magnitude.of_columns && self.mode.sign > 0.0);
         let (Some(magnitude), Gains::None) = (magnitude, self.gains) else { return Ok(Vec::new()) };
         let mut squares = vec![0.0; self.change.cols];
         for blocks in self.blocks().chunks(BLOCKS) {
             let of = |&block: &Block| {
-                let mut w = self.taken(cpu, block)?;
+                let mut w = self.scratch_block(cpu, block)?;
                 self.change.source.read(self.place, block[0] * self.change.cols, w.buffer_mut())?;
                 self.add(cpu, block, 1.0, &mut w)?;
                 let mut squares = vec![0.0; self.change.cols];
                 let rows = w.buffer().chunks(self.change.cols.max(1));
                 rows.for_each(|row| squares.iter_mut().zip(row).for_each(|(sum, w)| *sum += f64::from(*w).powi(2)));
-                self.give_back(w);
+                self.recycle(w);
                 Ok(squares)
             };
             let parts = blocks.par_iter().map(of).collect::<Result<Vec<Vec<f64>>>>()?;
@@ -117,15 +124,15 @@ impl<'c> Weight<'c> {
         Ok(magnitude.values.iter().zip(squares).map(gain).collect())
     }
 
-    /// The same tensor, whose columns are multiplied with these.
+    /// Sets the gains of the columns.
     pub(super) fn with_column_gains(self, gains: &'c [f32]) -> Self {
         if gains.is_empty() { self } else { Self { gains: Gains::Columns(gains), ..self } }
     }
 
-    /// The rows of a block, changed.
+    /// Computes the new bytes of a block.
     pub(super) fn update(&self, cpu: &Cpu<f32>, block: Block, mut new: Vec<u8>) -> Result<Changed> {
-        let (Way { sign, dtypes: [from, to], keeps }, cols) = (self.way, self.change.cols);
-        let (first, mut w) = (block[0] * cols, self.taken(cpu, block)?);
+        let (MergeMode { sign, dtypes: [from, to], keeps }, cols) = (self.mode, self.change.cols);
+        let (first, mut w) = (block[0] * cols, self.scratch_block(cpu, block)?);
         let bytes = w.buffer().len() * from.size();
         let mut gains = Vec::new();
         if sign > 0.0 {
@@ -135,25 +142,25 @@ impl<'c> Weight<'c> {
             gains = self.gains.of(block).multiply(cols, w.buffer_mut());
         } else {
             Source::Stored.read(self.place, first, w.buffer_mut())?;
-            self.take_out(cpu, block, self.gains.of(block), &mut w)?;
+            self.subtract(cpu, block, self.gains.of(block), &mut w)?;
         }
-        let finite = number::narrow(to, w.buffer(), &mut new);
+        let finite = convert_elements::round(to, w.buffer(), &mut new);
         let kept = if keeps {
             let (shard, entry) = self.place;
             let mut back = vec![0; bytes];
-            number::widen(to, &new, w.buffer_mut());
+            convert_elements::widen(to, &new, w.buffer_mut());
             let divided = if gains.is_empty() { self.gains.of(block) } else { Gains::Rows(&gains) };
-            self.take_out(cpu, block, divided, &mut w)?;
-            number::narrow(from, w.buffer(), &mut back);
+            self.subtract(cpu, block, divided, &mut w)?;
+            convert_elements::round(from, w.buffer(), &mut back);
             Some((shard.read(entry, first * from.size(), bytes)?, back))
         } else {
             None
         };
-        self.give_back(w);
+        self.recycle(w);
         Ok(Changed { first, new, finite, bytes, kept, gains })
     }
 
-    fn take_out(&self, cpu: &Cpu<f32>, block: Block, gains: Gains<'_>, w: &mut Tensor<Cpu<f32>>) -> Result<()> {
+    fn subtract(&self, cpu: &Cpu<f32>, block: Block, gains: Gains<'_>, w: &mut Tensor<Cpu<f32>>) -> Result<()> {
         gains.divide(self.change.cols, w.buffer_mut());
         self.add(cpu, block, -1.0, w)
     }
@@ -183,23 +190,23 @@ impl<'c> Weight<'c> {
         }
     }
 
-    fn taken(&self, cpu: &Cpu<f32>, [_, count]: Block) -> Result<Tensor<Cpu<f32>>> {
+    fn scratch_block(&self, cpu: &Cpu<f32>, [_, count]: Block) -> Result<Tensor<Cpu<f32>>> {
         let shape = (count, self.change.cols).into();
         let fits = self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().filter(|w| w.shape() == shape);
         fits.map_or_else(|| Tensor::zeros(cpu, shape), Ok)
     }
 
-    fn give_back(&self, w: Tensor<Cpu<f32>>) {
+    fn recycle(&self, w: Tensor<Cpu<f32>>) {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(w);
     }
 }
 
 impl Gains<'_> {
-    /// Those of a block.
+    /// The gains of a block.
     fn of(&self, [first, count]: Block) -> Gains<'_> {
         match self {
             Gains::None => Gains::None,
-            Gains::Long(lengths) => Gains::Long(&lengths[first..][..count]),
+            Gains::Norms(norms) => Gains::Norms(&norms[first..][..count]),
             Gains::Rows(gains) => Gains::Rows(&gains[first..][..count]),
             Gains::Columns(gains) => Gains::Columns(gains),
         }
@@ -210,23 +217,23 @@ impl Gains<'_> {
         match self {
             Gains::Rows(gains) => rows.zip(gains).for_each(|(row, gain)| row.iter_mut().for_each(|w| *w /= gain)),
             Gains::Columns(gains) => rows.for_each(|row| row.iter_mut().zip(gains).for_each(|(w, gain)| *w /= gain)),
-            Gains::None | Gains::Long(_) => {}
+            Gains::None | Gains::Norms(_) => {}
         }
     }
 
-    /// `row · length / ‖row‖`, for each, or columns with their gains; gives what rows were multiplied with. A row of zeros has no
-    /// direction, and stays zero.
+    /// `row = row · norm / ‖row‖` for each row, or `column = column · gain` for each column. Returns the gains of rows; the gain of a row of
+    /// zeros is 0.
     fn multiply(self, cols: usize, w: &mut [f32]) -> Vec<f32> {
         let rows = w.chunks_mut(cols.max(1));
         match self {
-            Gains::Long(lengths) => {
-                let lengthened = rows.zip(lengths).map(|(row, length)| {
+            Gains::Norms(norms) => {
+                let gains = rows.zip(norms).map(|(row, target)| {
                     let norm = row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32;
-                    let gain = if norm == 0.0 { 0.0 } else { length / norm };
+                    let gain = if norm == 0.0 { 0.0 } else { target / norm };
                     row.iter_mut().for_each(|w| *w *= gain);
                     gain
                 });
-                lengthened.collect()
+                gains.collect()
             }
             Gains::Columns(gains) => {
                 rows.for_each(|row| row.iter_mut().zip(gains).for_each(|(w, gain)| *w *= gain));

@@ -1,4 +1,4 @@
-//! Which checkpoint a folder holds.
+//! Choosing the checkpoint of a folder.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,21 +9,21 @@ use crate::error::Result;
 use crate::file::failed;
 
 const WEIGHTS: &str = ".safetensors";
-/// The names that libraries look for: of a file, or of an index.
+/// The names (without extension) of files and indices that libraries look for.
 const USUAL: [&str; 2] = ["model", "diffusion_pytorch_model"];
 
-/// A `.safetensors` file or an index, and what there is to tell about the choice.
+/// The `.safetensors` file or the index of a folder, with a note if there was a doubt.
 ///
-/// Errors: [`Error::File`](crate::Error::File) for a folder with none or with several that could be meant.
+/// Errors: [`Error::File`](crate::Error::File) for a folder with no checkpoint or several.
 pub(super) fn main_file(folder: &Path) -> Result<(PathBuf, Option<String>)> {
     let listing = std::fs::read_dir(folder).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    let paths: Vec<PathBuf> = listing.map_err(|error| failed(folder, &error))?;
+    let paths: Vec<PathBuf> = listing.map_err(|error| failed(folder, error))?;
     let name = |path: &PathBuf| path.file_name().map(|name| name.to_string_lossy().into_owned());
     let names: BTreeSet<String> = paths.iter().filter_map(name).filter(|name| !name.starts_with('.')).collect();
     let stems =
         |ending: &str| -> Vec<String> { names.iter().filter_map(|name| Some(name.strip_suffix(ending)?.to_string())).collect() };
 
-    // An index counts if its shards are there. Shards are no checkpoints of their own.
+    // An index is valid if all its shards exist. Shards are not checkpoints by themselves.
     let (mut whole, mut stale, mut shards) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
     for stem in stems(INDEX) {
         let files: BTreeSet<String> = read_index(&folder.join(format!("{stem}{INDEX}")))?.into_values().collect();
@@ -58,8 +58,7 @@ pub(super) fn main_file(folder: &Path) -> Result<(PathBuf, Option<String>)> {
             Err(refused(folder, format!("{reason} (transformers reads `{file}`), or remove the other")))
         }
         (true, false, Some(missing)) => {
-            let note =
-                format!("`{index}` is left over: its shard `{missing}` is missing; `{file}` is read, as transformers does");
+            let note = format!("`{index}` is stale: its shard `{missing}` is missing; `{file}` is read, as transformers does");
             Ok((folder.join(file), Some(note)))
         }
         (true, false, None) => Ok((folder.join(file), None)),
@@ -67,14 +66,14 @@ pub(super) fn main_file(folder: &Path) -> Result<(PathBuf, Option<String>)> {
     }
 }
 
-/// Whether a file is named as one of several: `model-00001-of-00002`.
+/// True if a file has the name of a shard, such as `model-00001-of-00002`.
 fn is_shard(stem: &str) -> bool {
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let numbers = stem.rsplit_once("-of-").and_then(|(above, count)| Some((above.rsplit_once('-')?.1, count)));
     numbers.is_some_and(|(number, count)| digits(number) && digits(count))
 }
 
-/// Why no checkpoint is found, and where there may be one.
+/// The error for a folder without a checkpoint, with the sub-folders that may hold one.
 fn nothing(folder: &Path, paths: &[PathBuf], stale: &BTreeMap<String, String>) -> crate::Error {
     if let Some((stem, missing)) = stale.first_key_value() {
         return refused(&folder.join(missing), format!("is missing, which `{stem}{INDEX}` names"));

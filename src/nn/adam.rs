@@ -13,19 +13,19 @@ use crate::tensor::{Shape, Tensor};
 /// Adam (D. P. Kingma and J. Ba, 2015) and AdamW (I. Loshchilov and F. Hutter, 2019), as PyTorch computes them: one fused pass over
 /// each parameter and its moments.
 ///
-/// Steps are counted by parameter, as PyTorch counts them: one that joins later, such as another adapter that is made active, begins
-/// with its own first step.
+/// Steps are counted for each parameter, as in PyTorch: a parameter that is added later, with another adapter for example, starts at
+/// step 1.
 ///
-/// Moments are `f32`; parameters are of the backend's element type. In 16 bits a step of less than 1/512 of a number (bf16) or 1/4096
-/// (f16) would be lost to rounding: at a learning rate of 1e-4 a number above 0.06 would not move in bf16. So over 16-bit backends
-/// there is an `f32` master copy of every parameter that is updated; steps are taken on the master, and the parameter is the master
-/// rounded. A number
-/// that somebody overwrites ([`set_tensor`](Param::set_tensor), [`copy_from_slice`](Param::copy_from_slice),
-/// [`swap_adapter`](super::Adaptable::swap_adapter), a launch of the caller's own) is the one that the next step begins from: of each
-/// master only the numbers count that still round to the parameter's. See [`op::Adam`].
+/// Moments are `f32`; parameters are of the backend's element type. In 16 bits a step of less than 1/512 of an element (bf16) or
+/// 1/4096 (f16) would be lost to rounding: at a learning rate of 1e-4 an element above 0.06 would not move in bf16. So on 16-bit
+/// backends every updated parameter has a master copy in `f32`. A step updates the master, and the parameter is the master rounded.
 ///
-/// Memory, in bytes for each number that is updated: 8 of moments, and over 16-bit backends 4 of master. So a parameter and its
-/// state take 12 bytes a number over `f32`, and 14 over bf16 or f16.
+/// The caller may overwrite a parameter between steps ([`set_tensor`](Param::set_tensor), [`copy_from_slice`](Param::copy_from_slice),
+/// [`swap_adapter`](super::Adaptable::swap_adapter), or a kernel of its own). Where an element of the parameter is not its master
+/// rounded, the next step starts from the element of the parameter. See [`op::Adam`].
+///
+/// Memory: 8 bytes of moments for each updated element, and 4 of master on 16-bit backends. So a parameter and its state take
+/// 12 bytes for each element in `f32`, and 14 in bf16 or f16.
 #[derive(Debug)]
 pub struct Adam<B: Backend> {
     /// The learning rate.
@@ -34,12 +34,12 @@ pub struct Adam<B: Backend> {
     pub beta1: f32,
     /// β₂
     pub beta2: f32,
-    /// What keeps the division finite.
+    /// Added to `√v` in the denominator.
     pub eps: f32,
-    /// AdamW's: before each step a parameter is multiplied with `1 - lr·weight_decay`. 0 unless set. It holds for every parameter that
-    /// is updated, as in PyTorch: for biases and magnitudes too. One that LoRA+ speeds up decays by its own learning rate.
+    /// The weight decay of AdamW: before each step a parameter is multiplied by `1 - lr·weight_decay`. Default 0. As in PyTorch, it
+    /// applies to every updated parameter, also to biases and magnitudes. With LoRA+, `lr` is the learning rate of that parameter.
     pub weight_decay: f32,
-    /// LoRA+: how many times the learning rate of `A` that of `B` is, and of biases and magnitudes. 1 unless set; 16 is usual.
+    /// LoRA+: the learning rate of `B`, biases and magnitudes, divided by that of `A`. Default 1; 16 is usual.
     pub loraplus_lr_ratio: f32,
     steps: u64,
     states: HashMap<u64, State<B>>,
@@ -47,7 +47,7 @@ pub struct Adam<B: Backend> {
 
 #[derive(Debug)]
 struct State<B: Backend> {
-    /// How many steps the parameter has made.
+    /// The number of steps of this parameter.
     t: u64,
     m: Tensor<B, f32>,
     v: Tensor<B, f32>,
@@ -56,7 +56,7 @@ struct State<B: Backend> {
 }
 
 impl<B: Backend> State<B> {
-    /// Before the first step. A master of zeros takes the parameter's numbers then.
+    /// The state before the first step. The first step fills the master from the parameter, because zeros are not the parameter rounded.
     fn new(backend: &B, shape: Shape) -> Result<Self> {
         let zeros = || Tensor::zeros(backend, shape);
         let master = (B::Elem::DTYPE != DType::F32).then(zeros).transpose()?;
@@ -70,15 +70,15 @@ impl<B: Backend> Adam<B> {
         Self::adamw(lr, 0.0)
     }
 
-    /// AdamW with PyTorch's defaults but for the weight decay, which is 0.01 there. Errors: as [`new`](Self::new); [`Error::Value`]
-    /// unless `weight_decay` is not negative and finite, also when multiplied with `lr`.
+    /// AdamW with PyTorch's defaults, except for the weight decay (0.01 there). Errors: those of [`new`](Self::new); [`Error::Value`]
+    /// unless `weight_decay` and `lr·weight_decay` are finite and not negative.
     pub fn adamw(lr: f32, weight_decay: f32) -> Result<Self> {
         let (beta1, beta2, eps, loraplus_lr_ratio) = (0.9, 0.999, 1e-8, 1.0);
         let adam = Self { lr, beta1, beta2, eps, weight_decay, loraplus_lr_ratio, steps: 0, states: HashMap::new() };
         adam.check().map(|()| adam)
     }
 
-    /// How often [`step`](Self::step) was called. A parameter that joined later has made fewer steps.
+    /// The number of calls of [`step`](Self::step). A parameter that was added later has made fewer steps.
     pub fn steps(&self) -> u64 {
         self.steps
     }
@@ -110,13 +110,13 @@ impl<B: Backend> Adam<B> {
         Ok(())
     }
 
-    /// The scalars of step `t` of a parameter: the usual ones, or those for what LoRA+ speeds up.
+    /// The scalars of step `t` of a parameter; `plus` selects the learning rate of LoRA+.
     fn rate(&self, plus: bool, t: u64) -> Result<AdamRate> {
         let lr = if plus { self.lr * self.loraplus_lr_ratio } else { self.lr };
         AdamRate::adamw(lr, self.beta1, self.beta2, self.eps, self.weight_decay, t)
     }
 
-    /// Errors: [`Error::Value`] for scalars that no step can take.
+    /// Errors: [`Error::Value`] for settings that are out of range.
     fn check(&self) -> Result<()> {
         self.rate(false, 1)?;
         let (ratio, plus) = (self.loraplus_lr_ratio, self.lr * self.loraplus_lr_ratio);

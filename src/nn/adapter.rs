@@ -1,4 +1,4 @@
-//! The update of one layer: `scaling·B·A`, and what may go with it.
+//! The low-rank update of one layer: `scaling·B·A`, with a bias of the update, DoRA magnitudes or a bias of the layer.
 
 use super::init::room_for;
 use super::{Linear, LoraConfig, dora};
@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
-/// What an adapter does to one layer: the factors of an update `scaling·B·A`, and, where its settings say so, a bias of the update
-/// (`lora_bias`), the lengths of the merged rows (DoRA), and a bias in place of the layer's.
+/// The low-rank update of one layer, `scaling·B·A`. Depending on its settings it also has a bias of the update (`lora_bias`),
+/// the norms of the merged rows (DoRA), and a bias that replaces the layer's.
 ///
-/// The factors may have room for a larger rank than the settings say; what is beyond it is zero, and stays zero in training.
+/// The factors may be padded to a larger rank than that of the settings. The padding is zero, and stays zero in training.
 #[derive(Debug)]
 pub struct Adapter<B: Backend> {
     pub(super) a: Param<B>,
@@ -25,7 +25,8 @@ pub struct Adapter<B: Backend> {
 }
 
 impl<B: Backend> Adapter<B> {
-    /// For a layer: factors as the settings say, rows as long as they are, a copy of the bias. Errors: [`Error::Value`].
+    /// A new adapter for a layer: initialises `A` and `B` as configured and magnitudes to the row norms of the merged weight, and copies
+    /// the bias. Errors: [`Error::Value`].
     pub fn new(backend: &B, base: &Linear<B>, config: LoraConfig, rng: &mut Rng) -> Result<Self> {
         config.check()?;
         let Shape { rows: n, cols: k } = base.weight().tensor.shape();
@@ -59,26 +60,26 @@ impl<B: Backend> Adapter<B> {
         self
     }
 
-    /// With the lengths of the merged rows, `1×n`: DoRA.
+    /// With the norms of the merged rows, `1×n`: DoRA.
     #[must_use]
     pub fn with_magnitude(mut self, magnitude: Tensor<B>) -> Self {
         (self.magnitude, self.config.use_dora) = (Some(Param::plus(magnitude)), true);
         self
     }
 
-    /// With a bias, `1×n`, in place of the layer's.
+    /// With a bias, `1×n`, that replaces the layer's.
     #[must_use]
     pub fn with_bias(mut self, bias: Tensor<B>) -> Self {
         self.bias = Some(Param::plus(bias));
         self
     }
 
-    /// `r×k`, with as many rows more as there is room for
+    /// `r×k`, with more rows if it is padded to a larger rank
     pub fn a(&self) -> &Param<B> {
         &self.a
     }
 
-    /// `n×r`, with as many columns more as there is room for
+    /// `n×r`, with more columns if it is padded to a larger rank
     pub fn b(&self) -> &Param<B> {
         &self.b
     }
@@ -88,12 +89,12 @@ impl<B: Backend> Adapter<B> {
         self.lora_bias.as_ref()
     }
 
-    /// `1×n`: the lengths of the merged rows.
+    /// `1×n`: the norms of the merged rows (DoRA).
     pub fn magnitude(&self) -> Option<&Param<B>> {
         self.magnitude.as_ref()
     }
 
-    /// `1×n`: what takes the place of the layer's bias.
+    /// `1×n`: the bias that replaces the layer's.
     pub fn bias(&self) -> Option<&Param<B>> {
         self.bias.as_ref()
     }
@@ -103,12 +104,13 @@ impl<B: Backend> Adapter<B> {
         &self.config
     }
 
-    /// What the update is multiplied with: what alpha and the rank make, times what [`Adaptable::set_scale`](super::Adaptable::set_scale) says.
+    /// The factor of the update: alpha and the rank combined by [`Scaling`](super::Scaling), times the scale of
+    /// [`Adaptable::set_scale`](super::Adaptable::set_scale).
     pub fn scaling(&self) -> f32 {
         self.strength * self.config.scaling.of(self.config.alpha, self.config.rank)
     }
 
-    /// Its parameters: `A`, `B`, then the bias of the update, the magnitudes and the bias, where they are there.
+    /// Its parameters: `A`, `B`, then, of those that it has, the bias of the update, the magnitudes and the bias.
     pub fn params(&self) -> impl Iterator<Item = &Param<B>> {
         [&self.a, &self.b].into_iter().chain(&self.lora_bias).chain(&self.magnitude).chain(&self.bias)
     }
@@ -118,12 +120,12 @@ impl<B: Backend> Adapter<B> {
         [&mut self.a, &mut self.b].into_iter().chain(&mut self.lora_bias).chain(&mut self.magnitude).chain(&mut self.bias)
     }
 
-    /// The rank there is room for.
+    /// The rank that the factors are padded to.
     pub fn room(&self) -> usize {
         self.a.tensor.rows()
     }
 
-    /// `A` and `B` without the room beyond the rank.
+    /// `A` and `B` without padding, in host memory.
     pub(crate) fn trimmed(&self, backend: &B) -> Result<[Vec<B::Elem>; 2]> {
         self.has_rank()?;
         let (a, b) = (self.a.tensor.to_vec(backend)?, self.b.tensor.to_vec(backend)?);
@@ -132,9 +134,9 @@ impl<B: Backend> Adapter<B> {
         Ok([a.into_iter().take(rank * k).collect(), b])
     }
 
-    /// `A` and `B` with room for a larger rank, of the same update; `None` if there is as much. New parameters: an optimizer's moments
-    /// have the old shape. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
-    pub(super) fn roomier(&self, backend: &B, rank: usize) -> Result<Option<[Param<B>; 2]>> {
+    /// `A` and `B` padded to a larger rank; `None` if they have that rank already. They are new parameters, because an optimizer's
+    /// moments have the old shape. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+    pub(super) fn padded_factors(&self, backend: &B, rank: usize) -> Result<Option<[Param<B>; 2]>> {
         if rank <= self.room() {
             return Ok(None);
         }
@@ -147,15 +149,14 @@ impl<B: Backend> Adapter<B> {
         Ok(Some([a, b]))
     }
 
-    /// Errors: [`Error::Shape`] unless the factors have the rank of the settings, or more, and both the same.
+    /// Errors: [`Error::Shape`] unless both factors have the same rank, and at least that of the settings.
     fn has_rank(&self) -> Result<()> {
         let (a, b, rank) = (self.a.tensor.shape(), self.b.tensor.shape(), self.config.rank);
         fits("a", a, (a.rows.max(rank), a.cols))?;
         fits("b", b, (b.rows, a.rows))
     }
 
-    /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] where its settings ask for what is not
-    /// there.
+    /// Errors: [`Error::Shape`] unless it is for a layer of this size, [`Error::Value`] if a tensor that the settings require is missing.
     pub(super) fn fits(&self, base: &Linear<B>) -> Result<()> {
         let (n, k) = (base.weight().tensor.rows(), base.weight().tensor.cols());
         let row =
@@ -176,7 +177,7 @@ fn fits(name: &'static str, got: Shape, want: impl Into<Shape>) -> Result<()> {
     if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
 }
 
-/// The same matrix with zeros to the right and below. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+/// A matrix padded with zero columns and rows. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
 pub(super) fn padded<E: Float>(matrix: &[E], (rows, cols): (usize, usize), to: (usize, usize)) -> Result<Vec<E>> {
     let to = Shape::from(to);
     let mut padded = room_for(to)?;

@@ -1,9 +1,9 @@
-//! The settings of an adapter, in PEFT's terms.
+//! The settings of an adapter, with PEFT's names.
 
 use super::Init;
 use crate::error::{Error, Result};
 
-/// How `scaling` comes from alpha and the rank.
+/// How `scaling`, the factor of the update, is computed from alpha and the rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scaling {
     /// alpha
@@ -16,7 +16,7 @@ pub enum Scaling {
 }
 
 impl Scaling {
-    /// What the update is multiplied with.
+    /// The factor of the update.
     pub fn of(self, alpha: f32, rank: usize) -> f32 {
         match self {
             Scaling::Raw => alpha,
@@ -26,43 +26,43 @@ impl Scaling {
     }
 }
 
-/// Which biases an adapter brings along, trained with it and used in place of the base model's while it is active.
+/// The biases that are part of an adapter. They are trained with it, and replace those of the base model while it is active.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bias {
     /// None.
     #[default]
     None,
-    /// Those of every layer of the model.
+    /// The biases of every layer of the model.
     All,
-    /// Those of the layers it adapts.
+    /// The biases of the layers that get an update.
     LoraOnly,
 }
 
-/// The settings of an adapter, in PEFT's terms.
+/// The settings of an adapter; each field names its counterpart in PEFT's `LoraConfig`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
     /// `r`: at least 1
     pub rank: usize,
     /// `lora_alpha`
     pub alpha: f32,
-    /// How the two make the scaling.
+    /// How alpha and the rank give the scaling: `use_rslora`
     pub scaling: Scaling,
-    /// `lora_dropout`: how likely the adapter does not see an input, in training
+    /// `lora_dropout`: the probability that an input element of the adapter is dropped in training
     pub dropout: f32,
-    /// `init_lora_weights`: what `A` and `B` begin with
+    /// `init_lora_weights`: the initial values of `A` and `B`
     pub init: Init,
-    /// `use_dora`: the merged weight is scaled, row by row, to a length that is trained
+    /// `use_dora`: each row of the merged weight is scaled to a trained norm
     pub use_dora: bool,
-    /// `lora_bias`: the update has a bias of its own, multiplied with the scaling as well
+    /// `lora_bias`: the update has a bias of its own, which is multiplied by the scaling too
     pub lora_bias: bool,
-    /// `bias`: which biases of the model are trained
+    /// `bias`: the biases of the model that are trained
     pub bias: Bias,
-    /// `modules_to_save`: the ends of the names of layers that are copied and trained whole
+    /// `modules_to_save`: layers whose names end with one of these are copied and trained whole
     pub modules_to_save: Vec<String>,
 }
 
 impl LoraConfig {
-    /// Scaling alpha / r, no dropout, kaiming-uniform, nothing but `A` and `B`: PEFT's defaults.
+    /// PEFT's defaults: scaling alpha / r, no dropout, Kaiming-uniform `A`, no DoRA and no biases.
     pub fn new(rank: usize, alpha: f32) -> Self {
         Self {
             rank,
@@ -77,8 +77,8 @@ impl LoraConfig {
         }
     }
 
-    /// Errors: [`Error::Value`] for rank 0, an alpha that is not finite, a dropout outside `[0, 1)`, a deviation that is not
-    /// finite, an odd rank where the factors begin orthogonal, a bias of the update beside DoRA (PEFT has no such adapter).
+    /// Checks the settings. Errors: [`Error::Value`] for rank 0, an alpha that is not finite, a dropout outside `[0, 1)`, those of
+    /// [`Init::check`], and `lora_bias` together with DoRA (PEFT has no such adapter).
     pub fn check(&self) -> Result<()> {
         Error::unless(self.rank > 0, "lora", "rank", self.rank, "at least 1")?;
         Error::unless(self.alpha.is_finite(), "lora", "alpha", self.alpha, "a finite number")?;

@@ -1,7 +1,7 @@
 //! DoRA: `W' = diag(magnitude / ‖W + scaling·B·A‖)·(W + scaling·B·A)`, the norms by rows.
 //!
-//! S.-Y. Liu et al., "DoRA: weight-decomposed low-rank adaptation", 2024. On the tape it is two steps, `z = x·(W + scaling·B·A)ᵀ`
-//! and `y = (magnitude / norm)·z + bias`; the norms come from the factors, and are constants to the gradient.
+//! S.-Y. Liu et al., "DoRA: weight-decomposed low-rank adaptation", 2024. On the tape it is two operations,
+//! `z = x·(W + scaling·B·A)ᵀ` and `y = (magnitude / norm)·z + bias`. The gradient treats the norms as constants, as in the paper.
 
 use rayon::prelude::*;
 
@@ -10,17 +10,17 @@ use crate::autograd::{LoraParams, Param, Tape, Var};
 use crate::backend::Backend;
 use crate::element::Float;
 use crate::error::Result;
-use crate::op::{Dropout, LoraRowNorm, Rounding, round_by_chance, rounding_words};
+use crate::op::{Dropout, LoraRowNorm, Rounding, round_stochastic, rounding_words};
 use crate::tensor::Tensor;
 
-/// What a new adapter's magnitudes are: the lengths of the rows, so that it changes nothing.
+/// The initial magnitudes of an adapter: the norms of the merged rows, so that a new adapter changes nothing.
 pub(super) fn row_norms<B: Backend>(backend: &B, base: &Linear<B>, adapter: &Adapter<B>) -> Result<Tensor<B>> {
     let norms = norm(backend, &base.weight().tensor, adapter)?.to_vec(backend)?;
     let norms: Vec<_> = norms.into_iter().map(B::Elem::from_f32).collect();
     Tensor::from_slice(backend, (1, norms.len()), &norms)
 }
 
-/// `‖W + scaling·B·A‖` by rows
+/// `norm_j = ‖(W + scaling·B·A)_j‖` for each row `j`
 fn norm<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>) -> Result<Tensor<B, f32>> {
     let mut norm = Tensor::unwritten(backend, (1, w.rows()))?;
     let (a, b, scale) = (&adapter.a.tensor, &adapter.b.tensor, adapter.scaling());
@@ -28,10 +28,10 @@ fn norm<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>) -> Result<
     Ok(norm)
 }
 
-/// What DoRA makes of `x`: alone, or added to what the base layer and other adapters made (`so_far`, with the bias).
+/// `y = base(x) + (c - 1)·drop(x)·Wᵀ + c·scaling·drop(x)·Aᵀ·Bᵀ` with `c = magnitude / norm`, as in PEFT.
 ///
-/// As in PEFT, dropout acts on all that the adapter adds: `base(x) + (c - 1)·drop(x)·Wᵀ + c·scaling·drop(x)·Aᵀ·Bᵀ` with
-/// `c = magnitude / norm`. That is `base(x) + c·z - drop(x)·Wᵀ`, and without dropout and others just `c·z + bias`.
+/// It is computed as `base(x) + c·z - drop(x)·Wᵀ` with `z = drop(x)·(W + scaling·B·A)ᵀ`. `so_far` is the sum of the base layer and the
+/// adapters before this one, if there are any. Without dropout and without `so_far` it is just `c·z + bias`.
 pub(super) fn forward<'m, B: Backend>(
     tape: &mut Tape<'m, B>,
     x: Var,
@@ -41,20 +41,20 @@ pub(super) fn forward<'m, B: Backend>(
 ) -> Result<Var> {
     let w = base.weight();
     let norm = norm(tape.backend(), &w.tensor, adapter)?;
-    let seen = dropout.map_or(Ok(x), |dropout| tape.dropout(x, dropout))?;
+    let dropped = dropout.map_or(Ok(x), |dropout| tape.dropout(x, dropout))?;
     let (a, b, scale) = (&adapter.a, &adapter.b, adapter.scaling());
-    let z = tape.lora_linear(seen, LoraParams { w: Some(w), bias: None, a, b, lora_bias: None, scale, dropout: None })?;
+    let z = tape.lora_linear(dropped, LoraParams { w: Some(w), bias: None, a, b, lora_bias: None, scale, dropout: None })?;
     if dropout.is_none() && so_far.is_none() {
         return tape.magnitude(z, magnitude, norm, bias);
     }
     let so_far = so_far.map_or_else(|| tape.linear(x, w, bias), Ok)?;
     let scaled = tape.magnitude(z, magnitude, norm, None)?;
-    let unscaled = tape.linear(seen, w, None)?;
+    let unscaled = tape.linear(dropped, w, None)?;
     let added = tape.sub(scaled, unscaled)?;
     tape.add(so_far, added)
 }
 
-/// A merged weight on the host, made and unmade row by row.
+/// Merges and unmerges a DoRA adapter on the host, row by row.
 #[derive(Debug)]
 pub(super) struct Rows {
     /// `magnitude / norm`
@@ -62,7 +62,7 @@ pub(super) struct Rows {
 }
 
 impl Rows {
-    /// The gains for a weight that is about to be merged.
+    /// Computes the gains for a weight before it is merged.
     pub(super) fn of<B: Backend>(backend: &B, w: &Tensor<B>, adapter: &Adapter<B>, magnitude: &Param<B>) -> Result<Self> {
         let (norms, magnitudes) = (norm(backend, w, adapter)?.to_vec(backend)?, magnitude.tensor.to_vec(backend)?);
         // A row of zeros has no direction, and stays zero.
@@ -70,7 +70,7 @@ impl Rows {
         Ok(Self { gains: norms.into_iter().zip(magnitudes).map(gain).collect() })
     }
 
-    /// How much memory they take.
+    /// The bytes of host memory that the gains take.
     pub(super) fn bytes(&self) -> usize {
         size_of_val(&self.gains[..])
     }
@@ -84,31 +84,31 @@ impl Rows {
         w: &mut Tensor<B>,
     ) -> Result<()> {
         let key = rounding.key(B::Elem::DTYPE);
-        self.each(backend, adapter, w, move |e, gain, w, update| {
+        self.map_elements(backend, adapter, w, move |e, gain, w, update| {
             let sum = gain * (w + update);
             match key {
                 None => B::Elem::from_f32(sum),
-                Some(key) => round_by_chance(sum, rounding_words(key, e as u64 / 4)[e % 4]),
+                Some(key) => round_stochastic(sum, rounding_words(key, e as u64 / 4)[e % 4]),
             }
         })
     }
 
     /// `W = diag(gains)⁻¹·W - scaling·B·A`, up to rounding.
     pub(super) fn unmerge<B: Backend>(&self, backend: &B, adapter: &Adapter<B>, w: &mut Tensor<B>) -> Result<()> {
-        self.each(backend, adapter, w, |_, gain, w, update| B::Elem::from_f32(w / gain - update))
+        self.map_elements(backend, adapter, w, |_, gain, w, update| B::Elem::from_f32(w / gain - update))
     }
 
-    /// Each element `e` of the weight from what it is, the gain of its row, and its element of `scaling·B·A`.
-    fn each<B: Backend>(
+    /// Replaces each element of the weight by `new(index, gain of the row, element, element of scaling·B·A)`.
+    fn map_elements<B: Backend>(
         &self,
         backend: &B,
         adapter: &Adapter<B>,
         w: &mut Tensor<B>,
         new: impl Fn(usize, f32, f32, f32) -> B::Elem + Sync,
     ) -> Result<()> {
-        let wide =
+        let widened =
             |tensor: &Tensor<B>| -> Result<Vec<f32>> { Ok(tensor.to_vec(backend)?.into_iter().map(Float::to_f32).collect()) };
-        let (a, b, scale) = (wide(&adapter.a.tensor)?, wide(&adapter.b.tensor)?, adapter.scaling());
+        let (a, b, scale) = (widened(&adapter.a.tensor)?, widened(&adapter.b.tensor)?, adapter.scaling());
         let (k, r) = (w.cols().max(1), adapter.room());
         let mut host = w.to_vec(backend)?;
         host.par_chunks_mut(k).enumerate().zip(&self.gains).for_each(|((i, row), &gain)| {

@@ -1,4 +1,4 @@
-//! What weights begin with.
+//! Initial values of weights and factors.
 
 use crate::backend::Backend;
 use crate::element::Float;
@@ -6,35 +6,35 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
-/// How the factors of an adapter begin: PEFT's `init_lora_weights`. `B` begins with zeros unless said otherwise, so that a new
-/// adapter changes nothing.
+/// The initial values of the factors of an adapter: PEFT's `init_lora_weights`. Unless said otherwise `B` is zero, so a new adapter
+/// changes nothing.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
-    /// `true`: `A` uniform in `±1/√k`, PyTorch's kaiming-uniform with `a = √5`.
+    /// `true`: `A` uniform in `±1/√k`, PyTorch's Kaiming-uniform with `a = √5`.
     KaimingUniform,
-    /// `gaussian`: `A` with mean 0 and this standard deviation. PEFT's has `1/r`.
+    /// `gaussian`: `A` normally distributed with mean 0 and this standard deviation; PEFT uses `1/r`.
     Gaussian {
         /// The standard deviation.
         std: f32,
     },
-    /// `false`: `A` as above, and `B` uniform in `±1/√r`. The adapter changes the model before it is trained: for tests.
+    /// `false`: `A` as Kaiming-uniform, and `B` uniform in `±1/√r`. The adapter changes the model even before training: for tests.
     NonZero,
-    /// `orthogonal`: `A` and `B` are random combinations of two halves of an orthogonal basis, so that `B·A = 0` though neither
-    /// is. The rank must be even.
+    /// `orthogonal`: `A` and `B` are random combinations of two halves of an orthonormal basis, so that `B·A = 0` although neither
+    /// factor is zero. The rank must be even.
     Orthogonal,
 }
 
 impl Init {
-    /// Errors: [`Error::Value`] for a deviation that is not finite, or an odd rank where it must be even.
+    /// Errors: [`Error::Value`] for a standard deviation that is not finite, or an odd rank with [`Init::Orthogonal`].
     pub fn check(self, rank: usize) -> Result<()> {
         match self {
             Init::Gaussian { std } => Error::unless(std.is_finite(), "lora", "std", std, "a finite number"),
-            Init::Orthogonal => Error::unless(rank.is_multiple_of(2), "lora", "rank", rank, "even, to begin orthogonal"),
+            Init::Orthogonal => Error::unless(rank.is_multiple_of(2), "lora", "rank", rank, "even, for orthogonal factors"),
             Init::KaimingUniform | Init::NonZero => Ok(()),
         }
     }
 
-    /// Numbers for one `out × in` matrix: gaussian, or else kaiming-uniform.
+    /// Values for one `out × in` matrix: normally distributed for [`Init::Gaussian`], Kaiming-uniform otherwise.
     pub fn tensor<B: Backend>(self, backend: &B, shape: impl Into<Shape>, rng: &mut Rng) -> Result<Tensor<B>> {
         let shape = shape.into();
         let bound = 1.0 / (shape.cols.max(1) as f64).sqrt();
@@ -59,7 +59,7 @@ impl Init {
             Init::NonZero => Ok((self.tensor(backend, (r, k), rng)?, self.tensor(backend, (n, r), rng)?)),
             Init::Orthogonal => {
                 for shape in [(r, r), (r, k), (n, r)] {
-                    Shape::from(shape).elements()?; // what is made on the way there fits, or it is not begun
+                    Shape::from(shape).elements()?; // refuse sizes that overflow before any of them is allocated
                 }
                 let basis = orthonormal_rows(r, rng);
                 let mut combine = |first: usize| {
@@ -78,14 +78,14 @@ impl Init {
     }
 }
 
-/// A matrix, element by element, row by row.
+/// A matrix with the elements `at(row, column)`, computed in row-major order.
 fn filled<B: Backend>(backend: &B, shape: Shape, mut at: impl FnMut(usize, usize) -> f64) -> Result<Tensor<B>> {
     let mut host = room_for(shape)?;
     host.extend((0..shape.elements()?).map(|e| B::Elem::from_f32(at(e / shape.cols, e % shape.cols) as f32)));
     Tensor::from_slice(backend, shape, &host)
 }
 
-/// Host memory for as many elements. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
+/// An empty vector with capacity for a matrix. Errors: [`Error::TooLarge`], [`Error::OutOfMemory`].
 pub(super) fn room_for<E: Float>(shape: Shape) -> Result<Vec<E>> {
     let (mut host, len) = (Vec::new(), shape.elements()?);
     let no_room = |_| Error::OutOfMemory { backend: "host", bytes: len * size_of::<E>() };
@@ -93,8 +93,8 @@ pub(super) fn room_for<E: Float>(shape: Shape) -> Result<Vec<E>> {
     Ok(host)
 }
 
-/// `r` random directions at right angles to one another: each new one loses its part along those before it, twice, because the
-/// first time leaves a rounding.
+/// `r` random orthonormal rows, by Gram-Schmidt: from each new row its components along the earlier rows are subtracted, twice, because
+/// the first pass leaves rounding errors.
 fn orthonormal_rows(r: usize, rng: &mut Rng) -> Vec<Vec<f64>> {
     let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
     let mut rows: Vec<Vec<f64>> = Vec::new();

@@ -1,6 +1,6 @@
 //! A layer of a model, with or without adapters.
 
-use super::{Adapter, Adapters, Linear, LoraLinear, Tuned};
+use super::{Adapter, Adapters, LayerAdapter, Linear, LoraLinear};
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::{Backend, Passes};
 use crate::error::Result;
@@ -23,7 +23,7 @@ use crate::error::Result;
 pub struct Layer<B: Backend>(LoraLinear<B>);
 
 impl<B: Backend> From<Linear<B>> for Layer<B> {
-    /// Without adapters, and trainable where the linear layer is.
+    /// A layer without adapters; its parameters stay trainable or frozen.
     fn from(linear: Linear<B>) -> Self {
         Self(LoraLinear::without_adapters(linear))
     }
@@ -46,12 +46,12 @@ impl<B: Backend> Layer<B> {
         Some(&self.0).filter(|lora| !lora.parts.is_empty())
     }
 
-    /// The layer with its adapters, if it has one.
+    /// The layer with its adapters, if it has one, to be changed.
     pub fn lora_mut(&mut self) -> Option<&mut LoraLinear<B>> {
         Some(&mut self.0).filter(|lora| !lora.parts.is_empty())
     }
 
-    /// The low-rank update of this name, if it has one; see [`DEFAULT`](super::DEFAULT).
+    /// The low-rank update of the adapter of this name, if it has one; see [`DEFAULT`](super::DEFAULT).
     pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
         self.0.adapter(name)
     }
@@ -61,7 +61,7 @@ impl<B: Backend> Layer<B> {
         self.0.base().params().chain(self.0.parts().flat_map(|(_, part)| part.params()))
     }
 
-    /// The weight, the bias, and the parameters of the adapters: all that is not merged.
+    /// The weight, the bias, and the parameters of the adapters, without merged adapters and the base that holds them.
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         self.0.params_mut()
     }
@@ -76,42 +76,42 @@ impl<B: Backend> Layer<B> {
         self.0.forward_with(tape, x, seed, adapters)
     }
 
-    /// Keeps the weight packed, where it stays frozen; see [`Backend::keep_packed`].
+    /// Prepacks the weight, for a base that stays frozen; see [`Backend::keep_packed`].
     pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
         self.0.keep_packed(backend, passes)
     }
 
-    /// Takes every adapter away.
+    /// The layer without its adapters; a merged update stays in the weight.
     pub fn into_base(self) -> Linear<B> {
         self.0.into_base()
     }
 
-    /// Freezes the base layer, unless it has an adapter: then it was frozen when it got it.
+    /// Freezes the base layer. One with adapters is already frozen.
     pub(super) fn freeze(&mut self) {
         if self.0.parts.is_empty() {
             self.0.freeze();
         }
     }
 
-    /// The errors of [`insert`](Self::insert).
-    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
+    /// Returns the errors that [`insert`](Self::insert) would.
+    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &LayerAdapter<B>, active: bool) -> Result<()> {
         self.0.check_insert(verb, name, part, active)
     }
 
-    /// [`LoraLinear::insert`]; `enabled` is for a layer without adapters, whose first this is.
-    pub(super) fn insert(&mut self, name: &str, part: Tuned<B>, active: bool, enabled: bool) -> Result<()> {
+    /// [`LoraLinear::insert`]; `enabled` is the state that a layer without adapters gets.
+    pub(super) fn insert(&mut self, name: &str, part: LayerAdapter<B>, active: bool, enabled: bool) -> Result<()> {
         if self.0.parts.is_empty() {
             self.0.set_enabled(enabled)?;
         }
         self.0.insert(name, part, active)
     }
 
-    /// Takes every adapter away, in place.
+    /// Removes all adapters.
     pub(super) fn unload(&mut self) {
         self.0.unload();
     }
 
-    /// Takes every adapter away and keeps what is merged.
+    /// Removes all adapters; merged updates stay in the weight.
     pub(super) fn unload_merged(&mut self) {
         self.0.unload_merged();
     }

@@ -1,4 +1,4 @@
-//! `y = x·Wᵀ + bias`
+//! The linear layer, `y = x·Wᵀ + bias`.
 
 use super::Init;
 use crate::autograd::{Param, Tape, Var};
@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::{Shape, Tensor};
 
-/// `y = x·Wᵀ + bias`
+/// A linear layer, `y = x·Wᵀ + bias`, with `W n×k` and `bias 1×n`.
 #[derive(Debug)]
 pub struct Linear<B: Backend> {
     weight: Param<B>,
@@ -16,7 +16,7 @@ pub struct Linear<B: Backend> {
 }
 
 impl<B: Backend> Linear<B> {
-    /// PyTorch's default: weight and bias uniform in `±1/√inputs`.
+    /// A layer initialised as in PyTorch: weight and bias uniform in `±1/√inputs`.
     pub fn new(backend: &B, inputs: usize, outputs: usize, rng: &mut Rng) -> Result<Self> {
         let weight = Init::KaimingUniform.tensor(backend, (outputs, inputs), rng)?;
         let bound = 1.0 / (inputs.max(1) as f64).sqrt();
@@ -36,12 +36,12 @@ impl<B: Backend> Linear<B> {
         Ok(Self { weight: Param::new(weight), bias: bias.map(Param::plus) })
     }
 
-    /// From a weight that is stored `in × out`, `k×n`, as some models do (PEFT's `fan_in_fan_out`), and a bias `1×n`: turned
-    /// around once, here. Adapters of such layers are stored like all others. Errors: [`Error::Shape`].
+    /// From a weight that is stored as `in × out`, `k×n` (PEFT's `fan_in_fan_out`), and a bias `1×n`. The weight is transposed once,
+    /// here. The adapters of such a layer are stored as those of any other layer. Errors: [`Error::Shape`].
     pub fn from_fan_in_fan_out(backend: &B, weight: &Tensor<B>, bias: Option<Tensor<B>>) -> Result<Self> {
         let ((k, n), host) = ((weight.rows(), weight.cols()), weight.to_vec(backend)?);
-        let turned: Vec<B::Elem> = (0..n).flat_map(|j| host.iter().skip(j).step_by(n.max(1)).take(k).copied()).collect();
-        Self::from_tensors(Tensor::from_slice(backend, (n, k), &turned)?, bias)
+        let transposed: Vec<B::Elem> = (0..n).flat_map(|j| host.iter().skip(j).step_by(n.max(1)).take(k).copied()).collect();
+        Self::from_tensors(Tensor::from_slice(backend, (n, k), &transposed)?, bias)
     }
 
     /// `n×k`
@@ -64,12 +64,13 @@ impl<B: Backend> Linear<B> {
         self.bias.as_mut().map(|bias| &mut bias.tensor)
     }
 
-    /// Keeps the weight packed while it stays frozen: see [`Backend::keep_packed`]. Merging, unmerging and training undo it.
+    /// Prepacks the weight, for a layer that stays frozen; see [`Backend::keep_packed`]. Merging, unmerging and training drop the packed
+    /// copy.
     pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
         backend.keep_packed(&mut self.weight.tensor, passes)
     }
 
-    /// A layer of its own with the same numbers, trainable. Errors: those of [`Tensor::try_clone`].
+    /// A copy with parameters of its own, which are trainable. Errors: those of [`Tensor::try_clone`].
     pub fn try_clone(&self, backend: &B) -> Result<Self> {
         let bias = self.bias.as_ref().map(|bias| bias.tensor.try_clone(backend)).transpose()?;
         Self::from_tensors(self.weight.tensor.try_clone(backend)?, bias)

@@ -1,4 +1,4 @@
-//! A linear layer with adapters: `y = x·Wᵀ + bias + Σ scaling·(x·Aᵀ)·Bᵀ`, the sum over those that are active.
+//! A linear layer with adapters: `y = x·Wᵀ + bias + Σ scaling·(x·Aᵀ)·Bᵀ`, summed over the active adapters.
 
 use super::merge::Merged;
 use super::{Adapter, Linear, dora};
@@ -8,75 +8,75 @@ use crate::error::{Error, Result};
 use crate::op::Dropout;
 use crate::tensor::Shape;
 
-/// The name of an adapter that nobody named, as in PEFT.
+/// The name of an adapter that was added without a name, as in PEFT.
 pub const DEFAULT: &str = "default";
 
-/// Which adapters take part in a forward pass.
+/// The adapters that a forward pass uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Adapters<'a> {
-    /// Those that are [active](LoraLinear::active).
+    /// The [active](LoraLinear::active) ones.
     #[default]
     Active,
-    /// These, added up in this order; an empty list is the base model. A layer passes over a name that it does not have:
-    /// [`Adaptable::check_adapters`](super::Adaptable::check_adapters) refuses one that no layer has.
+    /// These, summed in this order; an empty list is the base model. A layer ignores names that it does not have;
+    /// [`Adaptable::check_adapters`](super::Adaptable::check_adapters) refuses a name that no layer has.
     Named(&'a [&'a str]),
 }
 
-/// What an adapter does to a layer.
+/// The part of an adapter that belongs to one layer.
 #[derive(Debug)]
-pub enum Tuned<B: Backend> {
+pub enum LayerAdapter<B: Backend> {
     /// Adds a low-rank update.
     Lora(Adapter<B>),
-    /// Nothing, but has a bias `1×n` in place of the layer's: `bias = "all"`.
+    /// Replaces the layer's bias, `1×n`: `bias = "all"`.
     Bias(Param<B>),
-    /// Takes the layer's place: `modules_to_save`.
+    /// Replaces the whole layer: `modules_to_save`.
     Whole(Linear<B>),
 }
 
-impl<B: Backend> Tuned<B> {
+impl<B: Backend> LayerAdapter<B> {
     /// The low-rank update, if it is one.
     pub fn adapter(&self) -> Option<&Adapter<B>> {
         match self {
-            Tuned::Lora(adapter) => Some(adapter),
-            Tuned::Bias(_) | Tuned::Whole(_) => None,
+            LayerAdapter::Lora(adapter) => Some(adapter),
+            LayerAdapter::Bias(_) | LayerAdapter::Whole(_) => None,
         }
     }
 
     /// Its parameters.
     pub fn params(&self) -> impl Iterator<Item = &Param<B>> {
         let (adapter, bias, whole) = match self {
-            Tuned::Lora(adapter) => (Some(adapter), None, None),
-            Tuned::Bias(bias) => (None, Some(bias), None),
-            Tuned::Whole(linear) => (None, None, Some(linear)),
+            LayerAdapter::Lora(adapter) => (Some(adapter), None, None),
+            LayerAdapter::Bias(bias) => (None, Some(bias), None),
+            LayerAdapter::Whole(linear) => (None, None, Some(linear)),
         };
         adapter.into_iter().flat_map(Adapter::params).chain(bias).chain(whole.into_iter().flat_map(Linear::params))
     }
 
-    /// Its parameters.
+    /// Its parameters, to be changed.
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         let (adapter, bias, whole) = match self {
-            Tuned::Lora(adapter) => (Some(adapter), None, None),
-            Tuned::Bias(bias) => (None, Some(bias), None),
-            Tuned::Whole(linear) => (None, None, Some(linear)),
+            LayerAdapter::Lora(adapter) => (Some(adapter), None, None),
+            LayerAdapter::Bias(bias) => (None, Some(bias), None),
+            LayerAdapter::Whole(linear) => (None, None, Some(linear)),
         };
         adapter.into_iter().flat_map(Adapter::params_mut).chain(bias).chain(whole.into_iter().flat_map(Linear::params_mut))
     }
 
-    /// What it has in place of the layer's bias.
+    /// The bias that replaces the layer's, if there is one.
     pub(super) fn bias(&self) -> Option<&Param<B>> {
         match self {
-            Tuned::Lora(adapter) => adapter.bias.as_ref(),
-            Tuned::Bias(bias) => Some(bias),
-            Tuned::Whole(linear) => linear.bias(),
+            LayerAdapter::Lora(adapter) => adapter.bias.as_ref(),
+            LayerAdapter::Bias(bias) => Some(bias),
+            LayerAdapter::Whole(linear) => linear.bias(),
         }
     }
 
-    /// What takes the layer's place, if it does.
+    /// The layer that replaces the base layer, if there is one.
     fn whole(&self) -> Option<&Linear<B>> {
         match self {
-            Tuned::Whole(linear) => Some(linear),
-            Tuned::Lora(_) | Tuned::Bias(_) => None,
+            LayerAdapter::Whole(linear) => Some(linear),
+            LayerAdapter::Lora(_) | LayerAdapter::Bias(_) => None,
         }
     }
 
@@ -88,55 +88,54 @@ impl<B: Backend> Tuned<B> {
         self.params_mut().for_each(|param| param.trainable = trainable);
     }
 
-    /// What every insertion passes. Errors: [`Error::Value`] for a name that no adapter can have; those of `fits`.
+    /// Checks a part before it is inserted. Errors: [`Error::Value`] for a name that an adapter cannot have; those of `fits`.
     pub(super) fn check(&self, name: &str, base: &Linear<B>) -> Result<()> {
         check_name(name)?;
         self.fits(base)
     }
 
-    /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias in place of none.
+    /// Errors: [`Error::Shape`] unless it is for a layer of this size; [`Error::Value`] for a bias where the layer has none.
     pub(crate) fn fits(&self, base: &Linear<B>) -> Result<()> {
         let same = |name, got: Shape, want: Shape| {
             if got == want { Ok(()) } else { Err(Error::Shape { verb: "lora", name, got, want }) }
         };
-        if let Tuned::Lora(adapter) = self {
+        if let LayerAdapter::Lora(adapter) = self {
             adapter.fits(base)?;
         }
-        if let Tuned::Whole(linear) = self {
+        if let LayerAdapter::Whole(linear) = self {
             same("weight", linear.weight().tensor.shape(), base.weight().tensor.shape())?;
         }
         match (self.bias(), base.bias()) {
             (Some(ours), Some(theirs)) => same("bias", ours.tensor.shape(), theirs.tensor.shape()),
-            (Some(_), None) => Error::unless(false, "lora", "bias", "there", "missing, as the layer's is"),
+            (Some(_), None) => Error::unless(false, "lora", "bias", "set", "none, since the layer has no bias"),
             (None, _) => Ok(()),
         }
     }
 }
 
-/// A linear layer with adapters by name, of which some are active; they can be switched off, and merged into the weight.
+/// A linear layer with named adapters. Some of them are active; all of them can be disabled, or merged into the weight.
 ///
-/// What is merged, and the weight it is in, is not handed out to be changed: unmerging relies on it.
+/// While adapters are merged, neither their parameters nor the weight can be borrowed mutably, because exact unmerging relies on both.
 #[derive(Debug)]
 pub struct LoraLinear<B: Backend> {
     pub(super) base: Linear<B>,
-    pub(super) parts: Vec<(String, Tuned<B>)>,
+    pub(super) parts: Vec<(String, LayerAdapter<B>)>,
     active: Vec<String>,
     enabled: bool,
     pub(super) merged: Vec<Merged<B>>,
 }
 
 impl<B: Backend> LoraLinear<B> {
-    /// Freezes the layer and puts an adapter beside it, named [`DEFAULT`] and active. Errors: [`Error::Shape`] if the adapter is
-    /// for another layer.
+    /// Freezes the layer and adds an active adapter named [`DEFAULT`]. Errors: [`Error::Shape`] if the adapter does not fit the layer.
     pub fn new(base: Linear<B>, adapter: Adapter<B>) -> Result<Self> {
         adapter.fits(&base)?;
         let mut layer = Self::without_adapters(base);
         layer.freeze();
-        layer.insert(DEFAULT, Tuned::Lora(adapter), true)?;
+        layer.insert(DEFAULT, LayerAdapter::Lora(adapter), true)?;
         Ok(layer)
     }
 
-    /// No adapter yet, and nothing frozen.
+    /// A layer without adapters; nothing is frozen.
     pub(super) fn without_adapters(base: Linear<B>) -> Self {
         Self { base, parts: Vec::new(), active: Vec::new(), enabled: true, merged: Vec::new() }
     }
@@ -145,43 +144,43 @@ impl<B: Backend> LoraLinear<B> {
         self.base.params_mut().for_each(|param| param.trainable = false);
     }
 
-    /// The layer without its adapters. Holds the update of those that are [`merged`](Self::merged).
+    /// The layer without its adapters. Its weight includes the updates that are [`merged`](Self::merged).
     pub fn base(&self) -> &Linear<B> {
         &self.base
     }
 
     /// The adapters, in the order they were added.
-    pub fn parts(&self) -> impl Iterator<Item = (&str, &Tuned<B>)> {
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &LayerAdapter<B>)> {
         self.parts.iter().map(|(name, part)| (name.as_str(), part))
     }
 
-    /// What an adapter does here, if anything.
-    pub fn part(&self, name: &str) -> Option<&Tuned<B>> {
+    /// The part of an adapter that belongs to this layer, if there is one.
+    pub fn part(&self, name: &str) -> Option<&LayerAdapter<B>> {
         self.parts().find(|(known, _)| *known == name).map(|(_, part)| part)
     }
 
-    /// The low-rank update of this name, if there is one.
+    /// The low-rank update of an adapter, if it has one here.
     pub fn adapter(&self, name: &str) -> Option<&Adapter<B>> {
-        self.part(name).and_then(Tuned::adapter)
+        self.part(name).and_then(LayerAdapter::adapter)
     }
 
-    /// Keeps the frozen weight packed; see [`Backend::keep_packed`].
+    /// Prepacks the frozen weight; see [`Backend::keep_packed`].
     pub fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
         self.base.keep_packed(backend, passes)
     }
 
-    /// Takes every adapter away; the layer stays frozen.
+    /// The layer without its adapters; it stays frozen, and a merged update stays in the weight.
     pub fn into_base(self) -> Linear<B> {
         self.base
     }
 
-    /// The name of the one that takes the layer's place just now: active or merged.
+    /// The name of the active or merged adapter that replaces the layer, if there is one.
     pub(super) fn whole(&self) -> Option<&str> {
         let here = |name: &str| self.active.iter().any(|active| active == name) || self.merged().any(|merged| merged == name);
         self.parts().find(|(name, part)| part.is_whole() && here(name)).map(|(name, _)| name)
     }
 
-    /// Takes every adapter away, in place. Only while nothing is merged: what is in the weight would stay.
+    /// Removes all adapters. Called only while none is merged: a merged update would stay in the weight.
     pub(super) fn unload(&mut self) {
         self.parts.clear();
         self.active.clear();
@@ -189,18 +188,18 @@ impl<B: Backend> LoraLinear<B> {
         self.enabled = true;
     }
 
-    /// Takes every adapter away and keeps what is merged: the weight with the updates, or what takes the layer's place.
+    /// Removes all adapters and keeps the merged result: the weight with its updates, or the layer that replaces it.
     pub(super) fn unload_merged(&mut self) {
         let whole = self.whole().map(String::from);
         let at = self.parts.iter().position(|(name, _)| Some(name) == whole.as_ref());
-        if let Some((_, Tuned::Whole(linear))) = at.map(|at| self.parts.swap_remove(at)) {
+        if let Some((_, LayerAdapter::Whole(linear))) = at.map(|at| self.parts.swap_remove(at)) {
             self.base = linear;
             self.freeze();
         }
         self.unload();
     }
 
-    /// The weight, the bias, and the parameters of the adapters: all that is not merged.
+    /// The weight, the bias, and the parameters of the adapters. While adapters are merged, those and the base layer are left out.
     pub fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         let Self { base, parts, merged, .. } = self;
         let base = merged.is_empty().then_some(base).into_iter().flat_map(Linear::params_mut);
@@ -208,12 +207,12 @@ impl<B: Backend> LoraLinear<B> {
         base.chain(free.flat_map(|(_, part)| part.params_mut()))
     }
 
-    /// Puts an adapter beside the layer, in place of one of the same name. Only what is active is trainable. What an adapter of that
-    /// name does to other layers of a model stays: [`Adaptable::insert_adapter`](super::Adaptable::insert_adapter) replaces it as a whole.
+    /// Adds an adapter to this layer, or replaces the one of that name here. Only active adapters are trainable. To replace an adapter
+    /// in all layers of a model, use [`Adaptable::insert_adapter`](super::Adaptable::insert_adapter).
     ///
-    /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for active ones that
-    /// exclude each other.
-    pub fn insert(&mut self, name: &str, part: Tuned<B>, active: bool) -> Result<()> {
+    /// Errors: [`Error::Shape`]; [`Error::Value`] for a name with a dot or a slash, while an adapter is merged, or for adapters that
+    /// cannot be active together.
+    pub fn insert(&mut self, name: &str, part: LayerAdapter<B>, active: bool) -> Result<()> {
         self.check_insert("insert", name, &part, active)?;
         match self.parts.iter_mut().find(|(known, _)| known == name) {
             Some((_, there)) => *there = part,
@@ -226,34 +225,34 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// The errors of [`insert`](Self::insert), said of what was called.
-    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &Tuned<B>, active: bool) -> Result<()> {
-        self.unmerged(verb)?;
+    /// Returns the errors that [`insert`](Self::insert) would, with `verb` as the method's name.
+    pub(super) fn check_insert(&self, verb: &'static str, name: &str, part: &LayerAdapter<B>, active: bool) -> Result<()> {
+        self.check_unmerged(verb)?;
         part.check(name, &self.base)?;
         let others = self.active.iter().filter(|known| active && *known != name).filter_map(|name| self.part(name));
-        together(verb, others.chain([part]))
+        check_compatible(verb, others.chain([part]))
     }
 
-    /// Takes an adapter away, if it is there. Errors: [`Error::Value`] while one is merged.
+    /// Removes an adapter, if the layer has it. Errors: [`Error::Value`] while an adapter is merged.
     pub fn remove(&mut self, name: &str) -> Result<()> {
-        self.unmerged("remove")?;
+        self.check_unmerged("remove")?;
         self.parts.retain(|(known, _)| known != name);
         self.active.retain(|known| known != name);
         Ok(())
     }
 
-    /// The names of those that take part, in the order they are added up.
+    /// The names of the active adapters, in the order in which they are summed.
     pub fn active(&self) -> &[String] {
         &self.active
     }
 
-    /// Makes these take part, and no others; only they are trainable. A name that this layer does not have is passed over.
+    /// Makes these adapters the active ones; only they are trainable. Names that this layer does not have are ignored.
     ///
-    /// Errors: [`Error::Value`] while an adapter is merged, or for two that each have a bias in place of the layer's, or one that
-    /// takes the layer's place beside another.
+    /// Errors: [`Error::Value`] while an adapter is merged, for two that each replace the layer's bias, or for one that replaces the
+    /// whole layer together with another.
     #[doc(alias = "set_adapter")]
     pub fn set_active<S: AsRef<str>>(&mut self, names: &[S]) -> Result<()> {
-        self.can_activate("set_active", names)?;
+        self.check_activate("set_active", names)?;
         self.active.clear();
         for name in names.iter().map(S::as_ref) {
             if self.part(name).is_some() && !self.active.iter().any(|active| active == name) {
@@ -264,9 +263,9 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    pub(super) fn can_activate<S: AsRef<str>>(&self, verb: &'static str, names: &[S]) -> Result<()> {
-        self.unmerged(verb)?;
-        together(verb, names.iter().filter_map(|name| self.part(name.as_ref())))
+    pub(super) fn check_activate<S: AsRef<str>>(&self, verb: &'static str, names: &[S]) -> Result<()> {
+        self.check_unmerged(verb)?;
+        check_compatible(verb, names.iter().filter_map(|name| self.part(name.as_ref())))
     }
 
     fn mark_trainable(&mut self, only: Option<&str>) {
@@ -277,72 +276,74 @@ impl<B: Backend> LoraLinear<B> {
         }
     }
 
-    /// Whether the active adapters take part.
+    /// False while the adapters are disabled.
     pub fn is_enabled(&self) -> bool {
         self.enabled
     }
 
-    /// Switches the adapters on or off. Errors: [`Error::Value`] while one is merged.
+    /// Enables or disables the adapters. Errors: [`Error::Value`] while an adapter is merged.
     pub fn set_enabled(&mut self, enabled: bool) -> Result<()> {
-        self.unmerged("set_enabled")?;
+        self.check_unmerged("set_enabled")?;
         self.enabled = enabled;
         Ok(())
     }
 
-    /// Makes the scaling of an adapter `scale` times what its settings say, if it is there: how strong it is, as long as the model
-    /// lives. Errors: [`Error::Value`] while one is merged, or unless `scale` is finite.
+    /// Multiplies the scaling that the settings of an adapter give by `scale`, if the layer has it. It is not saved with the adapter.
+    /// Errors: [`Error::Value`] while an adapter is merged, or unless `scale` is finite.
     pub fn set_scale(&mut self, name: &str, scale: f32) -> Result<()> {
-        self.unmerged("set_scale")?;
+        self.check_unmerged("set_scale")?;
         Error::unless(scale.is_finite(), "set_scale", "scale", scale, "a finite number")?;
-        if let Some((_, Tuned::Lora(adapter))) = self.parts.iter_mut().find(|(known, _)| known == name) {
+        if let Some((_, LayerAdapter::Lora(adapter))) = self.parts.iter_mut().find(|(known, _)| known == name) {
             adapter.strength = scale;
         }
         Ok(())
     }
 
-    /// Whether the weight holds an update.
+    /// True while an adapter is merged.
     pub fn is_merged(&self) -> bool {
         !self.merged.is_empty()
     }
 
-    /// The names of those that are in the weight, in the order they were merged.
+    /// The names of the merged adapters, in the order in which they were merged.
     pub fn merged(&self) -> impl Iterator<Item = &str> {
         self.merged.iter().map(Merged::name)
     }
 
-    pub(super) fn unmerged(&self, verb: &'static str) -> Result<()> {
+    /// Errors: [`Error::Value`] while an adapter is merged.
+    pub(super) fn check_unmerged(&self, verb: &'static str) -> Result<()> {
         let Some(merged) = self.merged.last() else { return Ok(()) };
         Error::unless(false, verb, "adapter", format_args!("`{}`, merged into the weight", merged.name()), "unmerged first")
     }
 
-    /// The base layer, and what the active adapters add that is not merged; the base layer alone while they are off.
+    /// The output of the base layer plus those of the active adapters that are not merged; of the base layer only while adapters are
+    /// disabled.
     ///
-    /// Dropout is for training: it takes part where `seed` is given, and the masks are a function of it.
+    /// `seed` is for training: with it dropout is applied, and the masks are a function of it.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
         self.forward_as(tape, x, seed, &self.active)
     }
 
     /// [`forward`](Self::forward) with the adapters that the caller chooses, active or not.
     ///
-    /// Errors: those of the tape. For [named](Adapters::Named) ones also [`Error::Value`] while an adapter is merged, or for two that
-    /// cannot be active together: see [`set_active`](Self::set_active).
+    /// Errors: those of the tape. For [`Adapters::Named`] also [`Error::Value`] while an adapter is merged, or for two adapters that
+    /// cannot be active together; see [`set_active`](Self::set_active).
     pub fn forward_with<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, adapters: Adapters<'_>) -> Result<Var> {
         match adapters {
             Adapters::Active => self.forward(tape, x, seed),
             Adapters::Named(names) => {
-                self.can_activate("forward", names)?;
+                self.check_activate("forward", names)?;
                 self.forward_as(tape, x, seed, names)
             }
         }
     }
 
     fn forward_as<'m, S: AsRef<str>>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>, active: &[S]) -> Result<Var> {
-        let parts = || self.taking_part(active);
-        let base = parts().find_map(Tuned::whole).unwrap_or(&self.base);
-        let bias = parts().find_map(Tuned::bias).or(base.bias());
+        let parts = || self.computing(active);
+        let base = parts().find_map(LayerAdapter::whole).unwrap_or(&self.base);
+        let bias = parts().find_map(LayerAdapter::bias).or(base.bias());
         let mut y = None;
-        for (place, adapter) in parts().filter_map(Tuned::adapter).enumerate() {
-            // Each has a mask of its own; the seeds of layers and steps differ in their lower bits.
+        for (place, adapter) in parts().filter_map(LayerAdapter::adapter).enumerate() {
+            // Each adapter has its own mask: its place goes to the high bits, as seeds of layers and steps differ in the low ones.
             let seed = seed.filter(|_| adapter.config.dropout > 0.0).map(|seed| seed ^ ((place as u64) << 48));
             let dropout = seed.map(|seed| Dropout::new(adapter.config.dropout, seed)).transpose()?;
             if let Some(magnitude) = &adapter.magnitude {
@@ -358,32 +359,33 @@ impl<B: Backend> LoraLinear<B> {
         y.map_or_else(|| tape.linear(x, base.weight(), bias), Ok)
     }
 
-    /// What has a say in the output: those of the active ones that are not merged, and one that takes the layer's place, merged or not.
-    fn taking_part<'m, S: AsRef<str>>(&'m self, active: &[S]) -> impl Iterator<Item = &'m Tuned<B>> {
+    /// The parts that `forward` computes with: of the adapters in `active` those that are not merged, and of the merged ones those that
+    /// replace the layer, because a replacement is not written into the base weight.
+    fn computing<'m, S: AsRef<str>>(&'m self, active: &[S]) -> impl Iterator<Item = &'m LayerAdapter<B>> {
         let free = |name: &&S| self.enabled && self.merged().all(|merged| merged != name.as_ref());
         let free = active.iter().filter(free).filter_map(|name| self.part(name.as_ref()));
         let merged = self.merged().filter_map(|name| self.part(name)).filter(|part| part.is_whole());
         free.chain(merged)
     }
 
-    /// What an adapter does here, to be overwritten; only while nothing is merged.
-    pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut Tuned<B>> {
+    /// The part of an adapter that belongs to this layer, to be overwritten; `None` while any adapter is merged.
+    pub(super) fn part_mut(&mut self, name: &str) -> Option<&mut LayerAdapter<B>> {
         let part = self.parts.iter_mut().find(|(known, _)| known == name).map(|(_, part)| part);
         part.filter(|_| self.merged.is_empty())
     }
 }
 
-/// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: of two biases in place of the layer's only one can
-/// be used, and a whole layer leaves nothing for others to add to.
-fn together<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p Tuned<B>>) -> Result<()> {
+/// Errors: [`Error::Value`] for adapters that cannot be active together in a layer: only one can replace the bias, and one that replaces
+/// the whole layer cannot be combined with others.
+fn check_compatible<'p, B: Backend + 'p>(verb: &'static str, parts: impl Iterator<Item = &'p LayerAdapter<B>>) -> Result<()> {
     let parts: Vec<_> = parts.collect();
     let whole = parts.iter().any(|part| part.is_whole());
-    Error::unless(!whole || parts.len() == 1, verb, "adapter", "beside one that takes the layer's place", "one of the two")?;
+    Error::unless(!whole || parts.len() == 1, verb, "adapter", "combined with one that replaces the layer", "one of the two")?;
     let biases = parts.iter().filter(|part| part.bias().is_some()).count();
-    Error::unless(biases <= 1, verb, "adapter", "one of several with a bias of their own", "one such")
+    Error::unless(biases <= 1, verb, "adapter", "one of several that replace the bias", "only one such adapter")
 }
 
-/// Errors: [`Error::Value`] for what PEFT cannot call an adapter, or a folder cannot be called.
+/// Errors: [`Error::Value`] for a name that is not valid for an adapter in PEFT, or for a folder.
 fn check_name(name: &str) -> Result<()> {
     let fine = !name.is_empty() && !name.contains(['.', '/', '\\', '\0']);
     Error::unless(fine, "adapter", "name", name, "a name without dots and slashes")

@@ -1,8 +1,12 @@
-//! Merging an adapter into the weight, and taking it out again to the bit.
+//! Merging adapters into the weight of a layer, and exact unmerging.
+//!
+//! Merging adds the update to the weight. To be able to unmerge, it also subtracts the update once from the merged weight, and keeps
+//! those elements that rounding does not restore (the residue). Merged adapters are a stack: unmerging one takes out all above it,
+//! and merges those again.
 
 use super::dora::Rows;
 use super::residue::Residue;
-use super::{Adapter, LoraLinear, Tuned};
+use super::{Adapter, LayerAdapter, LoraLinear};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::element::Float;
@@ -10,30 +14,31 @@ use crate::error::{Error, Result};
 use crate::op::{LoraMerge, Rounding};
 use crate::tensor::Tensor;
 
-/// How updates are added to weights.
+/// Options of a merge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Merge {
-    /// Refuse a merge that gives numbers which are not finite, before anything is changed.
+    /// If true, a merge whose results are not all finite is refused, and nothing is changed. PEFT's `safe_merge`.
     pub safe: bool,
-    /// How the sums are rounded to the element type.
+    /// How sums are rounded to the element type.
     pub rounding: Rounding,
 }
 
 impl Default for Merge {
-    /// Safe, to the nearest.
+    /// Safe, rounded to the nearest.
     fn default() -> Self {
         Self { safe: true, rounding: Rounding::Nearest }
     }
 }
 
-/// An adapter that is in the weight, and what brings the weight back.
+/// A merged adapter, with the data that unmerging needs.
 #[derive(Debug)]
 pub(super) struct Merged<B: Backend> {
     name: String,
     how: Merge,
     residue: Residue<B::Elem>,
+    /// The gains of the rows, for DoRA.
     rows: Option<Rows>,
-    /// The bias before, where the adapter changes it.
+    /// The layer's bias before the merge, if the adapter changes it.
     bias: Option<Vec<B::Elem>>,
 }
 
@@ -43,17 +48,17 @@ impl<B: Backend> Merged<B> {
     }
 }
 
-/// What exact unmerging costs while adapters are merged, on the host.
+/// The host memory that exact unmerging takes while adapters are merged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Kept {
-    /// How many weights are kept because rounding does not give them back.
+pub struct UnmergeCost {
+    /// Number of stored weights: those that subtracting the update does not restore, because of rounding.
     pub weights: usize,
-    /// How much memory all that is kept takes.
+    /// Bytes of host memory, for these weights, saved biases and DoRA's gains.
     pub bytes: usize,
 }
 
 impl<B: Backend> LoraLinear<B> {
-    /// `W += scaling·B·A` for every active adapter. What is merged already stays merged once.
+    /// `W += scaling·B·A` for every active adapter that is not merged yet.
     ///
     /// Errors: those of [`merge_as`](Self::merge_as).
     pub fn merge(&mut self, backend: &B) -> Result<()> {
@@ -61,15 +66,15 @@ impl<B: Backend> LoraLinear<B> {
         self.merge_as(backend, &names, Merge::default())
     }
 
-    /// Merges these adapters, in this order, on top of those that are merged. A name that this layer does not have is passed over.
+    /// Merges these adapters, in this order, on top of those that are merged. Names that this layer does not have are ignored.
     ///
-    /// One that takes the layer's place does so from then on; the weight stays.
+    /// Merging an adapter that replaces the layer leaves the weight as it is: until it is unmerged, `forward` uses the replacement.
     ///
-    /// Errors: [`Error::Value`] while adapters are off, for a bias of the update where the layer has no bias, and, if the merge is to be
-    /// safe, for numbers that are not finite; [`Error::Shape`] for a parameter that another one has taken the place of. Nothing is
-    /// changed then.
+    /// Errors: [`Error::Value`] while adapters are disabled, for a bias of the update where the layer has no bias, for an adapter that
+    /// replaces the layer together with another, and, with [`Merge::safe`], for results that are not finite; [`Error::Shape`] for a
+    /// parameter whose shape the caller has changed. Nothing is changed then.
     pub fn merge_as<S: AsRef<str>>(&mut self, backend: &B, names: &[S], how: Merge) -> Result<()> {
-        Error::unless(self.is_enabled(), "merge", "adapter", "switched off", "switched on first")?;
+        Error::unless(self.is_enabled(), "merge", "adapter", "disabled", "enabled first, see `set_adapters_enabled`")?;
         let before = self.merged.len();
         for name in names {
             if let Err(error) = self.push(backend, name.as_ref(), how) {
@@ -80,12 +85,12 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// Takes every merged adapter out of the weight, which then is what it was, bit for bit.
+    /// Takes all merged adapters out of the weight, which is then equal to the original one, bit for bit.
     pub fn unmerge(&mut self, backend: &B) -> Result<()> {
         self.unmerge_down_to(backend, 0)
     }
 
-    /// Takes out what was merged last, until this many are left.
+    /// Unmerges the adapters that were merged last, until `left` are merged.
     pub(super) fn unmerge_down_to(&mut self, backend: &B, left: usize) -> Result<()> {
         while self.merged.len() > left {
             self.pop(backend)?;
@@ -93,8 +98,8 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// Takes one merged adapter out; the weight is then what it would be had only the others been merged. Does nothing if it is
-    /// not merged.
+    /// Takes one merged adapter out; the weight is then what it would be if only the others had been merged. Does nothing if it is not
+    /// merged.
     pub fn unmerge_one(&mut self, backend: &B, name: &str) -> Result<()> {
         let Some(at) = self.merged.iter().position(|merged| merged.name == name) else { return Ok(()) };
         let above: Vec<_> = self.merged[at + 1..].iter().map(|merged| (merged.name.clone(), merged.how)).collect();
@@ -102,32 +107,33 @@ impl<B: Backend> LoraLinear<B> {
         above.into_iter().try_for_each(|(name, how)| self.push(backend, &name, how))
     }
 
-    /// What exact unmerging costs just now.
-    pub fn kept(&self) -> Kept {
+    /// The host memory that exact unmerging takes at present.
+    pub fn kept(&self) -> UnmergeCost {
         let bytes = |merged: &Merged<B>| {
             let bias = merged.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]));
             merged.residue.bytes() + bias + merged.rows.as_ref().map_or(0, Rows::bytes)
         };
         let weights = self.merged.iter().map(|merged| merged.residue.len()).sum();
-        Kept { weights, bytes: self.merged.iter().map(bytes).sum() }
+        UnmergeCost { weights, bytes: self.merged.iter().map(bytes).sum() }
     }
 
-    /// Puts an adapter on top of the stack.
+    /// Merges an adapter, on top of the stack. Does nothing if it is merged already.
     fn push(&mut self, backend: &B, name: &str, how: Merge) -> Result<()> {
         let part = self.parts.iter().find(|(known, _)| known == name).map(|(_, part)| part);
         let Some(part) = part.filter(|_| !self.merged.iter().any(|merged| merged.name == name)) else { return Ok(()) };
-        part.fits(&self.base)?; // who holds its parameters can put others in their place
-        let stands_alone = match part {
-            Tuned::Whole(_) => self.merged.is_empty(),
-            Tuned::Lora(_) | Tuned::Bias(_) => true,
+        part.fits(&self.base)?; // again, as `params_mut` lets a caller replace parameters
+        let mergeable = match part {
+            LayerAdapter::Whole(_) => self.merged.is_empty(),
+            LayerAdapter::Lora(_) | LayerAdapter::Bias(_) => true,
         };
-        let alone = stands_alone && self.whole().is_none_or(|whole| whole == name);
-        Error::unless(alone, "merge", "adapter", format!("`{name}` beside one that takes the layer's place"), "one of the two")?;
+        let compatible = mergeable && self.whole().is_none_or(|whole| whole == name);
+        let got = || format!("`{name}` combined with one that replaces the layer");
+        Error::unless(compatible, "merge", "adapter", got(), "one of the two")?;
         let bias = new_bias(backend, self.base.bias(), part)?;
         let finite = bias.as_ref().is_none_or(|bias| bias.iter().all(|x| x.to_f32().is_finite()));
         Error::unless(finite || !how.safe, "merge", "bias", format!("not finite with `{name}` in it"), "finite numbers")?;
         let (mut residue, mut rows) = (Residue::between(&[], &[]), None);
-        if let Tuned::Lora(adapter) = part {
+        if let LayerAdapter::Lora(adapter) = part {
             let w = self.base.weight_mut();
             rows = adapter.magnitude.as_ref().map(|magnitude| Rows::of(backend, w, adapter, magnitude)).transpose()?;
             residue = add_update(backend, w, adapter, rows.as_ref(), how).map_err(|error| named(error, name))?;
@@ -141,13 +147,13 @@ impl<B: Backend> LoraLinear<B> {
         Ok(())
     }
 
-    /// Takes the adapter on top of the stack out.
+    /// Unmerges the adapter on top of the stack.
     fn pop(&mut self, backend: &B) -> Result<()> {
         let Some(Merged { name, residue, rows, bias, .. }) = self.merged.last() else { return Ok(()) };
         let part = self.parts.iter().find(|(known, _)| known == name).map(|(_, part)| part);
-        if let Some(Tuned::Lora(adapter)) = part {
+        if let Some(LayerAdapter::Lora(adapter)) = part {
             let w = self.base.weight_mut();
-            take_update(backend, w, adapter, rows.as_ref())?;
+            subtract_update(backend, w, adapter, rows.as_ref())?;
             if residue.len() > 0 {
                 let mut host = w.to_vec(backend)?;
                 residue.restore(&mut host);
@@ -162,7 +168,7 @@ impl<B: Backend> LoraLinear<B> {
     }
 }
 
-/// Adds an update to a weight and finds what taking it away would not restore. After an error the weight is as it was.
+/// Adds an update to a weight, and returns the elements that subtracting it would not restore. After an error the weight is as before.
 fn add_update<B: Backend>(
     backend: &B,
     w: &mut Tensor<B>,
@@ -179,7 +185,7 @@ fn add_update<B: Backend>(
         let merged = w.to_vec(backend)?;
         let finite = merged.iter().all(|x| x.to_f32().is_finite());
         Error::unless(finite || !how.safe, "merge", "weight", "not finite", "finite numbers")?;
-        take_update(backend, w, adapter, rows)?;
+        subtract_update(backend, w, adapter, rows)?;
         let residue = Residue::between(&original, &w.to_vec(backend)?);
         w.copy_from_slice(backend, &merged)?;
         Ok(residue)
@@ -193,8 +199,8 @@ fn add_update<B: Backend>(
     }
 }
 
-/// Takes an update from a weight, up to rounding: to the nearest, whichever way it was merged.
-fn take_update<B: Backend>(backend: &B, w: &mut Tensor<B>, adapter: &Adapter<B>, rows: Option<&Rows>) -> Result<()> {
+/// Subtracts an update from a weight. Always rounds to the nearest, also where merging rounded stochastically.
+fn subtract_update<B: Backend>(backend: &B, w: &mut Tensor<B>, adapter: &Adapter<B>, rows: Option<&Rows>) -> Result<()> {
     match rows {
         Some(rows) => rows.unmerge(backend, adapter, w),
         None => lora_merge(backend, w, adapter, -adapter.scaling(), Rounding::Nearest),
@@ -205,23 +211,28 @@ fn lora_merge<B: Backend>(backend: &B, w: &mut Tensor<B>, adapter: &Adapter<B>, 
     LoraMerge { a: (&adapter.a.tensor).into(), b: (&adapter.b.tensor).into(), scale, rounding, w: w.view_mut() }.run(backend)
 }
 
-/// What the bias of a layer becomes, if the part changes it.
-fn new_bias<B: Backend>(backend: &B, base: Option<&Param<B>>, part: &Tuned<B>) -> Result<Option<Vec<B::Elem>>> {
+/// The bias of a layer after a merge, if the part changes it.
+fn new_bias<B: Backend>(backend: &B, base: Option<&Param<B>>, part: &LayerAdapter<B>) -> Result<Option<Vec<B::Elem>>> {
     let (own, update) = match part {
-        Tuned::Whole(_) => (None, None),
-        Tuned::Bias(bias) => (Some(bias), None),
-        Tuned::Lora(adapter) => (adapter.bias.as_ref(), adapter.lora_bias.as_ref().map(|bias| (bias, adapter.scaling()))),
+        LayerAdapter::Whole(_) => (None, None),
+        LayerAdapter::Bias(bias) => (Some(bias), None),
+        LayerAdapter::Lora(adapter) => (adapter.bias.as_ref(), adapter.lora_bias.as_ref().map(|bias| (bias, adapter.scaling()))),
     };
     let Some((update, scale)) = update else { return own.map(|own| own.tensor.to_vec(backend)).transpose() };
     let Some(base) = own.or(base) else {
-        return Err(Error::Value { verb: "merge", name: "bias", got: "missing".into(), want: "there, for a `lora_bias`".into() });
+        return Err(Error::Value {
+            verb: "merge",
+            name: "bias",
+            got: "missing".into(),
+            want: "set, since the adapter has a `lora_bias`".into(),
+        });
     };
     let (base, update) = (base.tensor.to_vec(backend)?, update.tensor.to_vec(backend)?);
     let sum = |(base, update): (B::Elem, B::Elem)| B::Elem::from_f32(base.to_f32() + scale * update.to_f32());
     Ok(Some(base.into_iter().zip(update).map(sum).collect()))
 }
 
-/// The same error, with the name of the adapter.
+/// Adds the name of the adapter to an error of merging.
 fn named(error: Error, adapter: &str) -> Error {
     match error {
         Error::Value { verb: verb @ "merge", name, got, want } => {

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::random::Rng;
 use crate::tensor::Tensor;
 
-/// Linear layers with relu between them. What is done with its layers and adapters are methods of [`Adaptable`].
+/// Linear layers with ReLU between them. The methods for layers and adapters are those of [`Adaptable`].
 #[derive(Debug)]
 pub struct Mlp<B: Backend> {
     layers: Vec<(String, Layer<B>)>,
@@ -24,15 +24,15 @@ impl<B: Backend> Adaptable<B> for Mlp<B> {
 }
 
 impl<B: Backend> Mlp<B> {
-    /// Layers `linear1`, `linear2`, … for sizes such as `[784, 1000, 2000, 10]`. Errors: [`Error::Value`] for fewer than two
-    /// sizes.
+    /// New layers `linear1`, `linear2`, … for sizes such as `[784, 1000, 2000, 10]`. Errors: [`Error::Value`] for fewer than two sizes.
     pub fn new(backend: &B, sizes: &[usize], rng: &mut Rng) -> Result<Self> {
         Error::unless(sizes.len() >= 2, "mlp", "sizes", format_args!("{sizes:?}"), "at least two")?;
         let layers = sizes.windows(2).map(|pair| Linear::new(backend, pair[0], pair[1], rng)).collect::<Result<_>>()?;
         Self::from_layers(layers)
     }
 
-    /// From layers that fit one another; they are called `linear1`, `linear2`, … Errors: [`Error::Value`] for none, [`Error::Shape`].
+    /// From layers, first to last, named `linear1`, `linear2`, … Errors: [`Error::Value`] for an empty list, [`Error::Shape`] if a layer
+    /// does not fit the one before it.
     pub fn from_layers(layers: Vec<Linear<B>>) -> Result<Self> {
         Error::unless(!layers.is_empty(), "mlp", "layers", layers.len(), "at least 1")?;
         for pair in layers.windows(2) {
@@ -45,9 +45,9 @@ impl<B: Backend> Mlp<B> {
         Ok(Self { layers: layers.into_iter().enumerate().map(name).collect() })
     }
 
-    /// From layers that fit one another, first to last, by names of one's own: those that a PEFT folder has for them, say.
+    /// From layers with names, first to last; for example the names that a PEFT folder has for them.
     ///
-    /// Errors: as [`from_layers`](Self::from_layers), and [`Error::Value`] for a name that comes twice.
+    /// Errors: those of [`from_layers`](Self::from_layers), and [`Error::Value`] for two layers of one name.
     pub fn from_named_layers(layers: Vec<(String, Linear<B>)>) -> Result<Self> {
         let (names, layers): (Vec<String>, Vec<Linear<B>>) = layers.into_iter().unzip();
         let mut model = Self::from_layers(layers)?;
@@ -59,9 +59,10 @@ impl<B: Backend> Mlp<B> {
         Ok(model)
     }
 
-    /// Logits, on the tape. `seed` makes the dropout of the adapters take part, with a mask of its own in every layer.
+    /// The logits, on the tape. `seed` is for training: with it the dropout of the adapters is applied, with a different mask in each
+    /// layer.
     ///
-    /// Errors: [`Error::InLayer`] for an `x` that does not fit, those of the tape.
+    /// Errors: [`Error::InLayer`] for an `x` of the wrong shape, those of the tape.
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
         self.forward_with(tape, x, seed, Adapters::Active)
     }
@@ -86,8 +87,8 @@ impl<B: Backend> Mlp<B> {
         Ok(value)
     }
 
-    /// Logits without a gradient: `m×k` in, `m×n` out, in host memory. Takes `x`, as a tape does; who needs it again has
-    /// [`Tensor::try_clone`].
+    /// The logits without a gradient, in host memory: `m×n` for an `x` of `m×k`. Consumes `x`; to keep it, pass a copy
+    /// ([`Tensor::try_clone`]).
     pub fn predict(&self, backend: &B, x: Tensor<B>) -> Result<Vec<B::Elem>> {
         let mut tape = Tape::new(backend);
         let x = tape.input(x);
@@ -95,9 +96,10 @@ impl<B: Backend> Mlp<B> {
         tape.value(logits)?.to_vec(backend)
     }
 
-    /// [`predict`](Self::predict) where each row names its adapter; `None` is the base model. The rows of an adapter make a batch.
+    /// [`predict`](Self::predict) with an adapter for each row; `None` is the base model. The rows of one adapter are computed as one
+    /// batch.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for another number of names than rows, or while an adapter is merged.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] unless there is one name for each row, or while an adapter is merged.
     pub fn predict_mixed(&self, backend: &B, x: &Tensor<B>, adapters: &[Option<&str>]) -> Result<Vec<B::Elem>> {
         Error::unless(adapters.len() == x.rows(), "predict_mixed", "adapters", adapters.len(), "one a row")?;
         self.predict_mixed_with(backend, x, adapters, |tape, x, adapters| self.forward_with(tape, x, None, adapters))

@@ -1,6 +1,6 @@
-//! Layers on the tape: a linear layer, the same with adapters, and models of them.
+//! Layers on the tape: linear layers with and without adapters, and models made of them.
 //!
-//! A model that implements [`Adaptable`] has adapters by name; [`Mlp`], a perceptron, is one.
+//! A model that implements [`Adaptable`] has named adapters; [`Mlp`], a perceptron, is such a model.
 
 mod adam;
 mod adaptable;
@@ -18,7 +18,7 @@ mod residue;
 pub use adam::Adam;
 pub use adaptable::{Adaptable, AdapterStatus, LayerStatus, ParameterReport, Targets};
 #[cfg(feature = "adapter")]
-pub(crate) use adaptable::{check_layers, distinct, unmerged};
+pub(crate) use adaptable::{check_layers, check_unmerged, distinct};
 #[cfg(feature = "svd")]
 pub(crate) use adaptable::{insert_inactive, write_factors};
 pub use adapter::Adapter;
@@ -26,7 +26,7 @@ pub use config::{Bias, LoraConfig, Scaling};
 pub use init::Init;
 pub use layer::Layer;
 pub use linear::Linear;
-pub use lora::{Adapters, DEFAULT, LoraLinear, Tuned};
-pub use merge::{Kept, Merge};
+pub use lora::{Adapters, DEFAULT, LayerAdapter, LoraLinear};
+pub use merge::{Merge, UnmergeCost};
 pub use mlp::Mlp;
 pub use residue::Residue;

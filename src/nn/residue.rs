@@ -1,24 +1,23 @@
-//! What rounding does not give back.
+//! The elements of a weight that merging and unmerging does not restore, because of rounding.
 //!
-//! Adding an update to a weight and taking it away again gives nearly every weight back, bit for bit. A [`Residue`] keeps the
-//! others: a fraction that grows with the update, not a copy of the weight.
+//! Adding an update to a weight and subtracting it again restores nearly every element, bit for bit. A [`Residue`] stores the others:
+//! a fraction that grows with the update, instead of a copy of the weight.
 
 use crate::element::Float;
 
-/// The elements of a matrix that are not restored by themselves, and what they were. For weights that another library owns; the layers
-/// of this crate keep their own.
+/// Positions and original values of elements of a matrix. For weights that another library owns; the layers of this crate keep their own.
 ///
 /// ```
 /// use lowrank::nn::Residue;
 ///
 /// let original = [1.0f32, 0.1];
-/// let mut weight = original.map(|w| (w + 1e7) - 1e7); // an update, added and taken away
+/// let mut weight = original.map(|w| (w + 1e7) - 1e7); // an update, added and subtracted again
 /// let residue = Residue::between(&original, &weight);
 /// residue.restore(&mut weight);
 /// assert!(residue.len() == 1 && weight == original);
 /// ```
 ///
-/// Where they lie is kept as the gap to the one before, seven bits a byte: mostly one byte.
+/// A position is stored as the gap to the one before it, as a varint with seven bits in each byte: usually one byte.
 #[derive(Debug)]
 pub struct Residue<E> {
     gaps: Vec<u8>,
@@ -26,12 +25,12 @@ pub struct Residue<E> {
 }
 
 impl<E: Float> Residue<E> {
-    /// What of `original` is not in `restored`, to the bit.
+    /// The elements of `original` whose bits differ from those of `restored`.
     pub fn between(original: &[E], restored: &[E]) -> Self {
         let mut residue = Self { gaps: Vec::new(), originals: Vec::new() };
         let mut from = 0;
         for (at, (was, is)) in original.iter().zip(restored).enumerate() {
-            // Not `==`: 0 and -0 are two weights, and NaN is one.
+            // Bits, not `==`: 0 and -0 differ, and NaN equals itself.
             if bytemuck::bytes_of(was) != bytemuck::bytes_of(is) {
                 residue.push_gap(at - from);
                 residue.originals.push(*was);
@@ -43,7 +42,7 @@ impl<E: Float> Residue<E> {
         residue
     }
 
-    /// Puts the kept elements back.
+    /// Writes the stored elements back to their positions.
     pub fn restore(&self, restored: &mut [E]) {
         let (mut gaps, mut at) = (self.gaps.iter(), 0);
         for original in &self.originals {
@@ -63,17 +62,17 @@ impl<E: Float> Residue<E> {
         }
     }
 
-    /// How many elements it keeps.
+    /// The number of stored elements.
     pub fn len(&self) -> usize {
         self.originals.len()
     }
 
-    /// Whether everything is restored by itself.
+    /// Whether no element is stored.
     pub fn is_empty(&self) -> bool {
         self.originals.is_empty()
     }
 
-    /// How much memory that takes, on the host.
+    /// The bytes of host memory that it takes.
     pub fn bytes(&self) -> usize {
         self.gaps.capacity() + self.originals.capacity() * size_of::<E>()
     }

@@ -1,11 +1,11 @@
-//! `y += x`
+//! `y += x`.
 
 use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::{MatMut, MatRef};
 
-/// `y += x`: what the tape needs where one value is used twice, so that its two gradients meet.
+/// `y += x`. The tape adds up the gradients of a value that is used several times.
 pub struct Add<'t, B: Backend> {
     /// Any shape.
     pub x: MatRef<'t, B>,
@@ -14,7 +14,8 @@ pub struct Add<'t, B: Backend> {
 }
 
 impl<B: Backend> Add<'_, B> {
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) for an operand that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         fits("add", "y", self.x.shape(), self.y.shape())?;
         contiguous("add", "x", self.x.is_contiguous())?;
@@ -22,7 +23,7 @@ impl<B: Backend> Add<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.add(self.check()?)
     }

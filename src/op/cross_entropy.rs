@@ -1,4 +1,4 @@
-//! `loss = mean(-log softmax(logits)[label])` over the rows, with its derivative in the same pass.
+//! `loss = mean(-log softmax(logits)[label])` over the rows, and its derivative in the same pass.
 
 use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
@@ -6,20 +6,20 @@ use crate::error::{Error, Result};
 use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 
-/// One class a row, or none. Exists only with every label below `classes`.
+/// The class of each row, or none. Every label is below `classes`: the constructors check it.
 #[derive(Debug)]
 pub struct Labels<B: Backend> {
     classes: usize,
-    /// Rows that have one.
+    /// Number of rows with a label.
     counted: usize,
     tensor: Tensor<B, u32>,
 }
 
-/// How a row without a label is stored: PyTorch's `ignore_index`.
+/// The stored number of a row without a label (`ignore_index` in PyTorch).
 pub(crate) const IGNORED: u32 = u32::MAX;
 
 impl<B: Backend> Labels<B> {
-    /// Puts the labels on the device. Errors: [`Error::Value`] if one is not below `classes`.
+    /// Copies the labels to the device. Errors: [`Error::Value`] if one is not below `classes`.
     pub fn new(backend: &B, classes: usize, labels: &[u32]) -> Result<Self> {
         if let Some((row, &wrong)) = labels.iter().enumerate().find(|&(_, &label)| label as usize >= classes) {
             return Err(too_large(classes, row, wrong));
@@ -27,8 +27,8 @@ impl<B: Backend> Labels<B> {
         Self::checked(backend, classes, labels.len(), labels)
     }
 
-    /// Puts the labels on the device. A row without one does not count: it adds nothing to the loss, its gradient is 0, and the mean
-    /// is over the others. So padding and prompts are left out of the loss of a language model.
+    /// Copies the labels to the device. Rows with `None` are ignored: their loss and gradient are 0, and the mean is over the
+    /// other rows. Use it for padding and prompts of a language model.
     ///
     /// Errors: [`Error::Value`] if a label is not below `classes`.
     pub fn with_ignored(backend: &B, classes: usize, labels: &[Option<u32>]) -> Result<Self> {
@@ -45,17 +45,17 @@ impl<B: Backend> Labels<B> {
         Ok(Self { classes, counted, tensor: Tensor::from_slice(backend, (labels.len(), 1), labels)? })
     }
 
-    /// How many rows have a label.
+    /// Number of rows with a label.
     pub fn counted(&self) -> usize {
         self.counted
     }
 
-    /// Every label is below this.
+    /// Number of classes: every label is below it.
     pub fn classes(&self) -> usize {
         self.classes
     }
 
-    /// `m×1`
+    /// The stored labels, `m×1`; `u32::MAX` for a row without one
     pub fn tensor(&self) -> &Tensor<B, u32> {
         &self.tensor
     }
@@ -66,12 +66,13 @@ fn too_large(classes: usize, row: usize, label: u32) -> Error {
     Error::Value { verb: "cross_entropy", name: "labels", got, want: "below the number of classes".into() }
 }
 
-/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / c`, over the `c` rows that have a label
+/// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / c`, over the `c` rows that have a
+/// label
 ///
-/// The gradient of a row without a label is 0. The largest logit of a row is subtracted first, so that no exponential overflows. The
-/// mean over no rows is 0.
+/// The gradient of a row without a label is 0, and the loss is 0 if no row has one. The largest logit of each row is subtracted
+/// first, so no exponential overflows.
 pub struct CrossEntropy<'t, B: Backend> {
-    /// `m×n`: a row of scores an example
+    /// `m×n`: the scores of the classes, a row for each example
     pub logits: MatRef<'t, B>,
     /// `m` labels, each below `n` or none
     pub labels: &'t Labels<B>,
@@ -84,7 +85,8 @@ pub struct CrossEntropy<'t, B: Backend> {
 impl<B: Backend> CrossEntropy<'_, B> {
     const VERB: &'static str = "cross_entropy";
 
-    /// Compares the shapes; the logits must have a column for every class.
+    /// Checks the request. Errors: [`Error::Shape`] naming the operand that does not fit; [`Error::Value`] if there are more
+    /// classes than columns of `logits`, or `logits` or `dlogits` is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let Shape { rows: m, cols: n } = self.logits.shape();
         fits(Self::VERB, "labels", (m, 1), self.labels.tensor.shape())?;
@@ -93,7 +95,7 @@ impl<B: Backend> CrossEntropy<'_, B> {
             Self::VERB,
             "labels",
             self.labels.classes,
-            "at most a class a column of `logits`",
+            "at most the number of columns of `logits`",
         )?;
         fits(Self::VERB, "loss", (1, 1), self.loss.shape())?;
         fits(Self::VERB, "dlogits", (m, n), self.dlogits.shape())?;
@@ -102,7 +104,7 @@ impl<B: Backend> CrossEntropy<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.cross_entropy(self.check()?)
     }

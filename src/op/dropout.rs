@@ -1,4 +1,4 @@
-//! `drop(x)[i] = x[i] / (1 - p)` where the generator says keep, else 0. The mask is a function of the seed: nothing is stored.
+//! `drop(x)[i] = x[i] / (1 - p)` with probability `1 - p`, else 0. The mask is a function of the seed and is not stored.
 
 use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
@@ -6,10 +6,10 @@ use crate::error::{Error, Result};
 use crate::random::philox;
 use crate::view::{MatMut, MatRef};
 
-/// Inverted dropout whose mask is made again from its seed wherever it is needed.
+/// Inverted dropout. The mask is recomputed from its seed wherever it is needed.
 ///
-/// Element `i` of a row-major matrix takes lane `i % 4` of the block that [`philox`] makes of counter `i / 4` under the key
-/// `seed`; it is dropped if that number is below `p·2³²`.
+/// For element `i` of a row-major matrix, the random word is lane `i % 4` of [`philox`] with key `seed` and counter `i / 4`.
+/// The element is dropped if the word is below `p·2³²`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
     p: f32,
@@ -23,17 +23,17 @@ impl Dropout {
         Ok(Self { p, seed })
     }
 
-    /// The generator's key.
+    /// The key for [`philox`].
     pub fn key(self) -> [u32; 2] {
         [self.seed as u32, (self.seed >> 32) as u32]
     }
 
-    /// Numbers below it mean: dropped.
+    /// `p·2³²`: elements with a random word below it are dropped.
     pub fn threshold(self) -> u32 {
         (f64::from(self.p) * 4_294_967_296.0) as u32
     }
 
-    /// What kept elements are multiplied with: `1 / (1 - p)`.
+    /// `1 / (1 - p)`, the factor of the elements that are not dropped.
     pub fn keep_scale(self) -> f32 {
         1.0 / (1.0 - self.p)
     }
@@ -45,18 +45,19 @@ impl Dropout {
     }
 }
 
-/// `y = drop(x)`. Its backward pass is the same verb on `dy`.
+/// `y = drop(x)`. Its backward pass is `dx = drop(dy)`, with the same [`Dropout`].
 pub struct DropoutForward<'t, B: Backend> {
     /// Any shape.
     pub x: MatRef<'t, B>,
-    /// Which elements are dropped: those that [`LoraForward`](super::LoraForward) drops for the same seed and shape.
+    /// The mask. For one seed and shape, it is that of [`LoraForward`](super::LoraForward).
     pub dropout: Dropout,
     /// The shape of `x`, overwritten
     pub y: MatMut<'t, B>,
 }
 
 impl<B: Backend> DropoutForward<'_, B> {
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) for an operand that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         fits("dropout_forward", "y", self.x.shape(), self.y.shape())?;
         contiguous("dropout_forward", "x", self.x.is_contiguous())?;
@@ -64,7 +65,7 @@ impl<B: Backend> DropoutForward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.dropout_forward(self.check()?)
     }

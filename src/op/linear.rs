@@ -20,7 +20,7 @@ pub struct LinearForward<'t, B: Backend> {
 impl<B: Backend> LinearForward<'_, B> {
     const VERB: &'static str = "linear_forward";
 
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`] naming the operand that does not fit.
     pub fn check(self) -> Result<Checked<Self>> {
         let (m, k, n) = (self.x.rows(), self.w.cols(), self.w.rows());
         fits(Self::VERB, "x", (m, k), self.x.shape())?;
@@ -31,26 +31,26 @@ impl<B: Backend> LinearForward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.linear_forward(self.check()?)
     }
 }
 
-/// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy` over the rows; what is `None` is not computed.
+/// `dx = dy·W`, `dW = dyᵀ·x`, `dbias = Σ dy` over the rows. Outputs that are `None` are not computed.
 ///
-/// `dW` is for those who want the matrix. A batch of m rows makes it a product of rank m, and [`Adam`](super::Adam) takes
-/// the two factors as they are ([`WeightGrad::Factored`](super::WeightGrad)).
+/// Training does not need `dW` as a matrix: [`Adam`](super::Adam) takes the two factors `dy` and `x`
+/// ([`WeightGrad::Factored`](super::WeightGrad)).
 pub struct LinearBackward<'t, B: Backend> {
-    /// `m×k`, needed for `dw` alone
+    /// `m×k`; needed only for `dw`
     pub x: Option<MatRef<'t, B>>,
-    /// `n×k`, needed for `dx` alone
+    /// `n×k`; needed only for `dx`
     pub w: Option<Weight<'t, B>>,
     /// `m×n`
     pub dy: MatRef<'t, B>,
     /// `m×k`, overwritten or added to
     pub dx: Option<Output<'t, B>>,
-    /// `n×k`, overwritten; rows that follow one another
+    /// `n×k`, overwritten; contiguous
     pub dw: Option<MatMut<'t, B, f32>>,
     /// `1×n`, overwritten
     pub dbias: Option<MatMut<'t, B, f32>>,
@@ -59,7 +59,8 @@ pub struct LinearBackward<'t, B: Backend> {
 impl<B: Backend> LinearBackward<'_, B> {
     const VERB: &'static str = "linear_backward";
 
-    /// Compares the shapes; what `dx` and `dw` are made of must be there.
+    /// Checks the request. Errors: [`Error::Shape`] naming the operand that does not fit; [`Error::Value`] for `dx` without
+    /// `w`, `dw` without `x`, and a `dw` that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let (m, n) = (self.dy.rows(), self.dy.cols());
         if let Some(w) = self.w {
@@ -69,11 +70,11 @@ impl<B: Backend> LinearBackward<'_, B> {
             fits(Self::VERB, "x", (m, self.w.map_or(x.cols(), |w| w.cols())), x.shape())?;
         }
         if let Some(dx) = &self.dx {
-            let w = self.w.ok_or_else(|| missing("w", "a weight, which `dx` is made of"))?;
+            let w = self.w.ok_or_else(|| missing("w", "the weight, to compute `dx`"))?;
             fits(Self::VERB, "dx", (m, w.cols()), dx.shape())?;
         }
         if let Some(dw) = &self.dw {
-            let x = self.x.ok_or_else(|| missing("x", "the input, which `dw` is made of"))?;
+            let x = self.x.ok_or_else(|| missing("x", "the input, to compute `dw`"))?;
             fits(Self::VERB, "dw", (n, x.cols()), dw.shape())?;
             contiguous(Self::VERB, "dw", dw.is_contiguous())?;
         }
@@ -83,13 +84,13 @@ impl<B: Backend> LinearBackward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.linear_backward(self.check()?)
     }
 }
 
-/// An operand that is `None` where another needs it.
+/// The error for an operand that is `None` and that an output needs.
 fn missing(name: &'static str, want: &'static str) -> Error {
     Error::Value { verb: "linear_backward", name, got: "missing".into(), want: want.into() }
 }

@@ -7,27 +7,28 @@ use crate::view::{MatMut, MatRef};
 
 /// `dh = scale·dy·B`, `dA = dhᵀ·drop(x)`, `dB = scale·dyᵀ·h`, `dbias = Σ dy`, `dx = dy·W + drop(dh·A)`
 ///
-/// `W` stays frozen: there is no `dW`. Without `w`, `dx = drop(dh·A)`. What else is `None` is not computed.
+/// Gradients of [`LoraForward`](super::LoraForward). `W` is frozen and has no gradient. Without `w`, `dx = drop(dh·A)`. Outputs
+/// that are `None` are not computed.
 pub struct LoraBackward<'t, B: Backend> {
     /// `m×k`
     pub x: MatRef<'t, B>,
-    /// `n×k`
+    /// `n×k`, as in the forward pass
     pub w: Option<Weight<'t, B>>,
     /// `r×k`
     pub a: Factor<'t, B>,
     /// `n×r`
     pub b: Factor<'t, B>,
-    /// `m×r`, as the forward pass left it; rows that follow one another
+    /// `m×r`, the output of the forward pass; contiguous
     pub h: MatRef<'t, B, f32>,
     /// `m×n`
     pub dy: MatRef<'t, B>,
     /// As in the forward pass.
     pub scale: f32,
-    /// As in the forward pass: the mask is made again from its seed.
+    /// As in the forward pass: the mask is recomputed from the seed.
     pub dropout: Option<Dropout>,
-    /// `r×k`, overwritten; rows that follow one another
+    /// `r×k`, overwritten; contiguous
     pub da: MatMut<'t, B, f32>,
-    /// `n×r`, overwritten; rows that follow one another
+    /// `n×r`, overwritten; contiguous
     pub db: MatMut<'t, B, f32>,
     /// `1×n`, overwritten
     pub dbias: Option<MatMut<'t, B, f32>>,
@@ -38,7 +39,8 @@ pub struct LoraBackward<'t, B: Backend> {
 impl<B: Backend> LoraBackward<'_, B> {
     const VERB: &'static str = "lora_backward";
 
-    /// Compares the shapes; `scale` must be finite and the rank at least 1.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) unless `scale` is finite, the rank at least 1, and `h`, `da`, `db` contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(|w| w.shape()), self.a.shape()));
         let n = self.w.map_or(self.b.rows(), |w| w.rows());
@@ -66,7 +68,7 @@ impl<B: Backend> LoraBackward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.lora_backward(self.check()?)
     }

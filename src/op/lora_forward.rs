@@ -7,13 +7,15 @@ use crate::view::{MatMut, MatRef};
 
 /// `h = drop(x)·Aᵀ`, `y = x·Wᵀ + bias + scale·h·Bᵀ`
 ///
-/// The paper's `y = x·A·B·scale + linear(x)` with `A` and `B` stored as PEFT stores them. Only the adapter sees the
-/// dropped-out `x`. Without `w` there is no base layer: `y = bias + scale·h·Bᵀ`, to be added to what else feeds the same
-/// output. `h` is kept for the backward pass, in `f32` always: a 16-bit `h` is a known loss of accuracy.
+/// A linear layer with a low-rank update (LoRA), with `A` and `B` stored as PEFT stores them. Dropout applies to the `x` of the
+/// update, not to that of the base layer. Without `w` only the update is computed, `y = bias + scale·h·Bᵀ`; with
+/// [`Output::AddTo`] it can be added to a base layer that other code computed. `h` is an output because
+/// [`LoraBackward`](super::LoraBackward) reads it. It is `f32` for every element type, since rounding it to 16 bits costs
+/// accuracy.
 pub struct LoraForward<'t, B: Backend> {
     /// `m×k`
     pub x: MatRef<'t, B>,
-    /// `n×k`
+    /// `n×k`; `None` to compute the update alone
     pub w: Option<Weight<'t, B>>,
     /// `1×n`
     pub bias: Option<MatRef<'t, B>>,
@@ -21,11 +23,11 @@ pub struct LoraForward<'t, B: Backend> {
     pub a: Factor<'t, B>,
     /// `n×r`
     pub b: Factor<'t, B>,
-    /// What the update is multiplied with; alpha/r in the paper.
+    /// Factor of the update: `alpha / r` in the LoRA paper.
     pub scale: f32,
-    /// Which elements of `x` the adapter does not see.
+    /// Dropout on the `x` of the update.
     pub dropout: Option<Dropout>,
-    /// `m×r`, overwritten; rows that follow one another
+    /// `m×r`, overwritten; contiguous
     pub h: MatMut<'t, B, f32>,
     /// `m×n`, overwritten or added to
     pub y: Output<'t, B>,
@@ -34,7 +36,8 @@ pub struct LoraForward<'t, B: Backend> {
 impl<B: Backend> LoraForward<'_, B> {
     const VERB: &'static str = "lora_forward";
 
-    /// Compares the shapes; `scale` must be finite and the rank at least 1.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) unless `scale` is finite, the rank at least 1, and `h` contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let (m, k) = (self.x.rows(), inputs_of(self.x.shape(), self.w.map(|w| w.shape()), self.a.shape()));
         let n = self.w.map_or(self.b.rows(), |w| w.rows());
@@ -55,7 +58,7 @@ impl<B: Backend> LoraForward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.lora_forward(self.check()?)
     }

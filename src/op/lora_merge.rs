@@ -1,28 +1,30 @@
-//! `W += scale·B·A`
+//! `W += scale·B·A`.
 
 use super::{Checked, Factor, Rounding, contiguous, finite, fits, rank_of};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::view::MatMut;
 
-/// `W += scale·B·A`, in place, summed in `f32` and rounded once. Unmerging is merging with `-scale`, up to that rounding.
+/// `W += scale·B·A`, in place, summed in `f32` and rounded once. Merging with `-scale` unmerges, up to this rounding.
 pub struct LoraMerge<'t, B: Backend> {
     /// `r×k`
     pub a: Factor<'t, B>,
     /// `n×r`
     pub b: Factor<'t, B>,
-    /// What the update is multiplied with; negative to unmerge.
+    /// Factor of the update; negative to unmerge.
     pub scale: f32,
-    /// How each sum is rounded to what stores it.
+    /// How each sum is rounded to the element type of `w`.
     pub rounding: Rounding,
-    /// `n×k`, updated; for [`Rounding::Stochastic`] rows that follow one another
+    /// `n×k`, updated; contiguous for [`Rounding::Stochastic`]
     pub w: MatMut<'t, B>,
 }
 
 impl<B: Backend> LoraMerge<'_, B> {
     const VERB: &'static str = "lora_merge";
 
-    /// Compares the shapes; `scale` must be finite and the rank at least 1.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) unless `scale` is finite and the rank at least 1, and for
+    /// stochastic rounding of a `w` that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let (n, k) = (self.w.rows(), self.w.cols());
         let r = rank_of(Self::VERB, self.a.shape())?;
@@ -35,7 +37,7 @@ impl<B: Backend> LoraMerge<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.lora_merge(self.check()?)
     }

@@ -1,4 +1,4 @@
-//! `y = (magnitude / norm)·z + bias`, column by column, and its derivatives: DoRA's second half.
+//! `y = (magnitude / norm)·z + bias`, column by column, and its derivatives: the second step of DoRA.
 
 use super::{Checked, contiguous, fits};
 use crate::backend::Backend;
@@ -7,9 +7,9 @@ use crate::view::{MatMut, MatRef};
 
 /// `y = (magnitude / norm)·z + bias`, column by column
 ///
-/// What makes a low-rank layer one with weight decomposition (DoRA): with `z = x·Wᵀ + scale·h·Bᵀ` and the
-/// [`LoraRowNorm`](super::LoraRowNorm) of `W + scale·B·A`, each output gets the length `magnitude` and keeps its direction.
-/// A row of zeros has no direction: where `norm` is 0, the factor is 0.
+/// The weight decomposition of DoRA: with `z = x·Wᵀ + scale·h·Bᵀ` and `norm` from [`LoraRowNorm`](super::LoraRowNorm), each row
+/// of `W + scale·B·A` is scaled to the length `magnitude`. A row of zeros has no direction: where `norm` is 0, the output is
+/// `bias`.
 pub struct Magnitude<'t, B: Backend> {
     /// `m×n`
     pub z: MatRef<'t, B>,
@@ -26,7 +26,8 @@ pub struct Magnitude<'t, B: Backend> {
 impl<B: Backend> Magnitude<'_, B> {
     const VERB: &'static str = "magnitude";
 
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) for an operand that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let (m, n) = (self.z.rows(), self.z.cols());
         fits(Self::VERB, "magnitude", (1, n), self.magnitude.shape())?;
@@ -40,15 +41,16 @@ impl<B: Backend> Magnitude<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.magnitude(self.check()?)
     }
 }
 
-/// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy` over the rows; what is `None` is not computed.
+/// `dz = (magnitude / norm)·dy`, `dmagnitude = Σ dy·z / norm`, `dbias = Σ dy` over the rows. Outputs that are `None` are not
+/// computed.
 ///
-/// `norm` counts as a constant, though `A` and `B` are in it: DoRA's authors leave that gradient out, and so does PEFT.
+/// `norm` is treated as a constant, although it depends on `A` and `B`, as in the DoRA paper and in PEFT.
 pub struct MagnitudeBackward<'t, B: Backend> {
     /// `m×n`
     pub z: MatRef<'t, B>,
@@ -69,7 +71,8 @@ pub struct MagnitudeBackward<'t, B: Backend> {
 impl<B: Backend> MagnitudeBackward<'_, B> {
     const VERB: &'static str = "magnitude_backward";
 
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) for an operand that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         let (m, n) = (self.z.rows(), self.z.cols());
         fits(Self::VERB, "magnitude", (1, n), self.magnitude.shape())?;
@@ -91,7 +94,7 @@ impl<B: Backend> MagnitudeBackward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.magnitude_backward(self.check()?)
     }

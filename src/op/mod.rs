@@ -1,4 +1,4 @@
-//! Requests: one struct per verb, with the operands by name. `check` is the only place where shapes are compared.
+//! Requests: one struct for each verb of a backend, with the operands as named fields. `run` checks a request and computes it.
 //!
 //! ```
 //! use lowrank::{Cpu, Tensor, op::LinearForward};
@@ -12,8 +12,12 @@
 //! # Ok::<(), lowrank::Error>(())
 //! ```
 //!
-//! Letters, everywhere: `m` rows of a batch, `k` inputs, `n` outputs, `r` the rank. Weights are `out × in`, row-major, as
-//! PyTorch and safetensors store them: `W n×k`, `A r×k`, `B n×r`. What a request borrows mutably is what its verb writes.
+//! In the whole crate, `m` is the number of rows of a batch, `k` the inputs and `n` the outputs of a layer, `r` the rank of an
+//! update. Matrices are row-major. Weights are `outputs × inputs`, as in PyTorch and safetensors: `W n×k`, `A r×k`, `B n×r`. A
+//! verb writes only the operands that its request borrows mutably.
+//!
+//! "Contiguous" means that there is no space between the rows of a view
+//! ([`MatRef::is_contiguous`](crate::MatRef::is_contiguous)).
 
 mod accumulate;
 mod adam;
@@ -45,16 +49,17 @@ pub use magnitude::{Magnitude, MagnitudeBackward};
 pub use operands::{Factor, Output, Packed, Weight};
 pub use relu::{Relu, ReluBackward};
 pub use rounding::Rounding;
-pub(crate) use rounding::{round_by_chance, rounding_words};
+pub(crate) use rounding::{round_stochastic, rounding_words};
 
 use crate::error::{Error, Result};
 use crate::tensor::Shape;
 
-/// A request whose shapes fit and whose scalars are finite. Only `check` makes one, so whoever holds it need not look again.
+/// A request that has passed its `check`: shapes fit and scalars are finite. Only `check` makes one, so backends need not check
+/// again.
 pub struct Checked<Request>(Request);
 
 impl<Request> Checked<Request> {
-    /// The operands.
+    /// The request.
     pub fn into_inner(self) -> Request {
         self.0
     }
@@ -67,22 +72,22 @@ impl<Request> std::ops::Deref for Checked<Request> {
     }
 }
 
-/// `Err` naming the operand, unless it has the shape that the others ask for.
+/// `Err` naming the operand, unless it has the shape `want`.
 fn fits(verb: &'static str, name: &'static str, want: impl Into<Shape>, got: Shape) -> Result<()> {
     let want = want.into();
     if want == got { Ok(()) } else { Err(Error::Shape { verb, name, got, want }) }
 }
 
-/// `Err` naming the operand, unless its rows follow one another: for verbs that pass over elements without asking for rows.
+/// `Err` naming the operand, unless it is contiguous: for verbs that treat a matrix as one run of elements.
 fn contiguous(verb: &'static str, name: &'static str, is_contiguous: bool) -> Result<()> {
-    Error::unless(is_contiguous, verb, name, "a view whose rows lie apart", "one whose rows follow one another")
+    Error::unless(is_contiguous, verb, name, "a view with space between its rows", "a contiguous view")
 }
 
 fn finite(verb: &'static str, name: &'static str, value: f32) -> Result<()> {
     Error::unless(value.is_finite(), verb, name, value, "a finite number")
 }
 
-/// How many inputs a layer has, as two of the three operands have it, so that the odd one out is the one that is named.
+/// `k`, the inputs of a layer, by majority of `x`, `w` and `a`, so that the error names the operand that disagrees.
 fn inputs_of(x: Shape, w: Option<Shape>, a: Shape) -> usize {
     w.filter(|w| w.cols != a.cols).map_or(a.cols, |_| x.cols)
 }

@@ -1,4 +1,4 @@
-//! What the operands of a low-rank layer may be.
+//! The operands of a layer: its weight, the factors of an update, and the output of a product.
 
 use crate::backend::Backend;
 use crate::element::Element;
@@ -7,9 +7,9 @@ use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 use crate::{DType, Float, Passes};
 
-/// The frozen weight of a layer, `n×k`: dense, or dense and [packed](Packed) besides.
+/// The frozen weight of a layer, `n×k`: dense, with [packed](Packed) panels beside it or without.
 ///
-/// Made `from` a [`Tensor`], a [`MatRef`], or a [`Packed`].
+/// Converts from `&Tensor`, [`MatRef`] and `&Packed`.
 pub struct Weight<'t, B: Backend> {
     dense: MatRef<'t, B>,
     panels: Option<&'t B::Panels>,
@@ -24,27 +24,27 @@ impl<B: Backend> Clone for Weight<'_, B> {
 impl<B: Backend> Copy for Weight<'_, B> {}
 
 impl<'t, B: Backend> Weight<'t, B> {
-    /// `n×k`
+    /// `n×k`: outputs × inputs.
     pub fn shape(&self) -> Shape {
         self.dense.shape()
     }
 
-    /// How many outputs the layer has.
+    /// `n`, the outputs of the layer.
     pub fn rows(&self) -> usize {
         self.dense.rows()
     }
 
-    /// How many inputs the layer has.
+    /// `k`, the inputs of the layer.
     pub fn cols(&self) -> usize {
         self.dense.cols()
     }
 
-    /// The numbers as they are stored.
+    /// The dense matrix.
     pub(crate) fn dense(&self) -> MatRef<'t, B> {
         self.dense
     }
 
-    /// The panels, where the weight is packed as well.
+    /// The panels, if the weight is packed.
     pub(crate) fn panels(&self) -> Option<&'t B::Panels> {
         self.panels
     }
@@ -57,7 +57,7 @@ impl<'t, B: Backend> From<MatRef<'t, B>> for Weight<'t, B> {
 }
 
 impl<'t, B: Backend> From<&'t Tensor<B>> for Weight<'t, B> {
-    /// With the panels that [`Backend::keep_packed`] made of it, if it did.
+    /// Takes the panels along if [`Backend::keep_packed`] was called for this tensor.
     fn from(tensor: &'t Tensor<B>) -> Self {
         Self { dense: tensor.view(), panels: B::panels(tensor.buffer()) }
     }
@@ -69,17 +69,19 @@ impl<'t, B: Backend> From<&'t Packed<'_, B>> for Weight<'t, B> {
     }
 }
 
-/// A frozen weight in memory that somebody lends, and a copy of it in the order in which products read it.
+/// A prepacked weight: the frozen weight, in memory that the caller lends, and its panels, which are a copy in the order in which
+/// products read it.
 ///
-/// It borrows the weight, so that nobody can change the one and not the other. For a weight in a [`Tensor`] there is
-/// [`Backend::keep_packed`].
+/// The weight is borrowed, so it cannot change while the panels exist. For a weight in a [`Tensor`], use
+/// [`Backend::keep_packed`]. Results have the same bits with panels and without.
 pub struct Packed<'w, B: Backend> {
     dense: MatRef<'w, B>,
     panels: B::Panels,
 }
 
 impl<'w, B: Backend> Packed<'w, B> {
-    /// Packs a weight for these passes: as many bytes again for each. Backends that read weights as they are copy nothing.
+    /// Packs a weight for these passes. Each pass takes as many bytes as `w`. On backends that do not pack (WebGPU, CUDA),
+    /// nothing is copied.
     ///
     /// Errors: [`OutOfMemory`](crate::Error::OutOfMemory).
     pub fn new(backend: &B, w: MatRef<'w, B>, passes: Passes) -> Result<Self> {
@@ -87,11 +89,14 @@ impl<'w, B: Backend> Packed<'w, B> {
     }
 }
 
-/// A factor of a low-rank update, `A r×k` or `B n×r`: stored as the weights are, or in `f32` beside 16-bit weights, as PEFT trains them.
+/// A factor of a low-rank update, `A r×k` or `B n×r`: of the element type of the weights, or `f32` beside 16-bit weights, as
+/// PEFT trains it.
+///
+/// Converts from `&Tensor` and [`MatRef`] of the backend's element type.
 pub enum Factor<'t, B: Backend> {
     /// Of the backend's element type.
     Elem(MatRef<'t, B>),
-    /// Of `f32`, whatever the weights are.
+    /// `f32`, whatever the element type of the backend.
     F32(MatRef<'t, B, f32>),
 }
 
@@ -112,17 +117,17 @@ impl<B: Backend> Factor<'_, B> {
         }
     }
 
-    /// How many rows.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.shape().rows
     }
 
-    /// How many columns.
+    /// Number of columns.
     pub fn cols(&self) -> usize {
         self.shape().cols
     }
 
-    /// How its numbers are stored.
+    /// The element type.
     pub fn dtype(&self) -> DType {
         match self {
             Factor::Elem(_) => B::Elem::DTYPE,
@@ -143,11 +148,13 @@ impl<'t, B: Backend> From<&'t Tensor<B>> for Factor<'t, B> {
     }
 }
 
-/// The output of a product.
+/// The output of a product: overwritten, or added to (`beta = 1` in BLAS).
+///
+/// `&mut Tensor` and [`MatMut`] convert to [`Output::Overwrite`].
 pub enum Output<'t, B: Backend, T: Element = <B as Backend>::Elem> {
-    /// It becomes the result; what it held is not read.
+    /// The matrix is overwritten with the result; its old elements are not read.
     Overwrite(MatMut<'t, B, T>),
-    /// The result is added to what it holds: the sum is made in `f32` and rounded once.
+    /// The result is added to the elements of the matrix: summed in `f32`, rounded once.
     AddTo(MatMut<'t, B, T>),
 }
 
@@ -159,7 +166,7 @@ impl<'t, B: Backend, T: Element> Output<'t, B, T> {
         }
     }
 
-    /// The matrix, and whether the result is added to it.
+    /// The matrix, and `true` if the result is added to it.
     pub(crate) fn into_parts(self) -> (MatMut<'t, B, T>, bool) {
         match self {
             Output::Overwrite(matrix) => (matrix, false),

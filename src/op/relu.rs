@@ -14,7 +14,8 @@ pub struct Relu<'t, B: Backend> {
 }
 
 impl<B: Backend> Relu<'_, B> {
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) for an operand that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         fits("relu", "y", self.x.shape(), self.y.shape())?;
         contiguous("relu", "x", self.x.is_contiguous())?;
@@ -22,14 +23,14 @@ impl<B: Backend> Relu<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.relu(self.check()?)
     }
 }
 
-/// `dx = dy` where `y > 0`, else 0. It needs what relu put out, not what it took in. Where `y` is NaN `dx` is 0; PyTorch passes
-/// `dy` on there.
+/// `dx = dy` where `y > 0`, else 0, with the output `y` of [`Relu`]. Where `y` is NaN, `dx` is 0, unlike in PyTorch, where it
+/// is `dy`.
 pub struct ReluBackward<'t, B: Backend> {
     /// Any shape.
     pub y: MatRef<'t, B>,
@@ -40,7 +41,8 @@ pub struct ReluBackward<'t, B: Backend> {
 }
 
 impl<B: Backend> ReluBackward<'_, B> {
-    /// Compares the shapes.
+    /// Checks the request. Errors: [`Error::Shape`](crate::Error::Shape) naming the operand that does not fit;
+    /// [`Error::Value`](crate::Error::Value) for an operand that is not contiguous.
     pub fn check(self) -> Result<Checked<Self>> {
         fits("relu_backward", "dy", self.y.shape(), self.dy.shape())?;
         fits("relu_backward", "dx", self.y.shape(), self.dx.shape())?;
@@ -50,7 +52,7 @@ impl<B: Backend> ReluBackward<'_, B> {
         Ok(Checked(self))
     }
 
-    /// Checks the shapes and computes.
+    /// [`check`](Self::check)s the request and computes it. Errors: those of `check` and of the device.
     pub fn run(self, backend: &B) -> Result<()> {
         backend.relu_backward(self.check()?)
     }

@@ -19,7 +19,7 @@ pub struct Tensor {
 pub type Tensors = BTreeMap<String, Tensor>;
 
 impl Tensor {
-    /// Numbers that depend on the seed alone.
+    /// Random elements that depend only on the seed.
     pub fn random(seed: u64, shape: &[usize]) -> Self {
         let mut rng = Rng::new(seed);
         let values = (0..shape.iter().product::<usize>()).map(|_| rng.gaussian() as f32).collect();
@@ -33,7 +33,7 @@ impl Tensor {
         Self { shape: vec![cols, rows], values }
     }
 
-    /// The element in row i and column j, of as many rows as the first side says.
+    /// The element in row i and column j; the first dimension is that of rows.
     pub fn at(&self, i: usize, j: usize) -> f64 {
         f64::from(self.values[i * (self.values.len() / self.shape[0]) + j])
     }
@@ -45,7 +45,7 @@ pub fn tensors(named: &[(&str, &[usize])]) -> Tensors {
     numbered.map(|(at, (name, shape))| (name.to_string(), Tensor::random(at as u64 + 1, shape))).collect()
 }
 
-/// Two layers of a language model, with its embedding, and with a head if it has one of its own.
+/// Two layers of a language model, its embedding, and optionally a separate head.
 pub fn language_model(prefix: &str, head: Option<&str>) -> Tensors {
     let mut named: Vec<(String, Vec<usize>)> = vec![(format!("{prefix}embed_tokens.weight"), vec![10, 6])];
     for layer in 0..2 {
@@ -67,12 +67,12 @@ pub fn factors(modules: &[(&str, [usize; 2])]) -> Tensors {
     made
 }
 
-/// What PEFT puts before names.
+/// PEFT's prefix of names.
 pub fn prefixed(tensors: &Tensors) -> Tensors {
     tensors.iter().map(|(name, tensor)| (format!("base_model.model.{name}"), tensor.clone())).collect()
 }
 
-/// `scale·B·A`, as n rows, with the sums of magnitudes.
+/// `scale·B·A`, as n rows, and the sums of the magnitudes of its terms.
 pub fn product(a: &Tensor, b: &Tensor, scale: f64) -> Vec<[f64; 2]> {
     let (r, k) = (a.shape[0], a.values.len() / a.shape[0]);
     let element = |i: usize, j: usize| {
@@ -88,7 +88,7 @@ pub fn turned<T: Copy>(values: &[T], cols: usize) -> Vec<T> {
     (0..values.len()).map(|at| values[at % rows * cols + at / rows]).collect()
 }
 
-/// Each number is `base + delta`, within what sums of `depth` terms in f32 and one rounding may be off.
+/// Asserts that each element is `base + delta`, within the rounding error of sums of `depth` terms in f32 and one rounding.
 #[track_caller]
 pub fn is_sum(got: &Tensor, base: &Tensor, delta: &[[f64; 2]], depth: usize) {
     const UNIT: f64 = 1.0 / (1 << 24) as f64;
@@ -99,7 +99,7 @@ pub fn is_sum(got: &Tensor, base: &Tensor, delta: &[[f64; 2]], depth: usize) {
     }
 }
 
-/// Each row of `base + delta` is given a length: within what the sums, the norm and two more roundings may be off.
+/// Asserts that each row of `base + delta` is scaled to a norm, within the rounding errors of the sums, the norm and two more roundings.
 #[track_caller]
 pub fn has_lengths(got: &[f32], base: &[f32], delta: &[[f64; 2]], lengths: &[f32], depth: usize) {
     const UNIT: f64 = 1.0 / (1 << 24) as f64;
@@ -149,13 +149,13 @@ impl Desk {
         self.write(name, serialize(views, None).unwrap());
     }
 
-    /// A model's folder.
+    /// Writes a model's folder.
     pub fn model(&self, name: &str, tensors: &Tensors, config: &Value) {
         self.store(&format!("{name}/model.safetensors"), tensors);
         self.write(&format!("{name}/config.json"), config.to_string());
     }
 
-    /// The adapter's folder `adapter`: rank 2, scaling 2, unless the settings say something else.
+    /// Writes the adapter's folder `adapter`: rank 2, scaling 2, unless the settings differ.
     pub fn adapter(&self, tensors: &Tensors, settings: Value) {
         let mut config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": []});
         let settings = settings.as_object().unwrap().clone();
@@ -188,7 +188,7 @@ impl Desk {
         Command::new(env!("CARGO_BIN_EXE_lowrank")).args(line.split_whitespace()).current_dir(self.0.path()).output().unwrap()
     }
 
-    /// Runs to the end, and gives what was printed.
+    /// Asserts that the program succeeds, and returns its output.
     #[track_caller]
     pub fn good(&self, line: &str) -> String {
         let output = self.run(line);
@@ -196,7 +196,7 @@ impl Desk {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Fails with a message that has these words.
+    /// Asserts that the program fails with a message that contains these words.
     #[track_caller]
     pub fn refused(&self, line: &str, words: &[&str]) {
         let output = self.run(line);
@@ -205,14 +205,14 @@ impl Desk {
         words.iter().for_each(|word| assert!(message.contains(word), "lowrank {line}: {message}: no {word}"));
     }
 
-    /// Merges `adapter` into `base`, and gives the merged tensors and what was printed.
+    /// Merges `adapter` into `base`, and returns the merged tensors and the output.
     #[track_caller]
     pub fn merged(&self) -> (Tensors, String) {
         let said = self.good("merge --base base --adapter adapter --out merged --overwrite");
         (self.load("merged"), said)
     }
 
-    /// With a residue, `base` comes back bit for bit, in every element type.
+    /// Asserts that unmerging with a residue restores `base` bit for bit, in every element type.
     #[track_caller]
     pub fn comes_back(&self) {
         for dtype in ["f32", "f16", "bf16"] {

@@ -1,4 +1,4 @@
-//! Adapters out of two checkpoints that differ in more than weights.
+//! Extracting adapters from checkpoints that differ in more than weights.
 
 use lowrank::adapter::Folder;
 use serde_json::json;
@@ -16,7 +16,7 @@ fn tune(model: &mut Tensors, name: &str) -> Vec<[f64; 2]> {
     delta
 }
 
-/// Layers of GPT-2 give factors of the layer, and the setting with which PEFT takes them; square ones too.
+/// Layers of GPT-2, also square ones, give factors in the layout of the layer, and `fan_in_fan_out`.
 #[test]
 fn from_gpt2() {
     let base = tensors(&[("h.0.attn.c_attn.weight", &[6, 18]), ("h.0.attn.c_proj.weight", &[6, 6]), ("wte.weight", &[10, 6])]);
@@ -34,7 +34,7 @@ fn from_gpt2() {
     for (name, delta) in deltas {
         is_sum(&got[name], &base[name], &delta, 40); // a decomposition is a longer sum
     }
-    // Without a config nobody knows; a caller may.
+    // Without a config the layout is not known, but the caller can give it.
     for folder in ["base", "tuned"] {
         desk.write(&format!("{folder}/config.json"), "{}");
     }
@@ -43,9 +43,9 @@ fn from_gpt2() {
     assert!(Folder::read(&desk.path("extracted")).unwrap().config().fan_in_fan_out());
 }
 
-/// Equal numbers are equal in any type, and what only one of the models has is named.
+/// Equal values of different types are equal, and tensors that only one of the models has are named.
 #[test]
-fn what_differs_beside_weights() {
+fn differences_other_than_weights() {
     let base = language_model("model.", None);
     let mut tuned = base.clone();
     tune(&mut tuned, "model.layers.0.self_attn.q_proj.weight");

@@ -1,4 +1,4 @@
-//! Folders that hold more than one thing, and outputs that are there already.
+//! Folders with several checkpoints or other files, and outputs that exist already.
 
 use std::fs;
 
@@ -18,7 +18,7 @@ fn desk() -> (Desk, Tensors) {
     (desk, base)
 }
 
-/// An index of two shards, each with these tensors; what both hold is that of the shard that the index names.
+/// An index of two shards with these tensors; of a tensor that is in both, the index selects one.
 fn shards(desk: &Desk, tensors: [&Tensors; 2]) {
     let mut map = serde_json::Map::new();
     for (at, tensors) in tensors.iter().enumerate() {
@@ -42,13 +42,13 @@ fn the_checkpoint_of_a_folder() {
     let (got, said) = desk.merged();
     assert!(got.keys().eq(whole.keys()) && got["lm_head.weight"] == whole["lm_head.weight"]);
     assert!(
-        said.contains("`model.safetensors.index.json` is left over") && said.contains("model-00001-of-00002.safetensors"),
+        said.contains("`model.safetensors.index.json` is stale") && said.contains("model-00001-of-00002.safetensors"),
         "{said}"
     );
     fs::remove_file(desk.path("base/model.safetensors")).unwrap();
     desk.refused("merge --base base --adapter adapter --out x", &["model-00001-of-00002.safetensors", "index.json"]);
 
-    // A tensor in two shards: the index decides, and the other one is gone.
+    // A tensor in two shards: the index selects one, and the other is dropped.
     let (first, mut second) = base.clone().into_iter().partition::<Tensors, _>(|(name, _)| name.contains("layers.0"));
     second.extend(first.keys().map(|name| (name.clone(), base["lm_head.weight"].clone())));
     shards(&desk, [&first, &second]);
@@ -58,7 +58,7 @@ fn the_checkpoint_of_a_folder() {
     assert!(base.iter().all(|(name, tensor)| name.contains("q_proj") || got[name] == *tensor));
 }
 
-/// A head that is untied goes into the last shard, into the index, and is stored as all others are.
+/// An untied head is stored in the last shard, in the usual type, and added to the index.
 #[test]
 fn new_tensors_of_a_sharded_checkpoint() {
     let desk = Desk::new();
@@ -83,7 +83,7 @@ fn new_tensors_of_a_sharded_checkpoint() {
     }
 }
 
-/// A model's own file counts before an adapter's and before variants; of a pipeline, the parts are named.
+/// The file of the model takes precedence over that of an adapter and over variants; for a pipeline, its models are listed.
 #[test]
 fn folders_with_several_files() {
     let (desk, base) = desk();
@@ -93,7 +93,7 @@ fn folders_with_several_files() {
     desk.store("base/model.fp16.safetensors", &Tensors::new());
     let (got, said) = desk.merged();
     assert!(got.keys().eq(base.keys()) && !desk.path("merged/adapter_config.json").exists());
-    assert!(said.contains("left: `adapter_model.safetensors`, `model.fp16.safetensors`"), "{said}");
+    assert!(said.contains("not copied: `adapter_model.safetensors`, `model.fp16.safetensors`"), "{said}");
     fs::remove_file(desk.path("base/model.safetensors")).unwrap();
     desk.store("base/other.safetensors", &base);
     desk.refused(
@@ -103,19 +103,19 @@ fn folders_with_several_files() {
     desk.write("pipeline/model_index.json", "{}");
     desk.store("pipeline/unet/diffusion_pytorch_model.safetensors", &base);
     desk.refused("merge --base pipeline --adapter adapter --out x", &["pipeline", "unet"]);
-    desk.good("convert adapter --dtype f16 --out narrow"); // alone, the adapter's file is what is meant
+    desk.good("convert adapter --dtype f16 --out narrow"); // without other files, the adapter's file is read
     assert!(desk.path("narrow/adapter_config.json").exists());
 }
 
 #[test]
-fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
+fn outputs_are_replaced_only_with_overwrite_and_inputs_never() {
     let (desk, base) = desk();
     desk.write("there.safetensors", "precious");
     desk.write("folder/note.txt", "precious");
     desk.good("convert base/model.safetensors --dtype f32 --out one.safetensors");
     let before = fs::read(desk.path("one.safetensors")).unwrap();
     let file = "merge --base one.safetensors --adapter adapter --out";
-    desk.refused(&format!("{file} there.safetensors"), &["there.safetensors: is there already", "--overwrite"]);
+    desk.refused(&format!("{file} there.safetensors"), &["there.safetensors: exists already", "--overwrite"]);
     for line in [
         format!("{file} one.safetensors --overwrite"),
         format!("{file} adapter/adapter_model.safetensors --overwrite"),
@@ -128,18 +128,18 @@ fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
     ] {
         desk.refused(&line, &["is an input"]);
     }
-    desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["is there already"]);
+    desk.refused(&format!("{file} x.safetensors --keep-residue there.safetensors"), &["exists already"]);
     desk.refused(&format!("{file} x.safetensors --keep-residue x.safetensors"), &["where the result goes"]);
-    desk.refused("compress adapter --rank 1 --out there.safetensors", &["is there already"]);
+    desk.refused("compress adapter --rank 1 --out there.safetensors", &["exists already"]);
     desk.refused("merge --base base --adapter adapter --out folder --overwrite", &["holds no model"]);
     assert_eq!(fs::read_to_string(desk.path("there.safetensors")).unwrap(), "precious");
     assert!(fs::read(desk.path("one.safetensors")).unwrap() == before && desk.load("base") == base);
 
     desk.good(&format!("{file} there.safetensors --overwrite"));
-    desk.good("compress adapter --rank 1 --out folder"); // nothing of it is replaced
-    desk.refused("compress adapter --rank 1 --out folder", &["is there already"]);
+    desk.good("compress adapter --rank 1 --out folder"); // does not replace other files of the folder
+    desk.refused("compress adapter --rank 1 --out folder", &["exists already"]);
     desk.good(MERGE);
-    desk.refused(MERGE, &["merged", "is there already"]);
+    desk.refused(MERGE, &["merged", "exists already"]);
     desk.write("merged/stale.json", "{}");
     desk.good(&format!("{MERGE} --overwrite"));
     assert!(!desk.path("merged/stale.json").exists() && desk.path("merged/config.json").exists());
@@ -147,7 +147,7 @@ fn nothing_that_exists_is_replaced_unasked_and_no_input_ever() {
     assert!(names.filter(|name| name.starts_with('.')).count() == 0);
 }
 
-/// What lies beside the weights goes along, and what does not is said.
+/// Other files of the folder are copied, or a note says that they are not.
 #[test]
 fn companions() {
     let (desk, _) = desk();
@@ -188,17 +188,17 @@ fn companions() {
         "from the adapter's folder: `tokenizer_config.json`, in place of the base's",
         "from the adapter's folder: `chat_template.jinja`, which the base does not have",
         "copied: the folder `1_Pooling`",
-        "left: `model.onnx` in the folder `onnx`",
-        "left: the folder `checkpoint-5`",
-        "left: `pytorch_model.bin`",
+        "not copied: `model.onnx` in the folder `onnx`",
+        "not copied: the folder `checkpoint-5`",
+        "not copied: `pytorch_model.bin`",
     ] {
         assert!(said.contains(words), "{said}: no {words}");
     }
 }
 
-/// An adapter of which a part is missing, and one that does nothing.
+/// An adapter without the factors of a module, and one whose updates are zero.
 #[test]
-fn what_an_adapter_does_not_do_is_said() {
+fn missing_factors_and_zero_updates_are_noted() {
     let (desk, base) = desk();
     let adapter = factors(&[("model.layers.0.self_attn.q_proj", [6, 6])]);
     desk.adapter(&adapter, json!({"target_modules": ["q_proj", "v_proj"]}));

@@ -10,7 +10,7 @@ fn gpt2() -> serde_json::Value {
     serde_json::from_str(GPT2).unwrap()
 }
 
-/// `W += scaling·(B·A)ᵀ` for a table; with lengths of columns, which DoRA calls magnitudes.
+/// `W += scaling·(B·A)ᵀ` for a table, with and without DoRA, whose magnitudes are the norms of columns here.
 #[test]
 fn embeddings() {
     let desk = Desk::new();
@@ -64,7 +64,7 @@ fn convolutions_of_one_two_and_three_dimensions() {
     }
 }
 
-/// `A` mixes all channels, so what it adds is no convolution in groups.
+/// `A` mixes all channels, so its update does not fit a grouped convolution.
 #[test]
 fn a_convolution_in_groups_is_refused() {
     let desk = Desk::new();
@@ -76,7 +76,7 @@ fn a_convolution_in_groups_is_refused() {
     desk.refused("merge --base base --adapter adapter --out merged", &["`groups`", "2 groups", "cannot hold"]);
 }
 
-/// Weights stored `k×n`, square ones too: what the config says of the model counts, not which sides fit.
+/// Weights stored `k×n`, also square ones: the model type in the config determines the layout, not the shape.
 #[test]
 fn conv1d_of_gpt2() {
     let modules = [("h.0.attn.c_attn", [18, 6]), ("h.0.attn.c_proj", [6, 6]), ("h.0.mlp.c_proj", [6, 24])];
@@ -112,7 +112,7 @@ fn conv1d_of_gpt2() {
     }
     desk.comes_back();
 
-    // One that began with a part of the weight does to it what it does to the same weight the other way round, to the bit.
+    // `pissa` on a transposed weight gives the transposed result, to the bit.
     let mut settings = targets;
     settings["init_lora_weights"] = json!("pissa");
     let desk = Desk::new();
@@ -126,9 +126,9 @@ fn conv1d_of_gpt2() {
     assert!(got.iter().all(|(name, weight)| *weight == straight[name].transposed()));
 }
 
-/// `fan_in_fan_out` over linear layers changes nothing, as in PEFT; where nothing tells, the program asks.
+/// `fan_in_fan_out` does not change linear layers, as in PEFT; if the layout is not known, `--layout` is required.
 #[test]
-fn the_model_tells_how_a_square_weight_is_stored() {
+fn the_config_gives_the_layout_of_a_square_weight() {
     let (base, adapter) = (tensors(&[("q_proj.weight", &[6, 6]), ("up_proj.weight", &[8, 6])]), factors(&[("q_proj", [6, 6])]));
     let with_up = all([adapter.clone(), factors(&[("q_proj", [6, 6]), ("up_proj", [8, 6])])]);
     let delta = product(&adapter["q_proj.lora_A.weight"], &adapter["q_proj.lora_B.weight"], 2.0);
@@ -142,7 +142,7 @@ fn the_model_tells_how_a_square_weight_is_stored() {
     let desk = Desk::new();
     desk.model("base", &base, &json!({}));
     desk.adapter(&adapter, settings);
-    desk.refused("merge --base base --adapter adapter --out merged", &["`q_proj.weight`", "nothing tells", "--layout"]);
+    desk.refused("merge --base base --adapter adapter --out merged", &["`q_proj.weight`", "it is not known", "--layout"]);
     desk.good("merge --base base --adapter adapter --out in-out --layout in-out");
     is_sum(&desk.load("in-out")["q_proj.weight"], &base["q_proj.weight"], &turned(&delta, 6), 2);
     desk.good("merge --base base --adapter adapter --out out-in --layout out-in");
@@ -155,14 +155,14 @@ fn all<const N: usize>(parts: [Tensors; N]) -> Tensors {
 
 const EXPERTS: usize = 3;
 
-/// `A` and `B` of expert e, out of a stack of rank 2: rows `2e..2e+2`, and columns `e, E+e`.
+/// `A` and `B` of expert e from a stack of rank 2: rows `2e..2e+2`, and columns `e, E+e`.
 fn of_expert(a: &Tensor, b: &Tensor, e: usize) -> [Tensor; 2] {
     let k = a.shape[1];
     let values = (0..b.shape[0]).flat_map(|i| [b.at(i, e) as f32, b.at(i, EXPERTS + e) as f32]).collect();
     [Tensor { shape: vec![2, k], values: a.values[2 * e * k..][..2 * k].to_vec() }, Tensor { shape: vec![b.shape[0], 2], values }]
 }
 
-/// Experts of 4 inner units on 6 inputs: PEFT nests the update of `gate_up_proj` in that of `down_proj`.
+/// Experts with 4 hidden units and 6 inputs: PEFT nests the update of `gate_up_proj` in that of `down_proj`.
 fn expert_factors() -> Tensors {
     let named: [(&str, &[usize]); 4] = [
         ("model.layers.0.mlp.experts.base_layer.lora_A.weight", &[2 * EXPERTS, 6]),
@@ -189,7 +189,7 @@ fn parameters() -> serde_json::Value {
 }
 
 #[test]
-fn stacked_experts_either_way_round() {
+fn stacked_experts_in_both_layouts() {
     let adapter = expert_factors();
     let [up, down] = expert_deltas(&adapter);
     for in_out in [false, true] {
@@ -212,9 +212,9 @@ fn stacked_experts_either_way_round() {
     }
 }
 
-/// A tensor for each expert, under the names of Qwen and of Mixtral; the router as a parameter of rank 2.
+/// A tensor for each expert, with the names of Qwen and of Mixtral; the router as a parameter of rank 2.
 #[test]
-fn experts_apart() {
+fn experts_in_separate_tensors() {
     for (above, [gate, up_name, down_name]) in
         [("mlp", ["gate_proj", "up_proj", "down_proj"]), ("block_sparse_moe", ["w1", "w3", "w2"])]
     {
@@ -249,7 +249,7 @@ fn experts_apart() {
 }
 
 #[test]
-fn parameters_whose_order_nobody_knows() {
+fn parameters_of_unknown_order_are_refused() {
     let desk = Desk::new();
     desk.model("base", &tensors(&[("experts.w9", &[EXPERTS, 8, 6]), ("experts.w8", &[EXPERTS, 8, 6])]), &json!({}));
     let adapter = tensors(&[("experts.base_layer.lora_A.weight", &[6, 6]), ("experts.base_layer.lora_B.weight", &[8, 6])]);
@@ -257,7 +257,7 @@ fn parameters_whose_order_nobody_knows() {
     desk.refused("merge --base base --adapter adapter --out merged", &["`target_parameters`", "`experts`", "`w9`"]);
 }
 
-/// Rows of tables in place of those there are, whatever else the adapter does.
+/// Replaced rows of tables, together with other changes.
 #[test]
 fn trainable_tokens() {
     let base = tensors(&[("model.embed_tokens.weight", &[10, 6]), ("lm_head.weight", &[10, 6]), ("q_proj.weight", &[6, 6])]);

@@ -1,5 +1,5 @@
-//! Models and adapters as they are found in the world, through the program: names that moved, shared weights, new shapes, layers that
-//! are not linear, folders that hold more than one thing. Expected weights are summed here, in f64.
+//! The program on models and adapters as they are published: changed names, shared weights, new shapes, layers that are not linear, folders
+//! with several files. Expected weights are computed here, in f64.
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
 mod desk;

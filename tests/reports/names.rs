@@ -1,4 +1,4 @@
-//! Names that moved between versions, that wrappers changed, or that a caller knows better.
+//! Names that changed between versions, that wrappers changed, or that the caller maps.
 
 use serde_json::json;
 
@@ -22,9 +22,9 @@ fn is_merged(got: &Tensors, base: &Tensors, prefix: &str, adapter: &Tensors, its
     }
 }
 
-/// The adapter's prefix, the checkpoint's, and the pair that the program tells; with a tower of vision whose names end alike.
+/// The adapter's prefix, the checkpoint's, and the note about the pair; with a vision tower whose names end in the same way.
 #[test]
-fn names_that_moved() {
+fn renamed_prefixes_are_found() {
     for (its, there, told) in [
         ("model.language_model.", "language_model.model.", "`model.language_model.` of the adapter is `language_model.model.`"),
         ("language_model.model.", "model.language_model.", "`language_model.model.` of the adapter is `model.language_model.`"),
@@ -52,9 +52,9 @@ fn names_that_moved() {
     }
 }
 
-/// Where two tensors could be meant, they are named, and the caller says which; a number of a layer is never lost.
+/// If two tensors match, they are named, and the caller must choose; the number of a layer is never dropped.
 #[test]
-fn what_could_be_several_is_asked_for() {
+fn ambiguous_names_are_refused_with_the_candidates() {
     let (mut base, adapter) = (language_model("text.", None), q_proj("net."));
     base.extend(language_model("audio.", None));
     let desk = Desk::new();
@@ -87,9 +87,9 @@ fn what_could_be_several_is_asked_for() {
     desk.refused(merge, &["has no `encoder.self_attn.q_proj.weight`", "`decoder.self_attn.q_proj.weight`"]);
 }
 
-/// Another shape under a name that ends alike is not meant; a bias goes where its weight goes.
+/// A tensor of another shape does not match, even if its name ends in the same way; a bias follows its weight.
 #[test]
-fn shapes_and_biases_of_names_that_moved() {
+fn shapes_and_biases_of_renamed_modules() {
     let base = tensors(&[
         ("vision.layers.0.q_proj.weight", &[8, 6]),
         ("text.layers.0.q_proj.weight", &[6, 6]),

@@ -1,4 +1,4 @@
-//! Heads that share the embedding's weight, heads that are new, and vocabularies that grew.
+//! Output heads that share the embedding's weight, new heads, and enlarged vocabularies.
 
 use serde_json::{Value, json};
 
@@ -21,16 +21,16 @@ fn whole(named: &[(&str, u64, usize)]) -> Tensors {
     adapter
 }
 
-/// What the merged model computes with: its embedding, and its head.
+/// The embedding and the head that the merged model uses.
 fn tables(got: &Tensors, config: &Value) -> [Tensor; 2] {
     let embedding = got[EMBEDDING].clone();
     let tied = config["tie_word_embeddings"] != json!(false);
     [embedding.clone(), if tied { embedding } else { got[HEAD].clone() }]
 }
 
-/// An adapter that changes one of the two, or the two differently, leaves the other as it was, and the config says so.
+/// An adapter that changes one of the two, or both differently, unties them, and the config is changed.
 #[test]
-fn one_of_two_tied_tables() {
+fn changing_one_of_two_tied_tables_unties_them() {
     for (ties, stored) in [(Some(true), false), (None, false), (Some(true), true), (Some(false), true)] {
         let mut base = language_model("model.", None);
         if stored {
@@ -59,7 +59,7 @@ fn one_of_two_tied_tables() {
         is_sum(&head, &base[EMBEDDING], &delta, 2);
         assert_eq!(desk.json("merged/config.json")["tie_word_embeddings"], json!(false));
 
-        // PEFT writes the weight that the update is added to beside it.
+        // PEFT also writes the weight that the update is added to.
         let mut saved = lora.clone();
         saved.insert("lm_head.base_layer.weight".into(), Tensor::random(8, &[10, 6]));
         desk.adapter(&saved, json!({"target_modules": ["q_proj", "lm_head"]}));
@@ -67,9 +67,9 @@ fn one_of_two_tied_tables() {
     }
 }
 
-/// What is done to both alike leaves them one weight.
+/// The same change of both keeps them one weight.
 #[test]
-fn two_tied_tables_alike() {
+fn changing_both_tied_tables_alike_keeps_the_tie() {
     for stored in [false, true] {
         let mut base = language_model("model.", None);
         if stored {
@@ -101,7 +101,7 @@ fn two_tied_tables_alike() {
     }
 }
 
-/// Under older and nested names; in a file, whose config nobody can change, it is refused.
+/// With older and nested names. Refused if the base is a single file, because its config cannot be changed.
 #[test]
 fn the_tie_of_a_part_and_of_a_file() {
     let desk = Desk::new();
@@ -119,7 +119,7 @@ fn the_tie_of_a_part_and_of_a_file() {
     assert_eq!([&config["tie_word_embeddings"], &config["text_config"]["tie_word_embeddings"]], [&json!(false); 2]);
     desk.refused(
         "merge --base base/model.safetensors --adapter adapter --out merged.safetensors",
-        &["`language_model.model.embed_tokens.weight` is the weight of the head as well", "give the model's folder"],
+        &["`language_model.model.embed_tokens.weight` is also the weight of the output head", "give the model's folder"],
     );
     desk.refused(
         "merge --base base --adapter adapter --out x --keep-residue y",
@@ -127,7 +127,7 @@ fn the_tie_of_a_part_and_of_a_file() {
     );
 }
 
-/// Tables of another length, saved with or without being named; heads that the base lacks.
+/// Tables with another number of rows, with and without `modules_to_save`; heads that the base lacks.
 #[test]
 fn new_shapes_and_new_heads() {
     for (ties, saved) in [(Some(false), true), (Some(false), false), (Some(true), false)] {

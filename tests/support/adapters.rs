@@ -1,11 +1,11 @@
-//! Nets with adapters, and what is in a folder.
+//! Networks with adapters, and the content of their folders.
 
 use std::fs;
 use std::path::Path;
 
 use lowrank::adapter::CONFIG_FILE;
 use lowrank::autograd::Param;
-use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, Linear, LoraConfig, Mlp, Tuned};
+use lowrank::nn::{Adaptable, Adapter, Bias, DEFAULT, Init, LayerAdapter, Linear, LoraConfig, Mlp};
 use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Float, Tensor};
 use serde_json::Value;
@@ -16,12 +16,12 @@ pub fn cpu<E: Float>() -> Cpu<E> {
     Cpu::new().unwrap().with_threads(1).unwrap()
 }
 
-/// A net without adapters; always the same.
+/// A network without adapters; always the same.
 pub fn net<B: Backend>(backend: &B) -> Mlp<B> {
     Mlp::new(backend, &SIZES, &mut Rng::new(7)).unwrap()
 }
 
-/// The same with a trained adapter, as far as numbers tell, beside layers 1, 2 and 3 where there is a config; plain without any.
+/// The network with an adapter of random factors on those of the layers 1, 2 and 3 that have a config.
 pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp<B> {
     let mut model = net(backend);
     let parts = trained(backend, configs, 11);
@@ -31,8 +31,8 @@ pub fn adapted<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3]) -> Mlp
     model
 }
 
-/// What a trained adapter does to each layer: all that the configs ask for, in random numbers.
-pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: u64) -> Vec<(String, Tuned<B>)> {
+/// The parts of an adapter for each layer, with random elements, as the configs describe it.
+pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: u64) -> Vec<(String, LayerAdapter<B>)> {
     let mut rng = Rng::new(seed);
     let settings = configs.iter().flatten().next().cloned();
     let (bias, saved) = settings.map_or((Bias::None, Vec::new()), |config| (config.bias, config.modules_to_save));
@@ -41,7 +41,7 @@ pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: 
         let ((k, n), name) = ((SIZES[layer], SIZES[layer + 1]), format!("linear{}", layer + 1));
         let mut numbers = |rows, cols| Init::Gaussian { std: 0.5 }.tensor(backend, (rows, cols), &mut rng).unwrap();
         let part = if saved.contains(&name) {
-            Tuned::Whole(Linear::from_tensors(numbers(n, k), Some(numbers(1, n))).unwrap())
+            LayerAdapter::Whole(Linear::from_tensors(numbers(n, k), Some(numbers(1, n))).unwrap())
         } else if let Some(config) = config {
             let (a, b) = (numbers(config.rank, k), numbers(n, config.rank));
             let LoraConfig { use_dora, lora_bias, bias, .. } = config;
@@ -55,9 +55,9 @@ pub fn trained<B: Backend>(backend: &B, configs: [Option<LoraConfig>; 3], seed: 
             if bias != Bias::None {
                 adapter = adapter.with_bias(numbers(1, n));
             }
-            Tuned::Lora(adapter)
+            LayerAdapter::Lora(adapter)
         } else if bias == Bias::All {
-            Tuned::Bias(Param::new(numbers(1, n)))
+            LayerAdapter::Bias(Param::new(numbers(1, n)))
         } else {
             continue;
         };
@@ -77,7 +77,7 @@ pub fn outputs<B: Backend>(backend: &B, model: &Mlp<B>) -> Vec<B::Elem> {
 /// Outputs, parameters with whether they may be trained, settings of adapters.
 type State<E> = (Vec<E>, Vec<(u64, bool)>, Vec<Option<LoraConfig>>);
 
-/// All that a model is: outputs, what may be trained, the settings of its adapters.
+/// The observable state of a model: outputs, which parameters are trainable, the settings of its adapters.
 pub fn state<B: Backend>(backend: &B, model: &mut Mlp<B>) -> State<B::Elem> {
     let configs = model.layers().map(|(_, layer)| layer.adapter(DEFAULT).map(|adapter| adapter.config().clone())).collect();
     let outputs = outputs(backend, model);

@@ -1,4 +1,4 @@
-//! When a number is right: the rounding of the sum that made it, and of the type that stores it. No guessed tolerances.
+//! Error bounds, derived from the rounding of sums and of the stored type, not guessed.
 
 use lowrank::{DType, Float};
 
@@ -6,7 +6,7 @@ use super::oracle::Mat;
 
 /// Asserts `|got - want| ≤ (depth + 2)·u·magnitude`, plus half a unit in the last place of the type it is stored in.
 ///
-/// `magnitude` is what the same formula gives on magnitudes, `depth` how many roundings stand between an input and the result.
+/// `magnitude` is the result of the same formula on magnitudes, `depth` the number of roundings between an input and the result.
 #[track_caller]
 pub fn assert_within<T: Float>(what: &str, got: &[T], want: &Mat, magnitude: &Mat, depth: usize) {
     assert_eq!(got.len(), want.data.len(), "{what}: length");
@@ -21,7 +21,7 @@ pub fn assert_within<T: Float>(what: &str, got: &[T], want: &Mat, magnitude: &Ma
     }
 }
 
-/// Half the distance between the smallest numbers: what a result that underflows may be off by.
+/// Half the distance between the smallest numbers: the error of a result that underflows.
 fn smallest_step<T: Float>() -> f64 {
     match T::DTYPE {
         DType::F16 => 2f64.powi(-25),

@@ -1,11 +1,11 @@
-//! Reference cases as tests/cases/README.md describes them: read, computed on a backend, compared.
+//! Reads reference cases (tests/cases/README.md), computes them on a backend, and compares the results.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use lowrank::autograd::Tape;
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Linear, LoraConfig, Mlp, Scaling, Tuned};
+use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, LayerAdapter, Linear, LoraConfig, Mlp, Scaling};
 use lowrank::op::{Labels, LoraMerge, Rounding};
 use lowrank::{Backend, Error, adapter};
 use safetensors::tensor::{Dtype, SafeTensors};
@@ -18,16 +18,16 @@ use super::suite::{run_linear, run_lora};
 /// `‖got − want‖ / ‖want‖` for arithmetic in `f32`.
 pub const TOLERANCE: f64 = 1e-5;
 
-/// What is wrong, in words.
+/// A message that says what is wrong.
 pub type Outcome<T> = Result<T, String>;
 
-/// Tensors by name; a vector is one row, and of a batch of matrices the rows follow one another.
+/// Tensors by name. A vector is one row; a batch of matrices is one matrix with all rows.
 pub type Mats = BTreeMap<String, Mat>;
 
-/// What a backend put out, by the names of the expected outputs.
+/// The outputs of a backend, by the names of the expected ones.
 pub type Outputs = BTreeMap<String, Vec<f32>>;
 
-/// A case: what is asked for, and what must come out.
+/// A case: settings, inputs and expected outputs.
 #[derive(Clone, Debug)]
 pub struct Case {
     pub name: String,
@@ -112,7 +112,7 @@ fn read_tensors(path: &Path) -> Outcome<(HashMap<String, String>, Mats)> {
 }
 
 impl Case {
-    /// Why the crate does not claim it, if so.
+    /// The reason why the crate does not support it, if so.
     pub fn unclaimed(&self) -> Option<String> {
         match &self.task {
             Task::UnclaimedOp { op } => Some(format!("op {op}")),
@@ -120,7 +120,7 @@ impl Case {
         }
     }
 
-    /// What a backend makes of it; nothing for what is not claimed, once that is refused as it should be.
+    /// The outputs of a backend; none for a case that is not supported, after checking that it is refused.
     pub fn run<B: Backend<Elem = f32>>(&self, backend: &B) -> Outcome<Outputs> {
         let outputs = match &self.task {
             Task::LoraLinear { inputs, scale } => lora_linear(backend, inputs, *scale),
@@ -132,14 +132,14 @@ impl Case {
         outputs.map_err(|reason| format!("{}: {reason}", self.name))
     }
 
-    /// Every expected output that a backend did not put out, or put out wrong.
+    /// The expected outputs that are missing or wrong.
     pub fn failures(&self, outputs: &Outputs) -> Vec<String> {
         let fails = |name: &str, want: &Mat| match outputs.get(name) {
             None => Some("was not put out".to_string()),
             Some(got) if got.len() != want.data.len() => Some(format!("has {} elements, want {}", got.len(), want.data.len())),
             Some(got) => {
                 let error = relative_error(got, want);
-                // Said so that NaN fails.
+                // Written so that NaN fails.
                 if error <= TOLERANCE { None } else { Some(format!("is off by {error:e}")) }
             }
         };
@@ -156,8 +156,8 @@ fn said(error: Error) -> String {
     error.to_string()
 }
 
-/// The verbs, one by one. A mask that is given cannot be had from a seed, so the adapter then runs on `x ⊙ mask`, beside the
-/// base layer instead of fused with it; masks from seeds are the suite's.
+/// Runs single verbs. A given dropout mask cannot be produced from a seed, so the adapter then runs on `x ⊙ mask`, separately from the
+/// base layer; the suite covers masks from seeds.
 fn lora_linear<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f64) -> Outcome<Outputs> {
     let input = |name| get(inputs, name).cloned();
     let (x, w, bias) = (input("x")?, input("weight")?, inputs.get("bias").cloned());
@@ -190,7 +190,7 @@ fn lora_linear<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f64) -
     Ok(outputs.map(|(name, output)| (name.to_string(), output)).into())
 }
 
-/// Layers `prefix(0)`, `prefix(1)`, … as long as there are some.
+/// Layers `prefix(0)`, `prefix(1)`, … as long as they exist.
 fn mlp<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, prefix: impl Fn(usize) -> String) -> Outcome<Mlp<B>> {
     let mut layers = Vec::new();
     while let Some(weight) = inputs.get(&format!("{}.weight", prefix(layers.len()))) {
@@ -200,7 +200,7 @@ fn mlp<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, prefix: impl Fn(usize
     Mlp::from_layers(layers).map_err(said)
 }
 
-/// The tape, the layers and the optimizer, as a training uses them.
+/// Runs training steps with the tape, the layers and the optimizer.
 fn mlp_trace<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scale: f32, adam: [f32; 4]) -> Outcome<Outputs> {
     let mut model = mlp(backend, inputs, |layer| format!("layer.{layer}"))?;
     let names: Vec<String> = model.layers().map(|(name, _)| name.to_string()).collect();
@@ -248,7 +248,7 @@ fn train_step<B: Backend<Elem = f32>>(
     Ok(down(backend, &loss)[0])
 }
 
-/// An adapter that PEFT saved: on, off, and merged; and the base weights are back after unmerging, bit for bit.
+/// Runs an adapter that PEFT saved: enabled, disabled and merged; the base weights are restored by unmerging, bit for bit.
 fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Outcome<Outputs> {
     let mut model = base_net(backend, inputs)?;
     let before = base(backend, &model, "base");
@@ -277,12 +277,12 @@ fn peft<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, folder: &Path) -> Ou
     if restored { Ok(outputs) } else { Err("unmerging does not restore the base weights".into()) }
 }
 
-/// The net that an adapter of PEFT is for.
+/// The network that an adapter of PEFT is for.
 pub fn base_net<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats) -> Outcome<Mlp<B>> {
     mlp(backend, inputs, |layer| format!("base.linear{}", layer + 1))
 }
 
-/// The weights and biases of the base layers, as they are just now.
+/// The current weights and biases of the base layers.
 fn base<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, what: &str) -> Outputs {
     let mut outputs = Outputs::new();
     for (name, layer) in model.layers() {
@@ -293,7 +293,7 @@ fn base<B: Backend<Elem = f32>>(backend: &B, model: &Mlp<B>, what: &str) -> Outp
     outputs
 }
 
-/// A layer with several adapters, and a batch whose rows name theirs.
+/// Runs a layer with several adapters on a batch whose rows name their adapters.
 fn mixed_batch<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scales: &[f32]) -> Outcome<Outputs> {
     let bias = inputs.get("bias").map(|bias| up(backend, bias));
     let base = Linear::from_tensors(up(backend, get(inputs, "weight")?), bias).map_err(said)?;
@@ -302,7 +302,7 @@ fn mixed_batch<B: Backend<Elem = f32>>(backend: &B, inputs: &Mats, scales: &[f32
         let (a, b) = (get(inputs, &format!("adapter.{i}.lora_a"))?, get(inputs, &format!("adapter.{i}.lora_b"))?);
         let config = LoraConfig { scaling: Scaling::Raw, ..LoraConfig::new(a.rows, scale) };
         let adapter = Adapter::from_tensors(up(backend, a), up(backend, b), config).map_err(said)?;
-        model.insert_adapter(&format!("a{i}"), vec![("linear1".into(), Tuned::Lora(adapter))]).map_err(said)?;
+        model.insert_adapter(&format!("a{i}"), vec![("linear1".into(), LayerAdapter::Lora(adapter))]).map_err(said)?;
     }
     let names: Vec<Option<String>> =
         get(inputs, "adapter_index")?.data.iter().map(|&i| (i >= 0.0).then(|| format!("a{i}"))).collect();

@@ -1,4 +1,4 @@
-//! The emulated device, and a count of what is asked of it.
+//! The emulated device with counters.
 
 use std::cell::RefCell;
 
@@ -7,20 +7,20 @@ use lowrank::cuda::{Device, Gpu, Launch};
 
 use super::emulator::Emulator;
 
-/// What a verb asks of the device.
+/// Counts of a device's work.
 #[derive(Debug, Default)]
 pub struct Asked {
-    /// The kernels, in their order.
+    /// The launched kernels, in order.
     pub kernels: Vec<&'static str>,
     pub launches: usize,
     pub overlapping: usize,
-    /// Between host and device.
+    /// Copies between host and device.
     pub copies: usize,
     /// Bytes that were allocated.
     pub scratch: usize,
 }
 
-/// The emulator, and a count of what it is asked.
+/// The emulator, with counters.
 pub struct Counting(Emulator, RefCell<Asked>);
 
 impl Counting {
@@ -28,7 +28,7 @@ impl Counting {
         Self(emulator, RefCell::default())
     }
 
-    /// What was asked since the last time.
+    /// The counts since the last call.
     pub fn asked(&self) -> Asked {
         self.1.take()
     }
@@ -67,7 +67,7 @@ impl Device for Counting {
     }
     fn launch(&self, launch: Launch<'_, Self>) -> Result<(), Error> {
         let mut asked = self.1.borrow_mut();
-        asked.kernels.push(launch.plan().kernel);
+        asked.kernels.push(launch.plan().kernel.name());
         asked.launches += 1;
         asked.overlapping += usize::from(launch.overlaps());
         drop(asked);

@@ -15,8 +15,8 @@ pub struct Dims {
     pub r: usize,
 }
 
-/// Shapes that meet every kind of edge: nothing, one, a prime, a tile more or less one, rank above both sides, several blocks
-/// of the depth, both sides of the switch between regimes.
+/// Shapes for every kind of edge: empty, one, a prime, a tile plus or minus one, a rank above both dimensions, several blocks of the depth,
+/// both sides of the limit between regimes.
 pub fn shapes() -> Vec<Dims> {
     let odd = [(1, 1, 1, 1), (2, 3, 5, 7), (3, 7, 2, 1), (7, 31, 29, 4), (10, 20, 30, 1), (5, 17, 33, 16), (13, 64, 15, 2)];
     let empty = [(0, 4, 3, 2), (4, 0, 3, 2), (4, 3, 0, 2), (0, 0, 0, 1)];
@@ -52,18 +52,18 @@ pub fn mask(dropout: Dropout, rows: usize, cols: usize) -> Mat {
     Mat::new(rows, cols, |i, j| factor(i * cols + j))
 }
 
-/// Puts a matrix on the device.
+/// Uploads a matrix.
 pub fn up<B: Backend, T: Float>(backend: &B, mat: &Mat) -> Tensor<B, T> {
     let host: Vec<T> = mat.data.iter().map(|&x| T::from_f32(x as f32)).collect();
     Tensor::from_slice(backend, (mat.rows, mat.cols), &host).unwrap()
 }
 
-/// An output full of NaN, so that what a verb does not write is seen.
+/// An output filled with NaN, so that elements which a verb does not write are detected.
 pub fn unwritten<B: Backend, T: Float>(backend: &B, rows: usize, cols: usize) -> Tensor<B, T> {
     Tensor::from_slice(backend, (rows, cols), &vec![T::from_f32(f32::NAN); rows * cols]).unwrap()
 }
 
-/// Takes it back.
+/// Downloads a matrix.
 pub fn down<B: Backend, T: Element>(backend: &B, tensor: &Tensor<B, T>) -> Vec<T> {
     tensor.to_vec(backend).unwrap()
 }

@@ -1,7 +1,6 @@
-//! Every backend that is there, for tests of what is built on backends.
+//! Runs tests on every available backend.
 
-/// Each of these checks, `fn(&B)` for any backend `B` of `f32`, as a test on the CPU, on WebGPU, and on CUDA in the interpreter
-/// and on a GPU.
+/// Makes tests of these checks, `fn(&B)` for any backend `B` of `f32`: on the CPU, on WebGPU, and on CUDA, in the interpreter and on a GPU.
 #[macro_export]
 macro_rules! on_every_backend {
     ($($check:ident),+ $(,)?) => {
@@ -42,7 +41,7 @@ macro_rules! on_every_backend {
     };
 }
 
-/// One device for all tests. Its absence is told, and demanded to be otherwise, by tests/webgpu.rs.
+/// One device for all tests. tests/webgpu.rs reports if there is none, or fails if it is required.
 #[cfg(feature = "webgpu")]
 pub fn webgpu() -> Option<lowrank::WebGpu<f32>> {
     static GPU: std::sync::OnceLock<Option<lowrank::WebGpu<f32>>> = std::sync::OnceLock::new();

@@ -1,8 +1,9 @@
-//! A CUDA device without a GPU: the same host code and the PTX that ships, on an interpreter that watches every access.
+//! A CUDA device without a GPU: the same host code and the shipped PTX, on an interpreter that checks every access.
 
 use std::cell::Cell;
 use std::sync::OnceLock;
 
+use lowrank::cuda::Kernel;
 use lowrank::cuda::plan::Plan;
 use lowrank::cuda::{self, Arg, Cuda, Device, Gpu, Launch, Tiles};
 use lowrank::{DType, Error, Float, Result};
@@ -11,11 +12,11 @@ use ptx_interpreter::{Fault, Global, Module, TensorMap};
 /// Runs the kernels of one module.
 pub struct Emulator {
     module: Ptx,
-    /// The kernels for Hopper alone.
+    /// The kernels that are only for Hopper.
     hopper: Option<Ptx>,
     gpu: Gpu,
     dtype: DType,
-    /// The first of the launches that the next one may overlap.
+    /// The first of the launches that may overlap with the next one.
     pending: Cell<Option<u32>>,
 }
 
@@ -25,7 +26,7 @@ enum Ptx {
 }
 
 impl Emulator {
-    /// With the PTX that ships, parsed once.
+    /// With the shipped PTX, parsed once.
     pub fn new(dtype: DType) -> Self {
         static MODULES: [OnceLock<Module>; 3] = [const { OnceLock::new() }; 3];
         let module = Ptx::Shipped(MODULES[dtype as usize].get_or_init(|| parse(dtype, cuda::ptx(dtype))));
@@ -33,13 +34,13 @@ impl Emulator {
         Self { module, hopper: None, gpu, dtype, pending: Cell::default() }
     }
 
-    /// Of one multiprocessor: no output is too small for wide tiles.
+    /// With one multiprocessor, so that no output is too small for wide tiles.
     pub fn with_one_multiprocessor(dtype: DType) -> Self {
         let emulator = Self::new(dtype);
         Self { gpu: Gpu { multiprocessors: 1, ..emulator.gpu }, ..emulator }
     }
 
-    /// As a Hopper GPU, of four multiprocessors: two clusters, and fewer than the larger shapes have tiles.
+    /// As a Hopper GPU with four multiprocessors: two clusters, fewer than the number of tiles of the larger shapes.
     pub fn hopper(dtype: DType) -> Self {
         static MODULES: [OnceLock<[Module; 2]>; 3] = [const { OnceLock::new() }; 3];
         let of_any_gpu = || parse(dtype, &cuda::from_hopper_on(cuda::ptx(dtype)));
@@ -50,7 +51,7 @@ impl Emulator {
         Self { module: Ptx::Shipped(module), hopper: Some(Ptx::Shipped(hopper)), gpu, ..emulator }
     }
 
-    /// As a GPU that came after Hopper, of one multiprocessor: launches overlap, but it runs no kernels for Hopper.
+    /// As a GPU newer than Hopper, with one multiprocessor: launches overlap, but the kernels for Hopper are not used.
     pub fn younger(dtype: DType) -> Self {
         let emulator = Self::hopper(dtype);
         Self { hopper: None, gpu: Gpu { capability: (10, 0), multiprocessors: 1 }, ..emulator }
@@ -61,12 +62,12 @@ impl Emulator {
         Self { module: Ptx::Changed(parse(dtype, ptx)), ..Self::with_one_multiprocessor(dtype) }
     }
 
-    /// As a GPU that came after Hopper, with other PTX.
+    /// As a GPU newer than Hopper, with other PTX.
     pub fn younger_with_ptx(dtype: DType, ptx: &str) -> Self {
         Self { module: Ptx::Changed(parse(dtype, &cuda::from_hopper_on(ptx))), ..Self::younger(dtype) }
     }
 
-    /// As a Hopper GPU of so many multiprocessors, with other PTX for Hopper.
+    /// As a Hopper GPU with this number of multiprocessors and other PTX for Hopper.
     pub fn with_hopper_ptx(dtype: DType, ptx: &str, multiprocessors: u32) -> Self {
         let emulator = Self::hopper(dtype);
         Self { hopper: Some(Ptx::Changed(parse(dtype, ptx))), gpu: Gpu { multiprocessors, ..emulator.gpu }, ..emulator }
@@ -82,20 +83,20 @@ impl Emulator {
         Cuda::on(Self::hopper(E::DTYPE))
     }
 
-    /// What a launch asks for.
+    /// The interpreter's launch for one of ours.
     pub fn run(&self, plan: Plan, overlaps: bool, args: Vec<Arg<'_, Global>>) -> Result<()> {
         let mut args: Vec<_> = args.into_iter().map(argument).collect();
         let launch = ptx_interpreter::Launch { grid: plan.grid, block: plan.block, shared: plan.shared as usize };
         let kernel = format!("{}_{}", plan.kernel, self.dtype);
         let pending = self.pending.get().filter(|_| overlaps && self.gpu.capability >= (9, 0));
-        let report = launch.run_after(pending, self.module(&kernel), &kernel, &mut args).map_err(failed)?;
+        let report = launch.run_after(pending, self.module(plan.kernel), &kernel, &mut args).map_err(failed)?;
         self.pending.set(Some(pending.unwrap_or(report.number)));
         Ok(())
     }
 
-    fn module(&self, kernel: &str) -> &Module {
+    fn module(&self, kernel: Kernel) -> &Module {
         match &self.hopper {
-            Some(hopper) if kernel.contains("_hopper_") => hopper.module(),
+            Some(hopper) if kernel.is_for_hopper() => hopper.module(),
             _ => self.module.module(),
         }
     }
@@ -183,7 +184,7 @@ fn tiles(Tiles { offset, stride, rows, cols, tile }: Tiles) -> TensorMap {
     TensorMap::matrix(rows.into(), cols.into(), tile).strided(offset as u64, stride.into())
 }
 
-/// The GPU, if there is one; a test that gets none says so. `LOWRANK_REQUIRE=cuda` makes its absence a failure.
+/// The GPU, if there is one; otherwise prints a note. With `LOWRANK_REQUIRE=cuda` a missing GPU is a failure.
 pub fn open<E: Float>() -> Option<Cuda<E>> {
     match Cuda::new(0) {
         Ok(gpu) => Some(gpu),

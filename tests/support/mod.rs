@@ -1,4 +1,4 @@
-//! What the tests share: the oracle, inputs, and the one suite that every backend passes.
+//! Shared by the tests: the oracle, inputs, and the suite that every backend passes.
 #![allow(dead_code, unused_imports, reason = "each test binary uses a part")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 
@@ -19,7 +19,7 @@ pub mod oracle;
 pub mod passes;
 pub mod suite;
 
-/// Whether `LOWRANK_REQUIRE`, a list with commas, asks for this backend: its absence then fails the tests.
+/// True if `LOWRANK_REQUIRE`, a comma-separated list, contains this backend; the tests then fail if it is unavailable.
 pub fn is_required(backend: &str) -> bool {
     std::env::var("LOWRANK_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == backend))
 }

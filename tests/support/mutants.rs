@@ -1,4 +1,4 @@
-//! Seeded bugs: PTX that ships with one place changed, and whether anybody notices.
+//! Seeded bugs: the shipped PTX with one place changed, and whether the change is detected.
 
 use lowrank::op::Dropout;
 use lowrank::{Cuda, DType, Error, Float};
@@ -27,7 +27,7 @@ pub fn replaced(dtype: DType, kernel: &str, from: &str, to: &str) -> Option<Stri
     text.contains(from).then(|| [&ptx[..start], &text.replace(from, to), &ptx[end..]].concat())
 }
 
-/// The same with each `from` of the kernel taken away and put before its last `ret`.
+/// The PTX of one module in which each `from` of one kernel is moved to before its last `ret`.
 pub fn belated(dtype: DType, kernel: &str, from: &str) -> String {
     let ptx = mutant(dtype, kernel, from, "", 0).unwrap_or_else(|| panic!("{kernel} has no `{from}`"));
     let start = ptx.find(&format!(".entry {kernel}_{dtype}(")).expect("it is there");
@@ -36,7 +36,7 @@ pub fn belated(dtype: DType, kernel: &str, from: &str) -> String {
     [&ptx[..ret], from, "\n", &ptx[ret..]].concat()
 }
 
-/// What became of a mutant.
+/// The outcome of a mutant.
 #[derive(Debug, PartialEq)]
 pub enum Verdict {
     Fault(String),
@@ -44,7 +44,7 @@ pub enum Verdict {
     Survives,
 }
 
-/// Which half of a layer a kernel belongs to.
+/// The pass of a layer that a kernel belongs to.
 #[derive(Clone, Copy)]
 pub enum Pass {
     Forward,
@@ -52,7 +52,7 @@ pub enum Pass {
     Merge,
 }
 
-/// What becomes of a layer of whole numbers, for which every result is exact.
+/// Runs a layer on whole numbers, for which every result is exact, and returns the outcome.
 pub fn verdict<E: Float>(backend: &Cuda<E, Emulator>, pass: Pass, dims: Dims, dropout: Option<Dropout>) -> Verdict {
     let ones = dropout.map_or_else(|| whole(dims, 1).mask, |dropout| mask(dropout, dims.m, dims.k));
     let layer = Lora { mask: ones, ..whole(dims, 1) };
@@ -76,7 +76,7 @@ fn equal<T: Float>(got: &[T], want: &Mat) -> bool {
     got.iter().zip(&want.data).all(|(got, want)| *got == T::from_f32(*want as f32))
 }
 
-/// What becomes of each mutant in the first shape that it does not survive, without and with dropout.
+/// The outcome of each mutant in the first shape that detects it, without and with dropout.
 pub fn verdicts<E: Float>(kernel: &str, from: &str, to: &str, pass: Pass, shapes: &[Dims]) -> Vec<Verdict> {
     let halves = Dropout::new(0.5, 7).unwrap(); // keeps whole numbers whole
     let mutants = (0..).map_while(|nth| mutant(E::DTYPE, kernel, from, to, nth));
@@ -91,7 +91,7 @@ pub fn verdicts<E: Float>(kernel: &str, from: &str, to: &str, pass: Pass, shapes
     verdicts
 }
 
-/// Asserts that every mutant is stopped with a fault that names one of `reasons`.
+/// Asserts that every mutant ends in a fault that names one of `reasons`.
 pub fn assert_faults<E: Float>(kernel: &str, [from, to]: [&str; 2], pass: Pass, dims: Dims, reasons: &[&str]) {
     for verdict in verdicts::<E>(kernel, from, to, pass, &[dims]) {
         let named = |fault: &str| reasons.iter().any(|reason| fault.contains(reason));

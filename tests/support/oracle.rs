@@ -1,4 +1,4 @@
-//! The oracle: every verb in f64, as its formula reads. Too slow and too simple to be wrong.
+//! The oracle: every verb in f64, written as its formula; slow and simple.
 
 use std::ops::{Add, Mul};
 
@@ -97,11 +97,11 @@ pub struct Lora {
     pub b: Mat,
     pub dy: Mat,
     pub scale: f64,
-    /// What `x` is multiplied with before the adapter sees it: all ones without dropout.
+    /// The dropout mask that the input of the adapter is multiplied by: all ones without dropout.
     pub mask: Mat,
 }
 
-/// What the forward and the backward pass put out.
+/// The outputs of the forward and the backward pass.
 pub struct LoraOut {
     pub h: Mat,
     pub y: Mat,
@@ -141,14 +141,14 @@ impl Lora {
         Mat::new(1, merged.rows, |_, i| (0..merged.cols).map(|j| merged.at(i, j).powi(2)).sum::<f64>().sqrt())
     }
 
-    /// The same with every number replaced by its magnitude: what rounding errors are measured by.
+    /// The layer with every element replaced by its magnitude, for bounds on rounding errors.
     pub fn magnitudes(&self) -> Self {
         let [x, w, a, b, dy, mask] = [&self.x, &self.w, &self.a, &self.b, &self.dy, &self.mask].map(Mat::abs);
         Self { x, w, bias: self.bias.as_ref().map(Mat::abs), a, b, dy, scale: self.scale.abs(), mask }
     }
 }
 
-/// The operands of DoRA's second half.
+/// The operands of DoRA's second operation.
 #[derive(Clone, Debug)]
 pub struct Decomposed {
     pub z: Mat,
@@ -178,16 +178,16 @@ impl Decomposed {
         (self.factors().times(&self.dy), dmagnitude, self.dy.column_sums())
     }
 
-    /// The same with every number replaced by its magnitude.
+    /// The operands with every element replaced by its magnitude.
     pub fn magnitudes(&self) -> Self {
         let [z, magnitude, norm, dy] = [&self.z, &self.magnitude, &self.norm, &self.dy].map(Mat::abs);
         Self { z, magnitude, norm, bias: self.bias.as_ref().map(Mat::abs), dy }
     }
 }
 
-/// One of the two neighbours of `value` in `T`: away from zero if the low bits of `word`, as a fraction of all that they can
-/// be, and the way from the one neighbour to the other add up to 1.
-pub fn round_by_chance<T: Float>(value: f64, word: u32) -> f64 {
+/// Stochastic rounding: the neighbour of `value` in `T` away from zero if the position of `value` between its two neighbours, from 0 to 1,
+/// plus the low bits of `word`, as a fraction, is at least 1; else the other neighbour.
+pub fn round_stochastic<T: Float>(value: f64, word: u32) -> f64 {
     let (significant, least, largest) = match T::DTYPE {
         DType::F32 => return f64::from(value as f32),
         DType::F16 => (11, -14, 65504.0),
@@ -229,7 +229,7 @@ pub fn adam(g: &Mat, m: &Mat, v: &Mat, w: &Mat, rate: [f64; 5], t: i32) -> (Mat,
     (m, v, w)
 }
 
-/// The number that a step begins from: the master where `w` is what it rounds to, else `w`.
+/// The element that a step starts from: the master if it rounds to `w`, else `w`.
 pub fn master_or_weight<T: Float>(master: &Mat, w: &Mat) -> Mat {
     let rounded = |x: f64| f64::from(T::from_f32(x as f32).to_f32());
     Mat::new(w.rows, w.cols, |i, j| if rounded(master.at(i, j)) == w.at(i, j) { master.at(i, j) } else { w.at(i, j) })

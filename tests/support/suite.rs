@@ -1,4 +1,4 @@
-//! The one suite. A backend is done when `suite!(name, make)` compiles and passes.
+//! The suite of all backends. A backend is complete when `suite!(name, make)` compiles and passes.
 
 use lowrank::op::*;
 use lowrank::random::Rng;
@@ -18,7 +18,7 @@ use super::bounds::{assert_exact, assert_within};
 use super::data::{Dims, down, mask, random, shapes, unwritten, up, whole};
 use super::oracle::{self, Lora, LoraOut, Mat};
 
-/// Every check, as a test of the module `$name`, on the backend that `$make` opens.
+/// Makes a test of every check, in the module `$name`, on the backend that `$make` opens.
 #[macro_export]
 macro_rules! suite {
     ($name:ident, $make:expr) => {
@@ -52,7 +52,7 @@ macro_rules! suite {
     };
 }
 
-/// What the device puts out for a layer.
+/// The outputs of a layer on the device.
 #[derive(PartialEq)]
 pub struct Got<E> {
     pub h: Vec<f32>,
@@ -64,19 +64,19 @@ pub struct Got<E> {
 }
 
 impl<E: Float> Got<E> {
-    /// All of it, bit for bit: -0 is not 0, and what is NaN is equal.
+    /// The bits of all outputs: -0 differs from 0, and all NaN are equal.
     pub fn bits(&self) -> Vec<u32> {
         let wide = [&self.h, &self.da, &self.db, &self.dbias].into_iter().flatten().map(|x| x.to_bits());
         wide.chain(self.y.iter().chain(&self.dx).map(|x| x.to_f32().to_bits())).collect()
     }
 }
 
-/// The forward and the backward pass of a layer.
+/// Runs the forward and the backward pass of a layer.
 pub fn run_lora<B: Backend>(backend: &B, layer: &Lora, dropout: Option<Dropout>) -> Got<B::Elem> {
     run_layer(backend, layer, dropout, true, None)
 }
 
-/// The same without dropout, the weight kept packed.
+/// Runs both passes without dropout and with a prepacked weight.
 pub fn run_packed_lora<B: Backend>(backend: &B, layer: &Lora, passes: Passes) -> Got<B::Elem> {
     run_layer(backend, layer, None, true, Some(passes))
 }
@@ -138,7 +138,7 @@ fn run_layer<B: Backend>(
     }
 }
 
-/// Every output against the oracle, each with the number of roundings that lead to it.
+/// Compares every output with the oracle, with the number of roundings for each.
 fn assert_lora_within<E: Float>(dims: Dims, got: &Got<E>, layer: &Lora) {
     let Dims { m, k, n, r } = dims;
     let (want, size): (LoraOut, LoraOut) = (layer.run(), layer.magnitudes().run());
@@ -156,7 +156,7 @@ pub fn lora_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     }
 }
 
-/// Both passes and the merge, at one shape.
+/// Checks both passes and merging at one shape.
 pub fn lora_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
     let layer = whole(dims, seed);
     let (got, want) = (run_lora(backend, &layer, None), layer.run());
@@ -220,7 +220,7 @@ pub fn lora_without_bias_or_dx_computes_the_rest<B: Backend>(backend: &B) {
     assert_exact("db", &down(backend, &db), &want.db);
 }
 
-/// With no weight at all the layer does what it does with a weight of zeros.
+/// Without a weight the outputs are those with a weight of zeros.
 pub fn update_alone_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     let halves = Dropout::new(0.5, 3).unwrap(); // keeps whole numbers whole
     for (seed, dims) in shapes().into_iter().enumerate() {
@@ -263,7 +263,7 @@ pub fn run_linear<B: Backend>(backend: &B, layer: &Lora) -> LinearGot<B::Elem> {
     (down(backend, &y), down(backend, &dx), down(backend, &dw), down(backend, &dbias))
 }
 
-/// The same in f64.
+/// The base layer in f64.
 fn want_linear(layer: &Lora) -> (Mat, Mat, Mat, Mat) {
     let y = &layer.x * &layer.w.t();
     let y = layer.bias.as_ref().map_or(y.clone(), |bias| y.plus_row(bias));
@@ -392,7 +392,7 @@ pub fn cross_entropy_rounds_within_bounds<B: Backend>(backend: &B) {
         let labels: Vec<u32> = (0..m).map(|_| rng.below(n) as u32).collect();
         let (loss, dlogits) = run_cross_entropy(backend, &logits, &labels);
         let (want_loss, want) = oracle::cross_entropy(&logits, &labels);
-        // Sums of n exponentials, each of an argument of some size: exp and ln of a device are good to a few units.
+        // Sums of n exponentials of bounded arguments; exp and ln of a device are accurate to a few units in the last place.
         let size = Mat::new(1, 1, |_, _| want_loss + 10.0);
         assert_within(&format!("{m}×{n} loss"), &[loss], &Mat::new(1, 1, |_, _| want_loss), &size, m + n + 16);
         assert_within(&format!("{m}×{n} dlogits"), &dlogits, &want, &want.map(|_| 2.0 / m as f64), n + 64);

@@ -1,4 +1,4 @@
-//! Buffers of the caller's as operands: nothing of them is copied, what lies beside a matrix stays, and what cannot be is refused.
+//! Buffers of the caller as operands: they are not copied, elements outside a matrix are not changed, and unsuitable ones are refused.
 
 use lowrank::op::{Add, LinearForward, LoraBackward, LoraForward, Output};
 use lowrank::{Backend, Element, Error, Float, Tensor, WebGpu, f16};
@@ -8,7 +8,7 @@ use super::support::oracle::{Lora, Mat};
 use super::{shared_f16, shared_f32};
 
 const STORAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE;
-/// What lies between the matrices.
+/// The value of elements between the matrices.
 const BETWEEN: f32 = 77.0;
 
 /// A buffer of the caller's with these elements.
@@ -22,7 +22,7 @@ fn buffer<E: Float, T: Element>(gpu: &WebGpu<E>, elements: &[T], usage: wgpu::Bu
     buffer
 }
 
-/// What a buffer with the usage `COPY_SRC` holds, read without this crate.
+/// Reads a buffer with the usage `COPY_SRC`, without this crate.
 fn contents<E: Float, T: Element>(gpu: &WebGpu<E>, buffer: &wgpu::Buffer) -> Vec<T> {
     gpu.synchronize().unwrap();
     let (device, queue) = (gpu.wgpu_device(), gpu.wgpu_queue());
@@ -89,7 +89,7 @@ fn in_tensors<E: Float>(gpu: &WebGpu<E>, layer: &Lora, dims: Dims) -> (Vec<E>, V
     (y.to_vec(gpu).unwrap(), dx.to_vec(gpu).unwrap(), launches)
 }
 
-/// The same layer in buffers of the caller's: the bits, the launches, no copy, nothing beside the matrices.
+/// A layer in buffers of the caller has the bits and the launches of one in tensors, copies nothing, and writes only to the matrices.
 fn lent_layers_are_exact<E: Float>(gpu: &WebGpu<E>, dims: Dims) {
     let layer = random::<E>(dims, 0.5, 3);
     let (y, dx, launches) = in_tensors(gpu, &layer, dims);
@@ -127,7 +127,7 @@ fn lent_layers_are_exact<E: Float>(gpu: &WebGpu<E>, dims: Dims) {
     assert_eq!(bits(&dx_wide.matrix(&contents(gpu, &outputs[1]))), bits(&dx), "{dims:?}: dx");
 }
 
-/// A device of the test's own: nobody else is counted there.
+/// On a device of its own, so that only this test is counted.
 #[test]
 fn lent_layers_have_the_bits_of_tensors_and_nothing_is_copied() {
     or_return!(shared_f32());
@@ -146,7 +146,7 @@ fn lent_layers_of_halves_have_the_bits_of_tensors() {
     lent_layers_are_exact(&gpu, Dims { m: 2, k: 33, n: 17, r: 1 });
 }
 
-/// A layer's `y` joins what somebody else's kernel made.
+/// A layer's `y` is added to the result of another kernel.
 #[test]
 fn an_update_is_added_to_what_a_lent_buffer_holds() {
     let gpu = or_return!(shared_f32());
@@ -163,7 +163,7 @@ fn an_update_is_added_to_what_a_lent_buffer_holds() {
 }
 
 #[test]
-fn what_cannot_be_lent_is_refused_by_name() {
+fn buffers_that_cannot_be_lent_are_refused_by_name() {
     let gpu = or_return!(shared_f32());
     let error = |buffer: &wgpu::Buffer, bytes| gpu.lend::<f32>(buffer, bytes).unwrap_err().to_string();
     let fine = buffer(&gpu, &[0.0f32; 4], STORAGE);
@@ -185,11 +185,11 @@ fn what_cannot_be_lent_is_refused_by_name() {
     assert!(lent(0..4).is_ok() && lent(2..4).is_ok());
     assert!(lent(0..6).unwrap_err().to_string().contains("whole words"));
 
-    // Of another instance of wgpu: seen where its number is of nothing here, or of something that differs.
+    // A buffer of another wgpu instance is detected if its id is unknown here, or belongs to a different buffer.
     let other = WebGpu::<f32>::new().unwrap();
     let foreign = buffer(&other, &[0.0f32; 1000], STORAGE);
     assert!(error(&foreign, 0..16).contains("of another device"), "{}", error(&foreign, 0..16));
-    drop(gpu.lend::<f32>(&fine, 0..16).unwrap()); // and this one works on
+    drop(gpu.lend::<f32>(&fine, 0..16).unwrap()); // this device still works
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn no_buffer_is_read_and_written_by_one_verb() {
     assert!(copied.unwrap_err().to_string().starts_with("copy: `to` is in the buffer of `from`"));
     assert_eq!(contents::<_, f32>(&gpu, &both), [1.0; 64], "nothing was changed");
 
-    // Gradients may share a buffer, but no bytes of it.
+    // Gradients may share a buffer, but must not overlap.
     let (x, h, dy) = ([1.0f32; 4], [1.0f32; 2], [2.0f32; 4]);
     let [x, dy] = [x, dy].map(|numbers| Tensor::from_slice(&gpu, (2, 2), &numbers).unwrap());
     let (h, a, b) = (Tensor::from_slice(&gpu, (2, 1), &h).unwrap(), Tensor::zeros(&gpu, (1, 2)), Tensor::zeros(&gpu, (2, 1)));
@@ -226,7 +226,7 @@ fn no_buffer_is_read_and_written_by_one_verb() {
     assert_eq!(contents::<_, f32>(&gpu, &both)[8..13], [0.0, 0.0, 4.0, 4.0, 1.0]);
 }
 
-/// Counted on a device of the test's own.
+/// On a device of its own, so that only this test is counted.
 #[test]
 fn copies_stay_on_the_device() {
     or_return!(shared_f32());
@@ -252,9 +252,9 @@ fn copies_stay_on_the_device() {
     assert_eq!(other.to_vec(&gpu).unwrap(), (0..28).map(want).collect::<Vec<_>>());
 }
 
-/// Halves of words, at every offset, in one piece and in pieces: bits of NaN too, and nothing beside the matrix.
+/// Copies of 16-bit elements at every offset, contiguous and strided, keep every bit, also of NaN, and change nothing outside the matrix.
 #[test]
-fn copies_of_halves_leave_the_other_half_alone() {
+fn copies_of_16_bit_elements_keep_their_neighbours() {
     let gpu = or_return!(shared_f32());
     let poor = gpu.clone().with_limits(super::Limits { binding_bytes: 512, ..super::POOR });
     let bits = |first: u16, len: usize| -> Vec<f16> { (first..).take(len).map(|bits| f16::from_bits(bits << 3 | 5)).collect() };

@@ -1,4 +1,4 @@
-//! Views of tensors at places where no binding can begin.
+//! Views of tensors at offsets that are not aligned for a binding.
 
 use lowrank::op::*;
 use lowrank::{MatRef, Tensor, WebGpu, f16};
@@ -7,13 +7,13 @@ use super::support::data::{Dims, down, up, whole};
 use super::support::oracle::Mat;
 use super::{Limits, POOR, shared_f16, shared_f32};
 
-/// Row `row` of a matrix of three rows, of which the others are far from it.
+/// Row `row` of a matrix of three rows with a large stride.
 fn padded(numbers: &[f32]) -> Vec<f32> {
     let far = vec![1e3; numbers.len()];
     [&far[..], numbers, &far].concat()
 }
 
-/// Such a row of 7·43 numbers, seven to a line.
+/// A row of 7·43 elements as a 43×7 matrix.
 fn tall(rows: &Tensor<WebGpu<f32>>) -> MatRef<'_, WebGpu<f32>> {
     MatRef::strided(rows.view().memory(), (43, 7), 7 * 43, 7).unwrap()
 }
@@ -22,12 +22,12 @@ fn three_rows(gpu: &WebGpu<f32>, numbers: &[f32]) -> Tensor<WebGpu<f32>> {
     Tensor::from_slice(gpu, (3, numbers.len()), &padded(numbers)).unwrap()
 }
 
-/// Every verb that passes over elements, on the middle row of matrices with three.
+/// Every elementwise verb, on the middle row of matrices of three rows.
 #[test]
 fn verbs_that_pass_over_elements_take_rows_of_a_matrix() {
     let gpu = or_return!(shared_f32());
     for gpu in [&gpu, &gpu.clone().with_limits(Limits { binding_bytes: 1536, ..POOR })] {
-        let n = 7 * 43; // two pieces, on the poorer
+        let n = 7 * 43; // two pieces, on the device with reduced limits
         let x: Vec<f32> = (0..n).map(|e| (e % 9) as f32 - 4.0).collect();
         let z: Vec<f32> = (0..n).map(|e| (e % 5) as f32 - 2.0).collect();
         let [x_rows, z_rows] = [&x, &z].map(|numbers| three_rows(gpu, numbers));
@@ -65,7 +65,7 @@ fn verbs_that_pass_over_elements_take_rows_of_a_matrix() {
         let want: Vec<f32> = (0..28).map(|e| if e / 7 == 2 { dot(e % 7) } else { 0.5 }).collect();
         assert_eq!(down(gpu, &sums), want, "dmagnitude, and nothing beside it");
 
-        // ‖W‖ by rows, with an update of zero, into a part of a row.
+        // The row norms of W, with an update of zero, written to a part of a row.
         let zero = Tensor::zeros(gpu, (43, 1)).unwrap();
         let mut norm = Tensor::from_slice(gpu, (3, 43), &[0.5; 129]).unwrap();
         let (a, b) = (zero.view().row_range(0..1).unwrap(), zero.view());
@@ -77,7 +77,7 @@ fn verbs_that_pass_over_elements_take_rows_of_a_matrix() {
     }
 }
 
-/// Rows without a label count neither in the mean nor in the gradients; where none has one, both are 0.
+/// Rows without a label count neither in the mean nor in the gradients; if no row has one, both are 0.
 #[test]
 fn rows_without_a_label_do_not_count() {
     let gpu = or_return!(shared_f32());
@@ -108,7 +108,7 @@ fn rows_without_a_label_do_not_count() {
     }
 }
 
-/// With a bias, at depths that no binding sees whole: the output cannot hold the sum so far, and is rounded once.
+/// With a bias, at depths that exceed a binding: partial sums are not stored in the output, which is rounded once.
 #[test]
 fn outputs_of_halves_are_added_to_at_depths_that_are_cut() {
     let gpu = or_return!(shared_f16());
@@ -128,9 +128,9 @@ fn outputs_of_halves_are_added_to_at_depths_that_are_cut() {
     }
 }
 
-/// A matrix within another is merged into by chance as a matrix of its own is: the words are those of its own places.
+/// Stochastic merging into a view gives the bits of a separate matrix: random words are indexed from the first element of the view.
 #[test]
-fn rounding_by_chance_counts_from_the_first_element_of_the_view() {
+fn rounding_stochastic_counts_from_the_first_element_of_the_view() {
     let gpu = or_return!(shared_f16());
     for gpu in [&gpu, &gpu.clone().with_limits(Limits { binding_bytes: 1024, ..POOR })] {
         for cols in [52, 33] {

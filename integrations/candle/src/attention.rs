@@ -143,6 +143,13 @@ pub(crate) struct Past {
     v: Vec<f32>,
 }
 
+impl Past {
+    /// Whether it holds so many tokens of these heads.
+    pub(crate) fn holds(&self, tokens: usize, heads: Heads) -> bool {
+        [&self.k, &self.v].into_iter().all(|part| part.len() == tokens * heads.kv_columns())
+    }
+}
+
 /// Attention of new tokens, which join the past of their sequences. Without a way back.
 pub(crate) fn attend(
     heads: Heads,

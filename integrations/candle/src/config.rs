@@ -80,6 +80,8 @@ pub struct ModelConfig {
     pub bos: Option<u32>,
     /// `eos_token_id`: any of these ends a text
     pub eos: Vec<u32>,
+    /// The file as it was.
+    pub(crate) document: Map<String, Value>,
 }
 
 impl ModelConfig {
@@ -104,7 +106,8 @@ impl ModelConfig {
         let head_dim = match (fields.optional_count("head_dim")?, family) {
             (Some(dim), _) => dim,
             (None, Family::Qwen3) => 128,
-            (None, _) => hidden_size / heads,
+            (None, _) if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+            (None, _) => return Err(refused(format!("`hidden_size` is {hidden_size}, want a multiple of the {heads} heads"))),
         };
         let attention_bias = fields.flag("attention_bias", false)?;
         let rope = fields.rope()?;
@@ -117,7 +120,11 @@ impl ModelConfig {
             heads,
             kv_heads: fields.optional_count("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
-            max_positions: fields.optional_count("max_position_embeddings")?.unwrap_or(2048),
+            max_positions: fields.optional_count("max_position_embeddings")?.unwrap_or(if family == Family::Llama {
+                2048
+            } else {
+                32_768
+            }),
             rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta: rope.0,
             rope_scaling: rope.1,
@@ -127,6 +134,7 @@ impl ModelConfig {
             tied: fields.flag("tie_word_embeddings", false)?,
             bos: fields.tokens("bos_token_id")?.first().copied(),
             eos: fields.tokens("eos_token_id")?,
+            document: document.clone(),
         };
         config.check()?;
         Ok(config)

@@ -2,6 +2,7 @@
 
 mod block;
 mod files;
+mod save;
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -15,11 +16,12 @@ use block::{Block, Flow};
 
 use crate::attention::Past;
 use crate::config::ModelConfig;
+use crate::gguf::Gguf;
 use crate::linear::{LoraLinear, Pass};
 use crate::loss::HeadLoss;
 use crate::norm::RmsNorm;
 use crate::rope::Rope;
-use crate::{Error, Result};
+use crate::{Adaptable, Error, Result};
 
 /// Tokens of one or more sequences, one after the other: no padding. A token attends to those of its own sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,8 +86,7 @@ impl Cache {
     }
 }
 
-/// A causal language model whose weights are frozen, with adapters on its projections: see
-/// [`Adaptable`](crate::Adaptable).
+/// A causal language model whose weights are frozen, with adapters on its projections: see [`Adaptable`].
 #[derive(Debug)]
 pub struct CausalLm {
     config: ModelConfig,
@@ -131,6 +132,12 @@ impl CausalLm {
         Ok(Self { config, dir: None, embed, names, blocks, norm, head, rope })
     }
 
+    /// From a GGUF file of the llama family; its weights are dequantised. Errors: as [`from_dir`](Self::from_dir).
+    pub fn from_gguf(gguf: &Gguf, dtype: DType) -> Result<Self> {
+        let config = ModelConfig::from_json(gguf.config().to_string().as_bytes())?;
+        Self::from_tensors(config, gguf.tensors()?, dtype)
+    }
+
     /// The shape of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -146,28 +153,10 @@ impl CausalLm {
         self.embed.dtype()
     }
 
-    /// The projections by name, and the head if it is not the embedding.
-    pub(crate) fn named_layers(&self) -> impl Iterator<Item = (&str, &LoraLinear)> {
-        let head = (!self.config.tied).then_some((HEAD, &self.head));
-        self.names.iter().map(String::as_str).zip(self.blocks.iter().flat_map(Block::projections)).chain(head)
-    }
-
-    /// The projections by name, and the head if it is not the embedding.
-    pub(crate) fn named_layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut LoraLinear)> {
-        let head = (!self.config.tied).then_some((HEAD, &mut self.head));
-        self.names.iter().map(String::as_str).zip(self.blocks.iter_mut().flat_map(Block::projections_mut)).chain(head)
-    }
-
-    /// How many numbers the model has that are in no projection: the embedding, and the weights of norms.
-    pub(crate) fn other_count(&self) -> usize {
-        let norms = self.blocks.iter().flat_map(Block::norms).map(|(_, norm)| norm.weight().elem_count());
-        self.embed.elem_count() + norms.sum::<usize>() + self.norm.weight().elem_count()
-    }
-
     /// All tensors of the base model by Hugging Face's names; they hold what is merged.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         let mut all = vec![("model.embed_tokens.weight".to_string(), self.embed.clone())];
-        for (name, layer) in self.named_layers() {
+        for (name, layer) in self.layers() {
             all.push((format!("{name}.weight"), layer.weight().clone()));
             all.extend(layer.bias().map(|bias| (format!("{name}.bias"), bias.clone())));
         }
@@ -185,12 +174,24 @@ impl CausalLm {
         self.run(tokens, pass, None)
     }
 
-    /// [`hidden`](Self::hidden) of tokens that follow those in the caches, one cache for each sequence; the tokens join them. A pass
+    /// [`hidden`](Self::hidden) of tokens that follow those in the caches, one cache for each sequence; the tokens join them. After an error the
+    /// caches are refused. A pass
     /// without gradients.
     pub fn hidden_after(&self, tokens: &Tokens, pass: &Pass<'_>, caches: &mut [Cache]) -> Result<Tensor> {
         Error::unless(!pass.gradients, "pass", "one with gradients", "one without, where caches are used")?;
         let (got, want) = (caches.len(), tokens.sequences.len());
         Error::unless(got == want, "caches", got, format!("{want}, one for each sequence"))?;
+        let holds = |cache: &Cache, block: &Block, past: &Past| past.holds(cache.length, block.heads());
+        let fits = |cache: &Cache| {
+            let pasts = self.blocks.iter().zip(&cache.layers).all(|(block, past)| holds(cache, block, past));
+            cache.is_empty() && cache.layers.is_empty() || pasts && cache.layers.len() == self.blocks.len()
+        };
+        Error::unless(
+            caches.iter().all(fits),
+            "caches",
+            "of another model, or left by an error",
+            "new ones, or as this model left them",
+        )?;
         self.run(tokens, pass, Some(caches))
     }
 
@@ -256,8 +257,38 @@ impl CausalLm {
     }
 }
 
+/// The projections, and the head where it is not the embedding.
+impl Adaptable for CausalLm {
+    fn layers(&self) -> impl Iterator<Item = (&str, &LoraLinear)> {
+        let head = (!self.config.tied).then_some((HEAD, &self.head));
+        self.names.iter().map(String::as_str).zip(self.blocks.iter().flat_map(Block::projections)).chain(head)
+    }
+
+    fn layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut LoraLinear)> {
+        let head = (!self.config.tied).then_some((HEAD, &mut self.head));
+        self.names.iter().map(String::as_str).zip(self.blocks.iter_mut().flat_map(Block::projections_mut)).chain(head)
+    }
+
+    fn head(&self) -> Option<&str> {
+        Some(HEAD)
+    }
+
+    fn other_count(&self) -> usize {
+        let norms = self.blocks.iter().flat_map(Block::norms).map(|(_, norm)| norm.weight().elem_count());
+        self.embed.elem_count() + norms.sum::<usize>() + self.norm.weight().elem_count()
+    }
+
+    fn task_type(&self) -> Option<&str> {
+        Some("CAUSAL_LM")
+    }
+
+    fn base_name(&self) -> Option<String> {
+        self.dir.as_ref().map(|dir| dir.display().to_string())
+    }
+}
+
 /// The name of the head, if it is not the embedding.
-pub(crate) const HEAD: &str = "lm_head";
+const HEAD: &str = "lm_head";
 
 /// What is behind in one layer.
 fn past_of(cache: &mut Cache, layers: usize, at: usize) -> &mut Past {

@@ -2,7 +2,7 @@
 
 use crate::float;
 
-/// Row after row.
+/// A row-major matrix.
 #[derive(Clone)]
 pub(super) struct Matrix {
     pub(super) rows: usize,
@@ -46,7 +46,7 @@ impl Matrix {
     }
 }
 
-/// The numbers have to be exact in the element type.
+/// The numbers must be exact in the element type.
 pub(super) fn to_bytes(element: &str, values: &[f32]) -> Vec<u8> {
     match element {
         "bf16" => values.iter().flat_map(|&value| float::to_bf16(value).to_le_bytes()).collect(),

@@ -1,27 +1,27 @@
-//! Readings of the PTX ISA that are wrong, one at a time.
+//! Misreadings of the PTX ISA, one at a time.
 
 use crate::semantics::{Semantics, element, lhs, sum, swizzle};
 
 const PTX: Semantics = Semantics::PTX;
 
-/// Chunks of boxes and of operands are exchanged in another way.
+/// Another swizzle for boxes and operands.
 macro_rules! exchanged {
     ($f:expr) => {
         Semantics { box_byte: $f, operand_byte: |start, offset, line| $f(start + offset, line), ..PTX }
     };
 }
 
-/// Columns of a pair lie eight rows apart.
+/// The two columns of a pair are eight rows apart.
 fn sum_with_pairs_below(lane: usize, register: usize) -> (usize, usize) {
     sum(lane, [0, 2, 1, 3][register % 4] + register / 4 * 4)
 }
 
-/// The second row of a lane is the next one.
+/// The second row of a lane is the next row.
 fn sum_with_rows_next(lane: usize, register: usize) -> (usize, usize) {
     (lane / 4 * 2 + register / 2 % 2, sum(lane, register).1)
 }
 
-/// What is read wrongly, the first part of the names of kernels that must notice it, and what the hardware would then do.
+/// Misreadings: a name, a prefix of the names of kernels that must notice it, and the resulting semantics.
 #[rustfmt::skip]
 pub(super) static READINGS: [(&str, &str, Semantics); 29] = [
     ("no chunk is exchanged anywhere", "sm90_bf16", exchanged!(|at: u64, _line: u64| at)),
@@ -84,7 +84,7 @@ pub(super) static READINGS: [(&str, &str, Semantics); 29] = [
     ("to expect bytes is not to arrive", "copy90", Semantics { expecting: || 0, ..PTX }),
 ];
 
-/// No wrong reading: mma takes the depth of both sides backwards, which is the same sum.
+/// Not a misreading: mma takes the depth of both sides in reverse, which gives the same sum.
 pub(super) static REVERSED: Semantics = Semantics {
     mma_lhs: |lane, register, part, parts| {
         let (row, depth) = lhs(lane, register, part, parts);

@@ -1,4 +1,5 @@
-//! What a file of another format does not tell: names of modules, scaling, the order of rows. It comes from the model, or the caller.
+//! Information that a file of another format may lack, and that comes from the model or the caller: names of modules, scaling, the order
+//! of rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -15,44 +16,44 @@ use crate::adapter::tensors::spell;
 use crate::error::Result;
 use crate::file::{self, failed};
 
-/// What the caller tells of an adapter, where its format does not.
+/// Information about an adapter that its format may lack, given by the caller.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Hints {
-    /// The model that it is for.
+    /// The model that the adapter is for.
     pub base: Option<Base>,
     /// Its `lora_alpha`.
     pub alpha: Option<f64>,
-    /// Which model of a pipeline, by what stands before the names of its modules: `lora_unet`, `text_encoder`.
+    /// The model of a pipeline that the adapter is for, by the prefix of its modules' names: `lora_unet`, `text_encoder`.
     pub prefix: Option<String>,
-    /// Names of modules in the file, and in the model.
+    /// Pairs of the name of a module in the file and its name in the model.
     pub map: Vec<(String, String)>,
 }
 
-/// A model, as far as converting an adapter needs it: its settings, and the names and shapes of its weights.
+/// The part of a model that converting an adapter needs: its config, and the names and shapes of its weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Base {
     path: PathBuf,
     config: Map<String, Value>,
-    /// By the name of the module. Empty where there is only a config.
+    /// The shapes of weights, by the name of the module. Empty if there is only a config.
     weights: BTreeMap<String, Vec<usize>>,
 }
 
-/// How the rows of a projection are ordered.
+/// The order of the rows of a query or key projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
     /// As in transformers.
     Same,
-    /// The two halves of each of so many heads interleaved, as rotary embeddings of Llama's first code have them.
+    /// The two halves of each of this many heads are interleaved, for the rotary embeddings of Llama's original code.
     Interleaved(usize),
 }
 
-/// How torchtune and llama.cpp store a family of models.
+/// How torchtune and llama.cpp store the models of one family.
 pub(super) struct Family {
     model_type: &'static str,
     /// llama.cpp's name of the architecture.
     pub(super) gguf: &'static str,
     pub(super) gguf_interleaved: bool,
-    /// Whether torchtune interleaves; `None` where its names of modules are others.
+    /// True if torchtune interleaves; `None` if it uses other names of modules.
     torchtune_interleaved: Option<bool>,
 }
 
@@ -73,8 +74,8 @@ const FAMILIES: [Family; 8] = {
 };
 
 impl Base {
-    /// Reads the headers and the `config.json` of a model: a folder, or a safetensors file. A folder with only a config will do for
-    /// what needs no weights. Errors: [`Error::File`](crate::Error::File).
+    /// Reads the headers and the `config.json` of a model: a folder, or a safetensors file. A folder with only a config is accepted; the
+    /// shapes of weights are not checked then. Errors: [`Error::File`](crate::Error::File).
     pub fn read(path: &Path) -> Result<Self> {
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let files = if path.is_dir() { safetensors(path)? } else { vec![path.into()] };
@@ -98,7 +99,7 @@ impl Base {
         Ok(Self { path: path.into(), config, weights })
     }
 
-    /// Errors: [`Error::File`](crate::Error::File) unless the model has a weight of this name, n×k. Without weights all fits.
+    /// Errors: [`Error::File`](crate::Error::File) unless the model has a weight of this name, n×k. Not checked if there is only a config.
     pub(super) fn fits(&self, name: &str, module: &Module) -> Result<()> {
         if self.weights.is_empty() {
             return Ok(());
@@ -123,7 +124,7 @@ impl Base {
         family.ok_or_else(|| refused(&self.path, format!("its `model_type` is {kind}, want one of {}", known())))
     }
 
-    /// How the rows of a module are ordered, if they are interleaved where that matters.
+    /// The order of the rows of a module; `interleaved` says whether the format interleaves query and key projections.
     pub(super) fn order(&self, module: &str, interleaved: bool) -> Result<Order> {
         let heads = ["num_attention_heads", "num_key_value_heads"].map(|key| self.setting(key).and_then(Value::as_u64));
         let heads = match module.rsplit('.').next() {
@@ -139,15 +140,15 @@ impl Base {
         self.config.get(key)
     }
 
-    /// The names of its modules, with underscores in place of dots, as kohya's scripts write them.
+    /// The modules whose name is `flat` once its dots are replaced by underscores, as kohya's scripts write it.
     fn flat(&self, flat: &str) -> Vec<&String> {
         self.weights.keys().filter(|name| name.replace('.', "_") == flat).collect()
     }
 }
 
 impl Hints {
-    /// The modules of one model, and the models that the others are of. Errors: [`Error::File`](crate::Error::File) if there are
-    /// several and none was chosen, or none is as chosen.
+    /// The modules of one model, and the names of the other models in the file. Errors: [`Error::File`](crate::Error::File) if there are
+    /// several and none was chosen, or the chosen one is not among them.
     pub(super) fn of_one_model(
         &self,
         path: &Path,
@@ -171,7 +172,7 @@ impl Hints {
         Ok((parts.into_iter().filter(|(module, _)| model_of(module) == chosen).collect(), others))
     }
 
-    /// The name in transformers or diffusers of a module of the file.
+    /// The name that a module of the file has in transformers or diffusers.
     pub(super) fn named(&self, path: &Path, kind: &Kind, there: &str) -> Result<String> {
         if let Some((_, name)) = self.map.iter().find(|(old, _)| old == there) {
             return Ok(name.clone());
@@ -181,7 +182,7 @@ impl Hints {
             Kind::Kohya => match (prefixed(there), &self.base) {
                 (None, _) => Ok(component(there).map_or(there, |(_, rest)| rest).into()),
                 (Some(_), None) => {
-                    Err(refused(path, format!("`{there}` has underscores for dots; name its model with `--base`")))
+                    Err(refused(path, format!("`{there}` has underscores instead of dots; name its model with `--base`")))
                 }
                 (Some((_, flat)), Some(base)) => match base.flat(flat)[..] {
                     [name] => Ok(name.clone()),
@@ -193,7 +194,7 @@ impl Hints {
                 let name = component(there).map_or(there, |(_, rest)| rest);
                 Ok(name.replace(".processor.to_out", ".to_out.0").replace(".processor.", "."))
             }
-            Kind::CandleLora => unknown("is a number in place of a name"),
+            Kind::CandleLora => unknown("is a number instead of a name"),
             Kind::Torchtune | Kind::GgufLora => {
                 let names = if *kind == Kind::Torchtune { Names::Torchtune } else { Names::Gguf };
                 renamed(there, names, Names::Transformers).map_or_else(|| unknown("is no layer whose name is known"), Ok)
@@ -202,7 +203,7 @@ impl Hints {
         }
     }
 
-    /// How the file orders the rows of a module.
+    /// The order of the rows of a module in the file.
     pub(super) fn order(&self, path: &Path, kind: &Kind, name: &str) -> Result<Order> {
         let rotated = ["q_proj", "k_proj"].iter().any(|end| name.ends_with(end));
         if !matches!(kind, Kind::Torchtune | Kind::GgufLora) || !rotated {
@@ -220,15 +221,15 @@ impl Hints {
     }
 }
 
-/// What stands before the name of a module, where a file may hold several models.
+/// The prefix of a module's name that names the model, in formats whose files may hold several models.
 fn model_of(module: &str) -> &str {
     prefixed(module).or(component(module)).map_or("", |(model, _)| model)
 }
 
-/// The safetensors files of a folder that are no adapter's.
+/// The safetensors files of a folder, except that of an adapter.
 fn safetensors(dir: &Path) -> Result<Vec<PathBuf>> {
     let listed = std::fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect());
-    let paths: Vec<PathBuf> = listed.map_err(|error| failed(dir, &error))?;
+    let paths: Vec<PathBuf> = listed.map_err(|error| failed(dir, error))?;
     let of_model = |path: &PathBuf| path.extension().is_some_and(|end| end == "safetensors") && !path.ends_with(TENSORS_FILE);
     Ok(paths.into_iter().filter(of_model).collect())
 }

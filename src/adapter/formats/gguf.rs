@@ -1,7 +1,8 @@
-//! GGUF, as llama.cpp has it: magic, version, settings, tensor headers, then the numbers, each tensor at a multiple of 32 bytes.
+//! Reading and writing GGUF, the format of llama.cpp: magic, version, settings, tensor headers, then the data, each tensor at a multiple
+//! of 32 bytes.
 //!
-//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Integers are little-endian; shapes are stored innermost
-//! dimension first, so a matrix n×k stands there as `[k, n]`.
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. Integers are little-endian; shapes are stored with the innermost
+//! dimension first, so a matrix n×k is stored as `[k, n]`.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +13,7 @@ use crate::adapter::HostTensor;
 use crate::adapter::tensors::{stored, widen};
 use crate::error::Result;
 
-/// A setting; arrays are passed over.
+/// A setting; the content of arrays is skipped.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Setting {
     Text(String),
@@ -20,45 +21,45 @@ pub(super) enum Setting {
     Array,
 }
 
-/// A tensor before its numbers are looked at.
+/// The header of a tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Info {
     pub(super) name: String,
-    /// Outermost first.
+    /// The outermost dimension first.
     pub(super) shape: Vec<usize>,
     kind: u32,
     offset: u64,
 }
 
-/// All that stands before the numbers.
+/// The file before the data.
 #[derive(Debug)]
 pub(super) struct Header {
     pub(super) settings: BTreeMap<String, Setting>,
     pub(super) tensors: Vec<Info>,
-    /// Where the numbers begin.
+    /// The offset of the data in the file.
     data: usize,
 }
 
 const MAGIC: &[u8] = b"GGUF";
 const ALIGNMENT: usize = 32;
-/// More dimensions than any tensor has.
+/// The largest number of dimensions that is accepted.
 const DIMENSIONS: u32 = 8;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 const F32: u32 = 6;
 
-/// A LoRA or a model, by its settings.
+/// The kind of a GGUF file, a LoRA or a model, by its settings.
 pub(super) fn kind(bytes: &[u8]) -> Kind {
     let mut reader = Reader(bytes);
     match reader.settings() {
         Some((settings, _)) if settings.get("general.type") == Some(&Setting::Text("adapter".into())) => Kind::GgufLora,
         Some(_) => Kind::GgufModel,
-        None => Kind::Other("a GGUF file of llama.cpp, cut short or damaged"),
+        None => Kind::Other("a GGUF file of llama.cpp, truncated or damaged"),
     }
 }
 
 impl Header {
-    /// Reads the header of a file; `None` for one that is cut short, damaged or of another version than 2 and 3.
+    /// Parses the header of a file; `None` for one that is truncated, damaged or of another version than 2 and 3.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut reader = Reader(bytes);
         let (settings, count) = reader.settings()?;
@@ -71,7 +72,7 @@ impl Header {
         Some(Self { settings, tensors, data })
     }
 
-    /// The numbers of a tensor; `None` for elements of another type than f32, f16 and bf16, or that are not all there.
+    /// Reads a tensor; `None` if its element type is not f32, f16 or bf16, or if its data is incomplete.
     pub(super) fn tensor(&self, bytes: &[u8], info: &Info) -> Option<HostTensor> {
         let stored = TYPES.into_iter().find(|(kind, _)| *kind == info.kind)?.1;
         let elements = info.shape.iter().try_fold(1usize, |product, &side| product.checked_mul(side))?;
@@ -82,11 +83,11 @@ impl Header {
     }
 }
 
-/// The element types as GGUF numbers them.
+/// GGUF's numbers for element types.
 const TYPES: [(u32, Dtype); 3] = [(0, Dtype::F32), (1, Dtype::F16), (30, Dtype::BF16)];
 
-/// The bytes of a file with these settings, texts and numbers, and tensors. Errors: [`Error::File`](crate::Error::File) for a number that is more than
-/// its type can hold.
+/// The bytes of a file with these settings (strings and numbers) and tensors. Errors: [`Error::File`](crate::Error::File) for an element
+/// that overflows its type.
 pub(super) fn write(settings: &[(&str, Setting)], tensors: &[(String, HostTensor)]) -> Result<Vec<u8>> {
     let mut file = MAGIC.to_vec();
     file.extend(3u32.to_le_bytes());
@@ -128,7 +129,7 @@ pub(super) fn write(settings: &[(&str, Setting)], tensors: &[(String, HostTensor
     Ok(file)
 }
 
-/// Bytes that are still to be read.
+/// The bytes that have not been read yet.
 struct Reader<'b>(&'b [u8]);
 
 impl<'b> Reader<'b> {
@@ -151,7 +152,7 @@ impl<'b> Reader<'b> {
         String::from_utf8(self.take(length)?.to_vec()).ok()
     }
 
-    /// What stands before the headers of tensors, and how many those are.
+    /// The settings, and the number of tensors.
     fn settings(&mut self) -> Option<(BTreeMap<String, Setting>, u64)> {
         (self.take(4)? == MAGIC && (2..=3).contains(&self.u32()?)).then_some(())?;
         let (tensors, settings) = (self.u64()?, self.u64()?);
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read() {
+    fn a_written_file_is_read_back() {
         let bytes = file();
         let header = Header::parse(&bytes).unwrap();
         assert_eq!(header.settings["alpha"], Setting::Number(0.5));
@@ -228,9 +229,9 @@ mod tests {
         }
     }
 
-    /// Cut anywhere, and with any byte changed: no panic, and no tensor that is not all there.
+    /// Truncated at any byte, or with any byte changed: no panic, and no incomplete tensor.
     #[test]
-    fn damage_is_none_or_a_smaller_file() {
+    fn damaged_files_give_none_or_complete_tensors() {
         let bytes = file();
         let all = |bytes: &[u8]| {
             let header = Header::parse(bytes)?;

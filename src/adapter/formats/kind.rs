@@ -1,4 +1,4 @@
-//! The kinds of files and folders that adapters and models come in.
+//! The kinds of files and folders in which adapters and models are stored.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,11 +10,11 @@ use std::path::Path;
 pub enum Kind {
     /// A model: tensors in safetensors files.
     Checkpoint,
-    /// An adapter under PEFT's names.
+    /// An adapter with PEFT's names.
     Peft,
     /// `lora_unet_….lora_down.weight`, `.lora_up.weight`, `.alpha`.
     Kohya,
-    /// `unet.….lora.down.weight` or `unet.….lora_A.weight`: the parts of a pipeline in one file.
+    /// `unet.….lora.down.weight` or `unet.….lora_A.weight`: adapters for the models of a pipeline in one file.
     Diffusers,
     /// LoHa, LoKr and other updates that are not a product of two factors.
     LyCoris,
@@ -24,50 +24,50 @@ pub enum Kind {
     LoraLib,
     /// `layers.0.attn.q_proj.lora_a.weight`.
     Torchtune,
-    /// `….a0.weight` and `….b0.weight`: numbers in place of names.
+    /// `….a0.weight` and `….b0.weight`: numbers instead of names.
     CandleLora,
-    /// llama.cpp's LoRA.
+    /// A LoRA of llama.cpp.
     GgufLora,
-    /// llama.cpp's model.
+    /// A model of llama.cpp.
     GgufModel,
-    /// A file of llama.cpp from before GGUF.
+    /// A file of llama.cpp in the format before GGUF.
     Ggml,
-    /// What `torch.save` writes.
+    /// A pickle, written by `torch.save`.
     Pickle,
-    /// A few lines of text in place of a file that Git LFS keeps elsewhere.
+    /// A Git LFS pointer: a few lines of text instead of the file itself.
     LfsPointer,
-    /// HTML, as a server sends it in place of a file.
+    /// HTML, such as an error page of a server.
     WebPage,
-    /// Some other known format.
+    /// Another known format, with its description.
     Other(&'static str),
-    /// A model whose weights are quantised, and by what.
+    /// A model with quantised weights, and the name of the method.
     Quantised(&'static str),
-    /// Tensors without elements, as DeepSpeed ZeRO-3 leaves them.
+    /// Tensors without elements, as a model in DeepSpeed ZeRO-3 is saved if it is not gathered.
     EmptyTensors,
     /// A model that was saved with an adapter in its layers.
     AdapterInside,
-    /// A diffusers pipeline, and the sub-folders with its models.
+    /// A diffusers pipeline, with models in these sub-folders.
     Pipeline(Vec<String>),
-    /// A folder with adapters in these sub-folders.
+    /// A folder of adapters in these sub-folders.
     NamedAdapters(Vec<String>),
 }
 
 impl Kind {
-    /// Whether `convert` reads it as an adapter.
+    /// True if `convert` can read it as an adapter.
     pub fn is_adapter(&self) -> bool {
         use Kind::*;
         matches!(self, Peft | Kohya | Diffusers | MlxLm | LoraLib | Torchtune | CandleLora | GgufLora)
     }
 
-    /// Whether it is a safetensors file, or a folder of them.
+    /// True for a safetensors file, or a folder of them.
     pub fn is_safetensors(&self) -> bool {
         use Kind::*;
         self.is_adapter() && *self != GgufLora
             || matches!(self, Checkpoint | LyCoris | Quantised(_) | EmptyTensors | AdapterInside)
     }
 
-    /// What to do with a file or folder of this kind where a PEFT adapter or a plain model is wanted.
-    pub fn instead(&self, path: &Path) -> String {
+    /// Advice for a caller who gave a file or folder of this kind where a PEFT adapter or a plain model is needed.
+    pub fn advice(&self, path: &Path) -> String {
         let at = path.display();
         let convert = |more: &str| format!("`lowrank convert {at} --to peft{more} --out DIR` makes a PEFT folder of it");
         match self {
@@ -78,17 +78,19 @@ impl Kind {
             Kind::Torchtune => convert(" --base MODEL --alpha LORA_ALPHA"),
             Kind::CandleLora => convert(" --alpha LORA_ALPHA --map 0=MODULE"),
             Kind::LyCoris => "its updates are not products B·A; only LoRA is read".into(),
-            Kind::GgufModel => "models are read as safetensors; take the one that it was made from".into(),
-            Kind::Ggml => "this format is no longer used; take the adapter that it was made from".into(),
+            Kind::GgufModel => "models are read as safetensors; use the one that it was made from".into(),
+            Kind::Ggml => "this format is no longer used; use the adapter that it was made from".into(),
             Kind::Pickle => format!("pickles can run code and are not read; {}", unpickle(path)),
             Kind::LfsPointer => "the file itself was not downloaded; `git lfs pull` fetches it".into(),
-            Kind::WebPage => "the download gave a page and not the file; download it again, logged in if need be".into(),
+            Kind::WebPage => {
+                "the download returned a web page instead of the file; download it again, logged in if necessary".into()
+            }
             Kind::Other(_) => "models and adapters are read as safetensors".into(),
             Kind::Quantised(_) => "use the model in f32, f16 or bf16 that it was made from, or dequantise it first".into(),
             Kind::EmptyTensors => "the parameters were not gathered when it was saved; save it again with \
                 `stage3_gather_16bit_weights_on_model_save`, or make it from the checkpoint with zero_to_fp32.py"
                 .into(),
-            Kind::AdapterInside => "save the adapter alone with PEFT's `save_pretrained`, or the merged model with \
+            Kind::AdapterInside => "save only the adapter with PEFT's `save_pretrained`, or the merged model with \
                 `merge_and_unload()`"
                 .into(),
             Kind::Pipeline(parts) => format!("name the folder of one model: {}", inside(path, parts)),
@@ -97,7 +99,7 @@ impl Kind {
     }
 }
 
-/// As the end of a sentence: `is …`.
+/// The end of a sentence that begins with `is`.
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what: Cow<'_, str> = match self {
@@ -112,7 +114,7 @@ impl fmt::Display for Kind {
             Kind::CandleLora => "an adapter of candle-lora, not a PEFT adapter".into(),
             Kind::GgufLora => "a LoRA of llama.cpp (GGUF), not a PEFT adapter".into(),
             Kind::GgufModel => "a GGUF file, a model of llama.cpp".into(),
-            Kind::Ggml => "a GGML file, of llama.cpp from before GGUF".into(),
+            Kind::Ggml => "a GGML file, llama.cpp's format before GGUF".into(),
             Kind::Pickle => "a pickle, as `torch.save` writes it".into(),
             Kind::LfsPointer => "a Git LFS pointer".into(),
             Kind::WebPage => "an HTML page".into(),
@@ -131,7 +133,7 @@ fn inside(path: &Path, names: &[String]) -> String {
     names.iter().map(|name| path.join(name).display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
-/// The line of Python that makes a safetensors file of a pickle.
+/// A command that converts a pickle to a safetensors file.
 fn unpickle(path: &Path) -> String {
     let (from, to) = (path.display(), path.with_extension("safetensors"));
     format!(

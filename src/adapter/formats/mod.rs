@@ -1,10 +1,10 @@
-//! Adapters and models in other formats than PEFT's folders and plain safetensors: what a thing is, and its PEFT folder.
+//! Adapters and models in formats other than PEFT's folders and plain safetensors: recognising them, and converting adapters.
 //!
 //! ```text
-//! kind.rs recognise.rs   what a file or a folder is, and what to do with it
+//! kind.rs recognise.rs   the kinds of files and folders, and recognising them
 //! spelling.rs gguf.rs    how each format names and lays out the tensors of a module
-//! raw.rs modules.rs      the tensors of a module, and the modules: read from one format, written in another
-//! base.rs                what a format does not tell, and the model or the caller must
+//! raw.rs modules.rs      the tensors as they are stored; modules, independent of a format
+//! base.rs                information that a format lacks, from the model or the caller
 //! ```
 
 mod base;
@@ -18,7 +18,7 @@ mod spelling;
 pub use base::{Base, Hints};
 pub use kind::Kind;
 pub use modules::Modules;
-pub use recognise::{Outline, Thing, by_first_bytes, by_tensors, outline, recognise};
+pub use recognise::{Recognised, TensorInfo, by_first_bytes, by_tensors, outline, recognise};
 pub(crate) use recognise::{json_damage, other_kind, sentence, unknown};
 
 use std::collections::BTreeSet;
@@ -27,37 +27,36 @@ use std::path::Path;
 use super::{CONFIG_FILE, Folder};
 use crate::error::{Error, Result};
 
-/// The adapter of a folder or a file in another format than PEFT's, where nothing is missing that only the caller can tell. `error` is
-/// what reading it as a PEFT folder gave. Errors: those of [`explained`].
+/// Reads an adapter in another format than PEFT's, if the format contains all that is needed. `error` is the result of reading it as a
+/// PEFT folder. Errors: those of [`explained`].
 pub(super) fn foreign(path: &Path, error: Error) -> Result<Folder> {
-    let other = recognise(path).is_ok_and(|thing| thing.kind.is_adapter() && thing.kind != Kind::Peft);
+    let other = recognise(path).is_ok_and(|found| found.kind.is_adapter() && found.kind != Kind::Peft);
     let modules = other.then(|| Modules::read(path, &Hints::default())).and_then(Result::ok);
     modules.map_or_else(|| Err(explained(path, error)), |modules| modules.folder())
 }
 
-/// Why the adapter in a folder is refused: what the folder holds, where it is something else than a PEFT adapter; else the error.
+/// A better error for a folder that is not a PEFT adapter, if its kind is recognised; else `error`.
 pub(super) fn explained(dir: &Path, error: Error) -> Error {
     let reason = |path: &Path, reason: &str| Error::File { path: path.into(), reason: reason.into() };
     match recognise(dir) {
-        Ok(thing) if thing.kind == Kind::Checkpoint && dir.join(CONFIG_FILE).exists() => error,
-        Ok(thing) if thing.kind == Kind::Checkpoint => {
+        Ok(found) if found.kind == Kind::Checkpoint && dir.join(CONFIG_FILE).exists() => error,
+        Ok(found) if found.kind == Kind::Checkpoint => {
             reason(dir, "is a model, not an adapter; an adapter's folder holds adapter_config.json and adapter_model.safetensors")
         }
-        Ok(thing) if thing.kind == Kind::Peft && dir.is_file() => {
+        Ok(found) if found.kind == Kind::Peft && dir.is_file() => {
             reason(dir, "holds the tensors of an adapter; name its folder, which holds adapter_config.json as well")
         }
-        Ok(thing) if thing.kind != Kind::Peft => thing.refused(),
+        Ok(found) if found.kind != Kind::Peft => found.refusal(),
         _ => error,
     }
 }
 
-/// A line on the modules of an adapter in another format than PEFT's, and their names. Errors: [`Error::File`].
+/// A line that summarises an adapter in another format than PEFT's, and the names of its modules. Errors: [`Error::File`].
 pub fn summary(path: &Path) -> Result<(String, Vec<String>)> {
     let raw = raw::Raw::read(path)?;
     let alphas: BTreeSet<String> = raw.alphas.values().map(|alpha| format!("{alpha}")).collect();
     let some = |values: Vec<String>, none: &str| if values.is_empty() { none.into() } else { values.join(", ") };
     let (ranks, alphas) = (raw.ranks().iter().map(usize::to_string).collect(), alphas.into_iter().collect());
-    let line =
-        format!("{} modules, rank {}, alpha {}", raw.parts.len(), some(ranks, "unknown"), some(alphas, "not told by the file"));
+    let line = format!("{} modules, rank {}, alpha {}", raw.parts.len(), some(ranks, "unknown"), some(alphas, "not in the file"));
     Ok((line, raw.parts.into_keys().collect()))
 }

@@ -1,4 +1,4 @@
-//! An adapter as its modules, free of how a format names them and lays them out.
+//! An adapter as a set of modules, independent of the names and the layout of a format.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,32 +12,32 @@ use super::raw::{Raw, refused};
 use super::spelling::{Names, Part, Spelling, prefix_for, renamed};
 use crate::adapter::config::number;
 use crate::adapter::tensors::{serialize, spell};
-use crate::adapter::{AdapterConfig, CONFIG_FILE, Folder, HostMatrix, HostTensor, HostTensors, folder, place, publish};
+use crate::adapter::{AdapterConfig, CONFIG_FILE, Folder, HostMatrix, HostTensor, HostTensors, folder, publish, write_files};
 use crate::element::DType;
 use crate::error::Result;
 use crate::file;
 
-/// What each module of an adapter gets: `ΔW = alpha/r·B·A`.
+/// The updates of an adapter by module, `ΔW = alpha/r·B·A`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Modules {
     path: PathBuf,
     modules: BTreeMap<String, Module>,
-    /// The name of the model, where the format tells it.
+    /// The name of the model, if the format contains it.
     model: Option<String>,
-    /// Updates of other models in the same file.
+    /// Other models for which the file holds updates.
     others: Vec<String>,
 }
 
 /// The update of one module.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Module {
-    /// r×k; r×in×… of a convolution.
+    /// r×k; r×channels×… for a convolution.
     pub(super) a: HostTensor,
-    /// n×r; n×r×1×… of a convolution.
+    /// n×r; n×r×1×… for a convolution.
     pub(super) b: HostTensor,
     /// n
     pub(super) magnitude: Option<HostTensor>,
-    /// Scaling times rank.
+    /// The scaling times the rank.
     pub(super) alpha: f64,
 }
 
@@ -56,15 +56,16 @@ impl Module {
 }
 
 impl Modules {
-    /// Reads an adapter of any [`Kind`] that [is one](Kind::is_adapter): a file or a folder.
+    /// Reads an adapter, a file or a folder, of any [`Kind`] that [is an adapter](Kind::is_adapter).
     ///
-    /// Errors: [`Error::File`](crate::Error::File) for what is no adapter, is damaged, holds more than updates `B·A` and magnitudes, or lacks what the
-    /// hints must tell then: it says which; [`Error::Unsupported`](crate::Error::Unsupported) for settings of PEFT that this crate does not honour.
+    /// Errors: [`Error::File`](crate::Error::File) for a file that is no adapter, is damaged, or holds more than updates `B·A` and
+    /// magnitudes, and if a hint is missing (the error says which one);
+    /// [`Error::Unsupported`](crate::Error::Unsupported) for settings of PEFT that this crate does not support.
     pub fn read(path: &Path, hints: &Hints) -> Result<Self> {
         let Raw { path, kind, parts, settings, alphas } = Raw::read(path)?;
-        let tells = !alphas.is_empty() && !matches!(kind, Kind::LoraLib | Kind::Torchtune | Kind::CandleLora);
-        if tells && hints.alpha.is_some() {
-            return Err(refused(&path, "tells its scaling itself, so `--alpha` has no place here".into()));
+        let has_scaling = !alphas.is_empty() && !matches!(kind, Kind::LoraLib | Kind::Torchtune | Kind::CandleLora);
+        if has_scaling && hints.alpha.is_some() {
+            return Err(refused(&path, "contains its scaling, so `--alpha` must not be given".into()));
         }
         let (parts, others) = hints.of_one_model(&path, &kind, parts)?;
         let mut modules = BTreeMap::new();
@@ -86,22 +87,22 @@ impl Modules {
         Ok(Self { path, modules, model, others })
     }
 
-    /// How many there are.
+    /// The number of modules.
     pub fn len(&self) -> usize {
         self.modules.len()
     }
 
-    /// Whether there are none.
+    /// True if there are none.
     pub fn is_empty(&self) -> bool {
         self.modules.is_empty()
     }
 
-    /// Models for which the file holds updates that were not asked for.
+    /// The other models of a pipeline for which the file holds updates; these are not in this adapter.
     pub fn others(&self) -> &[String] {
         &self.others
     }
 
-    /// The same with every tensor stored in this element type. What is more than it can hold is refused when it is written.
+    /// Sets the element type of every tensor. An element that overflows it is refused when the adapter is written.
     #[must_use]
     pub fn stored_as(mut self, dtype: DType) -> Self {
         self.modules.values_mut().flat_map(Module::tensors).for_each(|tensor| tensor.dtype = dtype);
@@ -110,35 +111,35 @@ impl Modules {
 
     /// Writes a PEFT folder. Errors: [`Error::File`](crate::Error::File).
     pub fn write_peft(&self, dir: &Path) -> Result<()> {
-        publish(&[(dir.into(), &self.config()?, self.spelled(&Kind::Peft, |name, _| Ok(name.into()))?)])
+        publish(&[(dir.into(), &self.config()?, self.tensors(&Kind::Peft, |name, _| Ok(name.into()))?)])
     }
 
-    /// The same as a PEFT folder in memory.
+    /// The adapter as a PEFT folder in memory.
     pub(super) fn folder(&self) -> Result<Folder> {
-        let tensors = serialize("", &self.spelled(&Kind::Peft, |name, _| Ok(name.into()))?)?;
+        let tensors = serialize("", &self.tensors(&Kind::Peft, |name, _| Ok(name.into()))?)?;
         Folder::parse(self.config()?.to_json().as_bytes(), &tensors)
     }
 
-    /// PEFT's settings, which tell the rank and the scaling of each module.
+    /// PEFT's settings, with the rank and the scaling of each module.
     fn config(&self) -> Result<AdapterConfig> {
-        let told = self.modules.iter().map(|(name, module)| (name.clone(), (module.rank(), number(module.alpha))));
-        let mut settings = folder::settings(&told.collect());
+        let ranks = self.modules.iter().map(|(name, module)| (name.clone(), (module.rank(), number(module.alpha))));
+        let mut settings = folder::settings(&ranks.collect());
         settings.push(("use_dora", json!(self.magnitudes()?)));
         settings.push(("base_model_name_or_path", json!(self.model)));
-        let config = AdapterConfig::beside_defaults(settings)?;
+        let config = AdapterConfig::with_defaults(settings)?;
         for (name, module) in &self.modules {
-            let told = config.lora_config(name).map(|told| (told.rank, told.scaling.of(told.alpha, told.rank)));
-            if told != Some((module.rank(), module.scaling() as f32)) {
+            let update = config.lora_config(name).map(|update| (update.rank, update.scaling.of(update.alpha, update.rank)));
+            if update != Some((module.rank(), module.scaling() as f32)) {
                 return Err(refused(&self.path, format!("`{name}` cannot be told from other modules by the end of its name")));
             }
         }
         Ok(config)
     }
 
-    /// Writes an mlx-lm folder: `adapters.safetensors`, and settings that name every module. Modules of a smaller rank than others
-    /// get rows and columns of zeros, because mlx-lm has one rank for all.
+    /// Writes an mlx-lm folder: `adapters.safetensors`, and settings with the names of all modules. Factors of smaller rank than the
+    /// largest are padded with zeros, because mlx-lm has one rank for all modules.
     ///
-    /// Errors: [`Error::File`](crate::Error::File), also for modules of several scalings, and for convolutions.
+    /// Errors: [`Error::File`](crate::Error::File), also if scalings differ between modules, and for convolutions.
     pub fn write_mlx_lm(&self, dir: &Path) -> Result<()> {
         let scale = self.only("scaling", Module::scaling)?;
         let rank = self.modules.values().map(Module::rank).max().unwrap_or(0);
@@ -149,7 +150,7 @@ impl Modules {
             }
             module.pad(rank);
         }
-        let tensors = padded.spelled(&Kind::MlxLm, |name, _| Ok(name.into()))?;
+        let tensors = padded.tensors(&Kind::MlxLm, |name, _| Ok(name.into()))?;
         let dora = if self.magnitudes()? { "dora" } else { "lora" };
         let keys: Vec<&String> = self.modules.keys().collect();
         let config = json!({
@@ -160,34 +161,36 @@ impl Modules {
         });
         let files =
             [(super::recognise::MLX_TENSORS, serialize("", &tensors)?), (CONFIG_FILE, format!("{config:#}\n").into_bytes())];
-        place(files.into_iter().map(|(name, bytes)| (dir.to_path_buf(), name, bytes)).collect())
+        write_files(files.into_iter().map(|(name, bytes)| (dir.to_path_buf(), name, bytes)).collect())
     }
 
-    /// Writes a file in kohya's names: `prefix_MODULE.lora_down.weight`, such as `lora_unet` or `lora_te`. Without a prefix it is
-    /// taken from the names, where they tell it. Errors: [`Error::File`](crate::Error::File).
+    /// Writes a file with kohya's names, `prefix_MODULE.lora_down.weight`. The prefix names the model, such as `lora_unet` or `lora_te`;
+    /// `None` derives it from the names of modules. Errors: [`Error::File`](crate::Error::File), also if it cannot be derived.
     pub fn write_kohya(&self, out: &Path, prefix: Option<&str>) -> Result<()> {
         let flat = |name: &str, _: &Module| {
             let unknown = || {
                 refused(
                     &self.path,
-                    format!("`{name}` does not tell which model it is of; give `--prefix`, such as lora_unet or lora_te"),
+                    format!(
+                        "the name `{name}` does not show which model it belongs to; give `--prefix`, such as lora_unet or lora_te"
+                    ),
                 )
             };
             let prefix = prefix.or(prefix_for(name)).ok_or_else(unknown)?;
             Ok(format!("{prefix}_{}", name.replace('.', "_")))
         };
-        let tensors = self.spelled(&Kind::Kohya, flat)?;
+        let tensors = self.tensors(&Kind::Kohya, flat)?;
         file::write_whole(out, &serialize("", &tensors)?)
     }
 
-    /// Writes a LoRA of llama.cpp for this model. Errors: [`Error::File`](crate::Error::File), also for a model or modules that llama.cpp has other
-    /// names for than are known here, for magnitudes, and for modules of several alphas.
+    /// Writes a LoRA of llama.cpp for this model. Errors: [`Error::File`](crate::Error::File), also for a model or modules whose names in
+    /// llama.cpp are not known here, for magnitudes, and if alphas differ between modules.
     pub fn write_gguf(&self, out: &Path, base: &Base) -> Result<()> {
         let family = base.family()?;
         if self.magnitudes()? {
             return Err(refused(&self.path, "has magnitudes (DoRA), which llama.cpp does not read".into()));
         }
-        // llama.cpp reads no alpha as a scaling of 1.
+        // llama.cpp takes an alpha of 0 as a scaling of 1.
         let plain = self.modules.values().all(|module| module.scaling() == 1.0);
         let alpha = if plain { 0.0 } else { self.only("lora_alpha", |module| module.alpha)? };
         if alpha == 0.0 && !plain {
@@ -201,10 +204,10 @@ impl Modules {
             }
         }
         let name = |name: &str, _: &Module| {
-            let unknown = || refused(&self.path, format!("`{name}` is no linear layer that llama.cpp's name is known of"));
+            let unknown = || refused(&self.path, format!("`{name}` is not a linear layer whose name in llama.cpp is known"));
             renamed(name, Names::Transformers, Names::Gguf).ok_or_else(unknown)
         };
-        let tensors: Vec<(String, HostTensor)> = reordered.spelled(&Kind::GgufLora, name)?.into_iter().collect();
+        let tensors: Vec<(String, HostTensor)> = reordered.tensors(&Kind::GgufLora, name)?.into_iter().collect();
         let settings = [
             ("general.architecture", Setting::Text(family.gguf.into())),
             ("general.type", Setting::Text("adapter".into())),
@@ -214,8 +217,8 @@ impl Modules {
         file::write_whole(out, &gguf::write(&settings, &tensors)?)
     }
 
-    /// The tensors as a format spells them.
-    fn spelled(&self, kind: &Kind, name: impl Fn(&str, &Module) -> Result<String>) -> Result<HostTensors> {
+    /// The tensors with the names and the layout of a format; `name` maps a module to its name there.
+    fn tensors(&self, kind: &Kind, name: impl Fn(&str, &Module) -> Result<String>) -> Result<HostTensors> {
         let mut tensors = HostTensors::new();
         let Some(spelling) = Spelling::of(kind) else { return Ok(tensors) };
         for (module, Module { a, b, magnitude, alpha }) in &self.modules {
@@ -226,12 +229,12 @@ impl Modules {
                 }
                 _ => Ok(()),
             };
-            let laid = |tensor: &HostTensor| if spelling.transposed { transposed(tensor) } else { Ok(tensor.clone()) };
-            push(Part::A, laid(a)?)?;
-            push(Part::B, laid(b)?)?;
+            let layout = |tensor: &HostTensor| if spelling.transposed { transposed(tensor) } else { Ok(tensor.clone()) };
+            push(Part::A, layout(a)?)?;
+            push(Part::B, layout(b)?)?;
             push(Part::Alpha, scalar(*alpha, a.dtype))?;
             if let Some(magnitude) = magnitude {
-                // kohya stores them as a column.
+                // kohya stores magnitudes as a column.
                 let shape = if *kind == Kind::Kohya { vec![magnitude.values.len(), 1] } else { magnitude.shape.clone() };
                 push(Part::Magnitude, HostTensor { shape, ..magnitude.clone() })?;
             }
@@ -239,7 +242,7 @@ impl Modules {
         Ok(tensors)
     }
 
-    /// Whether every module has magnitudes. Errors: [`Error::File`](crate::Error::File) if only some have.
+    /// True if every module has magnitudes. Errors: [`Error::File`](crate::Error::File) if only some have.
     fn magnitudes(&self) -> Result<bool> {
         let with = self.modules.values().filter(|module| module.magnitude.is_some()).count();
         match with == 0 || with == self.modules.len() {
@@ -248,7 +251,7 @@ impl Modules {
         }
     }
 
-    /// A setting that the format has once for all modules.
+    /// The value of a setting that the format has once for all modules. Errors: [`Error::File`](crate::Error::File) if modules differ.
     fn only(&self, what: &str, setting: impl Fn(&Module) -> f64) -> Result<f64> {
         let mut settings = self.modules.iter().map(|(name, module)| (name, setting(module)));
         let first = settings.next().map_or(1.0, |(_, setting)| setting);
@@ -267,7 +270,7 @@ impl Modules {
 }
 
 impl Module {
-    /// Rows of zeros for A, and columns for B, up to this rank: `B·A` stays.
+    /// Pads A with rows and B with columns of zeros to this rank; `B·A` does not change.
     fn pad(&mut self, rank: usize) {
         let (Some(&r), Some(&n)) = (self.a.shape.first(), self.b.shape.first()) else { return };
         if r == rank {
@@ -282,11 +285,11 @@ impl Module {
         self.alpha *= rank as f64 / r as f64;
     }
 
-    /// The rows of B, and the magnitudes, from halves of a head one behind the other to halves interleaved, or back.
+    /// Reorders the rows of B and the magnitudes: in each head, the two halves become interleaved, or are separated again.
     fn reorder(&mut self, path: &Path, name: &str, heads: usize, interleave: bool) -> Result<()> {
         let n = self.b.shape.first().copied().unwrap_or(0);
         if heads == 0 || !n.is_multiple_of(2 * heads) {
-            return Err(refused(path, format!("`{name}` has {n} rows, which {heads} heads of even sizes do not share")));
+            return Err(refused(path, format!("`{name}` has {n} rows, want a multiple of 2·{heads} for {heads} heads")));
         }
         let size = n / heads;
         let source = |row: usize| {
@@ -302,7 +305,7 @@ impl Module {
     }
 }
 
-/// Rows as columns. Errors: [`Error::File`](crate::Error::File) for what is no matrix.
+/// A transposed matrix. Errors: [`Error::File`](crate::Error::File) for another number of dimensions.
 pub(super) fn transposed(tensor: &HostTensor) -> Result<HostTensor> {
     let &[rows, cols] = &tensor.shape[..] else {
         return Err(crate::adapter::tensors::refused(format!("a tensor is {}, want a matrix", spell(&tensor.shape))));
@@ -311,7 +314,7 @@ pub(super) fn transposed(tensor: &HostTensor) -> Result<HostTensor> {
     Ok(HostTensor { shape: vec![cols, rows], dtype: tensor.dtype, values: matrix.values().to_vec() })
 }
 
-/// kohya's alpha: as the factors are stored, if that holds it.
+/// kohya's alpha as a tensor: in the element type of the factors if that is exact, else in f32.
 fn scalar(value: f64, dtype: DType) -> HostTensor {
     use crate::element::{bf16, f16};
     let value = value as f32;

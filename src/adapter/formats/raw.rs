@@ -1,4 +1,4 @@
-//! The tensors of an adapter in any format, grouped by module, with what is told of their scaling.
+//! The tensors of an adapter in any format, grouped by module, with the scalings that the file contains.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -8,25 +8,25 @@ use serde_json::{Map, Value, json};
 use super::gguf::{Header, Setting};
 use super::kind::Kind;
 use super::modules::{Module, transposed};
-use super::recognise::{Thing, header, recognise};
+use super::recognise::{Recognised, header, recognise};
 use super::spelling::{Part, Spelling, component};
 use crate::adapter::tensors::spell;
 use crate::adapter::{AdapterConfig, CONFIG_FILE, HostTensor, HostTensors, at, parse_tensors};
 use crate::error::{Error, Result};
 use crate::file;
 
-/// Names of modules whose weight is looked up and not multiplied with: their updates are stored alike and mean something else.
+/// Names of embeddings. Their updates are stored like those of linear layers, but with another meaning.
 const EMBEDDINGS: [&str; 4] = ["embed_tokens", "tok_embeddings", "word_embeddings", "wte"];
 
-/// An adapter as it is stored, module by module.
+/// The stored tensors of an adapter, by module.
 pub(super) struct Raw {
     /// The file with the tensors.
     pub(super) path: PathBuf,
     pub(super) kind: Kind,
     pub(super) parts: BTreeMap<String, Parts>,
-    /// The `adapter_config.json` beside the file, or nothing.
+    /// The `adapter_config.json` beside the file; empty if there is none.
     pub(super) settings: Map<String, Value>,
-    /// Scaling times rank, for modules of which it is told.
+    /// The scaling times the rank, for modules whose scaling is known.
     pub(super) alphas: BTreeMap<String, f64>,
 }
 
@@ -35,16 +35,17 @@ pub(super) struct Raw {
 pub(super) struct Parts(BTreeMap<Part, HostTensor>);
 
 impl Raw {
-    /// Errors: [`Error::File`] for what is no adapter or is damaged, and for tensors that have no place in its format.
+    /// Reads a file or a folder. Errors: [`Error::File`] if it is no adapter or is damaged, and for tensors that are not part of its
+    /// format.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let Thing { kind, path: file } = recognise(path)?;
+        let Recognised { kind, path: file } = recognise(path)?;
         let spelling = match Spelling::of(&kind) {
             Some(spelling) => spelling,
-            None if kind == Kind::Checkpoint => return Err(refused(&file, "is a model, where an adapter is wanted".into())),
-            None => return Err(Thing { kind, path: file }.refused()),
+            None if kind == Kind::Checkpoint => return Err(refused(&file, "is a model, where an adapter is needed".into())),
+            None => return Err(Recognised { kind, path: file }.refusal()),
         };
         let bytes = file::read(&file)?;
-        let (tensors, told) = match kind {
+        let (tensors, gguf_alpha) = match kind {
             Kind::GgufLora => from_gguf(&file, &bytes)?,
             _ => (parse_tensors(&bytes).map_err(|error| in_file(&file, error))?, None),
         };
@@ -54,23 +55,23 @@ impl Raw {
                 return Err(refused(&file, format!("`{name}` is not a part of an update B·A, so it would be lost")));
             };
             if parts.entry(module).or_default().0.insert(part, tensor).is_some() {
-                return Err(refused(&file, format!("`{name}` is there in two spellings")));
+                return Err(refused(&file, format!("`{name}` occurs in two spellings")));
             }
         }
         let settings = settings(&file)?;
         let mut raw = Self { path: file, kind, parts, settings, alphas: BTreeMap::new() };
-        raw.alphas = raw.told(&bytes, told)?;
+        raw.alphas = raw.known_alphas(&bytes, gguf_alpha)?;
         Ok(raw)
     }
 
-    /// The ranks there are.
+    /// The distinct ranks of the modules.
     pub(super) fn ranks(&self) -> BTreeSet<usize> {
         let side = usize::from(Spelling::of(&self.kind).is_some_and(|spelling| spelling.transposed));
         self.parts.values().filter_map(|parts| parts.0.get(&Part::A)?.shape.get(side).copied()).collect()
     }
 
-    /// Scaling times rank of every module of which it is told.
-    fn told(&self, bytes: &[u8], gguf: Option<f64>) -> Result<BTreeMap<String, f64>> {
+    /// The scaling times the rank of every module whose scaling is known.
+    fn known_alphas(&self, bytes: &[u8], gguf: Option<f64>) -> Result<BTreeMap<String, f64>> {
         let mut alphas = BTreeMap::new();
         let config = self.config(bytes)?;
         let number = |settings: &Map<String, Value>, key: &str| settings.get(key).and_then(Value::as_f64);
@@ -101,7 +102,7 @@ impl Raw {
         Ok(alphas)
     }
 
-    /// PEFT's settings: beside the file, or as diffusers writes them into it.
+    /// PEFT's settings: from the file beside the tensors, or from the metadata that diffusers writes.
     fn config(&self, bytes: &[u8]) -> Result<Option<AdapterConfig>> {
         let document = match self.kind {
             Kind::Peft if self.settings.is_empty() => return Err(refused(&self.path, format!("has no {CONFIG_FILE} beside it"))),
@@ -115,27 +116,30 @@ impl Raw {
         let text = Value::Object(document).to_string();
         let config =
             AdapterConfig::from_json(text.as_bytes()).map_err(|error| at(self.path.parent().unwrap_or(Path::new("")), error))?;
-        match config.began_with() {
+        match config.principal() {
             Some(part) => Err(refused(
                 &self.path,
-                format!("began with a part of the weights ({}), which only its model can tell", part.name()),
+                format!(
+                    "was initialised with a part of the weights ({}), which can be computed only from its model",
+                    part.name()
+                ),
             )),
             None => Ok(Some(config)),
         }
     }
 }
 
-/// `lora_alpha`, or what comes to the scaling where that is not `lora_alpha / r`.
+/// `lora_alpha`, or the scaling times the rank if the scaling is not `lora_alpha / r`.
 fn alpha(config: &AdapterConfig, module: &str) -> Option<f64> {
     use crate::nn::Scaling;
-    let told = config.lora_config(module)?;
-    Some(match told.scaling {
-        Scaling::AlphaOverRank => f64::from(told.alpha),
-        scaling => f64::from(scaling.of(told.alpha, told.rank)) * told.rank as f64,
+    let update = config.lora_config(module)?;
+    Some(match update.scaling {
+        Scaling::AlphaOverRank => f64::from(update.alpha),
+        scaling => f64::from(scaling.of(update.alpha, update.rank)) * update.rank as f64,
     })
 }
 
-/// The settings that diffusers puts into the metadata of a file, for the one model that it is of.
+/// The settings that diffusers writes into the metadata of a file; `None` if the file is for several models.
 fn diffusers_settings<'m>(bytes: &[u8], modules: impl Iterator<Item = &'m String>) -> Option<Map<String, Value>> {
     let models: BTreeSet<&str> = modules.filter_map(|module| Some(component(module)?.0)).collect();
     let [model] = models.into_iter().collect::<Vec<_>>()[..] else { return None };
@@ -160,10 +164,10 @@ fn settings(file: &Path) -> Result<Map<String, Value>> {
 }
 
 fn from_gguf(path: &Path, bytes: &[u8]) -> Result<(HostTensors, Option<f64>)> {
-    let header = Header::parse(bytes).ok_or_else(|| refused(path, "is a GGUF file that is cut short or damaged".into()))?;
+    let header = Header::parse(bytes).ok_or_else(|| refused(path, "is a GGUF file that is truncated or damaged".into()))?;
     let tensor = |info| {
         let Some(tensor) = header.tensor(bytes, info) else {
-            let reason = format!("`{}` is not all there, or is quantised; only F32, F16 and BF16 are read", info.name);
+            let reason = format!("`{}` is incomplete or quantised; only F32, F16 and BF16 are read", info.name);
             return Err(refused(path, reason));
         };
         Ok((info.name.clone(), tensor))
@@ -176,17 +180,17 @@ fn from_gguf(path: &Path, bytes: &[u8]) -> Result<(HostTensors, Option<f64>)> {
 }
 
 impl Parts {
-    /// The module: factors laid out as PEFT has them, checked against each other.
+    /// The module, with factors in PEFT's layout. Errors: [`Error::File`] for missing tensors, and shapes that do not fit one another.
     pub(super) fn module(mut self, path: &Path, kind: &Kind, name: &str, alpha: Option<f64>) -> Result<Module> {
         if EMBEDDINGS.iter().any(|embedding| name.rsplit(['.', '_']).next() == Some(embedding) || name.ends_with(embedding)) {
             return Err(refused(path, format!("`{name}` is an embedding, whose updates are not converted")));
         }
-        let missing = |what: &str| refused(path, format!("`{name}` has no {what}; the file is not complete"));
+        let missing = |what: &str| refused(path, format!("`{name}` has no {what}; the file is incomplete"));
         let (a, b) = (self.0.remove(&Part::A).ok_or_else(|| missing("A"))?, self.0.remove(&Part::B).ok_or_else(|| missing("B"))?);
-        let turned = Spelling::of(kind).is_some_and(|spelling| spelling.transposed);
+        let is_transposed = Spelling::of(kind).is_some_and(|spelling| spelling.transposed);
         let shapes = format!("`{name}` has factors {} and {}", spell(&a.shape), spell(&b.shape));
         let unfit = |want: &str| refused(path, format!("{shapes}, {want}"));
-        let (a, b) = match turned {
+        let (a, b) = match is_transposed {
             true if a.shape.len() != 2 || b.shape.len() != 2 => {
                 return Err(unfit("want k×r and r×n; those of experts are not converted"));
             }
@@ -206,8 +210,8 @@ impl Parts {
             return Err(unfit(&format!("and magnitudes {}, want one for each of {n} rows", spell(&other.shape))));
         }
         let magnitude = magnitude.map(|magnitude| HostTensor { shape: vec![n], ..magnitude });
-        let untold = || refused(path, format!("does not tell how `{name}` is scaled; give its lora_alpha with `--alpha`"));
-        let alpha = alpha.ok_or_else(untold)?;
+        let unknown = || refused(path, format!("does not contain the scaling of `{name}`; give its lora_alpha with `--alpha`"));
+        let alpha = alpha.ok_or_else(unknown)?;
         if !alpha.is_finite() {
             return Err(refused(path, format!("`{name}` has an alpha of {alpha}")));
         }
@@ -215,7 +219,7 @@ impl Parts {
     }
 }
 
-/// The same error, with the file that it speaks of.
+/// Adds the path of the file to an error.
 fn in_file(file: &Path, error: Error) -> Error {
     match error {
         Error::File { reason, .. } => refused(file, reason),

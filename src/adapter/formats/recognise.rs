@@ -1,4 +1,4 @@
-//! What a thing is: by its first bytes, by the names and shapes of its tensors, by what lies in its folder.
+//! Recognises files and folders: by the first bytes, by the names and shapes of tensors, by the files in the folder.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -14,58 +14,58 @@ use crate::file::{self, failed};
 
 /// mlx-lm's tensors, beside an `adapter_config.json` of its own.
 pub(super) const MLX_TENSORS: &str = "adapters.safetensors";
-/// How much of a file is read to know it, where it is not safetensors.
+/// The number of bytes that are read to recognise a file that is not safetensors.
 const BEGINNING: u64 = 1 << 20;
 /// The longest header that the safetensors format allows.
 const LONGEST_HEADER: u64 = 100_000_000;
 const JSON: &str = "JSON text";
 const ZIP: &str = "a zip archive";
-/// Files that hold pickles, by the ends of their names.
+/// The file extensions of pickles.
 const PICKLES: [&str; 4] = [".bin", ".pt", ".pth", ".ckpt"];
 
-/// A file or a folder, recognised.
+/// The result of [`recognise`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Thing {
-    /// What it is.
+pub struct Recognised {
+    /// The kind of the file or folder.
     pub kind: Kind,
-    /// The file that tells, or the folder.
+    /// The file that determines the kind, or the folder.
     pub path: PathBuf,
 }
 
-impl Thing {
-    /// Why it is not taken, and what to do: `FILE: is …; …`.
-    pub fn refused(&self) -> Error {
+impl Recognised {
+    /// An error that says what it is and what to do: `FILE: is …; …`.
+    pub fn refusal(&self) -> Error {
         Error::File { path: self.path.clone(), reason: sentence(&self.kind, &self.path) }
     }
 }
 
-/// `is …; …`: what a file is, and what to do with it.
+/// A sentence that says what a file is and what to do: `is …; …`.
 pub(crate) fn sentence(kind: &Kind, path: &Path) -> String {
-    match kind.instead(path) {
+    match kind.advice(path) {
         instead if instead.is_empty() => format!("is {kind}"),
         instead => format!("is {kind}; {instead}"),
     }
 }
 
-/// A tensor, as far as it is looked at.
+/// The header of a tensor, as far as recognising needs it.
 #[derive(Clone, Debug)]
-pub struct Outline {
+pub struct TensorInfo {
     /// Its name in the file.
     pub name: String,
     /// The length of each dimension.
     pub shape: Vec<usize>,
-    /// The element type, as safetensors spells it.
+    /// The element type, in the spelling of safetensors.
     pub dtype: String,
 }
 
-/// What a file or a folder is. Reads headers and settings, no tensors.
+/// Recognises the kind of a file or a folder. Reads headers and settings, but no tensors.
 ///
-/// Errors: [`Error::File`] for what cannot be read, or is nothing that is known.
-pub fn recognise(path: &Path) -> Result<Thing> {
+/// Errors: [`Error::File`] for a path that cannot be read, or whose kind is not known.
+pub fn recognise(path: &Path) -> Result<Recognised> {
     if path.is_dir() { folder(path) } else { single(path) }
 }
 
-/// What a file is that is not safetensors, by its first bytes; `None` if it may be safetensors, or is unknown.
+/// Recognises a file by its first bytes; `None` if it may be safetensors, or its kind is not known.
 pub fn by_first_bytes(bytes: &[u8]) -> Option<Kind> {
     const MAGIC: [(&[u8], Kind); 10] = [
         (b"version https://git-lfs.github.com/spec/", Kind::LfsPointer),
@@ -87,22 +87,22 @@ pub fn by_first_bytes(bytes: &[u8]) -> Option<Kind> {
     match bytes {
         _ if bytes.starts_with(b"GGUF") => Some(gguf::kind(bytes)),
         _ if text.starts_with(b"<!doctype") || text.starts_with(b"<html") => Some(Kind::WebPage),
-        // A pickle of protocol 2 to 5; `torch.save` puts one into a zip archive, as `NAME/data.pkl`.
+        // A pickle of protocol 2 to 5. `torch.save` writes a zip archive with a pickle named `NAME/data.pkl`.
         [0x80, 2..=5, ..] => Some(Kind::Pickle),
         _ if bytes.starts_with(b"PK\x03\x04") && contains(bytes, b"data.pkl") => Some(Kind::Pickle),
         _ => MAGIC.into_iter().find(|(magic, _)| bytes.starts_with(magic)).map(|(_, kind)| kind),
     }
 }
 
-/// A length that a header may have, then the brace that a header begins with. (The length 640 alone would look like a pickle.)
+/// True if the bytes begin with a valid header length and the brace of a header. (A length of 640 alone would look like a pickle.)
 fn begins_safetensors(bytes: &[u8]) -> bool {
     let length = bytes.first_chunk().map(|&length| u64::from_le_bytes(length));
     length.is_some_and(|length| length <= LONGEST_HEADER) && bytes.get(8) == Some(&b'{')
 }
 
-/// What the tensors of a safetensors file are.
-pub fn by_tensors(tensors: &[Outline]) -> Kind {
-    let empty = |tensor: &Outline| tensor.shape.contains(&0);
+/// Recognises a safetensors file by its tensors.
+pub fn by_tensors(tensors: &[TensorInfo]) -> Kind {
+    let empty = |tensor: &TensorInfo| tensor.shape.contains(&0);
     let weights = || tensors.iter().filter(|tensor| tensor.name.ends_with("weight") || tensor.name.contains("lora_"));
     if weights().count() > 0 && weights().filter(|tensor| empty(tensor)).count() * 2 > weights().count() {
         return Kind::EmptyTensors;
@@ -113,11 +113,11 @@ pub fn by_tensors(tensors: &[Outline]) -> Kind {
     quantisation(tensors).map_or(Kind::Checkpoint, Kind::Quantised)
 }
 
-/// The tensors of a safetensors file by its header, which may be all that is there of it.
-pub fn outline(bytes: &[u8]) -> Option<Vec<Outline>> {
+/// The tensors in the header of a safetensors file; `bytes` may end after the header. `None` if the header is not valid.
+pub fn outline(bytes: &[u8]) -> Option<Vec<TensorInfo>> {
     let tensor = |(name, info): (String, Value)| {
         let shape = info.get("shape")?.as_array()?.iter().map(|side| side.as_u64().and_then(|side| side.try_into().ok()));
-        Some(Outline { name, shape: shape.collect::<Option<_>>()?, dtype: info.get("dtype")?.as_str()?.into() })
+        Some(TensorInfo { name, shape: shape.collect::<Option<_>>()?, dtype: info.get("dtype")?.as_str()?.into() })
     };
     Some(header(bytes)?.into_iter().filter_map(tensor).collect())
 }
@@ -128,8 +128,8 @@ pub(super) fn header(bytes: &[u8]) -> Option<Map<String, Value>> {
     serde_json::from_slice(rest.get(..usize::try_from(u64::from_le_bytes(length)).ok()?)?).ok()
 }
 
-/// An adapter, by the ends of names. `None` for a model.
-fn adapter(tensors: &[Outline]) -> Option<Kind> {
+/// The kind of an adapter by the ends of names; `None` for a model.
+fn adapter(tensors: &[TensorInfo]) -> Option<Kind> {
     let any = |holds: fn(&str) -> bool| tensors.iter().any(|tensor| holds(&tensor.name));
     let lycoris =
         |name: &str| ["hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks", "oft_diag"].iter().any(|end| name.ends_with(end));
@@ -162,10 +162,10 @@ fn adapter(tensors: &[Outline]) -> Option<Kind> {
     kinds.into_iter().find(|(end, _)| ending(end)).map(|(_, kind)| kind)
 }
 
-/// What a model was quantised by, if it was.
-fn quantisation(tensors: &[Outline]) -> Option<&'static str> {
+/// The quantisation method of a model; `None` if it is not quantised.
+fn quantisation(tensors: &[TensorInfo]) -> Option<&'static str> {
     let ending = |end: &str| tensors.iter().find(|tensor| tensor.name.ends_with(end));
-    let beside = |tensor: &Outline, end: &str, other: &str| {
+    let beside = |tensor: &TensorInfo, end: &str, other: &str| {
         let name = format!("{}{other}", tensor.name.strip_suffix(end)?);
         tensors.iter().find(|tensor| tensor.name == name)
     };
@@ -181,7 +181,7 @@ fn quantisation(tensors: &[Outline]) -> Option<&'static str> {
         let gptq = ending(".g_idx").is_some() || scales == Some(packed.shape.last());
         return Some(if gptq { "GPTQ" } else { "AWQ" });
     }
-    let mlx = |tensor: &&Outline| {
+    let mlx = |tensor: &&TensorInfo| {
         tensor.name.ends_with(".scales") && beside(tensor, ".scales", ".weight").is_some_and(|w| w.dtype == "U32")
     };
     if tensors.iter().any(|tensor| mlx(&tensor)) {
@@ -199,41 +199,41 @@ fn quantisation(tensors: &[Outline]) -> Option<&'static str> {
     if ending(".W_q").is_some() {
         return Some("HQQ");
     }
-    let bytes = |tensor: &Outline| {
+    let bytes = |tensor: &TensorInfo| {
         tensor.name.ends_with(".weight") && tensor.shape.len() > 1 && matches!(tensor.dtype.as_str(), "I8" | "U8")
     };
     tensors.iter().any(bytes).then_some("8-bit integers")
 }
 
-fn single(path: &Path) -> Result<Thing> {
+fn single(path: &Path) -> Result<Recognised> {
     let bytes = beginning(path)?;
     let kind = other_kind(path, &bytes).or_else(|| Some(by_tensors(&outline(&bytes)?)));
     let kind = kind.ok_or_else(|| Error::File { path: path.into(), reason: unknown(&bytes) })?;
-    Ok(Thing { kind, path: path.into() })
+    Ok(Recognised { kind, path: path.into() })
 }
 
-/// As [`by_first_bytes`]; a zip archive under the name of a pickle is one of those that `torch.save` writes.
+/// [`by_first_bytes`], except that a zip archive with the extension of a pickle is one: `torch.save` writes such archives.
 pub(crate) fn other_kind(path: &Path, bytes: &[u8]) -> Option<Kind> {
     let pickle = || path.file_name().is_some_and(|name| PICKLES.iter().any(|end| name.to_string_lossy().ends_with(end)));
     by_first_bytes(bytes).map(|kind| if kind == Kind::Other(ZIP) && pickle() { Kind::Pickle } else { kind })
 }
 
-/// What is wrong with a file that is no JSON: another kind of file, or what its reader says.
+/// Describes why a file is not JSON: it is a file of another kind, or else the message of the parser.
 pub(crate) fn json_damage(path: &Path, bytes: &[u8], error: &serde_json::Error) -> String {
     let other = by_first_bytes(bytes).filter(|kind| *kind != Kind::Other(JSON));
     other.map_or_else(|| error.to_string(), |kind| sentence(&kind, path))
 }
 
-/// What is said of a file that is nothing known.
+/// The message for a file whose kind is not known.
 pub(crate) fn unknown(bytes: &[u8]) -> String {
     if bytes.is_empty() {
         return "is empty; download or save it again".into();
     }
     let first: Vec<String> = bytes.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    format!("is not a safetensors file, nor another that is known; its first bytes are {}", first.join(" "))
+    format!("is not a safetensors file, nor of another known kind; its first bytes are {}", first.join(" "))
 }
 
-/// The header of a safetensors file, or the first bytes of another.
+/// The header of a safetensors file, or the first bytes of any other file.
 pub(super) fn beginning(path: &Path) -> Result<Vec<u8>> {
     let read = || -> std::io::Result<Vec<u8>> {
         let (mut file, mut bytes) = (File::open(path)?, Vec::new());
@@ -245,25 +245,25 @@ pub(super) fn beginning(path: &Path) -> Result<Vec<u8>> {
         file.take(header).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    read().map_err(|error| failed(path, &error))
+    read().map_err(|error| failed(path, error))
 }
 
-fn folder(dir: &Path) -> Result<Thing> {
+fn folder(dir: &Path) -> Result<Recognised> {
     let names = names(dir)?;
     let has = |name: &str| names.iter().any(|there| there == name);
     if has(CONFIG_FILE) {
         let path = dir.join(CONFIG_FILE);
         let settings = file::read(&path)?;
         if let Some(kind) = by_first_bytes(&settings).filter(|kind| *kind != Kind::Other(JSON)) {
-            return Ok(Thing { kind, path });
+            return Ok(Recognised { kind, path });
         }
         let numbers = [TENSORS_FILE, MLX_TENSORS, "adapter_model.bin", "adapter_model.pt", "adapter_model.pth"];
         if let Some(name) = numbers.into_iter().find(|name| has(name)) {
-            let thing = single(&dir.join(name))?;
-            // `transformer.h.0…` is GPT-2's as well, where PEFT's prefix is left out.
+            let found = single(&dir.join(name))?;
+            // `transformer.h.0…` may also be a GPT-2 adapter without PEFT's prefix.
             let kind =
-                if thing.kind == Kind::Diffusers && contains(&settings, b"\"peft_type\"") { Kind::Peft } else { thing.kind };
-            return Ok(Thing { kind, ..thing });
+                if found.kind == Kind::Diffusers && contains(&settings, b"\"peft_type\"") { Kind::Peft } else { found.kind };
+            return Ok(Recognised { kind, ..found });
         }
     }
     let folders =
@@ -274,14 +274,14 @@ fn folder(dir: &Path) -> Result<Thing> {
             names.into_iter().any(|name| name.to_string_lossy().ends_with(".safetensors"))
         };
         let model = |part: &Path| part.is_dir() && (part.join("config.json").exists() || weights(part));
-        return Ok(Thing { kind: Kind::Pipeline(folders(&model)), path: dir.into() });
+        return Ok(Recognised { kind: Kind::Pipeline(folders(&model)), path: dir.into() });
     }
     if let Some(model) = model(dir, &names)? {
         return Ok(model);
     }
     let adapters = folders(&|part| part.join(CONFIG_FILE).exists());
     if !adapters.is_empty() {
-        return Ok(Thing { kind: Kind::NamedAdapters(adapters), path: dir.into() });
+        return Ok(Recognised { kind: Kind::NamedAdapters(adapters), path: dir.into() });
     }
     let pickle = |name: &&String| PICKLES.iter().any(|end| name.ends_with(end)) && !name.starts_with("training_args");
     match names.iter().find(|name| name.ends_with(".gguf")).or_else(|| names.iter().find(pickle)) {
@@ -290,22 +290,22 @@ fn folder(dir: &Path) -> Result<Thing> {
     }
 }
 
-/// What the safetensors files of a folder are: the first that is no plain model tells.
-fn model(dir: &Path, names: &[String]) -> Result<Option<Thing>> {
+/// The kind of the safetensors files of a folder: that of the first file which is not a plain model.
+fn model(dir: &Path, names: &[String]) -> Result<Option<Recognised>> {
     let mut found = None;
     for name in names.iter().filter(|name| name.ends_with(".safetensors")) {
-        let thing = single(&dir.join(name))?;
-        if thing.kind != Kind::Checkpoint {
-            return Ok(Some(thing));
+        let file = single(&dir.join(name))?;
+        if file.kind != Kind::Checkpoint {
+            return Ok(Some(file));
         }
-        found = Some(Thing { kind: Kind::Checkpoint, path: dir.into() });
+        found = Some(Recognised { kind: Kind::Checkpoint, path: dir.into() });
     }
     Ok(found)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>> {
     let listed = fs::read_dir(dir).and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
-    let entries: Vec<std::ffi::OsString> = listed.map_err(|error| failed(dir, &error))?;
+    let entries: Vec<std::ffi::OsString> = listed.map_err(|error| failed(dir, error))?;
     let mut names: Vec<String> = entries.into_iter().filter_map(|name| name.into_string().ok()).collect();
     names.sort();
     Ok(names)

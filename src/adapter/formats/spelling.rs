@@ -1,4 +1,4 @@
-//! How each format spells the tensors of a module, and how it names modules.
+//! The names of tensors and modules in each format.
 //!
 //! | format | A | B | magnitudes | scaling |
 //! |---|---|---|---|---|
@@ -11,12 +11,12 @@
 //! | candle-lora | `P.aN.weight` r×k | `P.bN.weight` n×r | | not in the file |
 //! | llama.cpp | `G.weight.lora_a` r×k | `G.weight.lora_b` n×r | | `adapter.lora.alpha / r`, 1 if it is 0 |
 //!
-//! M is the name of the module in transformers, P that of a part of a pipeline. kohya writes the dots of M as underscores; T and G
-//! are names of their own, see [`MODULES`].
+//! M is the name of the module in transformers, P the name of a model of a pipeline. kohya writes the dots of M as underscores. T and G
+//! are the names in torchtune and GGUF, see [`MODULES`].
 
 use super::kind::Kind;
 
-/// What a tensor is to its module.
+/// The role of a tensor in its module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     A,
@@ -25,7 +25,7 @@ pub(super) enum Part {
     Alpha,
 }
 
-/// How a format spells the tensors of a module, and lays them out. The first ending of a part is the one that is written.
+/// The endings of the names of a module's tensors, and their layout. For each part, the first ending is the one that is written.
 pub(super) struct Spelling {
     ends: &'static [(Part, &'static str)],
     /// Factors are stored k×r and r×n.
@@ -68,11 +68,11 @@ const TORCHTUNE: Spelling = Spelling {
     transposed: false,
 };
 const GGUF: Spelling = Spelling { ends: &[(Part::A, ".weight.lora_a"), (Part::B, ".weight.lora_b")], transposed: false };
-/// Its parts are numbered, see [`numbered`].
+/// The names of its tensors contain numbers, see [`numbered`].
 const CANDLE_LORA: Spelling = Spelling { ends: &[], transposed: false };
 
 impl Spelling {
-    /// That of a format; `None` for what is no adapter.
+    /// The spelling of a format; `None` for a kind that is not an adapter.
     pub(super) fn of(kind: &Kind) -> Option<&'static Self> {
         Some(match kind {
             Kind::Peft => &PEFT,
@@ -87,7 +87,7 @@ impl Spelling {
         })
     }
 
-    /// The module of a tensor, and what the tensor is to it.
+    /// The module of a tensor, and the role of the tensor.
     pub(super) fn part(&self, name: &str) -> Option<(String, Part)> {
         if self.ends.is_empty() {
             return numbered(name);
@@ -101,7 +101,7 @@ impl Spelling {
     }
 }
 
-/// `lora_llama.a3.weight`: candle-lora's A of the module `lora_llama.3`.
+/// Parses a name of candle-lora: `lora_llama.a3.weight` is A of the module `lora_llama.3`.
 pub(super) fn numbered(name: &str) -> Option<(String, Part)> {
     let name = name.strip_suffix(".weight")?;
     let (above, last) = name.rsplit_once('.').map_or(("", name), |(above, last)| (above, last));
@@ -111,23 +111,23 @@ pub(super) fn numbered(name: &str) -> Option<(String, Part)> {
     (!number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit())).then_some((module, part))
 }
 
-/// What diffusers calls the models of a pipeline.
+/// The names of the models of a pipeline in diffusers.
 const COMPONENTS: [&str; 7] =
     ["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "diffusion_model", "prior"];
-/// What kohya's scripts put before the names of modules, the longest first.
+/// The prefixes that kohya's scripts write before the names of modules, the longest first.
 const PREFIXES: [&str; 6] = ["lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lora_prior_unet"];
 
-/// The model of a pipeline that a tensor of diffusers is for, and the rest of its name.
+/// Splits a tensor's name in diffusers into the model of the pipeline and the rest.
 pub(super) fn component(name: &str) -> Option<(&'static str, &str)> {
     COMPONENTS.into_iter().find_map(|component| Some((component, name.strip_prefix(component)?.strip_prefix('.')?)))
 }
 
-/// kohya's prefix of a module, and the rest of its name.
+/// Splits a module's name in kohya's spelling into the prefix and the rest.
 pub(super) fn prefixed(module: &str) -> Option<(&'static str, &str)> {
     PREFIXES.into_iter().find_map(|prefix| Some((prefix, module.strip_prefix(prefix)?.strip_prefix('_')?)))
 }
 
-/// kohya's prefix for a module of this name, where it tells what model it is of.
+/// kohya's prefix for a module, if its name shows which model it belongs to.
 pub(super) fn prefix_for(module: &str) -> Option<&'static str> {
     const UNET: [&str; 5] = ["down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "single_transformer_blocks."];
     let of_unet = UNET.iter().any(|beginning| module.starts_with(beginning));
@@ -143,9 +143,9 @@ pub(super) enum Names {
     Gguf = 2,
 }
 
-/// What stands before the number of a layer.
+/// The text before the number of a layer, for each library.
 const LAYERS: [&str; 3] = ["model.layers.", "layers.", "blk."];
-/// The linear layers of a decoder, under the names that each library has for them.
+/// The names of the linear layers of a decoder in each library.
 const MODULES: [[&str; 3]; 9] = [
     ["self_attn.q_proj", "attn.q_proj", "attn_q"],
     ["self_attn.k_proj", "attn.k_proj", "attn_k"],
@@ -158,7 +158,7 @@ const MODULES: [[&str; 3]; 9] = [
     ["lm_head", "output", "output"],
 ];
 
-/// The name that another library has for a module; `None` for one that is not in the table.
+/// Translates the name of a module from one library to another; `None` for one that is not in the table.
 pub(super) fn renamed(module: &str, from: Names, to: Names) -> Option<String> {
     let other = |name: &str| MODULES.iter().find(|row| row[from as usize] == name).map(|row| row[to as usize]);
     match module.strip_prefix(LAYERS[from as usize]).and_then(|rest| rest.split_once('.')) {
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_module_comes_back_from_every_library() {
+    fn translating_there_and_back_gives_the_name() {
         for [here, ..] in MODULES {
             let module = if here == "lm_head" { here.to_string() } else { format!("model.layers.12.{here}") };
             for to in [Names::Torchtune, Names::Gguf] {

@@ -1,24 +1,25 @@
-//! Adam in one pass: each weight, its master copy and its two moments are read and written once, whatever the gradient is made of.
+//! Adam in one pass over memory: each weight, its master and its two moments are read and written once. A factored gradient is
+//! computed in registers.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::few::{FEW, few};
 use super::gemm::{Init, Output, interleave, sum_of_products};
 use super::linear::{matrix, product};
 use super::simd::{Kernel, LANES, Lanes, Simd};
+use super::small_work::{SMALL_MATRIX, is_small_product};
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{Adam, AdamRate, WeightGrad};
 
-/// Rows of weights a task takes of a factored one.
+/// Rows of the weight in a task with a factored gradient.
 const ROWS: usize = 16;
-/// Rows updated side by side, so that each vector of `x` is loaded once for all of them.
-const SIDE_BY_SIDE: usize = 4;
-/// The longest batch whose gradient is cheaper to make on the way than to store: 2 multiply-adds an element and row against
-/// 8 bytes of traffic.
+/// Rows updated at the same time: each vector of `x` is loaded once for all of them.
+const ROWS_AT_ONCE: usize = 4;
+/// The largest batch for which a factored gradient is computed in registers. It takes a multiply-add for each element and row
+/// of the batch, and saves 8 bytes of memory traffic for each element.
 const BATCH: usize = 64;
 
 /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
@@ -31,14 +32,14 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
         w: op.w.buffer_mut(),
     };
     if state.w.is_empty() {
-        return Ok(()); // whose other side may be any number
+        return Ok(()); // its other dimension may be of any size
     }
     match op.grad {
         WeightGrad::Dense(g) => dense(engine, rate, g.buffer(), state),
         WeightGrad::Factored { dy, x } if x.rows() <= BATCH => {
             let (batch, dy, x) = (x.rows(), &dy.buffer()[..], interleave(engine, matrix(x.view()))?);
             let x = x.as_chunks().0;
-            state.each_chunk(&engine.alone_if(few(n, k, batch)), (ROWS * k).max(1), |chunk, state| {
+            state.each_chunk(&engine.sequential_if(is_small_product(n, k, batch)), (ROWS * k).max(1), |chunk, state| {
                 engine.unit.run(Factored { rate, dy, x, batch, n, k, first: chunk * ROWS, state });
             });
         }
@@ -53,20 +54,20 @@ pub(super) fn adam<E: Float>(engine: &Engine, op: Adam<'_, Cpu<E>>) -> Result<()
 }
 
 fn dense<E: Float>(engine: &Engine, rate: AdamRate, g: &[f32], state: State<'_, E>) {
-    state.each_chunk(engine, FEW, |chunk, state| engine.unit.run(Dense { rate, g: &g[chunk * FEW..], state }));
+    state.each_chunk(engine, SMALL_MATRIX, |chunk, state| engine.unit.run(Dense { rate, g: &g[chunk * SMALL_MATRIX..], state }));
 }
 
-/// What a step updates.
+/// The operands that a step updates.
 struct State<'a, E> {
     m: &'a mut [f32],
     v: &'a mut [f32],
-    /// `w` in `f32`, where it is `w` when rounded.
+    /// The `f32` copy of `w`.
     master: Option<&'a mut [f32]>,
     w: &'a mut [E],
 }
 
 impl<E: Float> State<'_, E> {
-    /// Some of the elements.
+    /// A range of the elements.
     #[inline(always)]
     fn part(&mut self, range: Range<usize>) -> State<'_, E> {
         State {
@@ -77,7 +78,7 @@ impl<E: Float> State<'_, E> {
         }
     }
 
-    /// Calls `task` with each chunk of so many elements, and its number.
+    /// Calls `task` with the number of each chunk of `len` elements, and the chunk.
     fn each_chunk(self, engine: &Engine, len: usize, task: impl Fn(usize, State<'_, E>) + Send + Sync) {
         let State { m, v, master, w } = self;
         let chunks = m.par_chunks_mut(len).zip(v.par_chunks_mut(len)).zip(w.par_chunks_mut(len)).enumerate();
@@ -113,8 +114,9 @@ impl<S: Simd> Lanewise<S> {
         Self { s, beta1, beta2, rest1, rest2, step, root_scale, eps, decay }
     }
 
-    /// One vector's step. Moments that have decayed to subnormal numbers are made 0: a unit that has died leaves thousands of
-    /// them, each costs a hundred times what a normal number does, and 0.9 times the smallest rounds to itself for ever.
+    /// The step of one vector. Moments that decay to subnormal numbers are set to 0. The moments of a neuron that no longer has
+    /// a gradient would stay subnormal, since 0.9 times the smallest number rounds to itself, and arithmetic on them takes a
+    /// hundred times as long.
     #[inline(always)]
     fn step<E: Float>(&self, g: S::V, state: State<'_, E>) {
         let (s, State { m, v, master, w }) = (self.s, state);
@@ -134,7 +136,7 @@ impl<S: Simd> Lanewise<S> {
         }
     }
 
-    /// The master where `w` is what it rounds to, else `w`.
+    /// The weight in `f32`: the master where `w` is the rounded master, else `w`.
     #[inline(always)]
     fn weight<E: Float>(&self, master: &[f32], w: &[E]) -> S::V {
         let (s, mut rounded) = (self.s, [E::default(); LANES]);
@@ -146,7 +148,7 @@ impl<S: Simd> Lanewise<S> {
 
 struct Dense<'a, E> {
     rate: AdamRate,
-    /// From the first element of `state` on.
+    /// Starts with the element that belongs to the first of `state`.
     g: &'a [f32],
     state: State<'a, E>,
 }
@@ -162,8 +164,8 @@ impl<E: Float> Kernel for Dense<'_, E> {
     }
 }
 
-/// `g = dyᵀ·x`, made a vector at a time and never stored: a batch of 10 makes it 10 multiply-adds a vector, hidden behind
-/// the 24 bytes an element that the update moves.
+/// A step with `g = dyᵀ·x`, computed a vector at a time in registers. For a batch of 10 rows, its 10 multiply-adds for each
+/// vector take less time than the memory traffic of the update, 24 bytes for each element.
 struct Factored<'a, E> {
     rate: AdamRate,
     dy: &'a [E],
@@ -181,9 +183,9 @@ impl<E: Float> Kernel for Factored<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let rows = self.state.w.len() / self.k;
-        let whole = rows / SIDE_BY_SIDE * SIDE_BY_SIDE;
-        for row in (0..whole).step_by(SIDE_BY_SIDE) {
-            self.update::<S, SIDE_BY_SIDE>(s, row);
+        let whole = rows / ROWS_AT_ONCE * ROWS_AT_ONCE;
+        for row in (0..whole).step_by(ROWS_AT_ONCE) {
+            self.update::<S, ROWS_AT_ONCE>(s, row);
         }
         for row in whole..rows {
             self.update::<S, 1>(s, row);
@@ -192,7 +194,7 @@ impl<E: Float> Kernel for Factored<'_, E> {
 }
 
 impl<E: Float> Factored<'_, E> {
-    /// R rows of the task's weights, from `row` on.
+    /// Updates R rows of the task, from `row` on.
     #[inline(always)]
     fn update<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
         let (k, lanewise) = (self.k, Lanewise::new(s, self.rate));

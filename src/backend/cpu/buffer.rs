@@ -1,5 +1,5 @@
-//! Memory that begins on a cache line, so that a vector load touches one line, not two; and, where it is large, on pages as
-//! large as the system gives: products walk along rows that are a page apart or more, and looking up small pages costs them
+//! Buffers. Their memory is aligned to cache lines, so that a vector load reads one line and not two. Large buffers use huge
+//! pages where the system has them: products read rows that are a page or more apart, and with small pages TLB misses cost
 //! several per cent.
 
 use std::fmt;
@@ -9,60 +9,60 @@ use std::sync::{Arc, Weak};
 use bytemuck::{Pod, Zeroable};
 
 use super::gemm::PackedWeight;
-use super::idle::Idle;
+use super::pool::Pool;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
-/// One cache line. A boxed slice of them is memory aligned to 64 bytes, without a line of unsafe code.
+/// One cache line. A boxed slice of them is memory aligned to 64 bytes, without unsafe code.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Line([u8; 64]);
 
-/// Elements in host memory: from the backend's pool, aligned to 64 bytes, or a [`Vec`] of the caller's.
+/// A buffer in host memory: memory of the backend's pool, aligned to 64 bytes, or a [`Vec`] of the caller.
 pub struct Buffer<T: Element> {
     storage: Storage<T>,
-    /// The same numbers as panels, until they are written.
+    /// The elements as panels, if they are prepacked. Dropped when the buffer is next borrowed mutably.
     packed: Option<Box<PackedWeight>>,
 }
 
 enum Storage<T> {
-    /// Goes back to the pool when the buffer is dropped; where that is gone, to the system.
-    Pooled { memory: Memory, len: usize, pool: Weak<Idle> },
-    /// The caller's, as it was allocated.
+    /// Returned to the pool when the buffer is dropped, or freed if the pool no longer exists.
+    Pooled { memory: Memory, len: usize, pool: Weak<Pool> },
+    /// A vector of the caller.
     Vec(Vec<T>),
 }
 
-/// Bytes in whole cache lines.
+/// Memory of a whole number of cache lines.
 pub(super) enum Memory {
     Lines(Box<[Line]>),
     #[cfg(target_os = "linux")]
     Pages(memmap2::MmapMut),
 }
 
-/// From here on memory is asked of the system itself: two of its large pages.
+/// Bytes from which memory is mapped from the system, with huge pages: two of them.
 #[cfg(target_os = "linux")]
 const LARGE: usize = 4 << 20;
 
 impl Memory {
-    /// All zeros; `None` if there is no room.
+    /// Memory of zeros; `None` if the system is out of memory.
     pub(super) fn zeros(bytes: usize) -> Option<Self> {
         let bytes = bytes.checked_next_multiple_of(size_of::<Line>())?;
         #[cfg(target_os = "linux")]
         if bytes >= LARGE {
             let pages = memmap2::MmapMut::map_anon(bytes).ok()?;
-            // A wish: where it is not granted, the pages are small ones.
+            // A request that the system may ignore.
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Some(Self::Pages(pages));
         }
         bytemuck::try_zeroed_slice_box(bytes / size_of::<Line>()).ok().map(Self::Lines)
     }
 
-    /// How many bytes it has.
+    /// Length in bytes.
     pub(super) fn len(&self) -> usize {
         self.bytes().len()
     }
 
-    /// Whether it has as many bytes, in whole lines.
+    /// True if its length is `bytes`, rounded up to whole cache lines.
     pub(super) fn fits(&self, bytes: usize) -> bool {
         bytes.checked_next_multiple_of(size_of::<Line>()) == Some(self.len())
     }
@@ -85,37 +85,37 @@ impl Memory {
 }
 
 impl<T: Element> Buffer<T> {
-    /// All zeros, in memory that was idle if there is such.
-    pub(super) fn zeros(idle: &Arc<Idle>, len: usize) -> Result<Self> {
-        let (mut buffer, used) = Self::take(idle, len)?;
+    /// A buffer of zeros.
+    pub(super) fn zeros(pool: &Arc<Pool>, len: usize) -> Result<Self> {
+        let (mut buffer, used) = Self::take(pool, len)?;
         if used {
             bytemuck::cast_slice_mut::<T, u8>(&mut buffer).fill(0);
         }
         Ok(buffer)
     }
 
-    /// The same, whatever is in it, for who overwrites all of it. Debug builds make it NaN.
-    pub(super) fn unwritten(idle: &Arc<Idle>, len: usize) -> Result<Self> {
-        let (mut buffer, _) = Self::take(idle, len)?;
+    /// A buffer of undefined elements, for a caller that overwrites all of them. Debug builds fill it with NaN.
+    pub(super) fn unwritten(pool: &Arc<Pool>, len: usize) -> Result<Self> {
+        let (mut buffer, _) = Self::take(pool, len)?;
         if cfg!(debug_assertions) {
             bytemuck::cast_slice_mut::<T, u8>(&mut buffer).fill(0xff);
         }
         Ok(buffer)
     }
 
-    /// Memory, and whether somebody has used it before.
-    fn take(idle: &Arc<Idle>, len: usize) -> Result<(Self, bool)> {
-        let (memory, used) = idle.take(Self::bytes(len)).ok_or(Self::no_room(len))?;
-        Ok((Self { storage: Storage::Pooled { memory, len, pool: Arc::downgrade(idle) }, packed: None }, used))
+    /// A buffer, and `true` if its memory was used before and may not be zero.
+    fn take(pool: &Arc<Pool>, len: usize) -> Result<(Self, bool)> {
+        let (memory, used) = pool.take(Self::bytes(len)).ok_or(Self::out_of_memory(len))?;
+        Ok((Self { storage: Storage::Pooled { memory, len, pool: Arc::downgrade(pool) }, packed: None }, used))
     }
 
-    /// What is kept of it as panels.
+    /// Its panels, if it is prepacked.
     pub(super) fn packed(&self) -> Option<&PackedWeight> {
         self.packed.as_deref()
     }
 
-    /// Keeps panels of it, until it is written.
-    pub(super) fn keep(&mut self, packed: PackedWeight) {
+    /// Attaches panels of its elements, until the buffer is next borrowed mutably.
+    pub(super) fn set_packed(&mut self, packed: PackedWeight) {
         self.packed = Some(Box::new(packed));
     }
 
@@ -123,20 +123,20 @@ impl<T: Element> Buffer<T> {
         len.saturating_mul(size_of::<T>())
     }
 
-    fn no_room(len: usize) -> Error {
+    fn out_of_memory(len: usize) -> Error {
         Error::OutOfMemory { backend: "cpu", bytes: Self::bytes(len) }
     }
 }
 
 impl<T: Element> From<Vec<T>> for Buffer<T> {
-    /// The vector becomes the memory; nothing is copied.
+    /// The vector becomes the memory of the buffer; nothing is copied.
     fn from(vec: Vec<T>) -> Self {
         Self { storage: Storage::Vec(vec), packed: None }
     }
 }
 
 impl<T: Element> From<Buffer<T>> for Vec<T> {
-    /// The vector that the buffer was made of, or a copy of what the pool lent.
+    /// The vector that the buffer was made from, or a copy of memory of the pool.
     fn from(mut buffer: Buffer<T>) -> Self {
         match &mut buffer.storage {
             Storage::Vec(vec) => std::mem::take(vec),
@@ -186,15 +186,15 @@ mod tests {
 
     #[test]
     fn memory_of_any_size_is_zero_and_begins_on_a_cache_line() {
-        let idle = Arc::default();
+        let pool = Arc::default();
         for len in [0, 1, 63, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20] {
-            let mut buffer = Buffer::<f32>::zeros(&idle, len).unwrap();
+            let mut buffer = Buffer::<f32>::zeros(&pool, len).unwrap();
             assert!(buffer.len() == len && buffer.iter().all(|&x| x == 0.0));
             assert!(len == 0 || (buffer.as_ptr() as usize).is_multiple_of(64));
             buffer.fill(1.0);
             assert_eq!(buffer.iter().filter(|&&x| x == 1.0).count(), len);
         }
         let bytes = usize::MAX / 2;
-        assert!(matches!(Buffer::<f32>::zeros(&idle, bytes), Err(Error::OutOfMemory { .. })));
+        assert!(matches!(Buffer::<f32>::zeros(&pool, bytes), Err(Error::OutOfMemory { .. })));
     }
 }

@@ -1,23 +1,23 @@
-//! The caches of this machine: what the plan of a product is made from.
+//! The cache sizes of this machine, from which the plan of a product chooses its blocks.
 //!
-//! In this order: `LOWRANK_CACHES`, Linux's `/sys/devices/system/cpu/cpu0/cache`, `cpuid` on x86-64, and else a guess that is small
-//! enough for most.
+//! Sources, in order: `LOWRANK_CACHES`; `/sys/devices/system/cpu/cpu0/cache` on Linux; `cpuid` on x86-64; a default that is
+//! small enough for most CPUs.
 
 use std::fmt;
 
 use crate::error::{Error, Result};
 
-/// Bytes of each level of data cache that one core sees.
+/// Bytes of each level of data cache that one core can use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Caches {
     pub(super) l1: usize,
     pub(super) l2: usize,
-    /// Shared by several cores; on a machine without one as much as [`l2`](Self::l2).
+    /// Shared by several cores; the size of [`l2`](Self::l2) on a machine without L3.
     pub(super) l3: usize,
 }
 
-/// Where nothing is known: as small as they have been on the machines with AVX2 and with NEON.
-const GUESS: Caches = Caches { l1: 32 << 10, l2: 256 << 10, l3: 4 << 20 };
+/// The default: the smallest sizes of CPUs with AVX2 or NEON.
+const DEFAULT: Caches = Caches { l1: 32 << 10, l2: 256 << 10, l3: 4 << 20 };
 
 impl fmt::Display for Caches {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -26,8 +26,8 @@ impl fmt::Display for Caches {
 }
 
 impl Caches {
-    /// Those that `LOWRANK_CACHES` says, as `32K,512K,32M`, or those of this machine. Errors: [`Error::Value`] if it says something
-    /// else.
+    /// The sizes in `LOWRANK_CACHES`, such as `32K,512K,32M`, or those of this machine. Errors: [`Error::Value`] for any other
+    /// text.
     pub(super) fn new() -> Result<Self> {
         match std::env::var_os("LOWRANK_CACHES") {
             Some(text) => Self::parse(&text.to_string_lossy()),
@@ -37,17 +37,17 @@ impl Caches {
 
     fn of_machine() -> Self {
         let levels = system::levels().or_else(cpuid);
-        levels.and_then(Self::from_levels).unwrap_or(GUESS)
+        levels.and_then(Self::from_levels).unwrap_or(DEFAULT)
     }
 
-    /// From the sizes of the levels 1, 2 and 3; 0 is a level that is not there.
+    /// Sizes of levels 1, 2 and 3, with 0 for a missing level. `None` if they are not plausible.
     fn from_levels([l1, l2, l3]: [usize; 3]) -> Option<Self> {
         let l2 = if l2 == 0 { l3 } else { l2 };
         let caches = Self { l1, l2, l3: l3.max(l2) };
         ((4 << 10..=l2).contains(&l1) && l2 <= 1 << 30).then_some(caches)
     }
 
-    /// `32K,512K,32M`
+    /// Parses three sizes, such as `32K,512K,32M`.
     pub(super) fn parse(text: &str) -> Result<Self> {
         let sizes: Option<Vec<usize>> = text.split(',').map(size).collect();
         let levels = sizes.and_then(|sizes| sizes.try_into().ok());
@@ -57,7 +57,7 @@ impl Caches {
     }
 }
 
-/// `32K`, `1M` or `32768`
+/// Parses a size, such as `32K`, `1M` or `32768`.
 fn size(text: &str) -> Option<usize> {
     let text = text.trim();
     let (digits, unit) = match text.strip_suffix(['K', 'k']) {
@@ -71,12 +71,12 @@ fn size(text: &str) -> Option<usize> {
 mod system {
     use std::path::Path;
 
-    /// As Linux tells them.
+    /// The sizes that Linux reports.
     pub(super) fn levels() -> Option<[usize; 3]> {
         read(Path::new("/sys/devices/system/cpu/cpu0/cache"))
     }
 
-    /// One folder a cache, with its `level`, `type` and `size` in files.
+    /// Reads a folder with one folder for each cache, in which the files `level`, `type` and `size` describe it.
     pub(super) fn read(folder: &Path) -> Option<[usize; 3]> {
         let mut levels = [0; 3];
         for cache in std::fs::read_dir(folder).ok()?.flatten() {
@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_read_as_they_are_written() {
+    fn sizes_are_parsed() {
         let caches = |l1, l2, l3| Caches { l1, l2, l3 };
         assert_eq!(Caches::parse("32K,512K,32M").unwrap(), caches(32 << 10, 512 << 10, 32 << 20));
         assert_eq!(Caches::parse("49152, 2M ,2M").unwrap(), caches(48 << 10, 2 << 20, 2 << 20));
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_has_caches_that_can_be() {
+    fn the_caches_of_this_machine_are_plausible() {
         let caches = Caches::of_machine();
         assert!(caches.l1 >= 4 << 10 && caches.l1 <= caches.l2 && caches.l2 <= caches.l3, "{caches:?}");
         assert_eq!(Caches::from_levels([0; 3]), None);
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn linux_tells_a_cache_a_folder() {
+    fn linux_has_a_folder_for_each_cache() {
         let folder = tempfile::tempdir().unwrap();
         for (i, [level, kind, size]) in
             [["1", "Data", "32K"], ["1", "Instruction", "64K"], ["2", "Unified", "512K"], ["3", "Unified", "32768K"]]

@@ -1,11 +1,11 @@
-//! The lengths of rows, and what gives an output its length: the verbs of weight decomposition (DoRA).
+//! The verbs of weight decomposition (DoRA): norms of rows, and the scaling of outputs by `magnitude / norm`.
 
 use rayon::prelude::*;
 
 use super::gemm::{Factor, Matrix};
 use super::linear::{elements, elements_mut, factor, matrix, weight};
 use super::pointwise::{CHUNK, column_sums, convert, convert_rows};
-use super::scratch::Taken;
+use super::scratch::ScratchGuard;
 use super::simd::{Kernel, LANES, Simd};
 use super::{Cpu, Engine};
 use crate::element::Float;
@@ -13,42 +13,42 @@ use crate::error::Result;
 use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
 use crate::view::MatRef;
 
-/// Rows of weights a task takes.
+/// Rows of the weight in a task.
 const ROWS: usize = 16;
-/// Rows measured side by side, so that each vector of `A` is loaded once for all of them.
-const SIDE_BY_SIDE: usize = 4;
-/// Columns a task sums: its sums stay in the first cache.
+/// Rows computed at the same time: each vector of `A` is loaded once for all of them.
+const ROWS_AT_ONCE: usize = 4;
+/// Columns of a task: their sums stay in L1.
 const COLUMNS: usize = 1 << 10;
 
-/// `norm = ‖W + scale·B·A‖` by rows
+/// `norm = ‖W + scale·B·A‖`, row by row
 pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -> Result<()> {
     let (k, r, scale) = (op.w.cols(), op.a.rows(), op.scale);
-    let (a, b) = (widened(engine, factor(op.a))?, widened(engine, factor(op.b))?);
+    let (a, b) = (widened_factor(engine, factor(op.a))?, widened_factor(engine, factor(op.b))?);
     let (w, a, b) = (weight(op.w), &a[..], &b[..]);
     let task = |(task, norm)| engine.unit.run(RowNorms { w, a, b, scale, k, r, first: task * ROWS, norm });
     engine.each(elements_mut(op.norm).par_chunks_mut(ROWS).enumerate(), task);
     Ok(())
 }
 
-/// A factor's numbers in `f32`, row after row.
-fn widened<'e, E: Float>(engine: &'e Engine, factor: Factor<'_, E>) -> Result<Taken<'e>> {
+/// The factor widened to `f32`, contiguous.
+fn widened_factor<'e, E: Float>(engine: &'e Engine, factor: Factor<'_, E>) -> Result<ScratchGuard<'e>> {
     match factor {
-        Factor::Stored(matrix) => rows_widened(engine, matrix),
-        Factor::Wide(matrix) => rows_widened(engine, matrix),
+        Factor::Elem(matrix) => widened_matrix(engine, matrix),
+        Factor::F32(matrix) => widened_matrix(engine, matrix),
     }
 }
 
-/// A matrix in `f32`, row after row.
-fn rows_widened<'e, T: Float>(engine: &'e Engine, matrix: Matrix<'_, T>) -> Result<Taken<'e>> {
-    let mut wide = engine.scratch.take(matrix.rows() * matrix.cols())?;
+/// The matrix widened to `f32`, contiguous.
+fn widened_matrix<'e, T: Float>(engine: &'e Engine, matrix: Matrix<'_, T>) -> Result<ScratchGuard<'e>> {
+    let mut widened = engine.scratch.take(matrix.rows() * matrix.cols())?;
     match matrix.as_contiguous() {
-        Some(numbers) => convert(engine, numbers, &mut wide),
-        None => convert_rows(engine, matrix, &mut wide),
+        Some(numbers) => convert(engine, numbers, &mut widened),
+        None => convert_rows(engine, matrix, &mut widened),
     }
-    Ok(wide)
+    Ok(widened)
 }
 
-/// An element of `W + scale·B·A` is made in a register, squared, and gone.
+/// The norms of some rows. Elements of `W + scale·B·A` are computed in registers and squared, and are not stored.
 struct RowNorms<'a, E> {
     w: Matrix<'a, E>,
     a: &'a [f32],
@@ -66,20 +66,20 @@ impl<E: Float> Kernel for RowNorms<'_, E> {
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let rows = self.norm.len();
-        let whole = rows / SIDE_BY_SIDE * SIDE_BY_SIDE;
-        for row in (0..whole).step_by(SIDE_BY_SIDE) {
-            self.measure::<S, SIDE_BY_SIDE>(s, row);
+        let whole = rows / ROWS_AT_ONCE * ROWS_AT_ONCE;
+        for row in (0..whole).step_by(ROWS_AT_ONCE) {
+            self.norms::<S, ROWS_AT_ONCE>(s, row);
         }
         for row in whole..rows {
-            self.measure::<S, 1>(s, row);
+            self.norms::<S, 1>(s, row);
         }
     }
 }
 
 impl<E: Float> RowNorms<'_, E> {
-    /// R of the task's rows, from `row` on.
+    /// The norms of R rows of the task, from `row` on.
     #[inline(always)]
-    fn measure<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
+    fn norms<S: Simd, const R: usize>(&mut self, s: S, row: usize) {
         let (k, r, scale, first) = (self.k, self.r, s.splat(self.scale), self.first + row);
         let w: [&[E]; R] = std::array::from_fn(|q| self.w.run(first + q));
         let b: [&[f32]; R] = std::array::from_fn(|q| &self.b[(first + q) * r..][..r]);
@@ -97,7 +97,7 @@ impl<E: Float> RowNorms<'_, E> {
                 squares[q] = s.mul_add(weight, weight, squares[q]);
             }
         }
-        let mut all = [s.splat(0.0); SIDE_BY_SIDE];
+        let mut all = [s.splat(0.0); ROWS_AT_ONCE];
         all[..R].copy_from_slice(&squares);
         for (norm, sum) in self.norm[row..row + R].iter_mut().zip(s.sums(all)) {
             *norm = sum.sqrt();
@@ -128,19 +128,23 @@ pub(super) fn magnitude_backward<E: Float>(engine: &Engine, op: MagnitudeBackwar
     Ok(())
 }
 
-/// `over / norm`, and 0 where `norm` is 0.
-fn by_norm(over: f32, norm: f32) -> f32 {
-    if norm == 0.0 { 0.0 } else { over / norm }
+/// `value / norm`, or 0 if `norm` is 0.
+fn divide_by_norm(value: f32, norm: f32) -> f32 {
+    if norm == 0.0 { 0.0 } else { value / norm }
 }
 
-/// `magnitude / norm`
-fn factors<'e, E: Float>(engine: &'e Engine, magnitude: MatRef<'_, Cpu<E>>, norm: MatRef<'_, Cpu<E>, f32>) -> Result<Taken<'e>> {
-    let mut factors = rows_widened(engine, matrix(magnitude))?;
-    factors.iter_mut().zip(elements(norm)).for_each(|(factor, &norm)| *factor = by_norm(*factor, norm));
+/// `factors = magnitude / norm`
+fn factors<'e, E: Float>(
+    engine: &'e Engine,
+    magnitude: MatRef<'_, Cpu<E>>,
+    norm: MatRef<'_, Cpu<E>, f32>,
+) -> Result<ScratchGuard<'e>> {
+    let mut factors = widened_matrix(engine, matrix(magnitude))?;
+    factors.iter_mut().zip(elements(norm)).for_each(|(factor, &norm)| *factor = divide_by_norm(*factor, norm));
     Ok(factors)
 }
 
-/// `y = factor·x + bias`, column by column
+/// `y[i][j] = factors[j]·x[i][j] + bias[j]`
 fn scale_columns<E: Float>(engine: &Engine, factors: &[f32], bias: Option<&[E]>, x: &[E], y: &mut [E]) {
     let cols = factors.len();
     if cols == 0 {
@@ -172,7 +176,7 @@ impl<E: Float> Kernel for ScaleColumns<'_, E> {
     }
 }
 
-/// `sums[j] = Σ_i dy[i][j]·z[i][j] / norm[j]`, row after row
+/// `sums[j] = Σ_i dy[i][j]·z[i][j] / norm[j]` for some columns, row by row
 struct ColumnDots<'a, E> {
     dy: &'a [E],
     z: &'a [E],
@@ -193,6 +197,6 @@ impl<E: Float> Kernel for ColumnDots<'_, E> {
                 s.narrow_to(s.mul_add(s.widen_at(dy, v), s.widen_at(z, v), s.widen_at(sum, 0)), sum);
             }
         }
-        self.sums.iter_mut().zip(&self.norm[columns]).for_each(|(sum, &norm)| *sum = by_norm(*sum, norm));
+        self.sums.iter_mut().zip(&self.norm[columns]).for_each(|(sum, &norm)| *sum = divide_by_norm(*sum, norm));
     }
 }

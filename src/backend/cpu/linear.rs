@@ -7,37 +7,37 @@ use crate::error::Result;
 use crate::op::{self, LinearBackward, LinearForward, Weight};
 use crate::view::{MatMut, MatRef};
 
-/// A view as a matrix.
+/// The view as the engine's [`Matrix`].
 pub(super) fn matrix<'a, E: Float, T: Element>(view: MatRef<'a, Cpu<E>, T>) -> Matrix<'a, T> {
     Matrix::strided(&view.memory()[view.span()], view.rows(), view.cols(), view.row_stride())
 }
 
-/// A weight as a matrix, with its panels if it is packed.
+/// The weight as a [`Matrix`], with its panels if it is packed.
 pub(super) fn weight<'a, E: Float>(w: Weight<'a, Cpu<E>>) -> Matrix<'a, E> {
     matrix(w.dense()).with_packed(w.panels())
 }
 
-/// A factor of an update.
+/// The factor of an update as the engine's [`Factor`].
 pub(super) fn factor<'a, E: Float>(factor: op::Factor<'a, Cpu<E>>) -> Factor<'a, E> {
     match factor {
-        op::Factor::Elem(view) => Factor::Stored(matrix(view)),
-        op::Factor::F32(view) => Factor::Wide(matrix(view)),
+        op::Factor::Elem(view) => Factor::Elem(matrix(view)),
+        op::Factor::F32(view) => Factor::F32(matrix(view)),
     }
 }
 
-/// A view as what a sum is written to.
+/// The view as the engine's [`Output`].
 pub(super) fn output<'a, E: Float, T: Element>(view: MatMut<'a, Cpu<E>, T>) -> Output<'a, T> {
     let (rows, cols, stride, span) = (view.rows(), view.cols(), view.row_stride(), view.span());
     Output::strided(&mut view.into_memory()[span], rows, cols, stride)
 }
 
-/// The elements of a view whose rows follow one another.
+/// The elements of a contiguous view.
 pub(super) fn elements<'a, E: Float, T: Element>(view: MatRef<'a, Cpu<E>, T>) -> &'a [T] {
     debug_assert!(view.is_contiguous());
     &view.memory()[view.span()]
 }
 
-/// The elements of a view whose rows follow one another, to be written.
+/// The elements of a contiguous view, to be written.
 pub(super) fn elements_mut<'a, E: Float, T: Element>(view: MatMut<'a, Cpu<E>, T>) -> &'a mut [T] {
     debug_assert!(view.is_contiguous());
     let span = view.span();
@@ -51,10 +51,10 @@ pub(super) fn pack<E: Float>(engine: &Engine, w: MatRef<'_, Cpu<E>>, backward: b
 
 /// `lhs·rhs`
 pub(super) fn product<'a, E>(lhs: Matrix<'a, E>, rhs: Matrix<'a, E>) -> Product<'a, E> {
-    Product { scale: 1.0, lhs: Factor::Stored(lhs), rhs: Factor::Stored(rhs) }
+    Product { scale: 1.0, lhs: Factor::Elem(lhs), rhs: Factor::Elem(rhs) }
 }
 
-/// What `y` begins with: a bias in every row, what it holds, both, or nothing.
+/// The initial value of `y`: zero, a bias in every row, the old `y`, or both.
 pub(super) fn init<'a, E: Float>(bias: Option<MatRef<'a, Cpu<E>>>, adds: bool) -> Init<'a, E> {
     match (bias.map(elements), adds) {
         (None, false) => Init::Zero,

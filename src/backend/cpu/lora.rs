@@ -2,7 +2,7 @@
 
 use super::gemm::{Factor, Init, LowRank, Matrix, Outer, Output, Product, low_rank, outer_product, store, sum_of_products};
 use super::linear::{elements_mut, factor, init, matrix, output, product, weight};
-use super::scratch::Taken;
+use super::scratch::ScratchGuard;
 use super::{Cpu, Engine, pointwise};
 use crate::element::Float;
 use crate::error::Result;
@@ -19,17 +19,17 @@ pub(super) fn forward<E: Float>(engine: &Engine, op: LoraForward<'_, Cpu<E>>) ->
         return low_rank(engine, sum, Output::new(h, m, r), output(y), init(op.bias, adds), None);
     }
     let dropped = dropped(engine, op.dropout, x)?;
-    let to_h = Product { scale: 1.0, lhs: seen(x, &dropped), rhs: a };
+    let to_h = Product { scale: 1.0, lhs: update_input(x, &dropped), rhs: a };
     sum_of_products(engine, Output::new(h, m, r), Init::Zero, &[to_h])?;
-    let update = Product { scale: op.scale, lhs: Factor::Wide(Matrix::new(h, m, r)), rhs: b };
+    let update = Product { scale: op.scale, lhs: Factor::F32(Matrix::new(h, m, r)), rhs: b };
     match w {
         Some(w) => sum_of_products(engine, output(y), init(op.bias, adds), &[product(x, w), update]),
         None => sum_of_products(engine, output(y), init(op.bias, adds), &[update]),
     }
 }
 
-/// `drop(x)` in `f32`, where there is dropout.
-fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: Matrix<'_, E>) -> Result<Option<Taken<'e>>> {
+/// `drop(x)` in `f32` scratch memory; `None` without dropout.
+fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: Matrix<'_, E>) -> Result<Option<ScratchGuard<'e>>> {
     let Some(dropout) = dropout else { return Ok(None) };
     let mut dropped = engine.scratch.take(x.rows() * x.cols())?;
     match x.as_contiguous() {
@@ -42,11 +42,11 @@ fn dropped<'e, E: Float>(engine: &'e Engine, dropout: Option<Dropout>, x: Matrix
     Ok(Some(dropped))
 }
 
-/// What the adapter sees of `x`.
-fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E> {
+/// The input of the update: `drop(x)`, or `x` without dropout.
+fn update_input<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<ScratchGuard<'_>>) -> Factor<'a, E> {
     match dropped {
-        Some(dropped) => Factor::Wide(Matrix::new(dropped, x.rows(), x.cols())),
-        None => Factor::Stored(x),
+        Some(dropped) => Factor::F32(Matrix::new(dropped, x.rows(), x.cols())),
+        None => Factor::Elem(x),
     }
 }
 
@@ -54,7 +54,7 @@ fn seen<'a, E>(x: Matrix<'a, E>, dropped: &'a Option<Taken<'_>>) -> Factor<'a, E
 pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) -> Result<()> {
     let (m, r) = (op.x.rows(), op.a.rows());
     let (x, a, b, dy) = (matrix(op.x), factor(op.a), factor(op.b), matrix(op.dy));
-    let (lhs, w) = (Factor::Stored(dy), op.w.map(weight));
+    let (lhs, w) = (Factor::Elem(dy), op.w.map(weight));
     let dropped = dropped(engine, op.dropout, x)?;
 
     let mut dh = engine.scratch.take(m * r)?;
@@ -68,14 +68,14 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
             outer_product(engine, lhs, db)?;
             let to_dh = Product { scale: op.scale, lhs, rhs: b };
             sum_of_products(engine, Output::new(&mut dh, m, r), Init::Zero, &[to_dh])?;
-            let update = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r)), rhs: a };
+            let update = Product { scale: 1.0, lhs: Factor::F32(Matrix::new(&dh, m, r)), rhs: a };
             if let Some((dx, adds)) = dx {
                 add_update(engine, w.map(|w| product(dy, w)), update, dropout, output(dx), init(None, adds))?;
             }
         }
     }
 
-    let to_da = Product { scale: 1.0, lhs: Factor::Wide(Matrix::new(&dh, m, r).t()), rhs: seen(x, &dropped) };
+    let to_da = Product { scale: 1.0, lhs: Factor::F32(Matrix::new(&dh, m, r).t()), rhs: update_input(x, &dropped) };
     sum_of_products(engine, output(op.da), Init::Zero, &[to_da])?;
     if let Some(dbias) = op.dbias {
         pointwise::column_sums(engine, dy, elements_mut(dbias));
@@ -83,8 +83,8 @@ pub(super) fn backward<E: Float>(engine: &Engine, op: LoraBackward<'_, Cpu<E>>) 
     Ok(())
 }
 
-/// `dx = init + base + drop(update)`. A mask lies between the update and the sum: the masked update is made in `f32`, the rest is
-/// added to it, and `dx` is rounded once.
+/// `dx = init + base + drop(update)`, rounded once. The update is computed in `f32` and masked, then the other terms are added
+/// to it: with the mask between them, they are not one sum of products.
 fn add_update<E: Float>(
     engine: &Engine,
     base: Option<Product<'_, E>>,
@@ -111,17 +111,18 @@ fn add_update<E: Float>(
 /// `W += scale·B·A`
 pub(super) fn merge<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>) -> Result<()> {
     if let Some(key) = op.rounding.key(E::DTYPE) {
-        return merge_by_chance(engine, op, key);
+        return merge_stochastic(engine, op, key);
     }
     let update = Product { scale: op.scale, lhs: factor(op.b), rhs: factor(op.a) };
     sum_of_products(engine, output(op.w), Init::Output, &[update])
 }
 
-/// Elements of a band of rows: 4 MB of `f32`, which stay in a cache.
+/// Elements of a band of rows: 4 MiB of `f32` sums, small enough for L3.
 const BAND: usize = 1 << 20;
 
-/// The same, rounded by chance. The sums are made in `f32`, a band of rows at a time; bands begin with a block of the generator.
-fn merge_by_chance<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>, key: [u32; 2]) -> Result<()> {
+/// `W += scale·B·A` with stochastic rounding, a band of rows at a time: the sums are made in `f32` scratch memory and then
+/// rounded. The height of a band is a multiple of 4, so each band starts with a whole block of random words.
+fn merge_stochastic<E: Float>(engine: &Engine, op: LoraMerge<'_, Cpu<E>>, key: [u32; 2]) -> Result<()> {
     let k = op.w.cols();
     let rows = (BAND / k.max(1)).max(1).next_multiple_of(4);
     let (a, b, w) = (factor(op.a), factor(op.b), elements_mut(op.w));

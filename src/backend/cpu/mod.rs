@@ -1,26 +1,26 @@
-//! The CPU: SIMD chosen at run time, rayon over blocks of the output.
+//! The CPU backend: SIMD chosen at run time, and rayon over blocks of the output.
 //!
 //! ```text
-//! lora.rs linear.rs      a verb, as the sums of products it is
-//!   └─ gemm/             the engine: out = init + Σ scale·lhs·rhs, blocked, skinny or shallow
-//!        └─ simd/        sixteen lanes on any vector unit
-//! pointwise.rs dora.rs adam.rs   one pass over memory
+//! lora.rs linear.rs              verbs as sums of products
+//!   └─ gemm/                     the engine: out = init + Σ scale·lhs·rhs
+//!        └─ simd/                vectors of sixteen lanes on any vector unit
+//! pointwise.rs dora.rs adam.rs   verbs that pass over memory once
 //! ```
 //!
-//! Work is split over blocks of the output and never along a sum, so the bits do not depend on the number of threads.
+//! Work is split over blocks of the output, never along the depth of a sum, so the bits do not depend on the number of threads.
 
 mod adam;
 mod buffer;
 mod caches;
 mod dora;
-mod few;
 mod gemm;
-mod idle;
 mod linear;
 mod lora;
 mod pointwise;
+mod pool;
 mod scratch;
 mod simd;
+mod small_work;
 mod tasks;
 mod verbs;
 
@@ -29,12 +29,12 @@ use std::sync::Arc;
 
 pub use buffer::Buffer;
 use caches::Caches;
-use few::Request;
 pub use gemm::PackedWeight;
-use idle::Idle;
+use pool::Pool;
 use scratch::Scratch;
 use simd::Unit;
 pub use simd::VectorUnit;
+use small_work::Request;
 use verbs::Verbs;
 
 use super::{Backend, Passes};
@@ -47,28 +47,28 @@ use crate::op::{
 use crate::tensor::{Shape, Tensor};
 use crate::view::{MatMut, MatRef};
 
-/// The CPU as a backend whose weights and activations are stored as `E`.
+/// The CPU backend, with weights and activations of element type `E`.
 ///
-/// Clones share the threads, and the memory: what a dropped tensor or a verb's work lay in is kept for the next of its size, at
-/// most as much as is in use, or 256 MiB; where the system has no room, it gets that back.
+/// Clones share the threads and the memory pool. The pool holds freed buffers for the next allocation of the same size, at most
+/// as many bytes as are in use or 256 MiB, whichever is more. If the system is out of memory, the pool is freed.
 #[derive(Clone)]
 pub struct Cpu<E: Float> {
     unit: Unit,
     caches: Caches,
     verbs: &'static Verbs<E>,
-    pool: Option<Arc<rayon::ThreadPool>>,
-    idle: Arc<Idle>,
+    threads: Option<Arc<rayon::ThreadPool>>,
+    pool: Arc<Pool>,
     scratch: Arc<Scratch>,
 }
 
-/// What computes: a vector unit with its caches, memory to work in, and whether this thread does all of it.
+/// The means of one call: the vector unit, the cache sizes, memory, and whether to use one thread (`sequential`).
 #[derive(Clone, Copy)]
 struct Engine<'c> {
     unit: Unit,
     caches: Caches,
-    idle: &'c Arc<Idle>,
+    pool: &'c Arc<Pool>,
     scratch: &'c Scratch,
-    alone: bool,
+    sequential: bool,
 }
 
 impl<E: Float> fmt::Debug for Cpu<E> {
@@ -78,37 +78,39 @@ impl<E: Float> fmt::Debug for Cpu<E> {
 }
 
 impl<E: Float> Cpu<E> {
-    /// The best vector unit of this CPU, on the threads of the rayon pool that a verb is called from; called from elsewhere, on
-    /// rayon's global ones.
+    /// A backend with the best vector unit of this CPU. Its verbs use the threads of the rayon pool that they are called from,
+    /// or of rayon's global pool.
     ///
-    /// `LOWRANK_UNIT` (`amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar`, `amx-emulated`) asks for another unit. Errors:
-    /// [`Error::Value`] if it names none, [`Error::Unavailable`] if this CPU does not have it.
+    /// The environment variable `LOWRANK_UNIT` chooses another unit: `amx`, `avx512-bf16`, `avx512`, `avx2`, `neon`, `scalar` or
+    /// `amx-emulated`. Errors: [`Error::Value`] for another name, [`Error::Unavailable`] if this CPU does not have the unit.
     ///
-    /// `LOWRANK_CACHES` says how large the caches of a core are, L1d, L2 and L3, where a virtual machine tells otherwise: `32K,512K,32M`.
-    /// It changes how products are cut into blocks, and no bit of them. Errors: [`Error::Value`] if it is not three sizes.
+    /// The environment variable `LOWRANK_CACHES` overrides the detected sizes of L1d, L2 and L3 of a core, such as
+    /// `32K,512K,32M`, since some virtual machines report wrong ones. They change the block sizes of products, and no result.
+    /// Errors: [`Error::Value`] if it is not three sizes.
     pub fn new() -> Result<Self> {
         let unit = match std::env::var_os("LOWRANK_UNIT") {
             Some(name) => VectorUnit::from_name(&name.to_string_lossy())?,
             None => VectorUnit::best(),
         };
-        let idle: Arc<Idle> = Arc::default();
-        let scratch = Arc::new(Scratch::new(idle.clone()));
+        let pool: Arc<Pool> = Arc::default();
+        let scratch = Arc::new(Scratch::new(pool.clone()));
         let caches = Caches::new()?;
-        Ok(Self { unit: Unit::new(unit)?, caches, verbs: Verbs::of()?, pool: None, idle, scratch })
+        Ok(Self { unit: Unit::new(unit)?, caches, verbs: Verbs::of()?, threads: None, pool, scratch })
     }
 
-    /// With another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
+    /// Uses another vector unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
     pub fn with_unit(mut self, unit: VectorUnit) -> Result<Self> {
         self.unit = Unit::new(unit)?;
         Ok(self)
     }
 
-    /// With `threads` threads of its own. Errors: [`Error::Value`] for none, [`Error::Device`] if they cannot be started.
+    /// Uses a thread pool of its own, of `threads` threads. Errors: [`Error::Value`] for 0, [`Error::Device`] if they cannot be
+    /// started.
     pub fn with_threads(self, threads: usize) -> Result<Self> {
         Error::unless(threads > 0, "cpu", "threads", threads, "at least 1")?;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         let pool = pool.map_err(|error| Error::Device { backend: "cpu", reason: error.to_string() })?;
-        Ok(Self { pool: Some(Arc::new(pool)), ..self })
+        Ok(Self { threads: Some(Arc::new(pool)), ..self })
     }
 
     /// The vector unit in use.
@@ -116,32 +118,32 @@ impl<E: Float> Cpu<E> {
         self.unit.name()
     }
 
-    /// How `y = x·Wᵀ` is computed, `x m×k`, `W n×k`: the loop nest and its blocks, and the caches that they were made for. For people to
-    /// read: the words may change.
+    /// Describes how `y = x·Wᵀ`, `x m×k`, `W n×k`, is computed: the regime, the block sizes, and the cache sizes that they were
+    /// chosen for. The text is for people and may change.
     pub fn explain(&self, m: usize, k: usize, n: usize) -> String {
         format!("{} ({}; {})", gemm::explain::<E>(&self.engine(true), m, k, n), self.unit().name(), self.caches)
     }
 
-    /// How many threads share the work.
+    /// Number of threads that verbs use.
     pub fn threads(&self) -> usize {
-        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+        self.threads.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
-    fn engine(&self, alone: bool) -> Engine<'_> {
-        Engine { unit: self.unit, caches: self.caches, idle: &self.idle, scratch: &self.scratch, alone }
+    fn engine(&self, sequential: bool) -> Engine<'_> {
+        Engine { unit: self.unit, caches: self.caches, pool: &self.pool, scratch: &self.scratch, sequential }
     }
 
-    /// Runs a verb, whose loops then use this backend's threads; if it is little work, here, and no loop uses another thread.
+    /// Runs a verb on this backend's threads, or on the calling thread alone if it is small work.
     fn run<R: Request>(&self, verb: fn(&Engine<'_>, R) -> Result<()>, op: Checked<R>) -> Result<()> {
-        if op.is_few() {
+        if op.is_small() {
             return verb(&self.engine(true), op.into_inner());
         }
         self.on_threads(|| verb(&self.engine(false), op.into_inner()))
     }
 
-    /// Handed over once, where each loop would be by itself.
+    /// Runs `work` within the thread pool. Entering the pool once for a verb is cheaper than once for each of its loops.
     fn on_threads<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        match &self.pool {
+        match &self.threads {
             Some(pool) => pool.install(work),
             None => rayon::scope(|_| work()),
         }
@@ -149,7 +151,7 @@ impl<E: Float> Cpu<E> {
 }
 
 impl<E: Float, T: Element> Tensor<Cpu<E>, T> {
-    /// A vector as a tensor, row by row; it becomes the tensor's memory, and [`into_vec`](Self::into_vec) gives it back.
+    /// A tensor whose memory is `vec`, row by row. Nothing is copied; [`into_vec`](Self::into_vec) returns the vector.
     ///
     /// Errors: [`Error::Value`] if its length is not `rows · cols`.
     ///
@@ -157,30 +159,30 @@ impl<E: Float, T: Element> Tensor<Cpu<E>, T> {
     /// use lowrank::{Cpu, Tensor};
     ///
     /// let vec = vec![1.0f32, 2.0, 3.0, 4.0];
-    /// let at = vec.as_ptr();
+    /// let address = vec.as_ptr();
     /// let tensor = Tensor::<Cpu<f32>>::from_vec((2, 2), vec)?;
-    /// assert_eq!(tensor.into_vec().as_ptr(), at); // nothing was copied
+    /// assert_eq!(tensor.into_vec().as_ptr(), address); // nothing was copied
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     pub fn from_vec(shape: impl Into<Shape>, vec: Vec<T>) -> Result<Self> {
         Self::from_buffer(shape, Buffer::from(vec))
     }
 
-    /// The elements, row by row: the vector that the tensor was made of, or a copy of memory from the pool.
+    /// The elements, row by row: the vector of [`from_vec`](Self::from_vec), or a copy if the memory belongs to the pool.
     pub fn into_vec(self) -> Vec<T> {
         self.into_buffer().into()
     }
 }
 
 impl<'a, E: Float, T: Element> MatRef<'a, Cpu<E>, T> {
-    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    /// A contiguous matrix in memory of the caller. Errors: [`Error::Value`] if the length of `slice` is not `rows · cols`.
     pub fn from_slice(slice: &'a [T], shape: impl Into<Shape>) -> Result<Self> {
         Self::new(slice, shape)
     }
 }
 
 impl<'a, E: Float, T: Element> MatMut<'a, Cpu<E>, T> {
-    /// Memory of the caller's as a matrix, row after row. Errors: [`Error::Value`] if it does not hold `rows · cols` elements.
+    /// A contiguous matrix in memory of the caller. Errors: [`Error::Value`] if the length of `slice` is not `rows · cols`.
     pub fn from_slice(slice: &'a mut [T], shape: impl Into<Shape>) -> Result<Self> {
         Self::new(slice, shape)
     }
@@ -199,15 +201,15 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::zeros(&self.idle, len)
+        Buffer::zeros(&self.pool, len)
     }
 
     fn unwritten<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        Buffer::unwritten(&self.idle, len)
+        Buffer::unwritten(&self.pool, len)
     }
 
     fn upload<T: Element>(&self, host: &[T]) -> Result<Buffer<T>> {
-        let mut buffer = Buffer::unwritten(&self.idle, host.len())?;
+        let mut buffer = Buffer::unwritten(&self.pool, host.len())?;
         buffer.copy_from_slice(host);
         Ok(buffer)
     }
@@ -225,7 +227,7 @@ impl<E: Float> Backend for Cpu<E> {
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(()) // verbs return when they are done
+        Ok(()) // verbs are done when they return
     }
 
     fn slice<T: Element>(buffer: &Buffer<T>) -> &[T] {
@@ -242,7 +244,7 @@ impl<E: Float> Backend for Cpu<E> {
 
     fn copy<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatMut<'_, Self, T>) -> Result<()> {
         let (from, cols, stride, span) = (linear::matrix(from), to.cols(), to.row_stride(), to.span());
-        let rows = to.into_memory()[span].chunks_mut(stride.max(1)); // at least as long as a row
+        let rows = to.into_memory()[span].chunks_mut(stride.max(1)); // each at least `cols` long
         from.runs().zip(rows).for_each(|(from, to)| to[..cols].copy_from_slice(from));
         Ok(())
     }
@@ -257,7 +259,7 @@ impl<E: Float> Backend for Cpu<E> {
 
     fn keep_packed(&self, w: &mut Tensor<Self>, passes: Passes) -> Result<()> {
         let packed = self.pack(w.view(), passes)?;
-        w.buffer_mut().keep(packed);
+        w.buffer_mut().set_packed(packed);
         Ok(())
     }
 
@@ -336,9 +338,9 @@ mod tests {
     #[test]
     fn caches_change_no_bit() {
         for (m, k) in [(7, 40), (31, 130), (150, 610)] {
-            let (wide, narrow) = (products::<f32>("32K,512K,32M", m, k), products::<bf16>("32K,512K,32M", m, k));
+            let (f32s, bf16s) = (products::<f32>("32K,512K,32M", m, k), products::<bf16>("32K,512K,32M", m, k));
             for caches in ["4K,4K,4K", "32K,256K,8M", "48K,2M,30M", "128K,12M,12M"] {
-                assert!(products::<f32>(caches, m, k) == wide && products::<bf16>(caches, m, k) == narrow, "{caches}, {m}×{k}");
+                assert!(products::<f32>(caches, m, k) == f32s && products::<bf16>(caches, m, k) == bf16s, "{caches}, {m}×{k}");
             }
         }
     }

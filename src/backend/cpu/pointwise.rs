@@ -1,22 +1,22 @@
-//! One pass over memory: relu, its derivative, sums, dropout, rounding, cross-entropy.
+//! The verbs that pass over memory once: relu and its derivative, sums, dropout, rounding, cross-entropy.
 
 use rayon::prelude::*;
 
-use super::few::FEW;
 use super::gemm::Matrix;
 use super::linear::{elements, elements_mut};
 use super::simd::{Kernel, LANES, Simd};
+use super::small_work::SMALL_MATRIX;
 use super::{Cpu, Engine};
 use crate::element::Float;
 use crate::error::Result;
 use crate::op::{
-    Accumulate, Add, CrossEntropy, Dropout, DropoutForward, IGNORED, Relu, ReluBackward, round_by_chance, rounding_words,
+    Accumulate, Add, CrossEntropy, Dropout, DropoutForward, IGNORED, Relu, ReluBackward, round_stochastic, rounding_words,
 };
 
-/// Elements a task takes: enough to outweigh handing it over.
-pub(super) const CHUNK: usize = FEW;
-/// Columns of a row that are worth coming for: 512 bytes of `f32`, and their sums stay in the first cache.
-const RUN: usize = 8 * LANES;
+/// Elements of a task: more work than handing the task to another thread.
+pub(super) const CHUNK: usize = SMALL_MATRIX;
+/// The fewest columns of a task: 512 contiguous bytes of each row of `f32`. Their sums stay in L1.
+const MIN_COLUMNS: usize = 8 * LANES;
 
 /// `y = max(x, 0)`
 pub(super) fn relu<E: Float>(engine: &Engine, op: Relu<'_, Cpu<E>>) -> Result<()> {
@@ -110,7 +110,7 @@ impl Kernel for AccumulateChunk<'_> {
     }
 }
 
-/// `to = from`, rounded once where `to` is narrower
+/// `to = from`, rounded to nearest if `T` is 16-bit
 pub(super) fn convert<F: Float, T: Float>(engine: &Engine, from: &[F], to: &mut [T]) {
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK));
     engine.each(chunks, |(to, from)| engine.unit.run(ConvertChunk { from, to }));
@@ -131,16 +131,16 @@ impl<F: Float, T: Float> Kernel for ConvertChunk<'_, F, T> {
     }
 }
 
-/// `to = from`, in `f32`, for a matrix whose rows may lie apart
+/// `to = from` in `f32`, for a matrix with a row stride
 pub(super) fn convert_rows<F: Float>(engine: &Engine, from: Matrix<'_, F>, to: &mut [f32]) {
     let rows = to.par_chunks_mut(from.cols().max(1)).enumerate();
     engine.each(rows, |(i, to)| engine.unit.run(ConvertChunk { from: from.run(i), to }));
 }
 
-/// `dbias[j] = Σ_i dy[i][j]`, row after row
+/// `dbias[j] = Σ_i dy[i][j]`, row by row
 pub(super) fn column_sums<E: Float>(engine: &Engine, dy: Matrix<'_, E>, dbias: &mut [f32]) {
-    // What a task reads of a row is a run of cache lines; how many do not matter to the bits, each column is a sum of its own.
-    let width = (2 * CHUNK / dy.rows().max(1)).next_multiple_of(LANES).max(RUN);
+    // The width of a task does not change the bits: each column is one sum, in the order of the rows.
+    let width = (2 * CHUNK / dy.rows().max(1)).next_multiple_of(LANES).max(MIN_COLUMNS);
     let task = |(chunk, sums): (usize, &mut [f32])| engine.unit.run(ColumnSums { dy, first: chunk * width, sums });
     engine.each(dbias.par_chunks_mut(width).enumerate(), task);
 }
@@ -184,14 +184,14 @@ pub(super) fn drop<F: Float, T: Float>(engine: &Engine, dropout: Dropout, from: 
     });
 }
 
-/// `to = from`, rounded by chance; `first`, a multiple of 4, is the place of `to` in the whole matrix
+/// `to = from`, rounded stochastically. `first`, a multiple of 4, is the index of `to[0]` in the whole matrix
 pub(super) fn round<E: Float>(engine: &Engine, key: [u32; 2], first: usize, from: &[f32], to: &mut [E]) {
     let chunks = to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).enumerate();
     engine.each(chunks, |(chunk, (to, from))| {
         for (block, (to, from)) in to.chunks_mut(4).zip(from.chunks(4)).enumerate() {
             let words = rounding_words(key, ((first + chunk * CHUNK) / 4 + block) as u64);
             for ((to, &from), word) in to.iter_mut().zip(from).zip(words) {
-                *to = round_by_chance(from, word);
+                *to = round_stochastic(from, word);
             }
         }
     });

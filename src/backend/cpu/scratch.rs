@@ -1,22 +1,23 @@
-//! Memory for packed panels and partial sums, kept from one call to the next: fresh pages cost more than the packing.
+//! Scratch memory for packed panels and partial sums. It is reused from call to call: the first writes to new pages take longer
+//! than packing.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
-use super::idle::Idle;
+use super::pool::Pool;
 use crate::element::Element;
 use crate::error::Result;
 
-/// How many buffers are kept beside those of the tasks: a product takes its left side, a backward pass two more.
-const KEPT: usize = 4;
-/// The most numbers that a buffer kept here has (8 MiB): twice what any task asks for. A larger one lies idle with what tensors
-/// lay in, within the same bound; sizes that come but once do not pile up.
-const LARGEST: usize = 2 << 20;
+/// Free buffers that are held in addition to one for each task: a product uses one for its left side, a backward pass two more.
+const EXTRA_BUFFERS: usize = 4;
+/// The most numbers of a buffer that is held here (8 MiB): twice what a task needs. Larger ones go to the [`Pool`], which is
+/// bounded, so that sizes that are used only once do not accumulate.
+const MAX_LEN: usize = 2 << 20;
 
-/// Buffers that are not in use.
+/// The free scratch buffers of a backend.
 pub(super) struct Scratch {
-    idle: Arc<Idle>,
+    pool: Arc<Pool>,
     free: Mutex<Free>,
 }
 
@@ -24,40 +25,40 @@ pub(super) struct Scratch {
 struct Free {
     /// From the smallest to the largest.
     buffers: Vec<Buffer<f32>>,
-    /// How many tasks ever asked for one at the same time.
+    /// The most tasks so far that used scratch memory at the same time.
     tasks: usize,
 }
 
 impl Scratch {
-    /// Whose memory comes from there.
-    pub(super) fn new(idle: Arc<Idle>) -> Self {
-        Self { idle, free: Mutex::default() }
+    /// Scratch memory that is allocated from `pool`.
+    pub(super) fn new(pool: Arc<Pool>) -> Self {
+        Self { pool, free: Mutex::default() }
     }
 
-    /// `len` numbers, whatever they are. They come back when dropped.
-    pub(super) fn take(&self, len: usize) -> Result<Taken<'_>> {
-        let there = if len > LARGEST { None } else { self.lock().take(len) };
-        let buffer = match there {
+    /// Takes `len` numbers of undefined value. Dropping the guard returns them.
+    pub(super) fn take(&self, len: usize) -> Result<ScratchGuard<'_>> {
+        let free = if len > MAX_LEN { None } else { self.lock().take(len) };
+        let buffer = match free {
             Some(buffer) => buffer,
-            None => Buffer::unwritten(&self.idle, len)?,
+            None => Buffer::unwritten(&self.pool, len)?,
         };
-        Ok(Taken { scratch: self, buffer: Some(buffer), len })
+        Ok(ScratchGuard { scratch: self, buffer: Some(buffer), len })
     }
 
-    /// Room for `len` elements of another type; [`Taken::as_ref`] and [`Taken::as_mut`] show them.
-    pub(super) fn take_of<T: Element>(&self, len: usize) -> Result<Taken<'_>> {
+    /// Takes memory for `len` elements of another type; see [`ScratchGuard::as_ref`] and [`ScratchGuard::as_mut`].
+    pub(super) fn take_of<T: Element>(&self, len: usize) -> Result<ScratchGuard<'_>> {
         self.take((len * size_of::<T>()).div_ceil(size_of::<f32>()))
     }
 
-    /// Sees to it that `tasks` tasks will find `len` numbers each, unless another verb takes them meanwhile: what can fail should
-    /// fail before anything is written.
+    /// Allocates so that `tasks` tasks can take `len` numbers each, unless another verb takes them in between. So a verb fails,
+    /// if memory is short, before it has written anything.
     pub(super) fn reserve(&self, tasks: usize, len: usize) -> Result<()> {
-        debug_assert!(len <= LARGEST);
+        debug_assert!(len <= MAX_LEN);
         let mut free = self.lock();
         free.tasks = free.tasks.max(tasks);
-        let there = free.buffers.iter().filter(|buffer| buffer.len() >= len).count();
-        for _ in there..tasks {
-            let new = Buffer::unwritten(&self.idle, len)?;
+        let present = free.buffers.iter().filter(|buffer| buffer.len() >= len).count();
+        for _ in present..tasks {
+            let new = Buffer::unwritten(&self.pool, len)?;
             free.put_back(new);
         }
         Ok(())
@@ -69,7 +70,7 @@ impl Scratch {
 }
 
 impl Free {
-    /// The smallest that is as long, if there is one.
+    /// Takes the smallest buffer of at least `len` numbers.
     fn take(&mut self, len: usize) -> Option<Buffer<f32>> {
         let fits = self.buffers.iter().position(|buffer| buffer.len() >= len)?;
         Some(self.buffers.remove(fits))
@@ -78,20 +79,20 @@ impl Free {
     fn put_back(&mut self, buffer: Buffer<f32>) {
         let at = self.buffers.partition_point(|smaller| smaller.len() <= buffer.len());
         self.buffers.insert(at, buffer);
-        if self.buffers.len() > KEPT + self.tasks {
+        if self.buffers.len() > EXTRA_BUFFERS + self.tasks {
             self.buffers.remove(0);
         }
     }
 }
 
-/// Numbers on loan.
-pub(super) struct Taken<'a> {
+/// Scratch memory in use; dropping it returns the memory to [`Scratch`].
+pub(super) struct ScratchGuard<'a> {
     scratch: &'a Scratch,
     buffer: Option<Buffer<f32>>,
     len: usize,
 }
 
-impl Taken<'_> {
+impl ScratchGuard<'_> {
     pub(super) fn as_ref<T: Element>(&self) -> &[T] {
         bytemuck::cast_slice(self)
     }
@@ -101,22 +102,22 @@ impl Taken<'_> {
     }
 }
 
-impl Deref for Taken<'_> {
+impl Deref for ScratchGuard<'_> {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
         self.buffer.as_ref().map_or(&[], |buffer| &buffer[..self.len])
     }
 }
 
-impl DerefMut for Taken<'_> {
+impl DerefMut for ScratchGuard<'_> {
     fn deref_mut(&mut self) -> &mut [f32] {
         self.buffer.as_mut().map_or(&mut [], |buffer| &mut buffer[..self.len])
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for ScratchGuard<'_> {
     fn drop(&mut self) {
-        if let Some(buffer) = self.buffer.take().filter(|buffer| buffer.len() <= LARGEST) {
+        if let Some(buffer) = self.buffer.take().filter(|buffer| buffer.len() <= MAX_LEN) {
             self.scratch.lock().put_back(buffer);
         }
     }
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_back_is_lent_again() {
+    fn returned_buffers_are_reused() {
         let scratch = Scratch::new(Arc::default());
         let first = scratch.take(100).unwrap().as_ptr();
         assert_eq!(scratch.take(50).unwrap().as_ptr(), first);
@@ -137,15 +138,15 @@ mod tests {
         for len in 0..10 {
             assert_eq!(scratch.take(1000 * len).unwrap().len(), 1000 * len);
         }
-        assert!(scratch.lock().buffers.len() <= KEPT);
+        assert!(scratch.lock().buffers.len() <= EXTRA_BUFFERS);
     }
 
     #[test]
-    fn a_large_one_lies_idle_with_what_tensors_lay_in() {
+    fn a_large_buffer_goes_to_the_pool() {
         let scratch = Scratch::new(Arc::default());
-        drop(scratch.take(LARGEST + 1).unwrap());
+        drop(scratch.take(MAX_LEN + 1).unwrap());
         assert!(scratch.lock().buffers.is_empty());
-        let bytes = (LARGEST + 1) * size_of::<f32>();
-        assert!(scratch.idle.take(bytes).is_some_and(|(_, used)| used));
+        let bytes = (MAX_LEN + 1) * size_of::<f32>();
+        assert!(scratch.pool.take(bytes).is_some_and(|(_, used)| used));
     }
 }

@@ -1,4 +1,4 @@
-//! The tasks of a loop: on as many threads as there are, or all on this one.
+//! Runs the tasks of a loop, in parallel or on the calling thread.
 
 use std::convert::Infallible;
 
@@ -8,17 +8,17 @@ use rayon::prelude::*;
 use super::Engine;
 
 impl Engine<'_> {
-    /// The same, for a loop that stays on this thread if it is little work, whatever the rest of the verb is.
-    pub(super) fn alone_if(self, few: bool) -> Self {
-        Self { alone: self.alone || few, ..self }
+    /// A copy of this engine that is sequential if `small`.
+    pub(super) fn sequential_if(self, small: bool) -> Self {
+        Self { sequential: self.sequential || small, ..self }
     }
 
-    /// How many threads share the work.
+    /// Number of threads that share the work.
     pub(super) fn threads(self) -> usize {
-        if self.alone { 1 } else { rayon::current_num_threads() }
+        if self.sequential { 1 } else { rayon::current_num_threads() }
     }
 
-    /// Does each task.
+    /// Runs all tasks.
     pub(super) fn each<I>(self, tasks: I, task: impl Fn(I::Item) + Send + Sync)
     where
         I: IndexedParallelIterator,
@@ -29,17 +29,17 @@ impl Engine<'_> {
         });
     }
 
-    /// Does each task, until one fails. Where this thread is alone rayon is asked nothing: its first question would start threads.
+    /// Runs tasks until one fails. A sequential engine does not use rayon's pool, which would start its threads.
     pub(super) fn try_each<I, F>(self, tasks: I, task: impl Fn(I::Item) -> Result<(), F> + Send + Sync) -> Result<(), F>
     where
         I: IndexedParallelIterator,
         F: Send,
     {
-        if self.alone { tasks.with_producer(InOrder(task)) } else { tasks.try_for_each(task) }
+        if self.sequential { tasks.with_producer(InOrder(task)) } else { tasks.try_for_each(task) }
     }
 }
 
-/// Does tasks one after another.
+/// Runs tasks one after another.
 struct InOrder<T>(T);
 
 impl<I, F, T: Fn(I) -> Result<(), F>> ProducerCallback<I> for InOrder<T> {

@@ -1,7 +1,7 @@
-//! The verbs, compiled here for each element type.
+//! A table of the verbs for each element type.
 //!
-//! Generic code is compiled in the crate that uses it; a table of functions keeps four vector units times three element types
-//! of kernels out of every crate that links this one.
+//! Generic functions are compiled in the crate that calls them. The table calls them here, so that other crates do not compile
+//! the kernels of four vector units and three element types again.
 
 use std::any::Any;
 
@@ -15,7 +15,7 @@ use crate::op::{
 };
 use crate::view::MatRef;
 
-/// One function a verb.
+/// A function for each verb.
 pub(super) struct Verbs<E: Float> {
     pub(super) pack: fn(&Engine, MatRef<'_, Cpu<E>>, bool) -> Result<PackedWeight>,
     pub(super) lora_forward: fn(&Engine, LoraForward<'_, Cpu<E>>) -> Result<()>,
@@ -61,7 +61,7 @@ impl<E: Float> Verbs<E> {
         }
     }
 
-    /// Those of an element type.
+    /// The table of the element type `E`.
     pub(super) fn of() -> Result<&'static Self> {
         let tables: [&'static dyn Any; 3] = [&F32, &F16, &BF16];
         let found = tables.into_iter().find_map(|table| table.downcast_ref());

@@ -1,4 +1,4 @@
-//! Memory of a GPU, which any thread may drop, or which somebody lends.
+//! Memory of a GPU: allocations, which any thread may drop, and memory that is lent.
 
 use std::sync::Arc;
 use std::thread::ThreadId;
@@ -6,17 +6,17 @@ use std::thread::ThreadId;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-/// An allocation of a [`Driver`](super::Driver)'s, on its stream, or memory of that stream that somebody lends.
+/// An allocation of a [`Driver`](super::Driver) on its stream, or lent memory of that stream.
 ///
-/// An allocation is never empty: the driver refuses allocations of nothing, so those of no bytes have one.
+/// An allocation has at least one byte, since the driver refuses empty ones.
 pub struct Memory {
-    /// None: memory that is lent.
+    /// `None`: lent memory.
     slice: Option<CudaSlice<u8>>,
-    /// Where memory that is lent lies.
+    /// The address of lent memory.
     lent: CUdeviceptr,
     bytes: usize,
     stream: Arc<CudaStream>,
-    /// The only thread that can name the stream, if it is each thread's own.
+    /// The only thread that can name the stream, if it is a per-thread default stream.
     thread: Option<ThreadId>,
 }
 
@@ -26,32 +26,32 @@ impl Memory {
         Self { slice: Some(slice), lent: 0, bytes, stream, thread }
     }
 
-    /// Memory of somebody else's, which is not freed. Whoever makes it sees to it that it is gone before that memory is.
+    /// Lent memory, which is not freed. The caller guarantees that the result is dropped before the memory is freed.
     pub(super) fn lent(address: CUdeviceptr, bytes: usize, stream: &Arc<CudaStream>) -> Self {
         Self { slice: None, lent: address, bytes, stream: Arc::clone(stream), thread: None }
     }
 
-    /// The slice of cudarc's that it is: bytes on the stream of the backend that made it. None: memory that is lent.
+    /// The allocation as a slice of cudarc's, on the stream of the backend that made it. `None`: lent memory.
     pub fn slice(&self) -> Option<&CudaSlice<u8>> {
         self.slice.as_ref()
     }
 
-    /// The same, to be written.
+    /// The allocation as a slice that can be written. `None`: lent memory.
     pub(super) fn slice_mut(&mut self) -> Option<&mut CudaSlice<u8>> {
         self.slice.as_mut()
     }
 
-    /// The slice, for the caller to free. None: memory that is lent, or whose stream this thread cannot name.
+    /// Hands over the allocation, for the caller to free. `None`: lent memory, or the stream belongs to another thread.
     pub(super) fn into_slice(mut self) -> Option<CudaSlice<u8>> {
         if self.is_elsewhere() { None } else { self.slice.take() }
     }
 
-    /// Whether the stream is each thread's own and this is not the thread that it belongs to.
+    /// True if the stream is a per-thread default stream of another thread.
     fn is_elsewhere(&self) -> bool {
         self.thread.is_some_and(|thread| thread != std::thread::current().id())
     }
 
-    /// Where memory that is lent lies; 0: an allocation, of which cudarc says where, when it is told for what.
+    /// The address of lent memory. 0 for an allocation, whose address cudarc gives out with a record of its use.
     pub(super) fn lent_address(&self) -> CUdeviceptr {
         self.lent
     }
@@ -66,16 +66,16 @@ impl Memory {
 }
 
 impl Drop for Memory {
-    /// Makes the context current before the slice is freed, which cudarc does not: a thread that never called CUDA could not free
-    /// it, and on one that uses another GPU the default stream would be that one's.
+    /// Makes the context current before the slice is freed, which cudarc does not: otherwise a thread that never called CUDA
+    /// could not free it, and on a thread that uses another GPU the default stream would be that GPU's.
     ///
-    /// Where each thread has a stream of its own, another thread than the one that used the memory waits for all of them first; if
-    /// that fails, the memory is lost rather than freed too early.
+    /// With a per-thread default stream, any other thread first waits for all work of the GPU; if that fails, the memory is
+    /// leaked rather than freed too early.
     fn drop(&mut self) {
         let elsewhere = self.is_elsewhere();
         let Some(slice) = self.slice.take() else { return };
         let context = self.stream.context();
-        // With an error left to report cudarc neither binds nor waits: it is taken out until the slice is gone.
+        // With a pending error, cudarc would neither bind nor wait: the error is set aside until the slice is freed.
         let earlier = context.check_err().err();
         context.record_err(context.bind_to_thread());
         match if elsewhere { context.synchronize() } else { Ok(()) } {

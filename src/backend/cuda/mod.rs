@@ -1,34 +1,35 @@
 //! NVIDIA GPUs: hand-written kernels, shipped as PTX.
 //!
 //! ```text
-//! lora.rs linear.rs dora.rs pointwise.rs   a verb, as a few launches
-//!   ├─ products.rs                 y and dx, by whichever kernel
-//!   ├─ operand.rs                  a view, as kernels take it
-//!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure arithmetic
-//!        └─ device.rs              what a GPU must do: memory, and launches
-//!             └─ driver.rs         one GPU, through NVIDIA's driver: an unsafe door
-//!                  ├─ newer.rs     what bindings to older drivers lack: the other one
-//!                  ├─ memory.rs    what it allocates, freed on whichever thread drops it
-//!                  └─ lend.rs      what somebody lends, or hands over
-//! kernels/*.cu                     the kernels, the same stems; kernels/ptx is what ships
+//! lora.rs linear.rs dora.rs pointwise.rs   one function per verb: its launches
+//!   ├─ products.rs                 the launches of y and dx
+//!   ├─ operand.rs                  a view as kernel arguments
+//!   ├─ kernel.rs                   the kernels' names and parameters
+//!   └─ plan.rs hopper.rs           which kernel, how many blocks: pure functions of sizes
+//!        └─ device.rs              the trait of a GPU: memory and launches
+//!             └─ driver.rs         one GPU through NVIDIA's driver; a door for unsafe code
+//!                  ├─ newer.rs     driver functions that older bindings lack; the other door
+//!                  ├─ memory.rs    allocations, which any thread may drop
+//!                  └─ lend.rs      memory that the caller lends or gives away
+//! kernels/*.cu                     the kernels, under the names of their verbs; kernels/ptx is the PTX that ships
 //! ```
 //!
-//! The tests put another device under the same verbs: an interpreter that runs the shipped PTX on the CPU.
+//! In the tests the verbs run on another device: an interpreter that runs the shipped PTX on the CPU.
 //!
 //! # Graphs
 //!
-//! A verb's launches can be captured in a CUDA graph. It copies nothing to the device and waits for nothing: sizes and scalars are
-//! parameters of kernels. The memory that a backward pass needs for a while (`dh`, and parts of sums, of which those of `dh` take
-//! m·r/(128·k) as much as a 16-bit weight) is allocated and freed in the order of the stream, so that a graph has an allocation of
-//! its own and nobody can free it. The rest is the caller's:
+//! The launches of a verb can be captured in a CUDA graph: a verb copies nothing to the device and waits for nothing; sizes and
+//! scalars are kernel parameters. Scratch memory of the backward pass (`dh`, and partial sums; those of `dh` take m·r/(128·k) of
+//! the bytes of a 16-bit weight) is allocated and freed in stream order, so that the graph has an allocation of its own, which
+//! nobody can free early. The caller sees to the rest:
 //!
-//! - The stream must be one of its own, since the default stream cannot be captured, and cudarc must not track events, which would
-//!   tie the graph to work before it.
-//! - A graph knows operands by their addresses: each tensor that a captured verb names must live as long as the graph is launched.
-//!   Nothing checks that; new contents are written with [`copy_from_slice`](crate::Tensor::copy_from_slice), between launches.
-//! - No tensor begins during the capture, since its memory would be the graph's, and none that began before is dropped during it,
-//!   since the driver would not free it then. A step of the tape allocates what it makes, so it is verbs that are captured.
-//! - Nothing is copied during it: that is an error ([`Error::Device`]).
+//! - The stream must not be the default stream, which cannot be captured, and cudarc must not track events, which would make the
+//!   graph depend on earlier work.
+//! - A graph contains the addresses of its operands: each tensor of a captured verb must live as long as the graph is launched.
+//!   This is not checked. New contents are written with [`copy_from_slice`](crate::Tensor::copy_from_slice), between launches.
+//! - No tensor may be created during the capture, since its memory would belong to the graph, and no earlier tensor dropped during
+//!   it, since the driver would not free it. A step of the tape allocates its results, so capture verbs, not steps.
+//! - Copies during the capture are refused ([`Error::Device`]).
 //!
 //! ```no_run
 //! use lowrank::cuda::cudarc::driver::{CudaContext, sys};
@@ -58,6 +59,7 @@ mod device;
 mod dora;
 mod driver;
 pub mod hopper;
+mod kernel;
 mod lend;
 mod linear;
 mod lora;
@@ -67,6 +69,8 @@ mod operand;
 pub mod plan;
 mod pointwise;
 mod products;
+#[cfg(test)]
+mod sources;
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -76,6 +80,7 @@ pub use cudarc;
 use cudarc::driver::{CudaStream, CudaView, CudaViewMut};
 pub use device::{Arg, Device, Gpu, Launch, Tiles};
 pub use driver::Driver;
+pub use kernel::Kernel;
 pub use lend::{Lent, LentMut};
 pub use memory::Memory;
 
@@ -88,12 +93,13 @@ use crate::op::{
 };
 use crate::tensor::Shape;
 use crate::view::{MatMut, MatRef};
+use kernel::Params;
 use plan::Plan;
 
-/// What errors call this backend.
+/// The name of this backend in errors.
 const NAME: &str = "cuda";
 
-/// The PTX of every kernel for one element type, for GPUs from Ampere (`sm_80`) on.
+/// PTX of all kernels for one element type, for GPUs from Ampere (`sm_80`) on.
 pub fn ptx(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => include_str!(concat!(env!("OUT_DIR"), "/f32.ptx")),
@@ -102,7 +108,7 @@ pub fn ptx(dtype: DType) -> &'static str {
     }
 }
 
-/// The PTX of the kernels for Hopper alone (`sm_90a`), which 16-bit elements have besides.
+/// PTX of the additional kernels for Hopper (`sm_90a` only), which exist for 16-bit elements. `None` for `f32`.
 pub fn hopper_ptx(dtype: DType) -> Option<&'static str> {
     match dtype {
         DType::F32 => None,
@@ -111,29 +117,31 @@ pub fn hopper_ptx(dtype: DType) -> Option<&'static str> {
     }
 }
 
-/// PTX as GPUs from Hopper on run it: with the instructions by which launches of a verb overlap, which are comments to those before.
+/// Adapts PTX of [`ptx`] to GPUs from Hopper on: enables the instructions that let launches of a verb overlap, which are comments
+/// in it.
 pub fn from_hopper_on(ptx: &str) -> String {
     let newer = ptx.replacen(".version 7.1", ".version 7.8", 1).replacen(".target sm_80", ".target sm_90", 1);
     newer.replace("//@ ", "")
 }
 
-/// A GPU as a backend whose weights and activations are stored as `E`.
+/// A backend on a GPU, whose weights and activations are stored as `E`.
 ///
-/// Verbs return before the GPU is done, copies do not: one from the host waits until the GPU has read it, and so for all that was
-/// asked before. A training step copies its inputs and its labels, so the GPU is idle as it begins, until the first launches come
-/// (some µs); a step that reads its loss has waited anyway.
+/// Verbs return before the GPU has finished; copies wait. A copy from the host returns when the GPU has read it, and so after all
+/// earlier work. A training step copies its inputs and labels, so the GPU is idle for some µs at its start, until the first
+/// launches arrive; a step that reads its loss has waited anyway.
 ///
-/// Operands may lie anywhere. Kernels that load 16 bytes at once take them where rows begin and end at multiples of that; elsewhere
-/// kernels for any shape do, which are slower. On Hopper an output that is added to is made by the kernels of other GPUs.
+/// Operands may start at any element. Kernels that load 16 bytes at once are used where rows start and end at multiples of 16
+/// bytes; other operands take slower kernels for any shape. On Hopper, outputs that are accumulated into use the kernels for
+/// earlier GPUs.
 ///
-/// Factors in `f32` beside 16-bit weights are rounded to the weights' type where products take them, to the nearest and anew each
-/// time (in f16 what is beyond 65504 becomes infinite); merging and the lengths of rows take them as they are.
+/// Products round `f32` factors beside 16-bit weights to the weights' type, to the nearest, in each call (in f16, values beyond
+/// 65504 become infinite); merging and row norms use them in `f32`.
 pub struct Cuda<E: Float, D: Device = Driver> {
     device: D,
     element: PhantomData<E>,
 }
 
-/// `len` elements in the memory of a device; where views look at memory that is lent, that.
+/// `len` elements in device memory: an allocation, or memory that is lent.
 pub struct Buffer<M, T> {
     memory: M,
     len: usize,
@@ -145,7 +153,7 @@ impl<M, T> Buffer<M, T> {
         Self { memory, len, element: PhantomData }
     }
 
-    /// The memory itself; with a [`Driver`], [`Memory`] that is a slice of cudarc's.
+    /// The memory; with a [`Driver`], a [`Memory`], which holds a slice of cudarc's.
     pub fn memory(&self) -> &M {
         &self.memory
     }
@@ -158,26 +166,27 @@ impl<E: Float, D: Device> fmt::Debug for Cuda<E, D> {
 }
 
 impl<E: Float> Cuda<E> {
-    /// The GPU with that number, on its default stream. Errors: [`Error::Unavailable`] without a driver, or without that GPU.
+    /// Opens the GPU with this number, on its default stream. Errors: [`Error::Unavailable`] without a driver, or without that
+    /// GPU.
     ///
-    /// Memory that is dropped stays with this program, for who asks next: the GPU's default pool is told to give none back to the
-    /// system by itself.
+    /// Dropped memory stays with the process, for later allocations: the GPU's default pool is set to release nothing to the
+    /// system.
     pub fn new(ordinal: usize) -> Result<Self> {
         Ok(Self::on(Driver::open(ordinal, E::DTYPE)?))
     }
 
-    /// Shares a stream of the caller's, and its context: verbs are launched there, in order with whatever else is. The pool from which
-    /// the driver allocates stays as the caller has it; as the driver has it, memory that nobody holds goes back to the system whenever
-    /// somebody waits for the stream, and fresh memory is slow (`CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`).
+    /// Runs verbs on a stream of the caller's, in order with other work there. The driver's memory pool is not reconfigured: by
+    /// default the driver releases unused memory at each synchronisation, which makes later allocations slow
+    /// (`CU_MEMPOOL_ATTR_RELEASE_THRESHOLD`).
     ///
-    /// A tensor belongs to the stream of the backend that made it, and verbs of a backend on another stream refuse it
-    /// ([`Error::Device`]): nobody would order what the two do.
+    /// A tensor belongs to the stream of the backend that made it. Verbs of a backend on another stream refuse it
+    /// ([`Error::Device`]), since nothing would order the work of the two.
     ///
-    /// The stream may be the one that each thread has of its own (`CudaContext::per_thread_stream`). Its name means another stream on
-    /// each thread, so the backend, and verbs on its tensors, then work on the thread that calls this alone ([`Error::Device`] on
-    /// others), and a tensor that another thread drops waits for all work of the GPU's.
+    /// The stream may be the per-thread default stream (`CudaContext::per_thread_stream`), which is another stream on each
+    /// thread. The backend, and verbs on its tensors, then work only on the thread that calls this function ([`Error::Device`] on
+    /// others), and a tensor that another thread drops waits for all work of the GPU.
     ///
-    /// Errors: [`Error::Device`] if the kernels cannot be loaded there, [`Error::Unavailable`] if the GPU is older than they are.
+    /// Errors: [`Error::Device`] if the kernels cannot be loaded, [`Error::Unavailable`] if the GPU is too old for them.
     ///
     /// ```no_run
     /// use lowrank::cuda::cudarc::driver::CudaContext;
@@ -193,9 +202,9 @@ impl<E: Float> Cuda<E> {
         Ok(Self::on(Driver::from_stream(stream, E::DTYPE)?))
     }
 
-    /// Memory of the caller's, to be read by verbs: nothing is copied, allocated or kept, and nothing of it freed. It must lie on the
-    /// stream of this backend. On a stream that each thread has of its own, what this thread's stream has to see must have been made
-    /// there, or waited for.
+    /// Lends memory of the caller's for verbs to read: nothing is copied, allocated, retained or freed. It must belong to the
+    /// stream of this backend. With a per-thread default stream, its contents must have been made on this thread's stream, or be
+    /// waited for.
     ///
     /// Errors: [`Error::Value`] for memory of another stream.
     ///
@@ -221,62 +230,63 @@ impl<E: Float> Cuda<E> {
         self.device.lend(view)
     }
 
-    /// Memory of the caller's, to be written by verbs; else as [`lend`](Self::lend).
+    /// Lends memory of the caller's for verbs to write; otherwise as [`lend`](Self::lend).
     pub fn lend_mut<'a, T: Element>(&'a self, view: &'a mut CudaViewMut<'_, T>) -> Result<LentMut<'a, T>> {
         self.device.lend_mut(view)
     }
 }
 
 impl<E: Float, D: Device> Cuda<E, D> {
-    /// On any device that runs the kernels of [`ptx`]`(E::DTYPE)`.
+    /// A backend on any device that runs the kernels of [`ptx`]`(E::DTYPE)`.
     pub fn on(device: D) -> Self {
         Self { device, element: PhantomData }
     }
 
-    /// What it runs on.
+    /// The device.
     pub fn on_device(&self) -> &D {
         &self.device
     }
 
-    /// Runs a kernel, unless its grid is empty.
-    fn launch(&self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
-        self.chain().launch(plan, args)
+    /// Launches a kernel, unless its grid is empty.
+    fn launch<'a>(&self, plan: Plan, params: impl Params<'a, D::Memory>) -> Result<()> {
+        self.chain().launch(plan, params)
     }
 
-    /// Several launches of one verb, with nothing between them: what they need is allocated before, and freed after.
+    /// Starts a chain of launches of one verb, with nothing between them: scratch memory is allocated before, and freed after.
     fn chain(&self) -> Chain<'_, D> {
-        Chain { device: &self.device, begun: false }
+        Chain { device: &self.device, has_previous: false }
     }
 
-    /// Memory for what lives during one verb; nothing is written there. It goes back in the order of the stream.
+    /// Scratch memory for one verb, not initialised. It is freed in stream order.
     fn scratch(&self, rows: usize, cols: usize) -> Result<Buffer<D::Memory, f32>> {
         self.unwritten(Shape { rows, cols }.elements()?)
     }
 }
 
-/// Launches of one verb. Each but the first may overlap the one before it.
+/// The launches of one verb. Each launch but the first may overlap the previous one.
 struct Chain<'c, D> {
     device: &'c D,
-    begun: bool,
+    has_previous: bool,
 }
 
 impl<D: Device> Chain<'_, D> {
-    /// Runs a kernel, unless its grid is empty.
-    fn launch(&mut self, plan: Plan, args: Vec<Arg<'_, D::Memory>>) -> Result<()> {
+    /// Launches a kernel, unless its grid is empty.
+    fn launch<'a, P: Params<'a, D::Memory>>(&mut self, plan: Plan, params: P) -> Result<()> {
+        debug_assert!(P::KERNELS.contains(&plan.kernel), "{} has other parameters", plan.kernel);
         if plan.grid == 0 {
             return Ok(());
         }
-        self.device.launch(Launch::new(plan, args, std::mem::replace(&mut self.begun, true)))
+        self.device.launch(Launch::new(plan, params.into_args(), std::mem::replace(&mut self.has_previous, true)))
     }
 }
 
-/// Bytes of so many elements. Errors: [`Error::TooLarge`] if they cannot be addressed.
+/// Bytes of `len` elements. Errors: [`Error::TooLarge`] if they cannot be addressed.
 fn bytes<T: Element>(len: usize) -> Result<usize> {
     let bytes = len.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize);
     bytes.ok_or(Error::TooLarge { shape: Shape { rows: len, cols: 1 }, limit: "this machine can address" })
 }
 
-fn as_long(verb: &'static str, host: usize, buffer: usize) -> Result<()> {
+fn same_len(verb: &'static str, host: usize, buffer: usize) -> Result<()> {
     Error::unless(host == buffer, verb, "host", host, "as many elements as the buffer")
 }
 
@@ -296,7 +306,7 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
         Ok(Buffer::new(self.device.zeros(bytes::<T>(len)?)?, len))
     }
 
-    /// The interpreter in the tests watches that nobody reads what no verb wrote.
+    /// The interpreter in the tests refuses reads of memory that was never written.
     fn unwritten<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>> {
         Ok(Buffer::new(self.device.alloc(bytes::<T>(len)?)?, len))
     }
@@ -308,12 +318,12 @@ impl<E: Float, D: Device> Backend for Cuda<E, D> {
     }
 
     fn write<T: Element>(&self, buffer: &mut Self::Buffer<T>, host: &[T]) -> Result<()> {
-        as_long("write", host.len(), buffer.len)?;
+        same_len("write", host.len(), buffer.len)?;
         self.device.write(&mut buffer.memory, bytemuck::must_cast_slice(host))
     }
 
     fn download<T: Element>(&self, buffer: &Self::Buffer<T>, host: &mut [T]) -> Result<()> {
-        as_long("download", host.len(), buffer.len)?;
+        same_len("download", host.len(), buffer.len)?;
         self.device.read(&buffer.memory, bytemuck::must_cast_slice_mut(host))
     }
 

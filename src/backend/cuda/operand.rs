@@ -1,6 +1,7 @@
-//! A view → what kernels take of it: where it begins, and how far its rows lie apart.
+//! Views as kernel arguments: address, sizes, stride and alignment.
 
 use super::device::{Arg, Device, Tiles};
+use super::kernel::{self, Kernel};
 use super::plan::{self, MAX_SIZE, pointwise, size};
 use super::{Buffer, Cuda};
 use crate::backend::Backend;
@@ -13,13 +14,13 @@ use crate::view::{MatMut, MatRef};
 /// A matrix that kernels read.
 pub(super) struct Matrix<'a, M> {
     memory: &'a M,
-    /// Bytes of the memory before it.
+    /// Offset in the memory, in bytes.
     offset: usize,
     pub(super) rows: u32,
     pub(super) cols: u32,
-    /// Elements from one row to the next.
+    /// Elements between the starts of consecutive rows.
     pub(super) stride: u32,
-    /// Whether each row begins at a multiple of 16 bytes.
+    /// True if each row starts at a multiple of 16 bytes.
     pub(super) aligned: bool,
 }
 
@@ -32,8 +33,8 @@ impl<M> Clone for Matrix<'_, M> {
 impl<M> Copy for Matrix<'_, M> {}
 
 impl<'a, M> Matrix<'a, M> {
-    /// Errors: [`Error::TooLarge`] for a size that kernels cannot count to, [`Error::Value`] naming the operand for such a distance
-    /// between rows.
+    /// Errors: [`Error::TooLarge`] for a size that kernels cannot count to, [`Error::Value`] naming the operand for such a row
+    /// stride.
     pub(super) fn new<E: Float, D: Device<Memory = M>, T: Element>(
         verb: &'static str,
         name: &'static str,
@@ -41,16 +42,16 @@ impl<'a, M> Matrix<'a, M> {
     ) -> Result<Self> {
         let (memory, bytes) = (&view.memory().memory, size_of::<T>());
         let (rows, cols, stride) = (size(view.rows())?, size(view.cols())?, stride(verb, name, view.row_stride())?);
-        let aligned = is_aligned(place(view), view.row_stride(), bytes);
+        let aligned = is_aligned(address(view), view.row_stride(), bytes);
         Ok(Self { memory, offset: view.offset() * bytes, rows, cols, stride, aligned })
     }
 
-    /// The operand.
+    /// The matrix as a pointer.
     pub(super) fn read(self) -> Arg<'a, M> {
         Arg::Read(self.memory, self.offset)
     }
 
-    /// The operand in boxes, of 16-bit elements.
+    /// The matrix as a tensor map with boxes of `tile`; for 16-bit elements.
     pub(super) fn boxes(self, tile: [u32; 2]) -> Arg<'a, M> {
         let Self { memory, offset, rows, cols, stride, .. } = self;
         Arg::ReadTiles(memory, Tiles { offset, stride, rows, cols, tile })
@@ -68,7 +69,7 @@ pub(super) struct MatrixMut<'a, M> {
 }
 
 impl<'a, M> MatrixMut<'a, M> {
-    /// Errors: as those of [`Matrix::new`].
+    /// Errors: those of [`Matrix::new`].
     pub(super) fn new<E: Float, D: Device<Memory = M>, T: Element>(
         verb: &'static str,
         name: &'static str,
@@ -78,51 +79,51 @@ impl<'a, M> MatrixMut<'a, M> {
         Ok(Self { memory: &mut view.into_memory().memory, offset, rows, cols, stride, aligned })
     }
 
-    /// The operand.
+    /// The matrix as a pointer.
     pub(super) fn write(self) -> Arg<'a, M> {
         Arg::Write(self.memory, self.offset)
     }
 
-    /// The operand in boxes, of 16-bit elements.
+    /// The matrix as a tensor map with boxes of `tile`; for 16-bit elements.
     pub(super) fn boxes(self, tile: [u32; 2]) -> Arg<'a, M> {
         let Self { memory, offset, rows, cols, stride, .. } = self;
         Arg::WriteTiles(memory, Tiles { offset, stride, rows, cols, tile })
     }
 }
 
-/// An operand that a kernel reads element by element, whose rows follow one another.
+/// A contiguous operand that a kernel reads.
 pub(super) fn read<'a, E: Float, D: Device, T: Element>(view: MatRef<'a, Cuda<E, D>, T>) -> Arg<'a, D::Memory> {
     debug_assert!(view.is_contiguous());
     Arg::Read(&view.memory().memory, view.offset() * size_of::<T>())
 }
 
-/// The same of one that may be missing.
+/// An optional contiguous operand that a kernel reads.
 pub(super) fn read_if<'a, E: Float, D: Device>(view: Option<MatRef<'a, Cuda<E, D>>>) -> Arg<'a, D::Memory> {
     view.map_or(Arg::Null, read)
 }
 
-/// An operand that a kernel writes element by element, whose rows follow one another.
+/// A contiguous operand that a kernel writes.
 pub(super) fn write<'a, E: Float, D: Device, T: Element>(view: MatMut<'a, Cuda<E, D>, T>) -> Arg<'a, D::Memory> {
     debug_assert!(view.is_contiguous());
     write_rows(view)
 }
 
-/// An operand that a kernel writes, wherever its rows begin.
+/// An operand that a kernel writes, with any row stride.
 fn write_rows<'a, E: Float, D: Device, T: Element>(view: MatMut<'a, Cuda<E, D>, T>) -> Arg<'a, D::Memory> {
     let offset = view.offset() * size_of::<T>();
     Arg::Write(&mut view.into_memory().memory, offset)
 }
 
-/// Whether a bias lies where kernels can read two neighbours of it at once, in 16 bits.
-pub(super) fn has_pairs<E: Float, D: Device>(view: MatRef<'_, Cuda<E, D>>) -> bool {
-    place(view).is_multiple_of(4)
+/// True if two consecutive 16-bit elements of a bias, from an even index on, can be read at once.
+pub(super) fn has_aligned_pairs<E: Float, D: Device>(view: MatRef<'_, Cuda<E, D>>) -> bool {
+    address(view).is_multiple_of(4)
 }
 
-/// Memory that a factor in f32 is rounded to; as long as its verb.
+/// Scratch memory for an `f32` factor rounded to `E`; it lives as long as its verb.
 pub(super) type Rounded<M, E> = Option<Buffer<M, E>>;
 
-/// A factor as products take it: of the type that is stored. One in f32 beside 16-bit weights is rounded into `rounded` first, to the
-/// nearest; it stays as it is itself.
+/// A factor in the type that products take, `E`. An `f32` factor beside 16-bit weights is first rounded to the nearest, into
+/// `rounded`; the factor itself does not change.
 pub(super) fn factor<'a, E: Float, D: Device>(
     cuda: &Cuda<E, D>,
     verb: &'static str,
@@ -137,13 +138,14 @@ pub(super) fn factor<'a, E: Float, D: Device>(
     };
     let (shape, from) = (view.shape(), Matrix::new(verb, name, view)?);
     let to = rounded.insert(cuda.unwritten(shape.elements()?)?);
-    let [len, cols, stride] = [shape.elements()?, shape.cols, view.row_stride()].map(|n| Arg::U64(n as u64));
-    cuda.launch(pointwise("round_factor", shape)?, vec![from.read(), Arg::Write(&mut to.memory, 0), len, cols, stride])?;
+    let [len, cols, from_stride] = [shape.elements()?, shape.cols, view.row_stride()].map(|n| n as u64);
+    let params = kernel::RoundFactor { from: from.read(), to: Arg::Write(&mut to.memory, 0), len, cols, from_stride };
+    cuda.launch(pointwise(Kernel::RoundFactor, shape)?, params)?;
     Matrix::new::<E, D, E>(verb, name, MatRef::all(to, shape))
 }
 
-/// A factor as it is stored, and whether that is f32 beside 16-bit weights.
-pub(super) fn factor_as_it_is<'a, E: Float, D: Device>(
+/// A factor as stored, and true if that is `f32` beside 16-bit weights.
+pub(super) fn stored_factor<'a, E: Float, D: Device>(
     verb: &'static str,
     name: &'static str,
     factor: Factor<'a, Cuda<E, D>>,
@@ -154,26 +156,27 @@ pub(super) fn factor_as_it_is<'a, E: Float, D: Device>(
     }
 }
 
-/// `to = from`: a launch, on the device.
+/// `to = from`, by one launch.
 pub(super) fn copy<E: Float, D: Device, T: Element>(
     cuda: &Cuda<E, D>,
     from: MatRef<'_, Cuda<E, D>, T>,
     to: MatMut<'_, Cuda<E, D>, T>,
 ) -> Result<()> {
     let (bytes, Shape { rows, cols }) = (size_of::<T>(), from.shape());
-    // Rows that follow one another are one, and then there is no next.
+    // Contiguous rows are copied as one row, whose stride does not matter.
     let is_row = from.is_contiguous() && to.is_contiguous();
     let cols = if is_row { rows * cols } else { cols };
     let strides = if is_row { [0; 2] } else { [from.row_stride(), to.row_stride()] };
-    let aligned = is_aligned(place(from), strides[0], bytes) && is_aligned(place(to.as_ref()), strides[1], bytes);
+    let aligned = is_aligned(address(from), strides[0], bytes) && is_aligned(address(to.as_ref()), strides[1], bytes);
     let len = from.shape().elements()?;
     let (plan, word) = plan::copy(len, cols, bytes, aligned)?;
-    let words = [len, cols, strides[0], strides[1]].map(|n| Arg::U64((n * bytes / word) as u64));
-    let operands = [Arg::Read(&from.memory().memory, from.offset() * bytes), write_rows(to)];
-    cuda.launch(plan, operands.into_iter().chain(words).collect())
+    let words = [len, cols, strides[0], strides[1]].map(|n| (n * bytes / word) as u64);
+    let [len, cols, from_stride, to_stride] = words;
+    let from = Arg::Read(&from.memory().memory, from.offset() * bytes);
+    cuda.launch(plan, kernel::Copy { from, to: write_rows(to), len, cols, from_stride, to_stride })
 }
 
-/// The distance between rows, as kernels take it.
+/// A row stride as a kernel argument.
 fn stride(verb: &'static str, name: &'static str, stride: usize) -> Result<u32> {
     let small = u32::try_from(stride).ok().filter(|&stride| stride <= MAX_SIZE);
     let got = || format!("a view whose rows begin {stride} elements apart");
@@ -181,14 +184,15 @@ fn stride(verb: &'static str, name: &'static str, stride: usize) -> Result<u32> 
         .ok_or_else(|| Error::Value { verb, name, got: got(), want: "rows that begin at most 2³¹ - 256 elements apart".into() })
 }
 
-/// Where a matrix begins.
-fn place<E: Float, D: Device, T: Element>(view: MatRef<'_, Cuda<E, D>, T>) -> u64 {
+/// The address of a matrix.
+fn address<E: Float, D: Device, T: Element>(view: MatRef<'_, Cuda<E, D>, T>) -> u64 {
     D::address(&view.memory().memory) + (view.offset() * size_of::<T>()) as u64
 }
 
-/// Whether rows begin at multiples of 16 bytes, the first at `place` and the next `stride` elements of so many bytes further.
-fn is_aligned(place: u64, stride: usize, bytes: usize) -> bool {
-    place.is_multiple_of(16) && (stride as u64 * bytes as u64).is_multiple_of(16)
+/// True if rows start at multiples of 16 bytes: the first at `address`, the next `stride` elements of `bytes` bytes later, and so
+/// on.
+fn is_aligned(address: u64, stride: usize, bytes: usize) -> bool {
+    address.is_multiple_of(16) && (stride as u64 * bytes as u64).is_multiple_of(16)
 }
 
 #[cfg(test)]
@@ -206,10 +210,10 @@ mod tests {
 
     #[test]
     fn rows_are_aligned_where_they_begin_at_multiples_of_16_bytes() {
-        for (place, stride, bytes, aligned) in
+        for (address, stride, bytes, aligned) in
             [(0, 8, 2, true), (48, 24, 2, true), (8, 8, 2, false), (2, 8, 2, false), (16, 12, 2, false), (16, 12, 4, true)]
         {
-            assert_eq!(is_aligned(place, stride, bytes), aligned, "{place} {stride} {bytes}");
+            assert_eq!(is_aligned(address, stride, bytes), aligned, "{address} {stride} {bytes}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which adapter, and a device on it with all that the adapter has.
+//! Chooses an adapter, and opens a device with all of its limits.
 
 use std::path::PathBuf;
 
@@ -7,26 +7,27 @@ use super::clock;
 use super::dispatch::Gpu;
 use crate::error::{Error, Result};
 
-/// What makes launches faster or measurable, asked for where it is there.
-const WELCOME: wgpu::Features = wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(clock::NEEDS);
+/// Features that are used if the adapter has them: `f16`, subgroups, timestamps.
+const OPTIONAL_FEATURES: wgpu::Features =
+    wgpu::Features::SHADER_F16.union(wgpu::Features::SUBGROUP).union(clock::REQUIRED_FEATURES);
 
-/// What cooperative matrices need.
-const MATRICES: wgpu::Features =
+/// Features that cooperative matrices need.
+const MATRIX_FEATURES: wgpu::Features =
     wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SUBGROUP).union(wgpu::Features::SHADER_F16);
 
-/// What is to be opened.
-pub(super) struct Wanted {
-    /// The adapter with this number, or the first with this in its name; else the best.
+/// The adapter to open, and options.
+pub(super) struct OpenOptions {
+    /// The adapter's number, or a part of its name; `None`: the best.
     pub(super) adapter: Option<String>,
-    /// Cooperative matrices.
+    /// Use cooperative matrices; an error if the adapter has none.
     pub(super) matrices: bool,
-    /// Where compiled pipelines are kept.
+    /// The file in which compiled pipelines are stored.
     pub(super) pipelines: Option<PathBuf>,
 }
 
-impl Wanted {
-    /// What the environment asks for.
-    pub(super) fn by_environment() -> Self {
+impl OpenOptions {
+    /// The options in the environment's variables.
+    pub(super) fn from_env() -> Self {
         Self {
             adapter: std::env::var("LOWRANK_ADAPTER").ok(),
             matrices: std::env::var("LOWRANK_COOPERATIVE_MATRICES").is_ok_and(|asked| asked == "1"),
@@ -35,36 +36,37 @@ impl Wanted {
     }
 }
 
-/// Opens a device with all that is wanted, and what else makes launches faster.
-pub(super) fn open(wanted: Wanted) -> Result<Gpu> {
-    let adapter = choose(adapters(), wanted.adapter.as_deref())?;
+/// Opens a device with these options, and the optional features that the adapter has.
+pub(super) fn open(options: OpenOptions) -> Result<Gpu> {
+    let adapter = choose(adapters(), options.adapter.as_deref())?;
     let info = adapter.get_info();
-    let matrix = if wanted.matrices { matrix_of(&adapter)? } else { 0 };
-    let mut features = adapter.features() & if wanted.matrices { WELCOME | MATRICES } else { WELCOME };
-    if wanted.pipelines.is_some() {
-        if !adapter.features().contains(cache::NEEDS) {
-            return Err(unavailable(format!("{} on {} lets nobody keep its pipelines", info.name, info.backend)));
+    let matrix = if options.matrices { matrix_size(&adapter)? } else { 0 };
+    let mut features =
+        adapter.features() & if options.matrices { OPTIONAL_FEATURES | MATRIX_FEATURES } else { OPTIONAL_FEATURES };
+    if options.pipelines.is_some() {
+        if !adapter.features().contains(cache::REQUIRED_FEATURES) {
+            return Err(unavailable(format!("{} on {} does not support pipeline caches", info.name, info.backend)));
         }
-        features |= cache::NEEDS;
+        features |= cache::REQUIRED_FEATURES;
     }
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("lowrank"),
         required_features: features,
         required_limits: adapter.limits(),
-        experimental_features: if wanted.matrices { experiments() } else { wgpu::ExperimentalFeatures::disabled() },
+        experimental_features: if options.matrices { experimental_features() } else { wgpu::ExperimentalFeatures::disabled() },
         ..Default::default()
     };
     let opened = pollster::block_on(adapter.request_device(&descriptor));
     let (device, queue) = opened.map_err(|error| unavailable(format!("{}: {error}", info.name)))?;
     let mut gpu = Gpu::new(device, queue, format!("{}, {}", info.name, info.backend), matrix)?;
-    gpu.cache = wanted.pipelines.map(|path| Cache::open(&gpu, path)).transpose()?;
+    gpu.cache = options.pipelines.map(|path| Cache::open(&gpu, path)).transpose()?;
     let lost = gpu.lost.clone();
     gpu.device.set_device_lost_callback(move |_, reason| drop(lost.set(format!("the device is lost: {reason}"))));
     Ok(gpu)
 }
 
-/// The side of the adapter's largest square matrices of f16 that add up in f32.
-fn matrix_of(adapter: &wgpu::Adapter) -> Result<u32> {
+/// The side of the adapter's largest square matrices of f16 that accumulate in f32.
+fn matrix_size(adapter: &wgpu::Adapter) -> Result<u32> {
     use wgpu::CooperativeScalarType::{F16, F32};
     let square = |kind: &wgpu::CooperativeMatrixProperties| {
         let sides = [kind.m_size, kind.n_size, kind.k_size];
@@ -72,20 +74,21 @@ fn matrix_of(adapter: &wgpu::Adapter) -> Result<u32> {
         (of_halves && [8, 16].contains(&sides[0]) && sides == [sides[0]; 3]).then_some(sides[0])
     };
     let largest = adapter.cooperative_matrix_properties().iter().filter_map(square).max();
-    let largest = largest.filter(|_| adapter.features().contains(MATRICES));
-    largest
-        .ok_or_else(|| unavailable(format!("{} has no cooperative matrices of f16 that add up in f32", adapter.get_info().name)))
+    let largest = largest.filter(|_| adapter.features().contains(MATRIX_FEATURES));
+    largest.ok_or_else(|| {
+        unavailable(format!("{} has no cooperative matrices of f16 that accumulate in f32", adapter.get_info().name))
+    })
 }
 
-/// The caller's word that it wants what wgpu calls experimental.
+/// Enables wgpu's experimental features.
 #[allow(unsafe_code, reason = "wgpu asks for a word, not for a proof")]
-fn experiments() -> wgpu::ExperimentalFeatures {
-    // SAFETY: nothing is promised here about memory. What wgpu wants to be told is that its experiments may have bugs: the caller
-    // of `with_cooperative_matrices` was told too, and asked for them by name.
+fn experimental_features() -> wgpu::ExperimentalFeatures {
+    // SAFETY: no memory is at stake here. Wgpu requires a statement that its experiments may have bugs; the caller of
+    // `with_cooperative_matrices` was told so, and asked for them by name.
     unsafe { wgpu::ExperimentalFeatures::enabled() }
 }
 
-/// Every adapter that computes, the best first.
+/// All adapters with compute shaders, the best first.
 fn adapters() -> Vec<wgpu::Adapter> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
         backends: wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY),
@@ -106,14 +109,14 @@ fn adapters() -> Vec<wgpu::Adapter> {
 
 fn choose(adapters: Vec<wgpu::Adapter>, name: Option<&str>) -> Result<wgpu::Adapter> {
     let names: Vec<String> = adapters.iter().map(|adapter| adapter.get_info().name).collect();
-    let Some(wanted) = name else {
+    let Some(name) = name else {
         return adapters.into_iter().next().ok_or_else(|| unavailable("this machine has no adapter".into()));
     };
-    let lower = wanted.to_lowercase();
-    let by_number = wanted.parse().ok().filter(|&number: &usize| number < names.len());
+    let lower = name.to_lowercase();
+    let by_number = name.parse().ok().filter(|&number: &usize| number < names.len());
     let chosen = by_number.or_else(|| names.iter().position(|name| name.to_lowercase().contains(&lower)));
     let adapter = chosen.and_then(|number| adapters.into_iter().nth(number));
-    adapter.ok_or_else(|| unavailable(format!("no adapter is `{wanted}`; there are: {}", names.join(", "))))
+    adapter.ok_or_else(|| unavailable(format!("no adapter is `{name}`; there are: {}", names.join(", "))))
 }
 
 fn unavailable(reason: String) -> Error {

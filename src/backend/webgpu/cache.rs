@@ -1,7 +1,7 @@
-//! Compiled pipelines, kept in a file from one run to the next: the driver's own data, behind a header that finds damage.
+//! A file of compiled pipelines for the next run: the driver's data, behind a header that detects damage.
 //!
 //! ```text
-//! "lowrank" 1 · adapter · length · checksum │ data        8 bytes each, least byte first
+//! "lowrank" 1 · adapter · length · checksum │ data        8 bytes each, little-endian
 //! ```
 
 use std::io::ErrorKind;
@@ -12,49 +12,49 @@ use super::dispatch::Gpu;
 use crate::error::{Error, Result};
 use crate::file;
 
-/// What an adapter must have for it; of wgpu's platforms Vulkan does.
-pub(super) const NEEDS: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
+/// The feature that an adapter needs; among wgpu's backends only Vulkan has it.
+pub(super) const REQUIRED_FEATURES: wgpu::Features = wgpu::Features::PIPELINE_CACHE;
 
-/// The format, and its version.
+/// The name of the format, and its version.
 const MAGIC: [u8; 8] = *b"lowrank\x01";
 
-/// A file of pipelines of one adapter.
+/// The file of an adapter's pipelines.
 pub(super) struct Cache {
     path: PathBuf,
-    /// The adapter and its driver.
+    /// A hash of the adapter and its driver.
     adapter: u64,
     pub(super) raw: wgpu::PipelineCache,
-    /// Something was compiled that the file may not have.
-    grown: AtomicBool,
+    /// True if pipelines were compiled that the file may not have.
+    is_stale: AtomicBool,
 }
 
 impl Cache {
-    /// With what is in the file, if there is one, and it is whole and of this adapter; else empty.
+    /// Loads the file if it exists, is undamaged and belongs to this adapter; else starts empty.
     pub(super) fn open(gpu: &Gpu, path: PathBuf) -> Result<Self> {
         let file = match std::fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-            read => read.map_err(|error| file::failed(&path, &error))?,
+            read => read.map_err(|error| file::failed(&path, error))?,
         };
         let adapter = identity(&gpu.device.adapter_info());
         let raw = gpu.guarded(0, || with_data(&gpu.device, unpack(&file, adapter)))?;
-        Ok(Self { path, adapter, raw, grown: AtomicBool::new(false) })
+        Ok(Self { path, adapter, raw, is_stale: AtomicBool::new(false) })
     }
 
-    /// Something is compiled.
-    pub(super) fn grow(&self) {
-        self.grown.store(true, Ordering::Relaxed);
+    /// Notes that a pipeline was compiled.
+    pub(super) fn mark_stale(&self) {
+        self.is_stale.store(true, Ordering::Relaxed);
     }
 
-    /// Writes the file, whole or not at all, if there is anything new.
+    /// Writes the file, completely or not at all, if there are new pipelines.
     pub(super) fn save(&self) -> Result<()> {
-        if !self.grown.swap(false, Ordering::Relaxed) {
+        if !self.is_stale.swap(false, Ordering::Relaxed) {
             return Ok(());
         }
-        self.write().inspect_err(|_| self.grow())
+        self.write().inspect_err(|_| self.mark_stale())
     }
 
     fn write(&self) -> Result<()> {
-        let none = || Error::Device { backend: "webgpu", reason: "the driver does not hand out its pipelines".into() };
+        let none = || Error::Device { backend: "webgpu", reason: "the driver does not return its pipelines".into() };
         let data = self.raw.get_data().ok_or_else(none)?;
         file::write_whole(&self.path, &pack(&data, self.adapter))
     }
@@ -62,37 +62,37 @@ impl Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        let _ = self.save(); // there is nobody to tell: who wants to hear of errors calls `save_pipelines`
+        let _ = self.save(); // errors cannot be returned here; `save_pipelines` returns them
     }
 }
 
 #[allow(unsafe_code, reason = "wgpu cannot know who wrote a file")]
 fn with_data(device: &wgpu::Device, data: Option<&[u8]>) -> wgpu::PipelineCache {
     let descriptor = wgpu::PipelineCacheDescriptor { label: Some("lowrank"), data, fallback: true };
-    // SAFETY: data must be what `get_data` returned. `unpack` gives out what `save` wrote for this adapter and driver, unchanged
-    // by any accident: length and checksum say so. Wgpu compares the driver's own number too. Against changes on purpose there is
+    // SAFETY: the data must be what `get_data` returned. `unpack` returns only what `save` wrote for this adapter and driver,
+    // with length and checksum unchanged, and wgpu compares the driver's own identifier too. Against deliberate changes there is
     // no proof: the caller of `with_pipelines` was told to keep the file where nobody else may write.
     unsafe { device.create_pipeline_cache(&descriptor) }
 }
 
-/// A number for an adapter, its driver and the driver's version.
+/// A hash of an adapter, its driver and the driver's version.
 fn identity(info: &wgpu::AdapterInfo) -> u64 {
     let wgpu::AdapterInfo { name, vendor, device, driver, driver_info, backend, .. } = info;
     checksum(format!("{backend} {vendor} {device} {name} {driver} {driver_info}").as_bytes())
 }
 
-/// FNV-1a: finds every change of one byte, and accidents larger than that but for one in 2⁶⁴.
+/// FNV-1a: detects every change of one byte, and larger damage except with probability 2⁻⁶⁴.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-/// The file.
+/// The bytes of the file.
 fn pack(data: &[u8], adapter: u64) -> Vec<u8> {
     let numbers = [adapter, data.len() as u64, checksum(data)].map(u64::to_le_bytes);
     [&MAGIC, numbers.as_flattened(), data].concat()
 }
 
-/// The data of a file that is whole, unchanged, and of this adapter.
+/// The data of a file that is undamaged and belongs to this adapter.
 fn unpack(file: &[u8], adapter: u64) -> Option<&[u8]> {
     let data = file.get(32..)?;
     let header = [adapter, data.len() as u64, checksum(data)].map(u64::to_le_bytes);

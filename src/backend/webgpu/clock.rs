@@ -1,4 +1,4 @@
-//! Time by the device's own clock: neither the recording nor the waiting of the host counts.
+//! Measures time by the device's clock, without recording and waiting on the host.
 
 use std::time::Duration;
 
@@ -8,16 +8,18 @@ use super::memory::{Memory, STAGING, lock};
 use crate::element::Float;
 use crate::error::{Error, Result};
 
-/// What an adapter must have for it.
-pub(super) const NEEDS: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
+/// The features that an adapter needs.
+pub(super) const REQUIRED_FEATURES: wgpu::Features =
+    wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS);
 
 impl<E: Float> WebGpu<E> {
-    /// How long the device takes for what `work` records, from its first launch to its last. Waits until that is done.
+    /// Measures how long the device takes for the commands that `work` records, from the first launch to the last. Waits for
+    /// them.
     ///
-    /// What other threads record meanwhile counts too. Errors: those of `work`; [`Error::Unavailable`] if the adapter has no
-    /// timestamps between launches.
+    /// Commands that other threads record meanwhile are included. Errors: those of `work`; [`Error::Unavailable`] if the adapter
+    /// has no timestamps between launches.
     pub fn device_time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
-        if !self.gpu.device.features().contains(NEEDS) {
+        if !self.gpu.device.features().contains(REQUIRED_FEATURES) {
             let reason = format!("{} has no timestamps between launches", self.gpu.name);
             return Err(Error::Unavailable { backend: "webgpu", reason });
         }

@@ -1,9 +1,9 @@
-//! Copies from one matrix to another, on the device.
+//! Copies of matrices on the device.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
-use super::apart::{apart, read, written};
+use super::aliasing::{check_aliasing, read, written};
 use super::dispatch::Launch;
 use super::plan::{Piece, pieces};
 use super::shader::Kernel;
@@ -22,15 +22,15 @@ struct CopyUniforms {
     from_row: u32,
     to: u32,
     to_row: u32,
-    /// Words of the destination, from the first that is touched to the last.
+    /// Words of the destination, from the first that is written to the last.
     first_word: u32,
     words: u32,
 }
 
 impl<E: Float> WebGpu<E> {
-    /// `to = from`: by the driver, where both are whole words in a row; else by a shader.
+    /// `to = from`: by a buffer copy if both are contiguous whole words; else by a shader.
     pub(super) fn copy_matrix<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatRef<'_, Self, T>) -> Result<()> {
-        apart("copy", [read("from", from), written("to", to)].into_iter())?;
+        check_aliasing("copy", [read("from", from), written("to", to)].into_iter())?;
         let bytes = |view: MatRef<'_, Self, T>| {
             let (first, span) = (view.memory().first(), view.span());
             [first + span.start, first + span.end].map(|element| (element * size_of::<T>()) as u64)
@@ -48,13 +48,13 @@ impl<E: Float> WebGpu<E> {
         }
     }
 
-    /// A word of the destination is one invocation's, which leaves alone what in it is not the matrix's.
+    /// An invocation owns whole words of the destination, and leaves the half of a word outside the matrix as it is.
     fn copy_by_shader<T: Element>(&self, from: MatRef<'_, Self, T>, to: MatRef<'_, Self, T>) -> Result<()> {
         let half = size_of::<T>() == 2;
-        let dtype = if half { DType::F16 } else { DType::F32 }; // any type of that size
+        let dtype = if half { DType::F16 } else { DType::F32 }; // stands for any type of that size
         let (from, to) = (Matrix::viewed(from, dtype), Matrix::viewed(to, dtype));
         let [rows, cols] = to.shape();
-        let most = [usize::MAX; 2]; // invocations take several words where the grid is too small
+        let most = [usize::MAX; 2]; // if the grid is too small, invocations take several words
         let bytes = self.limits.binding_bytes - self.alignment();
         let operands = [from.over(OUTPUT), to.over(OUTPUT)];
         pieces(Piece::whole(rows, cols, 0, 0), &operands, most, bytes).into_iter().try_for_each(|piece| {

@@ -1,4 +1,4 @@
-//! From a launch to the device: pipelines made once, commands recorded, many submitted together.
+//! Pipelines, which are made once, and commands, which are recorded and submitted in batches.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,33 +13,33 @@ use crate::element::DType;
 use crate::error::{Error, Result};
 use crate::file;
 
-/// Launches that are recorded before they are submitted: enough for a training step, and the uniforms stay small.
-const BATCH: u64 = 256;
-/// Multiply-adds that are recorded before they are submitted: those of half a product of 4096³, some 0.1 s of a slow GPU. Systems
-/// take a device that is busy with one submission for seconds to be lost.
-const WORK: u64 = 1 << 35;
-/// Bytes of uniforms that a launch may have.
-const UNIFORMS: u64 = 256;
-/// Bytes from the host that are recorded before they are submitted: a batch of images, its labels. More goes by itself.
-const UPLOADS: u64 = 1 << 20;
-/// Of what goes by itself, the bytes that are submitted together: the driver holds a copy of them until they are on the device.
-const CHUNK: usize = 32 << 20;
+/// Launches of a batch: enough for a training step, with a small uniform buffer.
+const BATCH_LAUNCHES: u64 = 256;
+/// Multiply-adds of a batch: half a product of 4096³, about 0.1 s on a slow GPU. Systems treat a device that is busy with one
+/// submission for seconds as lost.
+const BATCH_WORK: u64 = 1 << 35;
+/// Bytes of a launch's uniforms, at most.
+const UNIFORM_BYTES: u64 = 256;
+/// Bytes of uploads in a batch: a batch of images and its labels. Larger uploads are submitted by themselves.
+const BATCH_UPLOAD_BYTES: u64 = 1 << 20;
+/// Larger uploads are submitted in chunks of this size: the driver holds a copy of a chunk until it is on the device.
+const UPLOAD_CHUNK_BYTES: usize = 32 << 20;
 
-/// A device, its queue, and what is made once for them. All clones and elements of a [`WebGpu`](super::WebGpu) share one.
+/// A device, its queue, pipelines and pool. All clones and element types of a [`WebGpu`](super::WebGpu) share one.
 pub(super) struct Gpu {
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
-    /// What the device is, in words.
+    /// The adapter's name.
     pub(super) name: String,
-    /// Why the device is lost, if it is.
+    /// The reason, once the device is lost.
     pub(super) lost: Arc<OnceLock<String>>,
-    /// The side of the cooperative matrices of f16 that the device was opened with; 0 if there are none.
+    /// The side of the cooperative matrices of f16 that the device was opened with, or 0.
     pub(super) matrix: u32,
     pub(super) pool: Mutex<Pool>,
     pipelines: Mutex<HashMap<(Kernel, DType, u32), Pipeline>>,
-    /// Where they are kept from one run to the next, if they are.
+    /// The file of compiled pipelines, if there is one.
     pub(super) cache: Option<Cache>,
-    /// Where the text of each shader is written when it is compiled, if `LOWRANK_DUMP_SHADERS` names a folder.
+    /// The folder for the text of each compiled shader: `LOWRANK_DUMP_SHADERS`.
     shaders: Option<PathBuf>,
     pub(super) batch: Mutex<Batch>,
     uniforms: wgpu::Buffer,
@@ -47,20 +47,20 @@ pub(super) struct Gpu {
     counts: Mutex<Counts>,
 }
 
-/// How often a backend asked something of its device so far.
+/// Numbers of operations that a backend has requested of its device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Recorded work was handed over.
+    /// Submissions of recorded commands.
     pub submissions: u64,
-    /// A shader was launched.
+    /// Launches of shaders.
     pub launches: u64,
-    /// Memory was copied from one buffer to another, by a command of its own.
+    /// Copies between buffers by copy commands.
     pub copies: u64,
-    /// Memory of the host was copied to a buffer.
+    /// Copies from the host to a buffer.
     pub uploads: u64,
-    /// A buffer was copied to memory of the host.
+    /// Copies from a buffer to the host.
     pub downloads: u64,
-    /// A buffer was made; those of dropped tensors are used again.
+    /// New buffers; those taken from the pool do not count.
     pub buffers: u64,
 }
 
@@ -70,7 +70,7 @@ struct Pipeline {
     layout: wgpu::BindGroupLayout,
 }
 
-/// Commands not yet submitted, the uniforms of their launches, and the bytes that they take from the host.
+/// Commands not yet submitted, with the uniforms of their launches and the bytes of their uploads.
 #[derive(Default)]
 pub(super) struct Batch {
     pub(super) commands: Vec<Command>,
@@ -87,41 +87,41 @@ pub(super) enum Command {
         grid: [u32; 2],
     },
     Clear(wgpu::Buffer),
-    /// These bytes, to a place in another buffer.
+    /// Copies bytes of a buffer to an offset in another buffer.
     Copy {
         from: wgpu::Buffer,
         bytes: Range<u64>,
         to: wgpu::Buffer,
         offset: u64,
     },
-    /// Bytes of the uploads, to a place in a buffer.
+    /// Copies bytes of `uploads` to an offset in a buffer.
     Upload {
         bytes: Range<u64>,
         to: wgpu::Buffer,
         offset: u64,
     },
-    /// The caller's own commands.
+    /// Commands of the caller's.
     Record(Box<dyn Fn(&mut wgpu::CommandEncoder) + Send>),
-    /// The time, once everything before is done.
+    /// Writes a timestamp when all earlier commands are done.
     Stamp {
         queries: wgpu::QuerySet,
         index: u32,
     },
-    /// The times, into a buffer.
+    /// Copies the timestamps to a buffer.
     Resolve {
         queries: wgpu::QuerySet,
         to: wgpu::Buffer,
     },
 }
 
-/// Bytes of a buffer that a binding sees.
+/// A binding: a range of bytes of a buffer.
 pub(super) struct Binding<'a> {
     pub(super) buffer: &'a wgpu::Buffer,
     pub(super) bytes: Range<u64>,
 }
 
 impl<'a> Binding<'a> {
-    /// All of it.
+    /// The whole buffer.
     pub(super) fn all(buffer: &'a wgpu::Buffer) -> Self {
         Self { buffer, bytes: 0..buffer.size() }
     }
@@ -132,35 +132,35 @@ impl<'a> Binding<'a> {
     }
 }
 
-/// One launch. The operands come in the order of their bindings: what is read before what is written.
+/// A launch. The operands are in the order of their bindings: first those that are read, then those that are written.
 pub(super) struct Launch<'a> {
     pub(super) kernel: Kernel,
     pub(super) uniforms: &'a [u8],
     pub(super) operands: &'a [Binding<'a>],
     pub(super) grid: [u32; 2],
-    /// Multiply-adds, or elements: about as long as it takes.
+    /// Multiply-adds, or elements: a measure of the time it takes.
     pub(super) work: u64,
 }
 
 impl Gpu {
     /// Errors: the device has no memory for uniforms, or is lost.
     pub(super) fn new(device: wgpu::Device, queue: wgpu::Queue, name: String, matrix: u32) -> Result<Self> {
-        let slot = u64::from(device.limits().min_uniform_buffer_offset_alignment).max(UNIFORMS);
+        let slot = u64::from(device.limits().min_uniform_buffer_offset_alignment).max(UNIFORM_BYTES);
         let buffer = |label, size, usage| {
             let usage = usage | wgpu::BufferUsages::COPY_DST;
             device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
         };
         let both = || {
-            let uniforms = buffer("uniforms", BATCH * slot, wgpu::BufferUsages::UNIFORM);
-            (uniforms, buffer("uploads", UPLOADS, wgpu::BufferUsages::COPY_SRC))
+            let uniforms = buffer("uniforms", BATCH_LAUNCHES * slot, wgpu::BufferUsages::UNIFORM);
+            (uniforms, buffer("uploads", BATCH_UPLOAD_BYTES, wgpu::BufferUsages::COPY_SRC))
         };
-        let (uniforms, uploads) = guarded(&device, BATCH * slot + UPLOADS, both)?;
+        let (uniforms, uploads) = guarded(&device, BATCH_LAUNCHES * slot + BATCH_UPLOAD_BYTES, both)?;
         let (lost, pool, pipelines, cache, batch, counts) = Default::default();
         let shaders = std::env::var_os("LOWRANK_DUMP_SHADERS").filter(|folder| !folder.is_empty()).map(PathBuf::from);
         Ok(Self { device, queue, name, lost, matrix, pool, pipelines, cache, shaders, batch, uniforms, uploads, counts })
     }
 
-    /// How often something was asked of the device.
+    /// The numbers of operations so far.
     pub(super) fn counts(&self) -> Counts {
         *lock(&self.counts)
     }
@@ -169,26 +169,27 @@ impl Gpu {
         *counter(&mut lock(&self.counts)) += 1;
     }
 
-    /// An error once the device is lost.
-    fn is_there(&self) -> Result<()> {
+    /// `Err` once the device is lost.
+    fn check_not_lost(&self) -> Result<()> {
         self.lost.get().map_or(Ok(()), |reason| Err(failed(reason)))
     }
 
-    /// What the driver says about `work`.
+    /// Runs `work` and returns the errors that the driver reports.
     pub(super) fn guarded<T>(&self, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
-        self.is_there()?;
+        self.check_not_lost()?;
         guarded(&self.device, bytes, work)
     }
 
-    /// Every error from now on.
-    fn lose(&self, error: &Error) {
+    /// Makes every later call return this error.
+    fn mark_lost(&self, error: &Error) {
         self.lost.get_or_init(|| error.to_string());
     }
 
-    /// Whether a buffer with the usage `STORAGE` and at least four bytes is of this device: its last word can be bound, and no word
-    /// behind it. Wgpu finds buffers by a number, which may be that of another buffer here if the instance is another.
+    /// True if a buffer with the usage `STORAGE` and at least four bytes belongs to this device. Tested by binding its last word,
+    /// and, which must fail, the word after it: wgpu finds buffers by a number, which in another instance may be that of another
+    /// buffer.
     pub(super) fn owns(&self, buffer: &wgpu::Buffer) -> Result<bool> {
-        self.is_there()?;
+        self.check_not_lost()?;
         let layout = self.guarded(0, || self.storage_layout())?;
         let alignment = u64::from(self.device.limits().min_storage_buffer_offset_alignment);
         let end = buffer.size() / 4 * 4;
@@ -196,14 +197,14 @@ impl Gpu {
         let binds = |end| {
             let entries = [Binding { buffer, bytes: first..end }.entry(0)];
             let group = wgpu::BindGroupDescriptor { label: None, layout: &layout, entries: &entries };
-            // A number that nothing has makes wgpu panic, in code that holds nothing of ours.
+            // For an unknown number wgpu panics, in code that holds nothing of ours.
             let create = || catch_unwind(AssertUnwindSafe(|| drop(self.device.create_bind_group(&group))));
             guarded(&self.device, 0, create)
         };
         Ok(matches!(binds(end), Ok(Ok(()))) && binds(end + 4).is_err())
     }
 
-    /// One buffer that is read.
+    /// A layout with one read-only buffer.
     fn storage_layout(&self) -> wgpu::BindGroupLayout {
         let ty = wgpu::BufferBindingType::Storage { read_only: true };
         let entries = [layout_entry(0, ty)];
@@ -223,22 +224,22 @@ impl Gpu {
         self.count(|counts| &mut counts.launches);
         let mut batch = lock(&self.batch);
         let offset = batch.uniforms.len();
-        debug_assert!(launch.uniforms.len() as u64 <= UNIFORMS);
+        debug_assert!(launch.uniforms.len() as u64 <= UNIFORM_BYTES);
         batch.uniforms.extend_from_slice(launch.uniforms);
-        batch.uniforms.resize(offset + (self.uniforms.size() / BATCH) as usize, 0);
+        batch.uniforms.resize(offset + (self.uniforms.size() / BATCH_LAUNCHES) as usize, 0);
         batch.commands.push(Command::Launch { pipeline, operands, uniforms: offset as u32, grid: launch.grid });
         batch.work += launch.work;
-        let full = batch.uniforms.len() as u64 == self.uniforms.size() || batch.work >= WORK;
+        let full = batch.uniforms.len() as u64 == self.uniforms.size() || batch.work >= BATCH_WORK;
         if full { self.submit(&mut batch, None).map(drop) } else { Ok(()) }
     }
 
-    /// Records that a buffer is to be all zeros.
+    /// Records a command that fills a buffer with zeros.
     pub(super) fn clear(&self, buffer: &wgpu::Buffer) -> Result<()> {
         lock(&self.batch).commands.push(Command::Clear(buffer.clone()));
         Ok(())
     }
 
-    /// Records that bytes of a buffer are to be copied to another. All numbers are multiples of four.
+    /// Records a copy between buffers. All numbers are multiples of four.
     pub(super) fn copy(&self, from: &wgpu::Buffer, bytes: Range<u64>, to: &wgpu::Buffer, offset: u64) -> Result<()> {
         self.count(|counts| &mut counts.copies);
         let (from, to) = (from.clone(), to.clone());
@@ -246,26 +247,26 @@ impl Gpu {
         Ok(())
     }
 
-    /// Copies host memory into a buffer, after everything recorded so far.
+    /// Copies host memory to a buffer, after all recorded commands.
     pub(super) fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.is_there()?;
+        self.check_not_lost()?;
         let mut batch = lock(&self.batch);
         let (start, len) = (batch.uploads.len() as u64, bytes.len() as u64);
         if len == 0 {
             return Ok(());
         }
         self.count(|counts| &mut counts.uploads);
-        if start + len <= UPLOADS {
+        if start + len <= BATCH_UPLOAD_BYTES {
             batch.uploads.extend_from_slice(bytes);
             batch.commands.push(Command::Upload { bytes: start..start + len, to: buffer.clone(), offset });
             return Ok(());
         }
-        // The queue writes before what is submitted later, so what is recorded must go first.
+        // A write of the queue comes before later submissions, so the recorded commands must be submitted first.
         if !batch.commands.is_empty() {
             self.submit(&mut batch, None)?;
         }
         let mut before = None;
-        for (chunk, at) in bytes.chunks(CHUNK).zip((offset..).step_by(CHUNK)) {
+        for (chunk, at) in bytes.chunks(UPLOAD_CHUNK_BYTES).zip((offset..).step_by(UPLOAD_CHUNK_BYTES)) {
             self.guarded(chunk.len() as u64, || self.queue.write_buffer(buffer, at, chunk))?;
             if let Some(before) = before.replace(self.submit(&mut batch, None)?) {
                 self.wait(before)?;
@@ -274,7 +275,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Copies a buffer into host memory, after everything recorded so far, by way of a buffer that the host can see.
+    /// Copies a buffer to host memory, after all recorded commands, through a buffer that the host can map.
     pub(super) fn read(&self, from: &wgpu::Buffer, staging: &wgpu::Buffer, bytes: u64, host: &mut [u8]) -> Result<()> {
         self.count(|counts| &mut counts.downloads);
         let submitted = self.submit(&mut lock(&self.batch), Some((from, staging, bytes)))?;
@@ -282,14 +283,14 @@ impl Gpu {
         let slice = staging.slice(..bytes);
         self.guarded(0, || slice.map_async(wgpu::MapMode::Read, move |mapped| drop(send.send(mapped))))?;
         self.wait(submitted)?;
-        // Another thread's poll may be the one that calls back, a moment after this one's has returned.
+        // The callback may run in another thread's poll, a moment after this thread's poll has returned.
         receive.recv().map_err(failed)?.map_err(failed)?;
         host.copy_from_slice(&slice.get_mapped_range().map_err(failed)?[..host.len()]);
         staging.unmap();
         Ok(())
     }
 
-    /// Returns when everything recorded so far is done.
+    /// Waits until all recorded commands are done.
     pub(super) fn synchronize(&self) -> Result<()> {
         let submitted = self.submit(&mut lock(&self.batch), None)?;
         self.wait(submitted)
@@ -297,20 +298,20 @@ impl Gpu {
 
     fn wait(&self, submitted: wgpu::SubmissionIndex) -> Result<()> {
         let wait = wgpu::PollType::Wait { submission_index: Some(submitted), timeout: None };
-        // A device that is lost while somebody waits makes wgpu panic, in code that holds nothing of ours.
+        // If the device is lost during the wait, wgpu panics, in code that holds nothing of ours.
         let polled = self.guarded(0, || catch_unwind(AssertUnwindSafe(|| self.device.poll(wait))))?;
         match polled {
             Ok(polled) => polled.map(drop).map_err(failed)?,
-            Err(_) => self.lose(&failed("the device was lost while it was waited for")),
+            Err(_) => self.mark_lost(&failed("the device was lost while it was waited for")),
         }
-        self.is_there()
+        self.check_not_lost()
     }
 
-    /// Hands what is recorded to the device, and a copy to come last. If that fails, what everybody recorded is gone, and nobody may
-    /// read what is not there: the device is as good as lost.
+    /// Submits the recorded commands, and then a copy. If that fails, the commands of all threads are gone, and their outputs
+    /// must not be read: the device counts as lost.
     fn submit(&self, batch: &mut Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
         let submitted = self.submit_all(std::mem::take(batch), copy);
-        submitted.inspect_err(|error| self.lose(error))
+        submitted.inspect_err(|error| self.mark_lost(error))
     }
 
     fn submit_all(&self, batch: Batch, copy: Option<(&wgpu::Buffer, &wgpu::Buffer, u64)>) -> Result<wgpu::SubmissionIndex> {
@@ -339,10 +340,10 @@ impl Gpu {
         }
         let source = kernel.source(elem, threads);
         if let Some(folder) = &self.shaders {
-            std::fs::create_dir_all(folder).map_err(|error| file::failed(folder, &error))?;
+            std::fs::create_dir_all(folder).map_err(|error| file::failed(folder, error))?;
             file::write_whole(&folder.join(kernel.file_name(elem, threads)), source.as_bytes())?;
         }
-        // Nothing is locked meanwhile: other threads compile other kernels. If two compile the same one, the first stays.
+        // No lock is held while compiling. If two threads compile the same kernel, the first result is used.
         let pipeline = self.guarded(0, || self.compile(kernel, &source))?;
         Ok(lock(&self.pipelines).entry(key).or_insert(pipeline).clone())
     }
@@ -359,7 +360,7 @@ impl Gpu {
         });
         let compilation_options =
             wgpu::PipelineCompilationOptions { zero_initialize_workgroup_memory: false, ..Default::default() };
-        self.cache.iter().for_each(Cache::grow);
+        self.cache.iter().for_each(Cache::mark_stale);
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label,
             layout: Some(&pipeline_layout),
@@ -371,7 +372,7 @@ impl Gpu {
         Pipeline { pipeline, layout }
     }
 
-    /// The uniforms at binding 0, then what is read, then what is written.
+    /// Binding 0: uniforms; then read-only operands, then those that are written.
     fn layout(&self, kernel: Kernel) -> wgpu::BindGroupLayout {
         let (reads, writes) = kernel.bindings();
         let storage = |binding| layout_entry(binding, wgpu::BufferBindingType::Storage { read_only: binding <= reads });
@@ -381,7 +382,7 @@ impl Gpu {
     }
 
     fn bind(&self, layout: &wgpu::BindGroupLayout, operands: &[Binding<'_>]) -> Result<wgpu::BindGroup> {
-        let uniforms = Binding { buffer: &self.uniforms, bytes: 0..UNIFORMS };
+        let uniforms = Binding { buffer: &self.uniforms, bytes: 0..UNIFORM_BYTES };
         let bindings = std::iter::once(&uniforms).chain(operands).zip(0..);
         let entries: Vec<_> = bindings.map(|(binding, number)| binding.entry(number)).collect();
         let group = wgpu::BindGroupDescriptor { label: None, layout, entries: &entries };
@@ -389,7 +390,7 @@ impl Gpu {
     }
 }
 
-/// Uniforms come from a place that each launch has of its own.
+/// Each launch has its own range of the uniform buffer.
 fn layout_entry(binding: u32, ty: wgpu::BufferBindingType) -> wgpu::BindGroupLayoutEntry {
     let has_dynamic_offset = ty == wgpu::BufferBindingType::Uniform;
     wgpu::BindGroupLayoutEntry {
@@ -400,7 +401,7 @@ fn layout_entry(binding: u32, ty: wgpu::BufferBindingType) -> wgpu::BindGroupLay
     }
 }
 
-/// What the driver says about `work`. Without this, its errors would end the program.
+/// Runs `work` and returns the errors that the driver reports, which would otherwise end the program.
 fn guarded<T>(device: &wgpu::Device, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
     let filters = [wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::Validation];
     let [memory, internal, validation] = filters.map(|filter| device.push_error_scope(filter));
@@ -414,7 +415,7 @@ fn guarded<T>(device: &wgpu::Device, bytes: u64, work: impl FnOnce() -> T) -> Re
     }
 }
 
-/// Launches that follow one another share a pass.
+/// Consecutive launches share a compute pass.
 fn encode(encoder: &mut wgpu::CommandEncoder, commands: &[Command], uploads: &wgpu::Buffer) {
     for run in commands.chunk_by(|one, next| matches!((one, next), (Command::Launch { .. }, Command::Launch { .. }))) {
         match run {

@@ -1,11 +1,11 @@
-//! The lengths of rows, and what gives an output its length: the verbs of weight decomposition (DoRA).
+//! The verbs of weight decomposition (DoRA): row norms and magnitudes.
 
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
-use super::apart::{apart, read, read_factor, written};
+use super::aliasing::{check_aliasing, read, read_factor, written};
 use super::dispatch::Launch;
 use super::memory::Buffer;
 use super::pointwise::len;
@@ -17,7 +17,7 @@ use crate::op::{LoraRowNorm, Magnitude, MagnitudeBackward};
 use crate::tensor::Shape;
 use crate::view::{MatMut, MatRef};
 
-/// Elements of a band of rows: 4 MB of `f32`, which most GPUs keep in a cache.
+/// Elements of a band of rows: 4 MB of `f32`, which fit the caches of most GPUs.
 const BAND: usize = 1 << 20;
 
 /// `struct RowNorm` of lora_row_norm.wgsl.
@@ -63,11 +63,11 @@ struct MagnitudeBackwardUniforms {
 }
 
 impl<E: Float> WebGpu<E> {
-    /// `norm = ‖W + scale·B·A‖` by rows: the engine makes a band of rows of the sum at a time, and each is measured.
+    /// `norm = ‖W + scale·B·A‖` by rows: for each band of rows, the sum is made in `f32`, then its norms
     pub(super) fn lora_row_norm_bands(&self, op: LoraRowNorm<'_, Self>) -> Result<()> {
         let (w, norm) = (op.w.dense(), op.norm.into_ref());
         let operands = [read("w", w), read_factor("a", op.a), read_factor("b", op.b), written("norm", norm)];
-        apart("lora_row_norm", operands.into_iter())?;
+        check_aliasing("lora_row_norm", operands.into_iter())?;
         let (n, k) = (w.rows(), w.cols());
         if k == 0 {
             return self.zero(matrix(norm));
@@ -85,7 +85,7 @@ impl<E: Float> WebGpu<E> {
         Ok(())
     }
 
-    /// `norm[rows.start + i] = ‖sums[i]‖`. A band of several rows fits a binding; one row may not.
+    /// `norm[rows.start + i] = ‖sums[i]‖`. A band of several rows fits a binding; a single row may need several.
     fn measure(&self, sums: MatRef<'_, Self, f32>, rows: Range<usize>, norm: MatRef<'_, Self, f32>) -> Result<()> {
         for part in self.parts(len(sums)) {
             let ((bound, _), (norm, norm_first)) = (self.run(sums, &part), self.run(norm, &rows));
@@ -108,7 +108,7 @@ impl<E: Float> WebGpu<E> {
     pub(super) fn magnitude_pass(&self, op: Magnitude<'_, Self>) -> Result<()> {
         let y = op.y.into_ref();
         let reads = [read("z", op.z), read("magnitude", op.magnitude), read("norm", op.norm), written("y", y)];
-        apart("magnitude", reads.into_iter().chain(op.bias.map(|bias| read("bias", bias))))?;
+        check_aliasing("magnitude", reads.into_iter().chain(op.bias.map(|bias| read("bias", bias))))?;
         self.scale_columns(op.magnitude, op.norm, op.bias, op.z, y)
     }
 
@@ -120,7 +120,7 @@ impl<E: Float> WebGpu<E> {
         let reads = [read("z", z), read("magnitude", magnitude), read("norm", norm), read("dy", dy)];
         let sums = [("dmagnitude", dmagnitude), ("dbias", dbias)].map(|(name, sums)| sums.map(|sums| written(name, sums)));
         let writes = sums.into_iter().flatten().chain(dz.map(|dz| written("dz", dz)));
-        apart("magnitude_backward", reads.into_iter().chain(writes))?;
+        check_aliasing("magnitude_backward", reads.into_iter().chain(writes))?;
         if let Some(dz) = dz {
             self.scale_columns(magnitude, norm, None, dy, dz)?;
         }
@@ -144,7 +144,7 @@ impl<E: Float> WebGpu<E> {
             let ((z, z_first), (y, y_first)) = (self.run(z, &part), self.run(y, &part));
             let ((magnitude, magnitude_first), (norm, norm_first)) =
                 (self.run(magnitude, &(0..cols)), self.run(norm, &(0..cols)));
-            let (row, bias_first) = bias.map_or((self.unread(), 0), |bias| self.run(bias, &(0..cols)));
+            let (row, bias_first) = bias.map_or((self.placeholder(), 0), |bias| self.run(bias, &(0..cols)));
             let uniforms = MagnitudeUniforms {
                 len: part.len() as u32,
                 first: (part.start % cols) as u32,

@@ -1,4 +1,4 @@
-//! Buffers that the caller lends: views of them are operands like any other, and nothing of them is copied.
+//! Buffers that the caller lends: views of them are operands like any other, without copies.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -12,41 +12,43 @@ use crate::error::{Error, Result};
 use crate::tensor::Shape;
 use crate::view::{MatMut, MatRef};
 
-/// A range of a buffer of the caller's, to be read; see [`WebGpu::lend`].
+/// A range of a buffer, lent to be read; see [`WebGpu::lend`].
 pub struct Lent<'a, T: Element> {
     slice: HeldSlice<T>,
     lender: PhantomData<&'a wgpu::Buffer>,
 }
 
-/// A range of a buffer of the caller's, to be read and written; see [`WebGpu::lend_mut`].
+/// A range of a buffer, lent to be read and written; see [`WebGpu::lend_mut`].
 pub struct LentMut<'a, T: Element> {
     slice: HeldSlice<T>,
     lender: PhantomData<&'a wgpu::Buffer>,
 }
 
 impl<E: Float> WebGpu<E> {
-    /// Borrows these bytes of a buffer of [`wgpu_device`](Self::wgpu_device), as elements `T` that verbs read. They are not copied, and
-    /// the buffer is neither resized nor destroyed. It needs the usage `STORAGE`, and no other.
+    /// Lends a range of bytes of a buffer of [`wgpu_device`](Self::wgpu_device), as elements `T` that verbs read. Nothing is
+    /// copied, and the buffer is neither resized nor destroyed. It needs the usage `STORAGE` and no other.
     ///
-    /// Verbs are recorded first and submitted later. They see what the buffer holds when they are submitted and, if the caller's own
-    /// commands go through [`record`](Self::record), in the order of the calls. Before the buffer is mapped or destroyed, or written
-    /// by what is submitted elsewhere, call [`synchronize`](crate::Backend::synchronize).
+    /// Verbs are recorded first and submitted later. They see the buffer's contents at the time of the submission; the caller's
+    /// commands that go through [`record`](Self::record) are executed in the order of the calls. Call
+    /// [`synchronize`](crate::Backend::synchronize) before the buffer is mapped, destroyed, or written by commands that are
+    /// submitted elsewhere.
     ///
-    /// WebGPU lets no launch read and write the same buffer, wherever in it: a verb whose output lies in the buffer of an operand that
-    /// it reads is refused.
+    /// WebGPU does not allow a launch to read and write the same buffer, even at different offsets: a verb whose output lies in
+    /// the buffer of an operand that it reads is refused.
     ///
-    /// Errors: [`Error::Value`] if the range does not lie within the buffer, is not one of whole elements, or ends in the last two bytes
-    /// of a buffer whose size is no multiple of four, which no shader can reach; if the buffer lacks the usage; if it is of another
-    /// device. Wgpu tells devices of one `wgpu::Instance` from one another. Of a buffer of another instance it sees a number only, and
-    /// only a size or a usage that does not fit that number is noticed.
+    /// Errors: [`Error::Value`] if the range is not inside the buffer, not of whole elements, or ends in the last two bytes of a
+    /// buffer whose size is not a multiple of four, which no shader can access; if the buffer lacks the usage; if it belongs to
+    /// another device. Wgpu distinguishes the devices of one `wgpu::Instance`. Of a buffer of another instance it knows only a
+    /// number, so that only a size or usage that differs from this device's buffer of that number is detected.
     pub fn lend<'a, T: Element>(&self, buffer: &'a wgpu::Buffer, bytes: Range<u64>) -> Result<Lent<'a, T>> {
         Ok(Lent { slice: lent(&self.gpu, "lend", buffer, bytes)?, lender: PhantomData })
     }
 
-    /// Borrows these bytes of a buffer, as elements `T` that verbs read and write; see [`lend`](Self::lend), with the same errors.
+    /// Lends a range of bytes of a buffer, as elements `T` that verbs read and write; see [`lend`](Self::lend), with the same
+    /// errors.
     ///
-    /// A `wgpu::Buffer` is a handle that can be cloned, so the compiler cannot see whether the same bytes are lent twice. Two outputs of
-    /// one verb that share bytes are refused.
+    /// A `wgpu::Buffer` is a handle that can be cloned, so the compiler cannot see whether the same bytes are lent twice. Two
+    /// outputs of one verb that share bytes are refused.
     pub fn lend_mut<'a, T: Element>(&self, buffer: &'a wgpu::Buffer, bytes: Range<u64>) -> Result<LentMut<'a, T>> {
         Ok(LentMut { slice: lent(&self.gpu, "lend_mut", buffer, bytes)?, lender: PhantomData })
     }
@@ -62,7 +64,7 @@ fn lent<T: Element>(gpu: &Gpu, verb: &'static str, buffer: &wgpu::Buffer, bytes:
         return refused("bytes", format!("{bytes:?}"), format!("whole elements of {element} bytes"));
     }
     if end.next_multiple_of(4) > size {
-        let want = format!("to end at {} at most, for shaders see whole words of a buffer of {size} bytes", size / 4 * 4);
+        let want = format!("an end of at most {}, since shaders access whole words of a buffer of {size} bytes", size / 4 * 4);
         return refused("bytes", format!("{bytes:?}"), want);
     }
     if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
@@ -76,17 +78,17 @@ fn lent<T: Element>(gpu: &Gpu, verb: &'static str, buffer: &wgpu::Buffer, bytes:
     Ok(Slice::new(buffer.clone(), (bytes.start / element) as usize, ((end - bytes.start) / element) as usize))
 }
 
-/// What both kinds of lent memory give to be read.
+/// The views that both kinds of lent memory offer for reading.
 macro_rules! lent {
     ($lent:ident) => {
         impl<T: Element> $lent<'_, T> {
-            /// All of it, row after row. Errors: [`Error::Value`] if it does not hold exactly as many elements.
+            /// All of the memory as a matrix, row by row. Errors: [`Error::Value`] if the number of elements differs.
             pub fn view<E: Float>(&self, shape: impl Into<Shape>) -> Result<MatRef<'_, WebGpu<E>, T>> {
                 let slice: &Slice<T> = &self.slice;
                 MatRef::new(slice, shape)
             }
 
-            /// The matrix whose element `(i, j)` is element `offset + i·row_stride + j` of it.
+            /// The matrix whose element `(i, j)` is element `offset + i·row_stride + j`.
             ///
             /// Errors: [`Error::Value`] if rows overlap, or the matrix reaches beyond the memory.
             pub fn view_strided<E: Float>(
@@ -113,13 +115,14 @@ lent!(Lent);
 lent!(LentMut);
 
 impl<T: Element> LentMut<'_, T> {
-    /// All of it, row after row, to be written. Errors: [`Error::Value`] if it does not hold exactly as many elements.
+    /// All of the memory as a matrix to be written, row by row. Errors: [`Error::Value`] if the number of elements differs.
     pub fn view_mut<E: Float>(&mut self, shape: impl Into<Shape>) -> Result<MatMut<'_, WebGpu<E>, T>> {
         let slice: &mut Slice<T> = &mut self.slice;
         MatMut::new(slice, shape)
     }
 
-    /// The matrix whose element `(i, j)` is element `offset + i·row_stride + j` of it, to be written. What lies between the rows is not.
+    /// The matrix whose element `(i, j)` is element `offset + i·row_stride + j`, to be written. Gaps between rows are not
+    /// written.
     ///
     /// Errors: [`Error::Value`] if rows overlap, or the matrix reaches beyond the memory.
     pub fn view_strided_mut<E: Float>(

@@ -1,4 +1,4 @@
-//! Memory of the adapter: buffers, and the pool they come from and go back to.
+//! Device memory: buffers, and the pool that reuses them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,35 +11,35 @@ use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::tensor::Shape;
 
-/// Bytes that buffers nobody holds may keep. Beyond it they go back to the driver.
+/// Bytes of free buffers in the pool. Beyond that, buffers are freed.
 const IDLE_BYTES: u64 = 256 << 20;
-/// Sizes are rounded up to a multiple of it, so that buffers of about the same size are of use to one another.
+/// Sizes are rounded up to a multiple of this, so that a buffer can serve tensors of nearly the same size.
 const GRAIN: u64 = 256;
 
-/// Storage that verbs read and write.
+/// Usage of buffers that verbs read and write.
 const STORAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
-/// Where downloads land.
+/// Usage of buffers for downloads.
 pub(super) const STAGING: wgpu::BufferUsages = wgpu::BufferUsages::MAP_READ.union(wgpu::BufferUsages::COPY_DST);
 
-/// A lock, whatever became of the thread that held it: what is behind it is whole between any two statements.
+/// Locks a mutex, also after a panic of another holder: its contents are consistent between any two statements.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Elements in a range of a buffer, a tensor's or lent: what views look at.
+/// Elements in a range of a buffer, a tensor's or a lent one: the memory of views.
 ///
-/// It has no size known to the compiler, so that nobody can swap the memory of two of them. `Slice<T, [(); 0]>` is one that has.
+/// The type is unsized, so that the memory of two slices cannot be swapped. `Slice<T, [(); 0]>` is a sized one.
 pub struct Slice<T: Element, Tail: ?Sized = [()]> {
     raw: wgpu::Buffer,
-    /// Elements of the buffer before the first.
+    /// Offset of the first element in the buffer, in elements.
     first: usize,
     len: usize,
     element: PhantomData<T>,
     _tail: Tail,
 }
 
-/// A slice that can be held in a variable.
+/// A sized slice, for variables.
 pub(super) type HeldSlice<T> = Slice<T, [(); 0]>;
 
 impl<T: Element> HeldSlice<T> {
@@ -49,12 +49,12 @@ impl<T: Element> HeldSlice<T> {
 }
 
 impl<T: Element> Slice<T> {
-    /// The buffer that it is a range of.
+    /// The buffer that contains the slice.
     pub fn raw(&self) -> &wgpu::Buffer {
         &self.raw
     }
 
-    /// Elements of the buffer before the first of the slice.
+    /// Offset of the slice in the buffer, in elements.
     pub fn first(&self) -> usize {
         self.first
     }
@@ -64,24 +64,24 @@ impl<T: Element> Slice<T> {
     }
 }
 
-/// Elements in the memory of an adapter. Its memory goes back to a pool when it is dropped.
+/// Elements in device memory. When it is dropped, its memory goes back to the pool.
 pub struct Buffer<T: Element> {
     memory: Memory,
-    /// All of them.
+    /// The slice of all elements.
     slice: HeldSlice<T>,
 }
 
 impl<T: Element> Buffer<T> {
-    /// Memory whose contents are of no account: whoever asks for it overwrites all of it.
+    /// Uninitialised elements, which the caller overwrites.
     pub(super) fn unwritten(gpu: &Arc<Gpu>, len: usize) -> Result<Self> {
         Ok(Self::of(Memory::take(gpu, STORAGE, fitting::<T>(gpu, len)?)?.0, len))
     }
 
-    /// All zeros.
+    /// Zeros.
     pub(super) fn zeros(gpu: &Arc<Gpu>, len: usize) -> Result<Self> {
         let (memory, used) = Memory::take(gpu, STORAGE, fitting::<T>(gpu, len)?)?;
         if used {
-            gpu.clear(&memory.raw)?; // the driver clears new memory itself
+            gpu.clear(&memory.raw)?; // new memory is zero already
         }
         Ok(Self::of(memory, len))
     }
@@ -90,11 +90,11 @@ impl<T: Element> Buffer<T> {
         Self { slice: Slice::new(memory.raw.clone(), 0, len), memory }
     }
 
-    /// Copies as many elements from the host.
+    /// Copies from the host a slice of the same length.
     pub(super) fn write(&self, host: &[T]) -> Result<()> {
         Error::unless(host.len() == self.len(), "write", "host", host.len(), "as many elements as the buffer")?;
         let bytes: &[u8] = bytemuck::cast_slice(host);
-        // Copies are of whole words; an odd number of 16-bit elements ends within one.
+        // Copies are of whole words; an odd number of 16-bit elements ends inside one.
         let (words, rest) = bytes.split_at(bytes.len() / 4 * 4);
         self.memory.gpu.write(&self.memory.raw, 0, words)?;
         if !rest.is_empty() {
@@ -105,7 +105,7 @@ impl<T: Element> Buffer<T> {
         Ok(())
     }
 
-    /// Copies as many elements to the host, once everything that writes them is done.
+    /// Copies to the host, after everything that writes the elements.
     pub(super) fn read(&self, host: &mut [T]) -> Result<()> {
         Error::unless(host.len() == self.len(), "download", "host", host.len(), "as many elements as the buffer")?;
         if host.is_empty() {
@@ -117,23 +117,23 @@ impl<T: Element> Buffer<T> {
         self.memory.gpu.read(&self.memory.raw, &staging.raw, words, host)
     }
 
-    /// How many elements it holds.
+    /// The number of elements.
     pub(super) fn len(&self) -> usize {
         self.slice.len
     }
 
-    /// All of them, to be read.
+    /// All elements, to be read.
     pub(super) fn slice(&self) -> &Slice<T> {
         &self.slice
     }
 
-    /// All of them, to be written.
+    /// All elements, to be written.
     pub(super) fn slice_mut(&mut self) -> &mut Slice<T> {
         &mut self.slice
     }
 
-    /// The buffer itself, for a pipeline of the caller's own. It may be longer than its elements, and is another tensor's
-    /// once this one is dropped.
+    /// The buffer, for a pipeline of the caller's. It may be longer than its elements, and is reused for another tensor after
+    /// this one is dropped.
     pub fn raw(&self) -> &wgpu::Buffer {
         &self.memory.raw
     }
@@ -145,7 +145,7 @@ impl<T: Element> fmt::Debug for Buffer<T> {
     }
 }
 
-/// Bytes for `len` elements, if the adapter has buffers of that size and the shaders' 32-bit indices reach to its end.
+/// Bytes of `len` elements, if the adapter allows buffers of that size and the shaders' 32-bit indices reach the end.
 fn fitting<T: Element>(gpu: &Gpu, len: usize) -> Result<u64> {
     let bytes = (len as u64).checked_mul(size_of::<T>() as u64).filter(|_| len < u32::MAX as usize);
     let largest = gpu.device.limits().max_buffer_size / GRAIN * GRAIN;
@@ -153,14 +153,14 @@ fn fitting<T: Element>(gpu: &Gpu, len: usize) -> Result<u64> {
     bytes.filter(|&bytes| bytes <= largest).ok_or(Error::TooLarge { shape: Shape { rows: 1, cols: len }, limit })
 }
 
-/// A buffer of the driver's on loan from the pool.
+/// A buffer from the pool.
 pub(super) struct Memory {
     gpu: Arc<Gpu>,
     pub(super) raw: wgpu::Buffer,
 }
 
 impl Memory {
-    /// At least `bytes` bytes, and whether somebody has used them before.
+    /// Takes a buffer of at least `bytes` bytes; also returns true if it was used before.
     pub(super) fn take(gpu: &Arc<Gpu>, usage: wgpu::BufferUsages, bytes: u64) -> Result<(Self, bool)> {
         let size = bytes.max(1).next_multiple_of(GRAIN);
         let idle = lock(&gpu.pool).take(usage, size);
@@ -172,7 +172,7 @@ impl Memory {
         Ok((Self { gpu: gpu.clone(), raw }, used))
     }
 
-    /// Where the driver has no memory left, the pool may: the driver gets that back once nothing recorded needs it.
+    /// If the driver has no memory left, frees the pool's buffers once no recorded command needs them, and tries again.
     fn create(gpu: &Gpu, usage: wgpu::BufferUsages, size: u64) -> Result<wgpu::Buffer> {
         let refused = match gpu.create_buffer(usage, size) {
             Err(refused @ Error::OutOfMemory { .. }) => refused,
@@ -192,9 +192,9 @@ impl Drop for Memory {
     }
 }
 
-/// Buffers that nobody holds, by use and size: a training step asks for the same ones again and again.
+/// Free buffers by usage and size.
 ///
-/// Commands run in the order in which they were recorded, so a buffer may be lent again before the device is done with it.
+/// Commands run in the order in which they were recorded, so a buffer may be reused before the device has finished with it.
 #[derive(Default)]
 pub(super) struct Pool {
     idle: HashMap<(wgpu::BufferUsages, u64), Vec<wgpu::Buffer>>,
@@ -208,7 +208,7 @@ impl Pool {
         Some(buffer)
     }
 
-    /// Lends none of them again. Returns their bytes.
+    /// Drops all free buffers. Returns their bytes.
     fn forget(&mut self) -> u64 {
         self.idle.clear();
         std::mem::take(&mut self.bytes)
@@ -222,7 +222,7 @@ impl Pool {
     }
 }
 
-/// What an adapter lets a launch use. Bindings stay below 2 GiB, so that 32-bit indices reach everywhere.
+/// The limits of launches on this device. Bindings stay below 2 GiB, so that 32-bit indices reach every element.
 pub(super) fn limits_of(gpu: &Gpu) -> Limits {
     let limits = gpu.device.limits();
     Limits {
@@ -235,7 +235,7 @@ pub(super) fn limits_of(gpu: &Gpu) -> Limits {
     }
 }
 
-/// How many invocations a subgroup has, if that is known.
+/// Invocations of a subgroup; 0 if subgroups are not supported or vary in size.
 fn subgroup(device: &wgpu::Device) -> u32 {
     let info = device.adapter_info();
     let known = device.features().contains(wgpu::Features::SUBGROUP) && info.subgroup_min_size == info.subgroup_max_size;

@@ -1,24 +1,24 @@
-//! WebGPU: any GPU that Vulkan, Metal or DX12 reaches, and software Vulkan.
+//! WebGPU: any GPU with Vulkan, Metal or DX12, and software Vulkan.
 //!
 //! ```text
-//! lora.rs linear.rs      a verb, as the sums of products it is
-//!   └─ sum.rs            init + scale·lhs·rhs + more_lhs·more_rhs, in pieces that fit a binding
-//! pointwise.rs dora.rs copy.rs   one pass over memory
-//!   └─ apart.rs          no launch reads and writes one buffer
-//!   └─ plan.rs           sizes and limits → tiles and pieces; pure
-//!   └─ shader.rs         the text of a kernel, out of shaders/*.wgsl
-//!   └─ dispatch.rs       pipelines made once, launches recorded, many submitted together
-//!   └─ cache.rs          compiled pipelines in a file, for the next run
-//! adapter.rs memory.rs   which adapter; its buffers
-//! lend.rs                buffers of the caller's
-//! clock.rs               how long the device takes
+//! lora.rs linear.rs      each verb as sums of products
+//!   └─ sum.rs            init + scale·lhs·rhs + base_lhs·base_rhs, in pieces that fit a binding
+//! pointwise.rs dora.rs copy.rs   verbs that pass over memory once
+//!   └─ aliasing.rs       refuses launches that would read and write one buffer
+//!   └─ plan.rs           tiles and pieces: pure functions of sizes and limits
+//!   └─ shader.rs         the text of a kernel, assembled from shaders/*.wgsl
+//!   └─ dispatch.rs       pipelines; launches, recorded and submitted in batches
+//!   └─ cache.rs          a file of compiled pipelines for the next run
+//! adapter.rs memory.rs   the adapter; its memory
+//! lend.rs                buffers that the caller lends
+//! clock.rs               time measured by the device
 //! ```
 //!
-//! Every element of an output belongs to one invocation, or to slices that are added up in a fixed order: there are no
-//! atomics, and the same request on the same adapter gives the same bits.
+//! Every element of an output belongs to one invocation, or to slices that are added in a fixed order. There are no atomics, and
+//! the same request on the same adapter gives the same bits.
 
 mod adapter;
-mod apart;
+mod aliasing;
 mod cache;
 mod clock;
 mod copy;
@@ -39,7 +39,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use adapter::Wanted;
+use adapter::OpenOptions;
 pub use dispatch::Counts;
 use dispatch::{Binding, Command, Gpu, Launch};
 pub use lend::{Lent, LentMut};
@@ -55,14 +55,14 @@ use crate::op::{
 };
 use crate::view::{MatMut, MatRef};
 
-/// A GPU as a backend whose weights and activations are stored as `E`: `f32`, or `f16` where the adapter has it.
+/// A backend on a GPU, whose weights and activations are stored as `E`: `f32`, or `f16` if the adapter supports it.
 ///
-/// Verbs are recorded and submitted together, at the latest when they are some 0.1 s of work for a slow GPU;
-/// [`download`](Backend::download) and [`synchronize`](Backend::synchronize) submit and wait. Clones share the device and its memory.
+/// Verbs are recorded and submitted in batches of at most about 0.1 s of work for a slow GPU; [`download`](Backend::download) and
+/// [`synchronize`](Backend::synchronize) submit and wait. Clones share the device and its memory.
 pub struct WebGpu<E: Float> {
     gpu: Arc<Gpu>,
     limits: Limits,
-    /// The number 1.
+    /// A buffer with the number 1.
     one: Arc<Buffer<f32>>,
     element: PhantomData<E>,
 }
@@ -80,54 +80,57 @@ impl<E: Float> fmt::Debug for WebGpu<E> {
 }
 
 impl<E: Float> WebGpu<E> {
-    /// The best adapter of this machine: a discrete GPU before an integrated one before software.
+    /// Opens the best adapter: a discrete GPU, else an integrated one, else software.
     ///
-    /// `LOWRANK_ADAPTER` asks for another, by its number or a part of its name; `WGPU_BACKEND` for `vulkan`, `metal` or
-    /// `dx12`. Errors: [`Error::Unavailable`] if there is no adapter, or not that one, or it does not compute in `E`.
+    /// `LOWRANK_ADAPTER` chooses another by its number or a part of its name; `WGPU_BACKEND` chooses `vulkan`, `metal` or `dx12`.
+    /// Errors: [`Error::Unavailable`] if there is no adapter, or not that one, or it does not support `E`.
     pub fn new() -> Result<Self> {
-        Self::open(Wanted::by_environment())
+        Self::open(OpenOptions::from_env())
     }
 
-    /// The adapter with this number, or the first with this in its name. Errors: as [`new`](Self::new).
+    /// Opens the adapter with this number, or the first with this text in its name. Errors: as [`new`](Self::new).
     pub fn with_adapter(name: &str) -> Result<Self> {
-        Self::open(Wanted { adapter: Some(name.into()), ..Wanted::by_environment() })
+        Self::open(OpenOptions { adapter: Some(name.into()), ..OpenOptions::from_env() })
     }
 
-    /// As [`new`](Self::new), with cooperative matrices: what tensor cores are to WGSL. Large products of f16 are made in them, and
-    /// summed in f32.
+    /// As [`new`](Self::new), with cooperative matrices, WGSL's access to tensor cores. Large f16 products use them, and
+    /// accumulate in f32.
     ///
-    /// They are an experiment of wgpu's, whose drivers may have bugs that nothing here can catch, and this crate's use of them has
-    /// been run on software Vulkan alone; so they are there for who asks. `LOWRANK_COOPERATIVE_MATRICES=1` asks wherever an adapter
-    /// is opened. Errors: as [`new`](Self::new); [`Error::Unavailable`] if the adapter has none, or none that can be used: the width
-    /// of its subgroups must be one number, which it is not on Metal, for one.
+    /// They are an experimental feature of wgpu, whose drivers may have bugs that cannot be detected here, and this crate has
+    /// used them on software Vulkan only; so they are opt-in. `LOWRANK_COOPERATIVE_MATRICES=1` enables them for every adapter
+    /// that is opened.
+    ///
+    /// Errors: as [`new`](Self::new); [`Error::Unavailable`] if the adapter has no cooperative matrices, or none that can be
+    /// used: its subgroups must have a single size, which they do not have on Metal, for example.
     pub fn with_cooperative_matrices() -> Result<Self> {
-        Self::open(Wanted { matrices: true, ..Wanted::by_environment() })
+        Self::open(OpenOptions { matrices: true, ..OpenOptions::from_env() })
     }
 
-    /// As [`new`](Self::new), with a file in which compiled pipelines wait for the next run. `LOWRANK_PIPELINES=FILE` asks for it
-    /// wherever an adapter is opened.
+    /// As [`new`](Self::new), with a file in which compiled pipelines are stored for the next run. `LOWRANK_PIPELINES=FILE` does
+    /// the same for every adapter that is opened.
     ///
-    /// A file that is not there, damaged, or of another adapter or driver is not used, and replaced. It is written by
-    /// [`save_pipelines`](Self::save_pipelines) and when the last clone is dropped, whole or not at all. Drivers trust what is in
-    /// it: **keep it where nobody else may write.** Most desktop drivers keep pipelines themselves; this is for those that do not.
+    /// A file that is missing, damaged, or of another adapter or driver is ignored and replaced. It is written, completely or not
+    /// at all, by [`save_pipelines`](Self::save_pipelines) and when the last clone is dropped. Drivers trust its contents: **keep
+    /// it where nobody else may write.** Most desktop drivers store pipelines themselves; this is for those that do not.
     ///
-    /// Errors: as [`new`](Self::new); [`Error::Unavailable`] where wgpu keeps none (on Metal and DX12); [`Error::File`] if the file
-    /// is there and cannot be read.
+    /// Errors: as [`new`](Self::new); [`Error::Unavailable`] where wgpu has no pipeline caches (on Metal and DX12);
+    /// [`Error::File`] if the file exists and cannot be read.
     pub fn with_pipelines(file: &Path) -> Result<Self> {
-        Self::open(Wanted { pipelines: Some(file.into()), ..Wanted::by_environment() })
+        Self::open(OpenOptions { pipelines: Some(file.into()), ..OpenOptions::from_env() })
     }
 
-    /// Writes the pipelines compiled so far into the file that they wait in for the next run, if there is one and it lacks any.
-    /// Errors: [`Error::File`]; [`Error::Device`] if the driver does not give them.
+    /// Writes the pipelines compiled so far to the file of [`with_pipelines`](Self::with_pipelines), if there is one and it lacks
+    /// any. Errors: [`Error::File`]; [`Error::Device`] if the driver does not return them.
     pub fn save_pipelines(&self) -> Result<()> {
         self.gpu.cache.as_ref().map_or(Ok(()), |cache| cache.save())
     }
 
-    fn open(wanted: Wanted) -> Result<Self> {
-        Self::from_gpu(adapter::open(wanted)?)
+    fn open(options: OpenOptions) -> Result<Self> {
+        Self::from_gpu(adapter::open(options)?)
     }
 
-    /// A device that the program already has. Errors: [`Error::Unavailable`] if it was not made with what `E` needs.
+    /// A backend on a device of the caller's. Errors: [`Error::Unavailable`] if it was created without the features that `E`
+    /// needs.
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue) -> Result<Self> {
         let name = device.adapter_info().name;
         Self::from_gpu(Gpu::new(device, queue, name, 0)?)
@@ -138,12 +141,15 @@ impl<E: Float> WebGpu<E> {
         match E::DTYPE {
             DType::F32 => {}
             DType::F16 if gpu.device.features().contains(wgpu::Features::SHADER_F16) => {}
-            DType::F16 => return unavailable(&format!("{} does not compute in f16", gpu.name)),
+            DType::F16 => return unavailable(&format!("{} does not support f16", gpu.name)),
             DType::BF16 => return unavailable("WGSL has no bf16"),
         }
         let limits = memory::limits_of(&gpu);
-        if gpu.matrix > 0 && !limits.plans_matrices() {
-            return unavailable(&format!("{}: no tile is made of its cooperative matrices; its subgroups vary, say", gpu.name));
+        if gpu.matrix > 0 && !limits.supports_matrices() {
+            return unavailable(&format!(
+                "{}: its cooperative matrices cannot be used, for example because the size of its subgroups varies",
+                gpu.name
+            ));
         }
         let gpu = Arc::new(gpu);
         let one = Buffer::unwritten(&gpu, 1)?;
@@ -151,42 +157,42 @@ impl<E: Float> WebGpu<E> {
         Ok(Self { gpu, limits, one: Arc::new(one), element: PhantomData })
     }
 
-    /// Plans for a poorer adapter than this one: what is larger than it has stays as it is.
+    /// Plans for an adapter with smaller limits. Limits above this adapter's have no effect.
     pub fn with_limits(self, limits: Limits) -> Self {
         Self { limits: self.limits.min(limits), ..self }
     }
 
-    /// What launches are planned for.
+    /// The limits that launches are planned for.
     pub fn limits(&self) -> Limits {
         self.limits
     }
 
-    /// The device, for pipelines of the caller's own.
+    /// The device, for pipelines of the caller's.
     pub fn wgpu_device(&self) -> &wgpu::Device {
         &self.gpu.device
     }
 
-    /// The queue. What this backend has recorded but not submitted, uploads too, comes after what is submitted here; what
-    /// should come between verbs goes through [`record`](Self::record).
+    /// The queue. Commands and uploads that this backend has recorded but not submitted come after what is submitted here; use
+    /// [`record`](Self::record) for commands between verbs.
     pub fn wgpu_queue(&self) -> &wgpu::Queue {
         &self.gpu.queue
     }
 
-    /// Puts the caller's own commands behind the verbs recorded so far, and before those to come.
+    /// Records commands of the caller's, after the verbs recorded so far and before later ones.
     ///
-    /// They see the contents of this backend's buffers ([`Buffer::raw`]) as those verbs leave them, and must not call this backend.
-    /// They are submitted together with verbs, so an error of theirs takes those along: from then on everything is
-    /// [`Error::Device`], with its reason.
+    /// They see the contents of this backend's buffers ([`Buffer::raw`]) as those verbs leave them, and must not call this
+    /// backend. They are submitted together with verbs: if they fail, those verbs fail too, and every later call returns
+    /// [`Error::Device`] with the reason.
     pub fn record(&self, commands: impl Fn(&mut wgpu::CommandEncoder) + Send + 'static) {
         memory::lock(&self.gpu.batch).commands.push(Command::Record(Box::new(commands)));
     }
 
-    /// How many times recorded work was handed to the device so far. A training step that reads back its loss is one.
+    /// The number of submissions so far. A training step that reads back its loss is one.
     pub fn submissions(&self) -> u64 {
         self.counts().submissions
     }
 
-    /// How often this backend and its clones asked something of the device so far.
+    /// The numbers of operations that this backend and its clones have requested of the device.
     pub fn counts(&self) -> Counts {
         self.gpu.counts()
     }
@@ -195,22 +201,22 @@ impl<E: Float> WebGpu<E> {
         self.gpu.launch(E::DTYPE, self.limits.threads(), launch)
     }
 
-    /// What is bound where a shader reads nothing: something must be.
-    fn unread(&self) -> Binding<'_> {
+    /// A binding for operands that a shader does not read: something must be bound.
+    fn placeholder(&self) -> Binding<'_> {
         Binding::all(self.one.raw())
     }
 
-    /// A binding that sees these bytes of a buffer, and how many elements of `size` bytes it sees before them: it begins where the
-    /// adapter allows one to begin.
+    /// A binding for these bytes of a buffer, and the number of elements of `size` bytes in it before them: a binding must start
+    /// at a multiple of the adapter's alignment.
     fn window<'a>(&'a self, buffer: &'a wgpu::Buffer, bytes: Range<u64>, size: u64) -> (Binding<'a>, u32) {
         if bytes.is_empty() {
-            return (self.unread(), 0);
+            return (self.placeholder(), 0);
         }
         let first = bytes.start / self.alignment() * self.alignment();
         (Binding { buffer, bytes: first..bytes.end.next_multiple_of(4) }, ((bytes.start - first) / size) as u32)
     }
 
-    /// Bytes between two places where a binding may begin.
+    /// Offsets of bindings are multiples of this.
     fn alignment(&self) -> u64 {
         u64::from(self.gpu.device.limits().min_storage_buffer_offset_alignment)
     }
@@ -222,7 +228,7 @@ impl<E: Float> Backend for WebGpu<E> {
     type Elem = E;
     type Buffer<T: Element> = Buffer<T>;
     type Slice<T: Element> = Slice<T>;
-    /// Shaders read weights as they are.
+    /// There are no prepacked weights.
     type Panels = ();
 
     fn device(&self) -> String {

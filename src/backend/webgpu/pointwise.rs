@@ -1,22 +1,22 @@
-//! One pass over memory: relu, its derivative, sums, dropout, cross-entropy; and Adam, which finishes a sum.
+//! The verbs that pass over memory once; and Adam, the epilogue of a sum.
 
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
 
 use super::WebGpu;
-use super::apart::{apart, read, written};
+use super::aliasing::{check_aliasing, read, written};
 use super::dispatch::{Binding, Launch};
 use super::memory::Buffer;
 use super::shader::Kernel;
-use super::sum::{Finish, Init, Sum, matrix};
+use super::sum::{Epilogue, Init, Sum, matrix};
 use crate::element::{Element, Float};
 use crate::error::Result;
 use crate::op::{Accumulate, Adam, Add, CrossEntropy, Dropout, DropoutForward, Relu, ReluBackward, WeightGrad};
 use crate::tensor::Shape;
 use crate::view::MatRef;
 
-/// How many elements, and for each of up to three operands the place in its binding of the first: `vec4<u32>`.
+/// The number of elements, and the offsets of up to three operands in their bindings: `vec4<u32>`.
 type Places = [u32; 4];
 
 /// `struct Dropout` of dropout.wgsl.
@@ -60,28 +60,28 @@ impl<E: Float> WebGpu<E> {
     /// `y = max(x, 0)`
     pub(super) fn relu_pass(&self, op: Relu<'_, Self>) -> Result<()> {
         let (x, y) = (op.x, op.y.into_ref());
-        apart("relu", [read("x", x), written("y", y)].into_iter())?;
+        check_aliasing("relu", [read("x", x), written("y", y)].into_iter())?;
         self.elementwise(Kernel::Relu, &[x, y])
     }
 
     /// `dx = dy` where `y > 0`, else 0
     pub(super) fn relu_backward_pass(&self, op: ReluBackward<'_, Self>) -> Result<()> {
         let (y, dy, dx) = (op.y, op.dy, op.dx.into_ref());
-        apart("relu_backward", [read("y", y), read("dy", dy), written("dx", dx)].into_iter())?;
+        check_aliasing("relu_backward", [read("y", y), read("dy", dy), written("dx", dx)].into_iter())?;
         self.elementwise(Kernel::ReluBackward, &[y, dy, dx])
     }
 
     /// `y += x`
     pub(super) fn add_pass(&self, op: Add<'_, Self>) -> Result<()> {
         let (x, y) = (op.x, op.y.into_ref());
-        apart("add", [read("x", x), written("y", y)].into_iter())?;
+        check_aliasing("add", [read("x", x), written("y", y)].into_iter())?;
         self.elementwise(Kernel::Add, &[x, y])
     }
 
     /// `y += scale·x`, in `f32`
     pub(super) fn accumulate_pass(&self, op: Accumulate<'_, Self>) -> Result<()> {
         let (x, y) = (op.x, op.y.into_ref());
-        apart("accumulate", [read("x", x), written("y", y)].into_iter())?;
+        check_aliasing("accumulate", [read("x", x), written("y", y)].into_iter())?;
         self.parts(len(x)).try_for_each(|part| {
             let ((x, x_first), (y, y_first)) = (self.run(x, &part), self.run(y, &part));
             let uniforms = AccumulateUniforms { len: part.len() as u32, scale: op.scale, x: x_first, y: y_first };
@@ -94,18 +94,18 @@ impl<E: Float> WebGpu<E> {
     /// `y = drop(x)`
     pub(super) fn dropout_pass(&self, op: DropoutForward<'_, Self>) -> Result<()> {
         let (x, y) = (op.x, op.y.into_ref());
-        apart("dropout_forward", [read("x", x), written("y", y)].into_iter())?;
+        check_aliasing("dropout_forward", [read("x", x), written("y", y)].into_iter())?;
         self.drop_into(op.dropout, x, y)
     }
 
-    /// `drop(x)`, in `f32`, of a matrix whose rows follow one another
+    /// `drop(x)`, in `f32`, of a contiguous matrix
     pub(super) fn drop<T: Float>(&self, dropout: Dropout, x: MatRef<'_, Self, T>) -> Result<Buffer<f32>> {
         let y = Buffer::unwritten(&self.gpu, len(x))?;
         self.drop_into(dropout, x, MatRef::all(y.slice(), x.shape()))?;
         Ok(y)
     }
 
-    /// `y = drop(x)`, whatever they are stored as.
+    /// `y = drop(x)`, for any element types
     fn drop_into<T: Float, U: Float>(&self, dropout: Dropout, x: MatRef<'_, Self, T>, y: MatRef<'_, Self, U>) -> Result<()> {
         for part in self.parts(len(x)) {
             let ((x, x_first), (y, y_first)) = (self.run(x, &part), self.run(y, &part));
@@ -128,9 +128,12 @@ impl<E: Float> WebGpu<E> {
     /// `loss = mean(-log softmax(logits)[label])`, `dlogits = (softmax(logits) - onehot(label)) / c`, over the rows with a label
     pub(super) fn cross_entropy_pass(&self, op: CrossEntropy<'_, Self>) -> Result<()> {
         let (logits, loss, dlogits) = (op.logits, op.loss.into_ref(), op.dlogits.into_ref());
-        apart("cross_entropy", [read("logits", logits), written("loss", loss), written("dlogits", dlogits)].into_iter())?;
+        check_aliasing(
+            "cross_entropy",
+            [read("logits", logits), written("loss", loss), written("dlogits", dlogits)].into_iter(),
+        )?;
         let (n, counted) = (logits.cols(), op.labels.counted());
-        let m = if n == 0 { 0 } else { logits.rows() }; // without classes no row has a label
+        let m = if n == 0 { 0 } else { logits.rows() }; // no classes, no labels
         let losses = Buffer::<f32>::unwritten(&self.gpu, m)?;
         let (labels, losses) = (op.labels.tensor().view(), MatRef::all(losses.slice(), Shape { rows: m, cols: 1 }));
         let rows_at_once = (self.elements_at_once() / n.max(1)).max(1);
@@ -163,16 +166,16 @@ impl<E: Float> WebGpu<E> {
     /// `m = β₁·m + (1-β₁)·g`, `v = β₂·v + (1-β₂)·g²`, `w = decay·w - step_size·m / (√v·root_scale + eps)`
     pub(super) fn adam_sum(&self, op: Adam<'_, Self>) -> Result<()> {
         let master = op.master.map(|master| matrix(master.view()));
-        let finish =
-            Finish::Adam { rate: op.rate, m: matrix(op.m.view()), v: matrix(op.v.view()), master, w: matrix(op.w.view()) };
+        let epilogue =
+            Epilogue::Adam { rate: op.rate, m: matrix(op.m.view()), v: matrix(op.v.view()), master, w: matrix(op.w.view()) };
         let (init, update) = match op.grad {
             WeightGrad::Dense(grad) => (Init::Matrix(matrix(grad.view())), None),
             WeightGrad::Factored { dy, x } => (Init::Zero, Some(matrix(dy.view()).t() * matrix(x.view()))),
         };
-        self.sum(Sum { finish, init, scale: 1.0, update, base: None })
+        self.sum(Sum { epilogue, init, scale: 1.0, update, base: None })
     }
 
-    /// A launch for each part of matrices of one shape, whose rows follow one another, that fits the bindings.
+    /// Launches an element-wise kernel on contiguous matrices of one shape, once for each part that fits the bindings.
     fn elementwise(&self, kernel: Kernel, views: &[MatRef<'_, Self>]) -> Result<()> {
         self.parts(len(views[0])).try_for_each(|part| {
             let mut uniforms: Places = [part.len() as u32, 0, 0, 0];
@@ -187,7 +190,7 @@ impl<E: Float> WebGpu<E> {
         })
     }
 
-    /// Some elements of a matrix whose rows follow one another, as a binding, and the place in it of the first.
+    /// A binding for some elements of a contiguous matrix, and the offset of the first in it.
     pub(super) fn run<'a, T: Element>(&'a self, view: MatRef<'a, Self, T>, part: &Range<usize>) -> (Binding<'a>, u32) {
         debug_assert!(view.is_contiguous());
         let first = view.memory().first() + view.offset();
@@ -195,27 +198,27 @@ impl<E: Float> WebGpu<E> {
         self.window(view.memory().raw(), start..end, size_of::<T>() as u64)
     }
 
-    /// `0..len` in parts of which a binding can see each, whatever the type of the elements.
+    /// Cuts `0..len` into parts that fit a binding, for any element type.
     pub(super) fn parts(&self, len: usize) -> impl Iterator<Item = Range<usize>> + use<E> {
         let most = self.elements_at_once();
         (0..len).step_by(most).map(move |start| start..(start + most).min(len))
     }
 
-    /// How many 32-bit elements a binding sees, wherever it begins.
+    /// 32-bit elements that fit a binding with any alignment.
     pub(super) fn elements_at_once(&self) -> usize {
         ((self.limits.binding_bytes / 4) as usize / ALIGNED * ALIGNED).saturating_sub(ALIGNED).max(ALIGNED)
     }
 
-    /// Workgroups for so many invocations; each takes more than one element where a grid cannot hold them.
+    /// Workgroups for this many invocations; if a grid cannot hold them, each invocation takes several elements.
     pub(super) fn groups(&self, invocations: usize) -> u32 {
         invocations.div_ceil(self.limits.threads() as usize).min(self.limits.groups as usize) as u32
     }
 }
 
-/// More elements than lie between two places where a binding may begin.
+/// An upper bound of the alignment of bindings, in elements.
 const ALIGNED: usize = 128;
 
-/// How many elements a matrix has.
+/// The number of elements of a matrix.
 pub(super) fn len<E: Float, T: Element>(view: MatRef<'_, WebGpu<E>, T>) -> usize {
     view.rows() * view.cols()
 }

@@ -1,18 +1,19 @@
-//! The text of every shader: constants, `common.wgsl`, and the files of the kernel. WGSL has no generics, but it concatenates.
+//! Assembles the text of shaders: constants, `common.wgsl`, and the kernel's files. WGSL has no generics; concatenation replaces
+//! them.
 
 use std::fmt::Write;
 
-use super::plan::{Matrices, Skinny, Tile, Way};
+use super::plan::{Algorithm, Matrices, Skinny, Tile};
 use crate::element::DType;
 
-/// The files of a kernel, joined.
+/// Concatenates the files of a kernel.
 macro_rules! files {
     ($($stem:literal)*) => {
         concat!($(include_str!(concat!("../../../shaders/", $stem, ".wgsl")), "\n"),*)
     };
 }
 
-/// Everything that makes one compiled shader differ from another.
+/// A kernel: all that distinguishes one compiled shader from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     Sum(Sum),
@@ -20,54 +21,54 @@ pub(super) enum Kernel {
     ReluBackward,
     Add,
     Accumulate,
-    /// Of numbers that are stored so, to numbers that are stored so.
+    /// Element types of input and output.
     Dropout(DType, DType),
     LoraRowNorm,
     Magnitude,
     MagnitudeBackward,
     CrossEntropy,
     Mean,
-    /// Of numbers of 16 bits, two to a word, or of 32.
+    /// `half`: 16-bit elements, two to a word; else 32-bit ones.
     Copy {
         half: bool,
     },
 }
 
-/// A sum of products, as `shaders/engine.wgsl` or `shaders/skinny.wgsl` computes it.
+/// A sum of products; see `shaders/engine.wgsl` and `shaders/skinny.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Sum {
-    pub(super) way: Way,
-    /// `lhs`, `rhs`, `more_lhs`, `more_rhs`.
+    pub(super) algorithm: Algorithm,
+    /// `lhs`, `rhs`, `base_lhs`, `base_rhs`.
     pub(super) factors: [Factor; 4],
-    /// Whether there is a second product.
-    pub(super) more: bool,
-    /// How the matrix is stored that the sum begins with.
+    /// True if there is a base product.
+    pub(super) has_base: bool,
+    /// Element type of the initial matrix, if there is one.
     pub(super) init: Option<DType>,
-    /// Whether four neighbours in a row of what it begins with, and of the outputs, may be read and written at once.
-    pub(super) quads: bool,
-    pub(super) finish: Finish,
+    /// True if the initial matrix and the outputs can be accessed by `vec4`.
+    pub(super) vec4: bool,
+    pub(super) epilogue: Epilogue,
 }
 
-/// How a factor is stored.
+/// How a factor of a product is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Factor {
     pub(super) dtype: DType,
-    /// Whether neighbours in memory are neighbours along the depth.
-    pub(super) deep: bool,
-    /// Whether four neighbours may be read at once.
-    pub(super) quads: bool,
+    /// True if consecutive elements are consecutive along the depth (K-major).
+    pub(super) k_major: bool,
+    /// True if it can be read by `vec4`.
+    pub(super) vec4: bool,
 }
 
-/// What becomes of a sum.
+/// What is done with a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Finish {
+pub(super) enum Epilogue {
     Store { out: DType, add: bool },
-    StoreByChance { add: bool },
+    StoreStochastic { add: bool },
     Adam { master: bool },
 }
 
 impl Kernel {
-    /// How many bindings are read and how many are written; the uniforms come before, at binding 0.
+    /// Numbers of bindings that are read, and written. Binding 0 is the uniforms.
     pub(super) fn bindings(self) -> (u32, u32) {
         match self {
             Kernel::Sum(sum) => (sum.reads(), sum.writes()),
@@ -80,7 +81,7 @@ impl Kernel {
         }
     }
 
-    /// The function to launch.
+    /// The name of the entry point.
     pub(super) fn entry(self) -> &'static str {
         match self {
             Kernel::Sum(_) => "sum_of_products",
@@ -98,13 +99,13 @@ impl Kernel {
         }
     }
 
-    /// The whole text, for weights and activations stored as `elem`, in workgroups of `threads` (a sum has its own number).
+    /// The text of the shader, for elements of type `elem` and workgroups of `threads` invocations (sums have their own number).
     pub(super) fn source(self, elem: DType, threads: u32) -> String {
         let mut text = String::new();
         if elem == DType::F16 {
             text += "enable f16;\n";
         }
-        if matches!(self, Kernel::Sum(Sum { way: Way::Matrices(_), .. })) {
+        if matches!(self, Kernel::Sum(Sum { algorithm: Algorithm::Matrices(_), .. })) {
             text += "enable wgpu_cooperative_matrix;\n";
         }
         // Writing to a `String` cannot fail.
@@ -123,7 +124,7 @@ impl Kernel {
         text + &self.files()
     }
 
-    /// A name for the text, by what makes it differ from others: `relu-f16-256.wgsl`.
+    /// A file name for the text, from all that distinguishes it: `relu-f16-256.wgsl`.
     pub(super) fn file_name(self, elem: DType, threads: u32) -> String {
         let rest = match self {
             Kernel::Sum(sum) => sum.name(),
@@ -154,68 +155,73 @@ impl Kernel {
 }
 
 impl Sum {
-    /// The factors that there are, and what it begins with. A second product has no bindings where it is missing: Adam would not be
-    /// left enough of the eight that every adapter has.
+    /// Factors and initial matrix. Without a base product its factors have no bindings: Adam needs more than the rest of the
+    /// eight that every adapter has.
     fn reads(self) -> u32 {
-        if self.more { 5 } else { 3 }
+        if self.has_base { 5 } else { 3 }
     }
 
     fn writes(self) -> u32 {
-        if let Finish::Adam { master } = self.finish { 3 + u32::from(master) } else { 1 }
+        if let Epilogue::Adam { master } = self.epilogue { 3 + u32::from(master) } else { 1 }
     }
 
-    /// How the sum is made, how each factor is read (`deep` along the depth, `x4` four at once), and how it begins and ends.
+    /// Describes the algorithm, each factor (`k-major`, `x4` for vec4 loads), the initial matrix and the epilogue.
     fn name(self) -> String {
         let flag = |name: &'static str, there: bool| if there { name } else { "" };
-        let way = match self.way {
-            Way::Tiles(Tile { rows, cols, depth, slices, .. }) => format!("tile-{rows}x{cols}x{depth}-slices-{slices}"),
-            Way::Matrices(Matrices { size, each }) => format!("matrices-{size}x{size}-each-{each}"),
-            Way::Skinny(Skinny { rows, lanes, slices, by_depth, subgroups }) => {
+        let algorithm = match self.algorithm {
+            Algorithm::Tiles(Tile { rows, cols, depth, slices, .. }) => format!("tile-{rows}x{cols}x{depth}-slices-{slices}"),
+            Algorithm::Matrices(Matrices { size, each }) => format!("matrices-{size}x{size}-each-{each}"),
+            Algorithm::Skinny(Skinny { rows, lanes, slices, by_depth, subgroups }) => {
                 let (by, gather) = (if by_depth { "depth" } else { "columns" }, flag("-subgroups", subgroups));
                 format!("skinny-{rows}-lanes-{lanes}-slices-{slices}-by-{by}{gather}")
             }
         };
-        let factor = |Factor { dtype, deep, quads }| format!("-{dtype}{}{}", flag("deep", deep), flag("x4", quads));
-        let factors: String = self.factors[..if self.more { 4 } else { 2 }].iter().copied().map(factor).collect();
+        let factor = |Factor { dtype, k_major, vec4 }| format!("-{dtype}{}{}", flag("-k-major", k_major), flag("-x4", vec4));
+        let factors: String = self.factors[..if self.has_base { 4 } else { 2 }].iter().copied().map(factor).collect();
         let init = self.init.map_or(String::new(), |dtype| format!("-from-{dtype}"));
-        let end = match self.finish {
-            Finish::Store { out, add } => format!("to-{out}{}", flag("-added", add)),
-            Finish::StoreByChance { add } => format!("by-chance{}", flag("-added", add)),
-            Finish::Adam { master } => format!("adam{}", flag("-master", master)),
+        let end = match self.epilogue {
+            Epilogue::Store { out, add } => format!("to-{out}{}", flag("-added", add)),
+            Epilogue::StoreStochastic { add } => format!("stochastic{}", flag("-added", add)),
+            Epilogue::Adam { master } => format!("adam{}", flag("-master", master)),
         };
-        format!("{way}{factors}{init}-{end}{}", flag("-x4", self.quads))
+        format!("{algorithm}{factors}{init}-{end}{}", flag("-x4", self.vec4))
     }
 
-    /// What reads the factors, makes the sums and finishes them; see `write_header` for what is written once an operand.
+    /// The files of the algorithm and the epilogue; `write_header` adds those that exist once per operand.
     fn files(self) -> String {
-        let how = match self.way {
-            Way::Tiles(_) => files!("fold" "engine" "blocks").to_owned(),
-            Way::Matrices(matrices) => files!("fold" "engine").to_owned() + &matrices.file(),
-            Way::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "gather_by_subgroup").to_owned(),
-            Way::Skinny(_) => files!("fold" "skinny" "gather_by_fold").to_owned(),
+        let how = match self.algorithm {
+            Algorithm::Tiles(_) => files!("reduce_slices" "engine" "blocks").to_owned(),
+            Algorithm::Matrices(matrices) => files!("reduce_slices" "engine").to_owned() + &matrices.file(),
+            Algorithm::Skinny(Skinny { subgroups: true, .. }) => files!("skinny" "reduce_in_subgroup").to_owned(),
+            Algorithm::Skinny(_) => files!("reduce_slices" "skinny" "reduce_in_workgroup").to_owned(),
         };
-        let finish = match self.finish {
-            Finish::Store { .. } => files!("store"),
-            Finish::StoreByChance { .. } => files!("philox" "store_by_chance"),
-            Finish::Adam { master: false } => files!("adam_weight" "adam"),
-            Finish::Adam { master: true } => files!("adam_master" "adam"),
+        let epilogue = match self.epilogue {
+            Epilogue::Store { .. } => files!("store"),
+            Epilogue::StoreStochastic { .. } => files!("philox" "store_stochastic"),
+            Epilogue::Adam { master: false } => files!("adam_weight" "adam"),
+            Epilogue::Adam { master: true } => files!("adam_master" "adam"),
         };
-        [files!("common" "sum"), &how, finish].concat()
+        [files!("common" "sum"), &how, epilogue].concat()
     }
 
-    /// The constants of the files, and those that are written once a factor, a product or an output.
+    /// Writes the constants, and the files that exist once per factor, product or output.
     fn write_header(self, text: &mut String, elem: DType) -> std::fmt::Result {
         let reads = self.reads();
         for (operand, (factor, binding)) in OPERANDS.into_iter().zip(self.factors.into_iter().zip(1..)) {
             factor.write(text, operand, (binding < reads).then_some(binding))?;
         }
-        match self.way {
-            Way::Tiles(tile) => tile.write(text, ["lhs", "rhs", "lhs", "rhs"])?,
-            Way::Matrices(_) => Matrices::TILE.write(text, ["lhs", "rhs", "half_lhs", "half_rhs"])?,
-            Way::Skinny(skinny) => {
+        match self.algorithm {
+            Algorithm::Tiles(tile) => tile.write(text, ["lhs", "rhs", "lhs", "rhs"])?,
+            Algorithm::Matrices(_) => Matrices::TILE.write(text, ["lhs", "rhs", "half_lhs", "half_rhs"])?,
+            Algorithm::Skinny(skinny) => {
                 let Skinny { rows, lanes, slices, by_depth, .. } = skinny;
                 writeln!(text, "const ROWS = {rows}u;\nconst LANES = {lanes}u;\nconst SLICES = {slices}u;")?;
-                writeln!(text, "const THREADS = {}u;\nconst FOLDED = {}u;", skinny.threads(), skinny.folded())?;
+                writeln!(
+                    text,
+                    "const THREADS = {}u;\nconst REDUCTION_BLOCKS = {}u;",
+                    skinny.threads(),
+                    skinny.reduction_blocks()
+                )?;
                 writeln!(text, "const BY_DEPTH = {by_depth};")?;
                 for [lhs, rhs] in OPERANDS.as_chunks::<2>().0 {
                     let file = include_str!("../../../shaders/skinny_product.wgsl");
@@ -224,51 +230,55 @@ impl Sum {
             }
         }
         let init = self.init.unwrap_or(DType::F32);
-        writeln!(text, "const HAS_MORE = {};\nconst HAS_INIT = {};", self.more, self.init.is_some())?;
-        writeln!(text, "alias Init = {init};\nalias init_unit = {};\nconst QUADS = {};", self.unit(init), self.quads)?;
+        writeln!(text, "const HAS_BASE = {};\nconst HAS_INIT = {};", self.has_base, self.init.is_some())?;
+        writeln!(text, "alias Init = {init};\nalias init_unit = {};\nconst VEC4 = {};", self.unit(init), self.vec4)?;
         writeln!(text, "const init_BINDING = {reads};")?;
         let first = reads + 1;
-        match self.finish {
-            Finish::Adam { master } => {
+        match self.epilogue {
+            Epilogue::Adam { master } => {
                 let master = master.then_some(("master", DType::F32));
                 let outputs = [("m", DType::F32), ("v", DType::F32)].into_iter().chain(master).chain([("w", elem)]).zip(first..);
                 outputs.into_iter().try_for_each(|((name, dtype), binding)| self.write_output(text, name, dtype, binding))
             }
-            Finish::Store { out, add } => {
+            Epilogue::Store { out, add } => {
                 writeln!(text, "const OUT_HALF = {};\nconst ADD_TO_OUT = {add};", out == DType::F16)?;
                 self.write_output(text, "out", out, first)
             }
-            Finish::StoreByChance { add } => {
+            Epilogue::StoreStochastic { add } => {
                 writeln!(text, "const ADD_TO_OUT = {add};")?;
                 self.write_output(text, "out", DType::F16, first)
             }
         }
     }
 
-    /// memory.wgsl, for one of the outputs.
+    /// Writes memory.wgsl for an output.
     fn write_output(self, text: &mut String, name: &str, dtype: DType, binding: u32) -> std::fmt::Result {
         writeln!(
             text,
             "alias {name}_elem = {dtype};\nalias {name}_unit = {};\nconst {name}_BINDING = {binding};",
             self.unit(dtype)
         )?;
-        let narrowed = if self.quads { format!("vec4<{dtype}>(line)") } else { format!("{dtype}(line.x)") };
+        let converted = if self.vec4 { format!("vec4<{dtype}>(line)") } else { format!("{dtype}(line.x)") };
         let file = include_str!("../../../shaders/memory.wgsl");
-        writeln!(text, "{}", file.replace("MEMORY_NARROWED", &narrowed).replace("MEMORY", name))
+        writeln!(text, "{}", file.replace("MEMORY_CONVERTED", &converted).replace("MEMORY", name))
     }
 
-    /// What an output, or what a sum begins with, is an array of.
+    /// The array element type of an output or initial matrix.
     fn unit(self, dtype: DType) -> String {
-        if self.quads { format!("vec4<{dtype}>") } else { dtype.to_string() }
+        if self.vec4 { format!("vec4<{dtype}>") } else { dtype.to_string() }
     }
 }
 
 impl Tile {
-    /// The constants of engine.wgsl, and fill.wgsl for each factor and the side that it fills.
+    /// Writes the constants of engine.wgsl, and fill.wgsl for each factor and its tile.
     fn write(self, text: &mut String, sides: [&str; 4]) -> std::fmt::Result {
-        let Self { rows, cols, depth, slices, wide } = self;
+        let Self { rows, cols, depth, slices, four_blocks } = self;
         writeln!(text, "const TILE_ROWS = {rows}u;\nconst TILE_COLS = {cols}u;\nconst TILE_DEPTH = {depth}u;")?;
-        writeln!(text, "const SLICES = {slices}u;\nconst WIDE = {wide};\nconst FOLDED = {}u;", self.folded())?;
+        writeln!(
+            text,
+            "const SLICES = {slices}u;\nconst FOUR_BLOCKS = {four_blocks};\nconst REDUCTION_BLOCKS = {}u;",
+            self.reduction_blocks()
+        )?;
         for (operand, side) in OPERANDS.into_iter().zip(sides) {
             let file = include_str!("../../../shaders/fill.wgsl").replace("OPERAND", operand);
             let tile = side.to_uppercase() + "_TILE";
@@ -279,7 +289,7 @@ impl Tile {
 }
 
 impl Matrices {
-    /// matrices.wgsl, with the lines that are there once for each matrix of a subgroup.
+    /// matrices.wgsl, with the EACH lines repeated for each matrix of a subgroup.
     fn file(self) -> String {
         let file = include_str!("../../../shaders/matrices.wgsl").replace("EACHES", &format!("{}u", self.each));
         let lines = file.lines().flat_map(|line| match line.trim_start().strip_prefix("EACH ") {
@@ -293,19 +303,19 @@ impl Matrices {
     }
 }
 
-/// The factors, by name.
-const OPERANDS: [&str; 4] = ["lhs", "rhs", "more_lhs", "more_rhs"];
+/// Names of the factors.
+const OPERANDS: [&str; 4] = ["lhs", "rhs", "base_lhs", "base_rhs"];
 
 impl Factor {
-    /// Of a product that there is not.
-    pub(super) const ABSENT: Self = Self { dtype: DType::F32, deep: true, quads: false };
+    /// The factor of a missing product.
+    pub(super) const ABSENT: Self = Self { dtype: DType::F32, k_major: true, vec4: false };
 
-    /// operand.wgsl, for one of the factors, which has no binding if it is missing.
+    /// Writes operand.wgsl for a factor; without a binding if it is missing.
     fn write(self, text: &mut String, operand: &str, binding: Option<u32>) -> std::fmt::Result {
-        let Self { dtype, deep, quads } = self;
-        let unit = if quads { format!("vec4<{dtype}>") } else { dtype.to_string() };
+        let Self { dtype, k_major, vec4 } = self;
+        let unit = if vec4 { format!("vec4<{dtype}>") } else { dtype.to_string() };
         writeln!(text, "alias {operand}_elem = {dtype};\nalias {operand}_unit = {unit};")?;
-        writeln!(text, "const {operand}_DEEP = {deep};\nconst {operand}_QUADS = {quads};")?;
+        writeln!(text, "const {operand}_K_MAJOR = {k_major};\nconst {operand}_VEC4 = {vec4};")?;
         match binding {
             Some(binding) => {
                 writeln!(text, "@group(0) @binding({binding}) var<storage, read> {operand}: array<{operand}_unit>;")?
@@ -363,8 +373,8 @@ mod tests {
     #[test]
     fn every_sum_is_valid() {
         let mut names = std::collections::HashMap::new();
-        let tile = |rows, cols, slices, wide| Way::Tiles(Tile { rows, cols, depth: 16, slices, wide });
-        let skinny = |rows, by_depth, subgroups| Way::Skinny(Skinny { rows, lanes: 8, slices: 16, by_depth, subgroups });
+        let tile = |rows, cols, slices, four_blocks| Algorithm::Tiles(Tile { rows, cols, depth: 16, slices, four_blocks });
+        let skinny = |rows, by_depth, subgroups| Algorithm::Skinny(Skinny { rows, lanes: 8, slices: 16, by_depth, subgroups });
         let ways = [
             tile(64, 64, 1, false),
             tile(4, 16, 8, false),
@@ -372,35 +382,39 @@ mod tests {
             skinny(1, true, false),
             skinny(8, false, false),
             skinny(4, true, true),
-            Way::Matrices(Matrices { size: 8, each: 2 }),
-            Way::Matrices(Matrices { size: 16, each: 4 }),
+            Algorithm::Matrices(Matrices { size: 8, each: 2 }),
+            Algorithm::Matrices(Matrices { size: 16, each: 4 }),
         ];
         for elem in [DType::F32, DType::F16] {
-            let by_chance = [true, false].map(|add| Finish::StoreByChance { add });
+            let stochastic = [true, false].map(|add| Epilogue::StoreStochastic { add });
             let finishes = [
-                Finish::Store { out: elem, add: false },
-                Finish::Store { out: DType::F32, add: true },
-                Finish::Store { out: elem, add: true },
-                Finish::Adam { master: false },
-                Finish::Adam { master: true },
+                Epilogue::Store { out: elem, add: false },
+                Epilogue::Store { out: DType::F32, add: true },
+                Epilogue::Store { out: elem, add: true },
+                Epilogue::Adam { master: false },
+                Epilogue::Adam { master: true },
             ];
-            let finishes = finishes.into_iter().chain(by_chance.into_iter().filter(|_| elem == DType::F16));
+            let finishes = finishes.into_iter().chain(stochastic.into_iter().filter(|_| elem == DType::F16));
             let finishes: Vec<_> = finishes.collect();
-            for (way, &finish) in ways.into_iter().flat_map(|way| finishes.iter().map(move |finish| (way, finish))) {
-                for (more, deep, quads) in [(false, false, true), (true, true, true), (true, false, false), (true, true, false)] {
-                    let factor = |dtype| Factor { dtype, deep, quads };
-                    let quads = quads == more; // either, with either
+            for (algorithm, &epilogue) in
+                ways.into_iter().flat_map(|algorithm| finishes.iter().map(move |epilogue| (algorithm, epilogue)))
+            {
+                for (has_base, k_major, vec4) in
+                    [(false, false, true), (true, true, true), (true, false, false), (true, true, false)]
+                {
+                    let factor = |dtype| Factor { dtype, k_major, vec4 };
+                    let vec4 = vec4 == has_base; // either, with either
                     let factors = [factor(DType::F32), factor(elem), factor(elem), factor(elem)];
-                    let init = more.then_some(elem);
-                    if elem == DType::F32 && matches!(way, Way::Matrices(_)) {
+                    let init = has_base.then_some(elem);
+                    if elem == DType::F32 && matches!(algorithm, Algorithm::Matrices(_)) {
                         continue; // of f16
                     }
-                    let kernel = Kernel::Sum(Sum { way, factors, more, init, quads, finish });
+                    let kernel = Kernel::Sum(Sum { algorithm, factors, has_base, init, vec4, epilogue });
                     assert_valid(kernel, elem);
                     // A gradient is one product.
                     let (reads, writes) = kernel.bindings();
                     let most = wgpu::Limits::default().max_storage_buffers_per_shader_stage;
-                    assert!(reads + writes <= most || more && matches!(finish, Finish::Adam { .. }), "{kernel:?}");
+                    assert!(reads + writes <= most || has_base && matches!(epilogue, Epilogue::Adam { .. }), "{kernel:?}");
                     let source = kernel.source(elem, 64);
                     assert_eq!(names.entry(kernel.file_name(elem, 64)).or_insert(source.clone()), &source);
                 }

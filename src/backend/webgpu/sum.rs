@@ -1,4 +1,4 @@
-//! The engine's host side: `sum = init + scale·lhs·rhs + more_lhs·more_rhs`, planned, cut into pieces, launched.
+//! Sums of products, `init + scale·lhs·rhs + base_lhs·base_rhs`: planned, cut into pieces, and launched.
 
 use std::ops::Range;
 
@@ -7,72 +7,72 @@ use bytemuck::{Pod, Zeroable};
 use super::WebGpu;
 use super::dispatch::{Binding, Launch};
 use super::memory::Buffer;
-use super::plan::{Axis, Matrices, Operand, Piece, Skinny, Tile, Way, pieces};
+use super::plan::{Algorithm, Axis, Matrices, Operand, Piece, Skinny, Tile, pieces};
 use super::shader::{self, Factor, Kernel};
 use crate::element::{DType, Element, Float};
 use crate::error::Result;
 use crate::op::{self, AdamRate};
 use crate::view::MatRef;
 
-/// A matrix in memory. Transposes, and rows repeated, are no more than strides.
+/// A strided matrix in memory. Transposing, and repeating a row, change only strides.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a> {
     buffer: &'a wgpu::Buffer,
     dtype: DType,
-    /// Elements before the first.
+    /// Offset of the first element.
     offset: usize,
     rows: usize,
     cols: usize,
-    /// Elements from a row to the next, and from a column to the next.
+    /// Row and column stride, in elements.
     strides: [usize; 2],
 }
 
 impl<'a> Matrix<'a> {
-    /// `rows × cols`, row-major.
+    /// A row-major matrix of `rows × cols`.
     pub(super) fn new<T: Float>(buffer: &'a Buffer<T>, rows: usize, cols: usize) -> Self {
         debug_assert_eq!(buffer.len(), rows * cols);
         Self { buffer: buffer.raw(), dtype: T::DTYPE, offset: 0, rows, cols, strides: [cols, 1] }
     }
 
-    /// A view of elements that are stored so, or of as many bytes each.
+    /// A view as a matrix of elements of type `dtype`, of the same size.
     pub(super) fn viewed<E: Float, T: Element>(view: MatRef<'a, WebGpu<E>, T>, dtype: DType) -> Self {
         let (memory, [rows, cols]) = (view.memory(), [view.rows(), view.cols()]);
         let offset = memory.first() + view.offset();
         Self { buffer: memory.raw(), dtype, offset, rows, cols, strides: [view.row_stride(), 1] }
     }
 
-    /// A number everywhere.
+    /// A matrix with the same number everywhere.
     pub(super) fn splat(number: &'a Buffer<f32>, rows: usize, cols: usize) -> Self {
         Self { buffer: number.raw(), dtype: DType::F32, offset: 0, rows, cols, strides: [0, 0] }
     }
 
-    /// Rows and columns.
+    /// Numbers of rows and columns.
     pub(super) fn shape(&self) -> [usize; 2] {
         [self.rows, self.cols]
     }
 
-    /// The transpose; nothing moves.
+    /// The transpose, without a copy.
     pub(super) fn t(self) -> Self {
         let [row, col] = self.strides;
         Self { rows: self.cols, cols: self.rows, strides: [col, row], ..self }
     }
 
-    /// One row, as every row of `rows`.
+    /// A matrix of `rows` rows that all are this row.
     pub(super) fn repeated(self, rows: usize) -> Self {
         Self { rows, strides: [0, self.strides[1]], ..self }
     }
 
-    /// Some of the rows.
+    /// A range of rows.
     pub(super) fn band(self, rows: Range<usize>) -> Self {
         Self { offset: self.offset + rows.start * self.strides[0], rows: rows.len(), ..self }
     }
 
-    /// As a factor over these axes, whether neighbours in memory are neighbours along the depth. A single column is, wherever its rows
-    /// lie: so a view of it is summed in the order in which a copy would be.
-    fn is_deep(&self, axes: [Axis; 2]) -> bool {
-        let [along, down] = if axes[0] == Axis::Rows { self.strides } else { [self.strides[1], self.strides[0]] };
+    /// True if the matrix, as a factor with these axes, is K-major. A single column counts as K-major for any row stride, so that
+    /// a view is summed in the same order as a copy of it.
+    fn is_k_major(&self, axes: [Axis; 2]) -> bool {
+        let [side_stride, depth_stride] = if axes[0] == Axis::Rows { self.strides } else { [self.strides[1], self.strides[0]] };
         let len = if axes[0] == Axis::Rows { self.rows } else { self.cols };
-        down == 1 || (along == 1 && len == 1)
+        depth_stride == 1 || (side_stride == 1 && len == 1)
     }
 
     pub(super) fn over(&self, axes: [Axis; 2]) -> Operand {
@@ -108,19 +108,19 @@ impl<'a> std::ops::Mul for Matrix<'a> {
     }
 }
 
-/// What a sum begins with.
+/// The initial value of a sum.
 #[derive(Clone, Copy)]
 pub(super) enum Init<'a> {
     Zero,
     Matrix(Matrix<'a>),
-    /// What the output holds.
+    /// The output's value.
     Output,
-    /// What the output holds, and a matrix.
+    /// The output's value plus a matrix.
     OutputAnd(Matrix<'a>),
 }
 
 impl<'a> Init<'a> {
-    /// The matrix that a sum begins with, beside the output.
+    /// The initial matrix, if there is one.
     fn matrix(self) -> Option<Matrix<'a>> {
         match self {
             Init::Matrix(matrix) | Init::OutputAnd(matrix) => Some(matrix),
@@ -128,14 +128,14 @@ impl<'a> Init<'a> {
         }
     }
 
-    /// Whether the sum is added to what the output holds.
-    fn adds(self) -> bool {
+    /// True if the output is accumulated into.
+    fn accumulate(self) -> bool {
         matches!(self, Init::Output | Init::OutputAnd(_))
     }
 
-    /// A matrix, if there is one, and what the output holds, if it is added to.
-    pub(super) fn new(matrix: Option<Matrix<'a>>, adds: bool) -> Self {
-        match (matrix, adds) {
+    /// Initial value from a matrix, if there is one, and from the output, if `accumulate`.
+    pub(super) fn new(matrix: Option<Matrix<'a>>, accumulate: bool) -> Self {
+        match (matrix, accumulate) {
             (None, false) => Init::Zero,
             (None, true) => Init::Output,
             (Some(matrix), false) => Init::Matrix(matrix),
@@ -144,36 +144,36 @@ impl<'a> Init<'a> {
     }
 }
 
-/// What becomes of a sum.
+/// What is done with a sum.
 #[derive(Clone, Copy)]
-pub(super) enum Finish<'a> {
-    /// It is rounded, once, and stored.
+pub(super) enum Epilogue<'a> {
+    /// Rounded once, and stored.
     Store(Matrix<'a>),
-    /// It is rounded, once, to one of its two neighbours, and stored as f16.
-    StoreByChance { out: Matrix<'a>, key: [u32; 2] },
-    /// It is a gradient.
+    /// Rounded once, stochastically, and stored as f16.
+    StoreStochastic { out: Matrix<'a>, key: [u32; 2] },
+    /// Used as a gradient by Adam.
     Adam { rate: AdamRate, m: Matrix<'a>, v: Matrix<'a>, master: Option<Matrix<'a>>, w: Matrix<'a> },
 }
 
-impl<'a> Finish<'a> {
-    /// The matrices written.
+impl<'a> Epilogue<'a> {
+    /// The matrices that are written.
     fn outputs(self) -> Vec<Matrix<'a>> {
         match self {
-            Finish::Store(out) | Finish::StoreByChance { out, .. } => vec![out],
-            Finish::Adam { m, v, master, w, .. } => [m, v].into_iter().chain(master).chain([w]).collect(),
+            Epilogue::Store(out) | Epilogue::StoreStochastic { out, .. } => vec![out],
+            Epilogue::Adam { m, v, master, w, .. } => [m, v].into_iter().chain(master).chain([w]).collect(),
         }
     }
 
-    /// Whether the output can hold a sum of which a part is still to come.
+    /// True if the output can hold partial sums.
     fn holds_partial_sums(self) -> bool {
-        matches!(self, Finish::Store(out) if out.dtype == DType::F32)
+        matches!(self, Epilogue::Store(out) if out.dtype == DType::F32)
     }
 }
 
 /// `init + scale·update + base`
 #[derive(Clone, Copy)]
 pub(super) struct Sum<'a> {
-    pub(super) finish: Finish<'a>,
+    pub(super) epilogue: Epilogue<'a>,
     pub(super) init: Init<'a>,
     pub(super) scale: f32,
     pub(super) update: Option<Product<'a>>,
@@ -181,66 +181,66 @@ pub(super) struct Sum<'a> {
 }
 
 impl<'a> Sum<'a> {
-    /// `out = lhs·rhs` of the layer without its update, to be changed with `..`.
+    /// `out = base_lhs·base_rhs`; other fields are set with `..`.
     pub(super) fn base(out: Matrix<'a>, product: Product<'a>) -> Self {
         Self { update: None, base: Some(product), ..Self::new(out, product) }
     }
 
-    /// `out = lhs·rhs`, to be changed with `..`.
+    /// `out = lhs·rhs`; other fields are set with `..`.
     pub(super) fn new(out: Matrix<'a>, product: Product<'a>) -> Self {
-        Self { finish: Finish::Store(out), init: Init::Zero, scale: 1.0, update: Some(product), base: None }
+        Self { epilogue: Epilogue::Store(out), init: Init::Zero, scale: 1.0, update: Some(product), base: None }
     }
 
     fn shape(&self) -> (usize, usize) {
-        let out = self.finish.outputs()[0];
+        let out = self.epilogue.outputs()[0];
         (out.rows, out.cols)
     }
 
-    /// `lhs rhs more_lhs more_rhs`, where they are.
+    /// `lhs`, `rhs`, `base_lhs`, `base_rhs`, if present.
     fn factors(&self) -> [Option<Matrix<'a>>; 4] {
         let [lhs, rhs] = sides(self.update);
-        let [more_lhs, more_rhs] = sides(self.base);
-        [lhs, rhs, more_lhs, more_rhs]
+        let [base_lhs, base_rhs] = sides(self.base);
+        [lhs, rhs, base_lhs, base_rhs]
     }
 
-    /// Every matrix with the axes it lies over.
+    /// All matrices, with their axes.
     fn operands(&self) -> Vec<Operand> {
         let factors = self.factors().into_iter().zip(FACTORS).filter_map(|(matrix, axes)| Some(matrix?.over(axes)));
-        let whole = self.init.matrix().into_iter().chain(self.finish.outputs());
+        let whole = self.init.matrix().into_iter().chain(self.epilogue.outputs());
         factors.chain(whole.map(|matrix| matrix.over(OUTPUT))).collect()
     }
 
-    /// The sum, or its transpose, if it has few rows.
+    /// The sum or its transpose, if one of them is skinny.
     fn skinny(self) -> Option<Self> {
         let (rows, cols) = self.shape();
-        if rows <= Skinny::MOST_ROWS { Some(self) } else { self.t().filter(|_| cols <= Skinny::MOST_ROWS) }
+        if rows <= Skinny::MAX_ROWS { Some(self) } else { self.t().filter(|_| cols <= Skinny::MAX_ROWS) }
     }
 
-    /// The transpose of what is stored: nothing moves.
+    /// The transposed sum, without copies.
     fn t(self) -> Option<Self> {
-        let Finish::Store(out) = self.finish else { return None };
+        let Epilogue::Store(out) = self.epilogue else { return None };
         let product = |Product { lhs, rhs }: Product<'a>| rhs.t() * lhs.t();
-        let init = Init::new(self.init.matrix().map(Matrix::t), self.init.adds());
+        let init = Init::new(self.init.matrix().map(Matrix::t), self.init.accumulate());
         let (update, base) = (self.update.map(product), self.base.map(product));
-        Some(Self { finish: Finish::Store(out.t()), init, update, base, ..self })
+        Some(Self { epilogue: Epilogue::Store(out.t()), init, update, base, ..self })
     }
 
-    /// Whether neighbours in the memory of the larger right side are neighbours along the depth.
-    fn reads_right_sides_by_depth(&self) -> bool {
-        self.base.or(self.update).is_some_and(|product| product.rhs.is_deep([Axis::Depth, Axis::Cols]))
+    /// True if the larger right side is K-major.
+    fn rhs_is_k_major(&self) -> bool {
+        self.base.or(self.update).is_some_and(|product| product.rhs.is_k_major([Axis::Depth, Axis::Cols]))
     }
 
     fn rate(&self) -> [f32; 6] {
-        let Finish::Adam { rate, .. } = self.finish else { return [0.0; 6] };
+        let Epilogue::Adam { rate, .. } = self.epilogue else { return [0.0; 6] };
         let AdamRate { beta1, beta2, step_size, root_scale, eps, decay } = rate;
         [beta1, beta2, step_size, root_scale, eps, decay]
     }
 
-    /// The key of its roundings, and the place in the output of the element that a binding begins with.
+    /// The key of stochastic rounding, and the index in the output of the first element of the binding.
     fn chance(&self, binding: Option<&Binding<'_>>) -> ([u32; 2], u32) {
-        match (self.finish, binding) {
-            (Finish::StoreByChance { out, key }, Some(binding)) => {
-                // The binding may begin before the matrix: the place is then below 0, and the shader's sums wrap back.
+        match (self.epilogue, binding) {
+            (Epilogue::StoreStochastic { out, key }, Some(binding)) => {
+                // The binding may start before the matrix: the index is then negative, and sums in the shader wrap around.
                 let first = (binding.bytes.start / out.dtype.size() as u64) as u32;
                 (key, first.wrapping_sub(out.offset as u32))
             }
@@ -251,38 +251,38 @@ impl<'a> Sum<'a> {
 
 /// The axes of an output.
 pub(super) const OUTPUT: [Axis; 2] = [Axis::Rows, Axis::Cols];
-/// The axes of `lhs rhs more_lhs more_rhs`, as they are stored.
+/// The axes of `lhs`, `rhs`, `base_lhs` and `base_rhs`, as stored.
 const FACTORS: [[Axis; 2]; 4] =
-    [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::MoreDepth], [Axis::MoreDepth, Axis::Cols]];
+    [[Axis::Rows, Axis::Depth], [Axis::Depth, Axis::Cols], [Axis::Rows, Axis::BaseDepth], [Axis::BaseDepth, Axis::Cols]];
 
 fn sides(product: Option<Product<'_>>) -> [Option<Matrix<'_>>; 2] {
     product.map_or([None, None], |Product { lhs, rhs }| [Some(lhs), Some(rhs)])
 }
 
-/// `struct Place` of sum.wgsl: the element `i, j` of a piece is at `offset + i·row + j·col` of a binding.
+/// `struct Layout` of sum.wgsl: element `(i, j)` of a piece is at `offset + i·row + j·col` of a binding.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
-pub(super) struct Place {
+pub(super) struct Layout {
     pub(super) offset: u32,
     pub(super) row: u32,
     col: u32,
     unused: u32,
 }
 
-impl Place {
-    /// Whether every row begins with a whole four, and neighbours are neighbours.
-    fn in_quads(&self) -> bool {
+impl Layout {
+    /// True if rows start at multiples of four elements and are contiguous.
+    fn is_vec4_aligned(&self) -> bool {
         self.col == 1 && [self.offset, self.row].iter().all(|count| count % 4 == 0)
     }
 }
 
-/// `struct Factor` of sum.wgsl: the number `i` along the side and `p` along the depth is at `offset + i·along + p·down`.
+/// `struct Factor` of sum.wgsl: element `i` along the side, `p` along the depth is at `offset + i·side_stride + p·depth_stride`.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
-struct FactorPlace {
+struct FactorLayout {
     offset: u32,
-    along: u32,
-    down: u32,
+    side_stride: u32,
+    depth_stride: u32,
     unused: u32,
     len: u32,
     depth: u32,
@@ -294,10 +294,10 @@ struct FactorPlace {
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Uniforms {
     sizes: [u32; 4],
-    factors: [FactorPlace; 4],
-    init: Place,
-    out: Place,
-    moments: Place,
+    factors: [FactorLayout; 4],
+    init: Layout,
+    out: Layout,
+    moments: Layout,
     scale: f32,
     first: u32,
     key: [u32; 2],
@@ -306,7 +306,7 @@ struct Uniforms {
 }
 
 impl<E: Float> WebGpu<E> {
-    /// Computes a sum. Any of its sizes may be zero.
+    /// Computes a sum. Any size may be zero.
     pub(super) fn sum(&self, sum: Sum<'_>) -> Result<()> {
         let skinny = sum.skinny();
         let sum = skinny.unwrap_or(sum);
@@ -316,71 +316,71 @@ impl<E: Float> WebGpu<E> {
         }
         let depth = |product: Option<Product<'_>>| product.map_or(0, |product| product.lhs.cols);
         let depths = [depth(sum.update), depth(sum.base)];
-        let way = match skinny {
-            Some(_) => Way::Skinny(Skinny::new(rows, cols, sum.reads_right_sides_by_depth(), self.limits)),
+        let algorithm = match skinny {
+            Some(_) => Algorithm::Skinny(Skinny::new(rows, cols, sum.rhs_is_k_major(), self.limits)),
             None => self.tiles(&sum, rows, cols, depths),
         };
-        let most = way.block().map(|side| self.limits.groups as usize * side as usize);
-        // A binding begins where the adapter allows it, which may be a little before the piece.
+        let most = algorithm.block().map(|side| self.limits.groups as usize * side as usize);
+        // A binding may have to start a little before the piece, for its alignment.
         let bytes = self.limits.binding_bytes - self.alignment();
         let pieces = pieces(Piece::whole(rows, cols, depths[0], depths[1]), &sum.operands(), most, bytes);
-        if pieces.iter().all(Piece::begins) || sum.finish.holds_partial_sums() {
-            return pieces.into_iter().try_for_each(|piece| self.piece(&sum, way, piece));
+        if pieces.iter().all(Piece::begins) || sum.epilogue.holds_partial_sums() {
+            return pieces.into_iter().try_for_each(|piece| self.piece(&sum, algorithm, piece));
         }
-        self.sum_apart(sum, rows, cols)
+        self.sum_through_f32(sum, rows, cols)
     }
 
-    fn tiles(&self, sum: &Sum<'_>, rows: usize, cols: usize, [depth, more_depth]: [usize; 2]) -> Way {
+    fn tiles(&self, sum: &Sum<'_>, rows: usize, cols: usize, [depth, base_depth]: [usize; 2]) -> Algorithm {
         let of_halves = sum.base.is_some_and(|product| [product.lhs, product.rhs].iter().all(|side| side.dtype == DType::F16));
         match Matrices::new(rows, cols, self.limits).filter(|_| of_halves) {
-            Some(matrices) => Way::Matrices(matrices),
-            None => Way::Tiles(Tile::new(rows, cols, depth.max(more_depth), self.limits)),
+            Some(matrices) => Algorithm::Matrices(matrices),
+            None => Algorithm::Tiles(Tile::new(rows, cols, depth.max(base_depth), self.limits)),
         }
     }
 
-    /// Where a depth is cut and the output cannot hold the sum so far, `f32` memory does.
-    fn sum_apart(&self, sum: Sum<'_>, rows: usize, cols: usize) -> Result<()> {
+    /// Computes a sum in `f32` scratch memory, if its depth is cut and the output cannot hold partial sums.
+    fn sum_through_f32(&self, sum: Sum<'_>, rows: usize, cols: usize) -> Result<()> {
         let whole = Buffer::<f32>::unwritten(&self.gpu, rows * cols)?;
         let whole = Matrix::new(&whole, rows, cols);
-        self.sum(Sum { finish: Finish::Store(whole), init: Init::new(sum.init.matrix(), false), ..sum })?;
-        self.sum(Sum { init: Init::new(Some(whole), sum.init.adds()), update: None, base: None, ..sum })
+        self.sum(Sum { epilogue: Epilogue::Store(whole), init: Init::new(sum.init.matrix(), false), ..sum })?;
+        self.sum(Sum { init: Init::new(Some(whole), sum.init.accumulate()), update: None, base: None, ..sum })
     }
 
-    /// Launches a piece.
-    fn piece(&self, sum: &Sum<'_>, way: Way, piece: Piece) -> Result<()> {
+    /// Launches the kernel for a piece.
+    fn piece(&self, sum: &Sum<'_>, algorithm: Algorithm, piece: Piece) -> Result<()> {
         let sum = if piece.begins() { *sum } else { Sum { init: Init::Output, ..*sum } };
         let mut operands = Vec::with_capacity(8);
-        let mut factors = [(FactorPlace::default(), Factor::ABSENT); 4];
+        let mut factors = [(FactorLayout::default(), Factor::ABSENT); 4];
         let present = if sum.base.is_some() { 4 } else { 2 };
         for (side, (factor, matrix)) in factors.iter_mut().zip(sum.factors()).enumerate().take(present) {
-            let place = self.bind(&mut operands, matrix, FACTORS[side], &piece);
+            let layout = self.bind(&mut operands, matrix, FACTORS[side], &piece);
             if let Some(matrix) = matrix {
-                *factor = read_as(matrix, FACTORS[side], place, &piece);
+                *factor = read_as(matrix, FACTORS[side], layout, &piece);
             }
         }
-        // Both sides of a product are read in fours, or neither: fewer shaders to compile.
+        // Both sides of a product use vec4 loads, or neither: fewer shaders to compile.
         for [(_, lhs), (_, rhs)] in factors.as_chunks_mut().0 {
-            lhs.quads &= rhs.quads;
-            rhs.quads = lhs.quads;
+            lhs.vec4 &= rhs.vec4;
+            rhs.vec4 = lhs.vec4;
         }
         let init = self.bind(&mut operands, sum.init.matrix(), OUTPUT, &piece);
-        let outputs = sum.finish.outputs().into_iter();
-        let outputs: Vec<Place> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
-        let add = sum.init.adds();
-        let quads = piece.len(Axis::Cols).is_multiple_of(4)
-            && outputs.iter().chain(sum.init.matrix().map(|_| &init)).all(Place::in_quads);
-        let finish = match sum.finish {
-            Finish::Store(out) => shader::Finish::Store { out: out.dtype, add },
-            Finish::StoreByChance { .. } => shader::Finish::StoreByChance { add },
-            Finish::Adam { master, .. } => shader::Finish::Adam { master: master.is_some() },
+        let outputs = sum.epilogue.outputs().into_iter();
+        let outputs: Vec<Layout> = outputs.map(|out| self.bind(&mut operands, Some(out), OUTPUT, &piece)).collect();
+        let add = sum.init.accumulate();
+        let vec4 = piece.len(Axis::Cols).is_multiple_of(4)
+            && outputs.iter().chain(sum.init.matrix().map(|_| &init)).all(Layout::is_vec4_aligned);
+        let epilogue = match sum.epilogue {
+            Epilogue::Store(out) => shader::Epilogue::Store { out: out.dtype, add },
+            Epilogue::StoreStochastic { .. } => shader::Epilogue::StoreStochastic { add },
+            Epilogue::Adam { master, .. } => shader::Epilogue::Adam { master: master.is_some() },
         };
         let kernel = Kernel::Sum(shader::Sum {
-            way,
+            algorithm,
             factors: factors.map(|(_, factor)| factor),
-            more: sum.base.is_some(),
+            has_base: sum.base.is_some(),
             init: sum.init.matrix().map(|init| init.dtype),
-            quads,
-            finish,
+            vec4,
+            epilogue,
         });
         let (key, first) = sum.chance(operands.last());
         let sizes = piece.0.map(|range| range.len() as u32);
@@ -389,46 +389,52 @@ impl<E: Float> WebGpu<E> {
             factors: factors.map(|(place, _)| place),
             init,
             out: outputs[outputs.len() - 1],
-            moments: outputs[0], // Adam writes m, v and the master, which lie alike, before w; what is stored is the only output
+            moments: outputs[0], // m, v and the master of Adam have one layout; other epilogues have one output
             scale: sum.scale,
             first,
             key,
             rate: sum.rate(),
             ..Zeroable::zeroed()
         };
-        let grid = way.grid(sizes[0] as usize, sizes[1] as usize);
+        let grid = algorithm.grid(sizes[0] as usize, sizes[1] as usize);
         let work = sizes[0] as u64 * sizes[1] as u64 * (sizes[2] as u64 + sizes[3] as u64 + 1);
         self.launch(Launch { kernel, uniforms: bytemuck::bytes_of(&uniforms), operands: &operands, grid, work })
     }
 
-    /// Adds the part of a matrix that a piece touches to the operands of a launch, and says where in it its elements lie.
-    fn bind<'a>(&'a self, operands: &mut Vec<Binding<'a>>, matrix: Option<Matrix<'a>>, axes: [Axis; 2], piece: &Piece) -> Place {
-        let (binding, place) = matrix.map_or_else(|| (self.unread(), Place::default()), |matrix| self.part(matrix, axes, piece));
+    /// Appends a binding for the part of a matrix in a piece; returns its layout.
+    fn bind<'a>(&'a self, operands: &mut Vec<Binding<'a>>, matrix: Option<Matrix<'a>>, axes: [Axis; 2], piece: &Piece) -> Layout {
+        let (binding, layout) =
+            matrix.map_or_else(|| (self.placeholder(), Layout::default()), |matrix| self.part(matrix, axes, piece));
         operands.push(binding);
-        place
+        layout
     }
 
-    /// The bytes of a matrix that a piece touches, and where in them its elements lie.
-    pub(super) fn part<'a>(&'a self, matrix: Matrix<'a>, axes: [Axis; 2], piece: &Piece) -> (Binding<'a>, Place) {
+    /// A binding for the part of a matrix in a piece, and its layout.
+    pub(super) fn part<'a>(&'a self, matrix: Matrix<'a>, axes: [Axis; 2], piece: &Piece) -> (Binding<'a>, Layout) {
         let [row, col] = matrix.strides;
         let [first_row, first_col] = axes.map(|axis| piece.range(axis).start);
         let size = matrix.dtype.size() as u64;
         let start = (matrix.offset + first_row * row + first_col * col) as u64 * size;
         let (binding, offset) = self.window(matrix.buffer, start..start + matrix.over(axes).span(piece), size);
-        (binding, Place { offset, row: row as u32, col: col as u32, unused: 0 })
+        (binding, Layout { offset, row: row as u32, col: col as u32, unused: 0 })
     }
 }
 
-/// Where a factor lies, seen from its side and its depth, and how it is read: four numbers at once where every line begins and
-/// ends with a whole four.
-fn read_as(matrix: Matrix<'_>, axes: [Axis; 2], place: Place, piece: &Piece) -> (FactorPlace, Factor) {
+/// The layout of a factor along its side and its depth, and how it is read: by vec4 if every line starts and ends at multiples of
+/// four.
+fn read_as(matrix: Matrix<'_>, axes: [Axis; 2], layout: Layout, piece: &Piece) -> (FactorLayout, Factor) {
     let on_the_left = axes[0] == Axis::Rows;
-    let Place { offset, row, col, .. } = place;
+    let Layout { offset, row, col, .. } = layout;
     let [rows, cols] = axes.map(|axis| piece.len(axis) as u32);
-    let (along, down, len, depth) = if on_the_left { (row, col, rows, cols) } else { (col, row, cols, rows) };
-    let deep = matrix.is_deep(axes);
-    let (line, step) = if deep { (depth, along) } else { (len, down) };
-    let quads =
-        len > 0 && depth > 0 && (if deep { down } else { along }) == 1 && [offset, line, step].iter().all(|count| count % 4 == 0);
-    (FactorPlace { offset, along, down, len, depth, ..Zeroable::zeroed() }, Factor { dtype: matrix.dtype, deep, quads })
+    let (side_stride, depth_stride, len, depth) = if on_the_left { (row, col, rows, cols) } else { (col, row, cols, rows) };
+    let k_major = matrix.is_k_major(axes);
+    let (line, step) = if k_major { (depth, side_stride) } else { (len, depth_stride) };
+    let vec4 = len > 0
+        && depth > 0
+        && (if k_major { depth_stride } else { side_stride }) == 1
+        && [offset, line, step].iter().all(|count| count % 4 == 0);
+    (
+        FactorLayout { offset, side_stride, depth_stride, len, depth, ..Zeroable::zeroed() },
+        Factor { dtype: matrix.dtype, k_major, vec4 },
+    )
 }

@@ -1,4 +1,4 @@
-//! `lowrank combine`: one adapter of several.
+//! `lowrank combine`: combine several adapters into one.
 
 use std::path::{Path, PathBuf};
 
@@ -7,29 +7,29 @@ use lowrank::{Error, Result};
 
 use crate::outputs::Out;
 
-/// Combine adapters into one, in the ways of PEFT's add_weighted_adapter
+/// Combine adapters into one, with the algorithms of PEFT's add_weighted_adapter
 #[derive(clap::Args)]
 pub(crate) struct Combine {
     /// The folders of the adapters
     #[arg(required = true, value_name = "DIR")]
     adapters: Vec<PathBuf>,
-    /// A weight for each, which may be negative: 0.7,-0.3; all 1 by default
+    /// A weight for each adapter, which may be negative, such as 0.7,-0.3; all 1 by default
     #[arg(long, value_delimiter = ',', allow_hyphen_values = true)]
     weights: Vec<f64>,
-    /// linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune or
+    /// The algorithm: linear, cat, svd, ties, ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune or
     /// magnitude_prune_svd
     #[arg(long = "type", value_name = "TYPE", default_value = "svd")]
     combination_type: CombinationType,
-    /// The share of elements that pruning keeps
+    /// The fraction of elements that pruning keeps
     #[arg(long)]
     density: Option<f64>,
-    /// Whose sign wins in ties: total or frequency
+    /// How the ties types elect a sign: total or frequency
     #[arg(long)]
     majority_sign_method: Option<MajoritySign>,
-    /// The rank of the result, for the svd types; by default the greatest there is
+    /// The rank of the result, for the svd types; by default the largest rank of the adapters
     #[arg(long)]
     svd_rank: Option<usize>,
-    /// For the dare types, which prune at random
+    /// The seed of the dare types, which prune at random
     #[arg(long)]
     seed: Option<u64>,
     /// The new adapter's folder

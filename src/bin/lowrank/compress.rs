@@ -1,4 +1,4 @@
-//! `lowrank compress`: an adapter of a smaller rank.
+//! `lowrank compress`: reduce the rank of an adapter.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use lowrank::adapter::{self, Folder};
 use crate::outputs::Out;
 use crate::values::Kept;
 
-/// Make an adapter smaller: the best approximation of a smaller rank
+/// Reduce the rank of an adapter, by its best approximation
 #[derive(clap::Args)]
 pub(crate) struct Compress {
     /// The adapter's folder

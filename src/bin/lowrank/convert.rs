@@ -1,4 +1,4 @@
-//! `lowrank convert`: the same numbers in another element type or another format.
+//! `lowrank convert`: convert to another element type or another format.
 
 use std::path::PathBuf;
 
@@ -11,28 +11,28 @@ use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::Stored;
 
-/// Store an adapter in another format, or the floats of an adapter or a checkpoint in another type
+/// Convert an adapter to another format, or the floats of an adapter or a checkpoint to another type
 #[derive(clap::Args)]
 pub(crate) struct Convert {
-    /// An adapter of any format `info` knows; or, without --to, a model or an adapter in safetensors
+    /// An adapter in any format that `info` recognises; without --to, a model or an adapter in safetensors
     #[arg(value_name = "PATH")]
     path: PathBuf,
-    /// The type; numbers that are more than it can hold are refused
+    /// The new type; values that overflow it are refused
     #[arg(long, required_unless_present = "to")]
     dtype: Option<Stored>,
     /// The format of the new adapter
     #[arg(long, value_name = "FORMAT")]
     to: Option<Format>,
-    /// The model that the adapter is for: names modules, checks shapes, tells the order of rows
+    /// The model that the adapter is for; gives the names of modules, their shapes and the order of rows
     #[arg(long, value_name = "PATH", requires = "to")]
     base: Option<PathBuf>,
-    /// The adapter's lora_alpha, where its format does not tell it
+    /// The adapter's lora_alpha, for formats that do not contain it
     #[arg(long, value_name = "LORA_ALPHA", requires = "to")]
     alpha: Option<f64>,
-    /// Which model of a pipeline the adapter is for: lora_unet, lora_te, … in kohya's names, unet, text_encoder, … in diffusers'
+    /// The model of a pipeline that the adapter is for: lora_unet, lora_te, … for kohya, unet, text_encoder, … for diffusers
     #[arg(long, requires = "to")]
     prefix: Option<String>,
-    /// The name of a module in the adapter, and in the model; may be given several times
+    /// The name of a module in the adapter and in the model; can be given several times
     #[arg(long, value_name = "OLD=NEW", requires = "to", value_parser = pair)]
     map: Vec<(String, String)>,
     /// A file for kohya and gguf, a folder for peft and mlx-lm; without --to a file for a file, else a new folder
@@ -56,7 +56,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 impl Convert {
     pub(crate) fn run(self) -> Result<()> {
-        let Some(format) = self.to else { return self.retyped() };
+        let Some(format) = self.to else { return self.convert_dtype() };
         let out = self.out.begin(&[&self.path])?;
         let base = self.base.as_deref().map(Base::read).transpose()?;
         let hints = Hints { base, alpha: self.alpha, prefix: self.prefix.clone(), map: self.map.clone() };
@@ -70,22 +70,22 @@ impl Convert {
             (Format::Kohya, _) => modules.write_kohya(out.path(), self.prefix.as_deref())?,
             (Format::Gguf, Some(base)) => modules.write_gguf(out.path(), base)?,
             (Format::Gguf, None) => {
-                let want = "the folder of the model, whose config.json tells the architecture and the heads";
+                let want = "the folder of the model, whose config.json has the architecture and the number of heads";
                 return Err(Error::Value { verb: "convert", name: "base", got: "missing".into(), want: want.into() });
             }
         }
         out.publish()?;
         println!("{}: {} modules", self.out.out.display(), modules.len());
         if !modules.others().is_empty() {
-            println!("  left in {}: updates for {}", self.path.display(), modules.others().join(", "));
+            println!("  not converted: updates for {} in {}", modules.others().join(", "), self.path.display());
         }
         Ok(())
     }
 
-    fn retyped(&self) -> Result<()> {
+    fn convert_dtype(&self) -> Result<()> {
         let out = self.out.begin(&[&self.path])?;
         let checkpoint = Checkpoint::open(&self.path)?;
-        let Some(dtype) = self.dtype else { return Ok(()) }; // clap asks for one of the two
+        let Some(dtype) = self.dtype else { return Ok(()) }; // unreachable: clap requires --dtype without --to
         watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, dtype.into(), out.path(), watch))?;
         out.publish()?;
         println!("{}: {} tensors", self.out.out.display(), checkpoint.entries().count());

@@ -1,4 +1,4 @@
-//! `lowrank extract`: an adapter out of the difference of two checkpoints.
+//! `lowrank extract`: extract an adapter from the difference of two checkpoints.
 
 use std::path::PathBuf;
 
@@ -9,13 +9,13 @@ use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::{Kept, Stored};
 
-/// Make an adapter of what tuning changed, by truncated singular value decomposition
+/// Extract an adapter from a fine-tuned model, by truncated singular value decomposition of the change
 #[derive(clap::Args)]
 pub(crate) struct Extract {
-    /// The model before it was tuned
+    /// The model before fine-tuning
     #[arg(long, value_name = "PATH")]
     base: PathBuf,
-    /// The same model after
+    /// The model after fine-tuning
     #[arg(long, value_name = "PATH")]
     tuned: PathBuf,
     #[command(flatten)]
@@ -23,13 +23,13 @@ pub(crate) struct Extract {
     /// The adapter's folder
     #[command(flatten)]
     out: Out,
-    /// How the adapter is stored
+    /// The element type of the adapter
     #[arg(long, default_value = "f32")]
     dtype: Stored,
-    /// Leave changed biases, norms and embeddings, which an adapter cannot hold, as they are in the base
+    /// Ignore changes of biases, norms and embeddings, which an adapter cannot hold, instead of refusing
     #[arg(long)]
     leave_others: bool,
-    /// How layers with the names of GPT-2's are stored, where no config.json tells: out-in, or in-out
+    /// The layout of layers with the names of GPT-2's, if there is no config.json: out-in, or in-out
     #[arg(long)]
     layout: Option<Layout>,
 }
@@ -40,11 +40,11 @@ impl Extract {
         let (base, tuned) = (Checkpoint::open(&self.base)?, Checkpoint::open(&self.tuned)?);
         let (keep, dtype, leave_others) = (self.kept.keep(), self.dtype.into(), self.leave_others);
         let request = checkpoint::Extract { base: &base, tuned: &tuned, keep, dtype, leave_others, layout: self.layout };
-        let checkpoint::Extracted { adapter, left } = watched(base.bytes(), |watch| checkpoint::extract(&request, watch))?;
+        let checkpoint::Extracted { adapter, omitted } = watched(base.bytes(), |watch| checkpoint::extract(&request, watch))?;
         adapter.write(out.path())?;
         out.publish()?;
         println!("{}: {} modules, {} parameters", self.out.out.display(), adapter.modules().len(), adapter.parameters());
-        left.iter().for_each(|left| println!("  left: {left}"));
+        omitted.iter().for_each(|change| println!("  not in the adapter: {change}"));
         Ok(())
     }
 }

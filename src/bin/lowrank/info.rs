@@ -1,20 +1,20 @@
-//! `lowrank info`: what a file or a folder is, and what it holds.
+//! `lowrank info`: describe a file or a folder.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use lowrank::Result;
 use lowrank::adapter::Folder;
-use lowrank::adapter::formats::{Kind, Thing, recognise, summary};
+use lowrank::adapter::formats::{Kind, Recognised, recognise, summary};
 use lowrank::checkpoint::Checkpoint;
 
-/// Say what a file or a folder is, and what it holds
+/// Describe a file or a folder: its kind and its content
 #[derive(clap::Args)]
 pub(crate) struct Info {
     /// An adapter or a model in any format: a file, an index of shards, or a folder
     #[arg(value_name = "PATH")]
     path: PathBuf,
-    /// Name every module or tensor
+    /// List every module or tensor
     #[arg(long)]
     all: bool,
 }
@@ -24,20 +24,20 @@ impl Info {
         let indexed = self.path.extension().is_some_and(|end| end == "json");
         match recognise(&self.path) {
             _ if indexed => self.checkpoint(),
-            Ok(Thing { kind: Kind::Peft, .. }) if self.path.is_dir() => self.adapter(),
-            Ok(Thing { kind: Kind::Checkpoint | Kind::Peft, .. }) => self.checkpoint(),
-            Ok(thing) => self.other(&thing),
-            // What the reader of the one or the other says of it is more exact.
+            Ok(Recognised { kind: Kind::Peft, .. }) if self.path.is_dir() => self.adapter(),
+            Ok(Recognised { kind: Kind::Checkpoint | Kind::Peft, .. }) => self.checkpoint(),
+            Ok(found) => self.other(&found),
+            // The error of the checkpoint reader is more precise.
             Err(error) if self.path.is_dir() => self.checkpoint().and(Err(error)),
             Err(error) => Err(error),
         }
     }
 
-    /// What it is, what to do with it, and the tensors where it has a header that tells.
-    fn other(&self, thing: &Thing) -> Result<()> {
-        println!("{} is {}", thing.path.display(), thing.kind);
-        println!("  {}", thing.kind.instead(&thing.path));
-        match &thing.kind {
+    /// Prints the kind of another format, advice, and the tensors if it has a readable header.
+    fn other(&self, found: &Recognised) -> Result<()> {
+        println!("{} is {}", found.path.display(), found.kind);
+        println!("  {}", found.kind.advice(&found.path));
+        match &found.kind {
             kind if kind.is_adapter() => {
                 let (line, names) = summary(&self.path)?;
                 println!("  {line}");
@@ -60,10 +60,10 @@ impl Info {
             println!("  {count} of rank {rank}, scaling {rest}");
         }
         if !adapter.extras().is_empty() {
-            println!("  {} tensors beside factors: magnitudes, biases, whole modules", adapter.extras().len());
+            println!("  {} other tensors: magnitudes, biases, whole modules", adapter.extras().len());
         }
-        if let Some(part) = adapter.config().began_with() {
-            println!("  began with a part of the weights: {}", part.name());
+        if let Some(part) = adapter.config().principal() {
+            println!("  initialised with a part of the weights: {}", part.name());
         }
         if adapter.changes_nothing() {
             println!("  changes nothing: all of its updates are zero");

@@ -1,4 +1,4 @@
-//! `lowrank`: adapters and checkpoints on disk, from the command line. One file a subcommand.
+//! `lowrank`: work with adapters and checkpoints on disk from the command line. One file for each subcommand.
 
 mod combine;
 mod compress;
@@ -16,9 +16,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use lowrank::{Error, Result};
 
-/// Adapters and checkpoints on disk: safetensors models, in one file or sharded, and the adapter folders that PEFT writes.
+/// Work with adapters and checkpoints on disk: safetensors models, in one file or sharded, and the adapter folders that PEFT writes.
 ///
-/// Outputs are written whole or not at all; Ctrl-C leaves nothing behind.
+/// An output is written completely or not at all; Ctrl-C leaves nothing behind.
 #[derive(Parser)]
 #[command(name = "lowrank", version)]
 struct Program {
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("lowrank: {error}");
-            ExitCode::from(if matches!(error, Error::Interrupted) { 130 } else { 1 }) // 130: as if the signal had ended it
+            ExitCode::from(if matches!(error, Error::Interrupted) { 130 } else { 1 }) // 130: the exit code of a program ended by SIGINT
         }
     }
 }

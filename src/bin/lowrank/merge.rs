@@ -6,7 +6,7 @@ use lowrank::Result;
 use lowrank::adapter::Folder;
 use lowrank::checkpoint::{self, Checkpoint};
 
-use crate::outputs::{Out, unused};
+use crate::outputs::{Out, check_unused};
 use crate::progress::watched;
 use crate::values::{Names, Stored};
 
@@ -22,10 +22,10 @@ pub(crate) struct Merge {
     /// The merged model
     #[command(flatten)]
     out: Out,
-    /// Store all floats of the merged model so, instead of as in the base
+    /// The element type of all floats of the merged model; by default as in the base
     #[arg(long)]
     dtype: Option<Stored>,
-    /// Write what `unmerge --residue` needs to restore the base bit for bit
+    /// Also write a residue, with which `unmerge --residue` restores the base bit for bit
     #[arg(long, value_name = "FILE")]
     keep_residue: Option<PathBuf>,
     /// Write weights that become infinite or NaN, instead of refusing
@@ -39,7 +39,7 @@ impl Merge {
     pub(crate) fn run(self) -> Result<()> {
         let inputs = [self.base.as_path(), &self.adapter];
         let out = self.out.begin(&inputs)?;
-        self.keep_residue.iter().try_for_each(|path| unused(path, &self.out, &inputs))?;
+        self.keep_residue.iter().try_for_each(|path| check_unused(path, &self.out, &inputs))?;
         let (base, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
         let request = checkpoint::Merge {
             base: &base,

@@ -1,4 +1,4 @@
-//! Where results go: nothing that exists is replaced unless that is asked for, and an input never.
+//! Output paths: an existing file or folder is replaced only with --overwrite, and an input never.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,24 +9,25 @@ use lowrank::{Error, Result};
 /// A file or a folder that a subcommand writes.
 #[derive(clap::Args)]
 pub(crate) struct Out {
-    /// Where to write: a file for a file, else a folder
+    /// Where to write: a file if the input is a file, else a folder
     #[arg(long, value_name = "PATH")]
     pub(crate) out: PathBuf,
-    /// Replace what is there under that name; an input is never replaced
+    /// Replace an existing output; an input is never replaced
     #[arg(long)]
     overwrite: bool,
 }
 
 impl Out {
-    /// Where to write, if nothing is lost by it. `publish` is to be called with it once all is written.
+    /// The path to write to. When everything is written, [`Destination::publish`] must be called.
     ///
-    /// Errors: [`Error::File`] for what exists, what is an input or lies in one, and a folder that holds something else than a model.
+    /// Errors: [`Error::File`] for an output that exists (without --overwrite), is an input or is within one, and for a folder that holds
+    /// neither a model nor an adapter.
     pub(crate) fn begin(&self, inputs: &[&Path]) -> Result<Destination> {
         let Self { out, overwrite } = self;
         unlike_inputs(out, inputs)?;
         let Ok(there) = out.symlink_metadata() else { return Ok(Destination { temporary: out.clone(), replaces: None }) };
         if !overwrite {
-            return refused(out, "is there already; --overwrite replaces it");
+            return refused(out, "exists already; --overwrite replaces it");
         }
         if !there.is_dir() {
             return Ok(Destination { temporary: out.clone(), replaces: None });
@@ -41,7 +42,7 @@ impl Out {
         Ok(Destination { temporary, replaces: Some(out.clone()) })
     }
 
-    /// As [`begin`](Self::begin), of an adapter's folder: files of other names may be in it.
+    /// [`begin`](Self::begin) for the folder of an adapter, which may hold other files.
     pub(crate) fn begin_adapter(&self, inputs: &[&Path]) -> Result<Destination> {
         let holds = [CONFIG_FILE, TENSORS_FILE].iter().any(|file| self.out.join(file).exists());
         if self.out.is_dir() && !holds {
@@ -52,17 +53,17 @@ impl Out {
     }
 }
 
-/// Another file that a subcommand writes beside its result, such as a residue. Errors: those of [`Out::begin`].
-pub(crate) fn unused(path: &Path, result: &Out, inputs: &[&Path]) -> Result<()> {
+/// Checks the path of another output, such as a residue. Errors: those of [`Out::begin`].
+pub(crate) fn check_unused(path: &Path, result: &Out, inputs: &[&Path]) -> Result<()> {
     unlike_inputs(path, inputs)?;
     match path.symlink_metadata() {
-        _ if path == result.out => refused(path, "is where the result goes; name another file"),
-        Ok(there) if there.is_dir() || !result.overwrite => refused(path, "is there already; --overwrite replaces a file"),
+        _ if path == result.out => refused(path, "is the path of the result; give another one"),
+        Ok(there) if there.is_dir() || !result.overwrite => refused(path, "exists already; --overwrite replaces a file"),
         _ => Ok(()),
     }
 }
 
-/// Where to write.
+/// The path to write to.
 pub(crate) struct Destination {
     temporary: PathBuf,
     replaces: Option<PathBuf>,
@@ -73,7 +74,7 @@ impl Destination {
         &self.temporary
     }
 
-    /// Gives the result its name, in place of what had it.
+    /// Gives the result its name; an existing folder is replaced.
     pub(crate) fn publish(self) -> Result<()> {
         let Some(out) = &self.replaces else { return Ok(()) };
         let old = self.temporary.with_extension("old");
@@ -86,18 +87,18 @@ impl Destination {
 impl Drop for Destination {
     fn drop(&mut self) {
         if self.replaces.is_some() {
-            let _ = fs::remove_dir_all(&self.temporary); // there if something failed; after `publish` it is not
+            let _ = fs::remove_dir_all(&self.temporary); // exists only if something failed
         }
     }
 }
 
-/// Errors: [`Error::File`] for an input, for what lies in the folder of one, and for a folder that an input lies in.
+/// Errors: [`Error::File`] for an input, a file of weights in an input folder, and a folder that contains an input.
 fn unlike_inputs(out: &Path, inputs: &[&Path]) -> Result<()> {
     let Ok(there) = out.canonicalize() else { return Ok(()) };
     for input in inputs.iter().filter_map(|input| input.canonicalize().ok()) {
         let part = there.is_file() && there.parent() == Some(&input) && is_weights(&there);
         if there == input || part || input.starts_with(&there) {
-            return refused(out, "is an input of the command, or holds one; an input is never replaced");
+            return refused(out, "is an input of the command, or contains one; an input is never replaced");
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! A bar of bytes, and Ctrl-C.
+//! A progress bar, and the handling of Ctrl-C.
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
@@ -8,9 +8,9 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Runs a verb under a bar that is full at `bytes`; shown on a terminal alone. Ctrl-C makes the verb end in an error.
+/// Runs a function with a progress bar of `bytes`, which is shown only on a terminal. Ctrl-C makes the function return an error.
 pub(crate) fn watched<T>(bytes: u64, verb: impl FnOnce(&mut dyn FnMut(u64) -> ControlFlow<()>) -> T) -> T {
-    // A second handler would be refused; the first does the same. Without any, Ctrl-C ends the process at once.
+    // Fails if a handler is already set, which is the same one. Without a handler, Ctrl-C ends the process at once.
     let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::Relaxed));
     let bar = ProgressBar::new(bytes);
     bar.set_draw_target(if std::io::stderr().is_terminal() {

@@ -1,4 +1,4 @@
-//! `lowrank unmerge`: the checkpoint without the adapter, exactly if its residue was kept.
+//! `lowrank unmerge`: take a merged adapter out of a checkpoint, exactly if its residue was kept.
 
 use std::path::{Path, PathBuf};
 
@@ -13,16 +13,16 @@ use crate::values::Names;
 /// Take a merged adapter out of a checkpoint
 #[derive(clap::Args)]
 pub(crate) struct Unmerge {
-    /// The merged model, which the adapter is taken out of: a .safetensors file, an index of shards, or a folder
+    /// The merged model: a .safetensors file, an index of shards, or a folder
     #[arg(long, visible_alias = "merged", value_name = "PATH")]
     base: PathBuf,
     /// The adapter that was merged into it
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// The model without it
+    /// The model without the adapter
     #[command(flatten)]
     out: Out,
-    /// What `merge --keep-residue` wrote: with it the result is the base bit for bit, without it within rounding
+    /// The residue that `merge --keep-residue` wrote: with it the result is equal to the base bit for bit, without it within rounding
     #[arg(long, value_name = "FILE")]
     residue: Option<PathBuf>,
     #[command(flatten)]

@@ -1,11 +1,11 @@
-//! What the flags of several subcommands may hold.
+//! Arguments that several subcommands share.
 
 use clap::ValueEnum;
 use lowrank::DType;
 use lowrank::adapter::Keep;
 use lowrank::checkpoint::Layout;
 
-/// How numbers are stored.
+/// An element type.
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum Stored {
     F32,
@@ -23,14 +23,14 @@ impl From<Stored> for DType {
     }
 }
 
-/// How much is kept of every module.
+/// How many singular values of every module are kept.
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Kept {
-    /// So many singular values; all where there are fewer
+    /// Keep this many singular values, or all if there are fewer
     #[arg(long, value_name = "N")]
     rank: Option<usize>,
-    /// As few singular values as hold this share of the sum of their squares, such as 0.95
+    /// Keep the fewest singular values whose squares sum to this fraction of the sum of all squares, such as 0.95
     #[arg(long, value_name = "SHARE")]
     energy: Option<f64>,
 }
@@ -39,18 +39,18 @@ impl Kept {
     pub(crate) fn keep(&self) -> Keep {
         match (self.rank, self.energy) {
             (Some(rank), _) => Keep::Rank(rank),
-            (None, energy) => Keep::Energy(energy.unwrap_or(1.0)), // clap asks for one of the two
+            (None, energy) => Keep::Energy(energy.unwrap_or(1.0)), // clap requires one of the two
         }
     }
 }
 
-/// Which tensors of a model an adapter means, where the names do not tell.
+/// How the modules of an adapter are found in the model, if names or shapes are ambiguous.
 #[derive(clap::Args)]
 pub(crate) struct Names {
-    /// What a module of the adapter is called in the model, or how its names begin there: model.language_model.=model.
+    /// The name of a module in the adapter and in the model, or prefixes of such names: model.language_model.=model.
     #[arg(long, value_name = "OLD=NEW", value_parser = renaming)]
     pub(crate) map: Vec<(String, String)>,
-    /// How linear layers are stored, where nothing tells: out-in, or in-out as in GPT-2
+    /// The layout of linear layers, if it cannot be found out: out-in, or in-out as in GPT-2
     #[arg(long)]
     pub(crate) layout: Option<Layout>,
 }

@@ -1,11 +1,11 @@
-//! Adapters of a whole model merged, in every layer or in none.
+//! Merging adapters into a whole model: into all layers, or, after an error, into none.
 
 use super::{Adaptable, loras, loras_mut};
 use crate::backend::Backend;
 use crate::error::Result;
 use crate::nn::Merge;
 
-/// Merges these adapters in every layer that has them. After an error no layer is changed.
+/// Merges these adapters in every layer that has them. After an error every layer is as before.
 pub(super) fn merge<B: Backend, S: AsRef<str>>(
     model: &mut impl Adaptable<B>,
     backend: &B,

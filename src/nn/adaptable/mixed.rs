@@ -1,4 +1,4 @@
-//! A batch whose parts go through adapters of their own.
+//! Prediction for a batch in which each part names its adapter.
 
 use crate::autograd::{Tape, Var};
 use crate::backend::Backend;
@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 use crate::nn::Adapters;
 use crate::tensor::Tensor;
 
-/// [`Adaptable::predict_mixed_with`](super::Adaptable::predict_mixed_with), once the names are known. The parts of an adapter make a
-/// batch.
+/// [`Adaptable::predict_mixed_with`](super::Adaptable::predict_mixed_with) after its checks. The parts of one adapter are gathered into
+/// one batch, and their outputs go back to their places.
 pub(super) fn predict<'m, B: Backend>(
     backend: &'m B,
     x: &Tensor<B>,

@@ -1,4 +1,4 @@
-//! Models with adapters: a model lends its linear layers by name, and everything that is done with adapters is written once, here.
+//! Models with adapters. A model lends its linear layers by name; the trait provides everything else for adapters.
 
 mod insert;
 mod merged;
@@ -8,7 +8,7 @@ mod swap;
 
 pub use status::{AdapterStatus, LayerStatus, ParameterReport};
 
-use super::{Adapter, Adapters, DEFAULT, Kept, Layer, LoraConfig, LoraLinear, Merge, Tuned};
+use super::{Adapter, Adapters, DEFAULT, Layer, LayerAdapter, LoraConfig, LoraLinear, Merge, UnmergeCost};
 use crate::autograd::{Param, Tape, Var};
 use crate::backend::{Backend, Passes};
 use crate::error::{Error, Result};
@@ -17,9 +17,9 @@ use crate::tensor::Tensor;
 
 /// A model whose linear layers can have adapters.
 ///
-/// A model implements two methods, which lend its layers by name. All others are there then, and so are the folders of
-/// `lowrank::adapter`: the names are those that PEFT's files have for the layers, such as `model.layers.0.self_attn.q_proj`.
-/// [`Mlp`](super::Mlp) is one such model. `examples/attention` has attention blocks.
+/// A model implements two methods that lend its layers by name; the other methods are provided. `lowrank::adapter` reads and writes
+/// the adapters of any such model as PEFT folders, so a layer should have the name that it has in PEFT's files, such as
+/// `model.layers.0.self_attn.q_proj`. [`Mlp`](super::Mlp) is one such model; `examples/attention` shows one with attention blocks.
 ///
 /// ```
 /// use lowrank::autograd::{Tape, Var};
@@ -60,21 +60,21 @@ use crate::tensor::Tensor;
 /// # Ok::<(), lowrank::Error>(())
 /// ```
 ///
-/// Both methods lend the same layers in the same order, and no two of one name; adding an adapter checks it.
+/// Both methods must lend the same layers in the same order, with distinct names; adding an adapter checks this.
 pub trait Adaptable<B: Backend>: Sized {
     /// The layers by name, first to last.
     fn layers(&self) -> impl Iterator<Item = (&str, &Layer<B>)>;
 
-    /// The layers by name, first to last.
+    /// The layers by name, first to last, to be changed.
     fn layers_mut(&mut self) -> impl Iterator<Item = (&str, &mut Layer<B>)>;
 
-    /// The parameters that are in no layer, such as embeddings and the weights of norms; none unless the model says so.
+    /// The parameters that are in no layer, such as embeddings and the weights of norms. None by default.
     /// [`freeze`](Self::freeze) freezes them, and [`parameter_report`](Self::parameter_report) counts them.
     fn other_params(&self) -> impl Iterator<Item = &Param<B>> {
         std::iter::empty()
     }
 
-    /// Those of [`other_params`](Self::other_params), to be changed. A model that has such parameters implements both.
+    /// The parameters of [`other_params`](Self::other_params), to be changed. A model that has such parameters implements both methods.
     fn other_params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         std::iter::empty()
     }
@@ -85,70 +85,73 @@ pub trait Adaptable<B: Backend>: Sized {
         found.ok_or_else(|| Error::NoSuchLayer { name: name.into(), known: layer_names(self).join(", ") })
     }
 
-    /// The parameters of the layers: of each the weight and the bias, then those of its adapters; all that is not merged.
+    /// The parameters of each layer: weight, bias, then those of its adapters. A merged adapter, and the weight and bias that it is
+    /// merged into, are left out.
     fn params_mut(&mut self) -> impl Iterator<Item = &mut Param<B>> {
         self.layers_mut().flat_map(|(_, layer)| layer.params_mut())
     }
 
-    /// Keeps the weight of every layer packed, where they all stay frozen; see [`Backend::keep_packed`].
+    /// Prepacks the weight of every layer, for models whose base stays frozen; see [`Backend::keep_packed`].
     fn keep_packed(&mut self, backend: &B, passes: Passes) -> Result<()> {
         self.layers_mut().try_for_each(|(_, layer)| layer.keep_packed(backend, passes))
     }
 
-    /// Freezes the model and puts a new adapter beside each target, [`DEFAULT`] by name, in place of one of that name.
+    /// Freezes the model and adds a new adapter named [`DEFAULT`] to each target. It replaces an adapter of that name.
     ///
     /// Errors: [`Error::NoSuchLayer`], [`Error::Value`]. Nothing is changed then.
     fn add_adapters(&mut self, backend: &B, targets: Targets<'_>, config: &LoraConfig, rng: &mut Rng) -> Result<()> {
         self.add_adapter(backend, DEFAULT, targets, config, rng)
     }
 
-    /// Freezes the model and puts a new adapter of this name beside each target. The first of a model is active; others wait for
-    /// [`set_active`](Self::set_active). One of the same name is replaced as a whole, in layers that are no targets as well.
+    /// Freezes the model and adds a new adapter of this name to each target. The first adapter of a model is active at once; later ones
+    /// need [`set_active`](Self::set_active). An adapter of the same name is replaced as a whole, also in layers that are not targets.
     ///
-    /// Errors: [`Error::NoSuchLayer`] for a target or a module to save, [`Error::Value`] for settings out of range, no target, or what
-    /// [`insert_adapter`](Self::insert_adapter) refuses. Nothing is changed then.
+    /// Errors: [`Error::NoSuchLayer`] for a target or a module to save; [`Error::Value`] for settings out of range or no target; those of
+    /// [`insert_adapter`](Self::insert_adapter). Nothing is changed then.
     fn add_adapter(&mut self, backend: &B, name: &str, targets: Targets<'_>, config: &LoraConfig, rng: &mut Rng) -> Result<()> {
         let parts = insert::new_parts(self, backend, targets, config, rng)?;
         insert::insert(self, "add_adapter", name, parts)
     }
 
-    /// Freezes the model and puts these updates beside the layers they name: the adapter [`DEFAULT`], in place of one of that name.
+    /// Freezes the model and adds these updates, each with the name of its layer, as the adapter [`DEFAULT`]. It replaces an adapter of
+    /// that name.
     ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for none, and for a layer that holds a merged adapter. Nothing
-    /// is changed then.
+    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for an empty list, or for a layer that holds a merged adapter.
+    /// Nothing is changed then.
     fn set_adapters(&mut self, adapters: Vec<(String, Adapter<B>)>) -> Result<()> {
-        let parts = adapters.into_iter().map(|(layer, adapter)| (layer, Tuned::Lora(adapter))).collect();
+        let parts = adapters.into_iter().map(|(layer, adapter)| (layer, LayerAdapter::Lora(adapter))).collect();
         insert::insert(self, "set_adapters", DEFAULT, parts)
     }
 
-    /// Freezes the model and gives it an adapter: what it does to the layers it names. One of the same name is replaced as a whole:
-    /// it goes from the layers that the new one does not name. The new one is active if that was, or if no other is.
+    /// Freezes the model and adds an adapter; each part has the name of its layer. An adapter of the same name is replaced as a whole:
+    /// it is also removed from layers that `parts` does not name. The new adapter is active if the replaced one was, or if no adapter
+    /// is active.
     ///
-    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for no part, a name with a dot or a slash, a layer that holds a
-    /// merged adapter, two active adapters that each bring a bias or a whole layer, and two layers of one name. Nothing is changed
-    /// then.
-    fn insert_adapter(&mut self, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
+    /// Errors: [`Error::NoSuchLayer`], [`Error::Shape`]; [`Error::Value`] for an empty list, a name with a dot or a slash, a layer that
+    /// holds a merged adapter, two active adapters that each bring a bias or a whole layer, and two layers of one name. Nothing is
+    /// changed then.
+    fn insert_adapter(&mut self, name: &str, parts: Vec<(String, LayerAdapter<B>)>) -> Result<()> {
         insert::insert(self, "insert_adapter", name, parts)
     }
 
-    /// Takes an adapter away; the layers it had stay frozen. If it was active, no other becomes so (PEFT picks one): without another
-    /// active one the model is the base model, until [`set_active`](Self::set_active).
+    /// Removes an adapter; its layers stay frozen. If it was the only active one, the model computes as the base model until
+    /// [`set_active`](Self::set_active) is called (PEFT activates another adapter by itself).
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged.
     fn delete_adapter(&mut self, name: &str) -> Result<()> {
         self.check_adapters(&[name])?;
-        unmerged(self, "delete_adapter")?;
+        check_unmerged(self, "delete_adapter")?;
         loras_mut(self).try_for_each(|lora| lora.remove(name))
     }
 
-    /// Takes every adapter away; the layers that had one stay frozen. Errors: [`Error::Value`] while one is merged.
+    /// Removes all adapters; the layers that had one stay frozen. Errors: [`Error::Value`] while an adapter is merged.
     fn unload(&mut self) -> Result<()> {
-        unmerged(self, "unload")?;
+        check_unmerged(self, "unload")?;
         self.layers_mut().for_each(|(_, layer)| layer.unload());
         Ok(())
     }
 
-    /// Makes every weight and bias of the base model frozen, and all [`other_params`](Self::other_params); adapters stay trainable.
+    /// Freezes every weight and bias of the base model, and all [`other_params`](Self::other_params). Adapters stay trainable.
     fn freeze(&mut self) {
         self.layers_mut().for_each(|(_, layer)| layer.freeze());
         self.other_params_mut().for_each(|param| param.trainable = false);
@@ -159,12 +162,12 @@ pub trait Adaptable<B: Backend>: Sized {
         unique(loras(self).flat_map(|lora| lora.parts().map(|(name, _)| name)))
     }
 
-    /// The names of those that take part.
+    /// The names of the active adapters.
     fn active_adapters(&self) -> Vec<&str> {
         unique(loras(self).flat_map(|lora| lora.active().iter().map(String::as_str)))
     }
 
-    /// The layers that an adapter adds an update to, and the updates.
+    /// The low-rank updates of an adapter, each with the name of its layer.
     fn adapters<'s>(&'s self, name: &'s str) -> impl Iterator<Item = (&'s str, &'s Adapter<B>)>
     where
         B: 's,
@@ -172,7 +175,7 @@ pub trait Adaptable<B: Backend>: Sized {
         self.layers().filter_map(move |(layer, there)| Some((layer, there.adapter(name)?)))
     }
 
-    /// Errors: [`Error::NoSuchAdapter`] for the first of these that no layer has.
+    /// Errors: [`Error::NoSuchAdapter`] for the first name that no layer has.
     fn check_adapters(&self, names: &[&str]) -> Result<()> {
         let known = self.adapter_names();
         match names.iter().find(|name| !known.contains(name)) {
@@ -181,62 +184,64 @@ pub trait Adaptable<B: Backend>: Sized {
         }
     }
 
-    /// Makes these adapters take part, added up in this order, and no others; only they are trainable.
+    /// Makes these adapters the active ones, summed in this order. Only active adapters are trainable.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged, or for two that each bring a bias or a whole layer.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged, or for two that each bring a bias or a whole layer.
     /// Nothing is changed then.
     #[doc(alias = "set_adapter")]
     fn set_active(&mut self, names: &[&str]) -> Result<()> {
         self.check_adapters(names)?;
-        loras(self).try_for_each(|lora| lora.can_activate("set_active", names))?;
+        loras(self).try_for_each(|lora| lora.check_activate("set_active", names))?;
         loras_mut(self).try_for_each(|lora| lora.set_active(names))
     }
 
-    /// Switches the adapters on or off. Errors: [`Error::Value`] while one is merged.
+    /// Enables or disables all adapters. While they are disabled, the model computes as the base model. Errors: [`Error::Value`] while
+    /// an adapter is merged.
     fn set_adapters_enabled(&mut self, enabled: bool) -> Result<()> {
-        unmerged(self, "set_adapters_enabled")?;
+        check_unmerged(self, "set_adapters_enabled")?;
         loras_mut(self).try_for_each(|lora| lora.set_enabled(enabled))
     }
 
-    /// Makes the scaling of an adapter `scale` times what its settings say. Not saved: the files have the settings.
+    /// Multiplies the scaling that the settings of an adapter give by `scale`. It is not saved with the adapter.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged, or unless `scale` is finite.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged, or unless `scale` is finite.
     fn set_scale(&mut self, name: &str, scale: f32) -> Result<()> {
         self.check_adapters(&[name])?;
-        unmerged(self, "set_scale")?;
+        check_unmerged(self, "set_scale")?;
         loras_mut(self).try_for_each(|lora| lora.set_scale(name, scale))
     }
 
-    /// Makes room for a larger rank in an adapter, so that [`swap_adapter`](Self::swap_adapter) can put others of up to that rank in
-    /// its place. What it computes stays the same.
+    /// Pads `A` and `B` of an adapter with zeros to a larger rank, so that [`swap_adapter`](Self::swap_adapter) can replace it by
+    /// adapters of up to that rank. The outputs of the model stay the same.
     ///
-    /// Its `A` and `B` are new parameters then, unless there was as much room.
+    /// `A` and `B` become new parameters, unless they have that rank already.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while one is merged; [`Error::TooLarge`], [`Error::OutOfMemory`]. Nothing is
-    /// changed then.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] while an adapter is merged; [`Error::TooLarge`], [`Error::OutOfMemory`]. Nothing
+    /// is changed then.
     fn reserve_rank(&mut self, backend: &B, name: &str, rank: usize) -> Result<()> {
         self.check_adapters(&[name])?;
-        unmerged(self, "reserve_rank")?;
+        check_unmerged(self, "reserve_rank")?;
         swap::reserve_rank(self, backend, name, rank)
     }
 
-    /// Writes another adapter's numbers and settings over those of an adapter that is there, PEFT's "hotswap". Its tensors stay
-    /// where they are: a smaller rank is filled up with zeros, and a layer that the new one does not adapt adds nothing. It brings its
-    /// own scaling: what [`set_scale`](Self::set_scale) said of the old one is forgotten.
+    /// Overwrites the tensors and settings of an adapter in place with those of another: PEFT's "hotswap". A smaller rank is padded
+    /// with zeros. In a layer that `parts` does not name the adapter adds nothing. The scaling is that of the new settings, without
+    /// the factor that [`set_scale`](Self::set_scale) gave the old adapter.
     ///
-    /// The parameters stay as well, and [`Adam`](super::Adam) has the moments of the old numbers under them: who trains on begins
-    /// with a new one.
+    /// The parameters keep their identity, so an [`Adam`](super::Adam) still holds the moments of the old adapter: to train further,
+    /// create a new one.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old one does not change; [`Error::Value`] for a
-    /// rank without [room](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two has, and while an
-    /// adapter is merged; [`Error::Shape`]. Nothing is changed then.
-    fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, Tuned<B>)>) -> Result<()> {
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::NoSuchLayer`] for a layer that the old adapter does not change; [`Error::Value`] for a
+    /// rank above the [reserved one](Self::reserve_rank), for magnitudes, biases or whole layers that only one of the two adapters
+    /// has, and while an adapter is merged; [`Error::Shape`]. Nothing is changed then.
+    fn swap_adapter(&mut self, backend: &B, name: &str, parts: Vec<(String, LayerAdapter<B>)>) -> Result<()> {
         self.check_adapters(&[name])?;
-        unmerged(self, "swap_adapter")?;
+        check_unmerged(self, "swap_adapter")?;
         swap::swap(self, backend, name, &parts)
     }
 
-    /// Merges the active adapters into the weights, safely, rounding to the nearest. What is merged already stays merged once.
+    /// Merges the active adapters into the weights with [`Merge::default`]: checked for finite results, rounded to the nearest. An
+    /// adapter that is already merged is not merged again.
     ///
     /// Errors: those of [`merge_as`](Self::merge_as).
     fn merge_adapters(&mut self, backend: &B) -> Result<()> {
@@ -246,19 +251,19 @@ pub trait Adaptable<B: Backend>: Sized {
 
     /// Merges these adapters, active or not, in this order, on top of those that are merged.
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::InLayer`] while adapters are off, for a bias of the update where a layer has no bias,
-    /// and, if the merge is to be safe, for numbers that would not be finite. Nothing is changed then.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::InLayer`] while adapters are disabled, for a bias of the update where a layer has no
+    /// bias, and, with [`Merge::safe`], for results that are not finite. Nothing is changed then.
     fn merge_as(&mut self, backend: &B, names: &[&str], how: Merge) -> Result<()> {
         self.check_adapters(names)?;
         merged::merge(self, backend, names, how)
     }
 
-    /// Takes every merged adapter out of the weights, which then are what they were, bit for bit.
+    /// Takes all merged adapters out of the weights, which are then equal to the original ones, bit for bit.
     fn unmerge_adapters(&mut self, backend: &B) -> Result<()> {
         loras_mut(self).try_for_each(|lora| lora.unmerge(backend))
     }
 
-    /// Takes one merged adapter out of the weights, which then are what they would be had only the others been merged.
+    /// Takes one merged adapter out of the weights. They are then what they would be if only the others had been merged.
     ///
     /// Errors: [`Error::NoSuchAdapter`].
     fn unmerge_adapter(&mut self, backend: &B, name: &str) -> Result<()> {
@@ -266,7 +271,7 @@ pub trait Adaptable<B: Backend>: Sized {
         loras_mut(self).try_for_each(|lora| lora.unmerge_one(backend, name))
     }
 
-    /// Merges the active adapters and takes all away: a plain model that does what this one did.
+    /// Merges the active adapters and removes all adapters. The result is a plain model with the same outputs.
     ///
     /// Errors: those of [`merge_as`](Self::merge_as). Nothing is changed then.
     fn merge_and_unload(&mut self, backend: &B) -> Result<()> {
@@ -275,30 +280,33 @@ pub trait Adaptable<B: Backend>: Sized {
         Ok(())
     }
 
-    /// What exact unmerging costs just now, over all layers.
-    fn kept(&self) -> Kept {
-        let sum = |sum: Kept, kept: Kept| Kept { weights: sum.weights + kept.weights, bytes: sum.bytes + kept.bytes };
-        loras(self).map(LoraLinear::kept).fold(Kept::default(), sum)
+    /// The host memory that exact unmerging takes at present, over all layers.
+    fn kept(&self) -> UnmergeCost {
+        let sum = |sum: UnmergeCost, cost: UnmergeCost| UnmergeCost {
+            weights: sum.weights + cost.weights,
+            bytes: sum.bytes + cost.bytes,
+        };
+        loras(self).map(LoraLinear::kept).fold(UnmergeCost::default(), sum)
     }
 
-    /// The layers that have adapters, first to last, and those.
+    /// The layers that have adapters, first to last, with the state of each adapter.
     #[doc(alias = "get_layer_status")]
     fn status(&self) -> Vec<LayerStatus> {
         let layers = self.layers().filter_map(|(name, layer)| Some((name, layer.lora()?)));
         layers.map(|(name, lora)| LayerStatus::of(name, lora)).collect()
     }
 
-    /// How many parameters there are, how many the adapters add, and how many may be trained.
+    /// The numbers of parameters: of the base model, of the adapters, and of those that are trainable.
     #[doc(alias = "print_trainable_parameters")]
     fn parameter_report(&self) -> ParameterReport {
         ParameterReport::of(self)
     }
 
-    /// The outputs for a batch whose parts go through adapters of their own, in host memory. A part is a row of `x`, or a sequence of
-    /// as many rows as the others: `adapters` names one for each part, and `None` is the base model.
+    /// The outputs, in host memory, for a batch in which each part names its adapter. `x` is divided into `adapters.len()` parts of
+    /// equal numbers of rows, such as single rows or sequences; `None` is the base model.
     ///
-    /// `forward` is the forward pass of the model: from the parts of one adapter, one after the other, and that adapter, to as many
-    /// output rows for each. It hands the [`Adapters`] on to [`Layer::forward_with`].
+    /// `forward` is the forward pass of the model. It is called once for each adapter, with all parts of that adapter as one batch,
+    /// passes the [`Adapters`] on to [`Layer::forward_with`], and returns the same number of rows for each part.
     ///
     /// ```
     /// # use lowrank::nn::{Adaptable, LoraConfig, Mlp, Targets};
@@ -313,8 +321,8 @@ pub trait Adaptable<B: Backend>: Sized {
     /// # Ok::<(), lowrank::Error>(())
     /// ```
     ///
-    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] for rows that are not as many equal parts as there are names, or while an
-    /// adapter is merged; those of `forward`.
+    /// Errors: [`Error::NoSuchAdapter`]; [`Error::Value`] if the rows of `x` cannot be divided into equal parts, or while an adapter is
+    /// merged; those of `forward`.
     fn predict_mixed_with<'m>(
         &'m self,
         backend: &'m B,
@@ -323,19 +331,19 @@ pub trait Adaptable<B: Backend>: Sized {
         forward: impl Fn(&mut Tape<'m, B>, Var, Adapters<'_>) -> Result<Var>,
     ) -> Result<Vec<B::Elem>> {
         let named: Vec<&str> = adapters.iter().flatten().copied().collect();
-        unmerged(self, "predict_mixed")?;
+        check_unmerged(self, "predict_mixed")?;
         self.check_adapters(&named)?;
         mixed::predict(backend, x, adapters, forward)
     }
 }
 
-/// Which layers get an adapter: PEFT's `target_modules`.
+/// The layers that get an adapter: PEFT's `target_modules`.
 #[derive(Clone, Copy, Debug)]
 pub enum Targets<'a> {
     /// Every layer that the model lends.
     All,
-    /// Those with these names, or whose names end with a dot and one of these: `q_proj` is `model.layers.0.self_attn.q_proj` and all
-    /// others of that name, as in PEFT. One that picks no layer is an error.
+    /// The layers with one of these names, or with a name that ends with a dot and one of these. As in PEFT, `q_proj` matches
+    /// `model.layers.0.self_attn.q_proj` and the `q_proj` of every other layer. A name that matches no layer is an error.
     Names(&'a [&'a str]),
 }
 
@@ -355,7 +363,7 @@ fn layer_names<B: Backend>(model: &impl Adaptable<B>) -> Vec<&str> {
     model.layers().map(|(name, _)| name).collect()
 }
 
-/// Each name once, in the order they come.
+/// The distinct names, in the order of their first occurrence.
 fn unique<'n>(names: impl Iterator<Item = &'n str>) -> Vec<&'n str> {
     names.fold(Vec::new(), |mut unique, name| {
         if !unique.contains(&name) {
@@ -366,11 +374,11 @@ fn unique<'n>(names: impl Iterator<Item = &'n str>) -> Vec<&'n str> {
 }
 
 /// Errors: [`Error::Value`] while an adapter is merged.
-pub(crate) fn unmerged<B: Backend>(model: &impl Adaptable<B>, verb: &'static str) -> Result<()> {
-    loras(model).try_for_each(|lora| lora.unmerged(verb))
+pub(crate) fn check_unmerged<B: Backend>(model: &impl Adaptable<B>, verb: &'static str) -> Result<()> {
+    loras(model).try_for_each(|lora| lora.check_unmerged(verb))
 }
 
-/// Errors: [`Error::Value`] for two layers of one name, as in a file they would be one.
+/// Errors: [`Error::Value`] for two layers of one name: a file could hold only one of them.
 pub(crate) fn distinct<B: Backend>(model: &impl Adaptable<B>, verb: &'static str) -> Result<()> {
     let mut names = layer_names(model);
     names.sort_unstable();
@@ -382,7 +390,7 @@ pub(crate) fn distinct<B: Backend>(model: &impl Adaptable<B>, verb: &'static str
     }
 }
 
-/// Errors: [`Error::Value`] for two layers of one name, and unless both methods of the model lend the same layers.
+/// Errors: [`Error::Value`] for two layers of one name, and unless `layers` and `layers_mut` lend the same layers.
 pub(crate) fn check_layers<B: Backend>(model: &mut impl Adaptable<B>, verb: &'static str) -> Result<()> {
     distinct(model, verb)?;
     let names: Vec<String> = layer_names(model).into_iter().map(String::from).collect();

@@ -1,25 +1,25 @@
-//! What a model says of its adapters: their layers, ranks and states, and how many parameters there are.
+//! The state of a model's adapters by layer, and counts of parameters.
 
 use super::{Adaptable, loras};
 use crate::autograd::Param;
 use crate::backend::Backend;
-use crate::nn::{LoraLinear, Tuned};
+use crate::nn::{LayerAdapter, LoraLinear};
 
-/// How many parameters there are, how many the adapters add, and how many may be trained.
+/// The numbers of parameters of a model.
 #[doc(alias = "print_trainable_parameters")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ParameterReport {
-    /// Weights and biases of the model without adapters.
+    /// Parameters of the model without adapters.
     pub original: usize,
-    /// Those of the adapters.
+    /// Parameters of the adapters.
     pub introduced: usize,
-    /// Those that may be trained.
+    /// Trainable parameters of both.
     pub trainable: usize,
 }
 
 impl ParameterReport {
-    /// What the adapters add, in per cent of the model without them. PEFT's `trainable%` is another number: what may be trained, in
-    /// per cent of all, `100 · trainable / (original + introduced)`.
+    /// Parameters of the adapters, in per cent of the model without them. PEFT's `trainable%` is another number:
+    /// `100 · trainable / (original + introduced)`.
     pub fn percent(self) -> f64 {
         100.0 * self.introduced as f64 / self.original.max(1) as f64
     }
@@ -28,9 +28,9 @@ impl ParameterReport {
 /// A layer and its adapters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerStatus {
-    /// The layer.
+    /// The name of the layer.
     pub name: String,
-    /// Whether its active adapters take part.
+    /// True unless its adapters are disabled.
     pub enabled: bool,
     /// Its adapters, in the order they were added.
     pub adapters: Vec<AdapterStatus>,
@@ -39,19 +39,19 @@ pub struct LayerStatus {
 /// An adapter in a layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterStatus {
-    /// The adapter.
+    /// The name of the adapter.
     pub name: String,
-    /// Whether it is active.
+    /// True if it is active.
     pub active: bool,
-    /// Whether it is in the weight.
+    /// True if it is merged into the weight.
     pub merged: bool,
-    /// Whether any of its parameters may be trained: PEFT's `requires_grad`.
+    /// True if any of its parameters is trainable: PEFT's `requires_grad`.
     pub trainable: bool,
     /// The rank of its update; `None` if it brings a bias or a whole layer.
     pub rank: Option<usize>,
-    /// What its update is multiplied with; `None` if it brings a bias or a whole layer.
+    /// The factor of its update; `None` if it brings a bias or a whole layer.
     pub scaling: Option<f32>,
-    /// How many parameters it has.
+    /// The number of its parameters.
     pub parameters: usize,
 }
 
@@ -69,7 +69,7 @@ impl ParameterReport {
 
 impl LayerStatus {
     pub(super) fn of<B: Backend>(name: &str, lora: &LoraLinear<B>) -> Self {
-        let adapter = |(name, part): (&str, &Tuned<B>)| AdapterStatus {
+        let adapter = |(name, part): (&str, &LayerAdapter<B>)| AdapterStatus {
             name: name.into(),
             active: lora.active().iter().any(|active| active == name),
             merged: lora.merged().any(|merged| merged == name),

@@ -1,19 +1,19 @@
-//! One adapter put in the place of another on a live model: numbers are written, nothing is allocated.
+//! Hotswap: the tensors of an adapter are overwritten in place by those of another, so no device memory is allocated.
 
 use super::{Adaptable, loras, loras_mut};
 use crate::autograd::Param;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::nn::adapter::padded;
-use crate::nn::{Adapter, LoraLinear, Tuned};
+use crate::nn::{Adapter, LayerAdapter, LoraLinear};
 use crate::tensor::Tensor;
 
-/// [`Adaptable::swap_adapter`], of an adapter that is there and not merged.
+/// [`Adaptable::swap_adapter`] after its checks: the adapter exists and none is merged.
 pub(super) fn swap<B: Backend>(
     model: &mut impl Adaptable<B>,
     backend: &B,
     name: &str,
-    parts: &[(String, Tuned<B>)],
+    parts: &[(String, LayerAdapter<B>)],
 ) -> Result<()> {
     let here: Vec<(&str, &LoraLinear<B>)> = model
         .layers()
@@ -37,44 +37,46 @@ pub(super) fn swap<B: Backend>(
     Ok(())
 }
 
-/// [`Adaptable::reserve_rank`], of an adapter that is there and not merged.
+/// [`Adaptable::reserve_rank`] after its checks: the adapter exists and none is merged.
 pub(super) fn reserve_rank<B: Backend>(model: &mut impl Adaptable<B>, backend: &B, name: &str, rank: usize) -> Result<()> {
-    let roomier = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.roomier(backend, rank));
-    let factors = loras(model).map(roomier).collect::<Result<Vec<_>>>()?;
+    let padded = |lora: &LoraLinear<B>| lora.adapter(name).map_or(Ok(None), |adapter| adapter.padded_factors(backend, rank));
+    let factors = loras(model).map(padded).collect::<Result<Vec<_>>>()?;
     for (lora, factors) in loras_mut(model).zip(factors) {
-        if let (Some(Tuned::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
+        if let (Some(LayerAdapter::Lora(adapter)), Some(factors)) = (lora.part_mut(name), factors) {
             [adapter.a, adapter.b] = factors;
         }
     }
     Ok(())
 }
 
-/// Errors: [`Error::Value`] unless the one, which fits its layer, has the tensors for what the other has, which fits it as well.
-fn check<B: Backend>(there: &Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
+/// Checks that `new` can be written into the tensors of `there`; the shapes of both fit the layer. Errors: [`Error::Value`].
+fn check<B: Backend>(there: &LayerAdapter<B>, new: Option<&LayerAdapter<B>>) -> Result<()> {
     let same = |holds, name| Error::unless(holds, "swap_adapter", name, "in one of the two adapters", "in both or neither");
     match (there, new) {
-        (Tuned::Lora(there), Some(Tuned::Lora(new))) => {
+        (LayerAdapter::Lora(there), Some(LayerAdapter::Lora(new))) => {
             same(there.magnitude.is_some() == new.magnitude.is_some(), "magnitude")?;
             same(there.lora_bias.is_some() == new.lora_bias.is_some(), "lora_bias")?;
             same(there.bias.is_some() == new.bias.is_some(), "bias")?;
             let (rank, room) = (new.config.rank, there.room());
             Error::unless(rank <= room, "swap_adapter", "rank", rank, "no larger than the room, see reserve_rank")
         }
-        (Tuned::Lora(there), None) => {
+        (LayerAdapter::Lora(there), None) => {
             same(there.magnitude.is_none(), "magnitude")?;
             same(there.bias.is_none(), "bias")
         }
-        (Tuned::Bias(_), Some(Tuned::Bias(_))) => Ok(()),
-        (Tuned::Whole(there), Some(Tuned::Whole(new))) => same(there.bias().is_some() == new.bias().is_some(), "bias"),
+        (LayerAdapter::Bias(_), Some(LayerAdapter::Bias(_))) => Ok(()),
+        (LayerAdapter::Whole(there), Some(LayerAdapter::Whole(new))) => {
+            same(there.bias().is_some() == new.bias().is_some(), "bias")
+        }
         _ => same(false, "layer"),
     }
 }
 
-fn overwrite<B: Backend>(backend: &B, there: &mut Tuned<B>, new: Option<&Tuned<B>>) -> Result<()> {
-    if let Tuned::Lora(there) = there {
+fn overwrite<B: Backend>(backend: &B, there: &mut LayerAdapter<B>, new: Option<&LayerAdapter<B>>) -> Result<()> {
+    if let LayerAdapter::Lora(there) = there {
         there.strength = 1.0;
     }
-    if let (Tuned::Lora(there), Some(Tuned::Lora(new))) = (&mut *there, new) {
+    if let (LayerAdapter::Lora(there), Some(LayerAdapter::Lora(new))) = (&mut *there, new) {
         return overwrite_adapter(backend, there, new);
     }
     let mut params = there.params_mut();
@@ -93,7 +95,7 @@ fn overwrite_adapter<B: Backend>(backend: &B, there: &mut Adapter<B>, new: &Adap
     there.a.tensor.copy_from_slice(backend, &padded(&a, (rank, k), (room, k))?)?;
     there.b.tensor.copy_from_slice(backend, &padded(&b, (n, rank), (n, room))?)?;
     for (there, new) in there.params_mut().zip(new.params()).skip(2) {
-        write(backend, there, &new.tensor)?; // what goes with A and B
+        write(backend, there, &new.tensor)?; // lora_bias, magnitude, bias
     }
     there.config = new.config.clone();
     Ok(())

@@ -9,7 +9,7 @@ use super::super::data::{Dims, down, up, whole};
 use super::super::oracle::{self, Mat};
 use super::want_linear;
 
-/// Each with each: a weight decay, and whether there is a master.
+/// All combinations of a weight decay and the presence of a master.
 const WAYS: [(f32, bool); 4] = [(0.0, false), (0.0, true), (0.25, false), (0.25, true)];
 
 fn widened<T: Float>(stored: &[T], rows: usize, cols: usize) -> Mat {
@@ -34,13 +34,13 @@ pub fn adam_follows_the_oracle_for_ten_steps<B: Backend>(backend: &B) {
             Adam { grad, rate, m: &mut m, v: &mut v, master: master.as_mut(), w: &mut w }.run(backend).unwrap();
             let rate = [0.01f32, 0.9, 0.999, 1e-8, weight_decay].map(f64::from);
             (want_m, want_v, want_w) = oracle::adam(&g, &want_m, &want_v, &want_w, rate, t as i32);
-            // What is stored is rounded at every step, the weight or its master; the oracle follows.
+            // The weight, or its master, is rounded at every step; the oracle continues from the rounded value.
             let (stored, dtype) = match &master {
                 Some(master) => (down(backend, master), DType::F32),
                 None => (down(backend, &w).iter().map(|w| w.to_f32()).collect(), B::Elem::DTYPE),
             };
             for ((got, want), before) in stored.iter().zip(&want_w.data).zip(&before.data) {
-                // The factor of the weight decay is rounded, and what it is multiplied with.
+                // Both the factor of the weight decay and the product with it are rounded.
                 let decayed = if weight_decay > 0.0 { 2.0 * 2f64.powi(-24) * before.abs() } else { 0.0 };
                 let bound = 0.01 * step_limit * 40.0 * 2f64.powi(-24) + decayed;
                 let bound = bound + dtype.unit_roundoff() * (want.abs() + 1e-2) * 1.01;
@@ -61,13 +61,13 @@ pub fn adam_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     }
 }
 
-/// Sums are exact: the scalars are powers of two, or differ from one by one, and beside this eps no root counts.
+/// Sums are exact: the scalars are powers of two, or one minus a power of two, and eps is so large that the square root does not matter.
 pub fn adam_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
     let (lr, eps, decay, t) = (2f32.powi(37), 2f32.powi(40), 2f32.powi(-40), 1000); // 1 - lr·decay is 7/8
     let (Dims { k, n, .. }, layer) = (dims, whole(dims, seed));
     let (g, dy, x) = (want_linear(&layer).2, up(backend, &layer.dy), up(backend, &layer.x));
     let (first, second, w) = (layer.w.map(|w| w / 8.0), layer.w.abs(), &layer.w);
-    // A master that rounds to the weight, with a number here and there that does not.
+    // A master that rounds to the weight, except for a few elements.
     let near = Mat::new(n, k, |i, j| {
         let part = if (i + j) % 2 == 0 { 2f64.powi(-13) } else { -2f64.powi(-13) };
         w.at(i, j) * (1.0 + part) + if (i + j) % 5 == 3 { 1.0 } else { 0.0 }
@@ -95,7 +95,7 @@ pub fn adam_is_exact_at<B: Backend>(backend: &B, dims: Dims, seed: u64) {
     }
 }
 
-/// Whoever writes to the weight has the last word, number by number, and so has what is no number.
+/// Where the weight is not the rounded master, the step starts from the weight, element by element, also for NaN and infinities.
 pub fn a_master_gives_way_to_the_weight<B: Backend>(backend: &B) {
     let host = |numbers: &[f32]| -> Vec<B::Elem> { numbers.iter().map(|&x| B::Elem::from_f32(x)).collect() };
     let tensor = |numbers: &[f32]| Tensor::from_slice(backend, (1, 5), numbers).unwrap();
@@ -117,11 +117,11 @@ pub fn a_master_gives_way_to_the_weight<B: Backend>(backend: &B) {
     }
 }
 
-/// 2⁻¹³ of a number is too small a step for f16 and bf16; on the master thirty-two of them are 2⁻⁸.
+/// A relative step of 2⁻¹³ is lost in f16 and bf16; on the master, thirty-two of them sum to 2⁻⁸.
 pub fn steps_too_small_for_the_element_type_add_up<B: Backend>(backend: &B) {
     let (n, k) = (3, 7);
     let ones = |x: f64| Mat::new(n, k, |_, _| x);
-    let rate = AdamRate::new(2f32.powi(27), 0.0, 0.0, 2f32.powi(40), 1).unwrap(); // beside this eps no root counts
+    let rate = AdamRate::new(2f32.powi(27), 0.0, 0.0, 2f32.powi(40), 1).unwrap(); // eps is so large that the square root does not matter
     let (g, mut m, mut v, mut w) =
         (up(backend, &ones(1.0)), up(backend, &ones(0.0)), up(backend, &ones(0.0)), up(backend, &ones(1.0)));
     let mut master = up(backend, &ones(0.0));

@@ -1,4 +1,4 @@
-//! The suite's checks of what a seed decides: dropout, and rounding by chance.
+//! The suite's checks of random operations: dropout and stochastic rounding.
 
 use lowrank::op::*;
 use lowrank::random::{Rng, philox};
@@ -6,7 +6,7 @@ use lowrank::{Backend, Float};
 
 use super::super::bounds::assert_exact;
 use super::super::data::{Dims, down, mask, unwritten, up, whole};
-use super::super::oracle::{Lora, Mat, round_by_chance};
+use super::super::oracle::{Lora, Mat, round_stochastic};
 
 /// One product and one rounding: every backend gives the same bits.
 pub fn dropout_drops_what_the_mask_says<B: Backend>(backend: &B) {
@@ -29,12 +29,12 @@ fn merge<B: Backend>(backend: &B, layer: &Lora, rounding: Rounding) -> Vec<B::El
     down(backend, &w)
 }
 
-/// The word that decides about element `e`.
+/// The random word of element `e`.
 fn word(seed: u64, e: usize) -> u32 {
     philox([seed as u32, (seed >> 32) as u32], [(e / 4) as u32, 0, 2, 0])[e % 4]
 }
 
-/// Sums that `f32` holds exactly, and 16 bits do not: in every binade, among the subnormal numbers, and beyond the largest.
+/// Sums that `f32` holds exactly, but 16 bits do not: in every binade, subnormal numbers, and beyond the largest number.
 pub fn stochastic_merging_takes_the_neighbour_that_the_word_says<B: Backend>(backend: &B) {
     let seed = 0xfeed_0000_beef;
     let shapes = [(1, 1, 1), (3, 5, 2), (33, 63, 3), (64, 65, 1), (18, 100, 12), (37, 264, 17), (0, 4, 1), (4, 0, 1)];
@@ -45,13 +45,13 @@ pub fn stochastic_merging_takes_the_neighbour_that_the_word_says<B: Backend>(bac
             let layer = Lora { w: layer.w.map(stored), scale: 2f64.powi(scale), ..layer };
             let got = merge(backend, &layer, Rounding::Stochastic { seed });
             let sums = layer.merged();
-            let want = sums.data.iter().enumerate().map(|(e, &sum)| round_by_chance::<B::Elem>(sum, word(seed, e)));
+            let want = sums.data.iter().enumerate().map(|(e, &sum)| round_stochastic::<B::Elem>(sum, word(seed, e)));
             assert_exact(&format!("{n}×{k}·{unit:e} by 2^{scale}"), &got, &Mat::from_vec(n, k, want.collect()));
         }
     }
 }
 
-/// Updates far below half a step: to the nearest all are lost, by chance none is in the mean.
+/// Updates far below half a unit: rounding to the nearest loses all of them, stochastic rounding keeps the mean.
 pub fn stochastic_merging_keeps_the_mean<B: Backend>(backend: &B) {
     let (n, k, step) = (200, 250, 2.0 * B::Elem::DTYPE.unit_roundoff());
     let constant = |rows, cols, number: f64| Mat::new(rows, cols, |_, _| number);

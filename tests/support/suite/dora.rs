@@ -1,4 +1,4 @@
-//! The suite's checks of weight decomposition: lengths of rows, and what gives an output its length.
+//! The suite's checks of DoRA: row norms, and scaling by magnitudes.
 
 use lowrank::Backend;
 use lowrank::op::*;
@@ -17,8 +17,8 @@ fn row_norms<B: Backend>(backend: &B, layer: &Lora) -> Vec<f32> {
     down(backend, &norm)
 }
 
-/// Each element is off by `(r + 3)·u` of its magnitude, which moves the norm by no more than the norm of these; the sum of k
-/// squares and the root add `(k/2 + 3)·u`.
+/// Each element has an error of at most `(r + 3)·u` of its magnitude, which changes the norm by at most the norm of these errors; the sum of
+/// k squares and the root add `(k/2 + 3)·u`.
 pub fn row_norms_round_within_bounds<B: Backend>(backend: &B) {
     for (seed, dims) in shapes().into_iter().enumerate() {
         for layer in [random::<B::Elem>(dims, 1.7, seed as u64), whole(dims, seed as u64)] {
@@ -28,7 +28,7 @@ pub fn row_norms_round_within_bounds<B: Backend>(backend: &B) {
     }
 }
 
-/// `W = -scale·B·A`: what is left of the weight is nothing, and no cancellation makes it something.
+/// `W = -scale·B·A`: the merged weight is exactly zero, without cancellation errors.
 pub fn row_norms_of_an_undone_weight_are_zero<B: Backend>(backend: &B) {
     for dims in [Dims { m: 1, k: 70, n: 37, r: 5 }, Dims { m: 1, k: 33, n: 65, r: 16 }] {
         let layer = whole(dims, 1);
@@ -39,7 +39,7 @@ pub fn row_norms_of_an_undone_weight_are_zero<B: Backend>(backend: &B) {
     }
 }
 
-/// Shapes of `z` that meet the edges of a vector, a tile, a workgroup, and a task.
+/// Shapes of `z` for the edges of a vector, a tile, a workgroup, and a task.
 const EDGES: [(usize, usize); 9] = [(0, 3), (3, 0), (1, 1), (3, 17), (64, 65), (65, 64), (10, 2000), (300, 33), (1, 1025)];
 
 /// `y`, `dz`, `dmagnitude`, `dbias`
@@ -76,7 +76,7 @@ fn run<B: Backend>(backend: &B, layer: &Decomposed) -> DecomposedGot<B::Elem> {
     (down(backend, &y), down(backend, &dz), down(backend, &dmagnitude), down(backend, &dbias))
 }
 
-/// Norms that are powers of two: factors are exact, and so is all that is made with them.
+/// Norms are powers of two, so the factors and all results are exact.
 pub fn magnitude_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     for (seed, (m, n)) in EDGES.into_iter().enumerate() {
         let layer = whole(Dims { m, k: n, n, r: 1 }, seed as u64);
@@ -94,7 +94,7 @@ pub fn magnitude_is_exact_on_whole_numbers<B: Backend>(backend: &B) {
     }
 }
 
-/// A division of WGSL's is good to 2.5 units in the last place, five roundings; a product and a sum are one each.
+/// A division in WGSL is accurate to 2.5 units in the last place, that is, five roundings; a product and a sum are one each.
 pub fn magnitude_rounds_within_bounds<B: Backend>(backend: &B) {
     for (seed, (m, n)) in EDGES.into_iter().enumerate() {
         let mut rng = Rng::new(seed as u64);

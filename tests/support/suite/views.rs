@@ -63,15 +63,15 @@ impl<B: Backend, T: Float> Inside<B, T> {
     }
 }
 
-/// What outputs hold before a verb adds to them.
+/// The content of outputs before a verb adds to them.
 #[derive(Clone, Copy)]
 pub struct Before<'a> {
     pub y: &'a Mat,
     pub dx: &'a Mat,
 }
 
-/// The forward and the backward pass of a layer, every operand that may be strided inside a larger matrix; `y` and `dx` are added
-/// to what is there before, if something is.
+/// Runs the forward and the backward pass of a layer. Every operand that may be strided is part of a larger matrix; if there is an initial
+/// content, `y` and `dx` are added to it.
 pub fn run_strided_lora<B: Backend>(
     backend: &B,
     layer: &Lora,
@@ -133,7 +133,7 @@ fn output<B: Backend>(matrix: MatMut<'_, B>, adds: bool) -> Output<'_, B> {
     if adds { Output::AddTo(matrix) } else { Output::Overwrite(matrix) }
 }
 
-/// The base layer, likewise.
+/// Runs both passes of the base layer with strided operands.
 pub fn run_strided_linear<B: Backend>(backend: &B, layer: &Lora, before: Option<Before<'_>>) -> LinearGot<B::Elem> {
     let (m, k, n) = (layer.x.rows, layer.x.cols, layer.w.rows);
     let inside = |mat: &Mat| Inside::<B>::new(backend, mat);
@@ -176,14 +176,14 @@ fn assert_lora_exact<E: Float>(dims: Dims, got: &Got<E>, layer: &Lora, before: O
     assert_exact(&format!("{dims:?} dx"), &got.dx, &dx);
 }
 
-/// Whole numbers that 16 bits hold, for outputs to begin with.
+/// Whole numbers that 16 bits hold, as initial content of outputs.
 fn before(dims: Dims, seed: u64) -> [Mat; 2] {
     let mut rng = Rng::new(seed ^ 0xbef0);
     [(dims.m, dims.n), (dims.m, dims.k)]
         .map(|(rows, cols)| Mat::from_vec(rows, cols, (0..rows * cols).map(|_| rng.below(9) as f64 - 4.0).collect()))
 }
 
-/// Shapes, and for each what its layer drops: nothing, or half, which keeps whole numbers whole.
+/// Shapes, each with a dropout: none, or one half, with which whole numbers stay whole.
 fn with_and_without_dropout(seed: u64, dims: Dims) -> [(Lora, Option<Dropout>); 2] {
     let (plain, halves) = (whole(dims, seed), Dropout::new(0.5, seed).unwrap());
     let dropped = Lora { mask: mask(halves, dims.m, dims.k), ..plain.clone() };
@@ -228,7 +228,7 @@ pub fn outputs_are_added_to<B: Backend>(backend: &B) {
     }
 }
 
-/// What is added to is rounded once, with the sum: as near as an output that is overwritten.
+/// An output that is added to is rounded once, so its error has the bound of one that is overwritten.
 pub fn added_sums_round_within_bounds<B: Backend>(backend: &B) {
     for (seed, dims) in shapes().into_iter().enumerate() {
         let layer = random::<B::Elem>(dims, 0.7, seed as u64);
@@ -243,7 +243,7 @@ pub fn added_sums_round_within_bounds<B: Backend>(backend: &B) {
     }
 }
 
-/// A part of a wider weight is merged into; what is around it stays.
+/// Merging into a part of a wider weight does not change the rest.
 pub fn parts_of_wider_weights_are_merged_into<B: Backend>(backend: &B) {
     for (seed, dims) in shapes().into_iter().enumerate() {
         let layer = whole(dims, seed as u64);
@@ -261,7 +261,7 @@ pub fn parts_of_wider_weights_are_merged_into<B: Backend>(backend: &B) {
     }
 }
 
-/// The layer with `A` and `B` in `f32`, whatever the weights are stored as; and its merged weight.
+/// Runs the layer with `A` and `B` in `f32`, for any element type of the weights, and merges it.
 fn run_f32_factors<B: Backend>(backend: &B, layer: &Lora) -> (Got<B::Elem>, Vec<B::Elem>) {
     let (m, k, n, r) = (layer.x.rows, layer.x.cols, layer.w.rows, layer.a.rows);
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up::<B, B::Elem>(backend, mat));
@@ -313,7 +313,7 @@ pub fn f32_factors_are_exact_on_whole_numbers<B: Backend>(backend: &B) {
     }
 }
 
-/// Factors that 16 bits do not hold take part as they are. (On backends that say so: others round them.)
+/// Factors in `f32` are used without rounding, on the backends that document it; others round them to 16 bits.
 pub fn f32_factors_are_not_rounded<B: Backend>(backend: &B) {
     for (seed, dims) in shapes().into_iter().enumerate() {
         let (narrow, wide) = (random::<B::Elem>(dims, 1.3, seed as u64), random::<f32>(dims, 1.3, seed as u64 + 1));
@@ -325,7 +325,7 @@ pub fn f32_factors_are_not_rounded<B: Backend>(backend: &B) {
     }
 }
 
-/// Copies keep every bit, whatever the elements are and however the rows lie.
+/// Copies keep every bit, for any element type and stride.
 pub fn copies_keep_every_bit<B: Backend>(backend: &B) {
     for (rows, cols) in [(0, 3), (3, 0), (1, 1), (3, 5), (17, 33), (64, 64)] {
         let mut rng = Rng::new((rows * 100 + cols) as u64);
@@ -393,7 +393,7 @@ pub fn rows_without_a_label_do_not_count<B: Backend>(backend: &B) {
     assert!(down::<B, B::Elem>(backend, &dlogits).iter().all(|d| d.to_f32() == 0.0));
 }
 
-/// Of the backward pass of a base layer, `dx` needs no `x`, and `dW` no `W`.
+/// In the backward pass of a base layer, `dx` does not need `x`, and `dW` does not need `W`.
 pub fn a_linear_backward_takes_what_it_needs<B: Backend>(backend: &B) {
     let (layer, dims) = (whole(Dims { m: 6, k: 21, n: 18, r: 1 }, 2), (6, 21, 18));
     let [x, w, dy] = [&layer.x, &layer.w, &layer.dy].map(|mat| up::<B, B::Elem>(backend, mat));
@@ -413,7 +413,7 @@ pub fn a_linear_backward_takes_what_it_needs<B: Backend>(backend: &B) {
     assert!(backward.run(backend).unwrap_err().to_string().contains("`x` is missing"));
 }
 
-/// A weight that is lent and [`Packed`] gives the bits that it gives as it is.
+/// A lent weight gives the same bits with and without [`Packed`].
 pub fn a_lent_weight_may_be_packed<B: Backend>(backend: &B) {
     let layer = random::<B::Elem>(Dims { m: 70, k: 300, n: 65, r: 1 }, 1.0, 4);
     let (x, w) = (up::<B, B::Elem>(backend, &layer.x), Inside::<B>::new(backend, &layer.w));

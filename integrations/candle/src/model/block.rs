@@ -86,6 +86,11 @@ impl Block {
         [("input_layernorm", &self.input_norm), ("post_attention_layernorm", &self.post_norm)].into_iter().chain(heads)
     }
 
+    /// How many heads there are, and how wide they are.
+    pub(super) fn heads(&self) -> Heads {
+        self.heads
+    }
+
     /// The hidden states, tokens × hidden size, behind this layer. With pasts, the tokens follow those of their sequences.
     pub(super) fn forward(&self, x: &Tensor, flow: &Flow<'_>, pasts: Option<Vec<&mut Past>>) -> Result<Tensor> {
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = &self.projections;

@@ -1,21 +1,29 @@
-//! Dot products: few lines on the left, interleaved in groups that stay in L1, with many lines of weights read once.
+//! The dot products of the skinny regime: `sums[i][j] += scale · Σ_p left[i][p]·rhs[p][j]`, with a K-major right side, whose
+//! columns are rows of the weight.
+//!
+//! ```text
+//! for each stretch of the depth: a piece of the left side that stays in L1
+//!   for each W rows of the weight, which stream by once
+//!     for each X rows of the left side
+//!       X·W vectors of sums in registers, for X + W loads a step; then the lanes of each are summed
+//! ```
 
 use super::super::simd::{LANES, Lanes, Simd};
 use super::Matrix;
-use super::plan::{ask_for_dots, together};
+use super::plan::{dot_rows, prefetch_in_dots};
 use super::skinny::Sums;
 use crate::element::Float;
 
-/// Lines of weights read side by side, at most.
+/// The most rows of the weight that are read at the same time.
 const ACROSS: usize = 4;
-/// Numbers of the left side that stay in L1 (20 KiB) while dot products are made with them.
-const STAYS: usize = 5 * 1024;
+/// Numbers of the left side in a stretch of the depth (20 KiB): they stay in L1.
+const LEFT_IN_L1: usize = 5 * 1024;
 
 impl Sums<'_> {
-    /// `sums += scale·left·rhs`, `rhs` contiguous along the depth
+    /// `sums += scale·left·rhs`, where `rhs` is contiguous along the depth
     #[inline(always)]
     pub(super) fn add_dots<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
-        match together(S::REGISTERS, self.height) {
+        match dot_rows(S::REGISTERS, self.height) {
             _ if rhs.rows == 0 => {}
             _ if rhs.rows < LANES => self.add_short_dots(s, scale, left, rhs),
             1 => self.add_long_dots::<S, R, 1, ACROSS>(s, scale, left, rhs),
@@ -24,8 +32,7 @@ impl Sums<'_> {
         }
     }
 
-    /// Those of X lines with W at a time: X·W sums for X + W loads. A stretch of the left side stays in L1 while the right side goes
-    /// by.
+    /// Dot products of X rows of the left side with W rows of the weight at a time.
     #[inline(always)]
     fn add_long_dots<S: Simd, R: Float, const X: usize, const W: usize>(
         &mut self,
@@ -36,19 +43,20 @@ impl Sums<'_> {
     ) {
         let (vectors, groups) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X));
         let left: &[[Lanes<f32>; X]] = left.as_chunks().0;
-        // By rows alone, not by X: every unit cuts the depth alike, and so sums in the same order.
+        // A function of the rows, not of X, so that every vector unit cuts the depth in the same places and sums in the same
+        // order.
         let rows = if X == 1 { 1 } else { self.height.next_multiple_of(5) };
-        let stretch = (STAYS / rows).div_ceil(LANES);
+        let stretch = (LEFT_IN_L1 / rows).div_ceil(LANES);
         for start in (0..vectors).step_by(stretch) {
             let end = vectors.min(start + stretch);
             let depth = start * LANES..rhs.rows.min(end * LANES);
             for j in (0..self.width).step_by(W) {
-                // At the edge the last line is taken again, and what it gives is dropped.
+                // At the edge the last row of the weight is repeated, and its results are dropped.
                 let line = |w: usize| -> &[R] { &rhs.run(self.first + (j + w).min(self.width - 1))[depth.clone()] };
                 let (right, next): ([&[R]; W], [&[R]; W]) = (std::array::from_fn(line), std::array::from_fn(|w| line(W + w)));
                 for group in 0..groups {
-                    if ask_for_dots(S::REGISTERS, self.height) {
-                        ask_for(s, next, group, groups);
+                    if prefetch_in_dots(S::REGISTERS, self.height) {
+                        prefetch_part(s, next, group, groups);
                     }
                     let dots = dots(s, &left[group * vectors..][start..end], right);
                     for x in 0..X.min(self.height - group * X) {
@@ -65,21 +73,21 @@ impl Sums<'_> {
         }
     }
 
-    /// Those too short for vectors, as the ones over the rank of an adapter often are: sixteen lines of weights are turned
-    /// instead.
+    /// Dot products shorter than a vector, as over a small rank: blocks of 16 rows of the weight are transposed, so that a lane
+    /// holds one column of the output.
     #[inline(always)]
     fn add_short_dots<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
-        let mut turned = [[0.0; LANES]; LANES];
+        let mut transposed = [[0.0; LANES]; LANES];
         for v in 0..self.vectors {
             for j in 0..LANES.min(self.width - v * LANES) {
-                for (turned, weight) in turned.iter_mut().zip(rhs.run(self.first + v * LANES + j)) {
-                    turned[j] = weight.to_f32();
+                for (to, weight) in transposed.iter_mut().zip(rhs.run(self.first + v * LANES + j)) {
+                    to[j] = weight.to_f32();
                 }
             }
             for (i, left) in left[..self.height].iter().enumerate() {
                 let to = &mut self.lanes[i * self.vectors + v];
                 let mut sum = s.load(to);
-                for (number, weights) in left.iter().zip(&turned[..rhs.rows]) {
+                for (number, weights) in left.iter().zip(&transposed[..rhs.rows]) {
                     sum = s.mul_add(s.splat(scale * number), s.load(weights), sum);
                 }
                 s.store(sum, to);
@@ -88,9 +96,9 @@ impl Sums<'_> {
     }
 }
 
-/// Asks for one of equal parts of some lines.
+/// Prefetches part number `part` of `parts` of some rows of the weight.
 #[inline(always)]
-fn ask_for<S: Simd, R: Float, const W: usize>(s: S, lines: [&[R]; W], part: usize, parts: usize) {
+fn prefetch_part<S: Simd, R: Float, const W: usize>(s: S, lines: [&[R]; W], part: usize, parts: usize) {
     let len = lines[0].len();
     for line in lines {
         for at in (len * part / parts..len * (part + 1) / parts).step_by(64 / size_of::<R>()) {
@@ -99,12 +107,12 @@ fn ask_for<S: Simd, R: Float, const W: usize>(s: S, lines: [&[R]; W], part: usiz
     }
 }
 
-/// The products of X lines with W, of which only the lanes remain to be summed.
+/// `sums[x][w]`, whose lanes add up to the dot product of row `x` of the left side and row `w` of the weight.
 #[inline(always)]
 fn dots<S: Simd, R: Float, const X: usize, const W: usize>(s: S, left: &[[Lanes<f32>; X]], right: [&[R]; W]) -> [[S::V; W]; X] {
     let mut sums = [[s.splat(0.0); W]; X];
     let mut weights = [s.splat(0.0); W];
-    // Slices that are known to be as long: no index is looked at in the loop.
+    // With slices of equal length the compiler leaves the bounds checks out of the loop.
     let (left, rest) = left.split_at(right[0].len() / LANES);
     let lanes = right.map(|line| &line.as_chunks::<LANES>().0[..left.len()]);
     for (v, left) in left.iter().enumerate() {

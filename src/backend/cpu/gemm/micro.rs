@@ -1,4 +1,4 @@
-//! What multiplies two panels, and how the numbers lie in them. The blocked nest is written once against this.
+//! The micro-kernel trait: the product of two panels, and the layout of panels. The blocked loop nest is generic in it.
 
 use super::super::simd::{LANES, Lanes, Simd, Unit};
 use super::Matrix;
@@ -7,29 +7,30 @@ use super::plan::KC;
 use super::tile;
 use crate::element::{Element, Float};
 
-/// A micro-kernel: a tile of the output from a panel of rows and a panel of columns.
+/// A micro-kernel: computes a tile of the output from a left panel and a right panel.
 pub(super) trait Micro: Copy + Send + Sync {
-    /// What panels hold.
+    /// The element type of panels.
     type Number: Element;
-    /// What a thread holds while it makes tiles.
+    /// State of a thread while it computes tiles, such as the configuration of AMX.
     type Ready;
-    /// Steps of the depth that lie together in a panel. Each term is as deep as a multiple of it; the rest is zeros.
+    /// Steps of the depth that are stored together in a panel. The depth of each term is filled up with zeros to a multiple of
+    /// it.
     const STEP: usize;
-    /// Whether panels hold `f32`, and so any factor.
-    const WIDE: bool;
-    /// KC, the most depth of a block: the sums of a tile are added to the output once for each.
+    /// True if panels hold `f32`, so that any factor can be packed and scaled.
+    const F32: bool;
+    /// KC, the most depth of a block; a tile is written to the output once a block.
     const DEPTH: usize;
 
-    /// Rows and columns of the tile, for an output with so many columns.
+    /// `(MR, NR)`, rows and columns of the tile, for an output with `cols` columns.
     fn shape(self, unit: Unit, cols: usize) -> (usize, usize);
 
-    /// What one term gives to neighbouring panels; see [`Part`].
+    /// Packs the [`Part`] of consecutive panels that one term fills.
     fn pack<S: Simd, T: Float>(self, s: S, side: Side, part: Part<'_, Self::Number>, lines: Matrix<'_, T>, scale: f32);
 
-    /// Makes this thread ready for [`tile`](Self::tile).
+    /// Prepares the calling thread for [`tile`](Self::tile).
     fn begin(self) -> Self::Ready;
 
-    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`, `NV` vectors wide. The right panel comes in two pieces, one after the other.
+    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`, `NV` vectors wide. The right panel is given in two pieces along the depth.
     fn tile<S: Simd, const NV: usize>(
         ready: &Self::Ready,
         s: S,
@@ -39,7 +40,8 @@ pub(super) trait Micro: Copy + Send + Sync {
     );
 }
 
-/// The unit's multiply-adds, on panels of `f32`. Each step of the depth has `MR` numbers on the left, `NV` vectors on the right.
+/// Multiply-adds of the vector unit, on panels of `f32`: for each step of the depth, `MR` numbers on the left and `NV` vectors
+/// on the right.
 #[derive(Clone, Copy)]
 pub(super) struct Fma;
 
@@ -47,7 +49,7 @@ impl Micro for Fma {
     type Number = f32;
     type Ready = ();
     const STEP: usize = 1;
-    const WIDE: bool = true;
+    const F32: bool = true;
     const DEPTH: usize = KC;
 
     fn shape(self, unit: Unit, cols: usize) -> (usize, usize) {

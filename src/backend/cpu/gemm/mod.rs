@@ -1,44 +1,45 @@
-//! The engine: `out = init + Σ scale·lhs·rhs`. Every low-rank verb is such a sum, and a term is no more than extra depth.
+//! The engine: `out = init + Σ scale·lhs·rhs`. Every verb of the low-rank layer is such a sum; the update is a second term,
+//! that is, more depth.
 //!
-//! Three regimes, by the height of the output and the depth (see [`plan`] and [`sum_of_products`]):
-//! - [`blocked`]: both sides are packed into panels, and tiles stay in registers along the whole depth of a block. What a tile
-//!   is made with is a [`micro`]-kernel: the vector unit's multiply-adds, or a unit for [`pairs`] of `bf16`;
-//! - [`skinny`]: few rows, or one; reading the right side once is all the work there is, so it is not packed;
-//! - [`shallow`]: an update of what is there by a product of little depth, which is merging.
+//! Three regimes, chosen by the rows of the output and the depth (see [`plan`] and [`sum_of_products`]):
+//! - [`blocked`]: both sides are packed into panels; a tile of sums stays in registers along the depth of a block. The
+//!   [`micro`]-kernel multiplies either with multiply-adds of `f32` or with a unit for pairs of `bf16` ([`bf16_pairs`]);
+//! - [`skinny`]: the output has few rows, the time goes into reading the right side once, and so it is not packed;
+//! - [`rank_k_update`]: a product of little depth is added to the output, which is read and written once (merging).
 //!
-//! Beside them [`outer`]: a narrow product with the left side turned, from the panels that another product needs anyway; and
-//! [`narrow`]: what few rows do with a matrix as narrow as the rank.
+//! Two special cases: [`outer`] computes `scale·lhsᵀ·rhs` from left panels that another product has packed (`dB` beside `dx`);
+//! [`narrow`] transposes a right side with fewer columns than a vector has lanes.
 
+mod axpy;
+mod bf16_pairs;
 mod blocked;
 mod depth;
 mod dots;
-mod kept;
-mod left;
-mod lines;
 mod micro;
 mod narrow;
 mod outer;
 mod output;
 mod pack;
-mod pairs;
+mod packed_lhs;
 mod plan;
-mod shallow;
+mod prepack;
+mod rank_k_update;
 mod skinny;
 mod tile;
 
-pub use kept::PackedWeight;
 use micro::Fma;
 pub(super) use outer::Outer;
 pub(super) use output::Output;
 use output::{Block, Parts};
-use plan::{Regime, SHALLOW_DEPTH, SKINNY_ROWS};
-pub(super) use tile::multiply as tile;
+use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
+pub use prepack::PackedWeight;
+pub(super) use tile::microkernel;
 
 use std::ops::Range;
 
 use super::Engine;
 use super::pointwise::CHUNK;
-use super::scratch::Taken;
+use super::scratch::ScratchGuard;
 use super::simd::{Kernel, LANES, Lanes, Simd};
 use crate::element::{Float, bf16};
 use crate::error::Result;
@@ -46,14 +47,14 @@ use crate::error::Result;
 /// A row-major matrix in memory, whose rows may lie apart, or the transpose of one.
 #[derive(Clone, Copy)]
 pub(super) struct Matrix<'a, T> {
-    /// From the first element on.
+    /// Starts with the first element.
     data: &'a [T],
     rows: usize,
     cols: usize,
     /// Elements from one row in memory to the next.
     stride: usize,
     transposed: bool,
-    /// Its panels, if it is packed.
+    /// The panels of a prepacked weight.
     packed: Option<&'a PackedWeight>,
 }
 
@@ -64,51 +65,51 @@ impl<'a, T> Matrix<'a, T> {
         Self::strided(data, rows, cols, cols)
     }
 
-    /// `rows × cols`, whose rows begin `stride` elements after one another.
+    /// `rows × cols`, row-major, with `stride` elements from the start of a row to that of the next.
     pub(super) fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
         Self { data, rows, cols, stride, transposed: false, packed: None }
     }
 
-    /// With its panels, if it is packed.
+    /// Adds the panels of a prepacked weight.
     pub(super) fn with_packed(self, packed: Option<&'a PackedWeight>) -> Self {
         Self { packed, ..self }
     }
 
-    /// The transpose; nothing moves.
+    /// The transpose; nothing is copied.
     pub(super) fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, transposed: !self.transposed, ..self }
     }
 
-    /// How many rows.
+    /// Number of rows.
     pub(super) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// How many columns.
+    /// Number of columns.
     pub(super) fn cols(&self) -> usize {
         self.cols
     }
 
-    /// All elements, if the rows in memory follow one another.
+    /// All elements, if they are contiguous in memory.
     pub(super) fn as_contiguous(&self) -> Option<&'a [T]> {
         let (runs, len) = if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) };
         (runs <= 1 || self.stride == len).then(|| &self.data[..runs * len])
     }
 
-    /// The runs of contiguous elements in memory: rows, or columns of a transpose.
+    /// The contiguous runs of elements: the rows, or the columns of a transposed matrix.
     pub(super) fn runs(self) -> impl Iterator<Item = &'a [T]> {
         let (runs, len) = if self.transposed { (self.cols, self.rows) } else { (self.rows, self.cols) };
         (0..if len == 0 { 0 } else { runs }).map(move |i| self.run(i))
     }
 
-    /// The `i`-th run of contiguous elements: a row, or a column of a transpose.
+    /// Contiguous run `i`: a row, or a column of a transposed matrix.
     #[inline(always)]
     pub(super) fn run(&self, i: usize) -> &'a [T] {
         let len = if self.transposed { self.rows } else { self.cols };
         &self.data[i * self.stride..][..len]
     }
 
-    /// These rows of it, which is not transposed.
+    /// A range of rows of a matrix that is not transposed.
     pub(super) fn row_range(self, rows: Range<usize>) -> Self {
         debug_assert!(!self.transposed && rows.end <= self.rows);
         let first = if rows.is_empty() || self.cols == 0 { 0 } else { rows.start * self.stride };
@@ -123,64 +124,64 @@ impl<T: Copy> Matrix<'_, T> {
 }
 
 impl<'a, E: Float> Matrix<'a, E> {
-    /// The same, if its numbers are `bf16`.
+    /// The matrix itself, typed as `bf16`, if `E` is `bf16`.
     fn as_bf16(self) -> Option<Matrix<'a, bf16>> {
         let Self { data, rows, cols, stride, transposed, packed } = self;
-        let same = kept::same::<E, bf16>();
+        let same = prepack::is_same::<E, bf16>();
         same.then(|| Matrix { data: bytemuck::cast_slice(data), rows, cols, stride, transposed, packed })
     }
 }
 
-/// A factor of a product: stored as weights are, or `f32` as `h` always is.
+/// One side of a product: of the weights' element type, or `f32`, as `h` always is.
 #[derive(Clone, Copy)]
 pub(super) enum Factor<'a, E> {
-    Stored(Matrix<'a, E>),
-    Wide(Matrix<'a, f32>),
+    Elem(Matrix<'a, E>),
+    F32(Matrix<'a, f32>),
 }
 
 impl<E: Float> Factor<'_, E> {
-    /// One number.
+    /// The element, widened to `f32`.
     fn at(&self, row: usize, col: usize) -> f32 {
         match self {
-            Factor::Stored(m) => m.at(row, col).to_f32(),
-            Factor::Wide(m) => m.at(row, col),
+            Factor::Elem(m) => m.at(row, col).to_f32(),
+            Factor::F32(m) => m.at(row, col),
         }
     }
 }
 
 impl<E> Factor<'_, E> {
-    /// The transpose; nothing moves.
+    /// The transpose; nothing is copied.
     pub(super) fn t(self) -> Self {
         match self {
-            Factor::Stored(m) => Factor::Stored(m.t()),
-            Factor::Wide(m) => Factor::Wide(m.t()),
+            Factor::Elem(m) => Factor::Elem(m.t()),
+            Factor::F32(m) => Factor::F32(m.t()),
         }
     }
 
-    /// These rows of it, which is not transposed.
+    /// A range of rows of a factor that is not transposed.
     pub(super) fn row_range(self, rows: Range<usize>) -> Self {
         match self {
-            Factor::Stored(m) => Factor::Stored(m.row_range(rows)),
-            Factor::Wide(m) => Factor::Wide(m.row_range(rows)),
+            Factor::Elem(m) => Factor::Elem(m.row_range(rows)),
+            Factor::F32(m) => Factor::F32(m.row_range(rows)),
         }
     }
 
     fn rows(&self) -> usize {
         match self {
-            Factor::Stored(m) => m.rows,
-            Factor::Wide(m) => m.rows,
+            Factor::Elem(m) => m.rows,
+            Factor::F32(m) => m.rows,
         }
     }
     fn cols(&self) -> usize {
         match self {
-            Factor::Stored(m) => m.cols,
-            Factor::Wide(m) => m.cols,
+            Factor::Elem(m) => m.cols,
+            Factor::F32(m) => m.cols,
         }
     }
     fn transposed(&self) -> bool {
         match self {
-            Factor::Stored(m) => m.transposed,
-            Factor::Wide(m) => m.transposed,
+            Factor::Elem(m) => m.transposed,
+            Factor::F32(m) => m.transposed,
         }
     }
 }
@@ -199,7 +200,7 @@ impl<E> Product<'_, E> {
     }
 }
 
-/// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`: an update through a narrow `h`, beside the product it updates.
+/// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`: a base product and its low-rank update.
 #[derive(Clone, Copy)]
 pub(super) struct LowRank<'a, E> {
     pub(super) lhs: Matrix<'a, E>,
@@ -211,57 +212,57 @@ pub(super) struct LowRank<'a, E> {
 }
 
 impl<'a, E: Copy> LowRank<'a, E> {
-    /// `a_scale·lhs·a`, which is `h`
-    fn narrowed(&self) -> Product<'a, E> {
-        Product { scale: self.a_scale, lhs: Factor::Stored(self.lhs), rhs: self.a }
+    /// `h = a_scale·lhs·a`
+    fn h_product(&self) -> Product<'a, E> {
+        Product { scale: self.a_scale, lhs: Factor::Elem(self.lhs), rhs: self.a }
     }
 
     /// `lhs·w`
     fn base(&self) -> Product<'a, E> {
-        Product { scale: 1.0, lhs: Factor::Stored(self.lhs), rhs: Factor::Stored(self.w) }
+        Product { scale: 1.0, lhs: Factor::Elem(self.lhs), rhs: Factor::Elem(self.w) }
     }
 
-    /// `b_scale·h·b`, `h` with `rows` rows
+    /// `b_scale·h·b`, where `h` has `rows` rows
     fn update(&self, h: &'a [f32], rows: usize) -> Product<'a, E> {
         let h = Matrix::new(h, rows, self.a.cols());
-        Product { scale: self.b_scale, lhs: Factor::Wide(h), rhs: self.b }
+        Product { scale: self.b_scale, lhs: Factor::F32(h), rhs: self.b }
     }
 }
 
 impl<'a, E: Float> LowRank<'a, E> {
-    /// As `bf16`, if all its numbers are stored so, and those of `b` may be [repeated](pairs::may_repeat).
+    /// The operands typed as `bf16`, if all four are `bf16` and `b` is [finite](bf16_pairs::all_finite).
     fn as_bf16(self) -> Option<LowRank<'a, bf16>> {
-        let (Factor::Stored(a), Factor::Stored(b)) = (self.a, self.b) else { return None };
-        let (a, b) = (Factor::Stored(a.as_bf16()?), Factor::Stored(b.as_bf16().filter(pairs::may_repeat)?));
+        let (Factor::Elem(a), Factor::Elem(b)) = (self.a, self.b) else { return None };
+        let (a, b) = (Factor::Elem(a.as_bf16()?), Factor::Elem(b.as_bf16().filter(bf16_pairs::all_finite)?));
         let (lhs, w) = (self.lhs.as_bf16()?, self.w.as_bf16()?);
         Some(LowRank { lhs, w, a_scale: self.a_scale, a, b_scale: self.b_scale, b })
     }
 }
 
-/// What the sum begins with.
+/// The initial value of a sum.
 #[derive(Clone, Copy)]
 pub(super) enum Init<'a, E> {
     Zero,
-    /// The same row everywhere: a bias.
+    /// One row, added to every row of the output: a bias.
     Row(&'a [E]),
-    /// What the output holds.
+    /// The old output (`beta = 1`).
     Output,
-    /// What the output holds, and in every row the same.
+    /// The old output plus a bias.
     OutputAndRow(&'a [E]),
 }
 
 impl<'a, E: Float> Init<'a, E> {
-    /// The same, if its numbers are `bf16`.
+    /// Itself, typed as `bf16`, if `E` is `bf16`.
     fn as_bf16(self) -> Option<Init<'a, bf16>> {
         match self {
             Init::Zero => Some(Init::Zero),
-            Init::Row(row) => kept::same::<E, bf16>().then(|| Init::Row(bytemuck::cast_slice(row))),
+            Init::Row(row) => prepack::is_same::<E, bf16>().then(|| Init::Row(bytemuck::cast_slice(row))),
             Init::Output => Some(Init::Output),
-            Init::OutputAndRow(row) => kept::same::<E, bf16>().then(|| Init::OutputAndRow(bytemuck::cast_slice(row))),
+            Init::OutputAndRow(row) => prepack::is_same::<E, bf16>().then(|| Init::OutputAndRow(bytemuck::cast_slice(row))),
         }
     }
 
-    /// `sum + init` for vector `v` of a line that begins at column `col` and holds `old` there.
+    /// `sum + init` for vector `v` of a row segment that starts at column `col`; `old` loads the old output.
     #[inline(always)]
     fn add<S: Simd>(self, s: S, sum: S::V, col: usize, v: usize, old: impl FnOnce() -> S::V) -> S::V {
         match self {
@@ -272,30 +273,30 @@ impl<'a, E: Float> Init<'a, E> {
         }
     }
 
-    /// Whether the output is read.
+    /// True if the old output is read.
     pub(super) fn reads_output(self) -> bool {
         matches!(self, Init::Output | Init::OutputAndRow(_))
     }
 }
 
-/// The loop nest for an output of so many rows.
+/// The regime of a sum whose output has `rows` rows.
 fn regime<E>(rows: usize, terms: &[Product<'_, E>]) -> Regime {
     let dots = terms.iter().any(|term| term.rhs.transposed());
-    // Dot products are made of lines that are contiguous along the depth on both sides.
+    // A dot product needs both sides contiguous along the depth.
     let crossed = terms.iter().any(|term| term.lhs.transposed() && term.rhs.transposed());
     plan::regime(rows, dots, crossed)
 }
 
 /// The plan of `lhs·rhsᵀ`, `lhs m×k`, `rhs n×k`, in words.
 pub(super) fn explain<E: Float>(engine: &Engine, m: usize, k: usize, n: usize) -> String {
-    match (plan::regime(m, true, false), pairs::unit(engine).filter(|_| kept::same::<E, bf16>())) {
-        (Regime::Skinny, _) => format!("skinny: dot products, {} columns a task", plan::DOTS),
+    match (plan::regime(m, true, false), bf16_pairs::unit(engine).filter(|_| prepack::is_same::<E, bf16>())) {
+        (Regime::Skinny, _) => format!("skinny: dot products, {} columns in each task", plan::DOT_COLS),
         (Regime::Blocked, Some(unit)) => blocked::explain(engine, unit, k, n),
         (Regime::Blocked, None) => blocked::explain(engine, Fma, k, n),
     }
 }
 
-/// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the type of the output.
+/// `out = init + Σ scale·lhs·rhs`, summed in `f32` and rounded once to the element type of the output.
 pub(super) fn sum_of_products<E: Float, O: Float>(
     engine: &Engine,
     out: Output<'_, O>,
@@ -307,20 +308,22 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
         debug_assert_eq!(term.lhs.cols(), term.rhs.rows());
     }
     if out.is_empty() {
-        return Ok(()); // whose other side, or whose depth, may be any number
+        return Ok(()); // its other dimension and the depth may be of any size
     }
     if let (Init::Output, [term]) = (init, terms)
-        && term.depth() <= SHALLOW_DEPTH
+        && term.depth() <= RANK_K_DEPTH
     {
-        return shallow::run(engine, out, term);
+        return rank_k_update::run(engine, out, term);
     }
     match regime(out.rows(), terms) {
         Regime::Blocked => {
-            if let Some(sum) = pairs::Sum::of(engine, init, terms) {
+            if let Some(sum) = bf16_pairs::Sum::of(engine, init, terms) {
                 return sum.run(engine, out);
             }
             match terms {
-                [base, update] if pairs::Sum::of(engine, init, &[*base]).is_some() => apart(engine, out, init, [*base, *update]),
+                [base, update] if bf16_pairs::Sum::of(engine, init, &[*base]).is_some() => {
+                    sum_separately(engine, out, init, [*base, *update])
+                }
                 _ => blocked::run(engine, Fma, out, init, terms),
             }
         }
@@ -328,9 +331,14 @@ pub(super) fn sum_of_products<E: Float, O: Float>(
     }
 }
 
-/// `out = init + Σ scale·lhs·rhs` of two products that different units make, the first as it would be made by itself: both are summed
-/// in `f32` memory, and rounded once.
-fn apart<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, init: Init<'_, E>, terms: [Product<'_, E>; 2]) -> Result<()> {
+/// `out = init + Σ scale·lhs·rhs` of two products that different units compute: both are summed in `f32` scratch memory, which
+/// is rounded once. So the sum over the base weights has the same order as without the second product.
+fn sum_separately<E: Float, O: Float>(
+    engine: &Engine,
+    out: Output<'_, O>,
+    init: Init<'_, E>,
+    terms: [Product<'_, E>; 2],
+) -> Result<()> {
     let (rows, cols) = (out.rows(), out.cols());
     let mut sums = engine.scratch.take(rows * cols)?;
     for (term, init) in terms.into_iter().zip([Init::Zero, Init::Output]) {
@@ -339,7 +347,8 @@ fn apart<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, init: Init<'_,
     store(engine, Matrix::new(&sums, rows, cols), out, init)
 }
 
-/// [`LowRank`], and [`Outer`] if it is asked for, with `lhs` read once where it pays.
+/// `h = a_scale·lhs·a`, `out = init + lhs·w + b_scale·h·b`, and with `outer` also `outer.out = scale·lhsᵀ·outer.rhs`. In the
+/// blocked regime `lhs` is packed once for all of them.
 pub(super) fn low_rank<E: Float, O: Float>(
     engine: &Engine,
     op: LowRank<'_, E>,
@@ -348,28 +357,28 @@ pub(super) fn low_rank<E: Float, O: Float>(
     init: Init<'_, E>,
     mut outer: Option<Outer<'_>>,
 ) -> Result<()> {
-    let lhs = Factor::Stored(op.lhs);
+    let lhs = Factor::Elem(op.lhs);
     if h.is_empty() && out.is_empty() {
         return outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer));
     }
-    if regime(out.rows(), &[op.narrowed(), op.base()]) == Regime::Blocked {
-        if let Some(unit) = pairs::unit(engine)
+    if regime(out.rows(), &[op.h_product(), op.base()]) == Regime::Blocked {
+        if let Some(unit) = bf16_pairs::unit(engine)
             && let (Some(op), Some(init)) = (op.as_bf16(), init.as_bf16())
         {
-            let mut wide = outer.as_mut().map(|outer| outer.left(engine, lhs)).transpose()?;
-            return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut wide) {
-                (Some(outer), Some(wide)) => outer.pack_and_add(engine, lhs, wide, rows),
+            let mut packed = outer.as_mut().map(|outer| outer.allocate_lhs(engine, lhs)).transpose()?;
+            return blocked::run_low_rank(engine, unit, h, out, init, op, |_, rows| match (&mut outer, &mut packed) {
+                (Some(outer), Some(packed)) => outer.pack_and_add(engine, lhs, packed, rows),
                 _ => Ok(()),
             });
         }
-        if pairs::unit(engine).is_none() || !kept::same::<E, bf16>() {
+        if bf16_pairs::unit(engine).is_none() || !prepack::is_same::<E, bf16>() {
             return blocked::run_low_rank(engine, Fma, h, out, init, op, |left, rows| match &mut outer {
                 Some(outer) => outer.add(engine, left, rows),
                 None => Ok(()),
             });
         }
     }
-    sum_of_products(engine, h.reborrow(), Init::Zero, &[op.narrowed()])?;
+    sum_of_products(engine, h.reborrow(), Init::Zero, &[op.h_product()])?;
     let rows = h.rows();
     sum_of_products(engine, out, init, &[op.base(), op.update(h.data(), rows)])?;
     outer.map_or(Ok(()), |outer| outer_product(engine, lhs, outer))
@@ -386,7 +395,7 @@ pub(super) fn outer_product<E: Float>(engine: &Engine, lhs: Factor<'_, E>, outer
     blocked::run_outer(engine, lhs, outer)
 }
 
-/// `line = init + sums`, rounded: the one place where a tile meets the edge of the output. `line` begins at column `col`.
+/// `line = init + sums`, rounded, for the part of an output row that starts at column `col`. It may end within a vector.
 #[inline(always)]
 fn finish<S: Simd, E: Float, O: Float>(s: S, sums: &[Lanes<f32>], init: Init<'_, E>, col: usize, line: &mut [O]) {
     let (whole, rest) = line.as_chunks_mut::<LANES>();
@@ -436,8 +445,8 @@ impl<E: Float, O: Float> Kernel for Store<'_, '_, E, O> {
     }
 }
 
-/// `x` as vectors, `rows` of them side by side for each step of sixteen columns; see [`pack::Interleave`].
-pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<Taken<'e>> {
+/// All rows of a matrix interleaved, a vector of each in turn; see [`pack::Interleave`].
+pub(super) fn interleave<'e, T: Float>(engine: &'e Engine, lines: Matrix<'_, T>) -> Result<ScratchGuard<'e>> {
     let mut to = engine.scratch.take(lines.rows * lines.cols.next_multiple_of(LANES))?;
     if !to.is_empty() {
         engine.unit.run(pack::Interleave { lines, first: 0, width: lines.rows, to: to.as_chunks_mut().0 });

@@ -1,11 +1,12 @@
-//! `out = scale·lhsᵀ·rhs`, with few columns: made from the left side of a product while it is packed, so that it is read once.
+//! `out = scale·lhsᵀ·rhs` with few columns, such as `dB = scale·dyᵀ·h`. It reads the left panels that another product, `dx = dy·W`, has
+//! packed, so `lhs` is read from memory once for both.
 //!
-//! A panel holds `MR` rows of `lhs` for each step of the depth, which is a row of the output here:
+//! A panel holds `MR` rows of `lhs`. A step of the depth of the other product is a row of the output here:
 //!
 //! ```text
 //! for each part of the output's rows                    (parallel)
 //!   for each sixteen columns
-//!     for each panel: its MR rows of rhs stay in registers
+//!     for each panel: the MR rows of rhs that belong to it stay in registers
 //!       for each row p of the output: sums[p] += Σ_i panel[p][i]·rhs[i]
 //! ```
 
@@ -14,16 +15,16 @@ use std::ops::Range;
 use super::super::Engine;
 use super::super::simd::{Kernel, LANES, Simd};
 use super::depth::Depth;
-use super::left::Left;
 use super::micro::Fma;
+use super::packed_lhs::PackedLhs;
 use super::{Block, Factor, Matrix, Output, Parts, Product};
 use crate::element::Float;
 use crate::error::Result;
 
-/// Rows of the output that a task takes: their sums (32 KiB) stay near.
+/// Rows of the output in a task: 16 columns of their sums take 32 KiB.
 const STEPS: usize = 512;
 
-/// `out = scale·lhsᵀ·rhs`, `lhs m×n`, `rhs m×r`, `out n×r`, beside a product with `lhs` on its left side
+/// `out = scale·lhsᵀ·rhs`, `lhs m×n`, `rhs m×r`, `out n×r`; `lhs` is the left side of another product
 pub(in super::super) struct Outer<'a> {
     pub(in super::super) scale: f32,
     pub(in super::super) rhs: Matrix<'a, f32>,
@@ -31,20 +32,20 @@ pub(in super::super) struct Outer<'a> {
 }
 
 impl Outer<'_> {
-    /// Room for a chunk of `lhs`, where no other product packs it.
-    pub(super) fn left<'e, E: Float>(&mut self, engine: &'e Engine, lhs: Factor<'_, E>) -> Result<Left<'e, Fma>> {
+    /// Memory for packed rows of `lhs`, for where the other product does not pack them as `f32`. Without rows, `out` is zero.
+    pub(super) fn allocate_lhs<'e, E: Float>(&mut self, engine: &'e Engine, lhs: Factor<'_, E>) -> Result<PackedLhs<'e, Fma>> {
         if lhs.rows() == 0 {
             self.out.data().fill(0.0);
         }
-        Left::new(engine, Fma, lhs.rows(), Depth::new::<Fma>(lhs.cols(), 0))
+        PackedLhs::new(engine, Fma, lhs.rows(), Depth::new::<Fma>(lhs.cols(), 0))
     }
 
-    /// Packs these rows of `lhs`, and adds what they give.
+    /// Packs a chunk of rows of `lhs` and [adds](Self::add) it.
     pub(super) fn pack_and_add<E: Float>(
         &mut self,
         engine: &Engine,
         lhs: Factor<'_, E>,
-        left: &mut Left<'_, Fma>,
+        left: &mut PackedLhs<'_, Fma>,
         rows: Range<usize>,
     ) -> Result<()> {
         let term = Product { scale: 1.0, lhs, rhs: lhs }; // only its left side is read
@@ -52,8 +53,8 @@ impl Outer<'_> {
         self.add(engine, left, rows)
     }
 
-    /// Adds what these rows of `lhs`, packed in `left`, give; the first of them begin the sum.
-    pub(super) fn add(&mut self, engine: &Engine, left: &Left<'_, Fma>, rows: Range<usize>) -> Result<()> {
+    /// `out += scale·lhsᵀ·rhs` over the given rows of `lhs`, which are packed in `left`. The chunk from row 0 overwrites `out`.
+    pub(super) fn add(&mut self, engine: &Engine, left: &PackedLhs<'_, Fma>, rows: Range<usize>) -> Result<()> {
         let (out, rhs, scale) = (self.out.reborrow(), self.rhs, self.scale);
         let down = Parts::new(out.rows(), 1, STEPS, engine.threads());
         let across = Parts::new(out.cols(), out.cols().max(1), out.cols(), 1);
@@ -66,7 +67,7 @@ impl Outer<'_> {
 
 struct Task<'a, 'o> {
     block: Block<'o, f32>,
-    left: &'a Left<'a, Fma>,
+    left: &'a PackedLhs<'a, Fma>,
     rows: Range<usize>,
     rhs: Matrix<'a, f32>,
     scale: f32,

@@ -1,5 +1,5 @@
-//! The output of a sum, cut into blocks that tasks write side by side.
-#![allow(unsafe_code, reason = "a block of a matrix is not a slice: its rows lie apart, with other blocks between them")]
+//! The output of a sum, cut into blocks that tasks write in parallel.
+#![allow(unsafe_code, reason = "a block of a matrix is not a slice: parts of other blocks lie between its rows")]
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -7,12 +7,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::super::Engine;
-use super::super::few::few;
+use super::super::small_work::is_small_product;
 use crate::error::Result;
 
-/// The matrix to write.
+/// A matrix to be written.
 pub(in super::super) struct Output<'a, O> {
-    /// From the first element on.
+    /// Starts with the first element.
     data: &'a mut [O],
     rows: usize,
     cols: usize,
@@ -26,7 +26,8 @@ impl<'a, O> Output<'a, O> {
         Self::strided(data, rows, cols, cols)
     }
 
-    /// `rows × cols`, whose rows begin `stride` elements after one another; what lies between them is not written.
+    /// `rows × cols`, row-major, with `stride` elements from the start of a row to that of the next. Elements between the rows
+    /// are not written.
     pub(in super::super) fn strided(data: &'a mut [O], rows: usize, cols: usize, stride: usize) -> Self {
         let span = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * stride + cols };
         assert!(span <= data.len() && (rows <= 1 || cols <= stride)); // what the unsafe code below relies on
@@ -45,18 +46,18 @@ impl<'a, O> Output<'a, O> {
         self.rows == 0 || self.cols == 0
     }
 
-    /// All elements, row by row, of an output whose rows follow one another.
+    /// All elements, row by row, of a contiguous output.
     pub(super) fn data(&mut self) -> &mut [O] {
         assert!(self.rows <= 1 || self.stride == self.cols);
         &mut self.data[..self.rows * self.cols]
     }
 
-    /// The same matrix, for a shorter time.
+    /// The matrix, borrowed from this one.
     pub(in super::super) fn reborrow(&mut self) -> Output<'_, O> {
         Output { data: self.data, rows: self.rows, cols: self.cols, stride: self.stride }
     }
 
-    /// Some of its rows.
+    /// A range of its rows.
     pub(super) fn rows_of(&mut self, rows: Range<usize>) -> Output<'_, O> {
         assert!(rows.end <= self.rows);
         let first = if rows.is_empty() || self.cols == 0 { 0 } else { rows.start * self.stride };
@@ -65,8 +66,8 @@ impl<'a, O> Output<'a, O> {
 }
 
 impl<O: Send> Output<'_, O> {
-    /// Calls `task` once for each block where a part of the rows meets a part of the columns, on as many threads as there are,
-    /// or on this one if products so deep are little work.
+    /// Calls `task` once for each block, a part of the rows (`down`) by a part of the columns (`across`). Blocks run in
+    /// parallel, unless a product of this size and depth is [small work](is_small_product).
     pub(super) fn for_each_block(
         self,
         engine: &Engine,
@@ -78,7 +79,7 @@ impl<O: Send> Output<'_, O> {
         assert!(down.len == self.rows && across.len == self.cols);
         let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.stride);
         let blocks = (0..down.parts * across.parts).into_par_iter();
-        engine.alone_if(few(self.rows, self.cols, depth)).try_each(blocks, |i| {
+        engine.sequential_if(is_small_product(self.rows, self.cols, depth)).try_each(blocks, |i| {
             let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));
             if rows.is_empty() || cols.is_empty() {
                 return Ok(());
@@ -96,7 +97,7 @@ struct Corner<O>(*mut O);
 // SAFETY: tasks only make blocks of it, which do not overlap; an element is sent to the task that owns its block.
 unsafe impl<O: Send> Sync for Corner<O> {}
 
-/// A rectangle of the output, the property of one task.
+/// A rectangle of the output, which one task owns.
 pub(super) struct Block<'a, O> {
     first: *mut O,
     stride: usize,
@@ -106,7 +107,7 @@ pub(super) struct Block<'a, O> {
 }
 
 impl<'a, O> Block<'a, O> {
-    /// A block with memory of its own, as long as `rows × cols`.
+    /// A block in memory of its own, of `rows × cols` elements.
     pub(super) fn over(data: &'a mut [O], rows: Range<usize>, cols: Range<usize>) -> Self {
         assert_eq!(data.len(), rows.len() * cols.len());
         Self { first: data.as_mut_ptr(), stride: cols.len(), rows, cols, lent: PhantomData }
@@ -120,19 +121,19 @@ impl<'a, O> Block<'a, O> {
         Self { first, stride, rows, cols, lent: PhantomData }
     }
 
-    /// Which rows of the output it has.
+    /// The rows of the output that it covers.
     #[inline(always)]
     pub(super) fn rows(&self) -> Range<usize> {
         self.rows.clone()
     }
 
-    /// Which columns.
+    /// The columns of the output that it covers.
     #[inline(always)]
     pub(super) fn cols(&self) -> Range<usize> {
         self.cols.clone()
     }
 
-    /// What it has of a row; `row` counts from the block's first.
+    /// The block's part of a row; `row` is counted from the first row of the block.
     #[inline(always)]
     pub(super) fn line(&mut self, row: usize) -> &mut [O] {
         assert!(row < self.rows.len());
@@ -142,7 +143,7 @@ impl<'a, O> Block<'a, O> {
 }
 
 impl<O> Block<'_, O> {
-    /// What it has of N rows, from `row` on.
+    /// The block's parts of N rows, from `row` on.
     #[inline(always)]
     pub(super) fn lines<const N: usize>(&mut self, row: usize) -> [&mut [O]; N] {
         assert!(row + N <= self.rows.len() && self.cols.len() <= self.stride);
@@ -153,7 +154,7 @@ impl<O> Block<'_, O> {
     }
 }
 
-/// Indices cut into about equal parts, each a whole number of `unit`s but for the last.
+/// A range of indices cut into about equal parts. Each part but the last is a multiple of `unit` long.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Parts {
     len: usize,
@@ -162,24 +163,25 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// As few as keep each at `most` indices or fewer (a unit at least), then as many more as make them a multiple of `times`.
-    pub(super) fn new(len: usize, unit: usize, most: usize, times: usize) -> Self {
+    /// The fewest parts of at most `max_len` indices (at least a unit) each, their number rounded up to a multiple of
+    /// `multiple_of`.
+    pub(super) fn new(len: usize, unit: usize, max_len: usize, multiple_of: usize) -> Self {
         let units = len.div_ceil(unit);
-        let parts = units.div_ceil((most / unit).max(1));
-        Self { len, unit, parts: parts.next_multiple_of(times).clamp(1, units.max(1)) }
+        let parts = units.div_ceil((max_len / unit).max(1));
+        Self { len, unit, parts: parts.next_multiple_of(multiple_of).clamp(1, units.max(1)) }
     }
 
-    /// How many there are.
+    /// Number of parts.
     pub(super) fn count(self) -> usize {
         self.parts
     }
 
-    /// The indices of the longest part, rounded up to units.
+    /// The length of the longest part, rounded up to a multiple of `unit`.
     pub(super) fn longest(self) -> usize {
         self.len.div_ceil(self.unit).div_ceil(self.parts) * self.unit
     }
 
-    /// Part `i`: it begins where the one before it ends.
+    /// Part `i`.
     pub(super) fn part(self, i: usize) -> Range<usize> {
         let units = self.len.div_ceil(self.unit);
         let (each, more) = (units / self.parts, units % self.parts); // the first parts have one more
@@ -213,12 +215,12 @@ mod tests {
 
         #[test]
         fn blocks_cover_the_output_once(
-            rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9, alone in any::<bool>(),
+            rows in 0usize..30, cols in 0usize..30, height in 1usize..9, width in 1usize..9, sequential in any::<bool>(),
         ) {
             let cpu = Cpu::<f32>::new().unwrap();
             let mut data = vec![0u32; rows * cols];
             let (down, across) = (Parts::new(rows, 2, height, 1), Parts::new(cols, 3, width, 2));
-            Output::new(&mut data, rows, cols).for_each_block(&cpu.engine(alone), down, across, rows, |mut block| {
+            Output::new(&mut data, rows, cols).for_each_block(&cpu.engine(sequential), down, across, rows, |mut block| {
                 for i in 0..block.rows().len() {
                     let (row, first) = (block.rows().start + i, block.cols().start);
                     for (j, to) in block.line(i).iter_mut().enumerate() {

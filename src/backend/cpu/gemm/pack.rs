@@ -1,8 +1,8 @@
-//! Packing: copies in the order in which a kernel reads them.
+//! Packing: copies an operand into panels, in the order in which a micro-kernel reads it.
 //!
-//! A panel runs along the depth of all terms, laid end to end. It holds `width` numbers (rows of the left side, columns of the
-//! right) for each step of the depth. Edges are filled with zeros up to a whole panel, so the tile has no edges. How the numbers
-//! lie within a panel is for the [`Micro`] to say; here is how those of `f32` do, step by step.
+//! A panel holds `width` *lines*, rows of the left side or columns of the right side, along the depth of all terms end to end.
+//! Panels of `f32` are stored step by step: for each step of the depth, one number of each line. (The layout of other panels is
+//! up to their [`Micro`]-kernel.) Panels at the edge are filled up with zeros, so the micro-kernel has no edge cases.
 
 use std::ops::Range;
 
@@ -11,16 +11,16 @@ use super::micro::Micro;
 use super::{Factor, Matrix, Product};
 use crate::element::Float;
 
-/// Which side of the products.
+/// A side of the products.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Side {
     /// Panels of rows.
     Left,
-    /// Panels of columns, multiplied with the scale of their term.
+    /// Panels of columns, multiplied by the scale of their term.
     Right,
 }
 
-/// Packs neighbouring panels, the first of which begins at line `first`, for a range of the depth that runs through all terms.
+/// Packs consecutive panels, starting with line `first`, for a range of the depth of all terms.
 pub(super) struct Panels<'a, E, M: Micro> {
     pub(super) micro: M,
     pub(super) side: Side,
@@ -28,7 +28,7 @@ pub(super) struct Panels<'a, E, M: Micro> {
     pub(super) depth: Range<usize>,
     pub(super) first: usize,
     pub(super) width: usize,
-    /// From where a panel is written to where the next one is.
+    /// Numbers from the start of a panel to that of the next, in `to`.
     pub(super) stride: usize,
     pub(super) to: &'a mut [M::Number],
 }
@@ -45,22 +45,22 @@ impl<E: Float, M: Micro> Kernel for Panels<'_, E, M> {
             let within = depth.start.clamp(start, end) - start..depth.end.clamp(start, end) - start;
             let len = width * within.len();
             let part = Part { depth: within, first, width, stride, to: to.get_mut(at..).unwrap_or_default() };
-            // Both sides are seen as `panel line × depth`, so the right side is turned.
+            // `pack` takes matrices `lines × depth`, so the right side is transposed.
             match (side, term.lhs, term.rhs) {
-                (Side::Left, Factor::Stored(m), _) => micro.pack(s, side, part, m, 1.0),
-                (Side::Left, Factor::Wide(m), _) => micro.pack(s, side, part, m, 1.0),
-                (Side::Right, _, Factor::Stored(m)) => micro.pack(s, side, part, m.t(), term.scale),
-                (Side::Right, _, Factor::Wide(m)) => micro.pack(s, side, part, m.t(), term.scale),
+                (Side::Left, Factor::Elem(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Left, Factor::F32(m), _) => micro.pack(s, side, part, m, 1.0),
+                (Side::Right, _, Factor::Elem(m)) => micro.pack(s, side, part, m.t(), term.scale),
+                (Side::Right, _, Factor::F32(m)) => micro.pack(s, side, part, m.t(), term.scale),
             }
             (start, at) = (end, at + len);
         }
     }
 }
 
-/// Runs of a turned side that are asked for ahead: a few KiB.
+/// Steps of the depth ahead that are prefetched, where each step is a contiguous run of its own.
 const RUNS_AHEAD: usize = 8;
 
-/// What one term gives to neighbouring panels: `to[panel][p][i] = scale·lines[first + panel·width + i][p]`.
+/// The part of consecutive panels that one term fills: `to[panel][p][i] = scale·lines[first + panel·width + i][p]`.
 pub(super) struct Part<'a, N> {
     pub(super) depth: Range<usize>,
     pub(super) first: usize,
@@ -80,21 +80,21 @@ impl Part<'_, f32> {
             for (panel, to) in to.chunks_mut(stride).enumerate() {
                 let (first, to) = (first + panel * width, &mut to[..width * depth.len()]);
                 if S::REGISTERS < 32 {
-                    transpose(s, lines, scale, depth.clone(), first, width, to);
+                    transpose_eights(s, lines, scale, depth.clone(), first, width, to);
                     continue;
                 }
                 for i in (0..width).step_by(LANES) {
-                    turn(s, lines, scale, depth.clone(), first + i, (i, width), to);
+                    transpose_sixteen(s, lines, scale, depth.clone(), first + i, (i, width), to);
                 }
             }
             return;
         }
-        // Lines are columns in memory: a step of the depth is one run, cut into pieces for the panels.
+        // Lines are columns in memory: each step of the depth is a contiguous run, which is cut into pieces for the panels.
         let last = lines.rows.min(first + to.len().div_ceil(stride) * width);
         let end = width * depth.len();
         for (step, p) in depth.enumerate() {
             let run = &lines.run(p)[first..last];
-            // The next runs lie in other pages, where no hardware looks ahead.
+            // The next runs may lie in other pages, which hardware does not prefetch.
             for at in (0..run.len()).step_by(64 / size_of::<T>()) {
                 s.prefetch(run, RUNS_AHEAD * lines.stride + at);
             }
@@ -105,8 +105,8 @@ impl Part<'_, f32> {
     }
 }
 
-/// `to[..width] = scale·from`; what is missing is zeros. Whole vectors are written: what they write beyond the step belongs to
-/// the steps that follow, which overwrite it.
+/// `to[..width] = scale·from`, filled up with zeros. The last vector may also write into the steps behind this one, which are
+/// packed later and overwrite that.
 #[inline(always)]
 fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, width: usize, to: &mut [f32]) {
     let factor = s.splat(scale);
@@ -118,13 +118,13 @@ fn copy_scaled<S: Simd, T: Float>(s: S, from: &[T], scale: f32, width: usize, to
     }
 }
 
-/// `to[p][i] = scale·lines[first + i][p]` for the `width` lines of a panel, which are contiguous along the depth; what is missing is
-/// zeros.
+/// `to[p][i] = scale·lines[first + i][p]` for the `width` lines of a panel, which are contiguous along the depth; missing lines
+/// are zeros.
 ///
-/// Eight lines at a time, the last ones first: where fewer than eight are left of the panel, the vectors that are written end in the
-/// first lines of the next step, which are written after them.
+/// Eight lines at a time, from the last lines to the first. The vectors of a group with fewer than eight lines reach into the
+/// first lines of the next step; the groups that follow overwrite those.
 #[inline(always)]
-fn transpose<S: Simd, T: Float>(
+fn transpose_eights<S: Simd, T: Float>(
     s: S,
     lines: Matrix<'_, T>,
     scale: f32,
@@ -135,26 +135,27 @@ fn transpose<S: Simd, T: Float>(
 ) {
     for at in (0..width).step_by(8).rev() {
         let to = &mut to[at..];
-        let there = lines.rows.saturating_sub(first + at).min(8).min(width - at);
-        if there > 0 {
+        let present = lines.rows.saturating_sub(first + at).min(8).min(width - at);
+        if present > 0 {
             let mut eight = [&lines.run(first + at)[depth.clone()]; 8];
-            for i in 1..there {
+            for i in 1..present {
                 eight[i] = &lines.run(first + at + i)[depth.clone()];
             }
             s.transpose_lines(eight, scale, to, width);
         }
-        for i in there..8.min(width - at) {
+        for i in present..8.min(width - at) {
             to[i..].iter_mut().step_by(width).for_each(|number| *number = 0.0);
         }
     }
 }
 
-/// Turns up to sixteen lines that are contiguous along the depth, from `first` on: sixteen steps of the depth at a time, in
-/// registers. They become columns `at` and following of a panel `width` wide; what is missing is zeros.
+/// `to[p][at + i] = scale·lines[first + i][p]` for up to sixteen lines that are contiguous along the depth: blocks of 16×16 are
+/// transposed in registers. Missing lines are zeros.
 ///
-/// A panel narrower than sixteen is written in overlapping vectors, each putting right what the one before it wrote too much.
+/// A panel narrower than sixteen is written with overlapping stores: each overwrites what the one before it wrote beyond its
+/// step.
 #[inline(always)]
-fn turn<S: Simd, T: Float>(
+fn transpose_sixteen<S: Simd, T: Float>(
     s: S,
     lines: Matrix<'_, T>,
     scale: f32,
@@ -164,20 +165,20 @@ fn turn<S: Simd, T: Float>(
     to: &mut [f32],
 ) {
     let factor = s.splat(scale);
-    let there = lines.rows.saturating_sub(first).min(width - at).min(LANES);
+    let present = lines.rows.saturating_sub(first).min(width - at).min(LANES);
     for (to, p) in to.chunks_mut(width * LANES).zip(depth.clone().step_by(LANES)) {
         let mut numbers = [s.splat(0.0); LANES];
-        if there == LANES && depth.end - p >= LANES {
+        if present == LANES && depth.end - p >= LANES {
             for i in 0..LANES {
                 numbers[i] = s.mul(s.widen_at(&lines.run(first + i)[p..p + LANES], 0), factor);
             }
         } else {
-            for i in 0..there {
+            for i in 0..present {
                 numbers[i] = s.mul(s.widen_at(&lines.run(first + i)[p..depth.end.min(p + LANES)], 0), factor);
             }
         }
-        let turned = s.transpose(numbers);
-        for (p, numbers) in turned.into_iter().enumerate().take(to.len() / width) {
+        let transposed = s.transpose(numbers);
+        for (p, numbers) in transposed.into_iter().enumerate().take(to.len() / width) {
             let to = &mut to[p * width + at..];
             let len = if at == 0 { to.len() } else { width - at };
             s.narrow_to(numbers, &mut to[..len.min(LANES)]);
@@ -185,13 +186,13 @@ fn turn<S: Simd, T: Float>(
     }
 }
 
-/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `first + i`; what is missing is
-/// zeros.
+/// Interleaves lines that are contiguous along the depth: `to[v·width + i]` is vector `v` of line `first + i`; missing lines
+/// are zeros.
 ///
-/// Lines a few KiB long and read side by side would meet in the same few sets of the cache.
+/// Without it, lines whose distance is a multiple of 4 KiB would compete for the same sets of L1 when they are read together.
 pub(super) struct Interleave<'a, T> {
     pub(super) lines: Matrix<'a, T>,
-    /// Which line is the first.
+    /// The first line.
     pub(super) first: usize,
     pub(super) width: usize,
     pub(super) to: &'a mut [Lanes<f32>],

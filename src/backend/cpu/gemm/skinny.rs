@@ -1,17 +1,24 @@
-//! Few rows: the left side is small, and the work is to read the right side once. Only the left side is packed.
+//! The skinny regime: the output has few rows, so most of the time goes into reading the right side, the weight, once. Only the left
+//! side is packed.
 //!
-//! The weights are contiguous either along the depth (`x·Wᵀ`: each output is a dot product) or along the output (`dy·W`:
-//! each row of `W`, times a number, is added to the output). A task owns a block of columns and sums it in `f32` beside the
-//! output, through all terms, before it rounds.
+//! ```text
+//! pack the left side of each term
+//! for each block of columns                            (parallel)
+//!   sums[rows × columns] = 0, in f32, in L1
+//!   for each term
+//!     K-major weight (x·Wᵀ):  sums[i][j] += dot product of row i of x and row j of W       (dots.rs)
+//!     N-major weight (dy·W):  sums[i]    += dy[i][p] · row p of W, for each p              (axpy.rs)
+//!   output = init + sums, rounded once
+//! ```
 
 use std::ops::Range;
 
 use super::super::Engine;
-use super::super::scratch::Taken;
+use super::super::scratch::ScratchGuard;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 use super::micro::Fma;
 use super::pack::{Interleave, Panels, Side};
-use super::plan::{self, DOT_ROWS, DOTS, SKINNY_ROWS, SUMS};
+use super::plan::{self, AXPY_SUMS, DOT_COLS, DOT_ROWS, SKINNY_ROWS};
 use super::{Block, Factor, Init, Matrix, Output, Parts, Product, narrow};
 use crate::element::Float;
 use crate::error::Result;
@@ -26,8 +33,8 @@ pub(super) fn run<E: Float, O: Float>(
     if let [term] = terms
         && is_narrow(term)
     {
-        let (rhs, depth) = (narrow::turned(engine, term.rhs)?, term.depth());
-        let rhs = Factor::Wide(Matrix::new(&rhs, out.cols(), depth).t());
+        let (rhs, depth) = (narrow::transposed(engine, term.rhs)?, term.depth());
+        let rhs = Factor::F32(Matrix::new(&rhs, out.cols(), depth).t());
         return run(engine, out, init, &[Product { rhs, ..*term }]);
     }
     let left = |i: usize| terms.get(i).map(|term| pack_left(engine, term)).transpose();
@@ -35,23 +42,29 @@ pub(super) fn run<E: Float, O: Float>(
     let dots = terms.iter().any(|term| term.rhs.transposed());
     let down = Parts::new(out.rows(), SKINNY_ROWS, SKINNY_ROWS, 1);
     let height = down.longest().min(out.rows());
-    let width = if dots { DOTS } else { plan::run(engine.unit.run(Registers), height, out.cols(), engine.threads()) };
+    let width = if dots { DOT_COLS } else { plan::axpy_cols(engine.unit.run(Registers), height, out.cols(), engine.threads()) };
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
-    out.for_each_block(engine, down, across, depth, |block| {
-        engine.unit.run(Columns { block, init, terms, lefts: &lefts });
+    out.for_each_block(engine, down, across, depth, |out| {
+        // The sums of dot products are fewer, and an array that is too long would have to be zeroed.
+        if out.rows().len() * out.cols().len().div_ceil(LANES) <= DOT_ROWS * DOT_COLS / LANES {
+            block(engine, out, init, terms, &lefts, &mut [[0.0; LANES]; DOT_ROWS * DOT_COLS / LANES]);
+        } else {
+            block(engine, out, init, terms, &lefts, &mut [[0.0; LANES]; AXPY_SUMS / LANES]);
+        }
         Ok(())
     })
 }
 
-/// Whether the lines of the right side are shorter than a vector, and dot products are long.
+/// True if the right side is N-major with fewer columns than a vector has lanes, and the depth is longer: its transpose has
+/// long rows.
 fn is_narrow<E: Float>(term: &Product<'_, E>) -> bool {
     !term.rhs.transposed() && !term.lhs.transposed() && term.rhs.cols() < LANES && term.depth() >= LANES
 }
 
-/// The left side: for dot products interleaved, a group of lines after the other, else a panel with all rows side by side,
-/// multiplied with the scale.
-fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<Taken<'e>> {
+/// Packs the left side: for dot products as groups of [interleaved](Interleave) rows, otherwise as one panel of all rows,
+/// multiplied by the scale.
+fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<ScratchGuard<'e>> {
     let (unit, rows, depth) = (engine.unit, term.lhs.rows(), term.depth());
     if !term.rhs.transposed() {
         let mut left = engine.scratch.take(rows * depth)?;
@@ -71,20 +84,20 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
         }
         return Ok(left);
     }
-    let width = plan::together(unit.run(Registers), rows);
+    let width = plan::dot_rows(unit.run(Registers), rows);
     let group = width * depth.next_multiple_of(LANES);
     let mut left = engine.scratch.take(rows.div_ceil(width) * group)?;
     for (first, to) in (0..rows).step_by(width).zip(left.chunks_exact_mut(group.max(1))) {
         let to = to.as_chunks_mut().0;
         match term.lhs {
-            Factor::Stored(lines) => unit.run(Interleave { lines, first, width, to }),
-            Factor::Wide(lines) => unit.run(Interleave { lines, first, width, to }),
+            Factor::Elem(lines) => unit.run(Interleave { lines, first, width, to }),
+            Factor::F32(lines) => unit.run(Interleave { lines, first, width, to }),
         }
     }
     Ok(left)
 }
 
-/// How many vectors the unit's registers hold.
+/// The number of vectors that the registers of the unit hold.
 struct Registers;
 
 impl Kernel for Registers {
@@ -95,49 +108,69 @@ impl Kernel for Registers {
     }
 }
 
-struct Columns<'a, 'o, E, O> {
-    block: Block<'o, O>,
-    init: Init<'a, E>,
-    terms: &'a [Product<'a, E>],
-    lefts: &'a [Option<Taken<'a>>; 2],
+/// One block of the output. The loops over the weight are a kernel for each element type of a weight, whatever that of the output is: they
+/// are large, and compiled for every vector unit.
+fn block<E: Float, O: Float>(
+    engine: &Engine,
+    block: Block<'_, O>,
+    init: Init<'_, E>,
+    terms: &[Product<'_, E>],
+    lefts: &[Option<ScratchGuard<'_>>; 2],
+    lanes: &mut [Lanes<f32>],
+) {
+    let mut sums = Sums::new(lanes, block.rows().len(), block.cols());
+    for (term, left) in terms.iter().zip(lefts.iter().flatten()) {
+        let (sums, scale) = (&mut sums, term.scale);
+        match term.rhs {
+            Factor::Elem(rhs) => engine.unit.run(AddProduct { sums, scale, left, rhs }),
+            Factor::F32(rhs) => engine.unit.run(AddProduct { sums, scale, left, rhs }),
+        }
+    }
+    engine.unit.run(Finish { sums, block, init });
 }
 
-impl<E: Float, O: Float> Kernel for Columns<'_, '_, E, O> {
+/// `sums += scale·left·rhs`
+struct AddProduct<'a, 's, R> {
+    sums: &'a mut Sums<'s>,
+    scale: f32,
+    left: &'a [f32],
+    rhs: Matrix<'a, R>,
+}
+
+impl<R: Float> Kernel for AddProduct<'_, '_, R> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { sums, scale, left, rhs } = self;
+        if rhs.transposed { sums.add_dots(s, scale, left.as_chunks().0, rhs) } else { sums.add_scaled_rows(s, left, rhs) }
+    }
+}
+
+/// `output = init + sums`, rounded once
+struct Finish<'s, 'o, 'a, E, O> {
+    sums: Sums<'s>,
+    block: Block<'o, O>,
+    init: Init<'a, E>,
+}
+
+impl<E: Float, O: Float> Kernel for Finish<'_, '_, '_, E, O> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        // Dot products have fewer columns: what is not there need not be zeroed.
-        if self.block.rows().len() * self.block.cols().len().div_ceil(LANES) <= DOT_ROWS * DOTS / LANES {
-            self.sum(s, &mut [[0.0; LANES]; DOT_ROWS * DOTS / LANES]);
-        } else {
-            self.sum(s, &mut [[0.0; LANES]; SUMS / LANES]);
-        }
-    }
-}
-
-impl<E: Float, O: Float> Columns<'_, '_, E, O> {
-    #[inline(always)]
-    fn sum<S: Simd>(&mut self, s: S, lanes: &mut [Lanes<f32>]) {
-        let mut sums = Sums::new(lanes, self.block.rows().len(), self.block.cols());
-        for (term, left) in self.terms.iter().zip(self.lefts.iter().flatten()) {
-            match term.rhs {
-                Factor::Stored(rhs) => sums.add_product(s, term.scale, left, rhs),
-                Factor::Wide(rhs) => sums.add_product(s, term.scale, left, rhs),
-            }
-        }
-        for (i, sums) in sums.lanes.chunks_exact(sums.vectors).enumerate() {
+        for (i, sums) in self.sums.lanes.chunks_exact(self.sums.vectors).enumerate() {
             super::finish(s, sums, self.init, self.block.cols().start, self.block.line(i));
         }
     }
 }
 
-/// The sums of a block of columns, each line a whole number of vectors.
+/// The sums of a block of columns, row by row, each row filled up to whole vectors.
 pub(super) struct Sums<'s> {
     pub(super) lanes: &'s mut [Lanes<f32>],
     pub(super) height: usize,
     pub(super) vectors: usize,
-    /// Which column of the output is the first.
+    /// First column of the block in the output.
     pub(super) first: usize,
     pub(super) width: usize,
 }
@@ -146,11 +179,5 @@ impl<'s> Sums<'s> {
     fn new(lanes: &'s mut [Lanes<f32>], height: usize, cols: Range<usize>) -> Self {
         let vectors = cols.len().div_ceil(LANES);
         Self { lanes: &mut lanes[..height * vectors], height, vectors, first: cols.start, width: cols.len() }
-    }
-
-    /// `sums += scale·left·rhs`
-    #[inline(always)]
-    fn add_product<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[f32], rhs: Matrix<'_, R>) {
-        if rhs.transposed { self.add_dots(s, scale, left.as_chunks().0, rhs) } else { self.add_lines(s, left, rhs) }
     }
 }

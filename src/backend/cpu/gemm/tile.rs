@@ -1,8 +1,8 @@
-//! The micro-kernel: a tile of the output stays in registers along the depth of a block.
+//! The micro-kernel of `f32`: a tile of the output stays in registers along the depth of a block.
 
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
 
-/// Rows of the unit's tile, and vectors in a row of it.
+/// Returns the rows of the unit's tile, and the vectors in each row.
 pub(super) struct Shape;
 
 impl Kernel for Shape {
@@ -13,21 +13,26 @@ impl Kernel for Shape {
     }
 }
 
-/// How many steps of the depth ahead each panel is asked for on AVX-512, where the right one comes from L2 for each tile, and the
-/// hardware alone fetches it late. A smaller tile finds one panel in L1 and reads few bytes of the other, and there these
-/// instructions only take the place of others: without them AVX2 is a fifth faster on a core that another thread shares.
+/// Steps of the depth ahead that panels are prefetched on AVX-512, where the right panel comes from L2 for each tile and
+/// hardware prefetching is too late. The smaller tile of other units has one panel in L1 and reads few bytes of the other, so
+/// prefetching only costs instructions: without it AVX2 is a fifth faster on a core with two threads.
 const LHS_AHEAD: usize = 16;
 const RHS_AHEAD: usize = 8;
-/// Steps of the depth between two tests for its end.
+/// Steps of the depth in an unrolled loop.
 pub(super) const UNROLL: usize = 4;
 
-/// `out[i][j] = Σ_p lhs[p][i]·rhs[p][j]`: `lhs` holds `MR` numbers for each p, `rhs` `NV` vectors, in two pieces one after the
-/// other.
+/// `out[i][j] = Σ_p lhs[p][i]·rhs[p][j]`: `lhs` holds `MR` numbers for each p, `rhs` `NV` vectors, in two pieces along the
+/// depth.
 ///
 /// Per step of the depth: NV loads, MR broadcasts, MR·NV multiply-adds on as many independent sums. AVX-512 has 32
 /// registers, 14·2 sums + 2 loads + 1 broadcast = 31; AVX2 has 16 of half the size, so 6·1 sums take 12 of them.
 #[inline(always)]
-pub(crate) fn multiply<S: Simd, const MR: usize, const NV: usize>(s: S, lhs: &[f32], rhs: [&[f32]; 2], out: &mut [Lanes<f32>]) {
+pub(crate) fn microkernel<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    lhs: &[f32],
+    rhs: [&[f32]; 2],
+    out: &mut [Lanes<f32>],
+) {
     let (mut lhs, _) = lhs.as_chunks::<MR>();
     let mut sums = [[s.splat(0.0); NV]; MR];
     for rhs in rhs {

@@ -1,5 +1,6 @@
-//! AMX: tiles of 16 rows of 64 bytes, and products of two of them. Rust has no intrinsics for it yet.
-#![allow(unsafe_code, reason = "inline assembly: the token proves that CPU and system allow it, slices prove the memory")]
+//! AMX: tile registers of 16 rows of 64 bytes, and products of two of them. By inline assembly, since stable Rust has no
+//! intrinsics for AMX.
+#![allow(unsafe_code, reason = "inline assembly: the token proves that CPU and system allow it; pointers come from slices")]
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
@@ -15,8 +16,9 @@ use crate::element::bf16;
 #[derive(Clone, Copy)]
 pub(crate) struct Amx(());
 
-/// Tiles are 8 KiB of registers that every switch of threads may have to save, so Linux wants to be asked, once a process.
-static ALLOWED: LazyLock<bool> = LazyLock::new(|| has_bf16_tiles() && ask_for_tiles());
+/// True if this process may use AMX. Its tiles are 8 KiB of registers, which a context switch may have to save, so on Linux
+/// each process must request permission once.
+static ALLOWED: LazyLock<bool> = LazyLock::new(|| has_bf16_tiles() && request_permission());
 
 fn has_bf16_tiles() -> bool {
     const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
@@ -27,7 +29,7 @@ fn has_bf16_tiles() -> bool {
 }
 
 /// `arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)`
-fn ask_for_tiles() -> bool {
+fn request_permission() -> bool {
     const ARCH_PRCTL: i64 = 158;
     const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
     const TILE_DATA: u64 = 18;
@@ -47,7 +49,7 @@ fn ask_for_tiles() -> bool {
     refused == 0
 }
 
-/// Eight tiles of 16 rows of 64 bytes, as `ldtilecfg` reads it.
+/// The operand of `ldtilecfg`: the shapes of the tiles.
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -57,6 +59,7 @@ struct Config {
     rows: [u8; 16],
 }
 
+/// Eight tiles of 16 rows of 64 bytes.
 static CONFIG: Config = {
     const fn eight<const N: usize>() -> [u8; N] {
         let (mut rows, mut i) = ([0; N], 0);
@@ -74,9 +77,9 @@ static CONFIG: Config = {
     Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes, rows: eight() }
 };
 
-/// Numbers of a left panel for each step of 32: 32 rows.
+/// Numbers of a left panel for each 32 steps: 32 rows.
 const LEFT: usize = 32 * STEP;
-/// Numbers of a right panel: 32 columns.
+/// Numbers of a right panel for each 32 steps: 32 columns.
 const RIGHT: usize = NV * LANES * STEP;
 
 impl Amx {
@@ -84,7 +87,7 @@ impl Amx {
         ALLOWED.then_some(Self(()))
     }
 
-    /// Gives this thread its tiles.
+    /// Configures the tiles of this thread.
     pub(super) fn begin(self) -> Tiles {
         if HOLDERS.replace(HOLDERS.get() + 1) == 0 {
             // SAFETY: `self` proves that the instruction is there; the configuration is 64 bytes long.
@@ -94,33 +97,34 @@ impl Amx {
     }
 }
 
-/// Proof that this thread has its tiles. It cannot leave the thread; with the last one they are given back: tiles in use make every
-/// switch of threads dearer.
+/// Proof that the tiles of this thread are configured. It is not `Send`. Dropping the last one of a thread releases the tiles, since
+/// tiles in use make context switches slower.
 pub(crate) struct Tiles(PhantomData<*const ()>);
 
 thread_local! {
-    /// How many [`Tiles`] this thread holds.
+    /// The number of [`Tiles`] on this thread.
     static HOLDERS: Cell<usize> = const { Cell::new(0) };
 }
 
 impl Drop for Tiles {
     fn drop(&mut self) {
         if HOLDERS.replace(HOLDERS.get() - 1) == 1 {
-            // SAFETY: that there were tiles proves that the instruction is there; nobody on this thread holds them any more.
+            // SAFETY: tiles were configured, so the instruction exists; no other `Tiles` of this thread remains.
             unsafe { asm!("tilerelease", options(nostack, nomem)) }
         }
     }
 }
 
 impl Tiles {
-    /// See [`Ready::tile`](super::pairs::Ready::tile). Two tiles of rows, two of columns, four of sums: each operand that is
-    /// loaded is used twice. The whole depth is one block of assembly: the compiler knows nothing of tiles.
+    /// See [`Ready::tile`](super::pairs::Ready::tile). Two tiles of rows, two of columns, four of sums, so each tile that is
+    /// loaded is used twice. The loop over the depth is one block of assembly, because the compiler does not allocate tile
+    /// registers.
     pub(super) fn tile(&self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
         let [first, second] = right.map(|right| right.len() / RIGHT);
         assert!(left.len() >= (first + second) * LEFT && out.len() >= 32 * NV);
-        // SAFETY: `self` proves that the instructions are there, and that this thread's tiles are as the instructions want them.
-        // A step reads 2 KiB of each panel, and the assertion says that so many steps are there; the sums are 32 rows of 128
-        // bytes. Tiles are not registers that the compiler uses.
+        // SAFETY: `self` proves that the instructions exist and that the tiles of this thread are configured. A step reads 2
+        // KiB of each panel, and the assertion proves that the panels hold that many steps; the sums are 32 rows of 128 bytes.
+        // The compiler does not use tile registers.
         unsafe {
             asm!(
                 "tilezero tmm0",

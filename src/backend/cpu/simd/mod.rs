@@ -1,14 +1,14 @@
-//! The vector unit as a token. `Avx512` exists only if this CPU has AVX-512; whoever holds one may use it, and functions are
-//! written once against the trait.
+//! Vector units. A value such as `Avx512` exists only if this CPU has the unit, so holding one proves that its instructions may
+//! be used. Kernels are generic in the trait [`Simd`].
 //!
-//! A vector is sixteen `f32` on every machine: one AVX-512 register, two AVX2, four NEON, or an array. So a loop over
-//! `as_chunks::<16>()` has no lane count to care about, and sums are made in one order everywhere: the units with fused
-//! multiply-add give the same bits. Units that multiply `bf16` by pairs are for products alone, beside these: [`pairs`].
+//! A vector is sixteen `f32` on every CPU: one AVX-512 register, two of AVX2, four of NEON, or an array. So kernels do not
+//! depend on the size of registers, and sums have one order everywhere: units with fused multiply-add give the same bits. Units
+//! that multiply pairs of `bf16` are separate ([`pairs`]) and compute products only.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 #[cfg(target_arch = "x86_64")]
-mod dot;
+mod avx512_bf16;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 pub(crate) mod pairs;
@@ -29,21 +29,21 @@ use crate::error::{Error, Result};
 /// Numbers in a vector.
 pub(crate) const LANES: usize = 16;
 
-/// A vector's worth of stored numbers.
+/// Sixteen numbers in memory.
 pub(crate) type Lanes<T> = [T; LANES];
 
-/// What the kernels need of a vector unit. Holding a value proves that this CPU has the unit.
+/// A vector unit. A value proves that this CPU has it.
 pub(crate) trait Simd: Copy + Send + Sync {
     /// Sixteen `f32` in registers.
     type V: Copy;
-    /// How many vectors the unit's registers hold.
+    /// The number of vectors that the registers hold.
     const REGISTERS: usize;
-    /// Rows of the tile that [`tile`](Self::tile) makes.
+    /// Rows of a [`tile`](Self::tile).
     const MR: usize = if Self::REGISTERS >= 32 { 14 } else { 6 };
-    /// Vectors in a row of the tile.
+    /// Vectors in a row of a [`tile`](Self::tile).
     const NV: usize = if Self::REGISTERS >= 32 { 2 } else { 1 };
 
-    /// Runs `kernel` compiled for this unit. Call it inside a task, around the loops: a call into the frame is not inlined.
+    /// Runs `kernel`, compiled for this unit. The call is not inlined, so it belongs inside a task and outside of the loops.
     fn run<K: Kernel>(self, kernel: K) -> K::Out;
 
     fn splat(self, value: f32) -> Self::V;
@@ -53,50 +53,50 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn store_f16(self, value: Self::V, to: &mut Lanes<u16>);
     fn load_bf16(self, from: &Lanes<u16>) -> Self::V;
     fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>);
-    /// `a·b + c`, rounded once where the unit can.
+    /// `a·b + c`, rounded once on units with fused multiply-add.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     fn sqrt(self, a: Self::V) -> Self::V;
-    /// `a` where `a > 0` or `a` is NaN, else 0: +0, of -0 too.
+    /// `a` where `a > 0` or `a` is NaN, else +0 (also for -0).
     fn relu(self, a: Self::V) -> Self::V;
     /// `a` where `gate > 0`, else +0.
     fn gate(self, gate: Self::V, a: Self::V) -> Self::V;
-    /// `equal` where `a == b`, else `other`: where one of them is NaN too.
+    /// `equal` where `a == b`, else `other` (also where `a` or `b` is NaN).
     fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V;
     /// `a`, or +0 where `a` is subnormal or -0.
     fn flush(self, a: Self::V) -> Self::V;
 
-    /// The unit's tile, `MR` rows of `NV` vectors; see [`gemm::tile`](super::gemm::tile).
+    /// The micro-kernel: a tile of `MR` rows of `NV` vectors; see [`microkernel`](super::gemm::microkernel).
     #[inline(always)]
     fn tile<const NV: usize>(self, lhs: &[f32], rhs: [&[f32]; 2], out: &mut [Lanes<f32>]) {
         match Self::MR {
-            14 => super::gemm::tile::<Self, 14, NV>(self, lhs, rhs, out),
-            _ => super::gemm::tile::<Self, 6, NV>(self, lhs, rhs, out),
+            14 => super::gemm::microkernel::<Self, 14, NV>(self, lhs, rhs, out),
+            _ => super::gemm::microkernel::<Self, 6, NV>(self, lhs, rhs, out),
         }
     }
 
     /// Lane j of vector i becomes lane i of vector j.
     #[inline(always)]
     fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
-        let (mut lanes, mut turned) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
+        let (mut lanes, mut transposed) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
         for i in 0..LANES {
             self.store(rows[i], &mut lanes[i]);
         }
         for i in 0..LANES {
             for j in 0..LANES {
-                turned[j][i] = lanes[i][j];
+                transposed[j][i] = lanes[i][j];
             }
         }
         let mut cols = rows;
         for j in 0..LANES {
-            cols[j] = self.load(&turned[j]);
+            cols[j] = self.load(&transposed[j]);
         }
         cols
     }
 
-    /// Eight lines become columns: `to[p·width + i] = scale·lines[i][p]`, as far as `to` goes.
+    /// `to[p·width + i] = scale·lines[i][p]`, for all indices within `to`.
     #[inline(always)]
     fn transpose_lines<T: Float>(self, lines: [&[T]; 8], scale: f32, to: &mut [f32], width: usize) {
         for (p, to) in to.chunks_mut(width).enumerate() {
@@ -106,11 +106,11 @@ pub(crate) trait Simd: Copy + Send + Sync {
         }
     }
 
-    /// Asks for the cache line that lies `ahead` elements after the first: a hint, wherever that is.
+    /// Prefetches the cache line `ahead` elements after the first. A hint: the address may lie outside of the slice.
     #[inline(always)]
     fn prefetch<T>(self, _: &[T], _ahead: usize) {}
 
-    /// Widens sixteen stored numbers; exact.
+    /// Widens sixteen numbers to `f32`, which is exact.
     #[inline(always)]
     fn widen<T: Float>(self, from: &Lanes<T>) -> Self::V {
         match T::DTYPE {
@@ -120,7 +120,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
         }
     }
 
-    /// Rounds to sixteen stored numbers: to nearest, ties to even.
+    /// Rounds sixteen `f32` to the element type: to nearest, ties to even.
     #[inline(always)]
     fn narrow<T: Float>(self, value: Self::V, to: &mut Lanes<T>) {
         match T::DTYPE {
@@ -130,7 +130,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
         }
     }
 
-    /// The `v`-th vector of a line; beyond its end come zeros.
+    /// Widens vector `v` of a slice, filled up with zeros.
     #[inline(always)]
     fn widen_at<T: Float>(self, line: &[T], v: usize) -> Self::V {
         let from = &line[v * LANES..];
@@ -142,7 +142,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
         self.widen(&lanes)
     }
 
-    /// Rounds as many lanes as `to` has room for, at most a vector.
+    /// Rounds the first lanes into `to`; at most sixteen.
     #[inline(always)]
     fn narrow_to<T: Float>(self, value: Self::V, to: &mut [T]) {
         if let Some(whole) = to.first_chunk_mut() {
@@ -153,8 +153,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
         to.copy_from_slice(&lanes[..to.len()]);
     }
 
-    /// The sums of the lanes of each, in the order in which shuffles make four at once: the even and the odd lanes of every four,
-    /// then fours that lie eight apart.
+    /// The sums of the lanes of each of four vectors. Their order is that of the shuffles which compute four sums at once:
+    /// within each four lanes, first the lanes two apart; then fours that are eight lanes apart.
     #[inline(always)]
     fn sums(self, values: [Self::V; 4]) -> [f32; 4] {
         let (mut lanes, mut sums) = ([0.0; LANES], [0.0; 4]);
@@ -167,17 +167,18 @@ pub(crate) trait Simd: Copy + Send + Sync {
     }
 }
 
-/// A loop nest written once against [`Simd`]. Mark `run` `#[inline(always)]`: it must be inlined into the unit's frame.
+/// A loop nest that is generic in [`Simd`]. `run` must be `#[inline(always)]`, so that it is compiled with the instructions of
+/// the unit.
 pub(crate) trait Kernel {
     type Out;
     fn run<S: Simd>(self, s: S) -> Self::Out;
 }
 
-/// The vector units this crate knows, best first.
+/// The vector units that this crate supports, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VectorUnit {
-    /// [`Avx512`](Self::Avx512), and AMX's tiles for products of `bf16`; on Linux, whose permission it takes.
+    /// [`Avx512`](Self::Avx512), and AMX for products of `bf16`. On Linux only, where a process must request AMX.
     Amx,
     /// [`Avx512`](Self::Avx512), and AVX-512 BF16 for products of `bf16`.
     Avx512Bf16,
@@ -189,24 +190,25 @@ pub enum VectorUnit {
     Neon,
     /// Any CPU.
     Scalar,
-    /// The best of the others, with the instructions of [`Amx`](Self::Amx) written out: slow, to test its kernels anywhere.
+    /// The best of the units above without AMX, and an emulation of AMX in Rust: slow, for tests of [`Amx`](Self::Amx) on any
+    /// CPU.
     AmxEmulated,
 }
 
-/// All of them, best first.
+/// All units, best first.
 const UNITS: [VectorUnit; 7] = {
     use VectorUnit::*;
     [Amx, Avx512Bf16, Avx512, Avx2, Neon, Scalar, AmxEmulated]
 };
 
 impl VectorUnit {
-    /// Those that this CPU has, best first. The last is always [`Scalar`](Self::Scalar).
+    /// The units of this CPU, best first. The last is always [`Scalar`](Self::Scalar).
     pub fn available() -> Vec<Self> {
         let all = UNITS.into_iter().filter(|&unit| unit != Self::AmxEmulated);
         all.filter(|&unit| Unit::new(unit).is_ok()).collect()
     }
 
-    /// The best that this CPU has.
+    /// The best unit of this CPU.
     pub fn best() -> Self {
         Self::available().first().copied().unwrap_or(Self::Scalar)
     }
@@ -220,7 +222,7 @@ impl VectorUnit {
         found.ok_or_else(|| Error::Value { verb: "cpu", name: "unit", got: name.into(), want: want.into() })
     }
 
-    /// As reports write it.
+    /// The name for reports, such as `AVX-512 with AMX`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Amx => "AVX-512 with AMX",
@@ -234,7 +236,7 @@ impl VectorUnit {
     }
 }
 
-/// The unit chosen at run time, with its proof.
+/// The unit chosen at run time.
 #[derive(Clone, Copy)]
 pub(crate) struct Unit {
     name: VectorUnit,
@@ -271,13 +273,13 @@ impl Vectors {
 }
 
 impl Unit {
-    /// The unit, if this CPU has it.
+    /// The unit. Errors: [`Error::Unavailable`] if this CPU does not have it.
     pub(crate) fn new(unit: VectorUnit) -> Result<Self> {
         let pairs = match unit {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             VectorUnit::Amx => amx::Amx::new().map(PairUnit::Amx),
             #[cfg(target_arch = "x86_64")]
-            VectorUnit::Avx512Bf16 => dot::Avx512Bf16::new().map(PairUnit::Avx512Bf16),
+            VectorUnit::Avx512Bf16 => avx512_bf16::Avx512Bf16::new().map(PairUnit::Avx512Bf16),
             VectorUnit::AmxEmulated => Some(PairUnit::Emulated),
             _ => None,
         };
@@ -288,17 +290,17 @@ impl Unit {
         Ok(Self { name: unit, vectors, pairs })
     }
 
-    /// Which one it is.
+    /// The name of the unit.
     pub(crate) fn name(self) -> VectorUnit {
         self.name
     }
 
-    /// What multiplies `bf16` by pairs, if it has that.
+    /// The part of the unit that multiplies pairs of `bf16`, if it has one.
     pub(crate) fn pairs(self) -> Option<PairUnit> {
         self.pairs
     }
 
-    /// Runs a kernel compiled for this unit.
+    /// Runs a kernel, compiled for this unit.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Out {
         match self.vectors {
@@ -325,13 +327,13 @@ mod tests {
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
             for chunk in self.0.as_chunks::<LANES>().0 {
-                let (mut wide, mut half, mut brain) = ([0.0; LANES], [f16::default(); LANES], [bf16::default(); LANES]);
+                let (mut widened, mut half, mut brain) = ([0.0; LANES], [f16::default(); LANES], [bf16::default(); LANES]);
                 s.narrow(s.widen(chunk), &mut half);
                 s.narrow(s.widen(chunk), &mut brain);
-                s.narrow(s.widen(&half), &mut wide);
-                self.1.extend(wide.map(f32::to_bits));
-                s.narrow(s.widen(&brain), &mut wide);
-                self.1.extend(wide.map(f32::to_bits));
+                s.narrow(s.widen(&half), &mut widened);
+                self.1.extend(widened.map(f32::to_bits));
+                s.narrow(s.widen(&brain), &mut widened);
+                self.1.extend(widened.map(f32::to_bits));
             }
         }
     }
@@ -419,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn every_unit_flushes_what_is_subnormal_and_nothing_else_and_makes_the_same_zeros() {
+    fn every_unit_flushes_only_subnormals_and_gives_the_same_zeros() {
         let (least, inf, tiny) = (f32::MIN_POSITIVE, f32::INFINITY, f32::from_bits(1));
         let from = [0.0, tiny, -tiny, least, -least, least / 2.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0, -0.0, -1e-30, 0.0, f32::NAN];
         let want = [0.0, 0.0, 0.0, least, -least, 0.0, 1.0, -1.0, inf, -inf, 1e-30, 3.0, 0.0, -1e-30, 0.0];

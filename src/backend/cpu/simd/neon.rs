@@ -1,5 +1,5 @@
-//! 64-bit Arm: four registers of four lanes. Sixteen-bit floats go through `half`, lane by lane.
-#![allow(unsafe_code, reason = "intrinsics: the token proves that the CPU has them, references prove the memory")]
+//! NEON on 64-bit Arm: a vector is four registers of four lanes. 16-bit floats are converted lane by lane.
+#![allow(unsafe_code, reason = "intrinsics: the token proves that the CPU has them; pointers come from references")]
 
 use std::arch::aarch64::*;
 
@@ -20,7 +20,7 @@ fn frame<K: Kernel>(s: Neon, kernel: K) -> K::Out {
     kernel.run(s)
 }
 
-/// The same on each of the four registers.
+/// Evaluates an expression for each of the four registers.
 macro_rules! quarters {
     (|$i:ident| $body:expr) => {
         // SAFETY: `self` proves that the CPU has NEON, and references prove that the memory is there.
@@ -90,7 +90,7 @@ impl Simd for Neon {
     fn sqrt(self, a: Self::V) -> Self::V {
         quarters!(|i| vsqrtq_f32(a[i]))
     }
-    /// FMAX gives NaN when an operand is NaN, and takes 0 for more than -0.
+    /// FMAX returns NaN if an operand is NaN, and +0 for +0 and -0.
     #[inline(always)]
     fn relu(self, a: Self::V) -> Self::V {
         quarters!(|i| vmaxq_f32(a[i], vdupq_n_f32(0.0)))
@@ -106,7 +106,7 @@ impl Simd for Neon {
     fn if_equal(self, a: Self::V, b: Self::V, equal: Self::V, other: Self::V) -> Self::V {
         quarters!(|i| vbslq_f32(vceqq_f32(a[i], b[i]), equal[i], other[i]))
     }
-    /// An exponent of zero is that of a subnormal number, or of zero.
+    /// Clears the lanes with an exponent of zero, which are subnormal or zero.
     #[inline(always)]
     fn flush(self, a: Self::V) -> Self::V {
         quarters!(|i| {

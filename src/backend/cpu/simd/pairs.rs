@@ -1,29 +1,31 @@
-//! Units that multiply `bf16` by pairs and add up in `f32`: what a 16-bit product needs, where a CPU has one.
+//! Units that multiply pairs of `bf16` and add the products up in `f32`: AMX and AVX-512 BF16.
 //!
-//! Both read the same panels. A panel holds 32 steps of the depth at a time, and of these
+//! Both read the same layout of panels. For every 32 steps of the depth, a panel holds
 //!
-//! - on the left, 32 numbers of each row, row after row: `left[step / 32][i][step % 32]`;
-//! - on the right, for each sixteen columns, sixteen pairs of steps: `right[step / 32][j / 16][step % 32 / 2][j % 16][step % 2]`.
+//! - on the left, 32 numbers of each row, row by row: `left[step / 32][i][step % 32]`;
+//! - on the right, sixteen pairs of steps for each sixteen columns: `right[step / 32][j / 16][step % 32 / 2][j % 16][step % 2]`.
 //!
-//! Sixteen rows of the one and sixteen columns of the other are each a tile of AMX, and lie in 1 KiB.
+//! Sixteen rows on the left, and sixteen columns on the right, are 1 KiB of contiguous memory: one tile of AMX.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 use super::amx::{Amx, Tiles};
 #[cfg(target_arch = "x86_64")]
-use super::dot::Avx512Bf16;
+use super::avx512_bf16::Avx512Bf16;
 use super::{LANES, Lanes};
 use crate::element::bf16;
 
-/// Steps of the depth that lie together in a panel.
+/// Steps of the depth that are stored together in a panel.
 pub(crate) const STEP: usize = 32;
-/// Columns of a panel, and vectors in a row of a tile.
+/// Columns of a panel.
 pub(crate) const COLS: usize = NV * LANES;
+/// Vectors in a row of a tile.
 pub(crate) const NV: usize = 2;
 
-/// The sixteen pairs that sixteen columns have for two steps, or sixteen pairs of steps that a row has: a row of an AMX tile.
+/// A row of an AMX tile: sixteen pairs of steps of one row of the left side, or one pair of steps of sixteen columns of the
+/// right side.
 pub(crate) type TileRow = [[bf16; 2]; 16];
 
-/// The unit chosen at run time, with its proof.
+/// A unit for pairs, chosen at run time.
 #[derive(Clone, Copy)]
 pub(crate) enum PairUnit {
     /// `tdpbf16ps`
@@ -32,7 +34,7 @@ pub(crate) enum PairUnit {
     /// `vdpbf16ps`
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(Avx512Bf16),
-    /// AMX, written out: for tests where there is none.
+    /// An emulation of AMX in Rust, for tests on other CPUs.
     Emulated,
 }
 
@@ -41,12 +43,12 @@ impl PairUnit {
     pub(crate) fn rows(self) -> usize {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16(_) => super::dot::ROWS,
+            Self::Avx512Bf16(_) => super::avx512_bf16::ROWS,
             _ => 32,
         }
     }
 
-    /// Makes this thread ready for products.
+    /// Prepares the calling thread for [`Ready::tile`].
     pub(crate) fn begin(self) -> Ready {
         match self {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -58,7 +60,7 @@ impl PairUnit {
     }
 }
 
-/// A unit that this thread is ready to use.
+/// A unit that is configured on this thread.
 pub(crate) enum Ready {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     Amx(Tiles),
@@ -68,7 +70,7 @@ pub(crate) enum Ready {
 }
 
 impl Ready {
-    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`; the right panel comes in two pieces, one after the other.
+    /// `out[i][j] = Σ_p left[p][i]·right[p][j]`; the right panel is given in two pieces along the depth.
     pub(crate) fn tile(&self, left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
         match self {
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -80,8 +82,9 @@ impl Ready {
     }
 }
 
-/// What AMX makes of two panels, in its order: for each 32 steps, the products of even steps and of odd ones are summed apart,
-/// then added, then added to the tile. (It also takes subnormal numbers for 0.)
+/// Emulates AMX, in its order of summation: for each 32 steps, the products of even steps and of odd steps are summed
+/// separately; the two sums are added, and the result is added to the tile. (AMX also treats subnormal numbers as 0, which is
+/// not emulated.)
 fn emulated(left: &[bf16], right: [&[bf16]; 2], out: &mut [Lanes<f32>]) {
     let (mut left, _) = left.as_chunks::<2>().0.as_chunks::<16>().0.as_chunks::<32>();
     let (out, _) = out.as_chunks_mut::<NV>();

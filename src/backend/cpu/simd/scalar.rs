@@ -1,10 +1,10 @@
-//! Sixteen lanes in an array. The compiler vectorises what it can; products and sums are rounded separately, because a fused
-//! multiply-add without hardware is a library call.
+//! The fallback for any CPU: a vector is an array. Products and sums are rounded separately, because fused multiply-add without
+//! hardware is a slow library call.
 
 use super::{Kernel, LANES, Lanes, Simd};
 use crate::element::{bf16, f16};
 
-/// Any CPU.
+/// The scalar unit, which any CPU has.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar;
 

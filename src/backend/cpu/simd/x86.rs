@@ -1,5 +1,5 @@
 //! AVX-512 and AVX2 with FMA and F16C.
-#![allow(unsafe_code, reason = "intrinsics: the token proves that the CPU has them, references prove the memory")]
+#![allow(unsafe_code, reason = "intrinsics: the token proves that the CPU has them; pointers come from references")]
 
 use std::arch::x86_64::*;
 
@@ -41,7 +41,7 @@ fn frame_avx2<K: Kernel>(s: Avx2, kernel: K) -> K::Out {
     kernel.run(s)
 }
 
-/// One intrinsic, or a few. The token `self` proves the features; every pointer comes from a reference to sixteen numbers.
+/// Calls intrinsics. The token `self` proves the features; every pointer comes from a reference to sixteen numbers.
 macro_rules! intrinsics {
     ($body:expr) => {
         // SAFETY: `self` proves that the CPU has the features, and references prove that the memory is there.
@@ -86,7 +86,8 @@ impl Simd for Avx512 {
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
         })
     }
-    /// Adds just under half of the last place kept, plus that place's bit so that ties go to even; NaN gets its quiet bit.
+    /// Adds 0x7fff, just under half of the last place of the result, and the bit of that place, so that ties go to even. NaN
+    /// becomes quiet.
     #[inline(always)]
     fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>) {
         intrinsics!({
@@ -119,7 +120,7 @@ impl Simd for Avx512 {
     fn sqrt(self, a: Self::V) -> Self::V {
         intrinsics!(_mm512_sqrt_ps(a))
     }
-    /// `max` would keep -0.
+    /// By comparison, since `max` would return -0 for -0.
     #[inline(always)]
     fn relu(self, a: Self::V) -> Self::V {
         intrinsics!(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLE_UQ>(a, _mm512_setzero_ps()), a))
@@ -147,11 +148,11 @@ impl Simd for Avx512 {
             add_halves(_mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps::<1>(fours)))
         })
     }
-    /// Pairs, fours, then whole quarters change places: 64 shuffles for 256 numbers.
+    /// Shuffles pairs, then fours, then quarters: 64 shuffles for 256 numbers.
     #[inline(always)]
     fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
         intrinsics!({
-            let (mut fours, mut turned) = (rows, rows);
+            let (mut fours, mut transposed) = (rows, rows);
             for g in (0..LANES).step_by(4) {
                 let (low, high) = (_mm512_unpacklo_ps(rows[g], rows[g + 1]), _mm512_unpackhi_ps(rows[g], rows[g + 1]));
                 let (low2, high2) = (_mm512_unpacklo_ps(rows[g + 2], rows[g + 3]), _mm512_unpackhi_ps(rows[g + 2], rows[g + 3]));
@@ -162,10 +163,10 @@ impl Simd for Avx512 {
             for j in 0..4 {
                 let (even, odd) = quarters(fours[j], fours[4 + j]);
                 let (even2, odd2) = quarters(fours[8 + j], fours[12 + j]);
-                (turned[j], turned[8 + j]) = quarters(even, even2);
-                (turned[4 + j], turned[12 + j]) = quarters(odd, odd2);
+                (transposed[j], transposed[8 + j]) = quarters(even, even2);
+                (transposed[4 + j], transposed[12 + j]) = quarters(odd, odd2);
             }
-            turned
+            transposed
         })
     }
     #[inline(always)]
@@ -174,12 +175,12 @@ impl Simd for Avx512 {
     }
 }
 
-/// Bytes of the levels 1, 2 and 3 of data cache, 0 for one that is not there.
+/// Bytes of levels 1, 2 and 3 of the data cache, by `cpuid`; 0 for a missing level.
 pub(crate) fn cache_levels() -> Option<[usize; 3]> {
     // SAFETY: every x86-64 CPU has the instruction; a leaf that it does not know reads as another one, or as zeros.
     #[allow(unused_unsafe, reason = "safe in newer compilers")]
     let leaf = |leaf: u32, sub: u32| unsafe { __cpuid_count(leaf, sub) };
-    // AMD describes its caches in a leaf of its own, in the same words.
+    // AMD describes its caches in another leaf, in the same format.
     let amd = leaf(0x8000_0000, 0).eax >= 0x8000_001d && leaf(0x8000_001d, 0).eax & 31 != 0;
     if !amd && leaf(0, 0).eax < 4 {
         return None;
@@ -191,7 +192,7 @@ pub(crate) fn cache_levels() -> Option<[usize; 3]> {
         let field = |shift: u32, bits: u32| (cache.ebx >> shift & ((1 << bits) - 1)) as usize + 1;
         match kind {
             0 => break,
-            // Data, or both.
+            // Data cache, or unified.
             1 | 3 if (1..=3).contains(&level) => {
                 levels[level - 1] = field(22, 10) * field(12, 10) * field(0, 12) * (cache.ecx as usize + 1);
             }
@@ -201,7 +202,7 @@ pub(crate) fn cache_levels() -> Option<[usize; 3]> {
     (levels != [0; 3]).then_some(levels)
 }
 
-/// Pairs of lanes, taken by turns from `a` and `b`: the lower ones of each quarter, and the upper ones.
+/// Interleaves pairs of lanes of `a` and `b`: the lower pairs of each quarter, and the upper pairs.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn unpack_pairs(a: __m512, b: __m512) -> (__m512, __m512) {
@@ -209,21 +210,21 @@ fn unpack_pairs(a: __m512, b: __m512) -> (__m512, __m512) {
     (_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
 }
 
-/// The even quarters of `a` and `b`, and the odd ones.
+/// Returns the even quarters of `a` and `b`, and the odd quarters.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn quarters(a: __m512, b: __m512) -> (__m512, __m512) {
     (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
 }
 
-/// Asks for a cache line. Any address is allowed, and nothing is read.
+/// Prefetches a cache line. Any address is allowed.
 #[inline(always)]
 fn prefetch<T>(from: &[T], ahead: usize) {
     // SAFETY: a hint, which touches no memory; every x86-64 has it.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(ahead).cast()) };
 }
 
-/// The sum of eight lanes, as a tree: halves, quarters, pairs.
+/// The sums of lanes `i` and `i + 4`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn add_halves(value: __m256) -> [f32; 4] {
@@ -234,7 +235,7 @@ fn add_halves(value: __m256) -> [f32; 4] {
     to
 }
 
-/// The sums of every four lanes of each.
+/// Lane `i` of each half is the sum of the four lanes of that half of vector `i`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn fours(a: __m256, b: __m256, c: __m256, d: __m256) -> __m256 {
@@ -244,14 +245,14 @@ fn fours(a: __m256, b: __m256, c: __m256, d: __m256) -> __m256 {
     _mm256_add_ps(even, _mm256_shuffle_ps::<0b11_10_11_10>(ab, cd))
 }
 
-/// The same on the lower and the upper eight lanes.
+/// Applies an intrinsic to the lower and the upper eight lanes.
 macro_rules! halves {
     ($op:expr, $($v:expr),+) => {
         intrinsics!([$op($($v[0]),+), $op($($v[1]),+)])
     };
 }
 
-/// Functions, not closures: what is not inlined for certain would call intrinsics instead of being them.
+/// Methods and not closures, since they must be inlined for their intrinsics to be compiled to instructions.
 impl Avx2 {
     /// # Safety
     /// Eight numbers lie at `from`.
@@ -271,7 +272,7 @@ impl Avx2 {
         intrinsics!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)))))
     }
 
-    /// An exponent of zero is that of a subnormal number, or of zero.
+    /// Clears the lanes with an exponent of zero, which are subnormal or zero.
     #[inline(always)]
     fn flush8(self, a: __m256) -> __m256 {
         intrinsics!({
@@ -281,7 +282,7 @@ impl Avx2 {
         })
     }
 
-    /// The upper sixteen bits of each lane after rounding, as [`Avx512::store_bf16`] rounds.
+    /// The upper sixteen bits of each lane, rounded as in [`Avx512::store_bf16`].
     #[inline(always)]
     fn upper_bf16(self, value: __m256) -> __m256i {
         intrinsics!({
@@ -341,7 +342,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn store_bf16(self, value: Self::V, to: &mut Lanes<u16>) {
         let (low, high) = (self.upper_bf16(value[0]), self.upper_bf16(value[1]));
-        // `packus` packs within 128-bit halves; the permutation puts the four quarters back in order.
+        // `packus` packs within 128-bit halves; the permutation restores the order of the quarters.
         intrinsics!({
             let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
             _mm256_storeu_si256(to.as_mut_ptr().cast(), packed)
@@ -367,7 +368,7 @@ impl Simd for Avx2 {
     fn sqrt(self, a: Self::V) -> Self::V {
         halves!(_mm256_sqrt_ps, a)
     }
-    /// `max` would keep -0.
+    /// By comparison, since `max` would return -0 for -0.
     #[inline(always)]
     fn relu(self, a: Self::V) -> Self::V {
         let open = halves!(_mm256_cmp_ps::<_CMP_NLE_UQ>, a, self.splat(0.0));
@@ -394,7 +395,7 @@ impl Simd for Avx2 {
             add_halves(_mm256_add_ps(low, fours(a[1], b[1], c[1], d[1])))
         })
     }
-    /// Blocks of eight by eight.
+    /// In blocks of eight by eight.
     #[inline(always)]
     fn transpose_lines<T: Float>(self, lines: [&[T]; 8], scale: f32, to: &mut [f32], width: usize) {
         let steps = lines[0].len();
@@ -403,7 +404,7 @@ impl Simd for Avx2 {
         let mut block = [factor; 8];
         while p + 8 <= steps && (p + 7) * width + 8 <= to.len() {
             for i in 0..8 {
-                // SAFETY: eight numbers lie there.
+                // SAFETY: the line has at least `p + 8` numbers.
                 block[i] = intrinsics!(_mm256_mul_ps(self.widen8(lines[i].as_ptr().add(p)), factor));
             }
             block = intrinsics!(transpose8(block));
@@ -418,10 +419,10 @@ impl Simd for Avx2 {
             }
         }
     }
-    /// Four blocks of eight by eight.
+    /// In four blocks of eight by eight.
     #[inline(always)]
     fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
-        let mut turned = rows;
+        let mut transposed = rows;
         for half in 0..2 {
             for block in 0..2 {
                 let mut square = [rows[0][0]; 8];
@@ -430,11 +431,11 @@ impl Simd for Avx2 {
                 }
                 let square = intrinsics!(transpose8(square));
                 for j in 0..8 {
-                    turned[8 * half + j][block] = square[j];
+                    transposed[8 * half + j][block] = square[j];
                 }
             }
         }
-        turned
+        transposed
     }
     #[inline(always)]
     fn prefetch<T>(self, from: &[T], ahead: usize) {
@@ -442,11 +443,11 @@ impl Simd for Avx2 {
     }
 }
 
-/// Pairs, fours, then halves change places.
+/// Transposes eight by eight: shuffles pairs, then fours, then halves.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn transpose8(rows: [__m256; 8]) -> [__m256; 8] {
-    let (mut fours, mut turned) = (rows, rows);
+    let (mut fours, mut transposed) = (rows, rows);
     for g in [0, 4] {
         let (low, high) = (_mm256_unpacklo_ps(rows[g], rows[g + 1]), _mm256_unpackhi_ps(rows[g], rows[g + 1]));
         let (low2, high2) = (_mm256_unpacklo_ps(rows[g + 2], rows[g + 3]), _mm256_unpackhi_ps(rows[g + 2], rows[g + 3]));
@@ -456,8 +457,8 @@ fn transpose8(rows: [__m256; 8]) -> [__m256; 8] {
         fours[g + 3] = _mm256_shuffle_ps::<0b11_10_11_10>(high, high2);
     }
     for j in 0..4 {
-        turned[j] = _mm256_permute2f128_ps::<0x20>(fours[j], fours[4 + j]);
-        turned[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
+        transposed[j] = _mm256_permute2f128_ps::<0x20>(fours[j], fours[4 + j]);
+        transposed[4 + j] = _mm256_permute2f128_ps::<0x31>(fours[j], fours[4 + j]);
     }
-    turned
+    transposed
 }

@@ -197,10 +197,38 @@ fn rates_are_those_of_get_scheduler() {
     );
 }
 
+/// Tokens and answers of the conversations that the fixture of transformers' Trainer was made of.
+#[test]
+fn conversations_are_encoded_as_for_transformers_trainer() {
+    let chat = Chat::from_dir(fixture("tiny-llama")).unwrap();
+    let said = read_conversations(fixture("sft/data.jsonl")).unwrap();
+    let encoding = Encoding { answers: Answers::All, max_len: 512, too_long: TooLong::Refuse };
+    let got = Dataset::encode(&chat, &said, &encoding).unwrap();
+    let want = json_file("sft/sft.json");
+    assert_eq!(got.len(), 10);
+    for (got, want) in got.examples().iter().zip(want["examples"].as_array().unwrap()) {
+        assert_eq!(serde_json::json!(got.ids), want["ids"]);
+        assert_eq!(serde_json::json!(got.answer), want["answer"]);
+    }
+}
+
+/// The English dialogues of chatterbot-corpus 1.3.3, where `LOWRANK_CHATTERBOT` names their folder: what PyYAML reads.
+#[test]
+fn chatterbot_corpus_is_what_pyyaml_reads() {
+    let Some(folder) = std::env::var_os("LOWRANK_CHATTERBOT") else {
+        eprintln!("LOWRANK_CHATTERBOT does not name the folder data/english of chatterbot-corpus 1.3.3: not checked against it");
+        return;
+    };
+    let got = corpus::read_folder(folder.as_ref()).unwrap();
+    assert_eq!((got.len(), got.iter().map(Vec::len).sum::<usize>()), (2025, 4288));
+    let lines: String = got.iter().map(|turns| serde_json::to_string(turns).unwrap() + "\n").collect();
+    assert_eq!(support::sha256(lines.as_bytes()), "ddbe56091ffb3696efee1b6866183c1d1974d2ac8a73cac793edb82d66763cb6");
+}
+
 /// Lines of our own in the form of chatterbot-corpus.
 #[test]
 fn dialogues_of_chatterbot_corpus_are_conversations() {
-    let text = "categories:\n- things\nconversations:\n- - What is 6 times 7?\n  - 42\n- - 'It''s a \"test\"'\n  - Yes, it\n    goes on.\n  - And?\n- - Is it so?\n  - true\n  - Is this: enough?\n  - \"Yes: it is\"\n- - alone\n";
+    let text = "categories:\n- things\nconversations:\n- - What is 6 times 7?\n  - '42'\n- - 'It''s a \"test\"'\n  - Yes, it\n    goes on.\n  - And?\n- - Is it so?\n  - \"true\"\n  - 'Is this: enough?'\n  - \"Yes: it is\"\n- - alone\n";
     let got = corpus::conversations(text).unwrap();
     let said: Vec<Vec<&str>> = got.iter().map(|turns| turns.iter().map(|turn| turn.content.as_str()).collect()).collect();
     assert_eq!(
@@ -214,7 +242,7 @@ fn dialogues_of_chatterbot_corpus_are_conversations() {
     assert!(got.iter().all(|turns| turns.iter().enumerate().all(|(at, turn)| turn.role == ["user", "assistant"][at % 2])));
     for (text, says) in [
         ("- a", "no list"),
-        ("conversations:\n- a", "conversation 1"),
+        ("conversations:\n- a\n- - 42\n  - b", "conversation 2: what is said is no text"),
         ("a: [", "not YAML"),
         ("conversations:\n- - [a]", "no text"),
     ] {

@@ -1,7 +1,8 @@
 //! Dialogues of the Python package chatterbot-corpus, as conversations.
 //!
-//! A file is YAML: `categories`, and `conversations`, each a list of what is said in turn, the first by the user. What is odd in length has a
-//! question at its end without an answer, which is left away.
+//! A file is YAML: `categories`, and `conversations`, each a list of what is said in turn, the first by the user. A list of odd length ends with a
+//! question without an answer, which is left away. An entry that is no list is no conversation and is passed over: version 1.3.3 has one, where
+//! a dash is missing.
 
 use std::path::Path;
 
@@ -28,29 +29,23 @@ pub(crate) fn conversations(text: &str) -> Result<Vec<Conversation>, String> {
     let documents = Yaml::load_from_str(text).map_err(|error| format!("not YAML: {error}"))?;
     let root = documents.first().ok_or("it is empty")?;
     let listed = root.as_mapping_get("conversations").and_then(Yaml::as_vec).ok_or("it has no list `conversations`")?;
-    listed
-        .iter()
-        .enumerate()
+    let lists = listed.iter().enumerate().filter_map(|(at, said)| Some((at, said.as_vec()?)));
+    lists
         .map(|(at, said)| turns(said).map_err(|problem| format!("conversation {}: {problem}", at + 1)))
         .filter(|turns| !matches!(turns, Ok(turns) if turns.is_empty()))
         .collect()
 }
 
-fn turns(said: &Yaml) -> Result<Conversation, String> {
-    let said = said.as_vec().ok_or("it is no list")?;
+fn turns(said: &[Yaml]) -> Result<Conversation, String> {
     let texts = said.iter().map(text).collect::<Result<Vec<_>, _>>()?;
     let pairs = texts.chunks_exact(2);
-    Ok(pairs.flat_map(|pair| [Message::user(pair[0].as_str()), Message::assistant(pair[1].as_str())]).collect())
+    Ok(pairs.flat_map(|pair| [Message::user(pair[0]), Message::assistant(pair[1])]).collect())
 }
 
-/// What YAML takes for a number or a truth value was said too.
-fn text(said: &Yaml) -> Result<String, String> {
+/// A number as YAML reads it need not be the text that was written.
+fn text<'y>(said: &'y Yaml) -> Result<&'y str, String> {
     match said {
-        Yaml::Value(Scalar::String(text)) => Ok(text.trim().to_owned()),
-        Yaml::Value(Scalar::Integer(number)) => Ok(number.to_string()),
-        Yaml::Value(Scalar::FloatingPoint(number)) => Ok(number.to_string()),
-        Yaml::Value(Scalar::Boolean(value)) => Ok(value.to_string()),
-        Yaml::Representation(text, ..) => Ok(text.trim().to_owned()),
-        _ => Err("what is said is no text".into()),
+        Yaml::Value(Scalar::String(text)) => Ok(text.trim()),
+        _ => Err("what is said is no text; put numbers and truth values in quotes".into()),
     }
 }

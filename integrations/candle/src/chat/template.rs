@@ -2,6 +2,7 @@
 //! Python's strings, special tokens by name, and `{% generation %}`.
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
 use std::fmt::Write as _;
 use std::ops::Range;
 
@@ -93,15 +94,20 @@ impl Template {
     }
 }
 
+/// What a template says with `raise_exception`.
+#[derive(Debug, thiserror::Error)]
+#[error("raised by the template")]
+struct Raised;
+
 /// The first line of what the template or the engine says.
 fn refused(error: &minijinja::Error) -> Error {
     let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
     let problem = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
     let problem = problem.lines().next().unwrap_or_default();
-    match error.kind() {
-        ErrorKind::InvalidOperation if error.name().is_none() => Error::template(problem),
-        kind => Error::template(format!("{kind}: {problem}{line}")),
+    if error.source().is_some_and(|source| source.is::<Raised>()) {
+        return Error::template(problem);
     }
+    Error::template(format!("{}: {problem}{line}", error.kind()))
 }
 
 fn environment(date: Option<DateTime>) -> Result<Environment<'static>, minijinja::Error> {
@@ -112,7 +118,7 @@ fn environment(date: Option<DateTime>) -> Result<Environment<'static>, minijinja
     environment.set_formatter(print);
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", |message: &str| -> Result<Value, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_owned()))
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_owned()).with_source(Raised))
     });
     environment.add_function("strftime_now", move |format: &str| {
         let now = date.unwrap_or_else(|| jiff::Zoned::now().datetime());

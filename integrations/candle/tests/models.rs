@@ -139,23 +139,26 @@ fn narrow_types_are_close() {
     }
 }
 
+/// With `LOWRANK_CANDLE_SAVED` the folders stay there, for `scripts/check-in-peft.py`.
 #[test]
 fn what_is_saved_is_what_is_loaded() {
     for name in MODELS {
-        let (reference, dir) = (reference(name), tempfile::tempdir().unwrap());
+        let (reference, temporary) = (reference(name), tempfile::tempdir().unwrap());
+        let kept = std::env::var_os("LOWRANK_CANDLE_SAVED").map(|kept| PathBuf::from(kept).join(name));
+        let dir = kept.as_deref().unwrap_or(temporary.path());
         let mut model = CausalLm::from_dir(fixture(name), DType::F32).unwrap();
         model.load_adapter("default", fixture(name).join("adapter")).unwrap();
         let want = numbers(&loss(&model, &reference, &Pass::inference()));
-        model.save_adapter("default", dir.path().join("adapter")).unwrap();
+        model.save_adapter("default", dir.join("adapter")).unwrap();
         let mut other = CausalLm::from_dir(fixture(name), DType::F32).unwrap();
-        let config = other.load_adapter("other", dir.path().join("adapter")).unwrap();
+        let config = other.load_adapter("other", dir.join("adapter")).unwrap();
         assert_eq!((config.r(), config.lora_alpha(), config.task_type()), (3, 6.0, Some("CAUSAL_LM")));
         assert_eq!(numbers(&loss(&other, &reference, &Pass::inference())), want);
 
-        assert!(model.save(dir.path().join("merged")).unwrap_err().to_string().contains("merge_and_unload"));
+        assert!(model.save(dir.join("merged")).unwrap_err().to_string().contains("merge_and_unload"));
         model.merge_and_unload().unwrap();
-        model.save(dir.path().join("merged")).unwrap();
-        let merged = CausalLm::from_dir(dir.path().join("merged"), DType::F32).unwrap();
+        model.save(dir.join("merged")).unwrap();
+        let merged = CausalLm::from_dir(dir.join("merged"), DType::F32).unwrap();
         assert!(difference(&numbers(&loss(&merged, &reference, &Pass::inference())), &want) < 1e-5);
         assert!(model.save(fixture(name)).is_err());
     }

@@ -90,7 +90,7 @@ fn bert_switches_between_adapters() {
     let ids = Tensor::new(&[[1u32, 5, 9, 60, 3]], &CPU).unwrap();
     let run = |model: &bert::BertModel| numbers(&model.forward(&ids, &ids.zeros_like().unwrap(), None).unwrap());
 
-    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 0.2)] {
+    for dtype in [DType::F32, DType::BF16] {
         let shared = Shared::new(weights.clone());
         let model = bert::BertModel::load(shared.var_builder(dtype), &config).unwrap();
         let before = run(&model);
@@ -114,10 +114,23 @@ fn bert_switches_between_adapters() {
                     modules.insert(format!("{prefix}{name}"), factors);
                 }
             }
-            let want = bert::BertModel::load(VarBuilder::from_tensors(changed, dtype, &CPU), &config).unwrap();
             shared.merge(&Folder::new(None, modules).unwrap()).unwrap();
-            assert!(difference(&run(&model), &run(&want)) < tolerance, "{dtype:?} {seed}");
+            // In bf16 the weight is rounded before and behind the sum, by 1/512 of a number at most each time.
+            let unit = if dtype == DType::F32 { 1e-6 } else { 1.0 / 512.0 };
+            for (name, want) in &changed {
+                let got = numbers(&shared.var_builder(dtype).get_unchecked(name).unwrap());
+                for ((got, want), w) in got.iter().zip(numbers(want)).zip(numbers(&weights[name])) {
+                    assert!(
+                        (got - want).abs() <= 1.01 * unit * (w.abs() + got.abs()),
+                        "{dtype:?} {seed} {name}: {got}, want {want}"
+                    );
+                }
+            }
             assert!(difference(&run(&model), &before) > 0.3);
+            if dtype == DType::F32 {
+                let want = bert::BertModel::load(VarBuilder::from_tensors(changed, dtype, &CPU), &config).unwrap();
+                assert!(difference(&run(&model), &run(&want)) < 1e-5, "{seed}");
+            }
             shared.unmerge().unwrap();
             assert_eq!(run(&model), before, "{dtype:?} {seed}");
         }

@@ -126,7 +126,8 @@ fn bert_switches_between_adapters() {
                     );
                 }
             }
-            assert!(difference(&run(&model), &before) > 0.3);
+            let changed_by = difference(&run(&model), &before);
+            assert!(changed_by > 0.1, "{dtype:?} {seed}: {changed_by}");
             if dtype == DType::F32 {
                 let want = bert::BertModel::load(VarBuilder::from_tensors(changed, dtype, &CPU), &config).unwrap();
                 assert!(difference(&run(&model), &run(&want)) < 1e-5, "{seed}");

@@ -88,12 +88,28 @@ impl Folder {
             Some(template) => template.with(settings)?,
             None => AdapterConfig::with_defaults(settings)?,
         };
-        for (name, Factors { a, b, scaling, .. }) in &modules {
+        Self::from_config(config, modules)
+    }
+
+    /// A folder of these modules with these settings, which must give each module the rank and the scaling that it has.
+    ///
+    /// Errors: [`Error::Value`] for an empty map, for factors that do not fit, and for a module with another rank or scaling than the
+    /// settings give it.
+    pub fn from_config(config: AdapterConfig, modules: BTreeMap<String, Factors>) -> Result<Self> {
+        unless(!modules.is_empty(), "none".into(), "at least one module")?;
+        let folder = Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() };
+        folder.check_described()?;
+        Ok(folder)
+    }
+
+    /// Errors: [`Error::Value`] unless the factors of each module fit, with the rank and the scaling that the settings give it.
+    fn check_described(&self) -> Result<()> {
+        for (name, Factors { a, b, scaling, .. }) in &self.modules {
             unless(a.rows() == b.cols(), format!("`{name}` with A {} and B {}", a.shape(), b.shape()), "A r×k and B n×r")?;
-            let described = rank_and_scaling(&config, name, None)? == (a.rows(), *scaling);
+            let described = rank_and_scaling(&self.config, name, None)? == (a.rows(), *scaling);
             unless(described, format!("`{name}` of rank {}, scaling {scaling}", a.rows()), "told from others by its name")?;
         }
-        Ok(Self { dir: PathBuf::new(), config, modules, kinds: BTreeMap::new(), extras: BTreeMap::new() })
+        Ok(())
     }
 
     /// Sets the kinds of the modules that are not linear layers.

@@ -31,3 +31,4 @@ pub use linear::Linear;
 pub use lora::{Adapters, DEFAULT, LayerAdapter, LoraLinear};
 pub use merge::{Merge, UnmergeCost};
 pub use mlp::Mlp;
+pub use residue::Residue;

@@ -5,18 +5,28 @@
 
 use crate::element::Float;
 
-/// Positions and original values of elements of a matrix.
+/// Positions and original values of elements of a matrix. For weights that another library owns; the layers of this crate keep their own.
+///
+/// ```
+/// use lowrank::nn::Residue;
+///
+/// let original = [1.0f32, 0.1];
+/// let mut weight = original.map(|w| (w + 1e7) - 1e7); // an update, added and subtracted again
+/// let residue = Residue::between(&original, &weight);
+/// residue.restore(&mut weight);
+/// assert!(residue.len() == 1 && weight == original);
+/// ```
 ///
 /// A position is stored as the gap to the one before it, as a varint with seven bits in each byte: usually one byte.
 #[derive(Debug)]
-pub(super) struct Residue<E> {
+pub struct Residue<E> {
     gaps: Vec<u8>,
     originals: Vec<E>,
 }
 
 impl<E: Float> Residue<E> {
     /// The elements of `original` whose bits differ from those of `restored`.
-    pub(super) fn between(original: &[E], restored: &[E]) -> Self {
+    pub fn between(original: &[E], restored: &[E]) -> Self {
         let mut residue = Self { gaps: Vec::new(), originals: Vec::new() };
         let mut from = 0;
         for (at, (was, is)) in original.iter().zip(restored).enumerate() {
@@ -33,7 +43,7 @@ impl<E: Float> Residue<E> {
     }
 
     /// Writes the stored elements back to their positions.
-    pub(super) fn restore(&self, restored: &mut [E]) {
+    pub fn restore(&self, restored: &mut [E]) {
         let (mut gaps, mut at) = (self.gaps.iter(), 0);
         for original in &self.originals {
             let (mut gap, mut shift) = (0, 0);
@@ -53,12 +63,17 @@ impl<E: Float> Residue<E> {
     }
 
     /// The number of stored elements.
-    pub(super) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.originals.len()
     }
 
+    /// Whether no element is stored.
+    pub fn is_empty(&self) -> bool {
+        self.originals.is_empty()
+    }
+
     /// The bytes of host memory that it takes.
-    pub(super) fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.gaps.capacity() + self.originals.capacity() * size_of::<E>()
     }
 

@@ -28,7 +28,7 @@ impl CodeTable {
         std::array::from_fn(|v| {
             std::array::from_fn(|i| {
                 let two = codes[v * 8 + i / 2];
-                self.values[(if i % 2 == 0 { two >> 4 } else { two & 15 }) as usize]
+                self.values[(if i.is_multiple_of(2) { two >> 4 } else { two & 15 }) as usize]
             })
         })
     }

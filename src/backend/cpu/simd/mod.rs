@@ -121,7 +121,7 @@ pub(crate) trait Simd: Copy + Send + Sync {
         let mut values = [[0.0; LANES]; 4];
         for (i, &code) in APART.iter().enumerate() {
             let two = codes[code as usize / 2];
-            values[i / LANES][i % LANES] = table.values[(if code % 2 == 0 { two >> 4 } else { two & 15 }) as usize];
+            values[i / LANES][i % LANES] = table.values[(if code.is_multiple_of(2) { two >> 4 } else { two & 15 }) as usize];
         }
         [self.load(&values[0]), self.load(&values[1]), self.load(&values[2]), self.load(&values[3])]
     }

@@ -75,6 +75,14 @@ fn bert_weights(config: &bert::Config) -> HashMap<String, Tensor> {
     names.into_iter().map(|name| (name.clone(), random(data[name].dims(), &mut rng))).collect()
 }
 
+/// The weights in the model that the adapters change, as bits.
+fn bits(shared: &Shared, dtype: DType) -> Vec<u32> {
+    let layer = |layer: usize| ["attention.self.query", "attention.self.value", "output.dense"].map(|end| (layer, end));
+    let names = (0..2).flat_map(layer).map(|(layer, end)| format!("encoder.layer.{layer}.{end}.weight"));
+    let weights = names.flat_map(|name| numbers(&shared.var_builder(dtype).get_unchecked(&name).unwrap()));
+    weights.map(f32::to_bits).collect()
+}
+
 #[test]
 fn bert_switches_between_adapters() {
     let config = bert::Config {
@@ -93,7 +101,8 @@ fn bert_switches_between_adapters() {
     for dtype in [DType::F32, DType::BF16] {
         let shared = Shared::new(weights.clone());
         let model = bert::BertModel::load(shared.var_builder(dtype), &config).unwrap();
-        let before = run(&model);
+        // In bf16 candle's BERT makes NaN of its attention mask, 0 · -∞, so only its weights are compared.
+        let (before, unmerged) = (run(&model), bits(&shared, dtype));
         for (seed, prefix) in [(1, ""), (2, "bert.")] {
             let mut rng = Rng::new(seed);
             let (mut modules, mut changed) = (std::collections::BTreeMap::new(), weights.clone());
@@ -126,14 +135,17 @@ fn bert_switches_between_adapters() {
                     );
                 }
             }
-            let changed_by = difference(&run(&model), &before);
-            assert!(changed_by > 0.1, "{dtype:?} {seed}: {changed_by}");
             if dtype == DType::F32 {
+                let changed_by = difference(&run(&model), &before);
+                assert!(changed_by > 0.3, "{seed}: {changed_by}");
                 let want = bert::BertModel::load(VarBuilder::from_tensors(changed, dtype, &CPU), &config).unwrap();
                 assert!(difference(&run(&model), &run(&want)) < 1e-5, "{seed}");
             }
             shared.unmerge().unwrap();
-            assert_eq!(run(&model), before, "{dtype:?} {seed}");
+            assert_eq!(bits(&shared, dtype), unmerged, "{dtype:?} {seed}");
+            if dtype == DType::F32 {
+                assert_eq!(run(&model), before, "{seed}");
+            }
         }
     }
 }

@@ -156,7 +156,7 @@ impl<B: Backend> LoraLinear<B> {
         if let Some(LayerAdapter::Lora(adapter)) = part {
             let w = self.base.weight_mut();
             subtract_update(backend, w, adapter, rows.as_ref())?;
-            if residue.len() > 0 {
+            if !residue.is_empty() {
                 let mut host = w.to_vec(backend)?;
                 residue.restore(&mut host);
                 w.copy_from_slice(backend, &host)?;

@@ -14,7 +14,7 @@ use crate::error::Result;
 /// The prefix that PEFT writes before the name of a module. Files without it are accepted too.
 pub(super) const PREFIX: &str = "base_model.model.";
 
-/// Parses the bytes of a safetensors file. Errors: [`Error::File`] for a damaged file, for element types other than `f32`, `f16`
+/// Parses the bytes of a safetensors file. Errors: [`Error::File`](crate::Error::File) for a damaged file, for element types other than `f32`, `f16`
 /// and `bf16`, and for two tensors of one name.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     let file = SafeTensors::deserialize(bytes).map_err(|error| bad_tensors(damage(Path::new(TENSORS_FILE), bytes, &error)))?;

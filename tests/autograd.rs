@@ -361,9 +361,9 @@ fn an_input_that_does_not_fit_is_named_with_the_layer() {
     model.add_adapters(&cpu, Targets::All, &LoraConfig::new(2, 4.0), rng).unwrap();
     let error = model.predict(&cpu, wrong()).unwrap_err();
     assert_eq!(error.to_string(), "lora_forward: `x` is 2×5, want 2×4, in `linear1`");
-    // The rows of each adapter are a batch.
+    // Rows with adapters of their own are one batch.
     let error = model.predict_mixed(&cpu, &wrong(), &[None, Some(DEFAULT)]).unwrap_err();
-    assert_eq!(error.to_string(), "linear_forward: `x` is 1×5, want 1×4, in `linear1`");
+    assert_eq!(error.to_string(), "lora_forward: `x` is 2×5, want 2×4, in `linear1`");
 }
 
 #[test]

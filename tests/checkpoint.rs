@@ -252,8 +252,8 @@ fn a_residue_of_something_else_is_refused() {
         let request = Unmerge { residue: Some(residue), ..Unmerge::new(&opened, adapter, &back) };
         checkpoint::unmerge(&request, &mut keep_going).unwrap_err().to_string()
     };
-    assert!(unmerge(&merged, &second, &residue).contains("would not be what it was"));
-    assert!(unmerge(&base, &first, &residue).contains("would not be what it was"));
+    assert!(unmerge(&merged, &second, &residue).contains("would not be restored exactly"));
+    assert!(unmerge(&base, &first, &residue).contains("would not be restored exactly"));
     assert!(unmerge(&merged, &first, &base).contains("is not a residue"));
     let whole = fs::read(&residue).unwrap();
     fs::write(&residue, &whole[..whole.len() - 1]).unwrap();

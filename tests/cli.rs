@@ -367,8 +367,8 @@ fn non_finite_results_are_refused_unless_allowed() {
     bytes[last..].copy_from_slice(&f32::NAN.to_le_bytes());
     fs::write(desk.path("base.safetensors"), bytes).unwrap();
     let merge = "merge --base base.safetensors --adapter adapter --out merged.safetensors";
-    desk.refused(merge, &["weight` is not finite once merged"]);
-    desk.refused(&format!("{merge} --keep-residue residue"), &["weight` is not finite once merged"]);
+    desk.refused(merge, &["weight` is not finite after merging"]);
+    desk.refused(&format!("{merge} --keep-residue residue"), &["weight` is not finite after merging"]);
     desk.good(&format!("{merge} --allow-non-finite"));
 }
 
@@ -432,7 +432,7 @@ fn a_merged_adapter_can_be_extracted_compressed_and_combined() {
     fs::write(desk.path("biased.safetensors"), serialize(tensors, None).unwrap()).unwrap();
     desk.refused(
         "extract --base base.safetensors --tuned biased.safetensors --rank 1 --out x",
-        &["other numbers than in the base: `linear1.bias`"],
+        &["other values than in the base: `linear1.bias`"],
     );
 }
 

@@ -115,7 +115,7 @@ fn rows_of_heads_are_put_in_order() {
     desk.json("other/config.json", &json!({"model_type": "bert", "num_attention_heads": 2}));
     let convert = |more: &str| format!("convert adapter.safetensors --to peft {more} --out out");
     desk.refused(&convert("--alpha 4"), &["k_proj", "--base"]);
-    desk.refused(&convert("--base llama"), &["scaled", "--alpha"]);
+    desk.refused(&convert("--base llama"), &["the scaling of", "--alpha"]);
     desk.refused(&convert("--base other --alpha 4"), &["`model_type` is bert", "llama"]);
     let there = desk.read("adapter.safetensors");
     for (base, order) in [("llama", [0, 2, 1, 3, 4, 6, 5, 7]), ("qwen", [0, 1, 2, 3, 4, 5, 6, 7])] {

@@ -102,14 +102,7 @@ type Model = (&'static [&'static str], &'static [&'static [usize]], Dtype, &'sta
 fn quantised_and_broken_models_are_no_base() {
     let x = "m.q_proj";
     let named = |ends: &[&str]| -> Vec<String> { ends.iter().map(|end| format!("{x}.{end}")).collect() };
-    let cases: [Model; 8] = [
-        (
-            &["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"],
-            &[&[16, 1], &[2], &[8]],
-            Dtype::U8,
-            "bitsandbytes, 4",
-        ),
-        (&["weight", "SCB"], &[&[8, 4], &[8]], Dtype::I8, "bitsandbytes, 8"),
+    let cases: [Model; 6] = [
         (&["qweight", "scales", "qzeros", "g_idx"], &[&[2, 16], &[1, 16], &[1, 2], &[16]], Dtype::I32, "GPTQ"),
         (&["qweight", "scales", "qzeros"], &[&[16, 2], &[1, 16], &[1, 2]], Dtype::I32, "AWQ"),
         (&["weight", "scales", "biases"], &[&[8, 2], &[8, 1], &[8, 1]], Dtype::U32, "MLX"),
@@ -131,6 +124,25 @@ fn quantised_and_broken_models_are_no_base() {
         desk.refused("merge --base base --adapter adapter --out out", &["base: is", word]);
         desk.refused("extract --base base --tuned base --rank 1 --out out", &["base: is", word]);
         desk.good("info base", &[word]);
+    }
+}
+
+/// bitsandbytes' models are read; damaged ones are refused.
+#[test]
+fn damaged_models_of_bitsandbytes_are_refused() {
+    let x = "m.q_proj";
+    let cases: [Model; 2] = [
+        (&["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"], &[&[16, 1], &[2], &[8]], Dtype::U8, "quant_state"),
+        (&["weight", "SCB"], &[&[8, 4], &[7]], Dtype::I8, "m.q_proj"),
+    ];
+    for (ends, shapes, dtype, word) in cases {
+        let desk = Desk::new();
+        let names: Vec<String> = ends.iter().map(|end| format!("{x}.{end}")).collect();
+        let tensors: Vec<Tensor<'_>> = names.iter().map(String::as_str).zip(shapes.iter().copied()).collect();
+        desk.typed("base/model.safetensors", &tensors, dtype, None);
+        desk.adapter("adapter", &[(x, [8, 4, 2])], &json!({}));
+        desk.refused("merge --base base --adapter adapter --out out", &["base: ", word]);
+        desk.refused("extract --base base --tuned base --rank 1 --out out", &["base: "]);
     }
 }
 

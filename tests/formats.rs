@@ -127,22 +127,31 @@ fn quantised_and_broken_models_are_no_base() {
     }
 }
 
-/// bitsandbytes' models are read; damaged ones are refused.
+/// bitsandbytes' models are read; damaged ones are named by `info`, and refused by the rest.
 #[test]
 fn damaged_models_of_bitsandbytes_are_refused() {
     let x = "m.q_proj";
-    let cases: [Model; 2] = [
-        (&["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"], &[&[16, 1], &[2], &[8]], Dtype::U8, "quant_state"),
-        (&["weight", "SCB"], &[&[8, 4], &[7]], Dtype::I8, "m.q_proj"),
+    let cases: [(Model, [&str; 2]); 2] = [
+        (
+            (
+                &["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"],
+                &[&[16, 1], &[2], &[8]],
+                Dtype::U8,
+                "quant_state",
+            ),
+            ["bitsandbytes, 4", "cannot be read: "],
+        ),
+        ((&["weight", "SCB"], &[&[8, 4], &[7]], Dtype::I8, "m.q_proj"), ["bitsandbytes, 8", "1 weights are quantised"]),
     ];
-    for (ends, shapes, dtype, word) in cases {
+    for ((ends, shapes, dtype, word), described) in cases {
         let desk = Desk::new();
         let names: Vec<String> = ends.iter().map(|end| format!("{x}.{end}")).collect();
         let tensors: Vec<Tensor<'_>> = names.iter().map(String::as_str).zip(shapes.iter().copied()).collect();
         desk.typed("base/model.safetensors", &tensors, dtype, None);
         desk.adapter("adapter", &[(x, [8, 4, 2])], &json!({}));
         desk.refused("merge --base base --adapter adapter --out out", &["base: ", word]);
-        desk.refused("extract --base base --tuned base --rank 1 --out out", &["base: "]);
+        desk.refused("extract --base base --tuned base --rank 1 --out out", &["base: ", "bitsandbytes"]);
+        desk.good("info base", &described);
     }
 }
 

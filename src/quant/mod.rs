@@ -23,6 +23,7 @@ mod kind;
 mod view;
 
 pub use host::{HostQuantised, Scales};
+use kind::DYNAMIC_MAP;
 pub use kind::{Blocks, QuantKind};
 pub(crate) use kind::{FP4, NF4, ONE_127TH, Q8_0_BLOCK};
 pub(crate) use view::{QuantView, ScalesView};
@@ -48,7 +49,13 @@ pub struct Quantised<B: Backend> {
 enum DeviceScales<B: Backend> {
     F32(B::Buffer<f32>),
     F16(B::Buffer<f16>),
-    Double { codes: B::Buffer<u32>, absmax: B::Buffer<f32>, map: B::Buffer<f32>, offset: f32 },
+    /// The map is none if it is bitsandbytes' own, which the program has once for all weights.
+    Double {
+        codes: B::Buffer<u32>,
+        absmax: B::Buffer<f32>,
+        map: Option<B::Buffer<f32>>,
+        offset: f32,
+    },
 }
 
 impl<B: Backend> Quantised<B> {
@@ -67,7 +74,11 @@ impl<B: Backend> Quantised<B> {
             Scales::Double { codes, absmax, map, offset } => DeviceScales::Double {
                 codes: backend.upload(&words(codes))?,
                 absmax: backend.upload(absmax)?,
-                map: backend.upload(&map[..])?,
+                map: if bytemuck::bytes_of(&**map) == bytemuck::bytes_of(&*DYNAMIC_MAP) {
+                    None
+                } else {
+                    Some(backend.upload(&map[..])?)
+                },
                 offset: *offset,
             },
         };
@@ -81,8 +92,10 @@ impl<B: Backend> Quantised<B> {
             DeviceScales::F32(scales) => Scales::F32(all(backend, scales)?),
             DeviceScales::F16(scales) => Scales::F16(all(backend, scales)?),
             DeviceScales::Double { codes, absmax, map, offset } => {
-                let mut table = Box::new([0.0; 256]);
-                backend.download(map, &mut table[..])?;
+                let mut table = Box::new(*DYNAMIC_MAP);
+                if let Some(map) = map {
+                    backend.download(map, &mut table[..])?;
+                }
                 let codes = bytes(all(backend, codes)?, counts.scales);
                 Scales::Double { codes, absmax: all(backend, absmax)?, map: table, offset: *offset }
             }
@@ -128,7 +141,9 @@ impl<B: Backend> Quantised<B> {
         let scales = match &self.scales {
             DeviceScales::F32(scales) => of::<B, f32>(scales),
             DeviceScales::F16(scales) => of::<B, f16>(scales),
-            DeviceScales::Double { codes, absmax, map, .. } => of::<B, u32>(codes) + of::<B, f32>(absmax) + of::<B, f32>(map),
+            DeviceScales::Double { codes, absmax, map, .. } => {
+                of::<B, u32>(codes) + of::<B, f32>(absmax) + map.as_ref().map_or(0, of::<B, f32>)
+            }
         };
         of::<B, u32>(&self.codes) + scales
     }
@@ -141,6 +156,7 @@ impl<E: Float> Quantised<crate::Cpu<E>> {
             DeviceScales::F32(scales) => ScalesView::F32(scales),
             DeviceScales::F16(scales) => ScalesView::F16(scales),
             DeviceScales::Double { codes, absmax, map, offset } => {
+                let map = map.as_deref().unwrap_or(&DYNAMIC_MAP[..]);
                 ScalesView::Double { codes: bytemuck::cast_slice(codes), absmax, map, offset: *offset }
             }
         };

@@ -7,6 +7,7 @@ the gradients before they are clipped. sft.safetensors has A and B afterwards, b
 """
 
 import json
+import tempfile
 from pathlib import Path
 
 import torch
@@ -94,7 +95,7 @@ def main():
     (OUT / "data.jsonl").write_text("".join(lines))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), MODEL / "adapter", is_trainable=True)
     arguments = TrainingArguments(
-        output_dir="/tmp/make-sft-fixture",
+        output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=SETTINGS["batch"],
         gradient_accumulation_steps=SETTINGS["accumulate"],
         max_steps=SETTINGS["steps"],

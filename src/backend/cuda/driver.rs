@@ -14,6 +14,7 @@ use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceSlice, SyncOnDrop};
 use cudarc::nvrtc::Ptx;
 
 use super::device::{Arg, Device, Gpu, Launch, Tiles};
+use super::driver_error::{allocation_error, describe, failed};
 use super::kernel::Kernel;
 use super::lend::{Lent, LentMut};
 use super::memory::Memory;
@@ -456,29 +457,6 @@ fn lent_memory_error(what: &str) -> Error {
     Error::Device { backend: NAME, reason: format!("{what}: the memory is lent; only its owner may copy it") }
 }
 
-fn describe(error: DriverError) -> String {
-    match error.error_string() {
-        Ok(text) => format!("{} ({:?})", text.to_string_lossy(), error.0),
-        Err(_) => format!("{:?}", error.0),
-    }
-}
-
-/// The error of a call of the driver, named `what`.
-fn failed(what: &str, error: DriverError) -> Error {
-    match error.0 {
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { backend: NAME, bytes: 0 },
-        _ => Error::Device { backend: NAME, reason: format!("{what}: {}", describe(error)) },
-    }
-}
-
-/// The error of an allocation of `bytes` bytes.
-fn allocation_error(bytes: usize, error: DriverError) -> Error {
-    match failed("allocate", error) {
-        Error::OutOfMemory { backend, .. } => Error::OutOfMemory { backend, bytes },
-        other => other,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -491,12 +469,5 @@ mod tests {
         for (capability, version) in [((9, 0), 12000), ((9, 0), 13000), ((8, 0), 11040), ((8, 6), 12000), ((10, 0), 12080)] {
             assert_eq!(loadable(capability, version), capability);
         }
-    }
-
-    #[test]
-    fn out_of_memory_is_an_error_of_its_own() {
-        let error = DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
-        assert_eq!(allocation_error(12, error).to_string(), "cuda: out of memory, allocating 12 bytes");
-        assert_eq!(failed("lora_merge", error).to_string(), "cuda: out of memory, allocating data of the driver itself");
     }
 }

@@ -58,6 +58,7 @@
 mod device;
 mod dora;
 mod driver;
+mod driver_error;
 #[doc(hidden)]
 pub mod hopper;
 mod kernel;

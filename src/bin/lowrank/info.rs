@@ -91,9 +91,10 @@ impl Info {
         for (dtype, (tensors, elements, bytes)) in kinds {
             println!("  {dtype}: {tensors} tensors, {elements} elements, {bytes} bytes");
         }
-        let quantised = checkpoint.quantised_names()?;
-        if !quantised.is_empty() {
-            println!("  {} weights are quantised; `lowrank dequantise` makes a plain model of it", quantised.len());
+        match checkpoint.quantised_names() {
+            Ok(names) if names.is_empty() => {}
+            Ok(names) => println!("  {} weights are quantised; `lowrank dequantise` makes a plain model of it", names.len()),
+            Err(error) => println!("  its quantised weights cannot be read: {error}"),
         }
         if self.all {
             checkpoint.entries().for_each(|entry| println!("{}  {:?} {}", entry.name, entry.dtype, entry.dimensions()));

@@ -82,7 +82,7 @@ fn adapters_come_back_bit_for_bit_in_bf16() {
 }
 
 fn peft_folders() -> Vec<PathBuf> {
-    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases");
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases");
     let paths = fs::read_dir(cases).unwrap().map(|entry| entry.unwrap().path());
     let folders: Vec<_> = paths.filter(|path| path.is_dir()).collect();
     assert!(folders.len() >= 6);
@@ -118,7 +118,7 @@ fn a_new_config_has_the_keys_and_defaults_of_peft() {
     let cpu = cpu::<f32>();
     let config = LoraConfig { dropout: 0.1, ..LoraConfig::new(3, 6.0) };
     adapter::save(&cpu, &adapted(&cpu, [Some(config.clone()), Some(config.clone()), Some(config)]), folder.path()).unwrap();
-    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cases/peft_plain");
+    let peft = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases/peft_plain");
     let (ours, mut theirs) = (document(folder.path()), document(&peft));
     theirs["auto_mapping"] = Value::Null; // PEFT's note of the Python class
     theirs["init_lora_weights"] = json!(true); // PEFT's default; the case was made with another

@@ -39,7 +39,7 @@ fn main() -> lowrank::Result<()> {
 
 #[test]
 fn a_crate_that_depends_on_this_one_runs_without_default_features() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dependent");
     std::fs::create_dir_all(dir.join("src")).unwrap();
     let manifest = format!(
@@ -67,7 +67,7 @@ fn a_crate_that_depends_on_this_one_runs_without_default_features() {
 
 #[test]
 fn the_package_contains_what_the_readme_links_to() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["package", "--list", "--allow-dirty", "--offline", "--package", "lowrank"]).current_dir(root);
     let output = cargo.output().unwrap();
@@ -85,7 +85,7 @@ fn the_package_contains_what_the_readme_links_to() {
 /// docs/adding-a-verb.md lists the files of the verb `lora_row_norm`.
 #[test]
 fn the_list_of_files_for_a_verb_is_complete() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let page = std::fs::read_to_string(root.join("docs/adding-a-verb.md")).unwrap();
     let item =
         |line: &str| line.split_once(". `").filter(|(number, _)| number.parse::<u32>().is_ok()).map(|(_, rest)| rest.to_owned());

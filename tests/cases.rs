@@ -37,7 +37,7 @@ fn run_everywhere(case: &Case) -> Vec<(String, Result<Outputs, String>)> {
 
 /// The root of the repository, or the folder where a bundle of tests was unpacked.
 fn root() -> &'static Path {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let repository = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     if repository.is_dir() { repository } else { Path::new(".") }
 }
 

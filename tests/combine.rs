@@ -10,7 +10,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 fn stored() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/combined")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("combined")
 }
 
 /// `scaling·B·A` in f64, as three plain loops.

@@ -86,7 +86,7 @@ fn weights_without_a_principal_part_are_refused_and_nothing_changes() {
 
 /// Adapters that PEFT initialised this way, trained and saved: the cases, their folders, and the weights of the network.
 fn of_peft() -> Vec<(Case, PathBuf, Mats)> {
-    let cases = cases::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/principal")).unwrap();
+    let cases = cases::read_all(&Path::new(env!("CARGO_MANIFEST_DIR")).join("principal")).unwrap();
     let parts = |case: Case| match case.task.clone() {
         Task::Peft { folder, inputs } => (case, folder, inputs),
         other => panic!("{other:?}"),

@@ -13,7 +13,7 @@ use lowrank::cuda::Kernel;
 use ptx_interpreter::Module;
 
 fn kernels() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels")
 }
 
 /// The symbols that the backend looks up.

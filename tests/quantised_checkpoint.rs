@@ -14,7 +14,7 @@ use lowrank::{DType, Error};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 
 fn fixture(name: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     let root = if root.is_dir() { root } else { Path::new(".") };
     root.join("tests/quantised").join(name)
 }

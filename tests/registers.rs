@@ -14,7 +14,7 @@ use compiler::{MODULES, Module, Target, fnv1a, shipped};
 use lowrank::cuda::from_hopper_on;
 
 fn kernels() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../kernels")
 }
 
 /// Every module and its PTX.

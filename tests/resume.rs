@@ -93,7 +93,9 @@ fn a_resumed_run_has_the_bits_of_an_uninterrupted_one<B: Backend>(backend: &B) {
         let losses: Vec<f32> = (0..9).map(|_| whole.step(backend).unwrap()).collect();
         for interrupted in [0, 1, 5] {
             let mut first = Run::new(backend, base);
-            (0..interrupted).for_each(|_| drop(first.step(backend).unwrap()));
+            for _ in 0..interrupted {
+                first.step(backend).unwrap();
+            }
             first.save(backend, &path).unwrap();
             drop(first);
             let mut second = Run::new(backend, base);
@@ -114,7 +116,9 @@ fn masters_of_16_bit_parameters_are_saved() {
     let (backend, folder) = (&cpu::<bf16>(), tempfile::tempdir().unwrap());
     let path = folder.path().join("training.safetensors");
     let mut whole = Run::new(backend, false);
-    (0..3).for_each(|_| drop(whole.step(backend).unwrap()));
+    for _ in 0..3 {
+        whole.step(backend).unwrap();
+    }
     whole.save(backend, &path).unwrap();
     let mut second = Run::new(backend, false);
     second.resume(backend, &path).unwrap();

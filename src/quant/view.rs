@@ -13,7 +13,7 @@ pub(crate) struct QuantView<'a> {
     pub(crate) cols: usize,
     pub(crate) kind: QuantKind,
     pub(crate) codes: &'a [u8],
-    scales: ScalesView<'a>,
+    pub(crate) scales: ScalesView<'a>,
 }
 
 /// See [`Scales`](super::Scales).

@@ -10,7 +10,7 @@
 
 use super::super::simd::{LANES, Lanes, Simd};
 use super::Matrix;
-use super::plan::{dot_rows, prefetch_in_dots};
+use super::plan::{dot_rows, prefetch_in_dots, widen_before_dots};
 use super::skinny::Sums;
 use crate::element::Float;
 
@@ -18,6 +18,8 @@ use crate::element::Float;
 const ACROSS: usize = 4;
 /// Numbers of the left side in a stretch of the depth (20 KiB): they stay in L1.
 const LEFT_IN_L1: usize = 5 * 1024;
+/// The most steps of the depth in a stretch for several rows.
+const STRETCH: usize = LEFT_IN_L1 / 5;
 
 impl Sums<'_> {
     /// `sums += scale·left·rhs`, where `rhs` is contiguous along the depth
@@ -26,15 +28,19 @@ impl Sums<'_> {
         match dot_rows(S::REGISTERS, self.height) {
             _ if rhs.rows == 0 => {}
             _ if rhs.rows < LANES => self.add_short_dots(s, scale, left, rhs),
-            1 => self.add_long_dots::<S, R, 1, ACROSS>(s, scale, left, rhs),
-            2 => self.add_long_dots::<S, R, 2, 3>(s, scale, left, rhs),
-            _ => self.add_long_dots::<S, R, 5, ACROSS>(s, scale, left, rhs),
+            1 => self.add_long_dots::<S, R, 1, ACROSS, false>(s, scale, left, rhs),
+            2 if size_of::<R>() < size_of::<f32>() && widen_before_dots(S::REGISTERS, self.height) => {
+                self.add_long_dots::<S, R, 2, 3, true>(s, scale, left, rhs);
+            }
+            2 => self.add_long_dots::<S, R, 2, 3, false>(s, scale, left, rhs),
+            _ => self.add_long_dots::<S, R, 5, ACROSS, false>(s, scale, left, rhs),
         }
     }
 
-    /// Dot products of X rows of the left side with W rows of the weight at a time.
+    /// Dot products of X rows of the left side with W rows of the weight at a time. With `WIDEN`, these are widened once, to L1, instead of
+    /// in the registers of each group of X rows.
     #[inline(always)]
-    fn add_long_dots<S: Simd, R: Float, const X: usize, const W: usize>(
+    fn add_long_dots<S: Simd, R: Float, const X: usize, const W: usize, const WIDEN: bool>(
         &mut self,
         s: S,
         scale: f32,
@@ -47,6 +53,7 @@ impl Sums<'_> {
         // order.
         let rows = if X == 1 { 1 } else { self.height.next_multiple_of(5) };
         let stretch = (LEFT_IN_L1 / rows).div_ceil(LANES);
+        let mut wide = [[0.0; STRETCH]; W];
         for start in (0..vectors).step_by(stretch) {
             let end = vectors.min(start + stretch);
             let depth = start * LANES..rhs.rows.min(end * LANES);
@@ -54,11 +61,20 @@ impl Sums<'_> {
                 // At the edge the last row of the weight is repeated, and its results are dropped.
                 let line = |w: usize| -> &[R] { &rhs.run(self.first + (j + w).min(self.width - 1))[depth.clone()] };
                 let (right, next): ([&[R]; W], [&[R]; W]) = (std::array::from_fn(line), std::array::from_fn(|w| line(W + w)));
-                self.add_dots_of_rows(s, scale, left, right, (depth.start, rhs.rows, j), |group| {
+                let (at, before) = ((depth.start, rhs.rows, j), |group| {
                     if prefetch_in_dots(S::REGISTERS, height) {
                         prefetch_part(s, next, group, groups);
                     }
                 });
+                if WIDEN {
+                    for (line, wide) in right.iter().zip(&mut wide) {
+                        widen_line(s, line, &mut wide[..line.len()]);
+                    }
+                    let right: [&[f32]; W] = std::array::from_fn(|w| &wide[w][..right[w].len()]);
+                    self.add_dots_of_rows(s, scale, left, right, at, before);
+                } else {
+                    self.add_dots_of_rows(s, scale, left, right, at, before);
+                }
             }
         }
     }
@@ -112,6 +128,18 @@ impl Sums<'_> {
                 s.store(sum, to);
             }
         }
+    }
+}
+
+/// `to = line`, widened
+#[inline(always)]
+fn widen_line<S: Simd, R: Float>(s: S, line: &[R], to: &mut [f32]) {
+    let (whole, last) = to.as_chunks_mut();
+    for (from, to) in line.as_chunks().0.iter().zip(whole.iter_mut()) {
+        s.store(s.widen(from), to);
+    }
+    if !last.is_empty() {
+        s.narrow_to(s.widen_at(line, whole.len()), last);
     }
 }
 

@@ -9,7 +9,7 @@ use super::micro::Micro;
 use super::pack::{Part, Side};
 use super::plan::{self, QUANTISED_COLS, QUANTISED_DEPTH};
 use super::skinny::Sums;
-use crate::quant::{Blocks, FP4, NF4, ONE_127TH, Q8_0_BLOCK, QuantKind, QuantView};
+use crate::quant::{Blocks, FP4, NF4, ONE_127TH, Q8_0_BLOCK, QuantKind, QuantView, ScalesView};
 
 static NF4_TABLE: CodeTable = CodeTable::new(NF4);
 static FP4_TABLE: CodeTable = CodeTable::new(FP4);
@@ -81,24 +81,59 @@ pub(in super::super) fn dequantise<S: Simd>(s: S, w: &QuantView<'_>, row: usize,
         QuantKind::Nf4(blocks) | QuantKind::Fp4(blocks) => four_bits(s, w, blocks, row, cols, to),
         QuantKind::Int8 => {
             let (absmax, one_127th) = (s.splat(w.scale(row)), s.splat(ONE_127TH));
-            let codes = &w.codes[row * w.cols..][cols.clone()];
-            for (codes, to) in codes.chunks(LANES).zip(to.chunks_mut(LANES)) {
-                s.narrow_to(s.mul(s.mul(whole_numbers(s, codes), absmax), one_127th), to);
-            }
+            let codes = &w.codes[row * w.cols..][cols];
+            eight_bits(s, codes, to, |whole| s.mul(s.mul(whole, absmax), one_127th));
         }
-        QuantKind::Q8_0 => {
-            let first = row * w.cols.div_ceil(Q8_0_BLOCK);
-            let mut col = cols.start;
-            while col < cols.end {
-                let end = cols.end.min((col / Q8_0_BLOCK + 1) * Q8_0_BLOCK);
-                let scale = s.splat(w.scale(first + col / Q8_0_BLOCK));
-                let codes = &w.codes[row * w.cols..][col..end];
-                let to = &mut to[col - cols.start..end - cols.start];
-                for (codes, to) in codes.chunks(LANES).zip(to.chunks_mut(LANES)) {
-                    s.narrow_to(s.mul(whole_numbers(s, codes), scale), to);
-                }
-                col = end;
-            }
+        QuantKind::Q8_0 => q8_0(s, w, row, cols, to),
+    }
+}
+
+/// `to = value(codes)`
+#[inline(always)]
+fn eight_bits<S: Simd>(s: S, codes: &[u8], to: &mut [f32], value: impl Fn(S::V) -> S::V) {
+    let (codes, last_codes) = codes.as_chunks();
+    let (to, last) = to.as_chunks_mut();
+    for (codes, to) in codes.iter().zip(to) {
+        s.store(value(s.load_i8(codes)), to);
+    }
+    if !last.is_empty() {
+        s.narrow_to(value(whole_numbers(s, last_codes)), last);
+    }
+}
+
+/// Scales that are widened together.
+const SCALES: usize = 64;
+
+/// The scales from number `first` on.
+#[inline(always)]
+fn widen_scales<S: Simd>(s: S, w: &QuantView<'_>, first: usize, to: &mut [f32]) {
+    if let ScalesView::F16(scales) = w.scales {
+        let scales = &scales[first..][..to.len()];
+        for (v, to) in to.chunks_mut(LANES).enumerate() {
+            s.narrow_to(s.widen_at(scales, v), to);
+        }
+    } else {
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = w.scale(first + i);
+        }
+    }
+}
+
+/// Block by block.
+#[inline(always)]
+fn q8_0<S: Simd>(s: S, w: &QuantView<'_>, row: usize, cols: Range<usize>, to: &mut [f32]) {
+    let (first, codes) = (row * w.cols.div_ceil(Q8_0_BLOCK), &w.codes[row * w.cols..][..w.cols]);
+    let mut scales = [0.0; SCALES];
+    let mut col = cols.start;
+    while col < cols.end {
+        let block = col / Q8_0_BLOCK;
+        let count = SCALES.min(cols.end.div_ceil(Q8_0_BLOCK) - block);
+        widen_scales(s, w, first + block, &mut scales[..count]);
+        for (i, &scale) in scales[..count].iter().enumerate() {
+            let end = cols.end.min((block + i + 1) * Q8_0_BLOCK);
+            let scale = s.splat(scale);
+            eight_bits(s, &codes[col..end], &mut to[col - cols.start..end - cols.start], |whole| s.mul(whole, scale));
+            col = end;
         }
     }
 }
@@ -117,11 +152,11 @@ fn whole_numbers<S: Simd>(s: S, codes: &[u8]) -> S::V {
 /// Block by block; the ends of a block that are no whole vectors one after another.
 #[inline(always)]
 fn four_bits<S: Simd>(s: S, w: &QuantView<'_>, Blocks { len, .. }: Blocks, row: usize, cols: Range<usize>, to: &mut [f32]) {
-    let (table, first) = (table(w.kind), row * w.cols);
+    let (table, first, shift) = (table(w.kind), row * w.cols, len.trailing_zeros());
     let (mut at, last, begin) = (first + cols.start, first + cols.end, first + cols.start);
     while at < last {
-        let end = last.min((at / len + 1) * len);
-        let scale = w.scale(at / len);
+        let end = last.min(((at >> shift) + 1) << shift);
+        let scale = w.scale(at >> shift);
         let one = |at: usize| {
             let two = w.codes[at / 2];
             table.values[(if at.is_multiple_of(2) { two >> 4 } else { two & 15 }) as usize] * scale
@@ -313,18 +348,24 @@ impl Sums<'_> {
 /// `Σ scale_of_step · Σ value·left`, looked up in the order of [`APART`]: a block's sum is multiplied with its scale once.
 #[inline(always)]
 fn looked_up<S: Simd>(s: S, left: &[Lanes<f32>], w: &QuantView<'_>, [line]: [usize; 1]) -> [S::V; 1] {
-    let (table, first) = (table(w.kind), line * w.cols);
-    let len = w.kind.four_bits().map_or(STEP, |(_, blocks)| blocks.len);
-    let shift = len.trailing_zeros();
-    let codes = w.codes[first / 2..][..w.cols / 2].as_chunks::<{ STEP / 2 }>().0;
-    let mut total = s.splat(0.0);
-    for (step, (codes, left)) in codes.iter().zip(left.as_chunks::<4>().0).enumerate() {
-        let values = s.look_up_apart(codes, table);
-        let mut sum = s.mul(values[0], s.load(&left[0]));
-        for v in 1..4 {
-            sum = s.mul_add(values[v], s.load(&left[v]), sum);
+    let table = table(w.kind);
+    let shift = w.kind.four_bits().map_or(STEP, |(_, blocks)| blocks.len).trailing_zeros();
+    let codes = w.codes[line * w.cols / 2..][..w.cols / 2].as_chunks::<{ STEP / 2 }>().0;
+    let (mut total, mut at, mut scales) = (s.splat(0.0), line * w.cols, [0.0; SCALES]);
+    for (codes, left) in codes.chunks(SCALES).zip(left.as_chunks::<4>().0.chunks(SCALES)) {
+        // A step has one scale, and several steps may have the same.
+        let first = at >> shift;
+        let last = (at + (codes.len() - 1) * STEP) >> shift;
+        widen_scales(s, w, first, &mut scales[..=last - first]);
+        for (codes, left) in codes.iter().zip(left) {
+            let values = s.look_up_apart(codes, table);
+            let mut sum = s.mul(values[0], s.load(&left[0]));
+            for v in 1..4 {
+                sum = s.mul_add(values[v], s.load(&left[v]), sum);
+            }
+            total = s.mul_add(s.splat(scales[((at >> shift) - first) % SCALES]), sum, total);
+            at += STEP;
         }
-        total = s.mul_add(s.splat(w.scale((first + step * STEP) >> shift)), sum, total);
     }
     [total]
 }
@@ -333,12 +374,15 @@ fn looked_up<S: Simd>(s: S, left: &[Lanes<f32>], w: &QuantView<'_>, [line]: [usi
 #[inline(always)]
 fn of_blocks<S: Simd>(s: S, left: &[Lanes<f32>], w: &QuantView<'_>, [line]: [usize; 1]) -> [S::V; 1] {
     let codes = w.codes[line * w.cols..][..w.cols].as_chunks::<LANES>().0.as_chunks::<2>().0;
-    let first = line * codes.len();
-    let mut total = s.splat(0.0);
-    for (block, (codes, left)) in codes.iter().zip(left.as_chunks::<2>().0).enumerate() {
-        let sum = s.mul(s.load_i8(&codes[0]), s.load(&left[0]));
-        let sum = s.mul_add(s.load_i8(&codes[1]), s.load(&left[1]), sum);
-        total = s.mul_add(s.splat(w.scale(first + block)), sum, total);
+    let (mut total, mut first, mut scales) = (s.splat(0.0), line * codes.len(), [0.0; SCALES]);
+    for (codes, left) in codes.chunks(SCALES).zip(left.as_chunks::<2>().0.chunks(SCALES)) {
+        widen_scales(s, w, first, &mut scales[..codes.len()]);
+        first += codes.len();
+        for ((codes, left), &scale) in codes.iter().zip(left).zip(&scales) {
+            let sum = s.mul(s.load_i8(&codes[0]), s.load(&left[0]));
+            let sum = s.mul_add(s.load_i8(&codes[1]), s.load(&left[1]), sum);
+            total = s.mul_add(s.splat(scale), sum, total);
+        }
     }
     [total]
 }

@@ -32,6 +32,8 @@
 //! - [`op`]: requests, one struct for each operation, to call the kernels from other code. It defines the letters `m k n r`.
 //! - [`nn`] on [`autograd`]: layers with adapters, Adam, and a tape, to train a network.
 //! - `adapter` (feature `adapter`, on by default): reads and writes the adapter folders of PEFT.
+//! - `training` (feature `adapter`): saves a run of training, and resumes it.
+//! - [`distributed`]: trains on several processes; gradients are summed over MPI, NCCL or threads.
 //! - `checkpoint` (feature `checkpoint`): merges adapters into models on disk, as does the program `lowrank` (feature `cli`).
 //! - `examples/mnist_lora` uses all of them.
 //!
@@ -46,6 +48,7 @@ pub mod autograd;
 pub mod backend;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
+pub mod distributed;
 mod element;
 mod error;
 #[doc(hidden)]
@@ -55,6 +58,8 @@ pub mod op;
 pub mod quant;
 pub mod random;
 mod tensor;
+#[cfg(feature = "adapter")]
+pub mod training;
 mod view;
 
 pub use backend::cpu::{Cpu, VectorUnit};

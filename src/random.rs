@@ -32,6 +32,25 @@ impl Rng {
         Self { key: [seed as u32, (seed >> 32) as u32], block: 0, words: [0; 4], used: 4 }
     }
 
+    /// The stream with this seed after [`position`](Self::position) words: goes on where another one stopped.
+    pub fn at(seed: u64, position: u64) -> Self {
+        let mut rng = Self { block: position / 4, ..Self::new(seed) };
+        for _ in 0..position % 4 {
+            rng.word();
+        }
+        rng
+    }
+
+    /// The seed of the stream.
+    pub fn seed(&self) -> u64 {
+        u64::from(self.key[0]) | (u64::from(self.key[1]) << 32)
+    }
+
+    /// The number of words that were drawn.
+    pub fn position(&self) -> u64 {
+        4 * self.block - (4 - self.used as u64)
+    }
+
     /// 32 random bits.
     pub fn word(&mut self) -> u32 {
         if self.used == 4 {
@@ -95,6 +114,20 @@ mod tests {
         let variance = sample.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n as f64;
         assert!(mean.abs() < 0.02 && (variance - 1.0).abs() < 0.02, "{mean} {variance}");
         assert!((0..n).all(|_| rng.below(3) < 3 && (0.0..1.0).contains(&rng.unit())));
+    }
+
+    #[test]
+    fn a_stream_goes_on_from_its_seed_and_position() {
+        for drawn in 0..11 {
+            let mut rng = Rng::new(0x0123_4567_89ab_cdef);
+            for _ in 0..drawn {
+                rng.word();
+            }
+            assert_eq!((rng.seed(), rng.position()), (0x0123_4567_89ab_cdef, drawn));
+            let mut again = Rng::at(rng.seed(), rng.position());
+            assert_eq!(again.position(), drawn);
+            assert!((0..9).all(|_| rng.word() == again.word()), "after {drawn} words");
+        }
     }
 
     #[test]

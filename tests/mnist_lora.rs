@@ -8,21 +8,28 @@
 mod experiment;
 #[path = "../examples/mnist_lora/mnist/mod.rs"]
 mod mnist;
+#[path = "../examples/mnist_lora/train.rs"]
+mod train;
 #[path = "../examples/mnist_lora/whole.rs"]
 mod whole;
 
+use std::path::Path;
+
 use experiment::{Outcome, Progress, Settings, difference, same_bits};
+use lowrank::distributed::{Communicator, SingleProcess, Threads};
 use lowrank::{Backend, Cpu, Error, Result, bf16};
 use mnist::Mnist;
+use train::Checkpoints;
 
 fn settings() -> Settings {
     let (seed, hidden, epochs, batch, lr) = (5, vec![24, 16], 1, 10, 3e-3);
-    Settings { seed, hidden, epochs, batch, lr, rank: 1, alpha: 1.0, batches: 40, digit: None, quantise: None }
+    Settings { seed, hidden, epochs, batch, lr, rank: 1, alpha: 1.0, batches: 40, digit: None, quantise: None, checkpoints: None }
 }
 
 fn run<B: Backend>(backend: &B, settings: &Settings, watch: &mut dyn FnMut(&Progress)) -> Result<Outcome> {
     let dir = tempfile::tempdir().unwrap();
-    experiment::run(backend, &Mnist::generate(5, 1500, 500), settings, dir.path(), watch)
+    let outcome = experiment::run((backend, &SingleProcess), &Mnist::generate(5, 1500, 500), settings, dir.path(), watch)?;
+    Ok(outcome.expect("rank 0 has the results"))
 }
 
 fn run_small<B: Backend>(backend: &B) -> Outcome {
@@ -131,4 +138,85 @@ fn adapters_are_tuned_over_quantised_weights() {
         assert!(full.quantised_bytes < most, "{kind}: {} of {} bytes", full.quantised_bytes, full.bytes);
         assert!(outcome.base != full.base, "{kind}: quantising changes something");
     }
+}
+
+/// Stops a run at a step, as a killed process would: nothing after the last checkpoint is left.
+fn interrupt(settings: &Settings, at: (&'static str, usize)) {
+    let stopped = std::panic::catch_unwind(|| {
+        let stop = &mut |progress: &Progress| assert!((progress.phase, progress.step) != at, "the run is interrupted here");
+        run(&Cpu::<f32>::new().unwrap(), settings, stop)
+    });
+    assert!(stopped.is_err(), "the run ended before {at:?}");
+}
+
+#[test]
+fn a_resumed_run_gives_the_bits_of_an_uninterrupted_one() {
+    let whole = run_small(&Cpu::<f32>::new().unwrap());
+    let same = |other: &Outcome| {
+        same_bits(&whole.weights, &other.weights)
+            && (&whole.pretrain.losses, &whole.tune.losses) == (&other.pretrain.losses, &other.tune.losses)
+            && whole.on == other.on
+    };
+    for at in [("training", 80), ("training", 150), ("tuning", 20), ("tuning", 40)] {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = |resume| Some(Checkpoints { dir: folder.path().join("run"), every: 20, resume });
+        interrupt(&Settings { checkpoints: checkpoints(false), ..settings() }, at);
+        let mut steps = Vec::new();
+        let resumed = Settings { checkpoints: checkpoints(true), ..settings() };
+        let outcome = run(&Cpu::<f32>::new().unwrap(), &resumed, &mut |at| steps.push((at.phase, at.step))).unwrap();
+        assert!(same(&outcome), "interrupted at {at:?}");
+        assert!(!steps.contains(&at) && !steps.contains(&("training", 20)), "{at:?} was made again: {steps:?}");
+        let again = run(&Cpu::<f32>::new().unwrap(), &resumed, &mut |at| panic!("{} {}", at.phase, at.step)).unwrap();
+        assert!(same(&again), "a complete run is only scored");
+    }
+}
+
+#[test]
+fn a_folder_of_another_run_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let cpu = Cpu::<f32>::new().unwrap();
+    let checkpoints = |resume| Some(Checkpoints { dir: folder.path().into(), every: 50, resume });
+    let refused = |settings: Settings| run(&cpu, &settings, &mut |_| {}).unwrap_err().to_string();
+    assert!(refused(Settings { checkpoints: checkpoints(true), ..settings() }).contains("is not there"));
+    run(&cpu, &Settings { checkpoints: checkpoints(false), ..settings() }, &mut |_| {}).unwrap();
+    assert!(refused(Settings { checkpoints: checkpoints(false), ..settings() }).contains("`--resume` goes on"));
+    let other = refused(Settings { checkpoints: checkpoints(true), lr: 1e-3, ..settings() });
+    assert!(other.contains("other settings") && other.contains("lr 0.001"), "{other}");
+}
+
+/// Trains on some ranks; only rank 0 has results.
+fn on_ranks(size: usize, dir: &Path, settings: &Settings) -> Vec<Option<Outcome>> {
+    let train = |comm: Threads| {
+        let cpu = Cpu::<f32>::new().unwrap().with_threads(1).unwrap();
+        let dir = dir.join(format!("adapter-{}", comm.rank()));
+        let outcome = experiment::run((&cpu, &comm), &Mnist::generate(5, 1500, 500), settings, &dir, &mut |_| {}).unwrap();
+        assert_eq!((outcome.is_some(), dir.exists()), (comm.rank() == 0, comm.rank() == 0));
+        outcome
+    };
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = Threads::group(size).into_iter().map(|comm| scope.spawn(move || train(comm))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+/// Batches of 10 images on 3 ranks: a rank has 3 or 4 of them.
+#[test]
+fn ranks_train_together_what_one_process_trains() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = run_small(&Cpu::<f32>::new().unwrap());
+    let outcome = on_ranks(3, folder.path(), &settings()).remove(0).unwrap();
+    assert_story(&outcome);
+    let losses = alone.pretrain.losses.iter().zip(&outcome.pretrain.losses);
+    assert!(losses.clone().all(|(a, b)| (a - b).abs() < 2e-2), "{:?}", losses.map(|(a, b)| (a - b).abs()).fold(0f32, f32::max));
+
+    // The checkpoint of three ranks goes on with two: the batches are the same.
+    let checkpoints = Checkpoints { dir: folder.path().join("run"), every: 50, resume: false };
+    let settings = Settings { checkpoints: Some(checkpoints.clone()), ..settings() };
+    let whole = on_ranks(3, folder.path(), &settings).remove(0).unwrap();
+    assert!(same_bits(&whole.weights, &outcome.weights), "a checkpoint changes nothing");
+    std::fs::remove_file(folder.path().join("run/tuning.safetensors")).unwrap();
+    let settings = Settings { checkpoints: Some(Checkpoints { resume: true, ..checkpoints }), ..settings };
+    let resumed = on_ranks(2, folder.path(), &settings).remove(0).unwrap();
+    assert_eq!(resumed.pretrain.losses, whole.pretrain.losses);
+    assert_story(&resumed);
 }

@@ -51,6 +51,18 @@ pub struct Args {
     /// Threads of the CPU backend [default: one for each core]
     #[arg(long)]
     pub threads: Option<usize>,
+    /// Save the run to this folder while it trains
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint: Option<PathBuf>,
+    /// Steps from one checkpoint to the next; the end of the training and of the tuning are saved too
+    #[arg(long, value_name = "N", default_value_t = 500, requires = "checkpoint", value_parser = clap::value_parser!(u32).range(1..))]
+    pub checkpoint_every: u32,
+    /// Go on with the run in the folder of `--checkpoint`; the results have the bits of an uninterrupted run
+    #[arg(long, requires = "checkpoint")]
+    pub resume: bool,
+    /// Train on all processes that `mpirun` started; each computes a part of every batch
+    #[arg(long, value_enum, default_value_t = Engine::None)]
+    pub distributed: Engine,
     /// Folder for the adapter and the charts
     #[arg(long, value_name = "DIR", default_value = "out/mnist_lora")]
     pub out: PathBuf,
@@ -70,4 +82,13 @@ pub enum Device {
     Webgpu,
     /// NVIDIA GPUs; needs `--features cuda`
     Cuda,
+}
+
+/// What connects several processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// One process
+    None,
+    /// MPI; needs the program in `integrations/mpi`
+    Mpi,
 }

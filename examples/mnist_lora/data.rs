@@ -5,8 +5,9 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::mnist::{FILES, Mnist};
+use crate::mnist::{FILES, Images, Labels, Mnist, Split};
 use flate2::bufread::GzDecoder;
+use lowrank::distributed::Communicator;
 use lowrank::{Error, Result};
 use sha2::{Digest, Sha256};
 
@@ -24,8 +25,33 @@ const CONTENTS: [(usize, &str); 4] = [
     (10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
 ];
 
+/// The digits that rank 0 finds, on every rank, and a description of their source, which only rank 0 has.
+pub fn find_on_rank_0(args: &Args, comm: &impl Communicator) -> Result<(Mnist, String)> {
+    if comm.size() == 1 {
+        return find(args);
+    }
+    let (mine, source) =
+        if comm.rank() == 0 { find(args).map(|(mnist, source)| (Some(mnist), source))? } else { Default::default() };
+    let (train, test) = (mine.as_ref().map(|mnist| &mnist.train), mine.as_ref().map(|mnist| &mnist.test));
+    Ok((Mnist { train: broadcast(train, comm)?, test: broadcast(test, comm)? }, source))
+}
+
+/// The images and labels of rank 0.
+fn broadcast(split: Option<&Split>, comm: &impl Communicator) -> Result<Split> {
+    let sizes = split.map_or([0; 3], |split| [split.len(), split.images().rows(), split.images().cols()].map(|size| size as u64));
+    let mut bytes: Vec<u8> = sizes.into_iter().flat_map(u64::to_le_bytes).collect();
+    comm.broadcast(&mut bytes, 0)?;
+    let size = |at: usize| bytes[8 * at..][..8].iter().rev().fold(0, |size, &byte| (size << 8) | usize::from(byte));
+    let [count, rows, cols] = [size(0), size(1), size(2)];
+    let mut pixels = split.map_or_else(|| vec![0; count * rows * cols], |split| split.images().pixels().to_vec());
+    let mut labels = split.map_or_else(|| vec![0; count], |split| split.labels().to_vec());
+    comm.broadcast(&mut pixels, 0)?;
+    comm.broadcast(&mut labels, 0)?;
+    Split::new(Images::new(rows, cols, pixels)?, Labels::new(labels)?)
+}
+
 /// The digits, and a description of their source.
-pub fn find(args: &Args) -> Result<(Mnist, String)> {
+fn find(args: &Args) -> Result<(Mnist, String)> {
     let dir = args.data.clone().or_else(|| std::env::var_os("MNIST_DIR").map(PathBuf::from));
     let (mut mnist, source) = match dir {
         _ if args.generate => generate(args),

@@ -2,15 +2,15 @@
 //! backend; prints nothing.
 
 use std::path::Path;
-use std::time::Instant;
 
 use crate::mnist::{DIGITS, Mnist, Split, shuffled_batches};
-use lowrank::autograd::{Gradients, Tape};
-use lowrank::nn::{Adam, Adaptable, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
+use lowrank::distributed::Communicator;
+use lowrank::nn::{Adaptable, DEFAULT, Init, LoraConfig, Mlp, ParameterReport, Targets};
 use lowrank::quant::{QuantKind, Quantised};
 use lowrank::random::Rng;
-use lowrank::{Backend, Error, Float, Result, Tensor, adapter};
+use lowrank::{Backend, Error, Float, Result, adapter};
 
+use crate::train::{Checkpoints, Job, train};
 use crate::whole;
 
 /// The settings of the experiment.
@@ -35,6 +35,23 @@ pub struct Settings {
     pub digit: Option<u8>,
     /// How the weights are quantised once they are trained, before the adapters; not at all if `None`.
     pub quantise: Option<QuantKind>,
+    /// Where the run is saved, and resumed from; nowhere if `None`.
+    pub checkpoints: Option<Checkpoints>,
+}
+
+impl Settings {
+    /// What a resumed run must have in common with the one that was saved.
+    fn describe(&self, sizes: &[usize], split: &Split) -> String {
+        let Self { seed, epochs, batch, lr, rank, alpha, batches, digit, quantise, .. } = self;
+        let digit = digit.map_or("worst".into(), |digit| digit.to_string());
+        let quantise = quantise.map_or("not", QuantKind::name);
+        format!(
+            "seed {seed}, layers {sizes:?}, epochs {epochs}, batch {batch}, lr {lr}, rank {rank}, alpha {alpha}, batches {batches}, \
+             digit {digit}, quantised {quantise}, images {} ({:016x})",
+            split.len(),
+            split.fingerprint()
+        )
+    }
 }
 
 /// The progress of a phase.
@@ -119,29 +136,38 @@ pub struct Outcome {
     pub weights: Vec<Vec<f32>>,
 }
 
-/// Runs the experiment; the adapters are saved to `dir`. Errors: those of the crate.
-pub fn run<B: Backend>(
-    backend: &B,
+/// Runs the experiment; the adapters are saved to `dir`. With several ranks all train together; rank 0 saves, and has the results, and
+/// the others get `None`. Errors: those of the crate.
+pub fn run<B: Backend, C: Communicator>(
+    (backend, comm): (&B, &C),
     mnist: &Mnist,
     settings: &Settings,
     dir: &Path,
     watch: &mut dyn FnMut(&Progress),
-) -> Result<Outcome> {
+) -> Result<Option<Outcome>> {
     LoraConfig::new(settings.rank, settings.alpha).check()?; // fail now, not after minutes of training
     settings.digit.map_or(Ok(()), |digit| shown(&mnist.train, digit).map(drop))?;
+    settings.checkpoints.as_ref().map_or(Ok(()), |checkpoints| checkpoints.check(comm))?;
     let rng = &mut Rng::new(settings.seed);
     let pixels = mnist.train.images().rows() * mnist.train.images().cols();
     let sizes: Vec<usize> = [&[pixels], &settings.hidden[..], &[DIGITS]].concat();
     let mut mlp = Mlp::new(backend, &sizes, rng)?;
 
     let batches = (0..settings.epochs).flat_map(|_| shuffled_batches(mnist.train.all(), settings.batch, rng)).collect();
-    let pretrain = train(backend, &mut mlp, &mnist.train, batches, settings.lr, ("training", watch))?;
+    let (split, checkpoints) = (&mnist.train, settings.checkpoints.as_ref());
+    let described = settings.describe(&sizes, split);
+    let (lr, rng_now) = (settings.lr, rng.clone());
+    let job =
+        Job { phase: "training", file: "training", split, batches, lr, checkpoints, settings: described.clone(), rng: rng_now };
+    let pretrain = train((backend, comm), &mut mlp, job, watch)?;
     let mut base = score(backend, &mlp, &mnist.test)?;
     let digit = settings.digit.unwrap_or_else(|| worst(&base.errors));
+    let digit = of_rank_0(comm, digit)?;
+    let tuning = Tuning { settings, described: &described, digit, split };
     let mut full = None;
     if let Some(kind) = settings.quantise {
         let mut model = copy(backend, &mlp)?;
-        tune(backend, &mut model, &mnist.train, (settings, digit), &mut rng.clone(), watch)?;
+        tuning.run((backend, comm), &mut model, "tuning-full", &mut rng.clone(), watch)?;
         let on = score(backend, &model, &mnist.test)?;
         let [bytes, quantised_bytes] = quantise(backend, &mut mlp, kind)?;
         let quantised = score(backend, &mlp, &mnist.test)?;
@@ -149,7 +175,10 @@ pub fn run<B: Backend>(
     }
     let before = weights(backend, &mlp)?;
 
-    let tune = tune(backend, &mut mlp, &mnist.train, (settings, digit), rng, watch)?;
+    let tune = tuning.run((backend, comm), &mut mlp, "tuning", rng, watch)?;
+    if comm.rank() != 0 {
+        return Ok(None);
+    }
     let params = mlp.parameter_report();
 
     let on = score(backend, &mlp, &mnist.test)?;
@@ -165,7 +194,7 @@ pub fn run<B: Backend>(
     again.merge_adapters(backend)?;
     let merged = score(backend, &again, &mnist.test)?;
 
-    Ok(Outcome {
+    Ok(Some(Outcome {
         merged_difference: difference(&on.logits, &merged.logits),
         merged_tolerance: tolerance::<B::Elem>(&sizes),
         weights: [before, adapter_weights(backend, &mlp)?].concat(),
@@ -180,22 +209,43 @@ pub fn run<B: Backend>(
         pretrain,
         tune,
         base_unchanged,
-    })
+    }))
 }
 
-/// Adds adapters, and trains them on images of one digit.
-fn tune<B: Backend>(
-    backend: &B,
-    mlp: &mut Mlp<B>,
-    split: &Split,
-    (settings, digit): (&Settings, u8),
-    rng: &mut Rng,
-    watch: &mut dyn FnMut(&Progress),
-) -> Result<Phase> {
-    let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
-    mlp.add_adapters(backend, Targets::All, &config, rng)?;
-    let batches = batches_of(split, digit, settings, rng)?;
-    train(backend, mlp, split, batches, settings.lr, ("tuning", watch))
+/// How adapters are trained on images of one digit.
+struct Tuning<'t> {
+    settings: &'t Settings,
+    described: &'t str,
+    digit: u8,
+    split: &'t Split,
+}
+
+impl Tuning<'_> {
+    /// Adds adapters, and trains them.
+    fn run<B: Backend, C: Communicator>(
+        &self,
+        (backend, comm): (&B, &C),
+        mlp: &mut Mlp<B>,
+        file: &'static str,
+        rng: &mut Rng,
+        watch: &mut dyn FnMut(&Progress),
+    ) -> Result<Phase> {
+        let Self { settings, digit, split, .. } = *self;
+        let config = LoraConfig { init: Init::Gaussian { std: 1.0 }, ..LoraConfig::new(settings.rank, settings.alpha) };
+        mlp.add_adapters(backend, Targets::All, &config, rng)?;
+        let batches = batches_of(split, digit, settings, rng)?;
+        let described = format!("{}, tuned on digit {digit}", self.described);
+        let (lr, checkpoints, rng) = (settings.lr, settings.checkpoints.as_ref(), rng.clone());
+        let job = Job { phase: "tuning", file, split, batches, lr, checkpoints, settings: described, rng };
+        train((backend, comm), mlp, job, watch)
+    }
+}
+
+/// The digit of rank 0: with other CPUs, another rank's scores may differ in the last bits.
+fn of_rank_0(comm: &impl Communicator, digit: u8) -> Result<u8> {
+    let mut digit = [digit];
+    comm.broadcast(&mut digit, 0)?;
+    Ok(digit[0])
 }
 
 /// Quantises every weight. Gives the bytes that they took, and take.
@@ -207,54 +257,6 @@ fn quantise<B: Backend>(backend: &B, mlp: &mut Mlp<B>, kind: QuantKind) -> Resul
         bytes[1] += layer.base().quantised().map_or(0, Quantised::bytes);
     }
     Ok(bytes)
-}
-
-/// The number of losses that are read together, because reading one waits for the device.
-const READ: usize = 50;
-
-/// Trains with Adam on the mean cross-entropy, one step for each batch.
-fn train<B: Backend>(
-    backend: &B,
-    mlp: &mut Mlp<B>,
-    split: &Split,
-    batches: Vec<Vec<usize>>,
-    lr: f32,
-    (phase, watch): (&'static str, &mut dyn FnMut(&Progress)),
-) -> Result<Phase> {
-    let (mut adam, mut losses, began) = (Adam::new(lr)?, Vec::with_capacity(batches.len()), Instant::now());
-    let mut gradients = Gradients::default(); // of the previous step: the next one reuses their memory
-    for group in batches.chunks(READ) {
-        let unread =
-            group.iter().map(|rows| step(backend, mlp, (&mut adam, &mut gradients), split, rows)).collect::<Result<Vec<_>>>()?;
-        for loss in unread {
-            losses.extend(loss.to_vec(backend)?);
-        }
-        let loss = losses[losses.len() - group.len()..].iter().sum::<f32>() / group.len() as f32;
-        if !loss.is_finite() {
-            let got = format!("{loss} after {} steps", losses.len());
-            return Err(Error::Value { verb: phase, name: "loss", got, want: "finite; try a smaller learning rate".into() });
-        }
-        watch(&Progress { phase, step: losses.len(), steps: batches.len(), loss, seconds: began.elapsed().as_secs_f64() });
-    }
-    Ok(Phase { losses, seconds: began.elapsed().as_secs_f64() })
-}
-
-/// Makes one step. Returns the loss before the step, on the device.
-fn step<B: Backend>(
-    backend: &B,
-    mlp: &mut Mlp<B>,
-    (adam, gradients): (&mut Adam<B>, &mut Gradients<B>),
-    split: &Split,
-    rows: &[usize],
-) -> Result<Tensor<B, f32>> {
-    let (x, labels) = split.batch(backend, rows)?;
-    let mut tape = Tape::reusing(backend, std::mem::take(gradients));
-    let x = tape.input(x);
-    let logits = mlp.forward(&mut tape, x, None)?;
-    let loss = tape.cross_entropy(logits, &labels)?;
-    *gradients = tape.backward()?;
-    adam.step(backend, mlp.params_mut(), gradients)?;
-    Ok(loss)
 }
 
 /// The images of a digit. Errors: [`Error::Value`] if there are none.

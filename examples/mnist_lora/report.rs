@@ -8,9 +8,12 @@ use sha2::{Digest, Sha256};
 use crate::args::Args;
 use crate::experiment::{Full, Outcome, Score};
 
-/// Prints the backend and the data.
-pub fn begin(device: &str, source: &str, mnist: &Mnist) {
+/// Prints the backend, the number of processes if there are several, and the data.
+pub fn begin(device: &str, ranks: usize, source: &str, mnist: &Mnist) {
     println!("backend  {device}");
+    if ranks > 1 {
+        println!("ranks    {ranks}, each with such a backend");
+    }
     println!("digits   {source}: {} to train on, {} to test with", mnist.train.len(), mnist.test.len());
 }
 

@@ -89,12 +89,12 @@ pub use kind::Kind;
 pub use matrix::HostMatrix;
 #[cfg(feature = "svd")]
 pub use principal::init_from_weight;
-#[cfg(feature = "checkpoint")]
 pub(crate) use tensor_file::damage;
 pub use tensor_file::parse_tensors;
-pub use tensors::{HostTensor, HostTensors};
 #[cfg(feature = "checkpoint")]
-pub(crate) use tensors::{dimensions, float_type, module_of, stored_type};
+pub(crate) use tensors::module_of;
+pub use tensors::{HostTensor, HostTensors};
+pub(crate) use tensors::{dimensions, float_type, stored_type};
 pub use ties_dare::MajoritySign;
 
 use files::at;

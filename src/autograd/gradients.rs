@@ -137,6 +137,21 @@ impl<B: Backend> Gradients<B> {
         Ok(norm)
     }
 
+    /// The gradient of a parameter as a matrix; `None` if it has none.
+    pub(crate) fn dense(&mut self, backend: &B, param: &Param<B>) -> Result<Option<&Tensor<B, f32>>> {
+        let Some(gradient) = self.of.get_mut(&param.id) else { return Ok(None) };
+        gradient.make_dense(backend, &self.values)?;
+        match gradient {
+            Gradient::Dense(gradient) => Ok(Some(gradient)),
+            Gradient::Factored { .. } => Ok(None), // made dense above
+        }
+    }
+
+    /// Replaces the gradient of a parameter.
+    pub(crate) fn set(&mut self, param: &Param<B>, gradient: Tensor<B, f32>) {
+        self.of.insert(param.id, Gradient::Dense(gradient));
+    }
+
     /// Removes all values and gradients; the lists keep their capacity.
     pub(super) fn clear(&mut self) {
         self.values.clear();

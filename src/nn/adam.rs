@@ -48,14 +48,15 @@ pub struct Adam<B: Backend> {
     states: HashMap<u64, State<B>>,
 }
 
+/// The state of one parameter.
 #[derive(Debug)]
-struct State<B: Backend> {
+pub(crate) struct State<B: Backend> {
     /// The number of steps of this parameter.
-    t: u64,
-    m: Tensor<B, f32>,
-    v: Tensor<B, f32>,
+    pub(crate) t: u64,
+    pub(crate) m: Tensor<B, f32>,
+    pub(crate) v: Tensor<B, f32>,
     /// The parameter in `f32`, if its own type has 16 bits.
-    master: Option<Tensor<B, f32>>,
+    pub(crate) master: Option<Tensor<B, f32>>,
 }
 
 impl<B: Backend> State<B> {
@@ -113,6 +114,18 @@ impl<B: Backend> Adam<B> {
             *t = made + 1;
         }
         Ok(())
+    }
+
+    /// The state of a parameter; `None` before its first step.
+    #[cfg(feature = "adapter")]
+    pub(crate) fn state(&self, param: &Param<B>) -> Option<&State<B>> {
+        self.states.get(&param.id())
+    }
+
+    /// Replaces the number of steps and the states of all parameters, by their ids.
+    #[cfg(feature = "adapter")]
+    pub(crate) fn restore(&mut self, steps: u64, states: HashMap<u64, State<B>>) {
+        (self.steps, self.states) = (steps, states);
     }
 
     /// The scalars of step `t` of a parameter; `plus` selects the learning rate of LoRA+.

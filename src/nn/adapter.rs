@@ -120,6 +120,15 @@ impl<B: Backend> Adapter<B> {
         [&mut self.a, &mut self.b].into_iter().chain(&mut self.lora_bias).chain(&mut self.magnitude).chain(&mut self.bias)
     }
 
+    /// [`params_mut`](Self::params_mut) with names.
+    #[cfg(feature = "adapter")]
+    pub(super) fn named_params_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Param<B>)> {
+        let Self { a, b, lora_bias, magnitude, bias, .. } = self;
+        let factors = [("lora_A", a), ("lora_B", b)].into_iter();
+        let others = [("lora_bias", lora_bias), ("lora_magnitude", magnitude), ("bias", bias)];
+        factors.chain(others.into_iter().filter_map(|(name, param)| Some((name, param.as_mut()?))))
+    }
+
     /// The rank that the factors are padded to.
     pub fn room(&self) -> usize {
         self.a.tensor.rows()

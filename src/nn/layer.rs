@@ -67,6 +67,13 @@ impl<B: Backend> Layer<B> {
         self.0.params_mut()
     }
 
+    /// The weight, the bias, and the parameters of the adapters, with names that are unique in this layer: `weight`, `bias`,
+    /// `default.lora_A`. A dot separates the name of an adapter, which has none.
+    #[cfg(feature = "adapter")]
+    pub(crate) fn named_params_mut(&mut self) -> impl Iterator<Item = (String, &mut Param<B>)> {
+        self.0.named_params_mut()
+    }
+
     /// The base layer and its active adapters: [`LoraLinear::forward`].
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var, seed: Option<u64>) -> Result<Var> {
         self.0.forward(tape, x, seed)

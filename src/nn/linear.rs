@@ -179,6 +179,13 @@ impl<B: Backend> Linear<B> {
         self.quantised.is_none().then_some(&mut self.weight).into_iter().chain(&mut self.bias)
     }
 
+    /// [`params_mut`](Self::params_mut) with names: `weight`, `bias`.
+    #[cfg(feature = "adapter")]
+    pub(super) fn named_params_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Param<B>)> {
+        let weight = self.quantised.is_none().then_some(&mut self.weight);
+        weight.into_iter().map(|weight| ("weight", weight)).chain(self.bias.iter_mut().map(|bias| ("bias", bias)))
+    }
+
     /// `y = x·Wᵀ + bias`
     pub fn forward<'m>(&'m self, tape: &mut Tape<'m, B>, x: Var) -> Result<Var> {
         tape.linear(x, self.layer_weight(), self.bias.as_ref())

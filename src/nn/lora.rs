@@ -63,6 +63,16 @@ impl<B: Backend> LayerAdapter<B> {
         adapter.into_iter().flat_map(Adapter::params_mut).chain(bias).chain(whole.into_iter().flat_map(Linear::params_mut))
     }
 
+    /// [`params_mut`](Self::params_mut) with names.
+    #[cfg(feature = "adapter")]
+    fn named_params_mut(&mut self) -> Vec<(&'static str, &mut Param<B>)> {
+        match self {
+            LayerAdapter::Lora(adapter) => adapter.named_params_mut().collect(),
+            LayerAdapter::Bias(bias) => vec![("bias", bias)],
+            LayerAdapter::Whole(linear) => linear.named_params_mut().collect(),
+        }
+    }
+
     /// The bias that replaces the layer's, if there is one.
     pub(super) fn bias(&self) -> Option<&Param<B>> {
         match self {
@@ -210,6 +220,17 @@ impl<B: Backend> LoraLinear<B> {
         let base = merged.is_empty().then_some(base).into_iter().flat_map(Linear::params_mut);
         let free = parts.iter_mut().filter(|(name, _)| !merged.iter().any(|merged| merged.name() == name));
         base.chain(free.flat_map(|(_, part)| part.params_mut()))
+    }
+
+    /// The weight, the bias, and the parameters of the adapters, with names that are unique in this layer: `weight`,
+    /// `default.lora_A`.
+    #[cfg(feature = "adapter")]
+    pub(super) fn named_params_mut(&mut self) -> impl Iterator<Item = (String, &mut Param<B>)> {
+        let base = self.base.named_params_mut().map(|(name, param)| (name.to_string(), param));
+        let parts = self.parts.iter_mut().flat_map(|(adapter, part)| {
+            part.named_params_mut().into_iter().map(move |(name, param)| (format!("{adapter}.{name}"), param))
+        });
+        base.chain(parts)
     }
 
     /// Adds an adapter to this layer, or replaces the one of that name here. Only active adapters are trainable. To replace an

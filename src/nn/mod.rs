@@ -17,6 +17,8 @@ mod mlp;
 mod residue;
 
 pub use adam::Adam;
+#[cfg(feature = "adapter")]
+pub(crate) use adam::State as AdamState;
 pub use adaptable::{Adaptable, AdapterStatus, LayerStatus, ParameterReport, Targets};
 #[cfg(feature = "adapter")]
 pub(crate) use adaptable::{check_layers, check_unmerged, distinct};

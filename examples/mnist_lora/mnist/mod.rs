@@ -64,6 +64,11 @@ impl Images {
         self.pixels.is_empty()
     }
 
+    /// The pixels of all images.
+    pub fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
     /// The pixels of one image, 0 black to 255 white; `None` past the last.
     pub fn get(&self, index: usize) -> Option<&[u8]> {
         self.pixels.chunks_exact(self.rows * self.cols).nth(index)
@@ -139,6 +144,12 @@ impl Split {
     /// True if there are no images.
     pub fn is_empty(&self) -> bool {
         self.labels.0.is_empty()
+    }
+
+    /// A number that changes if an image or a label does.
+    pub fn fingerprint(&self) -> u64 {
+        let bytes = self.images.pixels.iter().chain(&self.labels.0);
+        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)) // FNV-1a
     }
 
     /// The indices of all images.

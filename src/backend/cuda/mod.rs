@@ -88,6 +88,8 @@ pub use driver::Driver;
 pub use kernel::Kernel;
 pub use lend::{Lent, LentMut};
 pub use memory::Memory;
+#[cfg(feature = "nccl")]
+pub(crate) use newer::nccl_is_installed;
 
 use super::verbs::for_each_verb;
 use super::{Backend, Passes};

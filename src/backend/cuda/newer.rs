@@ -34,6 +34,19 @@ fn load() -> Result<Library, String> {
     Err(reason)
 }
 
+/// Errors: the reason, if NCCL's library cannot be loaded; cudarc, which loads it later, would panic. It is never unloaded.
+#[cfg(feature = "nccl")]
+pub(crate) fn nccl_is_installed() -> Result<(), String> {
+    static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+    let load = || {
+        let name = if cfg!(windows) { "nccl.dll" } else { "libnccl.so" }; // the name that cudarc loads
+        // SAFETY: loading NCCL only initialises the library.
+        unsafe { Library::new(name) }.ok()
+    };
+    let why = "no NCCL library (libnccl.so) is where the system looks for libraries; install it or set LD_LIBRARY_PATH";
+    LIBRARY.get_or_init(load).as_ref().map(|_| ()).ok_or_else(|| why.into())
+}
+
 /// `CUlaunchAttribute`: a kind and a value of 64 bytes, of which this attribute uses an `int`.
 #[repr(C, align(8))]
 struct Attribute {

@@ -348,24 +348,18 @@ impl Sums<'_> {
 /// `Σ scale_of_step · Σ value·left`, looked up in the order of [`APART`]: a block's sum is multiplied with its scale once.
 #[inline(always)]
 fn looked_up<S: Simd>(s: S, left: &[Lanes<f32>], w: &QuantView<'_>, [line]: [usize; 1]) -> [S::V; 1] {
-    let table = table(w.kind);
-    let shift = w.kind.four_bits().map_or(STEP, |(_, blocks)| blocks.len).trailing_zeros();
-    let codes = w.codes[line * w.cols / 2..][..w.cols / 2].as_chunks::<{ STEP / 2 }>().0;
-    let (mut total, mut at, mut scales) = (s.splat(0.0), line * w.cols, [0.0; SCALES]);
-    for (codes, left) in codes.chunks(SCALES).zip(left.as_chunks::<4>().0.chunks(SCALES)) {
-        // A step has one scale, and several steps may have the same.
-        let first = at >> shift;
-        let last = (at + (codes.len() - 1) * STEP) >> shift;
-        widen_scales(s, w, first, &mut scales[..=last - first]);
-        for (codes, left) in codes.iter().zip(left) {
-            let values = s.look_up_apart(codes, table);
-            let mut sum = s.mul(values[0], s.load(&left[0]));
-            for v in 1..4 {
-                sum = s.mul_add(values[v], s.load(&left[v]), sum);
-            }
-            total = s.mul_add(s.splat(scales[((at >> shift) - first) % SCALES]), sum, total);
-            at += STEP;
+    let (table, first) = (table(w.kind), line * w.cols);
+    let len = w.kind.four_bits().map_or(STEP, |(_, blocks)| blocks.len);
+    let shift = len.trailing_zeros();
+    let codes = w.codes[first / 2..][..w.cols / 2].as_chunks::<{ STEP / 2 }>().0;
+    let mut total = s.splat(0.0);
+    for (step, (codes, left)) in codes.iter().zip(left.as_chunks::<4>().0).enumerate() {
+        let values = s.look_up_apart(codes, table);
+        let mut sum = s.mul(values[0], s.load(&left[0]));
+        for v in 1..4 {
+            sum = s.mul_add(values[v], s.load(&left[v]), sum);
         }
+        total = s.mul_add(s.splat(w.scale((first + step * STEP) >> shift)), sum, total);
     }
     [total]
 }

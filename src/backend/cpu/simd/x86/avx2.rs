@@ -228,15 +228,11 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn look_up(self, codes: &[u8; 16], table: &CodeTable) -> [Self::V; 2] {
         intrinsics!({
-            // Each byte twice, in the order in which the unpacking below gives the codes back in theirs.
-            let twice = _mm256_setr_epi8(
-                0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13, 2, 2, 3, 3, 6, 6, 7, 7, 10, 10, 11, 11, 14, 14, 15, 15,
-            );
-            let codes = _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.as_ptr().cast()));
-            let two = _mm256_shuffle_epi8(codes, twice);
-            let upper = _mm256_and_si256(_mm256_srli_epi16::<4>(two), _mm256_set1_epi16(0x000f));
-            let codes = _mm256_or_si256(upper, _mm256_and_si256(two, _mm256_set1_epi16(0x0f00)));
-            let [a, b, c, d] = look_up_bytes8(codes, table);
+            let (two, low) = (_mm_loadu_si128(codes.as_ptr().cast()), _mm_set1_epi8(15));
+            let (even, odd) = (_mm_and_si128(_mm_srli_epi16::<4>(two), low), _mm_and_si128(two, low));
+            let codes = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+            let turns = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+            let [a, b, c, d] = look_up_bytes8(_mm256_permutevar8x32_epi32(codes, turns), table);
             [[a, b], [c, d]]
         })
     }

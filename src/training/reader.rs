@@ -45,10 +45,10 @@ impl<'f> Reader<'f> {
         Tensor::from_slice(backend, shape, &host)
     }
 
-    /// Errors: [`Error::File`](crate::Error::File) for a parameter that is not among these.
+    /// Errors: [`Error::File`](crate::Error::File) for a parameter that is not among these; the first by name is named.
     pub(super) fn check_all_known(&self, names: &BTreeSet<String>) -> Result<()> {
         let stored = self.tensors.names().into_iter().filter_map(|name| name.strip_prefix("param."));
-        match stored.into_iter().find(|name| !names.contains(*name)) {
+        match stored.filter(|name| !names.contains(*name)).min() {
             Some(name) => Err(bad(self.path, format!("has a parameter `{name}`, which this model does not train"))),
             None => Ok(()),
         }

@@ -351,14 +351,26 @@ impl<'r> Planner<'r> {
                 return refuse("the adapter has another number of rows for the embedding only");
             }
             if head.is_empty() {
-                return refuse("the name of a separate head is not known, because the names of this checkpoint have no prefix");
+                return refuse("the name that a separate head would have is not known for this model");
             }
             let change = Change { source: Source::Other(tie.embedding), ..Change::of(&tie.embedding.1.shape) };
             self.changes.insert(head.clone(), change);
         }
+        self.untie_bias(&head);
         self.notes.push(format!("untied: `{head}` is no longer `{embedding}`; config.json says `tie_word_embeddings: false`"));
         self.config.untie = true;
         Ok(())
+    }
+
+    /// Stores the bias that a head has of its own once its weight is not shared.
+    fn untie_bias(&mut self, head: &str) {
+        let Some([bias, shared]) = ties::biases(head) else { return };
+        let Some(place) = self.base.find(&shared).filter(|_| self.base.find(&bias).is_none()) else { return };
+        let mut change = self.changes.get(&place.1.name).map_or_else(|| Change::of(&place.1.shape), Change::copied);
+        if matches!(change.source, Source::Stored) {
+            change.source = Source::Other(place);
+        }
+        self.changes.entry(bias).or_insert(change);
     }
 
     fn finish(mut self, config: Option<&ModelConfig>) -> Result<Plan<'r>> {
@@ -374,7 +386,11 @@ impl<'r> Planner<'r> {
                 Entry::new(name, stored_type(dtype), change.shape.clone())
             })
             .collect();
-        let heads: Vec<String> = added.iter().map(|entry| entry.name.clone()).filter(|name| !ties::is_head(name)).collect();
+        let heads: Vec<String> = added
+            .iter()
+            .map(|entry| entry.name.clone())
+            .filter(|name| !ties::is_head(name) && !ties::is_head_bias(name))
+            .collect();
         if let (Some(class), false) = (config.and_then(ModelConfig::architecture), heads.is_empty()) {
             self.notes.push(format!("config.json still names {class}: load {} with the class that has them", listed(&heads)));
         }

@@ -5,11 +5,61 @@ use super::model::ModelConfig;
 use super::names::Place;
 use super::{Checkpoint, Entry};
 
-/// The names (last components) of token embeddings.
-const EMBEDDINGS: [&str; 5] = ["embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"];
+/// The names of token embeddings: the last components, or the last two where one says too little.
+const EMBEDDINGS: [&str; 11] = [
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "tok_embeddings",
+    "embed_in",
+    "word_embedding",
+    "tokens_embed",
+    "backbone.embeddings",
+    "transformer.embeddings",
+    "rwkv.embeddings",
+    "transformer.w",
+];
 /// The names of the output heads of language models.
-const HEADS: [&str; 6] =
-    ["lm_head", "language_model.lm_head", "thinker.lm_head", "embed_out", "cls.predictions.decoder", "lm_head.decoder"];
+const HEADS: [&str; 15] = [
+    "lm_head",
+    "language_model.lm_head",
+    "thinker.lm_head",
+    "embed_out",
+    "cls.predictions.decoder",
+    "lm_head.decoder",
+    "lm_head.out_proj",
+    "predictions.decoder",
+    "mlm_score.decoder",
+    "vocab_projector",
+    "proj_out",
+    "generator_lm_head",
+    "pred_layer.proj",
+    "output_projection",
+    "lm_loss",
+];
+/// Heads whose names other modules have too, so that they count only without a prefix.
+const PLAIN_HEADS: [&str; 3] = ["decoder", "head", "output"];
+/// The heads of classes whose names begin so, as transformers (5.24) spells them; those of most other classes are `lm_head`.
+const HEADS_OF_CLASSES: [(&str, &str); 18] = [
+    ("DistilBert", "vocab_projector"),
+    ("Whisper", "proj_out"),
+    ("Moonshine", "proj_out"),
+    ("CohereAsr", "proj_out"),
+    ("Canary", "proj_out"),
+    ("Electra", "generator_lm_head"),
+    ("ConvBert", "generator_lm_head"),
+    ("XLMWithLMHead", "pred_layer.proj"),
+    ("Flaubert", "pred_layer.proj"),
+    ("XLNet", "lm_loss"),
+    ("Albert", "predictions.decoder"),
+    ("ModernBert", "decoder"),
+    ("T5Gemma", "lm_head.out_proj"),
+    ("Rwkv", "head"),
+    ("BioGpt", "output_projection"),
+    ("TrOCR", "output_projection"),
+    ("Vilt", "mlm_score.decoder"),
+    ("Git", "output"),
+];
 /// Words in the class names of models that have an output head.
 const WITH_HEAD: [&str; 5] = ["ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining"];
 
@@ -36,21 +86,26 @@ impl<'r> Tie<'r> {
         let (embedding, None) = (embeddings.next()?, embeddings.next()) else { return None };
         let embedding = base.find(&embedding.name)?;
         let weight = |head: &str| format!("{head}.weight");
-        let stored = HEADS.iter().map(|head| weight(head)).find(|head| base.find(head).is_some());
+        let heads = HEADS.iter().chain(&PLAIN_HEADS);
+        let stored = heads.map(|head| weight(head)).find(|head| base.find(head).is_some());
         let class = config.and_then(ModelConfig::architecture);
         let headless = class.is_some_and(|class| !WITH_HEAD.iter().any(|word| class.contains(word)));
         if stored.is_none() && headless {
             return None;
         }
         let known = config.is_some() && (ties.is_some() || stored.is_some() || class.is_some());
-        let (is_stored, head) = (stored.is_some(), stored.or_else(|| head_of(base, embedding.1).map(weight)));
+        let (is_stored, head) = (stored.is_some(), stored.or_else(|| head_of(base, embedding.1, class).map(weight)));
         Some(Self { embedding, head, stored: is_stored, known })
     }
 }
 
-/// The name under which transformers looks for the head of a model with this embedding.
-fn head_of(base: &Checkpoint, embedding: &Entry) -> Option<&'static str> {
+/// The name under which transformers looks for the head of a model with this embedding; `None` if that is not known.
+fn head_of(base: &Checkpoint, embedding: &Entry, class: Option<&str>) -> Option<&'static str> {
     let begins = |beginning: &str| base.entries().any(|entry| entry.name.starts_with(beginning));
+    let of_class = |class: &str| HEADS_OF_CLASSES.iter().find(|(beginning, _)| class.starts_with(beginning));
+    if let Some((_, head)) = class.and_then(of_class) {
+        return Some(head);
+    }
     match embedding.name.as_str() {
         name if !name.contains('.') || name.matches('.').count() == 1 => None, // a model without its head, and without a prefix
         name if name.starts_with("language_model.") => Some("language_model.lm_head"),
@@ -58,8 +113,16 @@ fn head_of(base: &Checkpoint, embedding: &Entry) -> Option<&'static str> {
         name if name.starts_with("gpt_neox.") => Some("embed_out"),
         _ if begins("cls.predictions.") => Some("cls.predictions.decoder"),
         _ if begins("lm_head.dense.") => Some("lm_head.decoder"),
+        // The heads of encoders have many names.
+        _ if class.is_some_and(|class| class.contains("ForMaskedLM") || class.contains("ForPreTraining")) => None,
         _ => Some("lm_head"),
     }
+}
+
+/// The bias of a head whose module has one, and the bias that it shares while the weights are tied.
+pub(super) fn biases(head: &str) -> Option<[String; 2]> {
+    let module = head.strip_suffix(".decoder.weight").filter(|module| *module == "lm_head" || module.ends_with("predictions"))?;
+    Some([format!("{module}.decoder.bias"), format!("{module}.bias")])
 }
 
 /// True if a tensor is the table that encoder and decoder share (T5, BART), unless the config unties them.
@@ -71,14 +134,23 @@ pub(super) fn is_shared(base: &Checkpoint, name: &str) -> bool {
 
 /// True if a tensor is a token embedding.
 pub(super) fn is_embedding(name: &str) -> bool {
-    let module = name.strip_suffix(".weight").unwrap_or_default();
-    EMBEDDINGS.contains(&module.rsplit('.').next().unwrap_or_default())
+    name.strip_suffix(".weight").is_some_and(|module| EMBEDDINGS.iter().any(|embedding| ends_with(module, embedding)))
 }
 
 /// True if a tensor is the output head of a language model.
 pub(super) fn is_head(name: &str) -> bool {
-    let module = name.strip_suffix(".weight").unwrap_or_default();
-    HEADS.iter().any(|head| module == *head || module.ends_with(&format!(".{head}")))
+    let is = |module: &str| PLAIN_HEADS.contains(&module) || HEADS.iter().any(|head| ends_with(module, head));
+    name.strip_suffix(".weight").is_some_and(is)
+}
+
+/// True if a tensor is the bias that a head has of its own.
+pub(super) fn is_head_bias(name: &str) -> bool {
+    name.strip_suffix(".bias").is_some_and(|module| biases(&format!("{module}.weight")).is_some())
+}
+
+/// True if the last components of a name are these.
+fn ends_with(name: &str, last: &str) -> bool {
+    name.strip_suffix(last).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 /// True if both changes are replacements by the same values.

@@ -162,3 +162,52 @@ fn new_shapes_and_new_heads() {
     desk.adapter(&whole(&[("model.layers.0.up.weight", 5, 3)]), json!({"target_modules": ["q_proj"], "modules_to_save": ["up"]}));
     desk.refused("merge --base base --adapter adapter --out x", &["has no `model.layers.0.up.weight`"]);
 }
+
+/// A separate head is written under the name that the class looks for, with the bias that it then has of its own.
+#[test]
+fn heads_of_other_families_are_untied_under_their_names() {
+    let cases = [
+        ("BertForMaskedLM", "bert.embeddings.word_embeddings", "cls.predictions.decoder", Some("cls.predictions")),
+        ("RobertaForMaskedLM", "roberta.embeddings.word_embeddings", "lm_head.decoder", Some("lm_head")),
+        ("AlbertForMaskedLM", "albert.embeddings.word_embeddings", "predictions.decoder", Some("predictions")),
+        ("DistilBertForMaskedLM", "distilbert.embeddings.word_embeddings", "vocab_projector", None),
+        ("WhisperForConditionalGeneration", "model.decoder.embed_tokens", "proj_out", None),
+        ("BartForConditionalGeneration", "model.decoder.embed_tokens", "lm_head", None),
+        ("MambaForCausalLM", "backbone.embeddings", "lm_head", None),
+        ("XLMRobertaForCausalLM", "roberta.embeddings.word_embeddings", "lm_head.decoder", Some("lm_head")),
+        ("XLMWithLMHeadModel", "transformer.embeddings", "pred_layer.proj", None),
+        ("ElectraForMaskedLM", "electra.embeddings.word_embeddings", "generator_lm_head", None),
+    ];
+    for (class, embedding, head, bias) in cases {
+        let [weight, head] = [embedding, head].map(|module| format!("{module}.weight"));
+        let mut base = language_model("model.", None);
+        let table = base.remove(EMBEDDING).unwrap();
+        base.insert(weight.clone(), table.clone());
+        for name in bias.iter().flat_map(|module| [format!("{module}.bias"), format!("{module}.dense.bias")]) {
+            base.insert(name, Tensor::random(9, &[10]));
+        }
+        let desk = Desk::new();
+        desk.model("base", &base, &json!({"architectures": [class], "tie_word_embeddings": true}));
+        let saved = embedding.rsplit('.').next().unwrap();
+        desk.adapter(&whole(&[(&weight, 5, 10)]), json!({"target_modules": ["q_proj"], "modules_to_save": [saved]}));
+        let (got, said) = desk.merged();
+        assert_eq!((&got[&weight], &got[&head]), (&Tensor::random(5, &[10, 6]), &table), "{class}");
+        assert_eq!(desk.json("merged/config.json")["tie_word_embeddings"], json!(false), "{class}");
+        let (own, random) = (bias.map(|module| &got[&format!("{module}.decoder.bias")]), Tensor::random(9, &[10]));
+        assert_eq!(own, bias.map(|_| &random), "{class}");
+        assert_eq!(got.len(), base.len() + 1 + usize::from(bias.is_some()), "{class}: {:?}", got.keys());
+        assert!(!said.contains("still names"), "{said}");
+    }
+    // The head of an encoder that is not known is not guessed.
+    let mut base = language_model("model.", None);
+    let table = base.remove(EMBEDDING).unwrap();
+    base.insert("new.embeddings.word_embeddings.weight".into(), table);
+    let desk = Desk::new();
+    desk.model("base", &base, &json!({"architectures": ["NewForMaskedLM"], "tie_word_embeddings": true}));
+    let changed = whole(&[("new.embeddings.word_embeddings.weight", 5, 10)]);
+    desk.adapter(&changed, json!({"target_modules": ["q_proj"], "modules_to_save": ["word_embeddings"]}));
+    desk.refused(
+        "merge --base base --adapter adapter --out x",
+        &["new.embeddings.word_embeddings.weight", "is not known for this model"],
+    );
+}

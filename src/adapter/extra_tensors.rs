@@ -61,7 +61,8 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
     (whole || bias || table).then(|| (Role::Replace, name.into()))
 }
 
-fn is_table(module: &str) -> bool {
+/// True if a module is a table of the vocabulary: an embedding, or an output head.
+pub(super) fn is_table(module: &str) -> bool {
     TABLES.contains(&module.rsplit('.').next().unwrap_or(module))
 }
 

@@ -8,11 +8,11 @@
 //! | parameter of E experts | `lora_A.weight` `[E·r, k]` | `lora_B.weight` `[n, r·E]` | of expert e: `B[:, e::E]·A[e·r..(e+1)·r, :]` |
 
 use super::factors::Factors;
-use super::files::{TENSORS_FILE, bad_tensors};
+use super::files::bad_tensors;
 use super::matrix::HostMatrix;
 use super::tensors::{HostTensor, HostTensors, dimensions, key};
 use crate::element::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The kind of layer that an update is for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -120,8 +120,8 @@ pub(super) fn read(
     }
 }
 
-/// The kind of a convolution. Errors: [`Error::File`] for other shapes; [`Error::Unsupported`] for a grouped convolution, because
-/// `A` mixes all channels, and the weight of a grouped convolution cannot hold such an update.
+/// The kind of a convolution. Errors: [`Error::File`] for other shapes, and for a grouped convolution, because `A` mixes all
+/// channels, and the weight of a grouped convolution cannot hold such an update.
 fn convolution(names: &[String; 2], a: &HostTensor, b: &HostTensor) -> Result<Kind> {
     let pointwise = b.shape.len() == a.shape.len() && b.shape[2..].iter().all(|&side| side == 1);
     if !pointwise {
@@ -130,8 +130,11 @@ fn convolution(names: &[String; 2], a: &HostTensor, b: &HostTensor) -> Result<Ki
     }
     if b.shape[1] > 0 && b.shape[1] < a.shape[0] && a.shape[0].is_multiple_of(b.shape[1]) {
         let groups = a.shape[0] / b.shape[1];
-        let value = format!("`{}` of a convolution in {groups} groups, whose weight cannot hold the update", names[1]);
-        return Err(Error::Unsupported { path: TENSORS_FILE.into(), field: "groups", value });
+        let why = "its `A` mixes all channels, and the weight has only those of a group, so that it cannot hold the update";
+        return Err(bad_tensors(format!(
+            "`{}` is of a convolution in {groups} groups: {why} (PEFT does not merge it either)",
+            names[1]
+        )));
     }
     Ok(Kind::Convolution { channels: a.shape[1], kernel: a.shape[2..].to_vec() })
 }

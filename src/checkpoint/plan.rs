@@ -311,6 +311,7 @@ impl<'r> Planner<'r> {
                 format!("`{name}` {what}; store them as separate tensors first (tie_word_embeddings: false)"),
             ));
         }
+        self.all_targeted()?;
         let Some(tie) = self.tie.clone() else { return Ok(()) };
         let (embedding, Some(head)) = (tie.embedding.1.name.clone(), tie.head.clone().or(Some(String::new()))) else {
             return Ok(());
@@ -360,6 +361,22 @@ impl<'r> Planner<'r> {
         self.notes.push(format!("untied: `{head}` is no longer `{embedding}`; config.json says `tie_word_embeddings: false`"));
         self.config.untie = true;
         Ok(())
+    }
+
+    /// Errors: [`Error::File`] for the update of an output head that is not one of the `target_modules` and has no tied weight.
+    fn all_targeted(&self) -> Result<()> {
+        if self.tie.is_some() {
+            return Ok(());
+        }
+        let targeted =
+            |module: &str| self.adapter.config().lora_config(module).is_some() || !ties::is_head(&format!("{module}.weight"));
+        match self.adapter.modules().keys().find(|module| !targeted(module)) {
+            Some(module) => {
+                let why = "is not one of the `target_modules`, and the weights of this model are not tied";
+                Err(refused(self.base.path(), format!("`{module}`, which the adapter changes, {why}")))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Stores the bias that a head has of its own once its weight is not shared.

@@ -68,7 +68,7 @@ impl Checkpoint {
         }
         for (name, state) in &states {
             self.find(name)
-                .ok_or_else(|| refused(self.path(), format!("has no `{name}`, though it says that it is {}", state.kind)))?;
+                .ok_or_else(|| self.unreadable(format!("has no `{name}`, though it says that it is {}", state.kind)))?;
         }
         for entry in self.entries() {
             let part = PARTS.iter().find_map(|part| entry.name.strip_suffix(part));
@@ -102,13 +102,12 @@ impl Checkpoint {
             Some((values, blocks)) => {
                 let map = floats(&self.part(&part(".quant_map"), Some(Dtype::F32))?);
                 if map != values {
-                    return Err(refused(self.path(), format!("`{name}.quant_map` is not that of {}", state.kind)));
+                    return Err(self.unreadable(format!("`{name}.quant_map` is not that of {}", state.kind)));
                 }
                 if blocks.double {
                     let map = floats(&self.part(&part(".nested_quant_map"), Some(Dtype::F32))?);
-                    let map: [f32; 256] = map
-                        .try_into()
-                        .map_err(|_| refused(self.path(), format!("`{name}.nested_quant_map` has not 256 numbers")))?;
+                    let map: [f32; 256] =
+                        map.try_into().map_err(|_| self.unreadable(format!("`{name}.nested_quant_map` has not 256 numbers")))?;
                     Scales::Double {
                         codes: self.part(&part(".absmax"), Some(Dtype::U8))?,
                         absmax: floats(&self.part(&part(".nested_absmax"), Some(Dtype::F32))?),
@@ -122,13 +121,13 @@ impl Checkpoint {
         };
         let [n, k] = state.shape;
         HostQuantised::new((n, k), state.kind, codes, scales)
-            .map_err(|error| refused(self.path(), format!("`{name}` cannot be dequantised: {error}")))
+            .map_err(|error| self.unreadable(format!("`{name}` cannot be dequantised: {error}")))
     }
 
     /// The bytes of a tensor. Errors: [`Error::File`](crate::Error::File) if it is not there, or of another type.
     fn part(&self, name: &str, dtype: Option<Dtype>) -> Result<Vec<u8>> {
         let (shard, entry) =
-            self.find(name).ok_or_else(|| refused(self.path(), format!("has no `{name}`, which a quantised weight needs")))?;
+            self.find(name).ok_or_else(|| self.unreadable(format!("has no `{name}`, which a quantised weight needs")))?;
         if dtype.is_some_and(|dtype| dtype != entry.dtype) {
             return Err(self.bad(entry, format!("holds {:?}, want {:?}", entry.dtype, dtype.unwrap_or(entry.dtype))));
         }
@@ -188,7 +187,12 @@ impl Checkpoint {
     }
 
     fn bad(&self, entry: &Entry, reason: String) -> crate::Error {
-        refused(self.path(), format!("`{}` {reason}", entry.name))
+        self.unreadable(format!("`{}` {reason}", entry.name))
+    }
+
+    fn unreadable(&self, reason: String) -> crate::Error {
+        let advice = "use the model as it was before it was quantised";
+        refused(self.path(), format!("its quantised weights cannot be read: {reason}; {advice}"))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Models whose output head shares the weight of the embedding (tied weights).
 
-use super::change::{Change, Source};
+use super::change::{Change, Piece, Source};
 use super::model::ModelConfig;
 use super::names::Place;
 use super::{Checkpoint, Entry};
@@ -153,11 +153,24 @@ fn ends_with(name: &str, last: &str) -> bool {
     name.strip_suffix(last).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// True if both changes are replacements by the same values.
+/// True if both changes give one table the same values: replacements and updates are equal, as they are or transposed.
 pub(super) fn same(one: &Change<'_>, other: &Change<'_>) -> bool {
-    let plain = |change: &Change<'_>| change.pieces.is_empty() && change.rows.is_none() && change.magnitude.is_none();
-    match (one.source, other.source) {
-        (Source::Replacement(a), Source::Replacement(b)) => plain(one) && plain(other) && one.shape == other.shape && a == b,
+    let plain = |change: &Change<'_>| change.rows.is_none() && change.magnitude.is_none() && change.plus.is_none();
+    let sources = match (one.source, other.source) {
+        (Source::Stored, Source::Stored | Source::Other(_)) => true, // tied: the head's weight is the embedding's
+        (Source::Replacement(a), Source::Replacement(b)) => a == b,
         _ => false,
-    }
+    };
+    let pieces = one.pieces.len() == other.pieces.len() && one.pieces.iter().zip(&other.pieces).all(|(a, b)| same_update(a, b));
+    sources && pieces && plain(one) && plain(other) && one.shape == other.shape
+}
+
+/// True if two updates of one table are equal: `B·A` of both, or `B·A` of one and `Aᵀ·Bᵀ` of the other.
+fn same_update(one: &Piece<'_>, other: &Piece<'_>) -> bool {
+    let (a, b) = (&one.factors, &other.factors);
+    let equal = match one.transposed == other.transposed {
+        true => a.a == b.a && a.b == b.b,
+        false => a.a == b.b.transposed() && a.b == b.a.transposed(),
+    };
+    equal && a.scaling == b.scaling && one.first_row == other.first_row && one.principal.is_none() && other.principal.is_none()
 }

@@ -73,7 +73,7 @@ fn a_convolution_in_groups_is_refused() {
         &tensors(&[("conv.lora_A.weight", &[2, 4, 3]), ("conv.lora_B.weight", &[8, 1, 1])]),
         json!({"target_modules": ["conv"]}),
     );
-    desk.refused("merge --base base --adapter adapter --out merged", &["`groups`", "2 groups", "cannot hold"]);
+    desk.refused("merge --base base --adapter adapter --out merged", &["`conv.lora_B.weight`", "2 groups", "cannot hold"]);
 }
 
 /// Weights stored `k×n`, also square ones: the model type in the config determines the layout, not the shape.

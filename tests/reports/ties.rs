@@ -101,6 +101,43 @@ fn changing_both_tied_tables_alike_keeps_the_tie() {
     }
 }
 
+/// With `ensure_weight_tying`, PEFT stores the update of the embedding once more, transposed, as that of the head.
+#[test]
+fn a_tied_update_is_stored_for_both_tables() {
+    let base = language_model("model.", None);
+    let desk = Desk::new();
+    desk.model("base", &base, &config(Some(true)));
+    let settings = json!({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": true});
+    let mut adapter = factors(&[("model.layers.0.self_attn.q_proj", [6, 6]), ("lm_head", [10, 6])]);
+    let [a, b] = ["lora_A", "lora_B"].map(|factor| adapter[&format!("lm_head.{factor}.weight")].clone());
+    adapter.insert("model.embed_tokens.lora_embedding_A".into(), b.transposed());
+    adapter.insert("model.embed_tokens.lora_embedding_B".into(), a.transposed());
+    for saved in [false, true] {
+        if saved {
+            for module in ["lm_head", "model.embed_tokens"] {
+                adapter.insert(format!("{module}.base_layer.weight"), base[EMBEDDING].clone());
+            }
+        }
+        desk.adapter(&adapter, settings.clone());
+        let (got, said) = desk.merged();
+        assert!(!got.contains_key(HEAD) && !said.contains("untied"), "{said}");
+        is_sum(&got[EMBEDDING], &base[EMBEDDING], &product(&a, &b, 2.0), 2);
+        assert_eq!(desk.json("merged/config.json")["tie_word_embeddings"], json!(true));
+    }
+
+    let line = "merge --base base --adapter adapter --out x";
+    adapter.insert("lm_head.lora_B.weight".into(), Tensor::random(77, &b.shape));
+    desk.adapter(&adapter, settings.clone());
+    desk.refused(line, &[EMBEDDING, "`ensure_weight_tying`"]);
+    adapter.insert("lm_head.lora_B.weight".into(), b);
+    desk.adapter(&adapter, json!({"target_modules": ["q_proj", "embed_tokens"]}));
+    desk.refused(line, &["`lm_head` is not one of the `target_modules`"]);
+    desk.adapter(&adapter, settings);
+    let untied = language_model("model.", Some("lm_head"));
+    desk.model("base", &untied, &config(Some(false)));
+    desk.refused(line, &["`lm_head`", "not one of the `target_modules`", "not tied"]);
+}
+
 /// With older and nested names. Refused if the base is a single file, because its config cannot be changed.
 #[test]
 fn the_tie_of_a_part_and_of_a_file() {

@@ -94,7 +94,7 @@ impl Info {
         match checkpoint.quantised_names() {
             Ok(names) if names.is_empty() => {}
             Ok(names) => println!("  {} weights are quantised; `lowrank dequantise` makes a plain model of it", names.len()),
-            Err(error) => println!("  its quantised weights cannot be read: {error}"),
+            Err(error) => println!("  {error}"),
         }
         if self.all {
             checkpoint.entries().for_each(|entry| println!("{}  {:?} {}", entry.name, entry.dtype, entry.dimensions()));

@@ -189,9 +189,13 @@ impl<'r> Names<'r> {
         for (old, (new, count)) in &self.found {
             *found.entry([unnumbered(old), unnumbered(new)]).or_default() += count;
         }
-        let quoted = |prefix: &str| if prefix.is_empty() { "nothing".to_string() } else { format!("`{prefix}`") };
         let line = |([old, new], count): (&[String; 2], &usize)| {
-            format!("names: {} of the adapter is {} in the base ({count} tensors)", quoted(old), quoted(new))
+            let what = match (old.as_str(), new.as_str()) {
+                ("", new) => format!("the base has `{new}`, which the adapter leaves out"),
+                (old, "") => format!("the adapter has `{old}`, which the base leaves out"),
+                (old, new) => format!("`{old}` of the adapter is `{new}` in the base"),
+            };
+            format!("names: {what} ({count} tensors)")
         };
         found.iter().map(line).collect()
     }

@@ -30,11 +30,11 @@ fn renamed_prefixes_are_found() {
         ("language_model.model.", "model.language_model.", "`language_model.model.` of the adapter is `model.language_model.`"),
         ("model.language_model.", "model.", "`model.language_model.` of the adapter is `model.`"),
         ("model.", "model.language_model.", "`model.` of the adapter is `model.language_model.`"),
-        ("transformer.", "", "`transformer.` of the adapter is nothing"),
-        ("", "model.", "nothing of the adapter is `model.`"),
-        ("bert.encoder.", "encoder.", "`bert.` of the adapter is nothing"),
-        ("module.model.", "model.", "`module.` of the adapter is nothing"),
-        ("model.", "_orig_mod.model.", "nothing of the adapter is `_orig_mod.`"),
+        ("transformer.", "", "the adapter has `transformer.`, which the base leaves out"),
+        ("", "model.", "the base has `model.`, which the adapter leaves out"),
+        ("bert.encoder.", "encoder.", "the adapter has `bert.`, which the base leaves out"),
+        ("module.model.", "model.", "the adapter has `module.`, which the base leaves out"),
+        ("model.", "_orig_mod.model.", "the base has `_orig_mod.`, which the adapter leaves out"),
         ("base_model.model.model.", "model.", ""),
     ] {
         let desk = Desk::new();

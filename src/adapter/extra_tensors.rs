@@ -62,7 +62,7 @@ pub(super) fn role(config: &AdapterConfig, name: &str) -> Option<(Role, String)>
 }
 
 /// True if a module is a table of the vocabulary: an embedding, or an output head.
-pub(super) fn is_table(module: &str) -> bool {
+fn is_table(module: &str) -> bool {
     TABLES.contains(&module.rsplit('.').next().unwrap_or(module))
 }
 

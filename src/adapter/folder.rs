@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::config::{AdapterConfig, number};
-use super::extra_tensors::{Extra, Role, is_table, role, unknown};
+use super::extra_tensors::{Extra, Role, role, unknown};
 use super::factors::Factors;
 use super::files::{CONFIG_FILE, TENSORS_FILE, at, bad_tensors};
 use super::kind::{self, Kind};
@@ -326,7 +326,8 @@ fn lora_alpha(module: &Factors) -> Value {
 /// The rank and the scaling that the settings give to a module, or to a parameter.
 fn rank_and_scaling(config: &AdapterConfig, name: &str, parameter: Option<usize>) -> Result<(usize, f32)> {
     // With tied weights, PEFT stores the update of the embedding once more under the name of the head.
-    let tied = config.ensures_weight_tying() && is_table(name);
+    let tied =
+        config.ensures_weight_tying() && name.rsplit('.').next().is_some_and(|last| ["lm_head", "embed_out"].contains(&last));
     let update = (parameter.is_some() || tied).then(|| config.settings(name)).or_else(|| config.lora_config(name));
     let update = update.ok_or_else(|| bad_tensors(format!("`{name}` is not one of the `target_modules` in {CONFIG_FILE}")))?;
     config.check(name, &update)?;

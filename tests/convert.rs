@@ -142,14 +142,14 @@ fn mlx_lm_is_read_in_its_layout() {
         "mlx/adapter_config.json",
         &json!({"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 20.0}, "model": "org/m"}),
     );
-    desk.good("info mlx", &["mlx-lm", "1 modules, rank 2, alpha 40"]);
+    desk.good("info mlx", &["mlx-lm", "1 module, rank 2, alpha 40"]);
     desk.refused("convert mlx --to peft --alpha 3 --out out", &["`--alpha`"]);
     desk.good("convert mlx --to peft --out new", &[]);
     let (there, here) = (desk.read("mlx/adapters.safetensors"), desk.read("new/adapter_model.safetensors"));
     let a = &here[&format!("{LAYER}.mlp.down_proj.lora_A.weight")];
     assert!((0..2).all(|i| (0..10).all(|j| a.values[i * 10 + j] == there[&name("a")].values[j * 2 + i])));
     for adapter in ["mlx", "new"] {
-        desk.good(&format!("merge --base base --adapter {adapter} --out merged-{adapter}"), &["1 modules"]);
+        desk.good(&format!("merge --base base --adapter {adapter} --out merged-{adapter}"), &["1 module"]);
     }
     assert_eq!(desk.read("merged-mlx/model.safetensors"), desk.read("merged-new/model.safetensors"));
 }
@@ -218,7 +218,7 @@ fn names_and_scalings_of_the_others() {
         ("lib", "--alpha 7", "m.q", json!(7)),
         ("candle", "--alpha 7 --map lora_llama.0=m.q", "m.q", json!(7)),
     ] {
-        desk.good(&convert(path, more, &format!("peft-{path}")), &["1 modules"]);
+        desk.good(&convert(path, more, &format!("peft-{path}")), &["1 module"]);
         let config: Value =
             serde_json::from_slice(&fs::read(desk.path(&format!("peft-{path}/adapter_config.json"))).unwrap()).unwrap();
         assert_eq!((&config["lora_alpha"], &config["target_modules"]), (&alpha, &json!([module])), "{path}");

@@ -92,7 +92,7 @@ fn a_pickle_a_pointer_or_a_sub_folder_instead_of_an_adapter() {
     desk.refused("merge --base pipe --adapter outer/reviewer --out out", &["pipe: is a diffusers pipeline", "pipe/unet"]);
     desk.good("info pipe", &["diffusers pipeline", "pipe/unet"]);
     desk.write("base/adapter_model.safetensors", fs::read(desk.path("outer/reviewer/adapter_model.safetensors")).unwrap());
-    desk.good(&merge("outer/reviewer"), &["1 modules merged"]); // in a folder with both, the model is read
+    desk.good(&merge("outer/reviewer"), &["1 module merged"]); // in a folder with both, the model is read
 }
 
 /// Ends of names, shapes, the element type, and a word of the message.
@@ -194,5 +194,5 @@ fn a_byte_order_mark_is_ignored() {
     desk.adapter("adapter", &[(Q, [8, 4, 2])], &json!({}));
     let config = fs::read(desk.path("adapter/adapter_config.json")).unwrap();
     desk.write("adapter/adapter_config.json", [b"\xef\xbb\xbf".as_slice(), &config].concat());
-    desk.good("info adapter", &["1 modules"]);
+    desk.good("info adapter", &["1 module"]);
 }

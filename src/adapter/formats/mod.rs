@@ -69,6 +69,7 @@ pub fn summary(path: &Path) -> Result<(String, Vec<String>)> {
     let alphas: BTreeSet<String> = raw.alphas.values().map(|alpha| format!("{alpha}")).collect();
     let some = |values: Vec<String>, none: &str| if values.is_empty() { none.into() } else { values.join(", ") };
     let (ranks, alphas) = (raw.ranks().iter().map(usize::to_string).collect(), alphas.into_iter().collect());
-    let line = format!("{} modules, rank {}, alpha {}", raw.parts.len(), some(ranks, "unknown"), some(alphas, "not in the file"));
+    let modules = format!("{} module{}", raw.parts.len(), if raw.parts.len() == 1 { "" } else { "s" });
+    let line = format!("{modules}, rank {}, alpha {}", some(ranks, "unknown"), some(alphas, "not in the file"));
     Ok((line, raw.parts.into_keys().collect()))
 }

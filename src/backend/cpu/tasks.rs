@@ -6,6 +6,7 @@ use rayon::iter::plumbing::{Producer, ProducerCallback};
 use rayon::prelude::*;
 
 use super::Engine;
+use crate::error;
 
 impl Engine<'_> {
     /// A copy of this engine that is sequential if `small`.
@@ -16,6 +17,12 @@ impl Engine<'_> {
     /// Number of threads that share the work.
     pub(super) fn threads(self) -> usize {
         if self.sequential { 1 } else { rayon::current_num_threads() }
+    }
+
+    /// Runs the tasks `0..count` until one fails. A task is called through a pointer, so that rayon's loops are compiled once for all
+    /// products instead of once for each type.
+    pub(super) fn try_each_index(self, count: usize, task: &(dyn Fn(usize) -> error::Result<()> + Sync)) -> error::Result<()> {
+        self.try_each((0..count).into_par_iter(), task)
     }
 
     /// Runs all tasks.

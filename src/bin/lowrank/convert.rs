@@ -7,6 +7,7 @@ use lowrank::adapter::formats::{Base, Hints, Modules};
 use lowrank::checkpoint::{self, Checkpoint};
 use lowrank::{Error, Result};
 
+use crate::count;
 use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::Stored;
@@ -75,7 +76,7 @@ impl Convert {
             }
         }
         out.publish()?;
-        println!("{}: {} modules", self.out.out.display(), modules.len());
+        println!("{}: {}", self.out.out.display(), count(modules.len(), "module"));
         if !modules.others().is_empty() {
             println!("  not converted: updates for {} in {}", modules.others().join(", "), self.path.display());
         }
@@ -88,7 +89,7 @@ impl Convert {
         let Some(dtype) = self.dtype else { return Ok(()) }; // unreachable: clap requires --dtype without --to
         watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, dtype.into(), out.path(), watch))?;
         out.publish()?;
-        println!("{}: {} tensors", self.out.out.display(), checkpoint.entries().count());
+        println!("{}: {}", self.out.out.display(), count(checkpoint.entries().count(), "tensor"));
         Ok(())
     }
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use lowrank::Result;
 use lowrank::checkpoint::{self, Checkpoint, Layout};
 
+use crate::count;
 use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::{Kept, Stored};
@@ -43,7 +44,8 @@ impl Extract {
         let checkpoint::Extracted { adapter, omitted } = watched(base.bytes(), |watch| checkpoint::extract(&request, watch))?;
         adapter.write(out.path())?;
         out.publish()?;
-        println!("{}: {} modules, {} parameters", self.out.out.display(), adapter.modules().len(), adapter.parameters());
+        let modules = count(adapter.modules().len(), "module");
+        println!("{}: {modules}, {} parameters", self.out.out.display(), adapter.parameters());
         omitted.iter().for_each(|change| println!("  not in the adapter: {change}"));
         Ok(())
     }

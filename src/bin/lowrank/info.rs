@@ -8,6 +8,8 @@ use lowrank::adapter::Folder;
 use lowrank::adapter::formats::{Kind, Recognised, recognise, summary};
 use lowrank::checkpoint::Checkpoint;
 
+use crate::count;
+
 /// Describe a file or a folder: its kind and its content
 #[derive(clap::Args)]
 pub(crate) struct Info {
@@ -55,12 +57,12 @@ impl Info {
         for factors in adapter.modules().values() {
             *kinds.entry((factors.rank(), format!("{}, {}", factors.scaling, factors.dtype))).or_default() += 1;
         }
-        println!("adapter of {} modules, {} parameters", adapter.modules().len(), adapter.parameters());
+        println!("adapter of {}, {} parameters", count(adapter.modules().len(), "module"), adapter.parameters());
         for ((rank, rest), count) in kinds {
             println!("  {count} of rank {rank}, scaling {rest}");
         }
         if !adapter.extras().is_empty() {
-            println!("  {} other tensors: magnitudes, biases, whole modules", adapter.extras().len());
+            println!("  {}: magnitudes, biases, whole modules", count(adapter.extras().len(), "other tensor"));
         }
         if let Some(part) = adapter.config().principal() {
             println!("  initialised with a part of the weights: {}", part.name());
@@ -86,10 +88,10 @@ impl Info {
             let kind = kinds.entry(format!("{:?}", entry.dtype)).or_default();
             *kind = (kind.0 + 1, kind.1 + entry.elements(), kind.2 + entry.bytes);
         }
-        let (tensors, files) = (checkpoint.entries().count(), checkpoint.files());
-        println!("checkpoint of {tensors} tensors in {files} files, {} bytes", checkpoint.bytes());
+        let (tensors, files) = (count(checkpoint.entries().count(), "tensor"), count(checkpoint.files(), "file"));
+        println!("checkpoint of {tensors} in {files}, {} bytes", checkpoint.bytes());
         for (dtype, (tensors, elements, bytes)) in kinds {
-            println!("  {dtype}: {tensors} tensors, {elements} elements, {bytes} bytes");
+            println!("  {dtype}: {}, {elements} elements, {bytes} bytes", count(tensors, "tensor"));
         }
         match checkpoint.quantised_names() {
             Ok(names) if names.is_empty() => {}

@@ -58,6 +58,11 @@ impl Command {
     }
 }
 
+/// `1 module`, `2 modules`
+fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
 fn main() -> ExitCode {
     match Program::parse().command.run() {
         Ok(()) => ExitCode::SUCCESS,

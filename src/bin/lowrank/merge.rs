@@ -7,6 +7,7 @@ use lowrank::adapter::Folder;
 use lowrank::checkpoint::{self, Checkpoint};
 use lowrank::quant::QuantKind;
 
+use crate::count;
 use crate::outputs::{Out, check_unused};
 use crate::progress::watched;
 use crate::values::{Names, Stored};
@@ -60,7 +61,7 @@ impl Merge {
         };
         let notes = watched(base.bytes(), |watch| checkpoint::merge(&request, watch))?;
         out.publish()?;
-        println!("{}: {} modules merged", self.out.out.display(), adapter.modules().len());
+        println!("{}: {} merged", self.out.out.display(), count(adapter.modules().len(), "module"));
         base.note().into_iter().for_each(|note| println!("  {note}"));
         notes.iter().for_each(|note| println!("  {note}"));
         Ok(())

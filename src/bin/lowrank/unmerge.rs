@@ -6,6 +6,7 @@ use lowrank::Result;
 use lowrank::adapter::Folder;
 use lowrank::checkpoint::{self, Checkpoint};
 
+use crate::count;
 use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::Names;
@@ -44,7 +45,7 @@ impl Unmerge {
             None => "within rounding, because no residue was given",
         };
         out.publish()?;
-        println!("{}: {} modules unmerged, {how}", self.out.out.display(), adapter.modules().len());
+        println!("{}: {} unmerged, {how}", self.out.out.display(), count(adapter.modules().len(), "module"));
         notes.iter().for_each(|note| println!("  {note}"));
         Ok(())
     }

@@ -305,24 +305,9 @@ fn write<S: Simd, E: Float, O: Float, const NV: usize>(
     let col = block.cols().start + cols.start;
     for (row, sums) in rows.zip(tile.as_chunks::<NV>().0) {
         let line = &mut block.line(row)[cols.clone()];
-        match line.as_chunks_mut().0.first_chunk_mut::<NV>() {
-            Some(line) => finish_whole(s, sums, init, col, line),
+        match line.as_chunks_mut::<LANES>().0.first_chunk_mut::<NV>() {
+            Some(line) => super::finish(s, sums, init, col, line.as_flattened_mut()), // of a length that the compiler knows
             None => super::finish(s, sums, init, col, line),
         }
-    }
-}
-
-/// [`finish`](super::finish) for a row segment as wide as the tile.
-#[inline(always)]
-fn finish_whole<S: Simd, E: Float, O: Float, const NV: usize>(
-    s: S,
-    sums: &[Lanes<f32>; NV],
-    init: Init<'_, E>,
-    col: usize,
-    line: &mut [Lanes<O>; NV],
-) {
-    for v in 0..NV {
-        let value = init.add(s, s.load(&sums[v]), col, v, || s.widen(&line[v]));
-        s.narrow(value, &mut line[v]);
     }
 }

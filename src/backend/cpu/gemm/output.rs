@@ -4,8 +4,6 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::super::Engine;
 use super::super::small_work::is_small_product;
 use super::Matrix;
@@ -94,8 +92,7 @@ impl<O: Send> Output<'_, O> {
     ) -> Result<()> {
         assert!(down.len == self.rows && across.len == self.cols);
         let (corner, stride) = (Corner(self.data.as_mut_ptr()), self.stride);
-        let blocks = (0..down.parts * across.parts).into_par_iter();
-        engine.sequential_if(is_small_product(self.rows, self.cols, depth)).try_each(blocks, |i| {
+        engine.sequential_if(is_small_product(self.rows, self.cols, depth)).try_each_index(down.parts * across.parts, &|i| {
             let (rows, cols) = (down.part(i / across.parts), across.part(i % across.parts));
             if rows.is_empty() || cols.is_empty() {
                 return Ok(());

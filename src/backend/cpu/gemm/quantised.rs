@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::super::simd::{APART, CodeTable, Kernel, LANES, Lanes, Simd};
 use super::Matrix;
+use super::dots::each_line;
 use super::micro::Micro;
 use super::pack::{Part, Side};
 use super::plan::{self, QUANTISED_COLS, QUANTISED_DEPTH};
@@ -321,7 +322,7 @@ impl Sums<'_> {
                     let line = self.first + (j + w).min(self.width - 1);
                     dequantise(s, &rhs.w, line, steps.clone(), &mut wide[..steps.len()]);
                 }
-                let right: [&[f32]; W] = std::array::from_fn(|w| &wide[w][..steps.len()]);
+                let right: [&[f32]; W] = each_line(|w| &wide[w][..steps.len()]);
                 self.add_dots_of_rows::<S, f32, X, W>(s, scale, left, right, (start, depth, j), |_| {});
             }
         }
@@ -339,7 +340,7 @@ impl Sums<'_> {
             for (p, wide) in wide.iter_mut().enumerate().take(depth) {
                 dequantise(s, &rhs.w, block * LINES + p, first..first + width, &mut wide[..width]);
             }
-            let lines: [&[f32]; LINES] = std::array::from_fn(|p| &wide[p][..width]);
+            let lines: [&[f32]; LINES] = each_line(|p| &wide[p][..width]);
             self.add_block_of_rows(s, left, &lines[..depth], &[]);
         }
     }

@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use super::super::Engine;
 use super::super::simd::{Kernel, LANES, Lanes, Simd};
-use super::dots::dots;
+use super::dots::{dots, each_line};
 use super::{Block, Factor, Matrix, Output, Parts};
 use crate::element::Float;
 use crate::error::{Error, Result};
@@ -146,7 +146,7 @@ impl<L: Float, R: Float> Narrow<'_, '_, L, R> {
             for p in (cols.start..last).step_by(W) {
                 // At the edge the last line is taken again, and what it gives is dropped.
                 let line = |w: usize| -> &[R] { &self.right.run(part.first + (p + w).min(last - 1))[within.clone()] };
-                let products = dots(s, left, std::array::from_fn::<_, W, _>(line));
+                let products = dots::<S, R, X, W>(s, left, each_line(line));
                 for x in 0..X {
                     let mut four = [s.splat(0.0); 4];
                     four[..W].copy_from_slice(&products[x]);

@@ -23,6 +23,11 @@ use super::{Block, Factor, Init, Matrix, Output, Parts, Product, QuantMatrix, na
 use crate::element::Float;
 use crate::error::Result;
 
+/// The most vectors of sums of a block of dot products.
+const DOT_SUMS: usize = DOT_ROWS * DOT_COLS / LANES;
+/// Vectors of sums of a block of a few rows.
+const FEW_SUMS: usize = DOT_SUMS / 4;
+
 /// `out = init + Σ scale·lhs·rhs`
 pub(super) fn run<E: Float, O: Float>(
     engine: &Engine,
@@ -48,11 +53,11 @@ pub(super) fn run<E: Float, O: Float>(
     let across = Parts::new(out.cols(), LANES, width, 1);
     let depth = terms.iter().map(Product::depth).sum();
     out.for_each_block(engine, down, across, depth, |out| {
-        // The sums of dot products are fewer, and an array that is too long would have to be zeroed.
-        if out.rows().len() * out.cols().len().div_ceil(LANES) <= DOT_ROWS * DOT_COLS / LANES {
-            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; DOT_ROWS * DOT_COLS / LANES]).0);
-        } else {
-            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; AXPY_SUMS / LANES]).0);
+        // The array has to be zeroed, so it is not much longer than the sums.
+        match out.rows().len() * out.cols().len().div_ceil(LANES) {
+            0..=FEW_SUMS => block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; FEW_SUMS]).0),
+            ..=DOT_SUMS => block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; DOT_SUMS]).0),
+            _ => block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; AXPY_SUMS / LANES]).0),
         }
         Ok(())
     })

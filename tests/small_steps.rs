@@ -23,8 +23,8 @@ fn mat<B: Backend, T: Float>(backend: &B, tensor: &Tensor<B, T>) -> Mat {
 }
 
 /// Sixteen batches of elements that `E` holds exactly; the label of a row is the index of the largest of its first ten elements.
-fn batches<E: Float>() -> Vec<(Mat, Vec<u32>)> {
-    let mut rng = Rng::new(11);
+fn batches<E: Float>(seed: u64) -> Vec<(Mat, Vec<u32>)> {
+    let mut rng = Rng::new(seed + 6);
     let mut batch = || {
         let number = |rng: &mut Rng| f64::from(E::from_f32(rng.gaussian() as f32).to_f32());
         let x = Mat::from_vec(BATCH, SIZES[0], (0..BATCH * SIZES[0]).map(|_| number(&mut rng)).collect());
@@ -44,8 +44,8 @@ fn gradients<B: Backend>(backend: &B, model: &Mlp<B>, (x, labels): &(Mat, Vec<u3
 }
 
 /// A base with fresh adapters of rank 8 on every layer.
-fn model<B: Backend>(backend: &B) -> Mlp<B> {
-    let mut rng = Rng::new(5);
+fn model<B: Backend>(backend: &B, seed: u64) -> Mlp<B> {
+    let mut rng = Rng::new(seed);
     let mut model = Mlp::new(backend, &SIZES, &mut rng).unwrap();
     model.add_adapters(backend, Targets::All, &LoraConfig::new(8, 16.0), &mut rng).unwrap();
     model
@@ -115,9 +115,9 @@ struct Off {
 }
 
 /// The relative difference to f32 of the updates after two hundred steps: with masters, and without.
-fn off_from_f32<E: Float>() -> [Off; 2] {
-    let (backend, wide, batches) = (Cpu::<E>::new().unwrap(), Cpu::<f32>::new().unwrap(), batches::<E>());
-    let fresh = || model(&backend);
+fn off_from_f32<E: Float>(seed: u64) -> [Off; 2] {
+    let (backend, wide, batches) = (Cpu::<E>::new().unwrap(), Cpu::<f32>::new().unwrap(), batches::<E>(seed));
+    let fresh = || model(&backend, seed);
     let mut adam = Adam::new(LR).unwrap();
     let want = updates(&wide, widened(&backend, &fresh(), &wide), &batches, |model, gradients| {
         adam.step(&wide, model.params_mut(), gradients).unwrap();
@@ -129,28 +129,35 @@ fn off_from_f32<E: Float>() -> [Off; 2] {
     let without = updates(&backend, fresh(), &batches, without_masters(&backend));
     let layers = |got: &[Mat]| (0..want.len()).map(|i| difference(&got[i..=i], &want[i..=i])).collect();
     let off = [with, without].map(|got| Off { whole: difference(&got, &want), layers: layers(&got) });
-    println!("{}: with masters {:.4?}, without {:.4?}", E::DTYPE, off[0], off[1]);
+    println!("{}, seed {seed}: with masters {:.4?}, without {:.4?}", E::DTYPE, off[0], off[1]);
     off
 }
 
 #[test]
 fn adapters_over_bf16_move_as_over_f32() {
-    let [with, without] = off_from_f32::<bf16>();
-    // For the adapter as a whole. Its second layer differs by 2.2 %, so not every layer is within 2 %: see benches/RESULTS.md.
-    assert!(with.whole <= 0.02, "{with:?}");
-    assert!(without.layers.iter().all(|&off| off > 0.02), "{without:?}: so this shows something");
+    let seeds = [5, 1, 2, 3, 4];
+    let offs = seeds.map(off_from_f32::<bf16>);
+    for [with, without] in &offs {
+        assert!(with.whole <= 0.02, "{with:?}");
+        assert!(without.layers.iter().all(|&off| off > 0.02), "{without:?}: so this shows something");
+    }
+    // A single layer of one seed may be further off (2.2 % with seed 5); PEFT's layers vary as much from seed to seed.
+    for layer in 0..3 {
+        let mean = offs.iter().map(|[with, _]| with.layers[layer]).sum::<f64>() / seeds.len() as f64;
+        assert!(mean <= 0.02, "layer {layer}: {mean}");
+    }
 }
 
 #[test]
 fn adapters_over_f16_move_as_over_f32() {
-    let [with, without] = off_from_f32::<f16>();
+    let [with, without] = off_from_f32::<f16>(5);
     assert!(with.layers.iter().all(|&off| off <= 0.02), "{with:?}, without masters {without:?}");
 }
 
 /// After each way of overwriting a parameter between two steps, the next step starts from the written elements.
 #[test]
 fn an_overwritten_parameter_is_where_the_next_step_starts() {
-    let (cpu, batches) = (Cpu::<bf16>::new().unwrap(), batches::<bf16>());
+    let (cpu, batches) = (Cpu::<bf16>::new().unwrap(), batches::<bf16>(5));
     let written = |rows: usize, cols: usize| -> Vec<bf16> {
         (0..rows * cols).map(|e| bf16::from_f32((e % 17) as f32 / 16.0 - 0.5)).collect()
     };
@@ -181,7 +188,7 @@ fn an_overwritten_parameter_is_where_the_next_step_starts() {
         }),
     ];
     for (name, write) in ways {
-        let (mut model, mut adam) = (model(&cpu), Adam::new(LR).unwrap());
+        let (mut model, mut adam) = (model(&cpu, 5), Adam::new(LR).unwrap());
         let mut step = |model: &mut Mlp<_>, batch| {
             let gradients = gradients(&cpu, model, batch);
             adam.step(&cpu, model.params_mut(), &gradients).unwrap();

@@ -18,6 +18,9 @@ use crate::element::Float;
 const ACROSS: usize = 4;
 /// Numbers of the left side in a stretch of the depth (20 KiB): they stay in L1.
 const LEFT_IN_L1: usize = 5 * 1024;
+/// The most steps of the depth for which it pays to sum up the lanes of four vectors at a time, although one of eight vectors of sums
+/// has no place in sixteen registers.
+const SHORT_DEPTH: usize = 128;
 /// The most steps of the depth in a stretch for several rows.
 const STRETCH: usize = LEFT_IN_L1 / 5;
 
@@ -29,6 +32,7 @@ impl Sums<'_> {
             _ if rhs.rows == 0 => {}
             _ if rhs.rows < LANES => self.add_short_dots(s, scale, left, rhs),
             1 => self.add_long_dots::<S, R, 1, ACROSS, false>(s, scale, left, rhs),
+            2 if rhs.rows <= SHORT_DEPTH => self.add_long_dots::<S, R, 2, ACROSS, false>(s, scale, left, rhs),
             2 if size_of::<R>() < size_of::<f32>() && widen_before_dots(S::REGISTERS, self.height) => {
                 self.add_long_dots::<S, R, 2, 3, true>(s, scale, left, rhs);
             }
@@ -47,8 +51,9 @@ impl Sums<'_> {
         left: &[Lanes<f32>],
         rhs: Matrix<'_, R>,
     ) {
-        let (vectors, groups, height) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X), self.height);
+        let (vectors, groups) = (rhs.rows.div_ceil(LANES), self.height.div_ceil(X));
         let (first, width) = (self.first, self.width);
+        let prefetches = prefetch_in_dots(S::REGISTERS, self.height) && rhs.rows > SHORT_DEPTH;
         let left: &[[Lanes<f32>; X]] = left.as_chunks().0;
         // A function of the rows, not of X, so that every vector unit cuts the depth in the same places and sums in the same
         // order.
@@ -62,9 +67,10 @@ impl Sums<'_> {
                 // At the edge the last row of the weight is repeated, and its results are dropped.
                 let line = |w: usize| -> &[R] { &rhs.run(first + (j + w).min(width - 1))[depth.clone()] };
                 let right: [&[R]; W] = each_line(line);
+                let next: Option<[&[R]; W]> = prefetches.then(|| each_line(|w| line(W + w)));
                 let (at, before) = ((depth.start, rhs.rows, j), |group| {
-                    if prefetch_in_dots(S::REGISTERS, height) {
-                        prefetch_part::<S, R, W>(s, each_line(|w| line(W + w)), group, groups);
+                    if let Some(next) = next {
+                        prefetch_part(s, next, group, groups);
                     }
                 });
                 if WIDEN {
@@ -101,9 +107,10 @@ impl Sums<'_> {
                 let mut four = [s.splat(0.0); ACROSS];
                 four[..W].copy_from_slice(&dots[x]);
                 let first = (group * X + x) * self.vectors * LANES + j;
-                let sums = &mut self.lanes.as_flattened_mut()[first..][..W.min(self.width - j)];
-                for (sum, dot) in sums.iter_mut().zip(s.sums(four)) {
-                    *sum += scale * dot;
+                let (sums, dots) = (&mut self.lanes.as_flattened_mut()[first..], s.sums(four));
+                match sums.first_chunk_mut::<W>() {
+                    Some(sums) if j + W <= self.width => (0..W).for_each(|w| sums[w] += scale * dots[w]),
+                    _ => sums[..self.width - j].iter_mut().zip(dots).for_each(|(sum, dot)| *sum += scale * dot),
                 }
             }
         }

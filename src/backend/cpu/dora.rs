@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{DequantiseRows, Factor, Matrix};
+use super::gemm::{Dequantise, Factor, Matrix};
 use super::linear::{elements, elements_mut, factor, matrix};
 use super::pointwise::{CHUNK, column_sums, convert, convert_rows};
 use super::scratch::ScratchGuard;
@@ -34,8 +34,9 @@ pub(super) fn row_norm<E: Float>(engine: &Engine, op: LoraRowNorm<'_, Cpu<E>>) -
             }
             WeightForm::Quantised(w) => {
                 let mut wide = engine.scratch.take(rows * k)?;
-                engine.unit.run(DequantiseRows { w: w.view(), first, to: &mut wide });
-                engine.unit.run(RowNorms { w: Matrix::new(&wide, rows, k), a, b, scale, k, r, first, norm });
+                let (rows, cols) = (first..first + rows, 0..k);
+                engine.unit.run(Dequantise { w: w.view(), rows, cols, stride: k.max(1), to: &mut wide });
+                engine.unit.run(RowNorms { w: Matrix::new(&wide, norm.len(), k), a, b, scale, k, r, first, norm });
             }
         }
         Ok(())

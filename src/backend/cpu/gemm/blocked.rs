@@ -225,7 +225,7 @@ impl<E: Float, M: Micro> DepthLoop<'_, E, M> {
         let to = &mut memory[..width * rest.len()];
         if !rest.is_empty() {
             let (stride, depth, to) = (nr * rest.len(), rest.clone(), &mut *to);
-            unit.run(Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to });
+            Panels { micro, side: Side::Right, terms, depth, first: cols.start, width: nr, stride, to }.pack(unit);
         }
         [(if same_type { bytemuck::cast_slice(prepacked) } else { widened }, steps), (to, rest.len())]
     }

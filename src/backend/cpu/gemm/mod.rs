@@ -36,7 +36,7 @@ pub(super) use output::Output;
 use output::{Block, Parts};
 use plan::{RANK_K_DEPTH, Regime, SKINNY_ROWS};
 pub use prepack::PackedWeight;
-pub(super) use quantised::{DequantiseRows, QuantMatrix};
+pub(super) use quantised::{Dequantise, QuantMatrix};
 pub(super) use segments::{Rows, add_products, add_rows, narrow_by_row, outer_by_segment};
 pub(super) use tile::microkernel;
 

@@ -37,5 +37,5 @@ fn transpose_into<E: Float>(engine: &Engine, lhs: Factor<'_, E>, to: &mut [f32])
         return;
     }
     let terms = &[Product { scale: 1.0, lhs, rhs: lhs }]; // only its left side is read
-    engine.unit.run(Panels { micro: Fma, side: Side::Left, terms, depth: 0..depth, first: 0, width, stride: to.len(), to });
+    Panels { micro: Fma, side: Side::Left, terms, depth: 0..depth, first: 0, width, stride: to.len(), to }.pack(engine.unit);
 }

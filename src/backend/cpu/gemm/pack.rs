@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use super::super::simd::{Kernel, LANES, Lanes, Simd};
+use super::super::simd::{Kernel, LANES, Lanes, Simd, Unit};
 use super::micro::Micro;
 use super::{Factor, Matrix, Product, quantised};
 use crate::element::Float;
@@ -33,11 +33,9 @@ pub(super) struct Panels<'a, E, M: Micro> {
     pub(super) to: &'a mut [M::Number],
 }
 
-impl<E: Float, M: Micro> Kernel for Panels<'_, E, M> {
-    type Out = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+impl<E: Float, M: Micro> Panels<'_, E, M> {
+    /// Packs them. The part of each term is a kernel of its own, compiled for the element type of its matrix alone.
+    pub(super) fn pack(self, unit: Unit) {
         let Self { micro, side, terms, depth, first, width, stride, to } = self;
         let (mut start, mut at) = (0, 0);
         for term in terms {
@@ -45,17 +43,33 @@ impl<E: Float, M: Micro> Kernel for Panels<'_, E, M> {
             let within = depth.start.clamp(start, end) - start..depth.end.clamp(start, end) - start;
             let len = width * within.len();
             let part = Part { depth: within, first, width, stride, to: to.get_mut(at..).unwrap_or_default() };
-            // `pack` takes matrices `lines × depth`, so the right side is transposed.
-            match (side, term.lhs, term.rhs) {
-                (Side::Left, Factor::Elem(m), _) => micro.pack(s, side, part, m, 1.0),
-                (Side::Left, Factor::F32(m), _) => micro.pack(s, side, part, m, 1.0),
-                (Side::Left, Factor::Quantised(m), _) => quantised::pack(s, micro, side, part, m, 1.0),
-                (Side::Right, _, Factor::Quantised(m)) => quantised::pack(s, micro, side, part, m.t(), term.scale),
-                (Side::Right, _, Factor::Elem(m)) => micro.pack(s, side, part, m.t(), term.scale),
-                (Side::Right, _, Factor::F32(m)) => micro.pack(s, side, part, m.t(), term.scale),
+            // `lines × depth`, so the right side is transposed.
+            let (lines, scale) = if side == Side::Left { (term.lhs, 1.0) } else { (term.rhs.t(), term.scale) };
+            match lines {
+                Factor::Elem(lines) => unit.run(PackPart { micro, side, part, lines, scale }),
+                Factor::F32(lines) => unit.run(PackPart { micro, side, part, lines, scale }),
+                Factor::Quantised(lines) => quantised::pack(unit, micro, side, part, lines, scale),
             }
             (start, at) = (end, at + len);
         }
+    }
+}
+
+/// Packs the part of one term.
+pub(super) struct PackPart<'a, T, M: Micro> {
+    pub(super) micro: M,
+    pub(super) side: Side,
+    pub(super) part: Part<'a, M::Number>,
+    pub(super) lines: Matrix<'a, T>,
+    pub(super) scale: f32,
+}
+
+impl<T: Float, M: Micro> Kernel for PackPart<'_, T, M> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        self.micro.pack(s, self.side, self.part, self.lines, self.scale);
     }
 }
 

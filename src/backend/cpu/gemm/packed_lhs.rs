@@ -57,16 +57,8 @@ impl<'e, M: Micro> PackedLhs<'e, M> {
             let small = panels.len() <= SMALL_MATRIX;
             engine.sequential_if(small).each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, to)| {
                 let (first, depth) = (first + group * GROUP * mr, depth.clone());
-                engine.unit.run(Panels {
-                    micro,
-                    side: Side::Left,
-                    terms,
-                    depth,
-                    first,
-                    width: mr,
-                    stride,
-                    to: &mut to[offset..],
-                });
+                Panels { micro, side: Side::Left, terms, depth, first, width: mr, stride, to: &mut to[offset..] }
+                    .pack(engine.unit);
             });
         }
     }

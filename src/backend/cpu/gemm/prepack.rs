@@ -69,7 +69,7 @@ impl PrepackedPanels {
             let panels = &mut stored[cols * block.start..][..cols * block.len()];
             engine.try_each(panels.par_chunks_mut(GROUP * stride).enumerate(), |(group, packed)| {
                 let (first, depth) = (group * GROUP * nr, block.clone());
-                let pack = |to| engine.unit.run(Panels { micro, side: Side::Right, terms, depth, first, width: nr, stride, to });
+                let pack = |to| Panels { micro, side: Side::Right, terms, depth, first, width: nr, stride, to }.pack(engine.unit);
                 if is_same::<E, M::Number>() {
                     pack(bytemuck::cast_slice_mut(packed));
                 } else {

@@ -3,11 +3,11 @@
 
 use std::ops::Range;
 
-use super::super::simd::{APART, CodeTable, Kernel, LANES, Lanes, Simd};
+use super::super::simd::{APART, CodeTable, Kernel, LANES, Lanes, Simd, Unit};
 use super::Matrix;
 use super::dots::each_line;
 use super::micro::Micro;
-use super::pack::{Part, Side};
+use super::pack::{PackPart, Part, Side};
 use super::plan::{self, QUANTISED_COLS, QUANTISED_DEPTH};
 use super::skinny::Sums;
 use crate::quant::{Blocks, FP4, NF4, ONE_127TH, Q8_0_BLOCK, QuantKind, QuantView, ScalesView};
@@ -191,36 +191,31 @@ const RUNS: usize = 8;
 const RUN: usize = 512;
 
 /// What a weight gives to neighbouring panels: see [`Part`].
-#[inline(always)]
-pub(super) fn pack<S: Simd, M: Micro>(s: S, micro: M, side: Side, part: Part<'_, M::Number>, lines: QuantMatrix<'_>, scale: f32) {
+pub(super) fn pack<M: Micro>(unit: Unit, micro: M, side: Side, part: Part<'_, M::Number>, lines: QuantMatrix<'_>, scale: f32) {
     let (width, stride, steps) = (part.width, part.stride, part.depth.len());
     if steps == 0 {
         return;
+    }
+    if width > if lines.transposed { RUN } else { LINES } {
+        return pack_each(unit, micro, side, part, lines, scale);
     }
     if lines.transposed {
         // Lines are columns: as many panels at a time as a run has room for.
         let mut buffer = [0.0; RUNS * RUN];
         let panels = (RUN / width).max(1);
-        if width > RUN {
-            return pack_each(s, micro, side, part, lines, scale);
-        }
         for (group, to) in part.to.chunks_mut(panels * stride).enumerate() {
             let first = part.first + group * panels * width;
             let there = (to.len().div_ceil(stride) * width).min(lines.w.cols.saturating_sub(first));
             for p in (0..steps).step_by(RUNS) {
                 let depth = RUNS.min(steps - p);
-                for (i, line) in buffer.chunks_exact_mut(RUN).enumerate().take(depth) {
-                    dequantise(s, &lines.w, part.depth.start + p + i, first..first + there, &mut line[..there]);
-                }
-                let matrix = Matrix::strided(&buffer, depth, there, RUN).t();
+                let rows = part.depth.start + p..part.depth.start + p + depth;
+                unit.run(Dequantise { w: lines.w, rows, cols: first..first + there, stride: RUN, to: &mut buffer });
+                let lines = Matrix::strided(&buffer, depth, there, RUN).t();
                 let part = Part { depth: 0..depth, first: 0, width, stride, to: &mut to[p * width..] };
-                micro.pack(s, side, part, matrix, scale);
+                unit.run(PackPart { micro, side, part, lines, scale });
             }
         }
         return;
-    }
-    if width > LINES {
-        return pack_each(s, micro, side, part, lines, scale);
     }
     let mut buffer = [0.0; LINES * PIECE];
     for (panel, to) in part.to.chunks_mut(stride).enumerate() {
@@ -229,30 +224,26 @@ pub(super) fn pack<S: Simd, M: Micro>(s: S, micro: M, side: Side, part: Part<'_,
         for p in (0..steps).step_by(PIECE) {
             let depth = PIECE.min(steps - p);
             let cols = part.depth.start + p..part.depth.start + p + depth;
-            for (i, line) in buffer.chunks_exact_mut(PIECE).enumerate().take(there) {
-                dequantise(s, &lines.w, first + i, cols.clone(), &mut line[..depth]);
-            }
-            let matrix = Matrix::strided(&buffer, there, depth, PIECE);
-            let to = &mut to[p * width..][..depth * width];
-            micro.pack(s, side, Part { depth: 0..depth, first: 0, width, stride: depth * width, to }, matrix, scale);
+            unit.run(Dequantise { w: lines.w, rows: first..first + there, cols, stride: PIECE, to: &mut buffer });
+            let lines = Matrix::strided(&buffer, there, depth, PIECE);
+            let part =
+                Part { depth: 0..depth, first: 0, width, stride: depth * width, to: &mut to[p * width..][..depth * width] };
+            unit.run(PackPart { micro, side, part, lines, scale });
         }
     }
 }
 
 /// The same, number by number: for a panel of very many lines, which is a weight that is as narrow as a rank.
-#[inline(always)]
-fn pack_each<S: Simd, M: Micro>(s: S, micro: M, side: Side, part: Part<'_, M::Number>, lines: QuantMatrix<'_>, scale: f32) {
+fn pack_each<M: Micro>(unit: Unit, micro: M, side: Side, part: Part<'_, M::Number>, lines: QuantMatrix<'_>, scale: f32) {
     let (width, stride, steps) = (part.width, part.stride, part.depth.len());
     for (panel, to) in part.to.chunks_mut(stride).enumerate() {
         for line in 0..width {
             let there = part.first + panel * width + line < lines.rows();
             for (step, p) in part.depth.clone().enumerate() {
-                let number = if there { lines.at(part.first + panel * width + line, p) } else { 0.0 };
-                let number = [number];
-                let matrix = Matrix::new(&number, 1, 1);
-                let at = step * width + line;
+                let number = [if there { lines.at(part.first + panel * width + line, p) } else { 0.0 }];
+                let (lines, at) = (Matrix::new(&number, 1, 1), step * width + line);
                 let part = Part { depth: 0..1, first: 0, width: 1, stride: 1, to: &mut to[at..at + 1] };
-                micro.pack(s, side, part, matrix, scale);
+                unit.run(PackPart { micro, side, part, lines, scale });
             }
         }
         debug_assert!(to.len() >= steps * width);
@@ -406,20 +397,23 @@ fn of_rows<S: Simd>(s: S, left: &[Lanes<f32>], w: &QuantView<'_>, lines: [usize;
     sums
 }
 
-/// Widens rows of a weight, one after another.
-pub(in super::super) struct DequantiseRows<'a> {
+/// `to[i·stride + j] = w[rows.start + i][cols.start + j]`
+pub(in super::super) struct Dequantise<'a> {
     pub(in super::super) w: QuantView<'a>,
-    pub(in super::super) first: usize,
+    pub(in super::super) rows: Range<usize>,
+    pub(in super::super) cols: Range<usize>,
+    /// Numbers from a row of `to` to the next; at least as many as there are columns, and 1.
+    pub(in super::super) stride: usize,
     pub(in super::super) to: &'a mut [f32],
 }
 
-impl Kernel for DequantiseRows<'_> {
+impl Kernel for Dequantise<'_> {
     type Out = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        for (i, to) in self.to.chunks_exact_mut(self.w.cols.max(1)).enumerate() {
-            dequantise(s, &self.w, self.first + i, 0..self.w.cols, to);
+        for (row, to) in self.rows.zip(self.to.chunks_exact_mut(self.stride)) {
+            dequantise(s, &self.w, row, self.cols.clone(), &mut to[..self.cols.len()]);
         }
     }
 }

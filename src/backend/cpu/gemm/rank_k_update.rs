@@ -31,7 +31,7 @@ pub(super) fn run<E: Float, O: Float>(engine: &Engine, out: Output<'_, O>, term:
     let mut right = engine.scratch.take(cols.div_ceil(WIDTH) * stride)?;
     if !right.is_empty() {
         let (terms, depth) = (&[*term], 0..depth);
-        engine.unit.run(Panels { micro: Fma, side: Side::Right, terms, depth, first: 0, width: WIDTH, stride, to: &mut right });
+        Panels { micro: Fma, side: Side::Right, terms, depth, first: 0, width: WIDTH, stride, to: &mut right }.pack(engine.unit);
     }
     let across = Parts::new(cols, WIDTH, RANK_K_RHS / depth.max(1), 1);
     let down = Parts::new(out.rows(), 8, RANK_K_ROWS, 1);

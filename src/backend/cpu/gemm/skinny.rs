@@ -77,16 +77,8 @@ fn pack_left<'e, E: Float>(engine: &'e Engine, term: &Product<'_, E>) -> Result<
         let mut left = engine.scratch.take(rows * depth)?;
         if !left.is_empty() {
             let (terms, stride) = (&[*term], rows * depth);
-            unit.run(Panels {
-                micro: Fma,
-                side: Side::Left,
-                terms,
-                depth: 0..depth,
-                first: 0,
-                width: rows,
-                stride,
-                to: &mut left,
-            });
+            Panels { micro: Fma, side: Side::Left, terms, depth: 0..depth, first: 0, width: rows, stride, to: &mut left }
+                .pack(unit);
             left.iter_mut().for_each(|number| *number *= term.scale);
         }
         return Ok(left);

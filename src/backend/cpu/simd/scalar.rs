@@ -39,6 +39,7 @@ impl Simd for Scalar {
     type V = Lanes<f32>;
     const REGISTERS: usize = 4;
 
+    #[inline(never)] // or every caller has a copy
     fn run<K: Kernel>(self, kernel: K) -> K::Out {
         kernel.run(self)
     }

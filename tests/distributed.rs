@@ -2,7 +2,6 @@
 
 #[path = "support/ranks.rs"]
 mod ranks;
-mod support;
 
 use std::thread;
 
@@ -15,10 +14,9 @@ use lowrank::op::WeightGrad;
 use lowrank::random::Rng;
 use lowrank::{Backend, Error, Result, Tensor, bf16};
 use ranks::{
-    Change, Counting, SIZES, STEP_BYTES, apart, bits, exact_step, gradients, losses_apart, model, on_ranks, rounding, sample,
-    step, trained, trained_with,
+    Change, Counting, SIZES, STEP_BYTES, apart, bits, cpu, exact_step, gradients, losses_apart, model, on_ranks, rounding,
+    sample, step, trained, trained_with,
 };
-use support::adapters::cpu;
 
 /// The gradients of all trainable parameters, in the order of the model.
 fn host<B: Backend>(backend: &B, model: &mut Mlp<B>, gradients: &Gradients<B>) -> Vec<Vec<f32>> {

@@ -12,7 +12,7 @@ use std::thread;
 use lowrank::distributed::{Communicator, SingleProcess, Threads};
 use lowrank::random::Rng;
 use lowrank::{Cpu, MatRef, Result};
-use mlp::{Layer, ParallelMlp};
+use mlp::{Gradients, Layer, ParallelMlp};
 
 /// Rows of the batch.
 const M: usize = 32;
@@ -26,21 +26,24 @@ const N: usize = 256;
 const R: usize = 8;
 
 fn main() -> Result<()> {
-    let [y, dx] = step(&SingleProcess)?;
+    let (whole, _) = step(&SingleProcess)?;
     for size in [2, 4] {
         let ranks = Threads::group(size).into_iter().map(|comm| thread::spawn(move || step(&comm)));
         for (rank, thread) in ranks.collect::<Vec<_>>().into_iter().enumerate() {
-            let [y_here, dx_here] = thread.join().expect("a rank does not panic")?;
-            let apart = [difference(&y, &y_here), difference(&dx, &dx_here)];
-            println!("rank {rank} of {size}: y within {:.1e}, dx within {:.1e} of the largest number", apart[0], apart[1]);
+            let (summed, own) = thread.join().expect("a rank does not panic")?;
+            let apart = whole.iter().zip(&summed).map(|(a, b)| difference(a, b)).fold(0.0, f32::max);
+            println!(
+                "rank {rank} of {size}: y, dx, dA1 and dB2 within {apart:.1e} of the largest number; {own} gradients of its own"
+            );
         }
     }
     println!("all-reduced: {} bytes forward, {} backward", 4 * M * N, 4 * (M * K + R * K + N * R));
     Ok(())
 }
 
-/// A forward and a backward pass; returns `y` and `dx`.
-fn step(comm: &impl Communicator) -> Result<[Vec<f32>; 2]> {
+/// A forward and a backward pass. Returns `y`, `dx`, `dA₁` and `dB₂`, which all ranks have, and the number of the gradients that only
+/// this rank has.
+fn step(comm: &impl Communicator) -> Result<([Vec<f32>; 4], usize)> {
     let (cpu, rng) = (Cpu::new()?.with_threads(1)?, &mut Rng::new(0));
     let mut numbers = |rows: usize, cols: usize| -> Vec<f32> {
         (0..rows * cols).map(|_| rng.gaussian() as f32 / (cols as f32).sqrt()).collect()
@@ -56,8 +59,8 @@ fn step(comm: &impl Communicator) -> Result<[Vec<f32>; 2]> {
     let mlp = ParallelMlp::new(first, second, comm)?;
     let x = matrix(&x, (M, K))?;
     let forward = mlp.forward(&cpu, x)?;
-    let gradients = mlp.backward(&cpu, x, &forward, matrix(&dy, (M, N))?)?;
-    Ok([forward.y, gradients.dx])
+    let Gradients { dx, da1, db1, da2, db2 } = mlp.backward(&cpu, x, &forward, matrix(&dy, (M, N))?)?;
+    Ok(([forward.y, dx, da1, db2], db1.len() + da2.len()))
 }
 
 /// The largest difference, relative to the largest number.

@@ -90,13 +90,14 @@ fn a_step_on_whole_numbers_has_the_bits_of_one_process() {
 }
 
 #[test]
-fn a_rank_that_fails_or_is_killed_ends_the_job_and_is_named() {
+fn a_rank_that_fails_drifts_or_is_killed_ends_the_job_and_is_named() {
     if !mpirun_is_here() {
         return;
     }
     for (what, names) in [
         ("error", vec!["error on rank 1 of 3: cuda is unavailable: the device was lost"]),
         ("panic", vec!["an index is out of range", "error on rank 1 of 3: it panicked"]),
+        ("drift", vec!["error on rank ", "of 3: cannot go on training: rank 1 has other parameters than rank 0"]),
         ("wait", vec!["rank 1", "signal 9"]),
     ] {
         let folder = tempfile::tempdir().unwrap();

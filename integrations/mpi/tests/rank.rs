@@ -10,10 +10,11 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use lowrank::distributed::Communicator;
+use lowrank::distributed::{Communicator, check_replicas};
+use lowrank::nn::Adaptable;
 use lowrank::{Error, Result, file};
 use lowrank_mpi::Mpi;
-use ranks::{Change, Counting, exact_step, trained_with};
+use ranks::{Change, Counting, cpu, exact_step, model, trained_with};
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -40,6 +41,7 @@ fn run(mpi: &Mpi, what: &str) -> Result<String> {
             std::thread::sleep(Duration::from_secs(600));
             return Ok(String::new());
         }
+        "drift" => return drift(mpi).map(|()| String::new()),
         "error" | "panic" | "wait" => Change::Nothing,
         other => panic!("nothing has the name `{other}`"),
     };
@@ -52,6 +54,20 @@ fn run(mpi: &Mpi, what: &str) -> Result<String> {
     let losses: Vec<u32> = losses.iter().map(|(loss, _)| loss.to_bits()).collect();
     writeln!(text, "calls {}\nbytes {}", comm.calls.get(), comm.bytes.get()).expect("a string takes everything");
     Ok(text + &words(&adapters) + &words(&losses))
+}
+
+/// The comparison of the ranks after one bit of one parameter of rank 1 has changed.
+fn drift(mpi: &Mpi) -> Result<()> {
+    let backend = &cpu::<f32>();
+    let mut model = model(backend, 3);
+    check_replicas(backend, model.params_mut(), mpi)?;
+    if mpi.rank() == 1 {
+        let param = model.params_mut().next().expect("a layer has a weight");
+        let mut numbers = param.tensor().to_vec(backend)?;
+        numbers[7] = f32::from_bits(numbers[7].to_bits() ^ 1);
+        param.copy_from_slice(backend, &numbers)?;
+    }
+    check_replicas(backend, model.params_mut(), mpi)
 }
 
 /// A line of numbers.

@@ -1,7 +1,7 @@
 //! Processes that `mpirun` starts: they train what one process trains, with the same bits on all ranks; one that fails or is killed
 //! ends the job and is named; a job that was killed is resumed with the same bits.
 //!
-//! Needs Linux and Open MPI or MPICH. Without `mpirun` the tests say so, and fail if `LOWRANK_REQUIRE` contains `mpi`.
+//! Needs Linux; tried with Open MPI 4.1. Without `mpirun` the tests say so, and fail if `LOWRANK_REQUIRE` contains `mpi`.
 #![cfg(target_os = "linux")]
 #![allow(unreachable_pub, reason = "a test binary exports nothing")]
 

@@ -25,7 +25,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// An example of this package, which `cargo test` has built.
+    /// An example of this package. `cargo test` builds them; `cargo test --test processes` takes those that are there.
     pub fn new(example: &str, ranks: usize, args: &[&str]) -> Self {
         let tests = std::env::current_exe().unwrap();
         let program = tests.parent().and_then(|deps| deps.parent()).unwrap().join("examples").join(example);

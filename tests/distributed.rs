@@ -1,109 +1,22 @@
 //! Training on several ranks, which are threads here: the gradients of one process, equal bits on all ranks, faults that are named.
 
-mod support;
+#[path = "support/ranks.rs"]
+mod ranks;
 
-use std::cell::Cell;
 use std::thread;
 
 use lowrank::autograd::{Gradients, Tape};
 use lowrank::distributed::{
-    BatchShare, Communicator, Sampler, SamplerPosition, SingleProcess, Threads, broadcast_file, broadcast_params, check_replicas,
-    shard,
+    BatchShare, Communicator, Sampler, SamplerPosition, SingleProcess, broadcast_file, broadcast_params, check_replicas, shard,
 };
-use lowrank::nn::{Adam, Adaptable, Adapter, DEFAULT, Init, LoraConfig, Mlp, Targets};
-use lowrank::op::{Labels, WeightGrad};
+use lowrank::nn::{Adam, Adaptable, DEFAULT, LoraConfig, Mlp, Targets};
+use lowrank::op::WeightGrad;
 use lowrank::random::Rng;
-use lowrank::{Backend, Error, Float, Result, Shape, Tensor, bf16};
-use support::adapters::cpu;
-
-const SIZES: [usize; 3] = [6, 8, 5];
-
-/// Runs a function on each rank; the results are in the order of the ranks.
-fn on_ranks<T: Send + 'static>(size: usize, run: impl Fn(Threads) -> T + Clone + Send + 'static) -> Vec<T> {
-    let ranks = Threads::group(size).into_iter().map(|comm| {
-        let run = run.clone();
-        thread::spawn(move || run(comm))
-    });
-    ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect()
-}
-
-/// Counts the collectives of a communicator, and their bytes.
-struct Counting<C> {
-    comm: C,
-    calls: Cell<usize>,
-    bytes: Cell<usize>,
-}
-
-impl<C: Communicator> Counting<C> {
-    fn new(comm: C) -> Self {
-        Self { comm, calls: Cell::new(0), bytes: Cell::new(0) }
-    }
-
-    fn count(&self, bytes: usize) {
-        self.calls.set(self.calls.get() + 1);
-        self.bytes.set(self.bytes.get() + bytes);
-    }
-}
-
-impl<C: Communicator> Communicator for Counting<C> {
-    fn rank(&self) -> usize {
-        self.comm.rank()
-    }
-    fn size(&self) -> usize {
-        self.comm.size()
-    }
-    fn all_reduce(&self, values: &mut [f32]) -> Result<()> {
-        self.count(4 * values.len());
-        self.comm.all_reduce(values)
-    }
-    fn broadcast(&self, bytes: &mut [u8], root: usize) -> Result<()> {
-        self.count(bytes.len());
-        self.comm.broadcast(bytes, root)
-    }
-    fn barrier(&self) -> Result<()> {
-        self.count(0);
-        self.comm.barrier()
-    }
-}
-
-/// A frozen network with an adapter on each layer; `B` is not zero, so that every factor gets a gradient.
-fn model<B: Backend>(backend: &B, seed: u64) -> Mlp<B> {
-    let rng = &mut Rng::new(seed);
-    let mut model = Mlp::new(backend, &SIZES, rng).unwrap();
-    let factors = |model: &Mlp<B>, rng: &mut Rng| -> Vec<(String, Adapter<B>)> {
-        let layers: Vec<_> = model.layers().map(|(name, layer)| (name.to_string(), layer.base().shape())).collect();
-        let mut numbers = |shape: (usize, usize)| Init::Gaussian { std: 0.5 }.tensor(backend, shape, rng).unwrap();
-        let adapter = |(name, shape): (String, Shape)| {
-            let (a, b) = (numbers((2, shape.cols)), numbers((shape.rows, 2)));
-            (name, Adapter::from_tensors(a, b, LoraConfig::new(2, 4.0)).unwrap())
-        };
-        layers.into_iter().map(adapter).collect()
-    };
-    let adapters = factors(&model, rng);
-    model.set_adapters(adapters).unwrap();
-    model
-}
-
-/// Sample `index`: its row and its label.
-fn sample<E: Float>(index: usize) -> (Vec<E>, u32) {
-    let mut rng = Rng::new(1000 + index as u64);
-    let row = (0..SIZES[0]).map(|_| E::from_f32(rng.gaussian() as f32)).collect();
-    (row, rng.below(SIZES[2]) as u32)
-}
-
-/// The gradients of the mean loss over some samples, and that loss; nothing without samples.
-fn gradients<B: Backend>(backend: &B, model: &Mlp<B>, samples: &[usize]) -> (Gradients<B>, BatchShare) {
-    if samples.is_empty() {
-        return (Gradients::default(), BatchShare::default());
-    }
-    let (rows, labels): (Vec<Vec<B::Elem>>, Vec<u32>) = samples.iter().map(|&index| sample(index)).unzip();
-    let mut tape = Tape::new(backend);
-    let x = tape.input(Tensor::from_slice(backend, (samples.len(), SIZES[0]), &rows.concat()).unwrap());
-    let logits = model.forward(&mut tape, x, None).unwrap();
-    let loss = tape.cross_entropy(logits, &Labels::new(backend, SIZES[2], &labels).unwrap()).unwrap();
-    let loss = loss.to_vec(backend).unwrap()[0];
-    (tape.backward().unwrap(), BatchShare { rows: samples.len(), loss })
-}
+use lowrank::{Backend, Error, Result, Tensor, bf16};
+use ranks::{
+    Change, Counting, SIZES, STEP_BYTES, apart, bits, cpu, exact_step, gradients, losses_apart, model, on_ranks, rounding,
+    sample, step, trained, trained_with,
+};
 
 /// The gradients of all trainable parameters, in the order of the model.
 fn host<B: Backend>(backend: &B, model: &mut Mlp<B>, gradients: &Gradients<B>) -> Vec<Vec<f32>> {
@@ -113,36 +26,6 @@ fn host<B: Backend>(backend: &B, model: &mut Mlp<B>, gradients: &Gradients<B>) -
         WeightGrad::Factored { .. } => panic!("an adapter's gradient is a matrix"),
     };
     params.map(|param| gradients.get(param).map(dense).unwrap_or_default()).collect()
-}
-
-/// The bits of the adapters.
-fn bits<B: Backend>(backend: &B, model: &Mlp<B>) -> Vec<u32> {
-    let params = model.adapters(DEFAULT).flat_map(|(_, adapter)| adapter.params());
-    params.flat_map(|param| param.tensor().to_vec(backend).unwrap()).map(|x| x.to_f32().to_bits()).collect()
-}
-
-/// One step of training on a batch: this rank's share, the mean over all ranks, clipping, Adam. Returns the loss and the norm.
-fn step<B: Backend>(
-    (backend, comm): (&B, &impl Communicator),
-    (model, adam): (&mut Mlp<B>, &mut Adam<B>),
-    batch: &[usize],
-) -> Result<(f32, f64)> {
-    let mine = &batch[shard(batch.len(), comm.rank(), comm.size())];
-    let (mut gradients, share) = gradients(backend, model, mine);
-    let whole = gradients.all_reduce_mean(backend, model.params_mut(), share, comm)?;
-    assert_eq!(whole.rows, batch.len());
-    let norm = gradients.clip(backend, 0.5)?;
-    adam.step(backend, model.params_mut(), &gradients)?;
-    Ok((whole.loss, norm))
-}
-
-/// Trains for some steps; returns the adapters, and losses and norms.
-fn trained<E: Float>(comm: &impl Communicator, steps: usize) -> (Vec<u32>, Vec<(f32, f64)>) {
-    let backend = &cpu::<E>();
-    let (mut model, mut adam, mut sampler) = (model(backend, 3), Adam::new(1e-2).unwrap(), Sampler::new(23, 7, 5).unwrap());
-    let mut step = |_| step((backend, comm), (&mut model, &mut adam), &sampler.next_batch()).unwrap();
-    let losses = (0..steps).map(&mut step).collect();
-    (bits(backend, &model), losses)
 }
 
 #[test]
@@ -207,17 +90,32 @@ fn the_mean_is_exact_on_whole_numbers_and_weighs_ranks_by_their_rows() {
 
 #[test]
 fn all_ranks_keep_the_same_bits_and_learn_what_one_process_learns() {
-    let (one, losses) = trained::<f32>(&SingleProcess, 20);
-    assert!(losses[19].0 < losses[0].0);
-    for size in [2, 3, 4] {
-        let ranks = on_ranks(size, |comm| trained::<f32>(&comm, 20));
-        assert!(ranks.iter().all(|rank| *rank == ranks[0]), "{size} ranks");
-        let apart = ranks[0].0.iter().zip(&one).map(|(&a, &b)| (f32::from_bits(a) - f32::from_bits(b)).abs());
-        assert!(apart.fold(0f32, f32::max) < 1e-3, "{size} ranks");
-        assert!(ranks[0].1.iter().zip(&losses).all(|(a, b)| (a.0 - b.0).abs() < 1e-4 && (a.1 - b.1).abs() < 1e-3));
+    for steps in [1, 6, 20] {
+        let (one, (adapters, losses)) = (trained::<f32>(&SingleProcess, steps), rounding(steps));
+        for size in [2, 3, 4] {
+            let ranks = on_ranks(size, move |comm| trained::<f32>(&comm, steps));
+            assert!(ranks.iter().all(|rank| *rank == ranks[0]), "{size} ranks");
+            let got = (apart(&ranks[0].0, &one.0), losses_apart(&ranks[0].1, &one.1));
+            assert!(got.0 <= adapters && got.1 <= losses, "{size} ranks, {steps} steps: {got:?} of {adapters}, {losses}");
+        }
+        // A rank that computes the share of another is far outside of the bound.
+        let wrong = on_ranks(2, move |comm| trained_with::<f32>(&comm, steps, Change::WrongShare)).remove(0);
+        assert!(apart(&wrong.0, &one.0) > 10.0 * adapters && losses_apart(&wrong.1, &one.1) > 10.0 * losses, "{steps} steps");
     }
+    let losses = trained::<f32>(&SingleProcess, 20).1;
+    assert!(losses[19].0 < losses[0].0);
     let ranks = on_ranks(3, |comm| trained::<bf16>(&comm, 20));
     assert!(ranks.iter().all(|rank| *rank == ranks[0]), "bf16");
+}
+
+#[test]
+fn a_step_on_whole_numbers_gives_the_bits_of_one_process() {
+    let one = exact_step(&SingleProcess, Change::Nothing);
+    for size in [2, 4, 8] {
+        let ranks = on_ranks(size, |comm| exact_step(&comm, Change::Nothing));
+        assert!(ranks.iter().all(|rank| *rank == one), "{size} ranks");
+    }
+    assert!(on_ranks(2, |comm| exact_step(&comm, Change::WrongShare))[0] != one);
 }
 
 /// Sums are made in the order of the ranks, whoever comes last.
@@ -245,7 +143,7 @@ fn the_bits_do_not_depend_on_which_rank_is_slow() {
 #[test]
 fn a_step_is_one_collective_of_a_known_size() {
     let counts = on_ranks(2, |comm| {
-        let (comm, backend) = (Counting::new(comm), &cpu::<f32>());
+        let (comm, backend) = (Counting::new(&comm), &cpu::<f32>());
         let (mut model, mut adam) = (model(backend, 3), Adam::new(1e-2).unwrap());
         for _ in 0..3 {
             step((backend, &comm), (&mut model, &mut adam), &[0, 1, 2, 3]).unwrap();
@@ -254,14 +152,13 @@ fn a_step_is_one_collective_of_a_known_size() {
         check_replicas(backend, model.params_mut(), &comm).unwrap();
         (steps, comm.calls.get())
     });
-    let elements = 2 * (6 + 8) + 2 * (8 + 5);
-    assert_eq!(counts, [((3, 3 * 4 * (elements + 4 + 3)), 1); 2]);
+    assert_eq!(counts, [((3, 3 * STEP_BYTES), 1); 2]);
 }
 
 #[test]
 fn accumulated_batches_communicate_once() {
     let sums = on_ranks(2, |comm| {
-        let (comm, backend) = (Counting::new(comm), &cpu::<f32>());
+        let (comm, backend) = (Counting::new(&comm), &cpu::<f32>());
         let mut model = model(backend, 3);
         let first = 4 * comm.rank();
         let (mut sum, mut share) = gradients(backend, &model, &[first, first + 1]);
@@ -417,12 +314,13 @@ fn a_file_of_rank_0_reaches_all_ranks_or_none() {
     assert!(errors[1].ends_with("missing: rank 0 could not read it") && !errors[0].contains("rank 0"), "{errors:?}");
 }
 
-/// Without the library, NCCL is an error that says so.
+/// Without the library, NCCL is an error that names it.
 #[cfg(feature = "nccl")]
 #[test]
 fn nccl_without_its_library_is_an_error() {
     match lowrank::distributed::NcclId::new() {
         Ok(id) => println!("NCCL is installed: {id:?}"),
-        Err(error) => assert!(error.to_string().contains("nccl"), "{error}"),
+        Err(Error::Unavailable { backend: "nccl", reason }) => assert!(reason.contains("libnccl"), "{reason}"),
+        Err(other) => panic!("{other}"),
     }
 }

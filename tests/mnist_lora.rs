@@ -17,9 +17,11 @@ use std::path::Path;
 
 use experiment::{Outcome, Progress, Settings, difference, same_bits};
 use lowrank::distributed::{Communicator, SingleProcess, Threads};
+use lowrank::nn::{Adaptable, Mlp};
+use lowrank::random::Rng;
 use lowrank::{Backend, Cpu, Error, Result, bf16};
 use mnist::Mnist;
-use train::Checkpoints;
+use train::{Checkpoints, Job, train};
 
 fn settings() -> Settings {
     let (seed, hidden, epochs, batch, lr) = (5, vec![24, 16], 1, 10, 3e-3);
@@ -219,4 +221,51 @@ fn ranks_train_together_what_one_process_trains() {
     let resumed = on_ranks(2, folder.path(), &settings).remove(0).unwrap();
     assert_eq!(resumed.pretrain.losses, whole.pretrain.losses);
     assert_story(&resumed);
+}
+
+/// The weights of the base after some steps. With a seed, about half of the first ones are the next `f32` away from zero.
+fn base_after(comm: &impl Communicator, steps: usize, last_bits: Option<u64>) -> Vec<f32> {
+    let (cpu, mnist, rng) = (&Cpu::<f32>::new().unwrap().with_threads(1).unwrap(), Mnist::generate(5, 1500, 1), &mut Rng::new(5));
+    let mut mlp = Mlp::new(cpu, &[784, 24, 16, 10], rng).unwrap();
+    if let Some(seed) = last_bits {
+        let change = &mut Rng::new(seed);
+        for param in mlp.params_mut() {
+            let bits = param.tensor().to_vec(cpu).unwrap().into_iter().map(f32::to_bits);
+            let changed: Vec<f32> = bits.map(|bits| f32::from_bits(bits + change.below(2) as u32)).collect();
+            param.copy_from_slice(cpu, &changed).unwrap();
+        }
+    }
+    let mut batches = mnist::shuffled_batches(mnist.train.all(), 10, rng);
+    batches.truncate(steps);
+    let job = Job {
+        phase: "training",
+        file: "training",
+        split: &mnist.train,
+        batches,
+        lr: 3e-3,
+        checkpoints: None,
+        settings: String::new(),
+        rng: rng.clone(),
+    };
+    train((cpu, comm), &mut mlp, job, &mut |_| {}).unwrap();
+    mlp.layers().flat_map(|(_, layer)| layer.params()).flat_map(|param| param.tensor().to_vec(cpu).unwrap()).collect()
+}
+
+/// What ranks change is rounding, however many steps amplify it: no more than ten times what the last bits of the first weights do.
+#[test]
+fn ranks_change_what_the_last_bits_of_the_weights_change() {
+    let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+    for steps in [1, 10, 150] {
+        let one = base_after(&SingleProcess, steps, None);
+        let other = (1..=6).map(|seed| apart(&one, &base_after(&SingleProcess, steps, Some(seed)))).fold(0.0, f64::max);
+        for size in [2, 3, 4] {
+            let ranks = std::thread::scope(|scope| {
+                let ranks = Threads::group(size).into_iter().map(|comm| scope.spawn(move || base_after(&comm, steps, None)));
+                ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join().unwrap()).collect::<Vec<_>>()
+            });
+            assert!(same_bits(&ranks[1..], &vec![ranks[0].clone(); size - 1]));
+            println!("{steps} steps, {size} ranks: {:.1e}, last bits: {other:.1e}", apart(&one, &ranks[0]));
+            assert!(apart(&one, &ranks[0]) <= 10.0 * other, "{steps} steps, {size} ranks");
+        }
+    }
 }

@@ -64,6 +64,11 @@ impl StagedFolder {
         if path.symlink_metadata().is_ok() {
             return Err(Error::File { path: path.into(), reason: "exists already".into() });
         }
+        Self::beside(path)
+    }
+
+    /// Makes an empty folder beside `path`, which may exist, for what is to take its place. Errors: [`Error::Io`].
+    pub fn beside(path: &Path) -> Result<Self> {
         let made = Temporary::beside(path, |temporary| fs::create_dir(temporary));
         let (temporary, ()) = made.map_err(|error| failed(path, error))?;
         Ok(Self { path: path.into(), temporary })
@@ -184,8 +189,22 @@ fn folder_of(path: &Path) -> &Path {
 }
 
 /// Synchronises the folder of `path`, so that a renaming in it is durable, on systems that can.
-fn sync_folder(path: &Path) -> io::Result<()> {
+pub fn sync_folder(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder_of(path))?.sync_all() } else { Ok(()) }
+}
+
+/// An error about `from`, or a file in it, as one about `to`: the name that the caller knows.
+pub fn renamed(error: Error, from: &Path, to: &Path) -> Error {
+    let known = |path: PathBuf| match path.strip_prefix(from) {
+        Ok(rest) if rest.as_os_str().is_empty() => to.into(),
+        Ok(rest) => to.join(rest),
+        Err(_) => path,
+    };
+    match error {
+        Error::File { path, reason } => Error::File { path: known(path), reason },
+        Error::Io { path, source } => Error::Io { path: known(path), source },
+        other => other,
+    }
 }
 
 /// [`Error::Io`] for a file.

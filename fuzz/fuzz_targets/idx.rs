@@ -1,26 +1,3 @@
-//! The IDX reader of `examples/mnist_lora` on any bytes: it returns images, labels or an error, and never more data than the file holds.
 #![no_main]
-#![allow(dead_code, unreachable_pub, reason = "the readers of an example, of which this uses a part")]
 
-#[path = "../../examples/mnist_lora/mnist/mod.rs"]
-mod mnist;
-
-use std::path::Path;
-
-use libfuzzer_sys::fuzz_target;
-use mnist::{Images, Labels};
-
-/// The largest number of bytes that deflate can expand one byte to.
-const DEFLATE: usize = 1032;
-
-fuzz_target!(|bytes: &[u8]| {
-    let path = Path::new("fuzz");
-    if let Ok(images) = Images::from_idx(path, bytes) {
-        assert!(images.len() * images.rows() * images.cols() <= bytes.len() * DEFLATE);
-        assert!(images.get(images.len() - 1).is_some() && images.get(images.len()).is_none());
-    }
-    if let Ok(labels) = Labels::from_idx(path, bytes) {
-        assert!(labels.as_slice().iter().all(|&label| label < 10));
-        assert!(labels.as_slice().len() <= bytes.len() * DEFLATE);
-    }
-});
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| lowrank_fuzz::idx(bytes));

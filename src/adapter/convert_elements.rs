@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::element::{DType, f16};
 
 /// Elements of a task: large enough to be worth a thread.
-const TASK: usize = 1 << 16;
+pub(crate) const TASK: usize = 1 << 16;
 /// Elements of the aligned buffer on the stack.
 const RUN: usize = 256;
 

@@ -17,7 +17,8 @@ pub(super) const PREFIX: &str = "base_model.model.";
 /// Parses the bytes of a safetensors file. Errors: [`Error::File`](crate::Error::File) for a damaged file, for element types other than `f32`, `f16`
 /// and `bf16`, and for two tensors of one name.
 pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
-    let file = SafeTensors::deserialize(bytes).map_err(|error| bad_tensors(damage(Path::new(TENSORS_FILE), bytes, &error)))?;
+    let file = SafeTensors::deserialize(bytes)
+        .map_err(|error| bad_tensors(damage(Path::new(TENSORS_FILE), bytes, bytes.len() as u64, &error)))?;
     let mut tensors = HostTensors::new();
     for (name, view) in file.iter() {
         let (dtype, values) = widen(view.dtype(), view.data())
@@ -30,20 +31,19 @@ pub fn parse_tensors(bytes: &[u8]) -> Result<HostTensors> {
     Ok(tensors)
 }
 
-/// Describes why a safetensors file cannot be read: it is another kind of file, it is truncated, or else the reader's own
-/// message.
-pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> String {
-    let got = file.len() as u64;
-    if let Some(kind) = other_kind(path, file) {
+/// Describes why a safetensors file of `got` bytes, of which the first are given, cannot be read: it is another kind of file, it
+/// is truncated, or else the reader's own message.
+pub(crate) fn damage(path: &Path, beginning: &[u8], got: u64, error: &SafeTensorError) -> String {
+    if let Some(kind) = other_kind(path, beginning) {
         return sentence(&kind, path);
     }
     match error {
-        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => unknown(file),
+        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeader(_) => unknown(beginning),
         SafeTensorError::HeaderTooSmall | SafeTensorError::InvalidHeaderLength => {
-            let header = file.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
+            let header = beginning.first_chunk().map_or(0, |&length| u64::from_le_bytes(length));
             format!("is truncated: {got} bytes, want at least {}", header.saturating_add(8))
         }
-        SafeTensorError::MetadataIncompleteBuffer => match end(file) {
+        SafeTensorError::MetadataIncompleteBuffer => match end(beginning) {
             Some(want) if want > got => format!("is truncated: {got} bytes, want {want}"),
             Some(want) => format!("is {got} bytes, want {want}: more than its tensors"),
             None => error.to_string(),
@@ -53,8 +53,8 @@ pub(crate) fn damage(path: &Path, file: &[u8], error: &SafeTensorError) -> Strin
 }
 
 /// The length of the file according to its header: the end of the last tensor.
-fn end(file: &[u8]) -> Option<u64> {
-    let (&length, rest) = file.split_first_chunk()?;
+fn end(beginning: &[u8]) -> Option<u64> {
+    let (&length, rest) = beginning.split_first_chunk()?;
     let length = u64::from_le_bytes(length);
     let header: Map<String, Value> = serde_json::from_slice(rest.get(..usize::try_from(length).ok()?)?).ok()?;
     let ends = header.values().filter_map(|info| info.get("data_offsets")?.get(1)?.as_u64());

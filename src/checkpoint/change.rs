@@ -14,14 +14,10 @@
 
 use std::borrow::Cow;
 
-use memmap2::Mmap;
-
 use super::names::Place;
-use super::refused;
 #[cfg(feature = "svd")]
 use crate::adapter::in_module;
-use crate::adapter::{Factors, HostMatrix, Principal, convert_elements};
-use crate::element::DType;
+use crate::adapter::{Factors, HostMatrix, Principal};
 use crate::error::Result;
 
 /// The change of a tensor.
@@ -78,7 +74,7 @@ pub(super) struct Changed {
     /// The size of the block before the change.
     pub(super) bytes: usize,
     /// The block before the change, and the block that unmerging would give; only if a residue is written.
-    pub(super) kept: Option<(Mmap, Vec<u8>)>,
+    pub(super) kept: Option<[Vec<u8>; 2]>,
     /// The factors that its rows were multiplied by.
     pub(super) gains: Vec<f32>,
 }
@@ -130,26 +126,25 @@ impl Piece<'_> {
 
     /// `A` and `B` in the layout of the stored tensor. For the initialisations `pissa` and `olora` they are those of the
     /// equivalent plain update of twice the rank, for which the tensor is read.
-    pub(super) fn stored(&self, place: Place<'_>, from: DType) -> Result<[HostMatrix; 2]> {
+    pub(super) fn stored(&self, place: Place<'_>) -> Result<[HostMatrix; 2]> {
         let [a, b] = match self.principal {
-            Some(part) => self.plain(place, from, part)?,
+            Some(part) => self.plain(place, part)?,
             None => [self.factors.a.clone(), self.factors.b.clone()],
         };
         Ok(if self.transposed { [b.transposed(), a.transposed()] } else { [a, b] })
     }
 
     #[cfg(feature = "svd")]
-    fn plain(&self, (shard, entry): Place<'_>, from: DType, part: Principal) -> Result<[HostMatrix; 2]> {
+    fn plain(&self, (shard, entry): Place<'_>, part: Principal) -> Result<[HostMatrix; 2]> {
         let Factors { a, b, scaling, .. } = self.factors.as_ref().clone();
-        let mut values = vec![0.0; entry.elements()];
-        convert_elements::widen(from, &shard.read(entry, 0, entry.bytes)?, &mut values);
+        let values = shard.widened(entry)?;
         let (n, k) = (b.rows(), a.cols());
         let w = if self.transposed { HostMatrix::new((k, n), values)?.transposed() } else { HostMatrix::new((n, k), values)? };
         part.plain(&w, [a, b], scaling).map_err(|error| in_module(&entry.name, error))
     }
 
     #[cfg(not(feature = "svd"))]
-    fn plain(&self, _: Place<'_>, _: DType, part: Principal) -> Result<[HostMatrix; 2]> {
+    fn plain(&self, _: Place<'_>, part: Principal) -> Result<[HostMatrix; 2]> {
         Err(part.needs_svd())
     }
 }
@@ -165,9 +160,6 @@ impl Source<'_> {
             Source::Other(place) => *place,
             Source::Stored => stored,
         };
-        let dtype = entry.float().ok_or_else(|| refused(&shard.path, format!("`{}` holds {:?}", entry.name, entry.dtype)))?;
-        let old = shard.read(entry, first * dtype.size(), values.len() * dtype.size())?;
-        convert_elements::widen(dtype, &old, values);
-        Ok(())
+        shard.widen(entry, first, values)
     }
 }

@@ -7,7 +7,7 @@ use super::model::ModelConfig;
 use super::names::Place;
 use super::output::check_interrupted;
 use super::{Checkpoint, Entry, Watch, listed, refused};
-use crate::adapter::{self, Factors, Folder, HostMatrix, Keep, convert_elements, in_module};
+use crate::adapter::{self, Factors, Folder, HostMatrix, Keep, in_module};
 use crate::element::DType;
 use crate::error::Result;
 
@@ -129,8 +129,8 @@ fn differs((base, entry): Place<'_>, (tuned, changed): Place<'_>) -> Result<bool
             for start in (0..total).step_by(PIECE) {
                 let len = PIECE.min(total - start);
                 let [mut before, mut after] = [vec![0.0; len], vec![0.0; len]];
-                convert_elements::widen(one, &base.read(entry, start * one.size(), len * one.size())?, &mut before);
-                convert_elements::widen(other, &tuned.read(changed, start * other.size(), len * other.size())?, &mut after);
+                base.widen(entry, start, &mut before)?;
+                tuned.widen(changed, start, &mut after)?;
                 let same = |(before, after): (&f32, &f32)| before == after || before.is_nan() && after.is_nan();
                 if !before.iter().zip(&after).all(same) {
                     return Ok(true);
@@ -160,8 +160,5 @@ fn module(entry: &Entry) -> Option<&str> {
 }
 
 fn matrix((shard, entry): Place<'_>) -> Result<HostMatrix> {
-    let dtype = entry.float().ok_or_else(|| shard.refused(format!("`{}` holds {:?}", entry.name, entry.dtype)))?;
-    let mut values = vec![0.0; entry.elements()];
-    convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
-    HostMatrix::new((entry.shape[0], entry.shape[1]), values)
+    HostMatrix::new((entry.shape[0], entry.shape[1]), shard.widened(entry)?)
 }

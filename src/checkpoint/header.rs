@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors};
 use serde_json::{Map, Value, json};
 
 use crate::adapter::{damage, float_type};
@@ -53,6 +53,9 @@ impl Entry {
     }
 }
 
+/// The longest header that the safetensors format allows.
+pub(super) const LONGEST_HEADER: u64 = 100_000_000;
+
 /// The header of a file.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
@@ -65,13 +68,23 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Parses the header at the beginning of `file`, which is the complete file; its other bytes are not read. Errors:
-    /// [`Error::File`] for a file that is too short or too long, or whose offsets overlap, leave gaps or do not fit the shapes.
-    pub(super) fn parse(path: &Path, file: &[u8]) -> Result<Self> {
-        let refused = |reason: String| Error::File { path: path.into(), reason };
-        let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| refused(damage(path, file, &error)))?;
-        let data = length + size_of::<u64>();
-        let raw = file.get(..data).ok_or_else(|| refused("ends within its header".into()))?.to_vec();
+    /// Parses the header of a file of `length` bytes, which begins with `raw`: with the header and nothing after it, or with what
+    /// there is. Errors: [`Error::File`] for a file that is too short or too long, or whose offsets overlap, leave gaps or do not
+    /// fit the shapes.
+    pub(super) fn parse(path: &Path, raw: &[u8], length: u64) -> Result<Self> {
+        let damaged = |error| Error::File { path: path.into(), reason: damage(path, raw, length, &error) };
+        let metadata = match SafeTensors::read_metadata(raw) {
+            // The header is sound, and no data follow it in `raw`.
+            Err(SafeTensorError::MetadataIncompleteBuffer) | Ok(_) => {
+                serde_json::from_slice::<Metadata>(raw.get(size_of::<u64>()..).unwrap_or_default())
+                    .map_err(|error| damaged(SafeTensorError::InvalidHeaderDeserialization(error)))?
+            }
+            Err(error) => return Err(damaged(error)),
+        };
+        let (data, raw) = (raw.len(), raw.to_vec());
+        if (data as u64).checked_add(metadata.data_len() as u64) != Some(length) {
+            return Err(damaged(SafeTensorError::MetadataIncompleteBuffer));
+        }
         let mut entries = Vec::new();
         for name in metadata.offset_keys() {
             let Some(info) = metadata.info(&name) else { continue };

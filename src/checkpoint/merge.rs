@@ -291,7 +291,7 @@ impl Target<'_, '_, '_, '_> {
         if let Some(restored) = &mut self.restored {
             restored.patch(first, &mut new);
         }
-        if let (Residue::Keep(writer), Some((old, back))) = (&mut *self.residue, kept) {
+        if let (Residue::Keep(writer), Some([old, back])) = (&mut *self.residue, kept) {
             writer.compare(first, &old, &back);
             writer.keep_gains(&gains);
         }

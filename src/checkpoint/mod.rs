@@ -1,7 +1,7 @@
-//! Models on disk: safetensors checkpoints, in one file or sharded, read through a memory map one piece at a time.
+//! Models on disk: safetensors checkpoints, in one file or sharded, read one piece at a time.
 //!
 //! ```text
-//! mod.rs which.rs header.rs map.rs model.rs      opening a file or folder, and reading its config
+//! mod.rs which.rs header.rs shard.rs model.rs    opening a file or folder, and reading its config
 //! rewrite.rs output.rs companions.rs             writing a checkpoint with some tensors changed, completely or not at all
 //! plan.rs names.rs ties.rs layout.rs experts.rs  finding the tensors that an adapter changes
 //! change.rs weight.rs merge.rs                   merging into them, and unmerging
@@ -42,7 +42,6 @@ mod experts;
 mod extract;
 mod header;
 mod layout;
-mod map;
 mod merge;
 mod model;
 mod names;
@@ -52,12 +51,12 @@ mod quantise;
 mod quantised;
 mod residue;
 mod rewrite;
+mod shard;
 mod ties;
 mod weight;
 mod which;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -66,16 +65,16 @@ pub use convert::convert;
 pub use extract::{Extract, Extracted, extract};
 pub use header::Entry;
 pub use layout::Layout;
-use memmap2::Mmap;
 pub use merge::{Merge, Unmerge, merge, unmerge};
 pub use quantise::{Quantise, dequantise, quantise};
 pub use safetensors::tensor::Dtype;
 
+use crate::adapter::HostTensor;
 use crate::adapter::formats::{self, Kind};
-use crate::adapter::{HostTensor, convert_elements};
+use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::file::{self, failed};
-use header::Header;
+use crate::file;
+use shard::Shard;
 use which::main_file;
 
 /// Called with the number of bytes of the checkpoint that have been processed since the last call. [`ControlFlow::Break`] ends
@@ -87,7 +86,7 @@ const INDEX: &str = ".safetensors.index.json";
 
 /// An open checkpoint: its headers are in memory, its tensors are not.
 ///
-/// The files must not be changed while it is open.
+/// The files must not be changed while it is open: what reads them then returns an error.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
@@ -97,14 +96,6 @@ pub struct Checkpoint {
     /// The indices of a tensor's shard and of its entry there, by name.
     places: BTreeMap<String, (usize, usize)>,
     note: Option<String>,
-}
-
-/// One file of a checkpoint.
-#[derive(Debug)]
-pub(crate) struct Shard {
-    path: PathBuf,
-    file: File,
-    header: Header,
 }
 
 impl Checkpoint {
@@ -201,11 +192,8 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<HostTensor> {
         let found = self.find(name).ok_or_else(|| refused(&self.path, format!("has no tensor `{name}`")))?;
         let (shard, entry) = found;
-        let other = || shard.refused(format!("`{name}` holds {:?}, want F32, F16 or BF16", entry.dtype));
-        let dtype = entry.float().ok_or_else(other)?;
-        let mut values = vec![0.0; entry.elements()];
-        convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut values);
-        Ok(HostTensor { shape: entry.shape.clone(), dtype, values })
+        let values = shard.widened(entry)?;
+        Ok(HostTensor { shape: entry.shape.clone(), dtype: entry.float().unwrap_or(DType::F32), values })
     }
 
     /// The kind of its tensors, such as a model, an adapter or a quantised model.
@@ -231,26 +219,6 @@ impl Checkpoint {
     pub(crate) fn find(&self, name: &str) -> Option<(&Shard, &Entry)> {
         let &(shard, entry) = self.places.get(name)?;
         Some((&self.shards[shard], &self.shards[shard].header.entries[entry]))
-    }
-}
-
-impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
-        let (length, file) = opened.map_err(|error| failed(path, error))?;
-        let length = usize::try_from(length).map_err(|_| refused(path, "is too large for this machine".into()))?;
-        let whole = map::map(&file, 0, length).map_err(|error| failed(path, error))?;
-        let header = Header::parse(path, &whole)?;
-        Ok(Self { path: path.into(), file, header })
-    }
-
-    /// A piece of a tensor. Errors: [`Error::File`].
-    pub(crate) fn read(&self, entry: &Entry, start: usize, bytes: usize) -> Result<Mmap> {
-        map::map_to_read(&self.file, entry.start + start as u64, bytes).map_err(|error| failed(&self.path, error))
-    }
-
-    fn refused(&self, reason: String) -> Error {
-        refused(&self.path, reason)
     }
 }
 

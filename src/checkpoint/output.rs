@@ -2,12 +2,9 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-
-use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 use crate::file::{Staged, StagedFolder, failed};
@@ -17,22 +14,6 @@ const FLUSH: usize = 32 << 20;
 /// Capacity of the queue of pieces: enough that neither side waits, and small enough to bound memory.
 const WAITING: usize = 8;
 
-/// Bytes to be written: a buffer, or a mapped piece of another file.
-pub(super) enum Piece {
-    Made(Vec<u8>),
-    Mapped(Mmap),
-}
-
-impl Deref for Piece {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Piece::Made(bytes) => bytes,
-            Piece::Mapped(bytes) => bytes,
-        }
-    }
-}
-
 /// A file that is written and synchronised by background threads while the next pieces are computed.
 ///
 /// ```text
@@ -41,7 +22,7 @@ impl Deref for Piece {
 /// ```
 pub(super) struct Output {
     path: PathBuf,
-    pieces: SyncSender<Piece>,
+    pieces: SyncSender<Vec<u8>>,
     spare: Receiver<Vec<u8>>,
     writer: JoinHandle<io::Result<()>>,
 }
@@ -63,7 +44,7 @@ impl Output {
     }
 
     /// Queues a piece. Errors: [`Error::File`] if an earlier write has failed.
-    pub(super) fn write(&mut self, piece: Piece) -> Result<()> {
+    pub(super) fn write(&mut self, piece: Vec<u8>) -> Result<()> {
         // If the writer has ended, it has failed; `finish` returns its error.
         self.pieces.send(piece).map_err(|_| Error::File { path: self.path.clone(), reason: "cannot be written".into() })
     }
@@ -77,7 +58,7 @@ impl Output {
 }
 
 /// The writer thread, which starts the flusher.
-fn write_all(mut file: File, background: File, pieces: Receiver<Piece>, used: SyncSender<Vec<u8>>) -> io::Result<()> {
+fn write_all(mut file: File, background: File, pieces: Receiver<Vec<u8>>, used: SyncSender<Vec<u8>>) -> io::Result<()> {
     let (flush, asked) = sync_channel(1);
     let flusher = std::thread::spawn(move || asked.into_iter().try_for_each(|()| background.sync_data()));
     let mut unflushed = 0;
@@ -88,9 +69,7 @@ fn write_all(mut file: File, background: File, pieces: Receiver<Piece>, used: Sy
         if unflushed >= FLUSH && flush.try_send(()).is_ok() {
             unflushed = 0;
         }
-        if let Piece::Made(buffer) = piece {
-            let _ = used.try_send(buffer); // if the queue is full, the buffer is freed
-        }
+        let _ = used.try_send(piece); // if the queue is full, the buffer is freed
     }
     drop(flush);
     flusher.join().unwrap_or_else(|_| Err(io::Error::other("the flusher died")))

@@ -15,7 +15,7 @@ use super::{Checkpoint, Shard, Watch, refused};
 use crate::adapter::{convert_elements, stored_type};
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::file::StagedFolder;
+use crate::file::{StagedFolder, renamed};
 use crate::quant::{HostQuantised, QuantKind};
 
 /// The last names of modules that are no linear layers, or whose errors cost most: as transformers, heads and embeddings stay.
@@ -123,8 +123,7 @@ impl Edit for Quantiser<'_> {
 
     fn write(&mut self, shard: &Shard, entry: &Entry, pass: &mut Pass<'_, '_>) -> Result<()> {
         let (Some(dtype), true) = (entry.float(), self.takes(entry)) else { return pass.copy(shard, entry) };
-        let (mut numbers, shape) = (vec![0.0; entry.elements()], [entry.shape[0], entry.shape[1]]);
-        convert_elements::widen(dtype, &shard.read(entry, 0, entry.bytes)?, &mut numbers);
+        let (numbers, shape) = (shard.widened(entry)?, [entry.shape[0], entry.shape[1]]);
         let w = HostQuantised::quantise((shape[0], shape[1]), &numbers, self.kind)
             .map_err(|error| shard.refused(format!("`{}`: {error}", entry.name)))?;
         let entries = stored(&entry.name, shape, self.kind)?;
@@ -215,12 +214,16 @@ impl Edit for Dequantiser<'_> {
 
 /// [`merge`](super::merge()) into a model whose weights are quantised: dequantised and merged in `f32`, beside `out`, and rounded once.
 pub(super) fn merge_quantised(request: &Merge<'_>, watch: Watch<'_>) -> Result<Vec<String>> {
-    let Merge { base, out, dtype, requantise, .. } = *request;
     let want = "absent: the quantised model itself is what was there before";
     Error::unless(request.keep_residue.is_none(), "merge", "keep_residue", "set, for a quantised model", want)?;
-    let name = out.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let staged = StagedFolder::new(&out.with_file_name(format!("{name}.dequantised")))?;
-    let inside = |name: &str| staged.inside().join(if base.is_folder() { name.into() } else { format!("{name}.safetensors") });
+    let staged = StagedFolder::beside(request.out)?;
+    merge_dequantised(request, staged.inside(), watch).map_err(|error| renamed(error, staged.inside(), request.out))
+}
+
+/// [`merge_quantised`] with a folder for the dequantised model.
+fn merge_dequantised(request: &Merge<'_>, folder: &Path, watch: Watch<'_>) -> Result<Vec<String>> {
+    let Merge { base, out, dtype, requantise, .. } = *request;
+    let inside = |name: &str| folder.join(if base.is_folder() { name.into() } else { format!("{name}.safetensors") });
     let mut notes = dequantise(base, Some(DType::F32), &inside("base"), &mut |_| watch(0))?;
     let dense = Checkpoint::open(&inside("base"))?;
     let Some(kind) = requantise else {

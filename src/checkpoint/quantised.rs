@@ -15,7 +15,7 @@ use safetensors::tensor::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::header::Entry;
-use super::{Checkpoint, Shard, refused};
+use super::{Checkpoint, refused};
 use crate::element::DType;
 use crate::error::Result;
 use crate::quant::{Blocks, HostQuantised, QuantKind, Scales};
@@ -131,7 +131,7 @@ impl Checkpoint {
         if dtype.is_some_and(|dtype| dtype != entry.dtype) {
             return Err(self.bad(entry, format!("holds {:?}, want {:?}", entry.dtype, dtype.unwrap_or(entry.dtype))));
         }
-        Ok(whole(shard, entry)?.to_vec())
+        shard.read(entry, 0, entry.bytes)
     }
 
     /// What a weight of `int8` is, if its scales lie beside it.
@@ -151,7 +151,7 @@ impl Checkpoint {
         }
         let (shard, entry) = self.find(&entry.name).ok_or_else(|| bad("is not there".into()))?;
         let document: Map<String, Value> =
-            serde_json::from_slice(&whole(shard, entry)?).map_err(|error| bad(format!("is no JSON: {error}")))?;
+            serde_json::from_slice(&shard.read(entry, 0, entry.bytes)?).map_err(|error| bad(format!("is no JSON: {error}")))?;
         let text = |key: &str| document.get(key).and_then(Value::as_str);
         let number = |key: &str| document.get(key).and_then(Value::as_u64).and_then(|number| usize::try_from(number).ok());
         let want = |key: &str, want: &str| {
@@ -194,10 +194,6 @@ impl Checkpoint {
         let advice = "use the model as it was before it was quantised";
         refused(self.path(), format!("its quantised weights cannot be read: {reason}; {advice}"))
     }
-}
-
-fn whole(shard: &Shard, entry: &Entry) -> Result<memmap2::Mmap> {
-    shard.read(entry, 0, entry.bytes)
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

@@ -5,14 +5,15 @@ use std::path::Path;
 use super::companions::copy_companions;
 use super::header::Entry;
 use super::model::ConfigEdit;
-use super::output::{Output, Piece, StagedCheckpoint, check_interrupted};
-use super::{Checkpoint, Shard, Watch, refused};
+use super::output::{Output, StagedCheckpoint, check_interrupted};
+use super::shard::Shard;
+use super::{Checkpoint, Watch, refused};
 use crate::adapter::convert_elements;
 use crate::element::DType;
 use crate::error::Result;
 use crate::file::{self, Staged, StagedFolder};
 
-/// Bytes that are mapped at a time.
+/// Bytes that are read at a time.
 const PIECE: usize = 4 << 20;
 
 /// The changes of a checkpoint.
@@ -46,7 +47,7 @@ pub(super) struct Pass<'p, 'w> {
 
 impl Pass<'_, '_> {
     pub(super) fn write(&mut self, bytes: Vec<u8>) -> Result<()> {
-        self.output.write(Piece::Made(bytes))
+        self.output.write(bytes)
     }
 
     /// A buffer of this length, with arbitrary content, for [`write`](Self::write).
@@ -64,9 +65,9 @@ impl Pass<'_, '_> {
     /// Copies the bytes of a tensor.
     pub(super) fn copy(&mut self, shard: &Shard, entry: &Entry) -> Result<()> {
         for start in (0..entry.bytes).step_by(PIECE) {
-            let piece = shard.read(entry, start, PIECE.min(entry.bytes - start))?;
-            let bytes = piece.len();
-            self.output.write(Piece::Mapped(piece))?;
+            let (bytes, mut piece) = (PIECE.min(entry.bytes - start), self.output.spare());
+            shard.read_into(entry, start, bytes, &mut piece)?;
+            self.write(piece)?;
             self.done(bytes)?;
         }
         Ok(())
@@ -80,16 +81,15 @@ impl Pass<'_, '_> {
         let total = entry.elements();
         for start in (0..total).step_by(ELEMENTS) {
             let len = ELEMENTS.min(total - start);
-            let piece = shard.read(entry, start * from.size(), len * from.size())?;
             let (widened, mut rounded) = (&mut widened[..len], self.buffer(len * to.size()));
-            convert_elements::widen(from, &piece, widened);
+            shard.widen(entry, start, widened)?;
             if !convert_elements::round(to, widened, &mut rounded)
                 && let Some(value) = convert_elements::overflowing(to, widened, &rounded)
             {
                 return Err(refused(&shard.path, format!("`{}` holds {value}, more than {to} can", entry.name)));
             }
             self.write(rounded)?;
-            self.done(piece.len())?;
+            self.done(len * from.size())?;
         }
         Ok(())
     }
@@ -108,16 +108,21 @@ pub(super) fn rewrite(
         return Ok((StagedCheckpoint::File(rewrite_shard((shard, true), out, edit, watch)?), Vec::new()));
     };
     let staged = StagedFolder::new(out)?;
+    let notes = write_folder(base, staged.inside(), edit, watch);
+    let notes = notes.map_err(|error| file::renamed(error, staged.inside(), out))?;
+    Ok((StagedCheckpoint::Folder(staged), notes))
+}
+
+fn write_folder(base: &Checkpoint, folder: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Vec<String>> {
     for (at, shard) in base.shards.iter().enumerate() {
         let name = shard.path.file_name().unwrap_or_default();
-        rewrite_shard((shard, at + 1 == base.shards.len()), &staged.inside().join(name), edit, watch)?.publish()?;
+        rewrite_shard((shard, at + 1 == base.shards.len()), &folder.join(name), edit, watch)?.publish()?;
     }
     if let Some(index) = &base.index {
         let name = index.file_name().unwrap_or_default();
-        file::write_whole(&staged.inside().join(name), &index_of(base, index, edit)?)?;
+        file::write_whole(&folder.join(name), &index_of(base, index, edit)?)?;
     }
-    let notes = copy_companions(base, staged.inside(), &edit.config(), edit.companions())?;
-    Ok((StagedCheckpoint::Folder(staged), notes))
+    copy_companions(base, folder, &edit.config(), edit.companions())
 }
 
 fn rewrite_shard((shard, last): (&Shard, bool), out: &Path, edit: &mut impl Edit, watch: &mut Watch<'_>) -> Result<Staged> {

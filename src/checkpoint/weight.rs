@@ -70,7 +70,7 @@ impl<'c> Weight<'c> {
         gains: &'c [f32],
     ) -> Result<Self> {
         let update = |piece: &Piece<'_>| {
-            let [a, b] = piece.stored(place, mode.dtypes[0])?;
+            let [a, b] = piece.stored(place)?;
             let (scale, a) = (piece.factors.scaling, Tensor::from_slice(cpu, a.shape(), a.values())?);
             Ok(Update { rows: piece.rows(), scale, a, b: b.values().to_vec() })
         };
@@ -152,7 +152,7 @@ impl<'c> Weight<'c> {
             let divided = if gains.is_empty() { self.gains.of(block) } else { Gains::Rows(&gains) };
             self.subtract(cpu, block, divided, &mut w)?;
             convert_elements::round(from, w.buffer(), &mut back);
-            Some((shard.read(entry, first * from.size(), bytes)?, back))
+            Some([shard.read(entry, first * from.size(), bytes)?, back])
         } else {
             None
         };

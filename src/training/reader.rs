@@ -23,7 +23,7 @@ pub(super) struct Reader<'f> {
 impl<'f> Reader<'f> {
     /// Errors: [`Error::File`](crate::Error::File) for a file that is damaged, or no checkpoint.
     pub(super) fn new(path: &'f Path, bytes: &'f [u8]) -> Result<Self> {
-        let damaged = |error| bad(path, damage(path, bytes, &error));
+        let damaged = |error| bad(path, damage(path, bytes, bytes.len() as u64, &error));
         let tensors = SafeTensors::deserialize(bytes).map_err(damaged)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
         let tensors_are = fingerprint(tensors.iter().map(|(name, view)| (name, view.data())));

@@ -67,6 +67,14 @@ impl Desk {
         self.json(&format!("{dir}/adapter_config.json"), &config);
     }
 
+    /// The names of everything in the folder, in order.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(self.0.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
     pub fn run(&self, line: &str) -> Output {
         Command::new(env!("CARGO_BIN_EXE_lowrank")).args(line.split_whitespace()).current_dir(self.0.path()).output().unwrap()
     }

@@ -56,8 +56,7 @@ impl Combine {
             ..adapter::Combine::new(self.combination_type)
         };
         let combined = adapter::combine(&parts, &how)?;
-        combined.write(out.path())?;
-        out.publish()?;
+        out.write(|out| combined.write(out))?;
         println!("{}: {} adapters in {} parameters", self.out.out.display(), folders.len(), combined.parameters());
         Ok(())
     }

@@ -26,8 +26,7 @@ impl Compress {
         let out = self.out.begin_adapter(&[&self.adapter])?;
         let adapter = Folder::read(&self.adapter)?;
         let compressed = adapter::compress(&adapter, self.kept.keep())?;
-        compressed.write(out.path())?;
-        out.publish()?;
+        out.write(|out| compressed.write(out))?;
         println!("{}: {} parameters of {}", self.out.out.display(), compressed.parameters(), adapter.parameters());
         Ok(())
     }

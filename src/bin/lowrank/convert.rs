@@ -65,17 +65,16 @@ impl Convert {
         if let Some(dtype) = self.dtype {
             modules = modules.stored_as(dtype.into());
         }
-        match (format, &hints.base) {
-            (Format::Peft, _) => modules.write_peft(out.path())?,
-            (Format::MlxLm, _) => modules.write_mlx_lm(out.path())?,
-            (Format::Kohya, _) => modules.write_kohya(out.path(), self.prefix.as_deref())?,
-            (Format::Gguf, Some(base)) => modules.write_gguf(out.path(), base)?,
+        out.write(|out| match (format, &hints.base) {
+            (Format::Peft, _) => modules.write_peft(out),
+            (Format::MlxLm, _) => modules.write_mlx_lm(out),
+            (Format::Kohya, _) => modules.write_kohya(out, self.prefix.as_deref()),
+            (Format::Gguf, Some(base)) => modules.write_gguf(out, base),
             (Format::Gguf, None) => {
                 let want = "the folder of the model, whose config.json has the architecture and the number of heads";
-                return Err(Error::Value { verb: "convert", name: "base", got: "missing".into(), want: want.into() });
+                Err(Error::Value { verb: "convert", name: "base", got: "missing".into(), want: want.into() })
             }
-        }
-        out.publish()?;
+        })?;
         println!("{}: {}", self.out.out.display(), count(modules.len(), "module"));
         if !modules.others().is_empty() {
             println!("  not converted: updates for {} in {}", modules.others().join(", "), self.path.display());
@@ -87,8 +86,8 @@ impl Convert {
         let out = self.out.begin(&[&self.path])?;
         let checkpoint = Checkpoint::open(&self.path)?;
         let Some(dtype) = self.dtype else { return Ok(()) }; // unreachable: clap requires --dtype without --to
-        watched(checkpoint.bytes(), |watch| checkpoint::convert(&checkpoint, dtype.into(), out.path(), watch))?;
-        out.publish()?;
+        let bytes = checkpoint.bytes();
+        out.write(|out| watched(bytes, |watch| checkpoint::convert(&checkpoint, dtype.into(), out, watch)))?;
         println!("{}: {}", self.out.out.display(), count(checkpoint.entries().count(), "tensor"));
         Ok(())
     }

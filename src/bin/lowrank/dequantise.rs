@@ -27,8 +27,7 @@ impl Dequantise {
     pub(crate) fn run(self) -> Result<()> {
         let (out, base) = (self.out.begin(&[&self.model])?, Checkpoint::open(&self.model)?);
         let dtype = self.dtype.map(Into::into);
-        let notes = watched(base.bytes(), |watch| checkpoint::dequantise(&base, dtype, out.path(), watch))?;
-        out.publish()?;
+        let notes = out.write(|out| watched(base.bytes(), |watch| checkpoint::dequantise(&base, dtype, out, watch)))?;
         println!("{}:", self.out.out.display());
         base.note().into_iter().for_each(|note| println!("  {note}"));
         notes.iter().for_each(|note| println!("  {note}"));

@@ -42,8 +42,7 @@ impl Extract {
         let (keep, dtype, leave_others) = (self.kept.keep(), self.dtype.into(), self.leave_others);
         let request = checkpoint::Extract { base: &base, tuned: &tuned, keep, dtype, leave_others, layout: self.layout };
         let checkpoint::Extracted { adapter, omitted } = watched(base.bytes(), |watch| checkpoint::extract(&request, watch))?;
-        adapter.write(out.path())?;
-        out.publish()?;
+        out.write(|out| adapter.write(out))?;
         let modules = count(adapter.modules().len(), "module");
         println!("{}: {modules}, {} parameters", self.out.out.display(), adapter.parameters());
         omitted.iter().for_each(|change| println!("  not in the adapter: {change}"));

@@ -10,6 +10,7 @@ mod merge;
 mod outputs;
 mod progress;
 mod quantise;
+mod rename;
 mod unmerge;
 mod values;
 

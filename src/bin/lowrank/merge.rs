@@ -1,6 +1,6 @@
 //! `lowrank merge`: `W += scaling·B·A` for every module of an adapter.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use lowrank::Result;
 use lowrank::adapter::Folder;
@@ -8,7 +8,7 @@ use lowrank::checkpoint::{self, Checkpoint};
 use lowrank::quant::QuantKind;
 
 use crate::count;
-use crate::outputs::{Out, check_unused};
+use crate::outputs::Out;
 use crate::progress::watched;
 use crate::values::{Names, Stored};
 
@@ -45,22 +45,28 @@ impl Merge {
     pub(crate) fn run(self) -> Result<()> {
         let inputs = [self.base.as_path(), &self.adapter];
         let out = self.out.begin(&inputs)?;
-        self.keep_residue.iter().try_for_each(|path| check_unused(path, &self.out, &inputs))?;
+        let residue = self.keep_residue.iter().map(|path| self.out.begin_other(path, &inputs)).next().transpose()?;
         let (base, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
-        let request = checkpoint::Merge {
-            base: &base,
-            adapter: &adapter,
-            out: out.path(),
-            dtype: self.dtype.map(Into::into),
-            keep_residue: self.keep_residue.as_deref(),
-            allow_non_finite: self.allow_non_finite,
-            names: &self.names.map,
-            layout: self.names.layout,
-            companions: Some(&self.adapter),
-            requantise: self.requantise,
+        let merge = |out: &Path, keep_residue: Option<&Path>| {
+            let request = checkpoint::Merge {
+                base: &base,
+                adapter: &adapter,
+                out,
+                dtype: self.dtype.map(Into::into),
+                keep_residue,
+                allow_non_finite: self.allow_non_finite,
+                names: &self.names.map,
+                layout: self.names.layout,
+                companions: Some(&self.adapter),
+                requantise: self.requantise,
+            };
+            watched(base.bytes(), |watch| checkpoint::merge(&request, watch))
         };
-        let notes = watched(base.bytes(), |watch| checkpoint::merge(&request, watch))?;
-        out.publish()?;
+        // The residue first: a merged model whose residue is missing could not be unmerged exactly.
+        let notes = out.write(|out| match residue {
+            Some(residue) => residue.write(|residue| merge(out, Some(residue))),
+            None => merge(out, None),
+        })?;
         println!("{}: {} merged", self.out.out.display(), count(adapter.modules().len(), "module"));
         base.note().into_iter().for_each(|note| println!("  {note}"));
         notes.iter().for_each(|note| println!("  {note}"));

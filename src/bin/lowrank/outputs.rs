@@ -4,7 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use lowrank::adapter::{CONFIG_FILE, TENSORS_FILE};
+use lowrank::file::{StagedFolder, renamed, sync_folder};
 use lowrank::{Error, Result};
+
+use crate::rename::{exchange, rename_new};
 
 /// A file or a folder that a subcommand writes.
 #[derive(clap::Args)]
@@ -18,28 +21,24 @@ pub(crate) struct Out {
 }
 
 impl Out {
-    /// The path to write to. When everything is written, [`Destination::publish`] must be called.
-    ///
-    /// Errors: [`Error::File`] for an output that exists (without --overwrite), is an input or is within one, and for a folder
-    /// that holds neither a model nor an adapter.
+    /// Checks the path. Errors: [`Error::File`] for an output that exists (without --overwrite), is an input or is within one, and
+    /// for a folder that holds neither a model nor an adapter.
     pub(crate) fn begin(&self, inputs: &[&Path]) -> Result<Destination> {
         let Self { out, overwrite } = self;
         unlike_inputs(out, inputs)?;
-        let Ok(there) = out.symlink_metadata() else { return Ok(Destination { temporary: out.clone(), replaces: None }) };
+        let staged = Destination { out: out.clone(), overwrite: *overwrite, staged: true };
+        let Ok(there) = out.symlink_metadata() else { return Ok(staged) };
         if !overwrite {
             return refused(out, "exists already; --overwrite replaces it");
         }
-        if !there.is_dir() {
-            return Ok(Destination { temporary: out.clone(), replaces: None });
+        if there.is_dir() {
+            let names = fs::read_dir(out).into_iter().flatten().flatten().map(|entry| entry.file_name());
+            let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+            if !names.is_empty() && !names.iter().any(|name| name.ends_with(".safetensors")) {
+                return refused(out, "is a folder that holds no model and no adapter; it is not replaced");
+            }
         }
-        let names = fs::read_dir(out).into_iter().flatten().flatten().map(|entry| entry.file_name());
-        let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
-        if !names.is_empty() && !names.iter().any(|name| name.ends_with(".safetensors")) {
-            return refused(out, "is a folder that holds no model and no adapter; it is not replaced");
-        }
-        let name = out.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let temporary = out.with_file_name(format!(".{name}.new-{}", std::process::id()));
-        Ok(Destination { temporary, replaces: Some(out.clone()) })
+        Ok(staged)
     }
 
     /// [`begin`](Self::begin) for the folder of an adapter, which may hold other files.
@@ -47,48 +46,50 @@ impl Out {
         let holds = [CONFIG_FILE, TENSORS_FILE].iter().any(|file| self.out.join(file).exists());
         if self.out.is_dir() && !holds {
             unlike_inputs(&self.out, inputs)?;
-            return Ok(Destination { temporary: self.out.clone(), replaces: None });
+            return Ok(Destination { out: self.out.clone(), overwrite: false, staged: false });
         }
         self.begin(inputs)
     }
-}
 
-/// Checks the path of another output, such as a residue. Errors: those of [`Out::begin`].
-pub(crate) fn check_unused(path: &Path, result: &Out, inputs: &[&Path]) -> Result<()> {
-    unlike_inputs(path, inputs)?;
-    match path.symlink_metadata() {
-        _ if path == result.out => refused(path, "is the path of the result; give another one"),
-        Ok(there) if there.is_dir() || !result.overwrite => refused(path, "exists already; --overwrite replaces a file"),
-        _ => Ok(()),
+    /// Checks the path of another output, such as a residue. Errors: those of [`begin`](Self::begin).
+    pub(crate) fn begin_other(&self, path: &Path, inputs: &[&Path]) -> Result<Destination> {
+        unlike_inputs(path, inputs)?;
+        match path.symlink_metadata() {
+            _ if path == self.out => refused(path, "is the path of the result; give another one"),
+            Ok(there) if there.is_dir() || !self.overwrite => refused(path, "exists already; --overwrite replaces a file"),
+            _ => Ok(Destination { out: path.into(), overwrite: self.overwrite, staged: true }),
+        }
     }
 }
 
-/// The path to write to.
+/// A place for a result.
 pub(crate) struct Destination {
-    temporary: PathBuf,
-    replaces: Option<PathBuf>,
+    out: PathBuf,
+    overwrite: bool,
+    /// False for a folder to which the files of an adapter are added.
+    staged: bool,
 }
 
 impl Destination {
-    pub(crate) fn path(&self) -> &Path {
-        &self.temporary
-    }
-
-    /// Gives the result its name; an existing folder is replaced.
-    pub(crate) fn publish(self) -> Result<()> {
-        let Some(out) = &self.replaces else { return Ok(()) };
-        let old = self.temporary.with_extension("old");
-        let swapped =
-            fs::rename(out, &old).and_then(|()| fs::rename(&self.temporary, out)).and_then(|()| fs::remove_dir_all(&old));
-        swapped.map_err(|error| Error::File { path: out.clone(), reason: error.to_string() })
-    }
-}
-
-impl Drop for Destination {
-    fn drop(&mut self) {
-        if self.replaces.is_some() {
-            let _ = fs::remove_dir_all(&self.temporary); // exists only if something failed
+    /// Calls `write` with a path to write to, and gives what it wrote its name at the end, so that the name is never that of
+    /// something incomplete.
+    ///
+    /// Errors: those of `write`; [`Error::File`] if something else got the name meanwhile, and is not to be overwritten.
+    pub(crate) fn write<T>(self, write: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        let out = &self.out;
+        if !self.staged {
+            return write(out);
         }
+        let beside = StagedFolder::beside(out)?;
+        let made = beside.inside().join(out.file_name().unwrap_or_default());
+        let written = write(&made).map_err(|error| renamed(error, &made, out))?;
+        let published = if !self.overwrite || out.symlink_metadata().is_err() {
+            rename_new(&made, out)
+        } else {
+            exchange(&made, out) // the old one goes with the folder
+        };
+        published.and_then(|()| sync_folder(out)).map_err(|source| Error::Io { path: out.clone(), source })?;
+        Ok(written)
     }
 }
 

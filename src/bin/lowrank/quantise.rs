@@ -36,9 +36,10 @@ impl Quantise {
     pub(crate) fn run(self) -> Result<()> {
         let (kind, out) = (self.kind()?, self.out.begin(&[&self.model])?);
         let base = Checkpoint::open(&self.model)?;
-        let request = checkpoint::Quantise { base: &base, kind, out: out.path(), skip: &self.skip };
-        let notes = watched(base.bytes(), |watch| checkpoint::quantise(&request, watch))?;
-        out.publish()?;
+        let notes = out.write(|out| {
+            let request = checkpoint::Quantise { base: &base, kind, out, skip: &self.skip };
+            watched(base.bytes(), |watch| checkpoint::quantise(&request, watch))
+        })?;
         println!("{}:", self.out.out.display());
         base.note().into_iter().for_each(|note| println!("  {note}"));
         notes.iter().for_each(|note| println!("  {note}"));

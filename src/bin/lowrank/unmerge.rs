@@ -38,13 +38,14 @@ impl Unmerge {
         let out = self.out.begin(&inputs)?;
         let (merged, adapter) = (Checkpoint::open(&self.base)?, Folder::read(&self.adapter)?);
         let (names, layout) = (self.names.map.as_slice(), self.names.layout);
-        let request = checkpoint::Unmerge { merged: &merged, adapter: &adapter, out: out.path(), residue, names, layout };
-        let notes = watched(merged.bytes(), |watch| checkpoint::unmerge(&request, watch))?;
+        let notes = out.write(|out| {
+            let request = checkpoint::Unmerge { merged: &merged, adapter: &adapter, out, residue, names, layout };
+            watched(merged.bytes(), |watch| checkpoint::unmerge(&request, watch))
+        })?;
         let how = match residue {
             Some(_) => "bit for bit",
             None => "within rounding, because no residue was given",
         };
-        out.publish()?;
         println!("{}: {} unmerged, {how}", self.out.out.display(), count(adapter.modules().len(), "module"));
         notes.iter().for_each(|note| println!("  {note}"));
         Ok(())

@@ -13,7 +13,7 @@ use lowrank::{Cpu, MatRef};
 use rayon::prelude::*;
 
 use crate::lend::{Elem, Lent, by_dtype, lend, matrix, matrix_mut, wrapped};
-use crate::numeric::{dot, exp, max, narrowed, sum, widened};
+use crate::numeric::{dot, exp, max, narrowed, sum, vectorised, widened};
 
 /// How many heads there are, and how wide they are.
 #[derive(Clone, Copy, Debug)]
@@ -37,11 +37,11 @@ impl Heads {
         kv * each..(kv + 1) * each
     }
 
-    fn q_columns(self) -> usize {
+    pub(crate) fn q_columns(self) -> usize {
         self.q * self.dim
     }
 
-    fn kv_columns(self) -> usize {
+    pub(crate) fn kv_columns(self) -> usize {
         self.kv * self.dim
     }
 }
@@ -70,14 +70,20 @@ fn probabilities(q: View<'_>, k: View<'_>, scale: f32, seen: impl Fn(usize) -> u
     let mut p = vec![0f32; rows * keys];
     let y = matrix_mut(&mut p, (rows, keys))?.into();
     LinearForward { x: q, w: k.into(), bias: None, y }.run(f32::cpu()?).map_err(wrapped)?;
-    for (i, row) in p.chunks_exact_mut(keys.max(1)).enumerate() {
-        let (row, unseen) = row.split_at_mut(seen(i));
-        let most = scale * max(row);
-        row.iter_mut().for_each(|s| *s = exp(scale * *s - most));
-        let inverse = 1.0 / sum(row);
-        row.iter_mut().for_each(|p| *p *= inverse);
-        unseen.fill(0.0);
-    }
+    vectorised!({
+        for (i, row) in p.chunks_exact_mut(keys.max(1)).enumerate() {
+            let (row, unseen) = row.split_at_mut(seen(i));
+            let most = scale * max(row);
+            for s in row.iter_mut() {
+                *s = exp(scale * *s - most);
+            }
+            let inverse = 1.0 / sum(row);
+            for p in row.iter_mut() {
+                *p *= inverse;
+            }
+            unseen.fill(0.0);
+        }
+    });
     Ok(p)
 }
 
@@ -96,6 +102,16 @@ fn forward_head(q: View<'_>, k: View<'_>, v: View<'_>, past: usize, scale: f32) 
     Ok(out)
 }
 
+/// `out = softmax(scale·q·kᵀ)·v` of one token, whose heads are the rows of `q`. It sees all keys.
+fn forward_token(q: View<'_>, k: View<'_>, v: View<'_>, scale: f32) -> Result<Vec<f32>> {
+    let keys = k.rows();
+    let p = probabilities(q, k, scale, |_| keys)?;
+    let mut out = vec![0f32; q.rows() * q.cols()];
+    let (dx, dy) = (matrix_mut(&mut out, (q.rows(), q.cols()))?.into(), matrix(&p, (q.rows(), keys))?);
+    LinearBackward { x: None, w: Some(v.into()), dy, dx: Some(dx), dw: None, dbias: None }.run(f32::cpu()?).map_err(wrapped)?;
+    Ok(out)
+}
+
 /// `dq` of one head; adds to `dk` and `dv`, both of the shape of `k`.
 fn backward_head([q, k, v, dy]: [View<'_>; 4], scale: f32, dk: &mut [f32], dv: &mut [f32]) -> Result<Vec<f32>> {
     let (rows, dim) = (q.rows(), q.cols());
@@ -109,10 +125,14 @@ fn backward_head([q, k, v, dy]: [View<'_>; 4], scale: f32, dk: &mut [f32], dv: &
         let mut ds = vec![0f32; p.len()];
         let y = matrix_mut(&mut ds, (block.len(), keys))?.into();
         LinearForward { x: dy, w: v.into(), bias: None, y }.run(cpu).map_err(wrapped)?; // dp = dy·vᵀ
-        for (p, ds) in p.chunks_exact(keys).zip(ds.chunks_exact_mut(keys)) {
-            let mean = dot(p, ds);
-            ds.iter_mut().zip(p).for_each(|(ds, p)| *ds = scale * p * (*ds - mean));
-        }
+        vectorised!({
+            for (p, ds) in p.chunks_exact(keys).zip(ds.chunks_exact_mut(keys)) {
+                let mean = dot(p, ds);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = scale * p * (*ds - mean);
+                }
+            }
+        });
         let (p, ds) = (matrix(&p, (block.len(), keys))?, matrix(&ds, (block.len(), keys))?);
         let mut part = vec![0f32; keys * dim];
         let dw = Some(matrix_mut(&mut part, (keys, dim))?);
@@ -151,11 +171,13 @@ impl Past {
 }
 
 /// Attention of new tokens, which join the past of their sequences. Without a way back.
-pub(crate) fn attend(
+///
+/// A task is one head of a sequence; for one token, all heads that share keys.
+pub(crate) fn attend<'s>(
     heads: Heads,
     [q, k, v]: [&Tensor; 3],
-    sequences: &[Range<usize>],
-    pasts: &mut [&mut Past],
+    sequences: &'s [Range<usize>],
+    pasts: &'s mut [&mut Past],
 ) -> Result<Tensor> {
     let [lq, lk, lv] = [q, k, v].map(Lent::new);
     by_dtype!(q.dtype(), E => {
@@ -165,19 +187,32 @@ pub(crate) fn attend(
             past.k.extend_from_slice(&ks[rows.start * kv_columns..rows.end * kv_columns]);
             past.v.extend_from_slice(&vs[rows.start * kv_columns..rows.end * kv_columns]);
         }
-        let tasks: Vec<(&Range<usize>, &Past, usize)> =
-            sequences.iter().zip(pasts.iter()).flat_map(|(rows, past)| (0..heads.q).map(move |at| (rows, &**past, at))).collect();
-        let one = |&(rows, past, at): &(&Range<usize>, &Past, usize)| {
-            let (keys, kv) = (0..past.k.len() / kv_columns, at / (heads.q / heads.kv));
-            let view = |memory| head(memory, &keys, kv_columns, heads.dim, kv);
-            let q = head(&qs, rows, columns, heads.dim, at)?;
-            forward_head(q, view(&past.k)?, view(&past.v)?, keys.len() - rows.len(), heads.scale())
+        let each = heads.q / heads.kv;
+        let of_sequence = |(rows, past): (&'s Range<usize>, &'s mut &mut Past)| {
+            let width = if rows.len() == 1 { each } else { 1 };
+            let past = &**past;
+            (0..heads.q).step_by(width).map(move |at| (rows, past, at..at + width))
+        };
+        let tasks: Vec<_> = sequences.iter().zip(pasts.iter_mut()).flat_map(of_sequence).collect();
+        let one = |(rows, past, group): &(&Range<usize>, &Past, Range<usize>)| {
+            let (keys, dim) = (0..past.k.len() / kv_columns, heads.dim);
+            let view = |memory| head(memory, &keys, kv_columns, dim, group.start / each);
+            let (k, v) = (view(&past.k)?, view(&past.v)?);
+            if rows.len() == 1 {
+                let first = rows.start * columns + group.start * dim;
+                let q = MatRef::strided(qs.as_slice(), (group.len(), dim), first, dim).map_err(wrapped)?;
+                return forward_token(q, k, v, heads.scale());
+            }
+            forward_head(head(&qs, rows, columns, dim, group.start)?, k, v, keys.len() - rows.len(), heads.scale())
         };
         let few = sequences.iter().map(Range::len).sum::<usize>() < 4;
         let made: Vec<Vec<f32>> =
             if few { tasks.iter().map(one).collect::<Result<_>>()? } else { tasks.par_iter().map(one).collect::<Result<_>>()? };
         let mut out = vec![0f32; qs.len()];
-        tasks.iter().zip(&made).for_each(|((rows, _, at), made)| put(&mut out, rows, columns, *at, made, heads.dim));
+        for ((rows, _, group), made) in tasks.into_iter().zip(&made) {
+            let parts = made.chunks_exact(rows.len() * heads.dim);
+            group.zip(parts).for_each(|(at, made)| put(&mut out, rows, columns, at, made, heads.dim));
+        }
         Tensor::from_vec(narrowed::<E>(&out), q.shape(), q.device())
     })
 }
@@ -213,7 +248,8 @@ impl Attention {
         self.sequences.iter().flat_map(|rows| (0..self.heads.kv).map(move |kv| (rows, kv))).collect()
     }
 
-    fn run(&self, [q, k, v]: [&[f32]; 3]) -> Result<Vec<f32>> {
+    /// The values for all queries, in `f32`.
+    pub(crate) fn run(&self, [q, k, v]: [&[f32]; 3]) -> Result<Vec<f32>> {
         let (heads, columns, kv_columns) = (self.heads, self.heads.q_columns(), self.heads.kv_columns());
         let tasks: Vec<(&Range<usize>, usize)> =
             self.sequences.iter().flat_map(|rows| (0..heads.q).map(move |at| (rows, at))).collect();
@@ -228,7 +264,8 @@ impl Attention {
         Ok(out)
     }
 
-    fn back(&self, [q, k, v, dy]: [&[f32]; 4]) -> Result<[Vec<f32>; 3]> {
+    /// The gradients of queries, keys and values.
+    pub(crate) fn back(&self, [q, k, v, dy]: [&[f32]; 4]) -> Result<[Vec<f32>; 3]> {
         let (heads, columns, kv_columns) = (self.heads, self.heads.q_columns(), self.heads.kv_columns());
         let tasks = self.tasks();
         let one = |&(rows, kv): &(&Range<usize>, usize)| {

@@ -1,12 +1,9 @@
 //! `y = silu(g)·u`, `silu(g) = g·σ(g)`: the gate of llama models, with a backward pass.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
-
-use lowrank::Float;
-
 use crate::lend::{Elem, Lent, by_dtype, lend};
 use crate::numeric::{exp, make_rows};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 
 /// `y = silu(g)·u`
 pub(crate) struct Gate;
@@ -24,15 +21,19 @@ impl Gate {
 /// Elements that one call works on.
 const RUN: usize = 256;
 
-fn run<E: Elem>(len: usize, each: impl Fn(usize) -> f32 + Sync) -> Vec<E> {
-    let whole = len - len % RUN;
-    let mut out = make_rows(whole, RUN, |i, y: &mut [E]| {
-        for j in 0..y.len() {
-            y[j] = E::from_f32(each(i * RUN + j));
-        }
-    });
-    out.extend((whole..len).map(|i| E::from_f32(each(i))));
-    out
+/// `y = each(x)` of three inputs of one length, element by element.
+fn map<E: Elem>(inputs: [&[E]; 3], each: impl Fn([f32; 3]) -> f32 + Sync) -> Vec<E> {
+    make_rows(
+        inputs[0].len(),
+        RUN,
+        #[inline(always)]
+        |i, y: &mut [E]| {
+            let [x0, x1, x2] = inputs.map(|x| &x[i * RUN..][..y.len()]);
+            for j in 0..y.len() {
+                y[j] = E::from_f32(each([x0[j], x1[j], x2[j]].map(E::to_f32)));
+            }
+        },
+    )
 }
 
 /// `σ(g)`
@@ -41,30 +42,49 @@ fn sigmoid(g: f32) -> f32 {
     1.0 / (1.0 + exp(-g))
 }
 
+/// `silu(g)·u`
+pub(crate) fn forward<E: Elem>(g: &[E], u: &[E]) -> Vec<E> {
+    map(
+        [g, u, u],
+        #[inline(always)]
+        |[g, u, _]| g * sigmoid(g) * u,
+    )
+}
+
+/// `dg = dy·u·σ·(1 + g·(1 - σ))`, `du = dy·silu(g)`
+pub(crate) fn backward<E: Elem>(g: &[E], u: &[E], dy: &[E]) -> [Vec<E>; 2] {
+    let dg = map(
+        [g, u, dy],
+        #[inline(always)]
+        |[g, u, dy]| {
+            let s = sigmoid(g);
+            dy * u * s * (1.0 + g * (1.0 - s))
+        },
+    );
+    [
+        dg,
+        map(
+            [g, u, dy],
+            #[inline(always)]
+            |[g, _, dy]| dy * g * sigmoid(g),
+        ),
+    ]
+}
+
 impl CustomOp2 for Gate {
     fn name(&self) -> &'static str {
         "lowrank-gate"
     }
 
     fn cpu_fwd(&self, g: &CpuStorage, lg: &Layout, u: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
-        by_dtype!(g.dtype(), E => {
-            let (g, u) = (lend::<E>(g, lg)?, lend::<E>(u, lu)?);
-            let y = run::<E>(g.len(), |i| g[i].to_f32() * sigmoid(g[i].to_f32()) * u[i].to_f32());
-            Ok((E::to_cpu_storage_owned(y), lg.shape().clone()))
-        })
+        by_dtype!(g.dtype(), E => Ok((E::to_cpu_storage_owned(forward::<E>(lend(g, lg)?, lend(u, lu)?)), lg.shape().clone())))
     }
 
-    /// `dg = dy·u·σ·(1 + g·(1 - σ))`, `du = dy·silu(g)`
     fn bwd(&self, g: &Tensor, u: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let (lg, lu, ldy) = (Lent::new(g), Lent::new(u), Lent::new(&dy));
         by_dtype!(g.dtype(), E => {
-            let (gs, us, dys) = (lg.slice::<E>()?, lu.slice::<E>()?, ldy.slice::<E>()?);
-            let dg = run::<E>(gs.len(), |i| {
-                let (g, s) = (gs[i].to_f32(), sigmoid(gs[i].to_f32()));
-                dys[i].to_f32() * us[i].to_f32() * s * (1.0 + g * (1.0 - s))
-            });
-            let du = run::<E>(gs.len(), |i| dys[i].to_f32() * gs[i].to_f32() * sigmoid(gs[i].to_f32()));
+            let [dg, du] = backward::<E>(lg.slice()?, lu.slice()?, ldy.slice()?);
             let tensor = |vec| Tensor::from_vec(vec, g.shape(), g.device());
             Ok((Some(tensor(dg)?), Some(tensor(du)?)))
         })

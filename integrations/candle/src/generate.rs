@@ -7,6 +7,7 @@ use lowrank::random::{Rng, philox};
 
 use crate::linear::{Chosen, Pass};
 use crate::model::{Cache, CausalLm, Tokens};
+use crate::numeric::{max, vectorised};
 use crate::peft::{check_names, check_unmerged};
 use crate::{Error, Result};
 
@@ -44,8 +45,8 @@ impl Sampling {
 
     /// A token by its logits.
     fn pick(&self, logits: &[f32], rng: &mut Rng) -> u32 {
-        let best = |best: usize, at: usize| if logits[at] > logits[best] { at } else { best };
-        let best = (0..logits.len()).fold(0, best);
+        let most = vectorised!(max(logits));
+        let best = logits.iter().position(|&logit| logit == most).unwrap_or(0);
         if self.temperature == 0.0 {
             return best as u32;
         }

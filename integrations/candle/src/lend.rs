@@ -70,6 +70,11 @@ pub(crate) fn wrapped(error: lowrank::Error) -> candle_core::Error {
     candle_core::Error::wrap(error)
 }
 
+/// Runs work on one of rayon's threads. Its verbs then need not hand themselves over to one, each by itself.
+pub(crate) fn on_threads<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
+
 /// The elements of contiguous memory.
 pub(crate) fn lend<'s, T: WithDType>(storage: &'s CpuStorage, layout: &Layout) -> Result<&'s [T]> {
     match layout.contiguous_offsets() {

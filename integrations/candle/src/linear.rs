@@ -35,6 +35,9 @@ pub struct Pass<'p> {
     pub gradients: bool,
     /// Dropout takes part where a seed is given; the masks are a function of it.
     pub seed: Option<u64>,
+    /// Gradient checkpointing: a layer of [`CausalLm`](crate::CausalLm) keeps its input alone for the backward pass, which runs the layer
+    /// again. This takes less memory and more time, and gives the same bits. Where several adapters take part, nothing is different.
+    pub checkpoint: bool,
 }
 
 impl Pass<'static> {
@@ -45,7 +48,7 @@ impl Pass<'static> {
 
     /// The active adapters, with gradients, and dropout by this seed.
     pub fn training(seed: u64) -> Self {
-        Self { adapters: Chosen::Active, gradients: true, seed: Some(seed) }
+        Self { gradients: true, seed: Some(seed), ..Self::default() }
     }
 }
 
@@ -126,6 +129,9 @@ fn plain(config: &LoraConfig) -> Result<LoraConfig> {
     refuse("modules_to_save", !config.modules_to_save.is_empty())?;
     Ok(config.clone())
 }
+
+/// One adapter with its dropout in a pass, or none.
+pub(crate) type Single<'s> = Option<(&'s Adapter, Option<Dropout>)>;
 
 /// A linear layer with a frozen weight, and adapters by name of which some are active.
 ///
@@ -390,13 +396,34 @@ impl LoraLinear {
         if pass.gradients { self.forward_tracked(x, &adapters, pass.seed) } else { self.forward_untracked(x, &adapters) }
     }
 
+    /// The frozen part.
+    pub(crate) fn base(&self) -> &Base {
+        &self.base
+    }
+
+    /// What takes part in a pass with gradients, if it is one active adapter or none.
+    pub(crate) fn single(&self, pass: &Pass<'_>) -> Result<Option<Single<'_>>> {
+        if !matches!(pass.adapters, Chosen::Active) {
+            return Ok(None);
+        }
+        let mut chosen = self.chosen(&self.active);
+        let (adapter, more) = (chosen.next(), chosen.next().is_some());
+        let update = |adapter| Ok::<_, Error>((adapter, self.dropout(adapter, 0, pass.seed)?));
+        Ok(if more { None } else { Some(adapter.map(update).transpose()?) })
+    }
+
+    /// The dropout of the adapter at a place among those that take part.
+    fn dropout(&self, adapter: &Adapter, place: u64, seed: Option<u64>) -> Result<Option<Dropout>> {
+        let p = adapter.config.dropout;
+        let seed = seed.filter(|_| p > 0.0).map(|seed| seed ^ (self.salt << 32) ^ (place << 56));
+        Ok(seed.map(|seed| Dropout::new(p, seed)).transpose()?)
+    }
+
     fn forward_tracked(&self, x: &Tensor, adapters: &[&Adapter], seed: Option<u64>) -> Result<Tensor> {
         let x = x.contiguous()?;
         let Some((first, others)) = adapters.split_first() else { return Ok(x.apply_op1(FrozenOp(self.base.clone()))?) };
         let update = |base, place: u64, adapter: &Adapter| -> Result<Tensor> {
-            let p = adapter.config.dropout;
-            let seed = seed.filter(|_| p > 0.0).map(|seed| seed ^ (self.salt << 32) ^ (place << 56));
-            let dropout = seed.map(|seed| Dropout::new(p, seed)).transpose()?;
+            let dropout = self.dropout(adapter, place, seed)?;
             Ok(x.apply_op3(adapter.a.as_tensor(), adapter.b.as_tensor(), LoraOp::new(base, adapter.scaling(), dropout))?)
         };
         let mut y = update(Some(self.base.clone()), 0, first)?;

@@ -7,9 +7,11 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
-use lowrank::op::{CrossEntropy, Labels, LinearBackward, LinearForward};
+use lowrank::op::{LinearBackward, LinearForward};
+use rayon::prelude::*;
 
 use crate::lend::{Elem, Lent, by_dtype, lend, matrix, matrix_mut, rows_and_columns, wrapped};
+use crate::numeric::{exp, max, sum_of_exp, vectorised};
 
 /// Rows whose logits exist at a time.
 const ROWS: usize = 128;
@@ -39,44 +41,49 @@ impl HeadLoss {
         h.contiguous()?.apply_op1(Self { gradients, ..self })
     }
 
-    /// The sum of the losses, and the gradient of `h` of the mean.
+    /// The sum of the losses, and the gradient of `h` if it is wanted.
     fn run<E: Elem>(&self, h: &[E], (m, d): (usize, usize)) -> Result<(f64, Vec<E>)> {
         let (cpu, (classes, _), lent) = (E::cpu()?, self.head.dims2()?, Lent::new(&self.head));
         let w = matrix::<E, E>(lent.slice()?, (classes, d))?;
         let (mut loss, mut dh) = (0.0, vec![E::default(); if self.gradients { m * d } else { 0 }]);
-        let rows = self.labels.len().min(ROWS);
-        let (mut logits, mut dlogits) = (vec![E::default(); rows * classes], vec![E::default(); rows * classes]);
+        let mut logits = vec![E::default(); self.labels.len().min(ROWS) * classes];
         for part in self.labels.chunks(ROWS) {
             let c = part.len();
-            let picked: Vec<E> = part.iter().flat_map(|&(row, _)| h[row * d..][..d].iter().copied()).collect();
-            let (logits, dlogits) = (&mut logits[..c * classes], &mut dlogits[..c * classes]);
+            let mut picked: Vec<E> = part.iter().flat_map(|&(row, _)| h[row * d..][..d].iter().copied()).collect();
+            let logits = &mut logits[..c * classes];
             let y = matrix_mut(logits, (c, classes))?.into();
             LinearForward { x: matrix(&picked, (c, d))?, w: w.into(), bias: None, y }.run(cpu).map_err(wrapped)?;
-            let labels: Vec<u32> = part.iter().map(|&(_, label)| label).collect();
-            let labels = Labels::new(cpu, classes, &labels).map_err(wrapped)?;
-            let mut mean = [0f32];
-            CrossEntropy {
-                logits: matrix(logits, (c, classes))?,
-                labels: &labels,
-                loss: matrix_mut(&mut mean, (1, 1))?,
-                dlogits: matrix_mut(dlogits, (c, classes))?,
-            }
-            .run(cpu)
-            .map_err(wrapped)?;
-            loss += f64::from(mean[0]) * c as f64;
+            let rows = logits.par_chunks_mut(classes).zip(part);
+            let losses: Vec<f64> = rows.map(|(row, &(_, label))| cross_entropy(row, label as usize, self.gradients)).collect();
+            loss += losses.iter().sum::<f64>();
             if self.gradients {
-                let mut dx = picked;
-                let (dy, out) = (matrix(dlogits, (c, classes))?, Some(matrix_mut(&mut dx, (c, d))?.into()));
-                LinearBackward { x: None, w: Some(w.into()), dy, dx: out, dw: None, dbias: None }.run(cpu).map_err(wrapped)?;
-                let factor = c as f32 / self.denominator; // the verb gave the gradient of the mean over the part
-                for (&(row, _), dx) in part.iter().zip(dx.chunks_exact(d)) {
+                let (dy, dx) = (matrix(logits, (c, classes))?, Some(matrix_mut(&mut picked, (c, d))?.into()));
+                LinearBackward { x: None, w: Some(w.into()), dy, dx, dw: None, dbias: None }.run(cpu).map_err(wrapped)?;
+                for (&(row, _), dx) in part.iter().zip(picked.chunks_exact(d)) {
                     let dh = dh[row * d..][..d].iter_mut();
-                    dh.zip(dx).for_each(|(dh, dx)| *dh = E::from_f32(factor * dx.to_f32()));
+                    dh.zip(dx).for_each(|(dh, dx)| *dh = E::from_f32(dx.to_f32() / self.denominator));
                 }
             }
         }
         Ok((loss, dh))
     }
+}
+
+/// `-log softmax(row)[label]` of a row of logits, which becomes `softmax(row) - onehot(label)` if gradients are wanted.
+fn cross_entropy<E: Elem>(row: &mut [E], label: usize, gradients: bool) -> f64 {
+    vectorised!({
+        let most = max(row);
+        let sum = sum_of_exp(row, most);
+        let logit = row[label].to_f32();
+        if gradients {
+            let inverse = 1.0 / sum;
+            for x in row.iter_mut() {
+                *x = E::from_f32(exp(x.to_f32() - most) * inverse);
+            }
+            row[label] = E::from_f32(exp(logit - most) * inverse - 1.0);
+        }
+        f64::from(sum.ln()) + f64::from(most - logit)
+    })
 }
 
 impl CustomOp1 for HeadLoss {
@@ -86,8 +93,9 @@ impl CustomOp1 for HeadLoss {
 
     fn cpu_fwd(&self, h: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (m, d) = rows_and_columns(layout);
-        if self.labels.last().is_some_and(|&(row, _)| row >= m) || self.head.dims2()?.1 != d {
-            bail!("a head of {:?} got {m} rows of {d}", self.head.dims());
+        let (classes, columns) = self.head.dims2()?;
+        if self.labels.iter().any(|&(row, label)| row >= m || label as usize >= classes) || columns != d {
+            bail!("a head of {:?} got {m} rows of {d}, and labels of other rows or classes", self.head.dims());
         }
         by_dtype!(h.dtype(), E => {
             let (loss, dh) = self.run::<E>(lend(h, layout)?, (m, d))?;

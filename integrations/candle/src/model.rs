@@ -2,6 +2,7 @@
 
 mod block;
 mod files;
+mod layer;
 mod save;
 
 use std::collections::HashMap;
@@ -17,6 +18,7 @@ use block::{Block, Flow};
 use crate::attention::Past;
 use crate::config::ModelConfig;
 use crate::gguf::Gguf;
+use crate::lend::on_threads;
 use crate::linear::{LoraLinear, Pass};
 use crate::loss::HeadLoss;
 use crate::norm::RmsNorm;
@@ -171,7 +173,7 @@ impl CausalLm {
     ///
     /// Errors: for tokens that the vocabulary does not have, and sequences longer than the model's positions.
     pub fn hidden(&self, tokens: &Tokens, pass: &Pass<'_>) -> Result<Tensor> {
-        self.run(tokens, pass, None)
+        on_threads(|| self.run(tokens, pass, None))
     }
 
     /// [`hidden`](Self::hidden) of tokens that follow those in the caches, one cache for each sequence; the tokens join them. After an error the
@@ -192,7 +194,7 @@ impl CausalLm {
             "of another model, or left by an error",
             "new ones, or as this model left them",
         )?;
-        self.run(tokens, pass, Some(caches))
+        on_threads(|| self.run(tokens, pass, Some(caches)))
     }
 
     fn run(&self, tokens: &Tokens, pass: &Pass<'_>, mut caches: Option<&mut [Cache]>) -> Result<Tensor> {

@@ -33,6 +33,7 @@ impl RmsNorm {
     }
 
     /// `1 / √(mean(x²) + eps)`
+    #[inline(always)]
     fn inverse(&self, x: &[f32]) -> f32 {
         1.0 / (dot(x, x) / x.len() as f32 + self.eps).sqrt()
     }
@@ -42,29 +43,39 @@ impl RmsNorm {
         if fits { Ok(()) } else { candle_core::bail!("a norm of {} elements got rows of {columns}", self.weight.len()) }
     }
 
-    fn run<E: Elem>(&self, x: &[E]) -> Vec<E> {
+    pub(crate) fn run<E: Elem>(&self, x: &[E]) -> Vec<E> {
         let n = self.weight.len();
-        make_rows(x.len(), n, |i, y: &mut [E]| {
-            let x = widened(&x[i * n..][..n]);
-            let inverse = self.inverse(&x);
-            for j in 0..n {
-                y[j] = E::from_f32(x[j] * inverse * self.weight[j]);
-            }
-        })
+        make_rows(
+            x.len(),
+            n,
+            #[inline(always)]
+            |i, y: &mut [E]| {
+                let x = widened(&x[i * n..][..n]);
+                let inverse = self.inverse(&x);
+                for j in 0..n {
+                    y[j] = E::from_f32(x[j] * inverse * self.weight[j]);
+                }
+            },
+        )
     }
 
     /// With `x̂ = x·inverse` and `g = dy·w`: `dx = inverse·(g - x̂·mean(g·x̂))`.
-    fn back<E: Elem>(&self, x: &[E], dy: &[E]) -> Vec<E> {
+    pub(crate) fn back<E: Elem>(&self, x: &[E], dy: &[E]) -> Vec<E> {
         let n = self.weight.len();
-        make_rows(x.len(), n, |i, dx: &mut [E]| {
-            let (x, mut g) = (widened(&x[i * n..][..n]), widened(&dy[i * n..][..n]));
-            let inverse = self.inverse(&x);
-            g.iter_mut().zip(self.weight.iter()).for_each(|(g, w)| *g *= w);
-            let mean = dot(&g, &x) * inverse / n as f32;
-            for j in 0..n {
-                dx[j] = E::from_f32(inverse * (g[j] - x[j] * inverse * mean));
-            }
-        })
+        make_rows(
+            x.len(),
+            n,
+            #[inline(always)]
+            |i, dx: &mut [E]| {
+                let (x, mut g) = (widened(&x[i * n..][..n]), widened(&dy[i * n..][..n]));
+                let inverse = self.inverse(&x);
+                g.iter_mut().zip(self.weight.iter()).for_each(|(g, w)| *g *= w);
+                let mean = dot(&g, &x) * inverse / n as f32;
+                for j in 0..n {
+                    dx[j] = E::from_f32(inverse * (g[j] - x[j] * inverse * mean));
+                }
+            },
+        )
     }
 }
 

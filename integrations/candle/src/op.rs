@@ -36,6 +36,10 @@ impl LoraOp {
     pub(crate) fn new(base: Option<Base>, scale: f32, dropout: Option<Dropout>) -> Self {
         Self { base, scale, dropout, h: Mutex::new(None) }
     }
+
+    fn lora<'f>(&self, a: &'f [f32], b: &'f [f32]) -> Lora<'f> {
+        Lora { a, b, scale: self.scale, dropout: self.dropout }
+    }
 }
 
 /// The locked memory of a layer's weight and bias.
@@ -61,6 +65,88 @@ impl LentBase<'_> {
     }
 }
 
+/// The factors of an update in lent memory, `A r×k` and `B n×r`, and its scalars.
+#[derive(Clone, Copy)]
+pub(crate) struct Lora<'f> {
+    pub(crate) a: &'f [f32],
+    pub(crate) b: &'f [f32],
+    pub(crate) scale: f32,
+    pub(crate) dropout: Option<Dropout>,
+}
+
+/// What the backward pass of an update reads, `h = drop(x)·Aᵀ`, and the gradients that it makes.
+pub(crate) struct LoraGradients<'g> {
+    pub(crate) h: &'g [f32],
+    pub(crate) da: &'g mut [f32],
+    pub(crate) db: &'g mut [f32],
+}
+
+/// Memory for a result: overwritten, or added to.
+pub(crate) enum To<'o, E> {
+    Write(&'o mut [E]),
+    Add(&'o mut [E]),
+}
+
+impl<'o, E: Elem> To<'o, E> {
+    fn output(self, shape: (usize, usize)) -> Result<Output<'o, Cpu<E>>> {
+        Ok(match self {
+            To::Write(memory) => matrix_mut(memory, shape)?.into(),
+            To::Add(memory) => Output::AddTo(matrix_mut(memory, shape)?),
+        })
+    }
+}
+
+/// `y = x·Wᵀ + bias + scale·h·Bᵀ`, `x m×k`, `y m×n`; the terms of what there is. Gives back `h = drop(x)·Aᵀ`.
+pub(crate) fn project<E: Elem>(
+    x: &[E],
+    [m, k, n]: [usize; 3],
+    base: Option<&Base>,
+    lora: Option<Lora<'_>>,
+    y: To<'_, E>,
+) -> Result<Vec<f32>> {
+    let (x, y, lent) = (matrix(x, (m, k))?, y.output((m, n))?, base.map(Base::lent).transpose()?);
+    let (w, bias) = match &lent {
+        Some(lent) => (Some(lent.weight()?), lent.bias()?),
+        None => (None, None),
+    };
+    let (Lora { a, b, scale, dropout }, r) = match (lora, w) {
+        (Some(lora), _) => (lora, lora.a.len() / k.max(1)),
+        (None, Some(w)) => {
+            LinearForward { x, w, bias, y }.run(E::cpu()?).map_err(wrapped)?;
+            return Ok(Vec::new());
+        }
+        (None, None) => bail!("a projection without a weight and without an update"),
+    };
+    let mut h = vec![0f32; m * r];
+    let (a, b) = (Factor::F32(matrix(a, (r, k))?), Factor::F32(matrix(b, (n, r))?));
+    LoraForward { x, w, bias, a, b, scale, dropout, h: matrix_mut(&mut h, (m, r))?, y }.run(E::cpu()?).map_err(wrapped)?;
+    Ok(h)
+}
+
+/// The gradients of [`project`]: `dA`, `dB`, and `dx` where there is memory for it.
+pub(crate) fn project_back<E: Elem>(
+    (x, dy): (&[E], &[E]),
+    [m, k, n]: [usize; 3],
+    base: Option<&Base>,
+    lora: Option<(Lora<'_>, LoraGradients<'_>)>,
+    dx: Option<To<'_, E>>,
+) -> Result<()> {
+    let (x, dy, lent) = (matrix(x, (m, k))?, matrix(dy, (m, n))?, base.map(Base::lent).transpose()?);
+    let w = lent.as_ref().map(LentBase::weight::<E>).transpose()?;
+    let dx = dx.map(|dx| dx.output((m, k))).transpose()?;
+    match lora {
+        None if dx.is_none() => Ok(()),
+        None => LinearBackward { x: None, w, dy, dx, dw: None, dbias: None }.run(E::cpu()?),
+        Some((Lora { a, b, scale, dropout }, LoraGradients { h, da, db })) => {
+            let r = a.len() / k.max(1);
+            let (da, db) = (matrix_mut(da, (r, k))?, matrix_mut(db, (n, r))?);
+            let (a, b, h) = (Factor::F32(matrix(a, (r, k))?), Factor::F32(matrix(b, (n, r))?), matrix(h, (m, r))?);
+            LoraBackward { x, w, a, b, h, dy, scale, dropout, da, db, dbias: None, dx }.run(E::cpu()?)
+        }
+    }
+    .map_err(wrapped)
+}
+
 /// The shape of an input with another number of columns.
 fn with_columns(layout: &Layout, columns: usize) -> Shape {
     let mut dims = layout.dims().to_vec();
@@ -76,9 +162,11 @@ impl CustomOp1 for FrozenOp {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let ((m, k), (n, _)) = (rows_and_columns(layout), self.0.w.dims2()?);
         by_dtype!(self.0.w.dtype(), E => {
-            let y = forward::<E>(lend(x, layout)?, rows_and_columns(layout), &self.0, &[])?;
-            Ok((E::to_cpu_storage_owned(y), with_columns(layout, self.0.w.dims2()?.0)))
+            let mut y = vec![E::default(); m * n];
+            project(lend::<E>(x, layout)?, [m, k, n], Some(&self.0), None, To::Write(&mut y))?;
+            Ok((E::to_cpu_storage_owned(y), with_columns(layout, n)))
         })
     }
 
@@ -87,20 +175,10 @@ impl CustomOp1 for FrozenOp {
             return Ok(None);
         }
         let dy = dy.contiguous()?;
+        let ((m, k), (n, _), lx, ldy) = (rows_and_columns(x.layout()), self.0.w.dims2()?, Lent::new(x), Lent::new(&dy));
         by_dtype!(self.0.w.dtype(), E => {
-            let (base, lent) = (self.0.lent()?, Lent::new(&dy));
-            let (m, k) = rows_and_columns(x.layout());
             let mut dx = vec![E::default(); m * k];
-            LinearBackward {
-                x: None,
-                w: Some(base.weight::<E>()?),
-                dy: matrix(lent.slice::<E>()?, (m, base.shape.0))?,
-                dx: Some(matrix_mut(&mut dx, (m, k))?.into()),
-                dw: None,
-                dbias: None,
-            }
-            .run(E::cpu()?)
-            .map_err(wrapped)?;
+            project_back::<E>((lx.slice()?, ldy.slice()?), [m, k, n], Some(&self.0), None, Some(To::Write(&mut dx)))?;
             Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
         })
     }
@@ -113,23 +191,11 @@ impl CustomOp3 for LoraOp {
 
     #[rustfmt::skip]
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, a: &CpuStorage, la: &Layout, b: &CpuStorage, lb: &Layout) -> Result<(CpuStorage, Shape)> {
-        let ((m, k), (r, _), (n, _)) = (rows_and_columns(lx), la.shape().dims2()?, lb.shape().dims2()?);
+        let ((m, k), (n, _)) = (rows_and_columns(lx), lb.shape().dims2()?);
         by_dtype!(x.dtype(), E => {
-            let base = self.base.as_ref().map(Base::lent).transpose()?;
-            let (mut h, mut y) = (vec![0f32; m * r], vec![E::default(); m * n]);
-            LoraForward {
-                x: matrix(lend::<E>(x, lx)?, (m, k))?,
-                w: base.as_ref().map(LentBase::weight::<E>).transpose()?,
-                bias: base.as_ref().map(LentBase::bias::<E>).transpose()?.flatten(),
-                a: Factor::F32(matrix(lend(a, la)?, la.shape().dims2()?)?),
-                b: Factor::F32(matrix(lend(b, lb)?, lb.shape().dims2()?)?),
-                scale: self.scale,
-                dropout: self.dropout,
-                h: matrix_mut(&mut h, (m, r))?,
-                y: matrix_mut(&mut y, (m, n))?.into(),
-            }
-            .run(E::cpu()?)
-            .map_err(wrapped)?;
+            let mut y = vec![E::default(); m * n];
+            let lora = self.lora(lend(a, la)?, lend(b, lb)?);
+            let h = project(lend::<E>(x, lx)?, [m, k, n], self.base.as_ref(), Some(lora), To::Write(&mut y))?;
             *self.h.lock().unwrap_or_else(PoisonError::into_inner) = Some(h);
             Ok((E::to_cpu_storage_owned(y), with_columns(lx, n)))
         })
@@ -137,31 +203,17 @@ impl CustomOp3 for LoraOp {
 
     #[rustfmt::skip]
     fn bwd(&self, x: &Tensor, a: &Tensor, b: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let ((m, k), (r, _), (n, _)) = (rows_and_columns(x.layout()), a.dims2()?, b.dims2()?);
+        let ((m, k), (n, _)) = (rows_and_columns(x.layout()), b.dims2()?);
         let h = self.h.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(h) = h.as_ref() else { bail!("the backward pass of a layer whose forward pass did not run") };
         let dy = dy.contiguous()?;
+        let (lx, la, lb, ldy) = (Lent::new(x), Lent::new(a), Lent::new(b), Lent::new(&dy));
         by_dtype!(x.dtype(), E => {
-            let base = self.base.as_ref().map(Base::lent).transpose()?;
-            let (lx, la, lb, ldy) = (Lent::new(x), Lent::new(a), Lent::new(b), Lent::new(&dy));
-            let (mut da, mut db) = (vec![0f32; r * k], vec![0f32; n * r]);
+            let (mut da, mut db) = (vec![0f32; a.elem_count()], vec![0f32; b.elem_count()]);
             let mut dx = x.track_op().then(|| vec![E::default(); m * k]);
-            LoraBackward {
-                x: matrix(lx.slice::<E>()?, (m, k))?,
-                w: base.as_ref().map(LentBase::weight::<E>).transpose()?,
-                a: Factor::F32(matrix(la.slice()?, (r, k))?),
-                b: Factor::F32(matrix(lb.slice()?, (n, r))?),
-                h: matrix(h, (m, r))?,
-                dy: matrix(ldy.slice::<E>()?, (m, n))?,
-                scale: self.scale,
-                dropout: self.dropout,
-                da: matrix_mut(&mut da, (r, k))?,
-                db: matrix_mut(&mut db, (n, r))?,
-                dbias: None,
-                dx: dx.as_mut().map(|dx| matrix_mut(dx, (m, k)).map(Into::into)).transpose()?,
-            }
-            .run(E::cpu()?)
-            .map_err(wrapped)?;
+            let lora = (self.lora(la.slice()?, lb.slice()?), LoraGradients { h, da: &mut da, db: &mut db });
+            let to = dx.as_mut().map(|dx| To::Write(dx.as_mut_slice()));
+            project_back::<E>((lx.slice()?, ldy.slice()?), [m, k, n], self.base.as_ref(), Some(lora), to)?;
             let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), x.device())).transpose()?;
             let tensor = |vec, of: &Tensor| Tensor::from_vec(vec, of.shape(), of.device());
             Ok((dx, Some(tensor(da, a)?), Some(tensor(db, b)?)))

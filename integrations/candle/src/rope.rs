@@ -65,7 +65,7 @@ impl Angles {
     }
 
     /// Turns by the angles, or back for a sign of -1.
-    fn run<E: Elem>(&self, x: &[E], columns: usize, sign: f32) -> Result<Vec<E>> {
+    pub(crate) fn run<E: Elem>(&self, x: &[E], columns: usize, sign: f32) -> Result<Vec<E>> {
         let (half, width) = (self.half, 2 * self.half);
         if columns * self.cos.len() != x.len() * half || !columns.is_multiple_of(width.max(1)) {
             candle_core::bail!(
@@ -73,18 +73,23 @@ impl Angles {
                 self.cos.len() / half.max(1)
             );
         }
-        Ok(make_rows(x.len(), columns, |i, y: &mut [E]| {
-            let (cos, sin) = (&self.cos[i * half..][..half], &self.sin[i * half..][..half]);
-            let x = &x[i * columns..][..columns];
-            for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-                let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
-                for j in 0..half {
-                    let (left, right, sin) = (x0[j].to_f32(), x1[j].to_f32(), sign * sin[j]);
-                    y0[j] = E::from_f32(left * cos[j] - right * sin);
-                    y1[j] = E::from_f32(right * cos[j] + left * sin);
+        Ok(make_rows(
+            x.len(),
+            columns,
+            #[inline(always)]
+            |i, y: &mut [E]| {
+                let (cos, sin) = (&self.cos[i * half..][..half], &self.sin[i * half..][..half]);
+                let x = &x[i * columns..][..columns];
+                for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+                    let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
+                    for j in 0..half {
+                        let (left, right, sin) = (x0[j].to_f32(), x1[j].to_f32(), sign * sin[j]);
+                        y0[j] = E::from_f32(left * cos[j] - right * sin);
+                        y1[j] = E::from_f32(right * cos[j] + left * sin);
+                    }
                 }
-            }
-        }))
+            },
+        ))
     }
 }
 

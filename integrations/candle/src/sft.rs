@@ -11,6 +11,7 @@ pub use report::{plot, progress_bar};
 
 use crate::adamw::{Factor, Rates, norm};
 use crate::data::{Batch, BatchSettings, Batches, Dataset};
+use crate::lend::on_threads;
 use crate::schedule::{Decay, Schedule, Warmup};
 use crate::{Adaptable, CausalLm, Error, Pass, Result};
 
@@ -33,6 +34,9 @@ pub struct Sft {
     pub weight_decay: f32,
     /// LoRA+: how many times the learning rate of `A` that of `B` is; 1 is plain LoRA
     pub loraplus_lr_ratio: f32,
+    /// `gradient_checkpointing`: takes less memory and more time, see [`Pass::checkpoint`]
+    #[serde(default)]
+    pub checkpoint: bool,
     /// The seed of dropout.
     pub seed: u64,
 }
@@ -49,6 +53,7 @@ impl Default for Sft {
             clip: Some(1.0),
             weight_decay: 0.0,
             loraplus_lr_ratio: 1.0,
+            checkpoint: false,
             seed: 0,
         }
     }
@@ -158,10 +163,13 @@ impl<'t> Trainer<'t> {
         let counted = batches.iter().map(Batch::counted).sum::<usize>().max(1) as f32;
         let (mut loss, mut gradients) = (0.0, None);
         for (at, batch) in batches.iter().enumerate() {
-            let pass = Pass::training(self.seed_of(at));
-            let part = self.model.loss(&batch.tokens, &batch.labels, counted, &pass)?;
-            loss += f64::from(part.to_scalar::<f32>()?);
-            gradients = Some(self.added(gradients, &part)?);
+            let pass = Pass { checkpoint: self.settings.checkpoint, ..Pass::training(self.seed_of(at)) };
+            let (part, new) = on_threads(|| {
+                let loss = self.model.loss(&batch.tokens, &batch.labels, counted, &pass)?;
+                Ok::<_, Error>((loss.to_scalar::<f32>()?, self.gradients(&loss)?))
+            })?;
+            loss += f64::from(part);
+            gradients = Some(added(gradients, new)?);
         }
         let gradients = gradients.unwrap_or_default();
         let norm = norm(&gradients)?;
@@ -191,17 +199,21 @@ impl<'t> Trainer<'t> {
         u64::from(words[0]) | u64::from(words[1]) << 32
     }
 
-    /// The gradients of the factors, added to those of the batches before.
-    fn added(&self, before: Option<Vec<Tensor>>, loss: &Tensor) -> Result<Vec<Tensor>> {
+    /// The gradients of the factors.
+    fn gradients(&self, loss: &Tensor) -> Result<Vec<Tensor>> {
         let mut gradients = loss.backward()?;
-        let mut of = |factor: &Factor| match gradients.remove(factor.var.as_tensor()) {
+        let of = |factor: &Factor| match gradients.remove(factor.var.as_tensor()) {
             Some(gradient) => Ok(gradient.contiguous()?),
             None => Ok(factor.var.zeros_like()?),
         };
-        let new = self.factors.iter().map(&mut of).collect::<Result<Vec<_>>>()?;
-        let Some(before) = before else { return Ok(new) };
-        before.iter().zip(&new).map(|(before, new)| Ok((before + new)?)).collect()
+        self.factors.iter().map(of).collect()
     }
+}
+
+/// Gradients, added to those of the batches before.
+fn added(before: Option<Vec<Tensor>>, new: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    let Some(before) = before else { return Ok(new) };
+    before.iter().zip(&new).map(|(before, new)| Ok((before + new)?)).collect()
 }
 
 /// The mean loss of the answers of some conversations, in batches of `rows`; without dropout.

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use lowrank_candle::{Adaptable, Cache, CausalLm, Chosen, Pass, Rng, Sampling, TargetModules, Tokens};
+use lowrank_candle::{Adaptable, Cache, CausalLm, Chosen, LoraConfig, Pass, Rng, Sampling, TargetModules, Tokens};
 
 const MODELS: [&str; 3] = ["tiny-llama", "tiny-qwen2", "tiny-qwen3"];
 
@@ -94,6 +94,47 @@ fn gradients_are_those_of_pytorch() {
             }
         }
         assert_eq!(compared, 2 * 2 * 7);
+    }
+}
+
+/// The loss and the gradients of the adapter `default`, in the order of its layers.
+fn trained(model: &CausalLm, reference: &HashMap<String, Tensor>, checkpoint: bool) -> (f32, Vec<Vec<f32>>) {
+    let loss = loss(model, reference, &Pass { checkpoint, ..Pass::training(7) });
+    let gradients = loss.backward().unwrap();
+    let vars = model.adapters("default").flat_map(|(_, adapter)| [adapter.a(), adapter.b()]);
+    (loss.to_scalar().unwrap(), vars.map(|var| numbers(gradients.get(var.as_tensor()).unwrap())).collect())
+}
+
+/// With one adapter a layer is one operation, with two it is many; the second one here adds zeros. With dropout, and of the second layer
+/// some projections have no adapter.
+#[test]
+fn a_layer_as_one_operation_is_its_operations_one_by_one() {
+    for (name, dtype, bound) in MODELS.map(|name| (name, DType::F32, 1e-5)).into_iter().chain([("tiny-qwen3", DType::BF16, 0.05)])
+    {
+        let reference = reference(name);
+        let mut model = CausalLm::from_dir(fixture(name), dtype).unwrap();
+        let config = LoraConfig { dropout: 0.3, ..LoraConfig::new(3, 6.0) };
+        model.add_adapter("default", TargetModules::AllLinear, &config, &mut Rng::new(1)).unwrap();
+        for (layer, adapter) in model.adapters("default") {
+            let b = Tensor::randn(0f32, 0.1, adapter.b().shape(), &Device::Cpu).unwrap();
+            adapter.b().set(&b).unwrap();
+            assert!(layer.contains("proj"));
+        }
+        for (layer, without) in model.layers_mut() {
+            if ["layers.1.self_attn.k_proj", "layers.1.mlp.up_proj"].iter().any(|end| layer.ends_with(end)) {
+                without.remove("default").unwrap();
+            }
+        }
+        let (loss, gradients) = trained(&model, &reference, false);
+        assert_eq!(trained(&model, &reference, true), (loss, gradients.clone()), "{name}: checkpointing changed bits");
+        model.add_adapter("zeros", TargetModules::AllLinear, &LoraConfig::new(1, 1.0), &mut Rng::new(2)).unwrap();
+        model.set_active(&["default", "zeros"]).unwrap();
+        let (want_loss, want) = trained(&model, &reference, false);
+        assert!((loss - want_loss).abs() < bound * want_loss, "{name}: {loss}, want {want_loss}");
+        assert_eq!(gradients.len(), 2 * (2 * 7 - 2));
+        for (at, (got, want)) in gradients.iter().zip(&want).enumerate() {
+            assert!(difference(got, want) < bound, "{name}, gradient {at}: {}", difference(got, want));
+        }
     }
 }
 

@@ -35,22 +35,26 @@ pub(crate) struct ByHand {
 }
 
 impl ByHand {
-    /// The weights, and the factors of the active adapter, of a model.
+    /// The weights of a model, and copies of the factors of its adapter.
     pub(crate) fn of(model: &CausalLm) -> Result<Self> {
         let config = model.config();
         let tensors: std::collections::HashMap<String, Tensor> = model.tensors().into_iter().collect();
         let norm = |name: String| RmsNorm::new(tensors[&name].clone(), config.rms_norm_eps);
-        let mut layers = model.adapters("default").map(|(name, adapter)| Lora {
-            base: Linear::new(tensors[&format!("{name}.weight")].clone(), None),
-            a: adapter.a().clone(),
-            b: adapter.b().clone(),
-            scale: f64::from(adapter.scaling()),
+        let mut layers = model.adapters("default").map(|(name, adapter)| {
+            let copy = |var: &Var| Var::from_tensor(&var.as_tensor().copy()?);
+            Ok(Lora {
+                base: Linear::new(tensors[&format!("{name}.weight")].clone(), None),
+                a: copy(adapter.a())?,
+                b: copy(adapter.b())?,
+                scale: f64::from(adapter.scaling()),
+            })
         });
-        let block = |at: usize| Block {
-            projections: layers.by_ref().take(7).collect(),
-            norms: ["input_layernorm", "post_attention_layernorm"].map(|name| norm(format!("model.layers.{at}.{name}.weight"))),
+        let mut block = |at: usize| {
+            let projections = layers.by_ref().take(7).collect::<Result<_>>()?;
+            let names = ["input_layernorm", "post_attention_layernorm"];
+            Ok(Block { projections, norms: names.map(|name| norm(format!("model.layers.{at}.{name}.weight"))) })
         };
-        let blocks = (0..config.layers).map(block).collect();
+        let blocks = (0..config.layers).map(&mut block).collect::<Result<_>>()?;
         let d = config.head_dim;
         let frequencies: Vec<f32> = (0..d / 2).map(|j| config.rope_theta.powf(-2.0 * j as f64 / d as f64) as f32).collect();
         Ok(Self {
@@ -62,15 +66,21 @@ impl ByHand {
         })
     }
 
+    /// What is trained.
+    pub(crate) fn vars(&self) -> Vec<Var> {
+        let layers = self.blocks.iter().flat_map(|block| &block.projections);
+        layers.flat_map(|layer| [layer.a.clone(), layer.b.clone()]).collect()
+    }
+
     /// The mean loss of one sequence; each token predicts the next.
     pub(crate) fn loss(&self, ids: &[u32]) -> Result<Tensor> {
-        let (t, [heads, kv, d]) = (ids.len() - 1, self.heads);
+        let (t, [heads, kv, d]) = (ids.len(), self.heads);
         let positions = Tensor::arange(0u32, t as u32, &Device::Cpu)?.to_dtype(DType::F32)?.reshape((t, 1))?;
         let angles = positions.matmul(&self.frequencies)?;
         let (cos, sin) = (angles.cos()?, angles.sin()?);
         let mask: Vec<f32> = (0..t).flat_map(|i| (0..t).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
         let mask = Tensor::from_vec(mask, (1, 1, t, t), &Device::Cpu)?;
-        let mut x = self.embed.index_select(&Tensor::new(&ids[..t], &Device::Cpu)?, 0)?.unsqueeze(0)?;
+        let mut x = self.embed.index_select(&Tensor::new(ids, &Device::Cpu)?, 0)?.unsqueeze(0)?;
         for Block { projections, norms } in &self.blocks {
             let [q, k, v, o, gate, up, down] = &projections[..] else { candle_core::bail!("not seven projections") };
             let h = norms[0].forward_diff(&x)?;
@@ -88,7 +98,8 @@ impl ByHand {
             let y = (gate.forward(&h)?.silu()? * up.forward(&h)?)?;
             x = (&x + down.forward(&y)?)?;
         }
-        let logits = self.norm.forward_diff(&x)?.squeeze(0)?.matmul(&self.embed.t()?)?;
+        let hidden = self.norm.forward_diff(&x)?.squeeze(0)?.narrow(0, 0, t - 1)?;
+        let logits = hidden.matmul(&self.embed.t()?)?;
         candle_nn::loss::cross_entropy(&logits, &Tensor::new(&ids[1..], &Device::Cpu)?)
     }
 }

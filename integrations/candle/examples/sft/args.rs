@@ -51,6 +51,12 @@ pub(crate) struct Args {
     /// Go on with a saved run.
     #[arg(long)]
     pub(crate) resume: Option<PathBuf>,
+    /// Keep less memory for the backward pass, and compute layers twice.
+    #[arg(long)]
+    pub(crate) gradient_checkpointing: bool,
+    /// Write the run to this file, for scripts/compare-with-peft.py.
+    #[arg(long, conflicts_with_all = ["accumulate", "packing", "loraplus", "resume"])]
+    pub(crate) record: Option<PathBuf>,
     /// The type of the frozen weights.
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) dtype: Type,

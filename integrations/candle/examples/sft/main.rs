@@ -7,6 +7,7 @@ mod args;
 mod common;
 #[path = "../corpus/mod.rs"]
 mod corpus;
+mod record;
 
 use std::path::Path;
 use std::time::Instant;
@@ -45,10 +46,14 @@ fn run(args: &Args) -> Result<()> {
     println!("held-back loss before: {before:.4}");
     println!("> {}\n{}", args.question, answer(&model, &chat, &args.question)?);
 
-    let steps = train_adapter(&model, &train, &held_back, args)?;
+    let sft = settings(args);
+    let steps = train_adapter(&model, &train, &held_back, sft.clone(), args)?;
     let after = evaluate(&model, &held_back, args.rows)?;
     println!("held-back loss after: {after:.4} (before: {before:.4})");
     println!("> {}\n{}", args.question, answer(&model, &chat, &args.question)?);
+    if let Some(path) = &args.record {
+        record::write(path, (&sft, &config), (&train, &held_back), [before, after])?;
+    }
 
     let folder = args.out.join("adapter");
     model.save_adapter("default", &folder)?;
@@ -74,16 +79,20 @@ fn data(chat: &Chat, args: &Args) -> Result<(Dataset, Dataset)> {
     Ok(Dataset::encode(chat, &conversations, &encoding)?.split(args.held_back, 0)?)
 }
 
-fn train_adapter(model: &CausalLm, train: &Dataset, held_back: &Dataset, args: &Args) -> Result<Vec<Step>> {
-    let sft = Sft {
+fn settings(args: &Args) -> Sft {
+    Sft {
         lr: args.lr,
-        warmup: Warmup::Ratio(0.03),
+        warmup: Warmup::Ratio(record::WARMUP),
         decay: Decay::Cosine,
         batches: BatchSettings { rows: args.rows, packing: args.packing, epochs: args.epochs, shuffle: Some(0) },
         accumulate: args.accumulate,
         loraplus_lr_ratio: args.loraplus,
+        checkpoint: args.gradient_checkpointing,
         ..Sft::default()
-    };
+    }
+}
+
+fn train_adapter(model: &CausalLm, train: &Dataset, held_back: &Dataset, sft: Sft, args: &Args) -> Result<Vec<Step>> {
     let mut trainer = Trainer::new(model, train, sft)?;
     if let Some(dir) = &args.resume {
         trainer.resume(dir)?;

@@ -1,15 +1,17 @@
 //! One layer of the decoder: attention, then the gate, each behind a norm and beside a residual connection.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::Tensor;
 
 use super::files::Tensors;
+use super::layer::{Factors, LayerOp, Projection};
 use crate::Result;
 use crate::attention::{Attention, Heads, Past, attend};
 use crate::config::{Family, ModelConfig};
 use crate::gate::Gate;
+use crate::lend::by_dtype;
 use crate::linear::{LoraLinear, Pass};
 use crate::norm::RmsNorm;
 use crate::rope::Angles;
@@ -93,6 +95,12 @@ impl Block {
 
     /// The hidden states, tokens × hidden size, behind this layer. With pasts, the tokens follow those of their sequences.
     pub(super) fn forward(&self, x: &Tensor, flow: &Flow<'_>, pasts: Option<Vec<&mut Past>>) -> Result<Tensor> {
+        if pasts.is_none()
+            && flow.pass.gradients
+            && let Some(out) = self.forward_at_once(x, flow)?
+        {
+            return Ok(out);
+        }
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = &self.projections;
         let h = self.input_norm.forward(x)?;
         let (mut q, mut k) = (q_proj.forward_with(&h, flow.pass)?, k_proj.forward_with(&h, flow.pass)?);
@@ -108,5 +116,30 @@ impl Block {
         let h = self.post_norm.forward(&x)?;
         let y = Gate::forward(&gate_proj.forward_with(&h, flow.pass)?, &up_proj.forward_with(&h, flow.pass)?)?;
         Ok((x + down_proj.forward_with(&y, flow.pass)?)?)
+    }
+    /// The layer as one operation, where each projection has one active adapter or none, and one has.
+    fn forward_at_once(&self, x: &Tensor, flow: &Flow<'_>) -> Result<Option<Tensor>> {
+        let mut factors = Factors::default();
+        let mut projections = Vec::with_capacity(PROJECTIONS.len());
+        for layer in &self.projections {
+            let Some(single) = layer.single(flow.pass)? else { return Ok(None) };
+            projections.push(factors.projection(layer, single)?);
+        }
+        let (Some([a, b]), Ok(projections)) = (factors.join()?, <[Projection; 7]>::try_from(projections)) else {
+            return Ok(None);
+        };
+        by_dtype!(x.dtype(), E => {
+            let op = LayerOp::<E> {
+                projections,
+                norms: [self.input_norm.clone(), self.post_norm.clone()],
+                head_norms: self.head_norms.clone(),
+                heads: self.heads,
+                angles: flow.angles.clone(),
+                attention: Attention::new(self.heads, flow.sequences.clone()),
+                checkpoint: flow.pass.checkpoint,
+                kept: Mutex::new(None),
+            };
+            Ok(Some(x.contiguous()?.apply_op3(&a, &b, op)?))
+        })
     }
 }

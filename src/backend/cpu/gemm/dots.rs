@@ -117,21 +117,20 @@ impl Sums<'_> {
     }
 
     /// Dot products shorter than a vector, as over a small rank: blocks of 16 rows of the weight are transposed, so that a lane
-    /// holds one column of the output.
+    /// holds one column of the output. What a vector reads behind the end of a row is transposed too, and not used.
     #[inline(always)]
     fn add_short_dots<S: Simd, R: Float>(&mut self, s: S, scale: f32, left: &[Lanes<f32>], rhs: Matrix<'_, R>) {
-        let mut transposed = [[0.0; LANES]; LANES];
         for v in 0..self.vectors {
-            for j in 0..LANES.min(self.width - v * LANES) {
-                for (to, weight) in transposed.iter_mut().zip(rhs.run(self.first + v * LANES + j)) {
-                    to[j] = weight.to_f32();
-                }
+            let mut lines = [s.splat(0.0); LANES];
+            for (j, line) in lines.iter_mut().enumerate().take(self.width - v * LANES) {
+                *line = s.widen_at(&rhs.data[(self.first + v * LANES + j) * rhs.stride..], 0);
             }
+            let weights = s.transpose(lines);
             for (i, left) in left[..self.height].iter().enumerate() {
                 let to = &mut self.lanes[i * self.vectors + v];
                 let mut sum = s.load(to);
-                for (number, weights) in left.iter().zip(&transposed[..rhs.rows]) {
-                    sum = s.mul_add(s.splat(scale * number), s.load(weights), sum);
+                for (number, weights) in left.iter().zip(&weights[..rhs.rows]) {
+                    sum = s.mul_add(s.splat(scale * number), *weights, sum);
                 }
                 s.store(sum, to);
             }

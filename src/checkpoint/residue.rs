@@ -171,7 +171,7 @@ impl ResidueReader {
             let found = self.file.find(&name).filter(|(_, part)| part.dtype == dtype);
             let (shard, part) =
                 found.ok_or_else(|| refused(self.file.path(), format!("`{name}` is missing, or not {dtype:?}")))?;
-            Ok::<_, Error>(shard.read(part, 0, part.bytes)?)
+            shard.read(part, 0, part.bytes)
         };
         let (index, values) = (part(index_of(&entry.name), Dtype::U32)?, part(value_of(&entry.name), entry.dtype)?);
         let size = entry.dtype.bitsize() / 8;

@@ -227,7 +227,7 @@ fn a_file_that_cannot_be_read_is_an_error_that_names_it() {
         let file = ["model.safetensors", "adapter_model.safetensors"].map(|file| desk.path(input).join(file));
         let file = file.iter().find(|file| file.exists()).unwrap();
         let rights = fs::metadata(file).unwrap().permissions();
-        fs::set_permissions(file, fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(file, fs::Permissions::from_mode(0o000)).unwrap();
         let named = format!("{input}/{}", file.file_name().unwrap().display());
         refused(without_rights(&desk, line), line, &[&named, "Permission denied"]);
         fs::set_permissions(file, rights).unwrap();

@@ -55,7 +55,7 @@ fn change(bytes: &mut Vec<u8>, other: &[u8], rng: &mut Rng) {
 }
 
 /// Calls a target. If it panics, the bytes are kept, and the panic goes on.
-fn call(name: &str, target: fn(&[u8]), bytes: &[u8]) {
+fn call(name: &str, target: targets::Target, bytes: &[u8]) {
     if let Err(panic) = catch_unwind(|| target(bytes)) {
         let path = std::env::temp_dir().join(format!("lowrank-fuzz-{name}"));
         std::fs::write(&path, bytes).unwrap();

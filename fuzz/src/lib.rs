@@ -18,8 +18,11 @@ use lowrank::random::Rng;
 use lowrank::training::{Progress, resume_from_bytes, save};
 use lowrank::{Cpu, DType, Error};
 
+/// A reader, given any bytes.
+pub type Target = fn(&[u8]);
+
 /// The targets by name, which is also the name of their folder in `corpus/`.
-pub const TARGETS: [(&str, fn(&[u8])); 7] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("adapter_config", adapter_config),
     ("adapter_tensors", adapter_tensors),
     ("base", base),

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::header::Entry;
 use super::{Checkpoint, listed, refused};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::file::{Staged, failed};
 
 const FORMAT: &str = "lowrank-residue";
@@ -151,7 +151,7 @@ impl ResidueReader {
         Ok(Self { file, digests })
     }
 
-    /// Errors: [`Error::File`] unless it is a residue of exactly these tensors.
+    /// Errors: [`File`](crate::Error::File) unless it is a residue of exactly these tensors.
     pub(super) fn covers<'n>(&self, names: impl Iterator<Item = &'n String>) -> Result<()> {
         let mut digests = self.digests.clone();
         digests.remove("format");
@@ -165,13 +165,13 @@ impl ResidueReader {
         Ok(())
     }
 
-    /// The residue of one tensor. Errors: [`Error::File`] unless it fits the tensor.
+    /// The residue of one tensor. Errors: [`File`](crate::Error::File) unless it fits the tensor.
     pub(super) fn tensor(&self, entry: &Entry, gains: Option<usize>) -> Result<Restored> {
         let part = |name: String, dtype: Dtype| {
             let found = self.file.find(&name).filter(|(_, part)| part.dtype == dtype);
             let (shard, part) =
                 found.ok_or_else(|| refused(self.file.path(), format!("`{name}` is missing, or not {dtype:?}")))?;
-            Ok::<_, Error>(shard.read(part, 0, part.bytes)?)
+            shard.read(part, 0, part.bytes)
         };
         let (index, values) = (part(index_of(&entry.name), Dtype::U32)?, part(value_of(&entry.name), entry.dtype)?);
         let size = entry.dtype.bitsize() / 8;
@@ -228,7 +228,7 @@ impl Restored {
         self.digest = digest(self.digest, bytes);
     }
 
-    /// Errors: [`Error::File`] unless the digest of the restored tensor is that of the original.
+    /// Errors: [`File`](crate::Error::File) unless the digest of the restored tensor is that of the original.
     pub(super) fn end(self) -> Result<()> {
         if format!("{:016x}", self.digest) == self.want {
             return Ok(());

@@ -58,9 +58,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         measure::<bf16>(&stream, r, &args, &mut rows)?;
         measure::<f32>(&stream, r, &args, &mut rows)?;
     }
-    if let Some(path) = args.json {
-        std::fs::write(path, serde_json::to_string_pretty(&rows)? + "\n")?;
-    }
     Ok(())
 }
 
@@ -83,6 +80,10 @@ fn measure<E: Float>(stream: &Arc<CudaStream>, r: usize, args: &Args, rows: &mut
             let seconds = medians(stream, &mut calls, rounds)?;
             let names: Vec<_> = calls.iter().map(|(name, _)| *name).collect();
             rows.push(report(verb, E::DTYPE, shape, ceilings, &names, &seconds));
+            // After each row, so that a run that is stopped leaves what it had.
+            if let Some(path) = &args.json {
+                std::fs::write(path, serde_json::to_string_pretty(&*rows)? + "\n")?;
+            }
         }
     }
     Ok(())

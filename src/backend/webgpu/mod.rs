@@ -33,6 +33,8 @@ mod pointwise;
 mod rows;
 mod shader;
 mod sum;
+#[cfg(test)]
+mod translations;
 
 use std::fmt;
 use std::marker::PhantomData;

@@ -348,7 +348,8 @@ impl Factor {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use super::super::translations;
     use super::*;
     use wgpu::naga::front::wgsl;
     use wgpu::naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -356,7 +357,8 @@ mod tests {
     const CAPABILITIES: Capabilities =
         Capabilities::SHADER_FLOAT16.union(Capabilities::SUBGROUP).union(Capabilities::COOPERATIVE_MATRIX);
 
-    fn assert_valid(kernel: Kernel, elem: DType) {
+    /// Asserts that a shader is valid and has [translations](translations::check).
+    pub(in super::super) fn assert_valid(kernel: Kernel, elem: DType) {
         let name = kernel.file_name(elem, 64);
         assert!(name.len() < 200 && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)), "{name}");
         let source = kernel.source(elem, 64);
@@ -364,7 +366,8 @@ mod tests {
         let module = module.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
         let mut validator = Validator::new(ValidationFlags::all(), CAPABILITIES);
         let valid = validator.validate(&module);
-        valid.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
+        let info = valid.unwrap_or_else(|error| panic!("{kernel:?}: {}", error.emit_to_string(&source)));
+        translations::check(kernel, &module, &info);
         assert!(module.entry_points.iter().any(|point| point.name == kernel.entry()), "{kernel:?}");
     }
 

@@ -54,10 +54,13 @@ pub(super) fn run<E: Float, O: Float>(
     let depth = terms.iter().map(Product::depth).sum();
     out.for_each_block(engine, down, across, depth, |out| {
         // The array has to be zeroed, so it is not much longer than the sums.
-        match out.rows().len() * out.cols().len().div_ceil(LANES) {
-            0..=FEW_SUMS => block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; FEW_SUMS]).0),
-            ..=DOT_SUMS => block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; DOT_SUMS]).0),
-            _ => block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; AXPY_SUMS / LANES]).0),
+        let vectors = out.rows().len() * out.cols().len().div_ceil(LANES);
+        if vectors <= FEW_SUMS {
+            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; FEW_SUMS]).0);
+        } else if vectors <= DOT_SUMS {
+            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; DOT_SUMS]).0);
+        } else {
+            block(engine, out, init, terms, &lefts, &mut Aligned([[0.0; LANES]; AXPY_SUMS / LANES]).0);
         }
         Ok(())
     })

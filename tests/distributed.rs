@@ -97,6 +97,10 @@ fn all_ranks_keep_the_same_bits_and_learn_what_one_process_learns() {
             assert!(ranks.iter().all(|rank| *rank == ranks[0]), "{size} ranks");
             let got = (apart(&ranks[0].0, &one.0), losses_apart(&ranks[0].1, &one.1));
             assert!(got.0 <= adapters && got.1 <= losses, "{size} ranks, {steps} steps: {got:?} of {adapters}, {losses}");
+            let far = ranks[0].0.iter().zip(&one.0).map(|(&a, &b)| (f32::from_bits(a) - f32::from_bits(b)).abs());
+            assert!(far.fold(0f32, f32::max) < 1e-3, "{size} ranks, {steps} steps");
+            let near = |(a, b): (&(f32, f64), &(f32, f64))| (a.0 - b.0).abs() < 1e-4 && (a.1 - b.1).abs() < 1e-3;
+            assert!(ranks[0].1.iter().zip(&one.1).all(near), "{size} ranks, {steps} steps");
         }
         // A rank that computes the share of another is far outside of the bound.
         let wrong = on_ranks(2, move |comm| trained_with::<f32>(&comm, steps, Change::WrongShare)).remove(0);
